@@ -1,0 +1,34 @@
+# make demo          the main job: a small study, a few minutes to train, a table and pictures
+# make demo FAST=1   the same in two minutes, to see that it runs; its figures mean nothing
+# make test          lint, format check, tests
+#
+# Both set up .venv first; once it is there, that costs nothing. To use an environment of your own,
+# in which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
+
+.PHONY: demo test setup
+
+ifdef PYTHON
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+setup:
+	$(PY) -c "import d2kd"
+else
+PY := .venv/bin/python
+setup: .venv/ready
+endif
+
+demo: setup
+	$(PY) tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes $(if $(FAST),--fast)
+
+test: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q tests
+
+# torch comes first, because reading the Detectron2 archive's metadata imports it.
+.venv/ready: setup.py constraints.txt tools/install_detectron2.py
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -c constraints.txt torch torchvision setuptools wheel
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,test]"
+	$(PY) tools/install_detectron2.py --constraint constraints.txt
+	touch $@

@@ -1,0 +1,47 @@
+"""Packaging of d2kd. Ranges stand here; constraints.txt pins the versions that were tried."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("d2kd/__init__.py").read_text())[1]
+
+# configs/ and projects/ stay at the root of the source tree, where they are read and edited, and
+# become d2kd/configs and d2kd/projects in the wheel. setuptools maps them: no copy, no symlink.
+RECIPES = {"d2kd.configs": "configs", "d2kd.projects": "projects"}
+
+setup(
+    name="d2kd",
+    version=VERSION,
+    description="Knowledge distillation for Detectron2's detectors",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["d2kd", "d2kd.*"]) + list(RECIPES),
+    package_dir=RECIPES,
+    package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES},
+    # Detectron2 itself is not named: it is not on PyPI. tools/install_detectron2.py installs it,
+    # and `import d2kd` says so where it is missing.
+    install_requires=[
+        "torch>=2.6",  # everything; the first whose torch.load is safe by default
+        "torchvision>=0.21",  # NMS and RoIAlign, without Detectron2's compiled operators
+        "numpy>=1.24",  # images, generated data, metrics
+        "Pillow>=9.1",  # reading and writing images
+        "fvcore>=0.1.5.post20221221",  # schedules (ParamScheduler), checkpoints
+        "iopath>=0.1.10",  # paths and URLs of weights
+        "pycocotools>=2.0.6",  # COCO annotations and average precision
+        # Drawing of generated images and pictures. The headless build has the same cv2 without
+        # windows: Detectron2 opens none, and the other build needs libGL, which servers lack.
+        "opencv-python-headless>=4.8",
+        "omegaconf>=2.3",  # LazyConfig: the tree of a recipe
+        "hydra-core>=1.3",  # LazyConfig: overrides on the command line
+    ],
+    extras_require={
+        "plots": ["matplotlib>=3.7"],  # curves of a study (Detectron2's Visualizer needs it too)
+        "test": [
+            "pytest>=8",  # the tests
+            "ruff>=0.12",  # lint and format
+            "setuptools>=77",  # a test builds wheels without isolation, hence without network
+        ],
+    },
+)
