@@ -1,0 +1,237 @@
+"""Configs by name, detectors out of any of Detectron2's config kinds, and whole recipes in a few lines."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import LazyCall as L
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .errors import InputError
+from .losses import DistillLosses, ImitationLoss, TARLoss
+from .modeling import Distiller, Teacher, add_distiller_config
+
+METHODS: dict[str, Callable[[], DictConfig]] = {
+    "tar": lambda: L(DistillLosses)(tar=L(TARLoss)()),
+    "imitation": lambda: L(DistillLosses)(imitation=L(ImitationLoss)()),
+}
+"""What ``--distill NAME`` means: a method's losses at their defaults."""
+
+add_d2kd_config = add_distiller_config
+
+
+def config_file(name: str) -> Path:
+    """Where a config or recipe of this project lies: ``"common/train.py"``, ``"projects/TAR/…"``.
+
+    In a source tree configs and projects lie beside the package, in an installed one inside it.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    package = Path(__file__).parent
+    relative = Path(name) if name.startswith("projects/") else Path("configs", name)
+    for root in (package, package.parent):
+        if (root / relative).is_file():
+            return root / relative
+    raise InputError(name, "no such config", "a file of d2kd's configs/ or projects/")
+
+
+def get_config(name: str) -> DictConfig:
+    """A config of this project by its name, the twin of ``detectron2.model_zoo.get_config``."""
+    return LazyConfig.load(str(config_file(name)))
+
+
+def _find(path: str) -> Path:
+    """A config file: on disk, of this project, or of Detectron2's model zoo."""
+    if Path(path).is_file():
+        return Path(path)
+    for look in (config_file, lambda name: Path(model_zoo.get_config_file(name))):
+        try:
+            return look(path)
+        except (InputError, RuntimeError):
+            continue
+    raise InputError(
+        path, "no such config", "a LazyConfig (.py), a yacs YAML, or a model zoo name of either"
+    )
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A LazyConfig recipe with overrides such as ``train.max_iter=100`` applied.
+
+    Missing keys of ``train`` take their values from ``common/train.py``.
+
+    Raises:
+        InputError: the file is missing, is no LazyConfig, or fails to load; an override names a key that
+            does not exist.
+    """
+    file = _find(path)
+    if _is_yaml(file):
+        raise InputError(
+            path,
+            "a yacs config",
+            "a LazyConfig (.py); a YAML can be a detector, not a whole recipe",
+        )
+    try:
+        config = LazyConfig.load(str(file))
+    except InputError:
+        raise
+    except Exception as error:  # a config is code, and may fail in any way
+        raise InputError(
+            path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
+        ) from error
+    missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in config]
+    if missing:
+        raise InputError(path, f"defines no {', '.join(missing)}", "a whole training recipe")
+    config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
+    for override in overrides:
+        _check_override(config, override)
+    try:
+        return LazyConfig.apply_overrides(config, list(overrides))
+    except Exception as error:
+        raise InputError(
+            " ".join(overrides), error, "overrides such as train.max_iter=100"
+        ) from error
+
+
+def _check_override(config: DictConfig, override: str) -> None:
+    """Refuse a misspelt key: unknown ones are arguments only where a call takes them."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    if "=" not in override and not override.startswith("~"):
+        raise InputError(override, "no value", "KEY=VALUE")
+    node: Any = config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not OmegaConf.is_config(node):
+            raise InputError(key, f"{'.'.join(parts[:depth])} has no keys", "an existing key")
+        if OmegaConf.is_list(node):
+            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        elif part in node:
+            node = node[part]
+        elif "_target_" in node and depth == len(parts) - 1:
+            return
+        else:
+            raise InputError(
+                key, f"no {part!r} in {'.'.join(parts[:depth]) or 'the config'}", "an existing key"
+            )
+
+
+def from_yacs(config: DictConfig) -> nn.Module:
+    """Build the detector of a yacs config that was written out as a plain mapping, on the CPU."""
+    cfg = get_cfg()
+    add_distiller_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode(OmegaConf.to_container(config, resolve=True)))
+    cfg.MODEL.DEVICE = "cpu"
+    return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+
+
+def detector(path: str) -> DictConfig:
+    """The model node of a zoo name, a LazyConfig or a yacs YAML, to use as student or as teacher.
+
+    A recipe whose model is a :class:`Distiller` gives its student. Pixel statistics and channel order are
+    the node's own: a yacs config travels in it whole.
+
+    Raises:
+        InputError: there is no such config, or it does not load or holds no model.
+    """
+    file = _find(path)
+    if _is_yaml(file):
+        cfg = get_cfg()
+        add_distiller_config(cfg)
+        try:
+            cfg.merge_from_file(str(file))
+        except Exception as error:  # YAML's errors, yacs's KeyErrors and assertions
+            raise InputError(
+                path, f"does not load ({error})", "a Detectron2 yacs config"
+            ) from error
+        return L(from_yacs)(config=yaml.safe_load(cfg.dump()))
+    try:
+        config = LazyConfig.load(str(file))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
+        ) from error
+    if "model" not in config:
+        raise InputError(path, "defines no model", "a LazyConfig with a model")
+    return student_of(config.model)
+
+
+def student_of(model: DictConfig) -> DictConfig:
+    """The detector inside a model node: a Distiller's student, or the node itself."""
+    return model.student if is_distiller(model) else model
+
+
+def is_distiller(model: DictConfig) -> bool:
+    """Whether a model node builds a :class:`Distiller`."""
+    target = model.get("_target_")
+    return target is Distiller or (isinstance(target, str) and target.endswith(".Distiller"))
+
+
+def method(name: str) -> DictConfig:
+    """The losses node of a method's name.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    if name not in METHODS:
+        raise InputError("--distill", name, " or ".join(METHODS))
+    return METHODS[name]()
+
+
+class Recipe(NamedTuple):
+    """The nodes of a training recipe, in the order in which a config unpacks them."""
+
+    model: DictConfig
+    dataloader: DictConfig
+    optimizer: DictConfig
+    lr_multiplier: DictConfig
+    train: DictConfig
+
+
+def distill(
+    base: str | DictConfig,
+    *,
+    teacher: DictConfig | tuple[str, str],
+    losses: DictConfig,
+    inherit: Iterable[str] = (),
+) -> Recipe:
+    """A plain recipe with its model put beside a teacher.
+
+    Args:
+        base: the student's own recipe, by path or name or loaded.
+        teacher: a ``Teacher`` node, or its config and weights as for :func:`detector`.
+        losses: a ``DistillLosses`` node.
+        inherit: see :class:`Distiller`.
+
+    Returns:
+        the whole recipe; ``base`` is left as it was. A config writes
+        ``model, dataloader, optimizer, lr_multiplier, train = distill(…)``.
+    """
+    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    if not isinstance(teacher, DictConfig):
+        config, weights = teacher
+        teacher = L(Teacher)(detector=detector(config), weights=weights)
+    mapper = base.dataloader.train.get("mapper") or {}
+    if "image_format" not in teacher:
+        teacher.image_format = mapper.get("image_format", "BGR")
+    model = L(Distiller)(
+        student=student_of(base.model),
+        teacher=teacher,
+        losses=losses,
+        max_iter="${train.max_iter}",
+        inherit=list(inherit),
+    )
+    return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)

@@ -1,0 +1,45 @@
+"""One way to refuse bad input: a line that names the culprit, what was found and what was expected.
+
+Library code raises :class:`InputError`; command lines run inside :func:`reporting`, which turns it into
+``error: <culprit>: <found>; expected <…>`` on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used.
+
+    Args:
+        culprit: the file, key or name at fault, as the user wrote it.
+        found: what is there.
+        expected: what would have been right.
+    """
+
+    def __init__(self, culprit: object, found: object, expected: object):
+        # All three reach Exception, so that the error survives pickling between processes.
+        super().__init__(str(culprit), str(found), str(expected))
+        self.culprit, self.found, self.expected = self.args
+
+    def __str__(self) -> str:
+        line = f"{self.culprit}: {self.found}; expected {self.expected}"
+        return " ".join(line.split())
+
+
+@contextlib.contextmanager
+def reporting(debug: bool = False) -> Iterator[None]:
+    """Report an :class:`InputError` raised inside in one line and exit with code 2.
+
+    With ``debug`` the error passes through with its traceback.
+    """
+    try:
+        yield
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

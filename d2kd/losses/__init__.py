@@ -1,0 +1,7 @@
+"""Distillation losses, a file each. They read outputs and know no detector."""
+
+from .base import DistillLoss, DistillLosses, EpochDecay
+from .imitation import ImitationLoss
+from .tar import TARLoss
+
+__all__ = ["DistillLoss", "DistillLosses", "EpochDecay", "ImitationLoss", "TARLoss"]

@@ -1,0 +1,144 @@
+"""What a distillation loss is, and the named sum of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from detectron2.utils.events import get_event_storage
+from fvcore.common.param_scheduler import ParamScheduler
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+Weight = float | ParamScheduler
+"""A coefficient: a number, or an fvcore schedule of the progress in [0, 1]."""
+
+
+def value_of(weight: Weight, progress: float) -> float:
+    """A coefficient's value at ``progress = iteration / max_iter``.
+
+    fvcore's schedules are defined on [0, 1); a run that is continued past its end stays at the end.
+    """
+    if isinstance(weight, ParamScheduler):
+        return float(weight(min(max(progress, 0.0), 1.0)))
+    return float(weight)
+
+
+class EpochDecay(ParamScheduler):
+    """``r(e) = 1 - (e - 1) / E`` in epoch e = 1 … E: 1 in the first, 1/E in the last.
+
+    The per-epoch form of distillation decay (TAR, arXiv 2006.13108; the form is the one others ascribe to
+    it). ``LinearParamScheduler(1.0, 0.0)`` is its smooth equivalent.
+    """
+
+    def __init__(self, epochs: int):
+        if epochs < 1:
+            raise InputError("epochs", epochs, "at least 1")
+        self.epochs = epochs
+
+    def __call__(self, where: float) -> float:
+        epoch = min(int(where * self.epochs), self.epochs - 1)
+        return 1.0 - epoch / self.epochs
+
+
+class DistillLoss(nn.Module):
+    """A loss between what a student and a teacher say.
+
+    Subclasses implement ``forward(student, teacher)`` and return a scalar, or a dict of named scalars.
+    What they read of ``teacher`` is what the teacher computes. Adapters and decoders are ordinary
+    submodules, made in the constructor or, where they depend on the detectors, in :meth:`bind`.
+
+    Args:
+        weight: coefficient, a number or a schedule of the progress.
+    """
+
+    taps: tuple[str, ...] = ()
+    """Names of further student modules to listen to, found as ``student.taps[name]``."""
+
+    def __init__(self, *, weight: Weight = 1.0):
+        super().__init__()
+        self.weight = weight
+        self.progress = 0.0
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        """See both detectors once, before the optimizer is built.
+
+        Raises:
+            InputError: these detectors cannot be compared by this loss.
+        """
+
+    def forward(self, student, teacher) -> Tensor | dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class DistillLosses(nn.Module):
+    """The named sum of distillation losses.
+
+    Terms are returned as ``distill/loss_<name>`` or ``distill/loss_<name>_<term>``: the prefix keeps a loss
+    from overwriting one of the student's own, the word "loss" makes Detectron2 print it.
+    """
+
+    def __init__(self, **losses: DistillLoss):
+        super().__init__()
+        for name, loss in losses.items():
+            if not isinstance(loss, DistillLoss):
+                raise InputError(f"losses.{name}", type(loss).__name__, "a DistillLoss")
+        self.by_name = nn.ModuleDict(losses)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(tap for loss in self.by_name.values() for tap in loss.taps))
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        for name, loss in self.by_name.items():
+            try:
+                loss.bind(student, teacher)
+            except InputError as error:
+                raise InputError(
+                    f"losses.{name}.{error.culprit}", error.found, error.expected
+                ) from error
+
+    def forward(self, student, teacher, *, progress: float = 0.0) -> dict[str, Tensor]:
+        """Weighted terms by key; a loss whose weight is 0 is not called, and asks the teacher nothing."""
+        terms: dict[str, Tensor] = {}
+        storage = get_event_storage()
+        for name, loss in self.by_name.items():
+            weight = value_of(loss.weight, progress)
+            storage.put_scalar(f"distill/weight_{name}", weight, smoothing_hint=False)
+            key = f"distill/loss_{name}"
+            if weight != 0.0:
+                loss.progress = progress
+                try:
+                    value = loss(student, teacher)
+                except LookupError as error:
+                    raise InputError(
+                        f"losses.{name}", _message(error), "what both detectors say"
+                    ) from error
+                named = value if isinstance(value, dict) else {"": value}
+                for term, scalar in named.items():
+                    terms[f"{key}_{term}" if term else key] = scalar * weight
+            # Parameters stay in the graph at weight 0, and where a term of theirs is switched off: DDP
+            # refuses those that vanish. Of parameters alone, since 0 * NaN would be NaN.
+            if idle := silent_sum(loss.parameters()):
+                carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
+                terms[carrier] = terms[carrier] + idle[0] if carrier in terms else idle[0]
+        return terms
+
+
+def silent_sum(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """A zero that holds the parameters in the graph, in a list; empty without parameters."""
+    zeros = [(p * 0).sum() for p in parameters if p.requires_grad]
+    return [torch.stack(zeros).sum()] if zeros else []
+
+
+def _message(error: LookupError) -> str:
+    if isinstance(error, KeyError):
+        return f"no level {error.args[0]!r}"
+    return str(error)
+
+
+def is_off(weight: Weight) -> bool:
+    """Whether a coefficient is 0 throughout, so that its term needs nothing built."""
+    return not isinstance(weight, ParamScheduler) and (weight == 0 or math.isnan(weight))

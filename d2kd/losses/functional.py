@@ -1,0 +1,74 @@
+"""Pure functions of tensors that the losses share; computed in at least float32, inside autocast too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def in_float32(function: Callable) -> Callable:
+    """Run a function of tensors outside autocast, its half-precision arguments widened to float32.
+
+    Sums over thousands of cells and logarithms of probabilities overflow or vanish in half precision.
+    """
+
+    @functools.wraps(function)
+    def wide(*args, **kwargs):
+        def widen(x):
+            return x.float() if isinstance(x, Tensor) and x.dtype in _HALVES else x
+
+        args = tuple(widen(x) for x in args)
+        kwargs = {key: widen(x) for key, x in kwargs.items()}
+        device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wide
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@in_float32
+def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``tau^2 KL(softmax(t / tau) || softmax(s / tau))`` of each row (Hinton et al., 2015).
+
+    Args:
+        student_logits, teacher_logits: ``(R, K)``.
+
+    Returns:
+        ``(R,)``, never negative.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+@in_float32
+def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """``sum_bij M_bij sum_c (S - T)^2 / (2 max(1, sum M))`` of one level.
+
+    Args:
+        student, teacher: ``(N, C, H, W)``.
+        mask: ``(N, H, W)``, not negative.
+    """
+    cells = (student - teacher).square().sum(dim=1)
+    return (cells * mask).sum() / (2 * mask.sum().clamp(min=1))
+
+
+@in_float32
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of row r with row r, XYXY ``(R, 4)`` each; 0 where both are empty."""
+    top_left = torch.maximum(boxes[:, :2], others[:, :2])
+    bottom_right = torch.minimum(boxes[:, 2:], others[:, 2:])
+    common = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    union = _area(boxes) + _area(others) - common
+    return torch.where(union > 0, common / union.clamp(min=1e-9), common.new_zeros(()))
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)

@@ -1,0 +1,62 @@
+"""Plain feature imitation: the student's maps regress the teacher's, everywhere or near objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..layers.adapter import FeatureAdapter, common_levels
+from ..layers.masks import check_kind, paint
+from .base import DistillLoss, Weight
+from .functional import masked_squared_error
+
+
+class ImitationLoss(DistillLoss):
+    """Masked squared distance between feature maps (FitNets, arXiv 1412.6550, on a pyramid).
+
+        loss = 1/L sum_l 1/(2 N_l) sum_bij M^l_bij sum_c (A_l(S^l) - T^l)^2,   N_l = max(1, sum M^l)
+
+    The normalisation by the mask's sum and its factor 2 are those of FGFI's public code (arXiv 1906.03609),
+    whose mask comes from anchors instead; boxes are painted on every level.
+
+    Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features``.
+
+    Args:
+        levels: level names; None: all that both backbones have.
+        mask: "gaussian", "box" or "none", see :func:`d2kd.layers.masks.paint`.
+        adapter: see :class:`d2kd.layers.adapter.FeatureAdapter`.
+        weight: a number or a schedule; FGFI's 0.01.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str] | None = None,
+        mask: str = "box",
+        adapter: str = "auto",
+        weight: Weight = 0.01,
+    ):
+        super().__init__(weight=weight)
+        self.levels = None if levels is None else list(levels)
+        self.mask = check_kind(mask)
+        self.adapter = adapter
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        ours, theirs = student.backbone.output_shape(), teacher.backbone.output_shape()
+        self.levels = common_levels(ours, theirs, self.levels)
+        self.strides = {level: ours[level].stride for level in self.levels}
+        self.adapters = FeatureAdapter(ours, theirs, self.levels, self.adapter)
+
+    def forward(self, student, teacher) -> Tensor:
+        some = student.features[self.levels[0]]
+        if self.mask == "none":
+            boxes = [some.new_zeros(0, 4)] * len(some)
+        else:
+            boxes = [x.gt_boxes.tensor for x in student.gt_instances]
+        terms = []
+        for level in self.levels:
+            ours, theirs = self.adapters(student.features[level], teacher.features[level], level)
+            mask = paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
+            terms.append(masked_squared_error(ours, theirs, mask))
+        return sum(terms) / len(terms)

@@ -1,0 +1,139 @@
+"""The meta-architecture that trains a student beside its teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..errors import InputError
+from .outputs import capture, outputs_of
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class Distiller(nn.Module):
+    """A student, its teacher and the losses between them.
+
+    The student's own forward runs untouched while its joints are listened to; the teacher answers what the
+    losses read. In ``eval()`` a Distiller is its student.
+
+    Args:
+        student: any detector with readable outputs.
+        teacher: its :class:`Teacher`.
+        losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns named
+            losses; its optional ``bind(student, teacher)`` sees both detectors once, and its optional
+            ``taps`` names further modules of the student to listen to.
+        max_iter: iterations of the run, for ``progress = iteration / max_iter``.
+        inherit: prefixes of parameter names to start from the teacher's weights.
+
+    Raises:
+        InputError: the losses ask for what these detectors do not have.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher,
+        losses: nn.Module,
+        max_iter: int,
+        inherit: Sequence[str] = (),
+    ):
+        super().__init__()
+        if max_iter <= 0:
+            raise InputError("max_iter", max_iter, "a positive number of iterations")
+        self.student = student
+        self.teacher = teacher
+        self.losses = losses
+        self.max_iter = max_iter
+        self.kind = outputs_of(student)
+        if hasattr(losses, "bind"):
+            losses.bind(student, teacher.detector)
+        self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
+        if inherit:
+            inherit_weights(student, teacher.detector, inherit)
+        # The student may have been moved before it came here.
+        self.to(self.device)
+
+    def _tap(self, name: str) -> Callable:
+        try:
+            # The bound look-up and not the module: a module in a dict of ours would be easy to save twice.
+            self.student.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                "taps", f"no module {name!r} in the student", "the name of a submodule"
+            ) from None
+        return lambda: self.student.get_submodule(name)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The student from the yacs config itself; teacher and losses from the LazyConfig it names."""
+        node = cfg.MODEL.DISTILLER
+        student_cfg = cfg.clone()
+        student_cfg.defrost()
+        student_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
+        recipe = LazyConfig.load(node.CONFIG).model
+        return {
+            "student": META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(student_cfg),
+            "teacher": instantiate(recipe.teacher),
+            "losses": instantiate(recipe.losses),
+            "max_iter": cfg.SOLVER.MAX_ITER,
+            "inherit": tuple(node.INHERIT),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Distiller:
+        # The teacher is no submodule, yet must follow .to(), .cuda() and .half().
+        self.teacher.detector._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def forward(self, batched_inputs: list[dict]) -> Any:
+        """Detectron2's training interface: the student's task losses and ``distill/loss_*`` together."""
+        if not self.training:
+            return self.student(batched_inputs)
+        taps = {name: find() for name, find in self.taps.items()}
+        with capture(self.kind.joints(self.student)) as calls, capture(taps) as tapped:
+            losses = self.student(batched_inputs)
+        student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
+        teacher = self.teacher.ask(batched_inputs, **student.shared)
+        progress = get_event_storage().iter / self.max_iter
+        return {**losses, **self.losses(student, teacher, progress=progress)}
+
+
+@torch.no_grad()
+def inherit_weights(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> list[str]:
+    """Copy the teacher's weights of equal name and shape under the prefixes; returns the names copied.
+
+    What the student has under a prefix and the teacher lacks, or has in another shape, is logged and kept.
+    """
+    source = teacher.state_dict()
+    own = {k: v for k, v in student.state_dict().items() if k.startswith(tuple(prefixes))}
+    copied = [k for k, v in own.items() if k in source and source[k].shape == v.shape]
+    for key in copied:
+        own[key].copy_(source[key])
+    kept = sorted(own.keys() - set(copied))
+    logger.info("inherited %d tensors of the teacher under %s", len(copied), list(prefixes))
+    if kept:
+        logger.warning("not inherited, absent or of another shape: %s", ", ".join(kept))
+    return copied
+
+
+def add_distiller_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.DISTILLER`` to a yacs config; ``MODEL.META_ARCHITECTURE = "Distiller"`` then uses it."""
+    cfg.MODEL.DISTILLER = CfgNode()
+    cfg.MODEL.DISTILLER.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.DISTILLER.CONFIG = ""
+    cfg.MODEL.DISTILLER.INHERIT = []

@@ -1,0 +1,319 @@
+"""What one detector said about one batch.
+
+The student's outputs are filled with what was captured while it trained, so they carry its graph; the
+teacher's compute themselves, without gradient, when a loss first reads them. One class serves both:
+*what was captured carries gradient; what is asked is constant.*
+
+Letters: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the grid of level i.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+Call = tuple[tuple, Any]
+
+
+@contextlib.contextmanager
+def capture(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Listen to modules while the block runs, and leave no hook behind.
+
+    Args:
+        modules: what to listen to, by the name under which its calls are wanted. An ``nn.ModuleList`` is
+            never called, so it cannot be listened to: name its members.
+
+    Yields:
+        for every name the calls ``(positional inputs, output)`` in order; empty if there was none.
+    """
+    calls: dict[str, list[Call]] = {name: [] for name in modules}
+    handles = [
+        module.register_forward_hook(
+            lambda _, inputs, output, heard=calls[name]: heard.append((inputs, output))
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class asked:
+    """A property that computes itself once, without gradient, at its first reading."""
+
+    def __init__(self, question: Callable[[Any], Any]):
+        self.question = question
+        self.__doc__ = question.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, outputs: Any, owner: type | None = None) -> Any:
+        if outputs is None:
+            return self
+        try:
+            with torch.no_grad():
+                answer = self.question(outputs)
+        except AttributeError as error:
+            # Python would take it for "no such attribute" and hide the fault behind __getattr__.
+            raise RuntimeError(f"{type(outputs).__name__}.{self.name}: {error}") from error
+        # Not a data descriptor: from now on the instance's own value is found first.
+        outputs.__dict__[self.name] = answer
+        return answer
+
+
+class Unreadable(LookupError):
+    """A loss read what this family of detectors does not say."""
+
+
+class DetectorOutputs:
+    """What every detector with a feature pyramid says.
+
+    Args:
+        detector: the module that speaks; ``eval()`` for a teacher.
+        batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
+        captured: attributes known already, from the detector's own forward.
+    """
+
+    def __init__(self, detector: nn.Module, batched_inputs: list[dict], **captured: Any):
+        self.detector = detector
+        self.batched_inputs = batched_inputs
+        self.__dict__.update(captured)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only where ordinary look-up failed.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        kind = type(self.__dict__.get("detector")).__name__
+        raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
+
+    @classmethod
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
+        """The modules, by name, to listen to while ``detector`` trains."""
+        return {"backbone": detector.backbone}
+
+    @classmethod
+    def from_calls(
+        cls,
+        detector: nn.Module,
+        batched_inputs: list[dict],
+        calls: dict[str, list[Call]],
+        taps: dict[str, list[Call]] | None = None,
+    ) -> DetectorOutputs:
+        """The outputs of a detector whose forward was captured at its :meth:`joints`."""
+        return cls(
+            detector,
+            batched_inputs,
+            taps={name: [output for _, output in heard] for name, heard in (taps or {}).items()},
+            **cls._captured(detector, calls),
+        )
+
+    @staticmethod
+    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+        return {"features": calls["backbone"][0][1]}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What a teacher must know of this student to judge the same things."""
+        return {}
+
+    @asked
+    def images(self) -> ImageList:
+        """The normalised, padded batch, ``(N, 3, H, W)``."""
+        return self.detector.preprocess_image(self.batched_inputs)
+
+    @asked
+    def gt_instances(self) -> list[Instances]:
+        """Ground truth of each image: ``gt_boxes`` XYXY in absolute pixels of the padded input."""
+        device = self.detector.device
+        return [x["instances"].to(device) for x in self.batched_inputs]
+
+    @asked
+    def features(self) -> dict[str, Tensor]:
+        """Feature maps by level name, ``{"p3": (N, C, H, W), …}``; ``p<n>`` has stride ``2**n``."""
+        return self.detector.backbone(self.images.tensor)
+
+
+@dataclass
+class Regions:
+    """What one stage of RoI heads said about its regions; row r belongs to box r.
+
+    Attributes:
+        boxes: a ``Boxes`` for each image, XYXY in absolute pixels; R boxes together.
+        box_features: ``(R, D)``, what the box predictor saw.
+        pred_class_logits: ``(R, K + 1)``, background last.
+        pred_proposal_deltas: ``(R, 4K)``, or ``(R, 4)`` if class-agnostic.
+        box2box_transform: the coder of the deltas.
+        gt_classes: ``(R,)`` in ``[0, K]``, K background; None where nobody labelled the boxes.
+        gt_boxes: ``(R, 4)`` matched ground truth; in an image without any, the boxes themselves.
+    """
+
+    boxes: list[Boxes]
+    box_features: Tensor
+    pred_class_logits: Tensor
+    pred_proposal_deltas: Tensor
+    box2box_transform: Box2BoxTransform
+    gt_classes: Tensor | None = None
+    gt_boxes: Tensor | None = None
+
+    @property
+    def box_tensor(self) -> Tensor:
+        """All boxes, ``(R, 4)``."""
+        return Boxes.cat(self.boxes).tensor
+
+
+class RCNNOutputs(DetectorOutputs):
+    """What a ``GeneralizedRCNN`` with ``StandardROIHeads`` says (Faster and Mask R-CNN on an FPN)."""
+
+    region_boxes: list[list[Boxes]] | None = None
+    """For each stage the regions' boxes by image: the student's own, and the ones a teacher is asked about."""
+
+    @classmethod
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
+        heads = detector.roi_heads
+        return {
+            "backbone": detector.backbone,
+            "roi_heads": heads,
+            "box_pooler": heads.box_pooler,
+            "box_predictor": heads.box_predictor,
+        }
+
+    @staticmethod
+    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+        ((_, features),) = calls["backbone"]
+        ((_, (proposals, _)),) = calls["roi_heads"]
+        # The pooler's input and not the proposals: with train_on_pred_boxes those change afterwards.
+        ((pooled, _),) = calls["box_pooler"]
+        (((box_features, *_), (logits, deltas)),) = calls["box_predictor"]
+        boxes = list(pooled[1])
+        matched = [
+            p.gt_boxes.tensor if p.has("gt_boxes") else b.tensor
+            for p, b in zip(proposals, boxes, strict=True)
+        ]
+        regions = Regions(
+            boxes,
+            box_features,
+            logits,
+            deltas,
+            detector.roi_heads.box_predictor.box2box_transform,
+            gt_classes=torch.cat([p.gt_classes for p in proposals]),
+            gt_boxes=torch.cat(matched),
+        )
+        return {
+            "features": features,
+            "proposals": proposals,
+            "region_boxes": [boxes],
+            "regions": [regions],
+        }
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return {"region_boxes": self.region_boxes}
+
+    @asked
+    def regions(self) -> list[Regions]:
+        """One :class:`Regions` for each stage of shared boxes."""
+        if self.region_boxes is None:
+            raise Unreadable(
+                f"no regions to ask a {type(self.detector).__name__} about: the student has none"
+            )
+        heads = self.detector.roi_heads
+        features = [self.features[level] for level in heads.box_in_features]
+        regions = []
+        for boxes in self.region_boxes:
+            box_features = heads.box_head(heads.box_pooler(features, boxes))
+            logits, deltas = heads.box_predictor(box_features)
+            regions.append(
+                Regions(boxes, box_features, logits, deltas, heads.box_predictor.box2box_transform)
+            )
+        return regions
+
+
+class DenseOutputs(DetectorOutputs):
+    """What a ``DenseDetector`` with anchors says (RetinaNet)."""
+
+    @classmethod
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
+        return {"backbone": detector.backbone, "head": detector.head}
+
+    @staticmethod
+    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+        ((_, features),) = calls["backbone"]
+        ((_, predictions),) = calls["head"]
+        return {"features": features, "predictions": predictions}
+
+    @asked
+    def predictions(self) -> tuple[list[Tensor], ...]:
+        """The head's raw answer: for each kind, a ``(N, A * k, Hi, Wi)`` map for each level."""
+        return self.detector.head([self.features[f] for f in self.detector.head_in_features])
+
+    @property
+    def pred_logits(self) -> list[Tensor]:
+        """For each level ``(N, Hi * Wi * A, K)``, before the sigmoid."""
+        return [by_anchor(x, self.detector.num_classes) for x in self.predictions[0]]
+
+    @property
+    def pred_anchor_deltas(self) -> list[Tensor]:
+        """For each level ``(N, Hi * Wi * A, 4)``."""
+        return [by_anchor(x, 4) for x in self.predictions[1]]
+
+    @asked
+    def anchors(self) -> list[Boxes]:
+        """Anchors of each level, in the predictions' order."""
+        return self.detector.anchor_generator(
+            [self.features[f] for f in self.detector.head_in_features]
+        )
+
+    @asked
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """The detector's own labelling: ``gt_labels`` and ``matched_gt_boxes`` together."""
+        labels, boxes = self.detector.label_anchors(self.anchors, self.gt_instances)
+        return torch.stack(list(labels)), torch.stack(list(boxes))
+
+    @property
+    def gt_labels(self) -> Tensor:
+        """``(N, sum Hi * Wi * A)`` in ``{-1, 0, …, K}``: -1 ignored, K background."""
+        return self.labels[0]
+
+    @property
+    def matched_gt_boxes(self) -> Tensor:
+        """``(N, sum Hi * Wi * A, 4)``; means something for foreground anchors alone."""
+        return self.labels[1]
+
+
+def by_anchor(prediction: Tensor, size: int) -> Tensor:
+    """``(N, A * size, H, W)`` to ``(N, H * W * A, size)``, a row for each anchor."""
+    n, _, h, w = prediction.shape
+    prediction = prediction.view(n, -1, size, h, w).permute(0, 3, 4, 1, 2)
+    return prediction.reshape(n, -1, size)
+
+
+def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
+    """The kind of outputs that a detector gives, told by its parts rather than by its class.
+
+    Raises:
+        InputError: it is neither an R-CNN with one box head on a pyramid nor an anchor-based dense detector.
+    """
+    heads = getattr(detector, "roi_heads", None)
+    if isinstance(getattr(heads, "box_predictor", None), nn.Module) and not isinstance(
+        heads.box_predictor, nn.ModuleList
+    ):
+        return RCNNOutputs
+    if hasattr(detector, "head") and hasattr(detector, "anchor_generator"):
+        return DenseOutputs
+    raise InputError(
+        type(detector).__name__,
+        "a detector whose outputs cannot be read",
+        "a GeneralizedRCNN with StandardROIHeads, or a RetinaNet",
+    )

@@ -1,0 +1,90 @@
+"""Reading weights strictly: a teacher with half its weights teaches noise, and silently."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from pathlib import Path
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def local_path(weights: str) -> str:
+    """A weights URI as a file on this machine.
+
+    Raises:
+        InputError: there is no such file, or it cannot be fetched.
+    """
+    try:
+        path = PathManager.get_local_path(weights)
+    except Exception as error:  # each URI handler raises its own
+        raise InputError(
+            weights, f"cannot be fetched ({error})", "a reachable detector checkpoint"
+        ) from error
+    if not Path(path).is_file():
+        raise InputError(weights, "no such file", "a detector checkpoint (.pth or .pkl)")
+    return path
+
+
+def read(weights: str) -> dict:
+    """The checkpoint in a file, as :class:`DetectionCheckpointer` understands it.
+
+    Raises:
+        InputError: the file is missing, truncated, or no checkpoint.
+    """
+    path = local_path(weights)
+    try:
+        checkpoint = DetectionCheckpointer(nn.Module(), save_to_disk=False)._load_file(path)
+    except Exception as error:  # zip, pickle and torch each fail in their own way
+        raise InputError(
+            weights,
+            f"cannot be read ({type(error).__name__}); truncated or not a checkpoint",
+            "a whole detector checkpoint",
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise InputError(weights, "holds no 'model' weights", "a detector checkpoint")
+    return checkpoint
+
+
+def load_strict(detector: nn.Module, weights: str) -> None:
+    """Load weights into a detector; every parameter must be met, and nothing may be left over.
+
+    :class:`DetectionCheckpointer` does the work, so old ``cell_anchors`` and pixel statistics are forgiven.
+
+    Raises:
+        InputError: the file cannot be read, or keys are missing, unexpected or of another shape.
+    """
+    checkpoint = read(weights)
+    incompatible = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
+    faults = {
+        "missing": list(incompatible.missing_keys),
+        "unexpected": list(incompatible.unexpected_keys),
+        "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
+    }
+    faults = {fault: keys for fault, keys in faults.items() if keys}
+    if faults:
+        found = ", ".join(
+            f"{len(keys)} {fault} (such as {keys[0]})" for fault, keys in faults.items()
+        )
+        raise InputError(weights, found, f"all weights of this {type(detector).__name__}")
+    logger.info("%s: all %d tensors loaded", weights, len(detector.state_dict()))
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(weights: str) -> str:
+    """SHA-256 of a weights file, in hexadecimal; each version of a file is read once."""
+    path = local_path(weights)
+    stat = Path(path).stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
