@@ -210,11 +210,11 @@ def pip(*arguments: object, show: bool = False) -> subprocess.CompletedProcess:
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
-    """The line in which pip says what went wrong."""
+    """The line in which pip says what went wrong: an exception's, or its own last error."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(ERROR|error|\w*Error):", line)]
-    said = (errors or lines or [f"exit status {result.returncode}"])[-1]
-    return "pip: " + said.removeprefix("ERROR: ")
+    raised = [line for line in lines if re.match(r"\w+Error: ", line)]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return "pip: " + (raised or errors or lines or [f"exit status {result.returncode}"])[-1]
 
 
 def download(folder: Path) -> Path:
