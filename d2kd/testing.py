@@ -1,0 +1,313 @@
+"""The properties every distillation loss owes its users, checked on small detectors in seconds.
+
+    from d2kd.testing import check_loss
+    check_loss(lambda: MyLoss(levels=["p3"]), detectors=["faster_rcnn", "retinanet"])
+
+Everything runs on the CPU, seeded, without downloads, and leaves the caller's random state alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from .config import get_config
+from .layers.adapter import FeatureAdapter
+from .losses import DistillLoss, DistillLosses
+from .modeling import Distiller, Teacher
+
+CLASSES = 3
+
+
+def tiny_faster_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
+    """The LazyConfig node of a Faster R-CNN with frozen norms, the same in train and in eval."""
+    model = get_config("common/models/faster_rcnn_small.py").model
+    _shrink(model, width, channels)
+    model.proposal_generator.head.in_channels = channels
+    model.proposal_generator.batch_size_per_image = 32
+    model.proposal_generator.pre_nms_topk = (60, 30)
+    model.proposal_generator.post_nms_topk = (20, 10)
+    model.roi_heads.num_classes = classes
+    model.roi_heads.batch_size_per_image = 16
+    model.roi_heads.box_head.input_shape = ShapeSpec(channels=channels, height=7, width=7)
+    model.roi_heads.box_head.fc_dims = [32]
+    model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=32)
+    return model
+
+
+def tiny_retinanet(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
+    """The LazyConfig node of a RetinaNet with frozen norms."""
+    model = get_config("common/models/retinanet_small.py").model
+    _shrink(model, width, channels)
+    model.backbone.top_block.in_channels = channels
+    model.head.input_shape = [ShapeSpec(channels=channels)] * 5
+    model.head.conv_dims = [channels]
+    model.num_classes = classes
+    return model
+
+
+def _shrink(model: DictConfig, width: int, channels: int) -> None:
+    model.backbone.bottom_up.width = width
+    model.backbone.bottom_up.blocks = [1, 1, 1, 1]
+    model.backbone.bottom_up.norm = "FrozenBN"
+    model.backbone.out_channels = channels
+
+
+DETECTORS: dict[str, Callable[..., DictConfig]] = {
+    "faster_rcnn": tiny_faster_rcnn,
+    "retinanet": tiny_retinanet,
+}
+"""Small detectors by family: functions of width, channels and classes that return a model node."""
+
+
+def build(node: DictConfig, seed: int = 0) -> nn.Module:
+    """An instantiated node with the weights of a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return instantiate(node)
+
+
+def batch(
+    sizes: Sequence[tuple[int, int]] = ((64, 64), (48, 72)),
+    objects: Sequence[int] = (2, 1),
+    classes: int = CLASSES,
+    seed: int = 0,
+) -> list[dict]:
+    """Detectron2's training batch: random images of ``sizes`` (H, W) with ``objects[i]`` boxes each."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for (height, width), count in zip(sizes, objects, strict=True):
+        corner = torch.rand(count, 2, generator=generator) * 0.5
+        extent = 0.2 + torch.rand(count, 2, generator=generator) * 0.3
+        scale = torch.tensor([width, height, width, height])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1) * scale)
+        instances.gt_classes = torch.randint(classes, (count,), generator=generator)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        examples.append({"image": image, "instances": instances, "height": height, "width": width})
+    return examples
+
+
+def odd_batches(classes: int = CLASSES) -> dict[str, list[dict]]:
+    """Batches on which losses break, by what is odd about them."""
+    pixel = batch(objects=(1, 1), classes=classes)
+    for example in pixel:
+        example["instances"].gt_boxes = Boxes(torch.tensor([[3.0, 3.0, 4.0, 4.0]]))
+    crowd = batch(sizes=((64, 64),), objects=(40,), classes=classes)
+    return {
+        "no ground truth": batch(objects=(0, 0), classes=classes),
+        "one image without ground truth": batch(objects=(2, 0), classes=classes),
+        "one image": batch(sizes=((33, 65),), objects=(1,), classes=classes),
+        "sizes far apart": batch(sizes=((32, 160), (96, 40)), classes=classes),
+        "boxes of one pixel": pixel,
+        "more objects than regions": crowd,
+    }
+
+
+def check_loss(
+    factory: Callable[[], DistillLoss],
+    detectors: Iterable[str] | Mapping[str, Callable[..., DictConfig]] = tuple(DETECTORS),
+) -> list[str]:
+    """Check a loss against each family of detectors.
+
+    Silent on itself; student undisturbed; teacher invisible; only what is read runs; gradients where they
+    belong; finite on empty and odd input, with one class and under autocast; silent at weight 0.
+
+    Args:
+        factory: makes the loss, anew at each call.
+        detectors: family names of :data:`DETECTORS`, or functions like its values by a name of yours.
+
+    Returns:
+        what was checked, as ``"<family>: <property>"``.
+
+    Raises:
+        AssertionError: a property does not hold; the message names it, the family and what was seen.
+    """
+    families = (
+        dict(detectors)
+        if isinstance(detectors, Mapping)
+        else {name: DETECTORS[name] for name in detectors}
+    )
+    checked = []
+    with torch.random.fork_rng():
+        for family, node in families.items():
+            for title, check in PROPERTIES.items():
+                torch.manual_seed(0)
+                try:
+                    check(factory, node)
+                except AssertionError as error:
+                    raise AssertionError(f"{family}: {title}: {error}") from error
+                checked.append(f"{family}: {title}")
+    return checked
+
+
+def distiller(
+    factory: Callable[[], DistillLoss],
+    node: Callable[..., DictConfig],
+    *,
+    same: bool = False,
+    classes: int = CLASSES,
+    weight: float | None = None,
+) -> Distiller:
+    """A small Distiller in training; the teacher a wider stranger, or (``same``) the student's copy."""
+    student = build(node(classes=classes))
+    teacher = (
+        copy.deepcopy(student) if same else build(node(width=6, channels=24, classes=classes), 1)
+    )
+    loss = factory()
+    if weight is not None:
+        loss.weight = weight
+    losses = DistillLosses(loss=loss)
+    return Distiller(
+        student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=2
+    ).train()
+
+
+def step(model: nn.Module, examples: list[dict], seed: int = 0) -> dict[str, Tensor]:
+    """The losses of one forward, half-way through a run, with the random draws of a seed."""
+    torch.manual_seed(seed)
+    with EventStorage(start_iter=1):
+        return model(examples)
+
+
+def distillation(losses: dict[str, Tensor]) -> Tensor:
+    """The sum of the distillation losses among a step's losses."""
+    terms = [value for key, value in losses.items() if key.startswith("distill/")]
+    assert terms, "the loss returned nothing"
+    return sum(terms)
+
+
+def _gradient_norm(modules: Iterable[nn.Module]) -> float:
+    gradients = [p.grad.norm() for m in modules for p in m.parameters() if p.grad is not None]
+    return float(torch.stack(gradients).norm()) if gradients else 0.0
+
+
+def _silent_on_itself(factory, node) -> None:
+    model = distiller(factory, node, same=True)
+    with torch.no_grad():
+        for module in model.losses.modules():
+            if isinstance(module, FeatureAdapter):
+                for conv in module.convs.values():
+                    if isinstance(conv, nn.Conv2d):
+                        nn.init.dirac_(conv.weight)
+                        nn.init.zeros_(conv.bias)
+    value = distillation(step(model, batch()))
+    value.backward()
+    assert abs(float(value)) <= 1e-6, f"against its own copy the loss is {float(value)}"
+    norm = _gradient_norm([model.student])
+    assert norm <= 1e-5, f"against its own copy the student is pushed by {norm}"
+
+
+def _student_undisturbed(factory, node) -> None:
+    model = distiller(factory, node)
+    alone = step(copy.deepcopy(model.student), batch())
+    beside = step(model, batch())
+    for key, value in alone.items():
+        assert torch.equal(value, beside[key]), (
+            f"{key} is {float(beside[key])}, alone {float(value)}"
+        )
+    hooked = [name for name, m in model.named_modules() if m._forward_hooks]
+    assert not hooked, f"hooks left on {hooked}"
+
+
+def _teacher_invisible(factory, node) -> None:
+    model = distiller(factory, node)
+    teacher = model.teacher.detector
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    theirs = {id(p) for p in teacher.parameters()}
+    model.train()
+    sum(step(model, batch()).values()).backward()
+    assert not any(id(p) in theirs for p in model.parameters()), "its parameters are the model's"
+    assert not any("teacher" in key for key in model.state_dict()), "it is in the state_dict"
+    assert not any(m.training for m in teacher.modules()), "train() reached it"
+    assert all(p.grad is None for p in teacher.parameters()), "it received a gradient"
+    changed = [
+        key for key, value in teacher.state_dict().items() if not torch.equal(value, before[key])
+    ]
+    assert not changed, f"a step changed its {changed[:3]}"
+
+
+_ASKED_BY = {
+    "backbone": ("features",),
+    "proposal_generator": (),
+    "roi_heads.box_head": ("regions",),
+    "head": ("predictions",),
+}
+
+
+def _only_what_is_read_runs(factory, node) -> None:
+    model = distiller(factory, node)
+    teacher = model.teacher.detector
+    ran: list[str] = []
+    for name in _ASKED_BY:
+        try:
+            module = teacher.get_submodule(name)
+        except AttributeError:
+            continue
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    given = []
+    ask = model.teacher.ask
+    model.teacher.ask = lambda *args, **kwargs: given.append(ask(*args, **kwargs)) or given[-1]
+    step(model, batch())
+    read = set(given[0].__dict__)
+    for name in set(ran):
+        assert read & set(_ASKED_BY[name]), f"the teacher's {name} ran, and nothing read it"
+        assert ran.count(name) == 1, f"the teacher's {name} ran {ran.count(name)} times in a step"
+
+
+def _gradients_where_they_belong(factory, node) -> None:
+    model = distiller(factory, node)
+    distillation(step(model, batch())).backward()
+    norm = _gradient_norm([model.student])
+    assert 0 < norm < float("inf"), f"the student's gradient has norm {norm}"
+    # A parameter may meet a gradient of 0, but one without any would stop DDP.
+    idle = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle, f"no gradient reaches {idle[:3]}"
+
+
+def _finite(factory, node, examples, *, why: str, **options) -> None:
+    model = distiller(factory, node, **options)
+    losses = step(model, examples)
+    for key, value in losses.items():
+        assert torch.isfinite(value).all(), f"{why}: {key} is {float(value)}"
+    sum(losses.values()).backward()
+    norm = _gradient_norm([model])
+    assert norm < float("inf"), f"{why}: the gradient has norm {norm}"
+
+
+def _empty_and_odd_input(factory, node) -> None:
+    for why, examples in odd_batches().items():
+        _finite(factory, node, examples, why=why)
+    _finite(factory, node, batch(classes=1), why="one class", classes=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _finite(factory, node, batch(), why="bfloat16 autocast")
+
+
+def _silent_at_weight_zero(factory, node) -> None:
+    model = distiller(factory, node, weight=0.0)
+    losses = step(model, batch())
+    sum(losses.values()).backward()
+    terms = {key: float(value) for key, value in losses.items() if key.startswith("distill/")}
+    assert not any(terms.values()), f"weight 0 gives {terms}"
+    idle = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle, f"at weight 0 no gradient reaches {idle[:3]}, and DDP would stop"
+
+
+PROPERTIES: dict[str, Callable] = {
+    "silent on itself": _silent_on_itself,
+    "student undisturbed": _student_undisturbed,
+    "teacher invisible": _teacher_invisible,
+    "only what is read runs": _only_what_is_read_runs,
+    "gradients where they belong": _gradients_where_they_belong,
+    "empty and odd input": _empty_and_odd_input,
+    "silent at weight 0": _silent_at_weight_zero,
+}
+"""What :func:`check_loss` checks, in this order."""
