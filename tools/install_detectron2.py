@@ -224,7 +224,7 @@ def download(folder: Path) -> Path:
             raise Failure(
                 module,
                 "not installed",
-                "it before Detectron2 (pip install torch torchvision setuptools)",
+                "torch, torchvision and setuptools to be installed before Detectron2",
             )
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{ARCHIVE} --hash=sha256:{SHA256}\n", encoding="utf-8")
