@@ -7,6 +7,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
+
+STATISTICS = {"pixel_mean", "pixel_std"}
 
 
 def local_path(weights: str) -> str:
@@ -56,16 +59,19 @@ def read(weights: str) -> dict:
 def load_strict(detector: nn.Module, weights: str) -> None:
     """Load weights into a detector; every parameter must be met, and nothing may be left over.
 
-    :class:`DetectionCheckpointer` does the work, so old ``cell_anchors`` and pixel statistics are forgiven.
+    :class:`DetectionCheckpointer` does the work, so old ``cell_anchors`` are forgiven, and so are pixel
+    statistics: the config's are used, with a warning where the file's differ.
 
     Raises:
         InputError: the file cannot be read, or keys are missing, unexpected or of another shape.
     """
     checkpoint = read(weights)
+    state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     incompatible = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
     faults = {
         "missing": list(incompatible.missing_keys),
-        "unexpected": list(incompatible.unexpected_keys),
+        # Old checkpoints hold the pixel statistics, which are the config's since.
+        "unexpected": [k for k in incompatible.unexpected_keys if k not in STATISTICS],
         "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
     }
     faults = {fault: keys for fault, keys in faults.items() if keys}
@@ -74,6 +80,16 @@ def load_strict(detector: nn.Module, weights: str) -> None:
             f"{len(keys)} {fault} (such as {keys[0]})" for fault, keys in faults.items()
         )
         raise InputError(weights, found, f"all weights of this {type(detector).__name__}")
+    for key in STATISTICS & state.keys():
+        theirs, ours = torch.as_tensor(state[key]), getattr(detector, key, None)
+        if ours is not None and not torch.allclose(theirs.flatten().to(ours), ours.flatten()):
+            logger.warning(
+                "%s: its %s is %s; the config's %s is used",
+                weights,
+                key,
+                theirs.flatten().tolist(),
+                ours.flatten().tolist(),
+            )
     logger.info("%s: all %d tensors loaded", weights, len(detector.state_dict()))
 
 

@@ -1,0 +1,193 @@
+"""The meta-architecture: an ordinary student outside, a teacher nobody sees, inherit, taps, yacs."""
+
+import io
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver.build import get_default_optimizer_params
+from torch import nn
+
+from d2kd.config import add_d2kd_config
+from d2kd.errors import InputError
+from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import distiller, step
+
+from .common import DETECTORS, batch, build, tiny_faster_rcnn, tiny_retinanet
+
+
+def make(student=None, teacher=None, losses=None, **options):
+    return Distiller(
+        student=student or build(tiny_retinanet()),
+        teacher=Teacher(teacher or build(tiny_retinanet(), 1), None),
+        losses=losses or DistillLosses(imitation=ImitationLoss()),
+        max_iter=10,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_in_eval_a_distiller_is_its_student(family):
+    model = distiller(ImitationLoss, DETECTORS[family]).eval()
+    examples = batch()
+    with torch.no_grad():
+        ours, alone = model(examples), model.student(examples)
+    for a, b in zip(ours, alone, strict=True):
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    model = make()
+    theirs = {id(p) for p in model.teacher.detector.parameters()}
+    groups = get_default_optimizer_params(model, base_lr=0.1)
+    assert not theirs & {id(p) for group in groups for p in group["params"]}
+    own = {f"student.{key}" for key in model.student.state_dict()}
+    assert {key for key in model.state_dict() if not key.startswith("losses.")} == own
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    assert len(model.state_dict()) == len(own) + len(model.losses.state_dict())
+
+
+def test_moving_the_distiller_moves_the_teacher():
+    model = make().to(torch.float64)
+    assert all(p.dtype == torch.float64 for p in model.teacher.detector.parameters())
+    model = make().to("meta")
+    assert all(p.device.type == "meta" for p in model.teacher.detector.parameters())
+
+
+def test_whatever_is_not_saved_is_frozen():
+    model = make(teacher=build(tiny_retinanet(width=6, channels=24), 1))
+    saved = {id(p) for m in (model.student, model.losses) for p in m.parameters()}
+    for p in (*model.parameters(), *model.teacher.detector.parameters()):
+        assert id(p) in saved or not p.requires_grad
+
+
+def test_inherit_copies_what_fits_and_names_the_rest(caplog):
+    student, teacher = build(tiny_retinanet()), build(tiny_retinanet(classes=5), 1)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    with caplog.at_level("INFO", logger="d2kd"):
+        make(student, teacher, inherit=["head.", "backbone.fpn_"])
+    after, source = student.state_dict(), teacher.state_dict()
+    for key, value in after.items():
+        inherits = key.startswith(("head.", "backbone.fpn_")) and value.shape == source[key].shape
+        assert torch.equal(value, source[key] if inherits else before[key]), key
+    assert "head.cls_score.weight" in caplog.text and "not inherited" in caplog.text
+    value = next(student.parameters())
+    assert value.requires_grad and value.data_ptr() != next(teacher.parameters()).data_ptr()
+
+
+class Tapped(DistillLoss):
+    taps = ("head.cls_subnet.0",)
+
+    def forward(self, student, teacher):
+        (*_, last) = student.taps["head.cls_subnet.0"]
+        assert len(student.taps["head.cls_subnet.0"]) == 5, "one call for each level"
+        return last.square().mean()
+
+
+def test_taps_listen_to_any_module_of_the_student():
+    model = make(losses=DistillLosses(tapped=Tapped())).train()
+    losses = step(model, batch())
+    losses["distill/loss_tapped"].backward()
+    assert model.student.head.cls_subnet[0].weight.grad.abs().sum() > 0
+    Tapped.taps = ("head.nothing",)
+    try:
+        with pytest.raises(InputError, match="no module 'head.nothing'"):
+            make(losses=DistillLosses(tapped=Tapped()))
+    finally:
+        Tapped.taps = ("head.cls_subnet.0",)
+
+
+@pytest.mark.parametrize(
+    "losses, student, teacher, line",
+    [
+        (
+            lambda: ImitationLoss(levels=["p2"]),
+            tiny_retinanet,
+            tiny_retinanet,
+            r"losses.it.levels: the student's backbone has no 'p2'; expected of p3, p4",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            tiny_retinanet,
+            r"losses.it.regions: the student is a RetinaNet, which has none; expected a two-stage",
+        ),
+        (
+            TARLoss,
+            tiny_faster_rcnn,
+            lambda: tiny_faster_rcnn(classes=9),
+            r"losses.it.num_classes: student 3, teacher 9; expected the same classes",
+        ),
+        (
+            lambda: ImitationLoss(adapter="none"),
+            tiny_retinanet,
+            lambda: tiny_retinanet(channels=24),
+            r"losses.it.adapter: none, but 'p3' has 16 and 24 channels; expected auto",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_training(losses, student, teacher, line):
+    with pytest.raises(InputError, match=line):
+        make(build(student()), build(teacher()), DistillLosses(it=losses()))
+
+
+class ReadsRegions(DistillLoss):
+    def forward(self, student, teacher):
+        return student.regions[0].pred_class_logits.sum()
+
+
+def test_a_loss_that_reads_what_is_not_there_is_named():
+    with pytest.raises(InputError, match="losses.mine: a RetinaNet has no 'regions'"):
+        step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
+
+
+def test_features_join_two_families():
+    model = make(build(tiny_retinanet()), build(tiny_faster_rcnn(channels=24), 1)).train()
+    loss = step(model, batch())["distill/loss_imitation"]
+    assert loss > 0 and model.losses.by_name["imitation"].levels == ["p3", "p4", "p5", "p6"]
+
+
+RECIPE = """
+from detectron2.config import LazyCall as L
+from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.modeling import Teacher
+from d2kd.testing import tiny_faster_rcnn
+model = dict(
+    teacher=L(Teacher)(detector=tiny_faster_rcnn(), weights=None),
+    losses=L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p2", "p3"])),
+)
+"""
+
+
+def test_yacs_users_build_it_by_name(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE)
+    cfg = get_cfg()
+    add_d2kd_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.DISTILLER.CONFIG = str(recipe)
+    assert "Distiller" in META_ARCH_REGISTRY
+    model = build_model(cfg)
+    assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
+    assert model.max_iter == cfg.SOLVER.MAX_ITER
+    loss = step(model.train(), batch())["distill/loss_imitation"]
+    assert torch.isfinite(loss) and isinstance(model.student, nn.Module)

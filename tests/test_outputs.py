@@ -1,0 +1,100 @@
+"""Capture and ask agree, and leave nothing behind."""
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from d2kd.errors import InputError
+from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, outputs_of
+from d2kd.modeling.outputs import Unreadable
+
+from .common import DETECTORS, batch, build
+
+
+def listen(detector, examples):
+    kind = outputs_of(detector)
+    with EventStorage(), capture(kind.joints(detector)) as calls:
+        detector.train()(examples)
+    return kind.from_calls(detector, examples, calls)
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+@pytest.mark.parametrize("objects", [(2, 1), (0, 0), (3, 0)])
+def test_a_copy_answers_what_the_student_said(family, objects):
+    student = build(DETECTORS[family]())
+    teacher = Teacher(build(DETECTORS[family]()), None)
+    examples = batch(objects=objects)
+    said = listen(student, examples)
+    asked = teacher.ask(examples, **said.shared)
+    for level, feature in said.features.items():
+        assert feature.requires_grad and not asked.features[level].requires_grad
+        torch.testing.assert_close(feature, asked.features[level])
+    if family == "faster_rcnn":
+        (ours,), (theirs,) = said.regions, asked.regions
+        assert len(ours.gt_classes) == len(ours.gt_boxes) == len(ours.box_tensor) > 0
+        assert all(a is b for a, b in zip(ours.boxes, theirs.boxes, strict=True))
+        pairs = [(ours.pred_class_logits, theirs.pred_class_logits)]
+        pairs += [(ours.pred_proposal_deltas, theirs.pred_proposal_deltas)]
+    else:
+        pairs = list(zip(said.pred_logits, asked.pred_logits, strict=True))
+        pairs += list(zip(said.pred_anchor_deltas, asked.pred_anchor_deltas, strict=True))
+        anchors = sum(len(a) for a in said.anchors)
+        assert said.gt_labels.shape == (2, anchors) and said.matched_gt_boxes.shape[1:] == (
+            anchors,
+            4,
+        )
+        assert sum(x.shape[1] for x in said.pred_logits) == anchors
+    for ours, theirs in pairs:
+        assert ours.requires_grad and not theirs.requires_grad
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_row_of_a_region_follows_its_box():
+    """Permuting the shared boxes of an image permutes the teacher's answers, and nothing else."""
+    examples = batch()
+    said = listen(build(DETECTORS["faster_rcnn"]()), examples)
+    teacher = Teacher(build(DETECTORS["faster_rcnn"](), 1), None)
+    straight = teacher.ask(examples, region_boxes=said.region_boxes).regions[0]
+    turned = [[boxes[torch.arange(len(boxes) - 1, -1, -1)] for boxes in said.region_boxes[0]]]
+    reverse = teacher.ask(examples, region_boxes=turned).regions[0]
+    first = len(said.region_boxes[0][0])
+    torch.testing.assert_close(
+        straight.pred_class_logits[:first], reverse.pred_class_logits[:first].flip(0)
+    )
+
+
+def test_dense_predictions_keep_the_detectors_own_order():
+    detector = build(DETECTORS["retinanet"]())
+    examples = batch()
+    said = listen(detector, examples)
+    predictions = detector.head([said.features[f] for f in detector.head_in_features])
+    theirs = detector._transpose_dense_predictions(predictions, [detector.num_classes, 4])
+    for ours, expected in zip((said.pred_logits, said.pred_anchor_deltas), theirs, strict=True):
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_capture_removes_its_hooks_even_after_an_error():
+    module = nn.Linear(2, 2)
+    with pytest.raises(ZeroDivisionError), capture({"it": module}) as calls:
+        module(torch.zeros(1, 2))
+        assert len(calls["it"]) == 1
+        raise ZeroDivisionError
+    assert not module._forward_hooks
+
+
+def test_what_a_family_does_not_say_is_named():
+    dense = Teacher(build(DETECTORS["retinanet"]()), None).ask(batch())
+    assert isinstance(dense, DenseOutputs)
+    with pytest.raises(Unreadable, match="a RetinaNet has no 'regions'"):
+        dense.regions  # noqa: B018
+    two_stage = Teacher(build(DETECTORS["faster_rcnn"]()), None).ask(batch())
+    assert isinstance(two_stage, RCNNOutputs)
+    with pytest.raises(Unreadable, match="no regions to ask"):
+        two_stage.regions  # noqa: B018
+
+
+def test_an_unknown_detector_is_refused():
+    with pytest.raises(InputError, match="Linear: .*; expected a GeneralizedRCNN"):
+        outputs_of(nn.Linear(1, 1))
