@@ -1,8 +1,8 @@
-# make demo          the main job: a small study, a few minutes to train, a table and pictures
-# make demo FAST=1   the same in two minutes, to see that it runs; its figures mean nothing
+# make demo          the main job: a small study, then a table, curves and pictures
+# make demo FAST=1   the same in about two minutes, to see that it runs; its figures mean nothing
 # make test          lint, format check, tests
 #
-# Both set up .venv first; once it is there, that costs nothing. To use an environment of your own,
+# Each sets up .venv first (about two minutes and 6 GB, once; later it costs nothing). To use an environment of your own,
 # in which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
 
 .PHONY: demo test setup

@@ -13,7 +13,7 @@ if importlib.util.find_spec("detectron2") is None:
         name="detectron2",
     )
 
-# Detectron2 and fvcore script functions as they are imported, and torch warns about each of them.
-# Nobody who uses d2kd can act on it.
+# What torch says about Detectron2's and fvcore's own code: nobody who uses d2kd can act on it.
 warnings.filterwarnings("ignore", "`torch.jit.script", category=FutureWarning)
 warnings.filterwarnings("ignore", "`torch.jit.script", category=DeprecationWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", category=UserWarning)
