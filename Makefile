@@ -2,8 +2,8 @@
 # make demo FAST=1   the same in about two minutes, to see that it runs; its figures mean nothing
 # make test          lint, format check, tests
 #
-# Each sets up .venv first (about two minutes and 6 GB, once; later it costs nothing). To use an environment of your own,
-# in which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
+# Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in
+# which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
 
 .PHONY: demo test setup
 
