@@ -1,0 +1,16 @@
+"""The generated set shapes_{train,val,test}, the user's own data, and loaders that repeat themselves."""
+
+from d2kd.data import shapes
+from d2kd.data.datasets import check_dataset, coco_dataset
+from d2kd.data.loader import build_test_loader, build_train_loader, use_seeded_loaders
+
+__all__ = [
+    "build_test_loader",
+    "build_train_loader",
+    "check_dataset",
+    "coco_dataset",
+    "shapes",
+    "use_seeded_loaders",
+]
+
+shapes.register()  # names only; the images are drawn when first asked for

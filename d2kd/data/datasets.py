@@ -1,0 +1,200 @@
+"""The user's own COCO-style data: registered from a config, and looked at before training.
+
+What would fail after an hour, deep inside a worker or at the first evaluation, is said in one line
+at the start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+from d2kd.errors import InputError
+
+# What loading reads, and what COCO's evaluation reads of every annotation (`area` and `iscrowd`).
+_KEYS = {
+    "categories": {"id", "name"},
+    "images": {"id", "file_name", "width", "height"},
+    "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd"},
+}
+
+
+def coco_dataset(
+    name: str, json_file: str, image_root: str, classes: Sequence[str] | None = None
+) -> str:
+    """Register COCO-style data and return its name: a config says it where a name is expected::
+
+        dataloader.train.dataset.names = L(coco_dataset)(
+            name="birds_train", json_file="birds/train.json", image_root="birds/images"
+        )
+
+    Args:
+        classes: if given, the file must have exactly these, in the order of their category ids (row
+            k of a classifier is class k). Give the same list for training and validation, and the
+            two cannot disagree.
+
+    Raises:
+        InputError: the files cannot be used (see :func:`check_dataset`), or `name` means other data
+            already.
+    """
+    classes = None if classes is None else tuple(classes)
+    given = (str(json_file), str(image_root), classes)
+    if name in DatasetCatalog.list():
+        known = MetadataCatalog.get(name).get("registered_as")
+        if known == given:
+            return name
+        found = f"already registered as {known[0]} in {known[1]}" if known else "already registered"
+        raise InputError(f"data set {name!r}", found, f"a name not yet taken for {json_file}")
+
+    names = _check_coco(*given)
+    DatasetCatalog.register(name, lambda: load_coco_json(given[0], given[1], name))
+    MetadataCatalog.get(name).set(
+        json_file=given[0],
+        image_root=given[1],
+        evaluator_type="coco",
+        thing_classes=list(names),
+        registered_as=given,
+    )
+    return name
+
+
+def check_dataset(names) -> list[str]:
+    """Look at data sets before they are used.
+
+    Generated sets are drawn now. Of COCO-style sets, ours or registered with Detectron2, the JSON
+    is read and every image it names is looked for (one listing per folder; images are not decoded).
+
+    Args:
+        names: a name, several, or config nodes that give names
+            (``cfg.dataloader.train.dataset.names``).
+
+    Returns:
+        The names, as a list.
+
+    Raises:
+        InputError: naming the folder, file, image or annotation at fault.
+    """
+    names = instantiate(names)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in DatasetCatalog.list():
+            near = difflib.get_close_matches(name, DatasetCatalog.list())
+            expected = " or ".join(near) or "a name registered with Detectron2, or coco_dataset(…)"
+            raise InputError(f"data set {name!r}", "not registered", expected)
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("prepare"):
+            metadata.prepare()
+        if metadata.get("evaluator_type") == "coco" and metadata.get("image_root") is not None:
+            _check_coco(
+                metadata.json_file,
+                metadata.image_root,
+                (metadata.get("registered_as") or [None])[-1],
+            )
+    return names
+
+
+@lru_cache  # asked again by the evaluator's node and the trainer; an error is never remembered
+def _check_coco(
+    json_file: str, image_root: str, classes: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """The class names in the order of their category ids, or an InputError."""
+    if not PathManager.isdir(image_root):
+        raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
+    content = _read(json_file)
+    categories = {one["id"]: one["name"] for one in content["categories"]}
+    images = {one["id"] for one in content["images"]}
+    if not images or not categories:
+        raise InputError(json_file, "no images or no categories", "at least one of each")
+
+    names = tuple(categories[key] for key in sorted(categories))
+    if classes is not None and set(classes) != set(names):
+        lacks, adds = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+        difference = [f"no class {', '.join(lacks)}"] * bool(lacks)
+        difference += [f"classes not in the list: {', '.join(adds)}"] * bool(adds)
+        raise InputError(json_file, "; ".join(difference), f"the classes {', '.join(classes)}")
+    if classes is not None and classes != names:
+        raise InputError(
+            f"classes of {json_file}",
+            ", ".join(classes),
+            f"the order of the category ids: {', '.join(names)}",
+        )
+
+    for one in content["annotations"]:
+        culprit = f"{json_file}: annotation {one['id']}"
+        if one["category_id"] not in categories:
+            listed = ", ".join(map(str, sorted(categories)))
+            raise InputError(culprit, f"category {one['category_id']!r}", f"one of {listed}")
+        if one["image_id"] not in images:
+            raise InputError(culprit, f"image {one['image_id']!r}", "an image id of the file")
+        if not _is_box(one["bbox"]):
+            raise InputError(culprit, f"bbox {one['bbox']!r}", "[x, y, width, height] in pixels")
+
+    _check_images((one["file_name"] for one in content["images"]), json_file, image_root)
+    return names
+
+
+def _read(json_file: str) -> dict[str, list[dict]]:
+    if not PathManager.isfile(json_file):
+        raise InputError(json_file, "no such file", "annotations in COCO's format")
+    try:
+        with PathManager.open(json_file, "r", encoding="utf-8") as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(json_file, f"broken JSON at {where}: {error.msg}", "valid JSON") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(json_file, f"unreadable: {error}", "a JSON file in UTF-8") from error
+
+    if not isinstance(content, dict):
+        raise InputError(
+            json_file, f"a {type(content).__name__}", f"an object of {', '.join(_KEYS)}"
+        )
+    for section, keys in _KEYS.items():
+        records = content.get(section)
+        if not isinstance(records, list):
+            raise InputError(json_file, f"no list {section!r}", f"the lists {', '.join(_KEYS)}")
+        seen = set()
+        for position, record in enumerate(records):
+            culprit = f"{json_file}: {section}[{position}]"
+            if not isinstance(record, dict):
+                raise InputError(culprit, repr(record), f"an object with {', '.join(sorted(keys))}")
+            if missing := keys - record.keys():
+                raise InputError(
+                    culprit, f"no {', '.join(sorted(missing))}", "COCO's keys for detection"
+                )
+            if not isinstance(record["id"], int) or record["id"] in seen:
+                raise InputError(culprit, f"id {record['id']!r}", "a whole number no other has")
+            seen.add(record["id"])
+    return content
+
+
+def _is_box(box) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+        and min(box[2:]) >= 0
+    )
+
+
+def _check_images(file_names: Iterable[str], json_file: str, image_root: str) -> None:
+    folders = defaultdict(set)
+    for file_name in file_names:
+        folder, name = os.path.split(os.path.join(image_root, file_name))
+        folders[folder].add(name)
+    for folder, wanted in folders.items():
+        present = PathManager.ls(folder) if PathManager.isdir(folder) else []
+        if missing := sorted(wanted.difference(present)):
+            more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
+            first = os.path.join(folder, missing[0])
+            raise InputError(first, f"missing{more}", f"every image that {json_file} names")

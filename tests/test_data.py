@@ -1,0 +1,474 @@
+"""Data: the generated set is the same everywhere, loaders repeat themselves, bad input is named."""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import shutil
+
+import detectron2.data.transforms as T
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from PIL import Image
+
+from d2kd.config import get_config
+from d2kd.data import (
+    build_test_loader,
+    build_train_loader,
+    check_dataset,
+    coco_dataset,
+    shapes,
+    use_seeded_loaders,
+)
+from d2kd.errors import InputError
+
+SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return shapes.write(tmp_path_factory.mktemp("data") / "small", **SMALL)
+
+
+@pytest.fixture
+def registered(small):
+    """shapes_* mean the small set; the default ones come back after."""
+    shapes.register(small, **SMALL)
+    yield
+    shapes.register()
+
+
+@pytest.fixture
+def own(small, tmp_path):
+    """The user's own data: a COCO file and its folder of images, free to be broken."""
+    shutil.copytree(small / "train", tmp_path / "images")
+    shutil.copy(small / "train.json", tmp_path / "own.json")
+    names = set(DatasetCatalog.list())
+    yield tmp_path / "own.json", tmp_path / "images"
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def change(json_file, edit):
+    content = json.loads(json_file.read_text())
+    edit(content)
+    json_file.write_text(json.dumps(content))
+
+
+# ---------------------------------------------------------------------------------------- shapes
+
+
+def test_same_json_and_pixels_everywhere(small):
+    digest = hashlib.sha256()
+    for split in shapes.SPLITS:
+        digest.update((small / f"{split}.json").read_bytes())
+        for file in sorted((small / split).iterdir()):
+            digest.update(np.asarray(Image.open(file)).tobytes())
+    assert digest.hexdigest() == (
+        "7e6bdc45f0c707d5a23c0b9443947767bef3a20cd565cd969ffe97c8f21c7d03"
+    )
+
+
+def test_an_image_depends_on_seed_split_and_index_only():
+    image, objects = shapes.draw(5, "train", 7)
+    again, objects_again = shapes.draw(5, "train", 7)
+    assert np.array_equal(image, again) and objects == objects_again
+    for other in ((6, "train", 7), (5, "val", 7), (5, "train", 8)):
+        assert not np.array_equal(image, shapes.draw(*other)[0])
+
+
+def test_boxes_are_inside_and_all_classes_and_sizes_occur():
+    drawn = [shapes.draw(0, "train", index) for index in range(80)]
+    objects = [one for _, many in drawn for one in many]
+    boxes = np.array([one["bbox"] for one in objects])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= shapes.SIZE).all()
+    assert boxes[:, 2:].min() >= 2 and boxes[:, 2:].max() <= 100
+    assert (boxes[:, 2:].max(axis=1) < 16).mean() > 0.1  # small ones
+    assert (boxes[:, 2:].max(axis=1) > 64).mean() > 0.1  # large ones
+    assert {one["category_id"] for one in objects} == set(range(1, len(shapes.CLASSES) + 1))
+    assert all(0 < one["area"] <= one["bbox"][2] * one["bbox"][3] * 1.2 for one in objects)
+    assert any(not many for _, many in drawn)  # an image without any object
+
+
+def test_polygons_are_filled_exactly():
+    """A triangle against the definition, sample by sample."""
+    points = np.array([(10, 3), (300, 120), (37, 411)])
+    inside = shapes._fill(points)
+    for row, column in np.random.RandomState(0).randint(0, inside.shape, (400, 2)):
+        x, y = 16 * column + 8, 16 * row + 8
+        edges = zip(points, np.roll(points, -1, axis=0))
+        sides = {
+            np.sign((bx - ax) * (y - ay) - (by - ay) * (x - ax)) for (ax, ay), (bx, by) in edges
+        }
+        assert inside[row, column] == (sides == {1}) or 0 in sides
+
+
+def test_written_once_and_whole(small, tmp_path, monkeypatch):
+    before = (small / "train.json").stat().st_mtime_ns
+    shapes.write(small, **SMALL)
+    assert (small / "train.json").stat().st_mtime_ns == before
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shapes, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.write(tmp_path / "new", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_else_a_folder_may_hold(small, tmp_path):
+    with pytest.raises(InputError, match="'seed': 3.*expected.*'seed': 4"):
+        shapes.write(small, **{**SMALL, "seed": 4})
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="no readable train.json"):
+        shapes.write(tmp_path, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    broken = shutil.copytree(small, tmp_path / "broken")
+    (broken / "val" / "000001.png").unlink()
+    with pytest.raises(InputError, match="1 images; expected 2"):
+        shapes.write(broken, **SMALL)
+    for wrong in ({"train": 0}, {"seed": -1}, {"val": 2.5}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} of shapes"):
+            shapes.write(tmp_path / "wrong", **{**SMALL, **wrong})
+
+
+def test_two_processes_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [
+        context.Process(target=shapes.write, args=(tmp_path / "set",), kwargs=SMALL)
+        for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+    assert shapes.write(tmp_path / "set", **SMALL)
+
+
+def test_the_default_place(monkeypatch, tmp_path):
+    assert shapes.default_root().parts[0] == "datasets"
+    monkeypatch.setenv("D2KD_DATASETS", str(tmp_path))
+    assert shapes.default_root().parent == tmp_path
+    assert shapes.default_root() != shapes.default_root(seed=1) != shapes.default_root(train=8)
+
+
+def test_registered_without_drawing(tmp_path):
+    try:
+        shapes.register(tmp_path / "later", **SMALL)
+        assert not list(tmp_path.iterdir())
+        assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASSES)
+        assert len(DatasetCatalog.get("shapes_train")) == 6
+        assert (tmp_path / "later" / "test.json").is_file()
+    finally:
+        shapes.register()
+
+
+# ---------------------------------------------------------------------------------------- loaders
+
+
+class Probe:
+    """A mapper that reports what it was given and what it drew."""
+
+    def __call__(self, record):
+        draws = (np.random.rand(), random.random(), torch.rand(()).item())
+        return {"index": record["index"], "draws": draws}
+
+
+def records(n=7):
+    return [{"index": i, "width": 2 + i % 3, "height": 3} for i in range(n)]
+
+
+def stream(batches, start=0, seed=1, dataset=None, batch_size=4, **options):
+    loader = build_train_loader(
+        dataset or records(),
+        mapper=Probe(),
+        total_batch_size=batch_size,
+        seed=seed,
+        start=start,
+        **{"aspect_ratio_grouping": False, **options},
+    )
+    iterator = iter(loader)
+    return [[(one["index"], *one["draws"]) for one in next(iterator)] for _ in range(batches)]
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_same_draws_whatever_the_workers_and_the_random_state(grouping):
+    torch.manual_seed(0)
+    expected = stream(9, aspect_ratio_grouping=grouping)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    for workers in (1, 2):
+        assert stream(9, aspect_ratio_grouping=grouping, num_workers=workers) == expected
+    assert stream(9, aspect_ratio_grouping=grouping, seed=2) != expected
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_resumed_in_the_middle_of_an_epoch(grouping):
+    whole = stream(12, aspect_ratio_grouping=grouping)
+    assert stream(7, start=5, aspect_ratio_grouping=grouping) == whole[5:]
+
+
+def test_an_epoch_sees_every_image_once_and_in_another_order():
+    order = [one[0] for batch in stream(21, batch_size=4) for one in batch]
+    epochs = [tuple(order[i : i + 7]) for i in range(0, 84, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) == 12
+    draws = [one[1:] for batch in stream(21) for one in batch]
+    assert len(set(draws)) == len(draws)
+
+
+def test_grouped_batches_are_wide_or_tall():
+    data = records()
+    for batch in stream(20, batch_size=2, aspect_ratio_grouping=True):
+        assert len({data[index]["width"] > data[index]["height"] for index, *_ in batch}) == 1
+    with pytest.raises(InputError, match="aspect_ratio_grouping: an image without 'height'"):
+        stream(1, dataset=[{"index": 0, "width": 3}], aspect_ratio_grouping=True)
+
+
+def test_processes_share_one_stream(monkeypatch):
+    alone = stream(6)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        shares.append(stream(6))
+    for batch, first, second in zip(alone, *shares):
+        assert batch[0::2] == first and batch[1::2] == second
+    with pytest.raises(
+        InputError, match="total_batch_size: 3; expected a positive multiple of the 2"
+    ):
+        stream(1, batch_size=3)
+
+
+def test_global_random_state_is_left_alone():
+    def state():
+        return np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
+
+    before = state()
+    stream(3)
+    assert state() == before
+
+
+def test_a_mapper_may_pass_an_image_over():
+    class Even(Probe):
+        def __call__(self, record):
+            return super().__call__(record) if record["index"] % 2 == 0 else None
+
+    loader = build_train_loader(records(), mapper=Even(), total_batch_size=7)
+    assert {one["index"] for one in next(iter(loader))} == {0, 2, 4, 6}
+    loader = build_train_loader(records(), mapper=lambda record: None, total_batch_size=7)
+    with pytest.raises(InputError, match="no image that the mapper accepts"):
+        next(iter(loader))
+    with pytest.raises(InputError, match="no image"):
+        build_train_loader([], mapper=Probe(), total_batch_size=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named(own, workers):
+    json_file, images = own
+    name = coco_dataset("own", str(json_file), str(images))
+    mapper = DatasetMapper(is_train=True, augmentations=[T.RandomFlip()], image_format="BGR")
+    file = images / "000002.png"
+    size = shapes.SIZE
+    for content, found in (
+        (b"no image at all", "cannot be decoded"),
+        (file.read_bytes()[:9000], "cannot be decoded"),
+        (None, f"{size} x 20 pixels; expected {size} x {size}"),
+    ):
+        if content is None:
+            Image.new("RGB", (size, 20)).save(file)
+        else:
+            file.write_bytes(content)
+        data = DatasetCatalog.get(name)
+        train = build_train_loader(data, mapper=mapper, total_batch_size=2, num_workers=workers)
+        for loader in (train, build_test_loader(data, mapper=mapper, num_workers=workers)):
+            with pytest.raises(InputError, match=f"{file}: {found}"):
+                for _ in zip(range(6), loader):
+                    pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_a_mapper_stay_what_they_are(own, workers):
+    def fails(record):
+        raise ZeroDivisionError("mine")
+
+    data = [{"file_name": str(own[1] / "000001.png"), "width": 160, "height": 160}]
+    loader = build_train_loader(data, mapper=fails, total_batch_size=1, num_workers=workers)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        next(iter(loader))
+
+
+def test_the_shapes_config(registered):
+    cfg = OmegaConf.create({"train": {"seed": 5}}, flags={"allow_objects": True})
+    cfg.dataloader = get_config("common/data/shapes.py").dataloader
+    assert instantiate(cfg.dataloader.train).dataset.seed == 5
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    batch = next(iter(instantiate(cfg.dataloader.train)))
+    assert [one["image"].shape for one in batch] == [(3, 160, 160)] * 8
+    tests = list(instantiate(cfg.dataloader.test))
+    assert [one[0]["image_id"] for one in tests] == [1, 2]
+    assert len(instantiate(cfg.dataloader.test)) == 2
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    evaluator.reset()
+    for batch in tests:  # the ground truth as predictions: every AP is 100
+        target = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+        found = target(DatasetCatalog.get("shapes_val")[batch[0]["image_id"] - 1])["instances"]
+        found.pred_boxes, found.pred_classes = found.gt_boxes, found.gt_classes
+        found.scores = torch.ones(len(found))
+        evaluator.process(batch, [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_detectron2s_loaders_become_ours(registered):
+    names = L(get_detection_dataset_dicts)(names="shapes_train", filter_empty=False)
+    mapper = L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR")
+    nodes = OmegaConf.create(
+        {
+            "train": L(build_detection_train_loader)(
+                dataset=names, mapper=mapper, total_batch_size=2, num_workers=0, sampler=None
+            ),
+            "test": L(build_detection_test_loader)(dataset=names, mapper=mapper, num_workers=0),
+        },
+        flags={"allow_objects": True},
+    )
+    use_seeded_loaders(nodes, seed=9, start=4)
+    assert nodes.train.seed == 9 and nodes.train.start == 4
+    assert len(next(iter(instantiate(nodes.train)))) == 2
+    assert len(list(instantiate(nodes.test))) == len(DatasetCatalog.get("shapes_train"))
+    nodes.train.seed = 2
+    use_seeded_loaders(nodes, seed=9, start=0)
+    assert nodes.train.seed == 2 and nodes.train.start == 0  # the recipe's own seed stays
+
+    ours = get_config("common/data/shapes.py").dataloader  # its seed refers to a missing train.seed
+    use_seeded_loaders(ours, seed=7)
+    assert ours.train.seed == 7
+
+    nodes.train = L(build_detection_train_loader)(dataset=names, sampler="mine")
+    use_seeded_loaders(nodes, seed=9)
+    assert nodes.train._target_ is build_detection_train_loader and "seed" not in nodes.train
+
+
+# ------------------------------------------------------------------------------------ user's data
+
+
+def test_own_data_is_registered_once(own, small):
+    json_file, images = map(str, own)
+    assert coco_dataset("own", json_file, images) == "own"
+    assert coco_dataset("own", json_file, images) == "own"
+    with pytest.raises(InputError, match="data set 'own': already registered as"):
+        coco_dataset("own", json_file, str(small / "train"))
+    with pytest.raises(InputError, match="data set 'shapes_val': already registered"):
+        coco_dataset("shapes_val", json_file, images)
+    assert len(DatasetCatalog.get("own")) == 6
+    assert MetadataCatalog.get("own").thing_classes == list(shapes.CLASSES)
+
+
+def test_own_data_from_a_config(own):
+    node = L(coco_dataset)(name="own", json_file=str(own[0]), image_root=str(own[1]))
+    assert check_dataset(node) == ["own"]
+    assert check_dataset(OmegaConf.create(["own", "own"])) == ["own", "own"]
+    cfg = L(get_detection_dataset_dicts)(names=node, filter_empty=False)
+    assert len(instantiate(cfg)) == 6
+
+
+def test_classes_must_be_the_files(own):
+    json_file, images = map(str, own)
+    classes = list(shapes.CLASSES)
+    assert coco_dataset("own", json_file, images, classes=classes) == "own"
+    with pytest.raises(InputError, match="no class bird; classes not in the list: solid_triangle"):
+        coco_dataset("birds", json_file, images, classes=["bird", *classes[1:]])
+    with pytest.raises(InputError, match="expected the order of the category ids"):
+        coco_dataset("turned", json_file, images, classes=classes[::-1])
+
+
+def without(section, key):
+    return lambda content: content[section][0].pop(key)
+
+
+def with_value(section, key, value):
+    return lambda content: content[section][0].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (lambda c: c.pop("images"), "own.json: no list 'images'"),
+        (lambda c: c.update(annotations={}), "own.json: no list 'annotations'"),
+        (lambda c: c.update(images=[], annotations=[]), "own.json: no images"),
+        (lambda c: c["images"].append("x"), r"own.json: images\[6\]: 'x'"),
+        (without("images", "file_name"), r"own.json: images\[0\]: no file_name"),
+        (without("annotations", "bbox"), r"own.json: annotations\[0\]: no bbox"),
+        (without("annotations", "area"), r"own.json: annotations\[0\]: no area"),
+        (with_value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
+        (
+            with_value("annotations", "category_id", 9),
+            "annotation 1: category 9; expected one of 1",
+        ),
+        (with_value("annotations", "image_id", 99), "annotation 1: image 99"),
+        (with_value("annotations", "bbox", [1, 2, 3]), r"annotation 1: bbox \[1, 2, 3\]"),
+        (with_value("annotations", "bbox", [1, 2, 3, float("nan")]), "annotation 1: bbox"),
+        (with_value("annotations", "bbox", [1, 2, -3, 4]), "annotation 1: bbox"),
+        (with_value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
+        (with_value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
+    ],
+)
+def test_wrong_content_is_named(own, edit, found):
+    change(own[0], edit)
+    with pytest.raises(InputError, match=found):
+        coco_dataset("own", *map(str, own))
+    assert "own" not in DatasetCatalog.list()
+
+
+def test_wrong_files_are_named(own, tmp_path):
+    json_file, images = own
+    for root, file, found in (
+        (tmp_path / "nowhere", json_file, "nowhere: no such folder"),
+        (images, tmp_path / "none.json", "none.json: no such file"),
+        (images, tmp_path, "no such file"),
+    ):
+        with pytest.raises(InputError, match=found):
+            coco_dataset("own", str(file), str(root))
+    for content, found in (
+        (b'{"images": [\n  {"id": 1,]', "broken JSON at line 2, column 12"),
+        (b"", "broken JSON at line 1, column 1"),
+        (b"\xff\xfe\x00", "own.json: unreadable"),
+        (b"[]", "own.json: a list"),
+    ):
+        json_file.write_bytes(content)
+        with pytest.raises(InputError, match=found):
+            coco_dataset("own", str(json_file), str(images))
+
+
+def test_names_nobody_registered():
+    with pytest.raises(
+        InputError, match="data set 'shapes_trian': not registered; expected shapes_t"
+    ):
+        check_dataset("shapes_trian")
+    with pytest.raises(InputError, match="expected a name registered with Detectron2"):
+        check_dataset(["qqq"])
+
+
+def test_checking_draws_a_generated_set(tmp_path):
+    try:
+        shapes.register(tmp_path / "set", **SMALL)
+        assert check_dataset("shapes_test") == ["shapes_test"]
+        assert (tmp_path / "set" / "test.json").is_file()
+    finally:
+        shapes.register()
