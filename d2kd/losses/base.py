@@ -16,13 +16,16 @@ Weight = float | ParamScheduler
 """A coefficient: a number, or an fvcore schedule of the progress in [0, 1]."""
 
 
+_END = math.nextafter(1.0, 0.0)
+
+
 def value_of(weight: Weight, progress: float) -> float:
     """A coefficient's value at ``progress = iteration / max_iter``.
 
-    fvcore's schedules are defined on [0, 1); a run that is continued past its end stays at the end.
+    fvcore's schedules are defined before 1; a run that is continued past its end stays at the end.
     """
     if isinstance(weight, ParamScheduler):
-        return float(weight(min(max(progress, 0.0), 1.0)))
+        return float(weight(min(max(progress, 0.0), _END)))
     return float(weight)
 
 

@@ -125,7 +125,8 @@ class TARLoss(DistillLoss):
     def forward(self, student, teacher) -> dict[str, Tensor]:
         terms = {}
         if self.feature is not None:
-            weight = value_of(self.feature.weight, self.progress) * self.ramp(self.progress)
+            weight = value_of(self.feature.weight, self.progress)
+            weight *= value_of(self.ramp, self.progress)
             if weight:
                 terms["feature"] = weight * self.feature(student, teacher)
         for name, weight, term in (

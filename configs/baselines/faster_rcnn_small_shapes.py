@@ -1,0 +1,37 @@
+"""A thin Faster R-CNN on the generated shapes: the student of the studies, alone.
+
+What a study turns: ``model.backbone.bottom_up.width`` and ``.blocks``, ``train.max_iter``.
+"""
+
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import CosineParamScheduler
+from torch.optim import SGD
+
+from ..common.data.shapes import dataloader  # noqa: F401  (part of the recipe)
+from ..common.models.faster_rcnn_small import model
+from ..common.train import train
+
+model.backbone.bottom_up.width = 8
+model.backbone.bottom_up.blocks = [1, 1, 1, 1]
+
+optimizer = L(SGD)(
+    params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=1e-4,
+)
+
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
+    warmup_factor=0.01,
+    warmup_length=0.1,
+)
+
+train.max_iter = 500
+train.eval_period = 125
+train.best_checkpoint = ""
+train.log_period = 10
+train.checkpointer = dict(period=100, max_to_keep=1)
+train.clip_gradients = dict(train.clip_gradients, enabled=True, clip_value=10.0)

@@ -1,0 +1,19 @@
+"""TAR on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
+
+tools/train_net.py --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
+"""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import distill, get_config
+from d2kd.losses import DistillLosses, TARLoss
+from d2kd.modeling import Teacher
+
+model, dataloader, optimizer, lr_multiplier, train = distill(
+    get_config("baselines/faster_rcnn_small_shapes.py"),
+    teacher=L(Teacher)(
+        detector=get_config("common/models/faster_rcnn_small.py").model,
+        weights="output/shapes/runs/teacher/model_final.pth",
+    ),
+    losses=L(DistillLosses)(tar=L(TARLoss)()),
+)

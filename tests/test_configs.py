@@ -1,0 +1,210 @@
+"""Every config instantiates and takes a step; every way to name a detector gives one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+
+from d2kd.config import (
+    METHODS,
+    config_file,
+    detector,
+    distill,
+    from_yacs,
+    get_config,
+    is_distiller,
+    load,
+    method,
+    student_of,
+)
+from d2kd.errors import InputError
+from d2kd.modeling import Distiller, Teacher
+
+from .common import batch
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("configs/baselines", "projects/*/configs")
+    for path in ROOT.glob(f"{folder}/*.py")
+)
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_a_step(recipe):
+    config = load(str(ROOT / recipe))
+    model = config.model
+    if is_distiller(model):
+        model.teacher.weights = None
+        _untrained(model.teacher.detector)
+    _untrained(student_of(model))
+    model = instantiate(model).train()
+    with EventStorage(start_iter=1):
+        losses = model(batch(sizes=((96, 128),), objects=(2,)))
+    assert all(torch.isfinite(value) for value in losses.values()), losses
+    assert isinstance(model, Distiller) == any(key.startswith("distill/") for key in losses)
+    sum(losses.values()).backward()
+    optimizer = copy.deepcopy(config.optimizer)
+    optimizer.params.model = model
+    instantiate(optimizer).step()
+
+
+def _untrained(node):
+    """Live norms in place of frozen ones, whose statistics only trained weights make right."""
+    if "config" in node:
+        node.config.MODEL.RESNETS.NORM = "BN"
+        node.config.MODEL.BACKBONE.FREEZE_AT = 0
+    elif "freeze_at" in node.backbone.bottom_up:
+        node.backbone.bottom_up.stem.norm = "BN"
+        node.backbone.bottom_up.stages.norm = "BN"
+        node.backbone.bottom_up.freeze_at = 0
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("COCO-Detection/retinanet_R_50_FPN_1x.py", "RetinaNet"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "RetinaNet"),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "GeneralizedRCNN"),
+        ("baselines/faster_rcnn_R_50_FPN_1x.py", "GeneralizedRCNN"),
+        ("projects/TAR/configs/tar_shapes.py", "GeneralizedRCNN"),
+    ],
+)
+def test_a_detector_by_any_name(name, kind):
+    model = instantiate(detector(name))
+    assert type(model).__name__ == kind and model.input_format == "BGR"
+
+
+def test_a_yaml_of_ones_own_brings_its_statistics(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "MODEL": {
+                    "META_ARCHITECTURE": "RetinaNet",
+                    "PIXEL_MEAN": [1.0, 2.0, 3.0],
+                    "PIXEL_STD": [4.0, 5.0, 6.0],
+                    "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone"},
+                    "RESNETS": {"OUT_FEATURES": ["res3", "res4", "res5"]},
+                    "FPN": {"IN_FEATURES": ["res3", "res4", "res5"]},
+                    "RETINANET": {"NUM_CLASSES": 7},
+                },
+                "INPUT": {"FORMAT": "RGB"},
+            }
+        )
+    )
+    node = detector(str(path))
+    path.unlink()  # the node holds the config itself
+    node.config.MODEL.RETINANET.NUM_CLASSES = 5
+    model = instantiate(OmegaConf.create(node, flags={"allow_objects": True}))
+    assert model.pixel_mean.flatten().tolist() == [1, 2, 3] and model.num_classes == 5
+    assert Teacher(model, None, image_format="BGR").flip_channels
+
+
+def test_yacs_configs_survive_their_mapping():
+    cfg = get_cfg()
+    node = OmegaConf.create(yaml.safe_load(cfg.dump()))
+    assert type(from_yacs(node)).__name__ == cfg.MODEL.META_ARCHITECTURE
+
+
+def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
+    base = load("baselines/faster_rcnn_small_shapes.py")
+    base.dataloader.train.mapper.image_format = "RGB"
+    before = copy.deepcopy(base)
+    recipe = distill(
+        base, teacher=("common/models/faster_rcnn_small.py", "weights.pth"), losses=method("tar")
+    )
+    assert base == before and recipe.model.teacher.image_format == "RGB"
+    again = distill(
+        OmegaConf.create(recipe._asdict(), flags={"allow_objects": True}),
+        teacher=("common/models/faster_rcnn_small.py", "weights.pth"),
+        losses=method("imitation"),
+        inherit=["backbone.fpn_"],
+    )
+    assert not is_distiller(again.model.student), "a distiller was put inside a distiller"
+    assert list(again.model.inherit) == ["backbone.fpn_"]
+
+
+def test_a_recipe_survives_being_saved(tmp_path):
+    """What a run writes down can be loaded again."""
+    config = load("projects/TAR/configs/tar_shapes.py")
+    LazyConfig.save(config, str(tmp_path / "config.yaml"))
+    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert is_distiller(saved.model) and saved.train.max_iter == config.train.max_iter
+
+
+def test_get_config_gives_a_fresh_copy():
+    get_config("common/train.py").train.max_iter = 3
+    assert get_config("common/train.py").train.max_iter != 3
+    assert config_file("common/train.py").is_file()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_by_name(name):
+    assert instantiate(method(name)).by_name
+
+
+def _write(text):
+    def write(tmp_path):
+        path = tmp_path / "bad.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "path, overrides, line",
+    [
+        (lambda t: "nowhere/at_all.py", [], "nowhere/at_all.py: no such config"),
+        (_write("model = ("), [], "does not load"),
+        (_write("import nothing_of_this_name"), [], "does not load"),
+        (_write("model = dict(a=1)"), [], "defines no dataloader, optimizer, train"),
+        (lambda t: "COCO-Detection/retinanet_R_50_FPN_1x.yaml", [], "a yacs config"),
+        (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.maxiter=3"], "no 'maxiter'"),
+        (lambda t: "projects/TAR/configs/tar_shapes.py", ["modle.a=3"], "no 'modle'"),
+        (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.max_iter"], "no value"),
+        (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.max_iter=[3"], "expected"),
+    ],
+)
+def test_bad_configs(tmp_path, path, overrides, line):
+    with pytest.raises(InputError, match=line) as error:
+        load(path(tmp_path), overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, suffix, line",
+    [
+        ("MODEL: [1", ".yaml", "does not load"),
+        ("NOT_A_KEY: 1", ".yaml", "does not load"),
+        ("other = dict(a=1)", ".py", "defines no model"),
+    ],
+)
+def test_bad_detectors(tmp_path, text, suffix, line):
+    path = tmp_path / f"bad{suffix}"
+    path.write_text(text)
+    with pytest.raises(InputError, match=line):
+        detector(str(path))
+
+
+def test_overrides_reach_arguments_that_have_defaults():
+    config = load(
+        "projects/TAR/configs/tar_shapes.py",
+        ["model.losses.tar.temperature=2.0", "train.max_iter=7"],
+    )
+    assert config.model.losses.tar.temperature == 2.0 and config.model.max_iter == 7
+
+
+def test_unknown_methods():
+    with pytest.raises(InputError, match="--distill: magic; expected tar or imitation"):
+        method("magic")

@@ -1,0 +1,93 @@
+"""Masks and adapters: values at chosen cells, overlaps, empty and odd input."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+
+from d2kd.errors import InputError
+from d2kd.layers.adapter import FeatureAdapter, common_levels
+from d2kd.layers.masks import paint
+
+
+def box(*xyxy):
+    return torch.tensor([xyxy], dtype=torch.float32)
+
+
+def test_gaussian_values_at_centre_edge_corner_and_outside():
+    # stride 2: cell centres at 1, 3, 5 …; the box from 1 to 9 has its centre at 5
+    (mask,) = paint([box(1, 1, 9, 9)], (6, 6), 2)
+    assert float(mask[2, 2]) == 1
+    assert float(mask[2, 0]) == pytest.approx(math.exp(-0.5)) == pytest.approx(0.6065, abs=1e-4)
+    assert float(mask[0, 0]) == pytest.approx(math.exp(-1.0)) == pytest.approx(0.3679, abs=1e-4)
+    assert float(mask[5, 2]) == 0 and float(mask[2, 5]) == 0
+    assert torch.equal(mask, mask.T)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "box"])
+def test_overlap_is_the_largest_and_not_the_sum(kind):
+    a, b = box(0, 0, 10, 10), box(4, 4, 20, 16)
+    both = paint([torch.cat([a, b])], (8, 12), 2, kind)
+    single = torch.maximum(paint([a], (8, 12), 2, kind), paint([b], (8, 12), 2, kind))
+    assert torch.equal(both, single) and both.max() <= 1
+
+
+def test_a_cell_is_inside_if_its_centre_is():
+    (mask,) = paint([box(3, 0, 8, 4)], (2, 4), 4, "box")  # centres x 2, 6, 10, 14; y 2, 6
+    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "box"])
+def test_odd_boxes(kind):
+    empty = torch.zeros(0, 4)
+    masks = paint([empty, box(5, 5, 5, 5), box(-50, -50, 500, 500)], (3, 5), 4, kind)
+    assert masks.shape == (3, 3, 5) and torch.isfinite(masks).all()
+    assert masks[0].sum() == 0 and masks[1].sum() == 0 and (masks[2] > 0).all()
+
+
+def test_none_is_everywhere_and_unknown_is_refused():
+    assert torch.equal(paint([torch.zeros(0, 4)] * 2, (2, 3), 8, "none"), torch.ones(2, 2, 3))
+    with pytest.raises(InputError, match="mask: disc; expected gaussian or box or none"):
+        paint([], (1, 1), 1, "disc")
+
+
+def shapes(channels, levels=(3, 4, 5), shift=0):
+    return {f"p{n}": ShapeSpec(channels=channels, stride=2 ** (n + shift)) for n in levels}
+
+
+def test_levels_in_common():
+    assert common_levels(shapes(4, (2, 3, 4)), shapes(8, (3, 4, 5))) == ["p3", "p4"]
+    assert common_levels(shapes(4), shapes(8), ["p4"]) == ["p4"]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, wanted, line",
+    [
+        (
+            shapes(4),
+            shapes(4, (4, 5)),
+            ["p3"],
+            "the teacher's backbone has no 'p3'; expected of p4",
+        ),
+        (shapes(4), shapes(4, (6,)), None, "share none"),
+        (shapes(4), shapes(4, shift=1), None, "'p3' has stride 8 here and 16 there"),
+        (shapes(4), shapes(4), [], "share none"),
+    ],
+)
+def test_levels_that_cannot_be_matched(ours, theirs, wanted, line):
+    with pytest.raises(InputError, match=line):
+        common_levels(ours, theirs, wanted)
+
+
+@pytest.mark.parametrize(
+    "kind, channels, parameters",
+    [("auto", 4, 0), ("auto", 8, 4 * 8 + 8), ("none", 4, 0), ("1x1", 4, 20), ("3x3", 4, 148)],
+)
+def test_adapter_kinds(kind, channels, parameters):
+    adapter = FeatureAdapter(shapes(4), shapes(channels), ["p3"], kind)
+    assert sum(p.numel() for p in adapter.parameters()) == parameters
+    ours, theirs = adapter(torch.rand(2, 4, 6, 7), torch.rand(2, channels, 5, 8), "p3")
+    assert ours.shape == theirs.shape == (2, channels, 5, 7)
+    with pytest.raises(InputError, match="adapter: 5x5"):
+        FeatureAdapter(shapes(4), shapes(4), ["p3"], "5x5")

@@ -1,0 +1,399 @@
+"""Each loss has the house's properties, and agrees with a slow restatement of its formula."""
+
+import math
+
+import pytest
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+
+from d2kd.errors import InputError
+from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ImitationLoss, TARLoss
+from d2kd.losses.base import value_of
+from d2kd.losses.functional import in_float32, masked_squared_error, paired_iou, softmax_kl
+from d2kd.losses.tar import classification_term, of_class, regression_term
+from d2kd.modeling import Regions
+from d2kd.testing import DETECTORS, check_loss, distiller, step
+
+from .common import batch
+
+LOSSES = {
+    "imitation, whole map": (lambda: ImitationLoss(mask="none"), DETECTORS),
+    "imitation, box": (ImitationLoss, DETECTORS),
+    "imitation, Gaussian, 3x3": (lambda: ImitationLoss(mask="gaussian", adapter="3x3"), DETECTORS),
+    "TAR": (TARLoss, ["faster_rcnn"]),
+    "TAR, no gates": (lambda: TARLoss(cls_gate="none", reg_gate="none"), ["faster_rcnn"]),
+    "TAR, both gates": (lambda: TARLoss(reg_gate="both", cls_margin=0.1), ["faster_rcnn"]),
+    "TAR, student gate": (lambda: TARLoss(reg_gate="student", temperature=2.0), ["faster_rcnn"]),
+    "TAR, no features": (
+        lambda: TARLoss(feature_weight=0, cls_gate="none", background_weight=0.5),
+        ["faster_rcnn"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_properties(name):
+    factory, detectors = LOSSES[name]
+    checked = check_loss(factory, list(detectors))
+    assert len(checked) == 7 * len(detectors)
+
+
+class Faulty(ImitationLoss):
+    """A loss with a fault of each kind, to see that the check can fail."""
+
+    fault = ""
+
+    def forward(self, student, teacher):
+        if self.fault == "not silent":
+            return super().forward(student, teacher) + 0.01 / self.weight
+        if self.fault == "detached":
+            return super().forward(student, teacher).detach()
+        if self.fault == "disturbs":
+            for p in self.disturbed.parameters():
+                p.data.mul_(1.01)
+        if self.fault == "hooked":
+            self.disturbed.register_forward_hook(lambda *_: None)
+        if self.fault == "trains the teacher":
+            teacher.detector.train()
+        if self.fault == "runs too much":
+            teacher.detector.head([teacher.features[f] for f in teacher.detector.head_in_features])
+        if self.fault == "not finite":
+            return super().forward(student, teacher) / len(student.gt_instances[0])
+        return super().forward(student, teacher)
+
+    def bind(self, student, teacher):
+        super().bind(student, teacher)
+        self.__dict__["disturbed"] = student
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("not silent", "retinanet: silent on itself: against its own copy the loss is 0.0"),
+        ("detached", "."),
+        ("hooked", "student undisturbed: hooks left"),
+        ("trains the teacher", r"teacher invisible: train\(\) reached it"),
+        ("runs too much", "the teacher's head ran, and nothing read it"),
+        ("not finite", "no ground truth"),
+    ],
+)
+def test_the_check_can_fail(fault, message):
+    def factory():
+        loss = Faulty()
+        loss.fault = fault
+        return loss
+
+    with pytest.raises((AssertionError, RuntimeError, ZeroDivisionError), match=message):
+        check_loss(factory, ["retinanet"])
+
+
+def test_softmax_kl_restated():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 5, 4, dtype=torch.float64)
+    for tau in (1.0, 2.5):
+        for row, value in enumerate(softmax_kl(s, t, tau)):
+            p = [math.exp(x / tau) for x in t[row].tolist()]
+            q = [math.exp(x / tau) for x in s[row].tolist()]
+            p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+            slow = tau**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            assert float(value) == pytest.approx(slow, abs=1e-12)
+
+
+def test_masked_squared_error_restated():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    mask = torch.rand(2, 4, 5, dtype=torch.float64)
+    slow = 0.0
+    for b in range(2):
+        for i in range(4):
+            for j in range(5):
+                for c in range(3):
+                    slow += float(mask[b, i, j] * (s[b, c, i, j] - t[b, c, i, j]) ** 2)
+    assert float(masked_squared_error(s, t, mask)) == pytest.approx(slow / (2 * float(mask.sum())))
+    assert float(masked_squared_error(s, t, mask * 0)) == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        softmax_kl,
+        lambda s, t: masked_squared_error(
+            s[None, None], t[None, None], torch.ones(1, *s.shape).double()
+        ),
+    ],
+)
+def test_gradients(function):
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: function(x, t), s.requires_grad_())
+
+
+def test_paired_iou_restated_and_odd():
+    a = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [0, 0, 0, 0], [1, 1, 3, 3]])
+    b = torch.tensor([[2.0, 0, 6, 4], [5, 5, 7, 7], [0, 0, 0, 0], [1, 1, 3, 3]])
+    assert paired_iou(a, b).tolist() == pytest.approx([8 / 24, 0, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_maths_is_float32_inside_autocast(dtype):
+    @in_float32
+    def product(a, b):
+        return a @ b
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2)).dtype == torch.float32
+    big = torch.full((1, 64, 8, 8), 200.0, dtype=torch.float16)
+    value = masked_squared_error(big, -big, torch.ones(1, 8, 8))
+    assert torch.isfinite(value), "overflowed in half precision"
+
+
+def softmax(row):
+    e = [math.exp(x - max(row)) for x in row]
+    return [x / sum(e) for x in e]
+
+
+@pytest.mark.parametrize("gate", ["better", "none"])
+@pytest.mark.parametrize("background_weight", [1.0, 0.25])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_classification_term_restated(gate, background_weight, margin):
+    torch.manual_seed(1)
+    s, t = torch.randn(2, 12, 4, dtype=torch.float64) * 2
+    labels = torch.tensor([0, 1, 2, 3, 3, 3, 0, 1, -1, 2, 3, 0])
+    slow = 0.0
+    for i in range(12):
+        y = int(labels[i])
+        if y < 0:
+            continue
+        p, q = softmax(t[i].tolist()), softmax(s[i].tolist())
+        open_ = gate == "none" or p[y] > q[y] + margin
+        weight = background_weight if y == 3 else 1.0
+        slow += open_ * weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    ours = classification_term(
+        s, t, labels, gate=gate, margin=margin, background_weight=background_weight
+    )
+    assert float(ours) == pytest.approx(slow / 11, abs=1e-12)
+
+
+def test_a_student_that_is_better_everywhere_is_left_alone():
+    labels = torch.tensor([0, 1, 2])
+    s = (torch.eye(3)[labels] * 5).requires_grad_()
+    loss = classification_term(s, torch.eye(3)[labels] * 2, labels)
+    loss.backward()
+    assert float(loss.detach()) == 0 and s.grad.abs().sum() == 0
+
+
+def test_no_regions_give_a_differentiable_zero():
+    s = torch.zeros(0, 4, requires_grad=True)
+    loss = classification_term(s, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    loss = loss + regression_term(s, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool))
+    loss.backward()
+    assert float(loss.detach()) == 0 and s.grad.shape == (0, 4)
+
+
+def regions(boxes, deltas, classes, gt, *, coder=(10.0, 10.0, 5.0, 5.0), num_classes=3):
+    return Regions(
+        [Boxes(boxes)],
+        torch.zeros(len(boxes), 1),
+        torch.zeros(len(boxes), num_classes + 1),
+        deltas,
+        Box2BoxTransform(weights=coder),
+        gt_classes=classes,
+        gt_boxes=gt,
+    )
+
+
+def scene():
+    """Regions near their ground truth, with random deltas for 3 classes and 2 background rows."""
+    torch.manual_seed(3)
+    corner = torch.rand(8, 2) * 50
+    boxes = torch.cat([corner, corner + 10 + torch.rand(8, 2) * 30], dim=1)
+    gt = boxes + torch.randn(8, 4) * 3
+    classes = torch.tensor([0, 1, 2, 3, 1, 0, 3, 2])
+    return boxes, gt, classes, torch.randn(8, 12) * 0.5, torch.randn(8, 12) * 0.5
+
+
+def slow_iou(a, b):
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    common = max(w, 0) * max(h, 0)
+    area = lambda x: (x[2] - x[0]) * (x[3] - x[1])  # noqa: E731
+    return common / (area(a) + area(b) - common)
+
+
+def slow_decode(box, deltas, weights):
+    w, h = box[2] - box[0], box[3] - box[1]
+    dx, dy, dw, dh = (d / k for d, k in zip(deltas, weights, strict=True))
+    cx, cy = box[0] + w / 2 + dx * w, box[1] + h / 2 + dy * h
+    w, h = w * math.exp(dw), h * math.exp(dh)
+    return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+
+
+def slow_encode(box, target, weights):
+    w, h = box[2] - box[0], box[3] - box[1]
+    tw, th = target[2] - target[0], target[3] - target[1]
+    raw = [
+        (target[0] + tw / 2 - box[0] - w / 2) / w,
+        (target[1] + th / 2 - box[1] - h / 2) / h,
+        math.log(tw / w),
+        math.log(th / h),
+    ]
+    return [d * k for d, k in zip(raw, weights, strict=True)]
+
+
+@pytest.mark.parametrize("gate", ["proposal", "student", "both", "none"])
+@pytest.mark.parametrize("teacher_coder", [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0)])
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_regression_restated(gate, teacher_coder, agnostic):
+    boxes, gt, classes, ours, theirs = scene()
+    if agnostic:
+        theirs = theirs[:, :4]
+    coder = (10.0, 10.0, 5.0, 5.0)
+    loss = TARLoss(reg_gate=gate)
+    value = loss.regression(
+        regions(boxes, ours, classes, gt),
+        regions(boxes, theirs, None, None, coder=teacher_coder),
+    )
+    slow, positives, opened = 0.0, 0, 0
+    for i, y in enumerate(classes.tolist()):
+        if y == 3:
+            continue
+        positives += 1
+        box, target = boxes[i].tolist(), gt[i].tolist()
+        s = ours[i, 4 * y : 4 * y + 4].tolist()
+        t = (theirs[i] if agnostic else theirs[i, 4 * y : 4 * y + 4]).tolist()
+        decoded = slow_decode(box, t, teacher_coder)
+        better = slow_iou(decoded, target)
+        if gate in ("proposal", "both") and not better > slow_iou(box, target):
+            continue
+        if gate in ("student", "both") and not better > slow_iou(
+            slow_decode(box, s, coder), target
+        ):
+            continue
+        opened += 1
+        for a, b in zip(s, slow_encode(box, decoded, coder), strict=True):
+            error = abs(a - b)
+            slow += error**2 / 2 if error < 1 else error - 0.5
+    assert gate == "none" or 0 < opened < positives, "the scene decides nothing"
+    assert float(value) == pytest.approx(slow / positives, rel=1e-4)
+
+
+def test_deltas_of_a_class():
+    deltas = torch.arange(24.0).view(2, 12)
+    assert of_class(deltas, torch.tensor([2, 0])).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+    assert of_class(deltas[:, :4], torch.tensor([2, 0])).tolist() == deltas[:, :4].tolist()
+    assert of_class(deltas[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 4)
+
+
+def test_imitation_restated():
+    """Through a whole step: the mask, the levels' mean and the weight, by loops over cells."""
+    model = distiller(
+        lambda: ImitationLoss(levels=["p3", "p4"], weight=0.5), DETECTORS["retinanet"]
+    )
+    examples = batch()
+    loss = model.losses.by_name["loss"]
+    given = {}
+    forward = loss.forward
+    loss.forward = lambda s, t: given.update(s=s, t=t) or forward(s, t)
+    value = step(model, examples)["distill/loss_loss"]
+    total = 0.0
+    with torch.no_grad():
+        for level, stride in (("p3", 8), ("p4", 16)):
+            ours, theirs = loss.adapters(
+                given["s"].features[level], given["t"].features[level], level
+            )
+            errors = ((ours - theirs) ** 2).sum(dim=1)
+            weighted = cells = 0.0
+            for n, example in enumerate(examples):
+                for i in range(errors.shape[1]):
+                    for j in range(errors.shape[2]):
+                        x, y = (j + 0.5) * stride, (i + 0.5) * stride
+                        inside = any(
+                            x0 <= x <= x1 and y0 <= y <= y1
+                            for x0, y0, x1, y1 in example["instances"].gt_boxes.tensor.tolist()
+                        )
+                        cells += inside
+                        weighted += inside * float(errors[n, i, j])
+            total += weighted / (2 * max(1, cells))
+    assert float(value) == pytest.approx(0.5 * total / 2, rel=1e-4)
+
+
+def test_decay_by_epoch():
+    decay = EpochDecay(epochs=4)
+    assert [decay(k / 8) for k in range(8)] == [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    assert decay(1.0) == decay(1.7) == 0.25, "a run continued past its end must not go negative"
+    with pytest.raises(InputError, match="epochs: 0"):
+        EpochDecay(0)
+
+
+class Constant(DistillLoss):
+    calls = 0
+
+    def forward(self, student, teacher):
+        self.calls += 1
+        return {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
+
+
+@pytest.mark.parametrize(
+    "weight, progress, expected",
+    [
+        (2.0, 0.5, {"distill/loss_it_a": 4.0, "distill/loss_it_b": 6.0}),
+        (
+            LinearParamScheduler(1.0, 0.0),
+            0.75,
+            {"distill/loss_it_a": 0.5, "distill/loss_it_b": 0.75},
+        ),
+        (LinearParamScheduler(1.0, 0.0), 1.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
+        (LinearParamScheduler(1.0, 0.0), 3.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
+        (0, 0.5, {}),
+    ],
+)
+def test_weights_and_schedules(weight, progress, expected):
+    loss = Constant(weight=weight)
+    with EventStorage() as storage:
+        terms = DistillLosses(it=loss)(None, None, progress=progress)
+    assert {key: float(value) for key, value in terms.items()} == pytest.approx(expected, abs=1e-9)
+    assert loss.calls == bool(expected)
+    assert "distill/weight_it" in storage.latest()
+
+
+def test_the_feature_term_ramps_up():
+    loss = TARLoss(feature_ramp=0.1)
+    assert isinstance(loss.weight, ParamScheduler)
+    assert [round(value_of(loss.ramp, x), 3) for x in (0, 0.05, 0.0999, 0.1, 0.5, 1.0)] == [
+        0,
+        0.5,
+        0.999,
+        1,
+        1,
+        1,
+    ]
+    assert value_of(TARLoss(feature_ramp=0).ramp, 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"cls_gate": "worse"}, "cls_gate: worse; expected better or none"),
+        ({"reg_gate": ""}, "reg_gate: ; expected proposal or student"),
+        ({"mask": "round"}, "mask: round; expected gaussian or box"),
+        ({"feature_ramp": 1}, "feature_ramp: 1; expected a fraction"),
+    ],
+)
+def test_bad_options(options, line):
+    with pytest.raises(InputError, match=line):
+        TARLoss(**options)
+
+
+def test_only_distill_losses_can_be_summed():
+    with pytest.raises(InputError, match="losses.it: Linear; expected a DistillLoss"):
+        DistillLosses(it=torch.nn.Linear(1, 1))
+
+
+def test_a_loss_cannot_overwrite_the_students_own():
+    model = distiller(ImitationLoss, DETECTORS["retinanet"])
+    model.losses = DistillLosses(cls=model.losses.by_name["loss"])
+    losses = step(model, batch())
+    assert {"loss_cls", "distill/loss_cls"} <= losses.keys()
