@@ -95,11 +95,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     if missing:
         raise InputError(path, f"defines no {', '.join(missing)}", "a whole training recipe")
     config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
-    for override in overrides:
-        _check_override(config, override)
+    return override(config, overrides)
+
+
+def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A recipe with overrides such as ``train.max_iter=100`` applied.
+
+    Raises:
+        InputError: an override names a key that does not exist, or cannot be read.
+    """
+    for text in overrides:
+        _check_override(config, text)
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
-    except Exception as error:
+    except Exception as error:  # hydra's parser and omegaconf each have their own
         raise InputError(
             " ".join(overrides), error, "overrides such as train.max_iter=100"
         ) from error
