@@ -1,0 +1,39 @@
+"""A study: runs over seeds, each trained once, and one table of what they reached.
+
+A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`Study`, and ``runs``::
+
+    study = dict(title="Does it help?", test="my_test", baseline="baseline")
+    runs = dict(
+        teacher=dict(config=…, once=True),              # one run for all seeds
+        baseline=dict(config=…),                        # one per seed
+        tar=dict(config=…, teacher="teacher"),          # model.teacher.weights: that run's
+        longer=dict(config=…, starts_from="baseline"),  # train.init_checkpoint: that run's
+        equal_time=dict(config=…, steps_like="tar"),    # as many steps as fit in that run's seconds
+        ablation=dict(config=…, optional=True),         # only when asked for by name
+    )
+
+``config`` is a whole recipe: model, dataloader, optimizer, lr_multiplier, train. A run is finished when its folder holds
+weights and a row that were made from the same recipe and the same sources. Anything else is continued, and a folder
+made from another recipe is moved aside, not deleted. A change of *code* is not seen: it wants another output folder.
+
+The figures are those of the last weights on the test split, looked at once. ``seconds`` is the time inside training
+steps, loading included, evaluation and checkpoints not. It is saved with the weights, so steps that an interruption
+threw away do not count.
+"""
+
+from .plan import Run, Study, load, parse, prepare
+from .results import show_results, write_results
+from .run import Measured, run_study, train
+
+__all__ = [
+    "Measured",
+    "Run",
+    "Study",
+    "load",
+    "parse",
+    "prepare",
+    "run_study",
+    "show_results",
+    "train",
+    "write_results",
+]

@@ -1,0 +1,243 @@
+"""What a study wants to know, the runs it takes, and the recipe of each."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import config_file
+from ..errors import InputError
+
+RELATIONS = ("teacher", "starts_from", "steps_like")
+RUN_KEYS = ("config", *RELATIONS, "once", "optional")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method under one seed. The last four name other runs.
+
+    ``baseline`` is set beside ``steps_like``: the run whose seconds per step are gone by.
+    """
+
+    name: str
+    method: str
+    seed: int
+    config: DictConfig = field(repr=False)
+    teacher: str | None = None
+    starts_from: str | None = None
+    steps_like: str | None = None
+    baseline: str | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        return [n for n in (self.teacher, self.starts_from, self.steps_like, self.baseline) if n]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be found out.
+
+    Args:
+        runs: method -> its node, see the module.
+        test: registered data set the figures come from.
+        baseline: method that the others are paired with.
+        title: a line that says what is asked.
+        compare: further methods to give the gains over.
+        featured: method whose pictures are drawn beside the baseline's.
+        seeds: of the runs that are not ``once``.
+        pictures: how many images to draw.
+        threshold: score from which a detection counts as found, in pictures only.
+        fast: overrides such as "train.max_iter=20" of every recipe under ``--fast``.
+        fast_setup: a call made first under ``--fast``, say to register fewer images.
+    """
+
+    runs: Mapping[str, DictConfig] = field(repr=False)
+    test: str
+    baseline: str
+    title: str = "A study"
+    compare: Sequence[str] = ()
+    featured: str | None = None
+    seeds: Sequence[int] = (0,)
+    pictures: int = 6
+    threshold: float = 0.3
+    fast: Sequence[str] = ()
+    fast_setup: DictConfig | None = None
+
+    @property
+    def references(self) -> list[str]:
+        return [self.baseline, *(method for method in self.compare if method != self.baseline)]
+
+    @property
+    def paired(self) -> list[str]:
+        """Methods whose gains are asked for: those with a run per seed, but the baseline."""
+        per_seed = [method for method, node in self.runs.items() if not node.get("once")]
+        return [method for method in per_seed if method != self.baseline]
+
+    def plan(
+        self, seeds: Sequence[int] = (), only: Sequence[str] = (), fast: bool = False
+    ) -> list[Run]:
+        """The runs in the order they are trained: seed by seed, as in the file, each after what it needs.
+
+        Args:
+            seeds: instead of the study's own.
+            only: methods to run, with whatever they need; all but the optional ones by default.
+            fast: apply the overrides of ``--fast``.
+
+        Raises:
+            InputError: there is no such method, two runs wait for each other, or an override does not fit.
+        """
+        planned: dict[str, Run] = {}
+
+        def visit(method: str, seed: int, above: tuple[str, ...]) -> str:
+            if method in above:
+                circle = " needs ".join((*above, method))
+                raise InputError("runs", circle, "runs that do not wait for each other")
+            node = self.runs[method]
+            name = method if node.get("once") else f"{method}_seed{seed}"
+            if name not in planned:
+                needs = {key: node[key] for key in RELATIONS if node.get(key) is not None}
+                if "steps_like" in needs:
+                    needs["baseline"] = self.baseline
+                needs = {key: visit(other, seed, (*above, method)) for key, other in needs.items()}
+                config = _own_root(node.config)
+                if fast:
+                    _override(config, self.fast)
+                own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
+                planned[name] = Run(name, method, own_seed, config, **needs)
+            return name
+
+        _known("runs", only, self.runs)
+        methods = only or [m for m, node in self.runs.items() if not node.get("optional")]
+        for seed in seeds or self.seeds:
+            for method in methods:
+                visit(method, seed, ())
+        return list(planned.values())
+
+
+def load(path: str | Path) -> Study:
+    """A study from its file, on disk or of this project; checked, but nothing is built.
+
+    Raises:
+        InputError: the file is missing or fails to load, or is no study; the line names the key at fault.
+    """
+    file = Path(path) if Path(path).is_file() else config_file(str(path))
+    try:
+        return parse(LazyConfig.load(str(file)), path)
+    except InputError:
+        raise
+    except Exception as error:  # a config is code, and may fail in any way
+        found = f"does not load ({type(error).__name__}: {error})"
+        raise InputError(path, found, "a study, a LazyConfig (.py)") from error
+
+
+def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
+    """:func:`load` for a file's content."""
+    for key in ("study", "runs"):
+        if not isinstance(config.get(key), Mapping):
+            raise InputError(
+                culprit, f"no dict named {key!r}", "a file that defines 'study' and 'runs'"
+            )
+    given, runs = dict(config["study"]), dict(config["runs"])
+    _known(f"{culprit}: study", given, [f.name for f in fields(Study) if f.name != "runs"])
+    for key in ("test", "baseline"):
+        if key not in given:
+            raise InputError(
+                f"{culprit}: study", f"no {key!r}", "test=<data set>, baseline=<method>"
+            )
+    study = Study(runs=runs, **given)
+    _known(
+        f"{culprit}: study",
+        [*study.references, *([study.featured] if study.featured else [])],
+        runs,
+    )
+    for method, node in runs.items():
+        where = f"{culprit}: runs.{method}"
+        _known(where, node, RUN_KEYS)
+        if not node.get("config"):
+            raise InputError(where, "no config", "config=<a whole recipe>")
+        for key in RELATIONS:
+            other = node.get(key)
+            _known(f"{where}.{key}", [other] if other else [], runs)
+            if other and node.get("once") and not runs[other].get("once"):
+                raise InputError(
+                    f"{where}.{key}", f"{other} is made per seed", "a run with once=True"
+                )
+    return study
+
+
+def _known(culprit: str, names, known) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(culprit, f"unknown {name!r}", f"one of {', '.join(known)}")
+
+
+def _own_root(node: DictConfig) -> DictConfig:
+    """A recipe cut out of the study: its interpolations ("${train.max_iter}") are meant from its own root."""
+    return OmegaConf.create(
+        OmegaConf.to_container(node, resolve=False), flags={"allow_objects": True}
+    )
+
+
+def _override(config: DictConfig, overrides: Sequence[str]) -> None:
+    try:
+        LazyConfig.apply_overrides(config, list(overrides))
+    except Exception as error:  # hydra's and omegaconf's
+        raise InputError(
+            " ".join(overrides), error, "overrides such as train.max_iter=20"
+        ) from error
+
+
+def prepare(run: Run, finished: Mapping[str, Mapping], folder: Path) -> tuple[DictConfig, str]:
+    """A run's recipe as it will be trained, and its fingerprint.
+
+    The fingerprint knows sources by the hash of their weights, and no paths: a study may be moved.
+
+    Args:
+        run: what to prepare.
+        finished: rows of the runs it needs, by name.
+        folder: where it will be trained.
+    """
+    config = copy.deepcopy(run.config)
+    config.train.seed = run.seed
+    if run.steps_like:
+        ratio = finished[run.steps_like]["seconds"] / finished[run.baseline]["seconds"]
+        # Schedules are fractions of max_iter: the same one is stretched.
+        config.train.max_iter = max(1, round(config.train.max_iter * ratio))
+
+    def set_paths(output: str, teacher: str, start: str) -> None:
+        config.train.output_dir = output
+        if run.teacher:
+            config.model.teacher.weights = teacher
+        if run.starts_from:
+            config.train.init_checkpoint = start
+
+    set_paths("", "", "")
+    sources = {n: finished[n]["weights_sha256"] for n in (run.teacher, run.starts_from) if n}
+    recipe = _plain([OmegaConf.to_container(config, resolve=False), sources])
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    weights = {name: row["weights"] for name, row in finished.items()}
+    set_paths(str(folder), weights.get(run.teacher), weights.get(run.starts_from))
+    return config, key
+
+
+def _plain(value: Any) -> Any:
+    """A recipe in JSON's types, equal for equal recipes in any process."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if hasattr(value, "__qualname__"):  # a class or a function
+        return f"{value.__module__}.{value.__qualname__}"
+    # Any other object is its class and what it holds; its repr may be its address.
+    held = _plain(vars(value)) if hasattr(value, "__dict__") else repr(value)
+    return [f"{type(value).__module__}.{type(value).__qualname__}", held]

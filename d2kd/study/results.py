@@ -1,0 +1,198 @@
+"""What runs reached: rows, paired gains, one table, ``results.json``.
+
+A *row* is one trained detector, a dict as in ``results.json``; a *method* groups rows over seeds. A gain is paired:
+two methods are compared seed by seed, for the seed moves a short run's AP more than a method does.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engine.run_info import versions, write_json
+from ..visualization import draw_curves, draw_differences
+from .plan import Run, Study
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+PREDICTIONS = "test/coco_instances_results.json"
+"""Where a run's folder has what its last weights said about the test split."""
+LABELS = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
+
+Row = Mapping[str, Any]
+
+
+def percent(value: float | None) -> float | None:
+    """An AP in 0..100; None where it is undefined, for which COCO says -1 or nan."""
+    return None if value is None or not value >= 0 or math.isinf(value) else float(value)
+
+
+def average_precision(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str, Any]:
+    """The part of a row that COCOEvaluator answers for.
+
+    Args:
+        metrics: its "bbox" results.
+        classes: of the data set; one that was not measured is undefined.
+    """
+    per_class = {name: percent(metrics.get(f"AP-{name}")) for name in classes}
+    if len(classes) == 1:  # Detectron2 does not repeat the AP of an only class
+        per_class = {classes[0]: percent(metrics.get("AP"))}
+    return {**{key: percent(metrics.get(key)) for key in METRICS}, "per_class": per_class}
+
+
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    """Methods in the order of their first row."""
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
+    """AP of a method minus that of a reference under the same seed.
+
+    Returns:
+        ``gains``, one per seed of the method in rising order, None where either AP is undefined or the
+        reference has no such run; their ``mean_gain``, and ``std_gain`` (of a sample: None for a single seed).
+    """
+    ap = {(row["method"], row["seed"]): row["AP"] for row in rows}
+    seeds = sorted(seed for name, seed in ap if name == method)
+    pairs = [(ap[method, seed], ap.get((reference, seed))) for seed in seeds]
+    each = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    defined = [gain for gain in each if gain is not None]
+    return {
+        "mean_gain": statistics.fmean(defined) if defined else None,
+        "std_gain": statistics.stdev(defined) if len(defined) > 1 else None,
+        "gains": each,
+    }
+
+
+def gains_over(
+    rows: Sequence[Row], reference: str, paired: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """:func:`gains` of every method there are rows of, among those that can be paired."""
+    found = methods_of(rows)
+    return {
+        method: gains(rows, method, reference)
+        for method in found
+        if method in paired and method != reference and reference in found
+    }
+
+
+def table(
+    rows: Sequence[Row], dataset: str, references: Sequence[str], paired: Sequence[str]
+) -> str:
+    """What each method reached and what it gained, as text.
+
+    Above, a column per method: mean, and deviation over seeds. Below, a column per reference, seeds one by one.
+
+    Args:
+        rows: of all methods.
+        dataset: the figures come from.
+        references: methods to give the gains over; the first one's absence leaves the gains out.
+        paired: methods whose gains are asked for.
+    """
+    of = {method: [row for row in rows if row["method"] == method] for method in methods_of(rows)}
+
+    def line(label: str, value, digits: int = 1) -> list[str]:
+        return [label, *(_mean([value(row) for row in group], digits) for group in of.values())]
+
+    reached = [[f"AP on {dataset}", *of]]
+    reached += [line(LABELS.get(key, key), lambda row, key=key: row[key]) for key in METRICS]
+    for name in dict.fromkeys(name for row in rows for name in row["per_class"]):
+        reached.append(line(f"  {name}", lambda row, name=name: row["per_class"].get(name)))
+    reached.append(["parameters", *(f"{group[0]['parameters']:,}" for group in of.values())])
+    reached.append(line("training seconds", lambda row: row["seconds"], 0))
+    reached.append(
+        ["seeds", *(" ".join(str(row["seed"]) for row in group) for group in of.values())]
+    )
+
+    over = {reference: gains_over(rows, reference, paired) for reference in references}
+    over = {reference: found for reference, found in over.items() if found}
+    gained = [["gain in AP", "", *(f"over {reference}" for reference in over)]]
+    for method in dict.fromkeys(method for found in over.values() for method in found):
+        found = [over[reference].get(method) for reference in over]
+        seeds = sorted(row["seed"] for row in of[method])
+        if len(seeds) > 1:
+            gained.append([method, "mean", *("" if g is None else _mean_gain(g) for g in found)])
+        for index, seed in enumerate(seeds):
+            each = ["" if g is None else _signed(g["gains"][index]) for g in found]
+            gained.append(["" if len(seeds) > 1 else method, f"seed {seed}", *each])
+    return _aligned(reached) + ("\n\n" + _aligned(gained) if over else "")
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return "-"
+    text = f"{statistics.fmean(defined):.{digits}f}"
+    return text + (f" ±{statistics.stdev(defined):.{digits}f}" if len(defined) > 1 else "")
+
+
+def _mean_gain(found: Mapping[str, Any]) -> str:
+    spread = found["std_gain"]
+    return _signed(found["mean_gain"]) + ("" if spread is None else f" ±{spread:.1f}")
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # 0.0: no minus before zero
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns, the first flush left and the others flush right, under a ruled heading."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = [
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+        for first, *rest in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
+    """``results.json``, with gains over the baseline; and ``gains.json``, with those over every reference."""
+    results = {
+        "schema": 1,
+        "command": shlex.join(sys.argv),
+        "versions": versions(),
+        "dataset": study.test,
+        "rows": list(rows),
+        "summary": gains_over(rows, study.baseline, study.paired),
+    }
+    over = [
+        {"method": method, "reference": reference, **found}
+        for reference in study.references
+        for method, found in gains_over(rows, reference, study.paired).items()
+    ]
+    write_json(output / "results.json", results)
+    write_json(output / "gains.json", {"schema": 1, "rows": over})
+
+
+def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
+    """Draw the curves and the pictures; returns the closing words: the table, and what to open."""
+    text = table(rows, study.test, study.references, study.paired)
+    (output / "table.txt").write_text(f"{study.title}\n\n{text}\n")
+    curves: dict[str, list[Path]] = {}
+    for row in rows:
+        curves.setdefault(row["method"], []).append(output / row["name"] / "metrics.json")
+    draw_curves(output / "curves.png", curves, study.title)
+    opens = [
+        (output / "curves.png", "task losses and validation AP against iterations"),
+        (output / "table.txt", "this table"),
+        (output / "results.json", "every figure, and where it comes from"),
+    ]
+    named = [row["name"] for row in rows]
+    first = {run.method: run for run in reversed(runs) if run.name in named}
+    if study.pictures and study.featured in first and study.baseline in first:
+        featured = first[study.featured]
+        shown = [
+            name for name in (featured.teacher, first[study.baseline].name, featured.name) if name
+        ]
+        said = {name: output / name / PREDICTIONS for name in shown}
+        draw_differences(output / "pictures", study.test, said, study.pictures, study.threshold)
+        what = f"ground truth | {' | '.join(shown)}, where the last two differ most"
+        opens.insert(0, (output / "pictures", what))
+    width = max(len(str(path)) for path, _ in opens)
+    return f"{text}\n\nOpen\n" + "\n".join(
+        f"  {str(path):<{width}}  {what}" for path, what in opens
+    )

@@ -1,0 +1,187 @@
+"""Trains what a study lacks, and continues where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from detectron2.data import MetadataCatalog
+from detectron2.engine.hooks import CallbackHook
+from omegaconf import DictConfig
+
+from ..data import check_dataset
+from ..engine import Trainer, do_test
+from ..engine.run_info import write_json
+from ..errors import InputError
+from ..modeling.weights import sha256
+from .console import Progress, quiet
+from .plan import Run, Study, prepare
+from .results import PREDICTIONS, average_precision, write_results
+
+RECORD = "study.json"  # in a run's folder: what it was made from, and its row once it is finished
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out of a training: COCOEvaluator's "bbox", the student's size, seconds, the weights file."""
+
+    metrics: Mapping[str, float]
+    parameters: int
+    seconds: float
+    weights: Path
+
+
+Report = Callable[[int, int], None]  # of (step, steps): before the first and after each
+
+
+def train(config: DictConfig, test: str, report: Report) -> Measured:
+    """Train or continue a recipe, and look at the test split once."""
+    trainer = Trainer(config)
+    trainer.resume_or_load(resume=True)
+    if trainer.start_iter < trainer.max_iter:
+        tell = CallbackHook(
+            before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),
+            after_step=lambda trainer: report(trainer.iter + 1, trainer.max_iter),
+        )
+        trainer.register_hooks([tell])
+        trainer.train()
+    folder = Path(config.train.output_dir)
+    testing = copy.deepcopy(trainer.config)
+    testing.dataloader.test.dataset.names = test
+    student = getattr(trainer.model, "student", trainer.model)
+    return Measured(
+        metrics=do_test(testing, student, output_dir=(folder / PREDICTIONS).parent)["bbox"],
+        parameters=sum(p.numel() for p in student.parameters()),
+        seconds=trainer.seconds,
+        weights=folder / "model_final.pth",
+    )
+
+
+def run_study(
+    study: Study,
+    runs: Sequence[Run],
+    output: Path,
+    train: Callable[[DictConfig, str, Report], Measured] = train,
+    console: TextIO | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
+    """Train what is missing, one run after another; after each, write what all have reached.
+
+    A run that cannot go on, say for a non-finite loss, takes along those that need it; the others go on.
+
+    Args:
+        study: whose runs these are.
+        runs: of :meth:`Study.plan`.
+        output: the study's folder; each run has one of its own in it.
+        train: how; the tests have a quicker way.
+        console: where progress is shown; stdout by default.
+
+    Returns:
+        the rows of ``results.json``, method by method, and the errors of the runs that failed, by name.
+
+    Raises:
+        InputError: the test split cannot be read; it is looked at first, and drawn if it is generated.
+    """
+    check_dataset(study.test)
+    finished: dict[str, dict[str, Any]] = {}
+    failed: dict[str, InputError] = {}
+    rows: list[dict[str, Any]] = []
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        line = Progress(f"  {run.name:<{width}}", console or sys.stdout)
+        if missing := [need for need in run.needs if need not in finished]:
+            line.close(f"left out, for it needs {missing[0]}")
+            continue
+        folder = output / run.name
+        config, key = prepare(run, finished, folder)
+        row = finished_row(folder, key, study.test)
+        if row:
+            line.close(f"finished before: {_outcome(row)}")
+        else:
+            try:
+                row = train_into(folder, run, config, key, study.test, train, line)
+            except InputError as error:
+                failed[run.name] = error
+                line.close(f"failed: {error}")
+                continue
+            line.close(_outcome(row))
+        finished[run.name] = row
+        rows = sorted(finished.values(), key=lambda row: list(study.runs).index(row["method"]))
+        write_results(output, study, rows)
+    return rows, failed
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    ap = "undefined" if row["AP"] is None else f"{row['AP']:.1f}"
+    return f"AP {ap}, trained for {row['seconds']:.0f} s"
+
+
+def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
+    """The row of a run that needs no more work, with its paths as they are now; else None."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        if (record["config_sha256"], record["dataset"]) != (key, test):
+            return None
+        [row] = record["rows"]
+        for file in ("config", "weights"):
+            row[file] = str(folder / Path(row[file]).name)
+        return row if sha256(row["weights"]) == row["weights_sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        return None
+
+
+def train_into(
+    folder: Path, run: Run, config: DictConfig, key: str, test: str, train: Callable, line: Report
+) -> dict[str, Any]:
+    """Train a run, or continue it, and leave its record; what fails before its first step leaves no trace."""
+    record = {"schema": 1, "config_sha256": key, "dataset": test, "rows": []}
+    aside = _make_room(folder, key)
+
+    def report(step: int, steps: int) -> None:
+        if not (folder / RECORD).exists():
+            write_json(folder / RECORD, record)
+        line(step, steps)
+
+    try:
+        with quiet():
+            measured = train(config, test, report)
+    except BaseException:
+        if not (folder / RECORD).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            if aside:
+                aside.rename(folder)
+            with contextlib.suppress(OSError):  # unless other runs are in it
+                folder.parent.rmdir()
+        raise
+    row = {
+        "name": run.name,
+        "method": run.method,
+        "seed": run.seed,
+        **average_precision(measured.metrics, MetadataCatalog.get(test).thing_classes),
+        "parameters": measured.parameters,
+        "seconds": round(measured.seconds, 3),
+        "config": str(folder / "config.yaml"),
+        "weights": str(measured.weights),
+        "weights_sha256": sha256(str(measured.weights)),
+    }
+    write_json(folder / RECORD, {**record, "rows": [row]})
+    return row
+
+
+def _make_room(folder: Path, key: str) -> Path | None:
+    """Move what was made from another recipe aside, and say where; it is neither to be continued nor lost."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((folder / RECORD).read_text())["config_sha256"] == key:
+            return None
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    return folder.rename(aside)

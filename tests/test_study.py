@@ -1,0 +1,386 @@
+"""Studies: what is planned, what is trained again and what is not, and what the figures say."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from detectron2.data import MetadataCatalog
+from omegaconf import OmegaConf
+
+from d2kd.data import shapes
+from d2kd.errors import InputError
+from d2kd.study import Measured, load, parse, prepare, run_study, show_results
+from d2kd.study import train as really_train
+from d2kd.study.results import average_precision, gains, table
+
+CLASSES = list(shapes.CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(tmp_path):
+    shapes.register(tmp_path / "shapes", train=2, val=2, test=3)
+    yield
+    shapes.register()
+
+
+def recipe(steps=100, **model):
+    return dict(
+        model=dict(width=8, max_iter="${train.max_iter}", **model),
+        optimizer=dict(lr=0.1),
+        train=dict(max_iter=steps),
+    )
+
+
+def study_of(**study):
+    runs = dict(
+        tar=dict(config=recipe(teacher=dict(weights="")), teacher="teacher"),
+        teacher=dict(config=recipe(), once=True),
+        baseline=dict(config=recipe()),
+        equal_time=dict(config=recipe(), steps_like="tar"),
+        longer=dict(config=recipe(), starts_from="baseline"),
+        term=dict(config=recipe(), optional=True),
+    )
+    defaults = dict(test="shapes_test", baseline="baseline", compare=["equal_time"], featured="tar")
+    return parse(
+        OmegaConf.create(dict(study=defaults | study, runs=runs), flags={"allow_objects": True})
+    )
+
+
+class FakeTraining:
+    """Trains at once: AP and seconds by method, ``stop`` names a run to be interrupted in."""
+
+    def __init__(self, ap=None, seconds=None):
+        self.ap, self.seconds = ap or {}, seconds or {}
+        self.calls, self.configs, self.stop, self.error = [], {}, None, KeyboardInterrupt()
+
+    def __call__(self, config, test, report):
+        folder = config.train.output_dir
+        name = folder.rsplit("/", 1)[1]
+        method = name.split("_seed")[0]
+        self.calls.append(name)
+        self.configs[name] = config
+        report(0, config.train.max_iter)
+        with open(f"{folder}/metrics.json", "a") as file:
+            file.write('{"iteration": 0, "loss_cls": 1.0}\n')
+        if name == self.stop:
+            raise self.error
+        report(config.train.max_iter, config.train.max_iter)
+        weights = folder + "/model_final.pth"
+        with open(weights, "w") as file:
+            file.write(f"{name} {config.model} {config.train.max_iter}")
+        ap = self.ap.get(name, self.ap.get(method, 10.0))
+        metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": -1, "APm": ap, "APl": math.nan}
+        metrics |= {f"AP-{name}": ap for name in CLASSES[:-1]}
+        return Measured(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
+
+
+def run(study, output, train, seeds=(), only=(), fast=False):
+    console = io.StringIO()
+    runs = study.plan(seeds, only, fast)
+    rows, failed = run_study(study, runs, output, train, console)
+    return rows, failed, console.getvalue()
+
+
+def test_plan_goes_by_need_and_seed():
+    names = [run.name for run in study_of().plan(seeds=[0, 3])]
+    one = ["tar_seed{0}", "baseline_seed{0}", "equal_time_seed{0}", "longer_seed{0}"]
+    assert names == ["teacher", *[n.format(0) for n in one], *[n.format(3) for n in one]]
+    study = study_of(seeds=[5])
+    assert [run.name for run in study.plan(only=["term"])] == ["term_seed5"]
+    assert [run.name for run in study.plan(only=["equal_time"])] == [
+        "teacher",
+        "tar_seed5",
+        "baseline_seed5",
+        "equal_time_seed5",
+    ]
+    assert [run.seed for run in study.plan(only=["tar"])] == [0, 5]
+
+
+def test_recipes_are_their_own_roots_and_take_overrides():
+    study = study_of(fast=["train.max_iter=7"])
+    plain, fast = study.plan(only=["baseline"]), study.plan(only=["baseline"], fast=True)
+    assert plain[0].config.model.max_iter == 100 and fast[0].config.model.max_iter == 7
+    with pytest.raises(InputError, match="overrides such as"):
+        study_of(fast=["train..=7"]).plan(fast=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(study=dict(tset="x")), "unknown 'tset'; expected one of test, baseline"),
+        (dict(study=dict(baseline="bose")), "unknown 'bose'; expected one of tar, teacher"),
+        (dict(study=dict(featured="bose")), "unknown 'bose'"),
+        (dict(runs=dict(tar=dict(teacher="x"))), "runs.tar.teacher: unknown 'x'"),
+        (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
+        (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
+        (dict(runs=dict(teacher=dict(starts_from="tar"))), "tar is made per seed"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    study = study_of()
+    given = dict(study=dict(test="t", baseline="baseline"), runs=dict(study.runs))
+    config = OmegaConf.merge(OmegaConf.create(given, flags={"allow_objects": True}), change)
+    with pytest.raises(InputError, match=message):
+        parse(config)
+
+
+def test_circles_and_unknown_methods_are_named():
+    study = study_of()
+    study.runs["baseline"].starts_from = "longer"
+    with pytest.raises(InputError, match="longer needs baseline needs longer"):
+        study.plan(only=["longer"])
+    with pytest.raises(InputError, match="unknown 'tra'"):
+        study.plan(only=["tra"])
+
+
+def test_files_that_are_no_study(tmp_path):
+    with pytest.raises(InputError, match="no such config"):
+        load(tmp_path / "absent.py")
+    for text, message in (("x = 1", "no dict named 'study'"), ("1 / 0", "ZeroDivisionError")):
+        (tmp_path / "s.py").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "s.py")
+
+
+def test_sources_and_equal_time(tmp_path):
+    train = FakeTraining(seconds=dict(tar=75.4))
+    rows, failed, _ = run(study_of(), tmp_path, train)
+    assert not failed and [row["method"] for row in rows] == [
+        "tar", "teacher", "baseline", "equal_time", "longer",
+    ]  # fmt: skip
+    configs = train.configs
+    assert configs["equal_time_seed0"].train.max_iter == 151
+    assert configs["equal_time_seed0"].model.max_iter == 151
+    assert configs["tar_seed0"].model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+    start = str(tmp_path / "baseline_seed0/model_final.pth")
+    assert configs["longer_seed0"].train.init_checkpoint == start
+
+
+def test_results_have_the_promised_form(tmp_path):
+    train = FakeTraining(ap=dict(tar=15.0, equal_time=math.nan))
+    run(study_of(), tmp_path, train, seeds=[0, 1])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["schema", "command", "versions", "dataset", "rows", "summary"]
+    assert results["schema"] == 1 and results["dataset"] == "shapes_test"
+    row = next(row for row in results["rows"] if row["name"] == "tar_seed1")
+    assert list(row) == [
+        "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",
+        "parameters", "seconds", "config", "weights", "weights_sha256",
+    ]  # fmt: skip
+    assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
+    assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}
+    assert results["summary"]["tar"] == {"mean_gain": 5.0, "std_gain": 0.0, "gains": [5.0, 5.0]}
+    undefined = {"mean_gain": None, "std_gain": None, "gains": [None, None]}
+    assert results["summary"]["equal_time"] == undefined
+    assert set(results["summary"]) == {"tar", "equal_time", "longer"}
+    over = json.loads((tmp_path / "gains.json").read_text())
+    assert over["schema"] == 1
+    assert {(r["method"], r["reference"]) for r in over["rows"]} >= {("tar", "equal_time")}
+
+
+def test_finished_runs_are_not_trained_again_even_elsewhere(tmp_path):
+    train = FakeTraining()
+    first, _, _ = run(study_of(), tmp_path / "a", train)
+    (tmp_path / "a").rename(tmp_path / "b")
+    train.calls.clear()
+    rows, _, said = run(study_of(), tmp_path / "b", train)
+    assert train.calls == [] and said.count("finished before") == 5
+    assert [row["AP"] for row in rows] == [row["AP"] for row in first]
+    assert all(str(tmp_path / "b") in row["weights"] for row in rows)
+
+
+def test_an_interrupted_study_continues(tmp_path):
+    train = FakeTraining()
+    train.stop = "baseline_seed0"
+    with pytest.raises(KeyboardInterrupt):
+        run(study_of(), tmp_path, train)
+    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())["rows"]} == {
+        "teacher", "tar_seed0",
+    }  # fmt: skip
+    train.stop = None
+    train.calls.clear()
+    run(study_of(), tmp_path, train)
+    assert train.calls == ["baseline_seed0", "equal_time_seed0", "longer_seed0"]
+    # It went on in its own folder: what it had written before is still there.
+    assert len((tmp_path / "baseline_seed0" / "metrics.json").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("harm", ["weights", "record"])
+def test_a_result_that_is_not_whole_does_not_count(tmp_path, harm):
+    train = FakeTraining()
+    run(study_of(), tmp_path, train, only=["baseline"])
+    file = {"weights": "model_final.pth", "record": "study.json"}[harm]
+    (tmp_path / "baseline_seed0" / file).write_text("{")
+    train.calls.clear()
+    run(study_of(), tmp_path, train, only=["baseline"])
+    assert train.calls == ["baseline_seed0"]
+
+
+def test_another_recipe_moves_the_old_run_aside(tmp_path):
+    train = FakeTraining()
+    run(study_of(), tmp_path, train, only=["baseline", "tar"])
+    study = study_of()
+    study.runs["teacher"].config.model.width = 16
+    train.calls.clear()
+    run(study, tmp_path, train, only=["baseline", "tar"])
+    assert train.calls == ["teacher", "tar_seed0"]  # other teacher, other student
+    assert (tmp_path / "teacher.old1" / "model_final.pth").is_file()
+    assert (tmp_path / "tar_seed0.old1" / "model_final.pth").is_file()
+
+
+def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
+    train = FakeTraining()
+    train.stop, train.error = "tar_seed0", InputError("loss_cls", "nan", "a finite number")
+    rows, failed, said = run(study_of(), tmp_path, train)
+    assert [row["name"] for row in rows] == ["teacher", "baseline_seed0", "longer_seed0"]
+    assert list(failed) == ["tar_seed0"]
+    assert "failed: loss_cls: nan" in said and "left out, for it needs tar_seed0" in said
+    assert "over baseline" in show_results(tmp_path, study_of(pictures=0), [], rows)
+
+
+def test_what_fails_before_its_first_step_leaves_no_trace(tmp_path):
+    def refuse(config, test, report):
+        raise InputError("weights", "missing", "a file")
+
+    _, failed, _ = run(study_of(), tmp_path / "out", refuse, only=["baseline"])
+    assert failed and not (tmp_path / "out").exists()
+    run(study_of(), tmp_path / "out", FakeTraining(), only=["baseline"])
+    study = study_of()
+    study.runs["baseline"].config.model.width = 16
+    run(study, tmp_path / "out", refuse, only=["baseline"])
+    assert (tmp_path / "out" / "baseline_seed0" / "model_final.pth").is_file()  # not moved either
+    with pytest.raises(InputError, match="not registered"):
+        run(study_of(test="shape_test"), tmp_path / "other", FakeTraining())
+    assert not (tmp_path / "other").exists()
+
+
+def test_fingerprints_are_of_content(tmp_path):
+    def key(study, finished=()):
+        [run] = study.plan(only=["baseline"])
+        return prepare(run, {}, tmp_path)[1]
+
+    same, other = study_of(), study_of()
+    other.runs["baseline"].config.optimizer.lr = 0.2
+    assert key(study_of()) == key(same) != key(other)
+
+    # Objects count by what they hold, not by where they lie.
+    class Held:
+        def __init__(self, value):
+            self.value = value
+
+    keys = []
+    for value in (1, 1, 2):
+        study = study_of()
+        study.runs["baseline"].config.model.held = Held(value)
+        keys.append(key(study))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def row(method, seed, ap, seconds=10.0):
+    filled = average_precision({"AP": ap, "AP50": ap}, ["x"])
+    return dict(
+        name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=seconds, **filled
+    )
+
+
+def test_gains_are_paired():
+    rows = [row("b", 0, 10), row("b", 1, 30), row("m", 1, 33), row("m", 0, 11), row("m", 2, 9)]
+    assert gains(rows, "m", "b") == {
+        "mean_gain": 2.0,
+        "std_gain": math.sqrt(2),
+        "gains": [1.0, 3.0, None],
+    }
+    assert gains(rows[:1] + rows[3:4], "m", "b") == {
+        "mean_gain": 1.0,
+        "std_gain": None,
+        "gains": [1.0],
+    }
+
+
+def test_an_only_class_and_undefined_figures():
+    assert average_precision({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
+    for value in (math.nan, -1, None, math.inf):
+        assert average_precision({"AP": value}, ["x"])["AP"] is None
+
+
+def test_the_table_shows_each_seed():
+    rows = [
+        row("teacher", 0, 42),
+        row("b", 0, 10),
+        row("b", 1, 12),
+        row("m", 0, 11),
+        row("m", 1, 15),
+    ]
+    rows += [row("i", 0, -1), row("i", 1, 12.01)]
+    lines = [line.split() for line in table(rows, "val", ["b", "i"], ["m", "i"]).splitlines()]
+    assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
+    assert ["AP", "small", "-", "-", "-", "-"] in lines
+    assert ["m", "mean", "+2.0", "±1.4", "+3.0"] in lines
+    assert ["seed", "0", "+1.0", "-"] in lines and ["seed", "1", "+3.0", "+3.0"] in lines
+    assert ["i", "mean", "+0.0"] in lines
+    one = table(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
+    assert one.splitlines()[-1].split() == ["m", "seed", "0", "+1.0"]
+    assert "gain" not in table(rows[:1], "val", ["b"], ["m"])
+
+
+def test_closing_words_name_what_to_open(tmp_path):
+    train = FakeTraining()
+    study = study_of(pictures=2)
+    runs = study.plan([0])
+    rows, _ = run_study(study, runs, tmp_path, train, io.StringIO())
+    words = show_results(tmp_path, study, runs, rows)
+    for name in ("pictures", "curves.png", "results.json", "table.txt"):
+        assert str(tmp_path / name) in words and (tmp_path / name).exists()
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_the_shapes_study_is_whole():
+    study = load("projects/TAR/studies/shapes.py")
+    names = [run.name for run in study.plan()]
+    assert sorted(names) == [
+        "baseline_equal_time_seed0", "baseline_seed0", "imitation_seed0", "tar_seed0", "teacher",
+    ]  # fmt: skip
+    assert study.references == ["baseline", "baseline_equal_time", "imitation"]
+    assert MetadataCatalog.get(study.test).thing_classes == CLASSES
+
+
+def test_a_real_study_trains_measures_and_continues(tmp_path):
+    study = load("projects/TAR/studies/shapes.py")
+    for teacher in (
+        study.runs["teacher"].config.model,
+        study.runs["tar"].config.model.teacher.detector,
+    ):
+        teacher.backbone.bottom_up.width = 4
+    study = parse(dict(runs=study.runs, study=dict(
+        test="shapes_test", baseline="baseline", featured="tar", pictures=1,
+        fast=["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
+              "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
+              "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
+    )))  # fmt: skip
+    runs = study.plan(only=["baseline", "tar"], fast=True)
+
+    def interrupted(config, test, report):
+        def stop(step, steps):
+            report(step, steps)
+            if step == 1 and "tar" in config.train.output_dir:
+                raise KeyboardInterrupt
+
+        return really_train(config, test, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, runs, tmp_path, interrupted, io.StringIO())
+    assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
+    rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
+    assert not failed and [row["name"] for row in rows] == [
+        "teacher",
+        "baseline_seed0",
+        "tar_seed0",
+    ]
+    assert all(row["seconds"] > 0 and 0 <= row["AP"] <= 100 for row in rows)
+    assert rows[1]["parameters"] == rows[2]["parameters"]  # the student's alone
+    for row in rows:
+        assert (tmp_path / row["name"] / "config.yaml").is_file()
+    words = show_results(tmp_path, study, runs, rows)
+    assert "gain in AP" in words and len(list((tmp_path / "pictures").iterdir())) == 1

@@ -1,0 +1,63 @@
+"""Run a study: train what is missing, then one table, curves and pictures.
+
+    tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
+
+Interrupted, the same command continues. See d2kd/study for what a study file says.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", help="a study file, such as projects/TAR/studies/shapes.py")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results; output/<study> by default"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="instead of the study's own"
+    )
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="METHOD", help="only these, and what they need"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="a few steps on a few images, to see that it runs"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+
+    # Late, so that --help and a mistyped option answer at once.
+    from d2kd.errors import reporting
+
+    with reporting(args.debug):
+        try:
+            run(args)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues")
+            raise SystemExit(130) from None
+
+
+def run(args: argparse.Namespace) -> None:
+    from detectron2.config import instantiate
+
+    from d2kd.study import load, run_study, show_results
+
+    study = load(args.study)
+    runs = study.plan(args.seeds, args.runs, args.fast)
+    name = Path(args.study).stem + ("_fast" if args.fast else "")
+    output = args.output or Path("output", name)
+    if args.fast and study.fast_setup is not None:
+        instantiate(study.fast_setup)
+    print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
+    rows, failed = run_study(study, runs, output)
+    if rows:
+        print("\n" + show_results(output, study, runs, rows))
+    if args.fast:
+        print("\n--fast: a few steps on a few images. Everything runs; the figures mean nothing.")
+    for error in failed.values():
+        raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Pictures of what a recipe's detectors see: ground truth | teacher | student.
+
+    tools/visualize.py --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
+        --weights student=output/model_final.pth teacher=teacher.pth
+
+A detector is drawn if its weights are known: given here, the teacher's also by the recipe, and the student's by what
+training left in the recipe's output folder.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--what", choices=["detections"], default="detections")
+    parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
+    parser.add_argument(
+        "--weights", nargs="+", default=[], metavar="WHO=FILE", help="WHO is student or teacher"
+    )
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--number", type=int, default=8, help="of images, spread over the data set")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to draw")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("opts", nargs="*", help="overrides of the recipe, such as train.device=cpu")
+    args = parser.parse_args()
+
+    # Late, so that --help and a mistyped option answer at once.
+    from d2kd.errors import reporting
+
+    with reporting(args.debug):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    from detectron2.config import instantiate
+    from omegaconf import OmegaConf
+
+    from d2kd.config import load
+    from d2kd.errors import InputError
+    from d2kd.visualization import draw_detections
+
+    weights = {}
+    for given in args.weights:
+        who, _, file = given.partition("=")
+        if who not in ("student", "teacher") or not file:
+            raise InputError("--weights", given, "student=FILE or teacher=FILE")
+        weights[who] = file
+    if args.number < 1:
+        raise InputError("--number", args.number, "at least 1")
+    config = load(args.config_file, args.opts)
+    if OmegaConf.select(config, "dataloader.test.mapper") is None:
+        raise InputError(args.config_file, "no dataloader.test.mapper", "how images are read")
+    detectors = detectors_of(config, weights)
+    mapper = instantiate(config.dataloader.test.mapper)
+    written = draw_detections(
+        args.output, args.dataset, detectors, mapper, args.number, args.threshold
+    )
+    panels = " | ".join(["ground truth", *detectors])
+    print(f"{panels}: {len(written)} pictures in {args.output}")
+
+
+def detectors_of(config, weights: dict[str, str]) -> dict:
+    """Teacher, if the recipe has one with weights, and student: title -> (function of batches, classes)."""
+    from detectron2.config import instantiate
+
+    from d2kd.config import is_distiller, student_of
+    from d2kd.engine.launch import pick_device
+    from d2kd.errors import InputError
+    from d2kd.modeling.weights import load_strict
+
+    device = pick_device(config.train.device)
+    left = Path(config.train.output_dir, "model_final.pth")
+    if "student" not in weights and not left.is_file():
+        raise InputError("--weights", f"no student, and no {left}", "student=FILE")
+    detectors = {}
+    if is_distiller(config.model):
+        node = config.model.teacher
+        node.weights = weights.get("teacher", node.weights)
+        if node.weights:
+            teacher = instantiate(node)
+            frozen = teacher.detector.to(device)
+            detectors["teacher"] = (
+                lambda batch: frozen(teacher.own_inputs(batch)),
+                classes_of(frozen),
+            )
+    elif "teacher" in weights:
+        raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
+    student = instantiate(student_of(config.model)).to(device).eval()
+    load_strict(student, weights.get("student", str(left)))
+    detectors["student"] = student, classes_of(student)
+    return detectors
+
+
+def classes_of(detector) -> int:
+    """How many classes a detector tells apart; -1 if it does not say."""
+    return getattr(getattr(detector, "roi_heads", detector), "num_classes", -1)
+
+
+if __name__ == "__main__":
+    main()
