@@ -1,0 +1,85 @@
+"""Measuring a detector on a recipe's test data."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2 import _C
+from detectron2.config import instantiate
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..data import use_seeded_loaders
+from .checkpoint import student_of
+from .random_state import preserved_random_state
+
+logger = logging.getLogger(__name__)
+
+
+def build_test_loader(config: DictConfig) -> Iterable | None:
+    """The loader of ``dataloader.test``; None for a recipe that measures nothing."""
+    if "test" not in config.dataloader or "evaluator" not in config.dataloader:
+        return None
+    config = copy.deepcopy(config)
+    use_seeded_loaders(config.dataloader, seed=config.train.seed)
+    return instantiate(config.dataloader.test)
+
+
+def build_evaluator(config: DictConfig, output_dir: str | Path) -> Any:
+    """The evaluator of ``dataloader.evaluator``, which writes what it writes to ``output_dir``.
+
+    Detectron2's default is its compiled implementation; where that was not built, COCO's own is used.
+    """
+    config = copy.deepcopy(config)
+    node = config.dataloader.evaluator
+    for one in node if OmegaConf.is_list(node) else [node]:
+        target = one.get("_target_")
+        target = locate(target) if isinstance(target, str) else target
+        if not (inspect.isclass(target) and issubclass(target, COCOEvaluator)):
+            continue
+        if one.get("output_dir") is None:
+            one.output_dir = str(output_dir)
+        if not has_compiled_operators():
+            one.use_fast_impl = False
+    return instantiate(node)
+
+
+def has_compiled_operators() -> bool:
+    """Whether this Detectron2 was built with its C++ sources, or with Python standing in for them."""
+    return not str(getattr(_C, "__file__", "")).endswith(".py")
+
+
+def do_test(
+    config: DictConfig,
+    model: nn.Module | Callable,
+    *,
+    loader: Iterable | None = None,
+    output_dir: str | Path | None = None,
+) -> dict:
+    """Measure a model: ``{"bbox": {"AP": …, "AP-<class>": …}}`` in the main process, ``{}`` in others.
+
+    Args:
+        config: a recipe.
+        model: a detector, a :class:`Distiller`, of which the student is measured, or a function of batches.
+        loader: what :func:`build_test_loader` gave, to spare reading the annotations again.
+        output_dir: for the evaluator's files; the run's ``inference`` by default.
+    """
+    loader = loader or build_test_loader(config)
+    if loader is None:
+        logger.info("the recipe has no evaluator: nothing is measured")
+        return {}
+    output_dir = output_dir or Path(config.train.output_dir, "inference")
+    with preserved_random_state():
+        evaluator = build_evaluator(config, output_dir)
+        if isinstance(model, nn.Module):
+            model = student_of(model)
+        results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return dict(results)

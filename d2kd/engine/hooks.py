@@ -1,0 +1,150 @@
+"""The hooks Detectron2 lacks: what the teacher is worth, and the best state of the student."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+
+from ..data import check_dataset
+from ..modeling import Teacher
+from ..modeling.weights import sha256
+from .checkpoint import StudentCheckpointer
+from .run_info import config_hash, read_rows, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def cache_file() -> Path:
+    """Where measured teachers are remembered: in ``$D2KD_CACHE``, else in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("D2KD_CACHE", Path(caches, "d2kd")), "teachers.json")
+
+
+class EvalTeacher(HookBase):
+    """Measures the teacher before the first step, with the evaluator that will measure the student.
+
+    It costs minutes, once for a teacher, and catches the worst mistake there is: a teacher that knows
+    nothing. The AP is remembered by the weights' hash, the data and the model's config.
+
+    Args:
+        teacher: the run's teacher.
+        config: the whole recipe.
+        evaluate: measures a detector given as a callable on batches.
+    """
+
+    def __init__(self, teacher: Teacher, config: DictConfig, evaluate: Callable[[Callable], dict]):
+        self._teacher, self._config, self._evaluate = teacher, config, evaluate
+
+    def before_train(self) -> None:
+        key = self._key()
+        # One process looks and all believe it: evaluating is a matter of all of them.
+        known = comm.all_gather(self._remembered(key))[0]
+        average_precision = self._measure() if known is None else known["AP"]
+        average_precision = comm.all_gather(average_precision)[0]
+        if comm.is_main_process():
+            if known is None:
+                self._remember({**key, "AP": average_precision})
+            self.trainer.record.set(teacher={**key, "AP": average_precision})
+            self._say(average_precision)
+
+    def _key(self) -> dict:
+        node = OmegaConf.select(self._config, "dataloader.test.dataset.names", default=None)
+        names = [] if node is None else check_dataset(node)
+        # A name says little: the annotations behind it may have been edited since.
+        files = [MetadataCatalog.get(name).get("json_file") for name in names]
+        model = {k: v for k, v in self._config.model.teacher.items() if k != "weights"}
+        return {
+            "weights": self._teacher.weights,
+            "weights_sha256": self._teacher.weights_sha256,
+            "dataset": names,
+            "dataset_sha256": [sha256(f) if f and Path(f).is_file() else None for f in files],
+            "config_sha256": config_hash({"model": model, "data": self._config.dataloader.test}),
+        }
+
+    def _remembered(self, key: dict) -> dict | None:
+        """What this run, or any run of this user, has found before."""
+        rows = [self.trainer.record.content["teacher"] or {}]
+        if key["weights_sha256"] is not None:
+            rows += read_rows(cache_file())
+        wanted = {name: value for name, value in key.items() if name != "weights"}
+        return next((row for row in rows if "AP" in row and wanted.items() <= row.items()), None)
+
+    def _remember(self, row: dict) -> None:
+        if row["weights_sha256"] is None:
+            return
+        try:
+            write_json(cache_file(), {"schema": 1, "rows": [*read_rows(cache_file()), row]})
+        except OSError as error:  # a home that cannot be written costs a repetition, no more
+            logger.warning("the teacher's AP is not remembered: %s", error)
+
+    def _measure(self) -> float | None:
+        logger.info("Evaluating the teacher")
+        teacher = self._teacher
+        results = self._evaluate(lambda batch: teacher.detector(teacher.own_inputs(batch)))
+        value = results.get("bbox", {}).get("AP")
+        return None if value is None or not math.isfinite(value) else float(value)
+
+    @staticmethod
+    def _say(average_precision: float | None) -> None:
+        if average_precision is not None and average_precision >= 1:
+            logger.info("The teacher's AP is %.2f", average_precision)
+            return
+        found = "undefined" if average_precision is None else f"{average_precision:.3f}"
+        bar = "!" * 78
+        logger.warning(
+            f"\n{bar}\n! The teacher's AP is {found} of 100: it knows nothing about this data. Look at its\n"
+            f"! weights, its config, its classes and their order before you train a student.\n{bar}"
+        )
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the state with the highest metric so far as ``model_best.pth``; follows the evaluation hook.
+
+    What is best stands in ``model_best.json`` beside it, so that a resumed run does not overwrite a better
+    state. It is never the state that ``--resume`` goes on from.
+
+    Args:
+        period: the evaluation hook's.
+        checkpointer: saves the state.
+        metric: name in the evaluation's results, such as ``"bbox/AP"``.
+    """
+
+    def __init__(self, period: int, checkpointer: StudentCheckpointer, metric: str):
+        self._period, self._checkpointer, self._metric = period, checkpointer, metric
+        self._file = Path(checkpointer.save_dir, "model_best.json")
+        self._best = -math.inf
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0:
+            rows = [row for row in read_rows(self._file) if row.get("metric") == self._metric]
+            self._best = max((row["value"] for row in rows), default=-math.inf)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._keep_if_best(self.trainer.iter)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:  # it came to its end
+            self._keep_if_best(self.trainer.max_iter - 1)
+
+    def _keep_if_best(self, iteration: int) -> None:
+        value = self.trainer.storage.latest().get(self._metric, (-math.inf,))[0]
+        # Only the main process has results, and saving takes all of them.
+        value = comm.all_gather(value)[0]
+        if not value > self._best:
+            return
+        self._best = value
+        self._checkpointer.save("model_best", tag=False, iteration=iteration)
+        if comm.is_main_process():
+            row = {"metric": self._metric, "value": value, "iteration": iteration}
+            write_json(self._file, {"schema": 1, "rows": [row]})
+            logger.info("Best %s so far: %.3f", self._metric, value)

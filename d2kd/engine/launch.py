@@ -1,0 +1,113 @@
+"""One process or many: by ``--num-gpus`` on CUDA, by torchrun anywhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as launch_on_gpus
+from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessException
+
+from ..errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``train.device``: "auto" is this process's CUDA device where there is CUDA.
+
+    Raises:
+        InputError: it does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError("train.device", name, "auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("train.device", f"{name}, and no CUDA here", "auto or cpu")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            found = f"{name}, of {torch.cuda.device_count()} CUDA devices"
+            raise InputError("train.device", found, "auto, or one that is there")
+    return device
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or something that sets what it sets, started this process."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on the CPU."""
+    if not under_torchrun() or dist.is_initialized():
+        yield
+        return
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    _make_local_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _make_local_group() -> None:
+    """Tell Detectron2 which processes share this machine; only its own launch does so."""
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if hasattr(comm, "create_local_process_group"):  # Detectron2 after 0.6
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, dist.get_world_size(), size):
+        ranks = range(first, first + size)
+        group = dist.new_group(list(ranks))  # made by all, wherever it is
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run ``main(args)`` here, or in ``args.num_gpus`` processes.
+
+    Raises:
+        InputError: there are fewer GPUs, or one of the processes raised it.
+    """
+    if under_torchrun() or args.num_gpus * args.num_machines <= 1:
+        main(args)
+        return
+    if args.num_gpus > torch.cuda.device_count():
+        raise InputError(
+            "--num-gpus",
+            f"{args.num_gpus}, and {torch.cuda.device_count()} GPUs here",
+            "as many as there are; on a CPU, torchrun --nproc-per-node N",
+        )
+    try:
+        launch_on_gpus(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessException as error:
+        raise _input_error(str(error)) or error from error
+
+
+def _input_error(text: str) -> InputError | None:
+    """The :class:`InputError` that another process's traceback ends in, if it does."""
+    prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
+    for line in reversed(text.splitlines()):
+        if line.startswith(prefix):
+            said, _, expected = line.removeprefix(prefix).rpartition("; expected ")
+            culprit, _, found = said.partition(": ")
+            return InputError(culprit, found, expected)
+    return None

@@ -1,0 +1,375 @@
+"""Detectron2's DefaultTrainer, driven by a LazyConfig."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
+from detectron2.utils.logger import setup_logger
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..config import get_config
+from ..data import check_dataset, use_seeded_loaders
+from ..errors import InputError
+from ..modeling import Distiller
+from .checkpoint import StudentCheckpointer, student_of, unwrapped
+from .evaluation import build_test_loader, do_test
+from .hooks import BestCheckpoint, EvalTeacher
+from .launch import pick_device
+from .random_state import set_random_state
+from .run_info import (
+    RunLog,
+    RunRecord,
+    keep_metrics_before,
+    save_config,
+)
+from .step import NotFinite, Step, distributed, precision
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains what a recipe says, a plain detector or a :class:`Distiller`.
+
+    Loop, hooks, writers and orchestration are ``DefaultTrainer``'s; its ``build_*`` methods answer from the
+    LazyConfig. Its constructor is not called, because all it makes is made otherwise here: a DDP that a CPU
+    accepts, a step with any precision on any device, a checkpoint that is the student's.
+
+    Construction reads and checks all input and writes nothing: the output folder is touched by
+    :meth:`train` alone.
+
+    Args:
+        cfg: a recipe: ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, of which
+            ``configs/common/train.py`` lists the keys and their defaults. Left as it is.
+
+    Attributes:
+        config: the recipe, complete.
+        cfg: the few values of it that Detectron2's own code reads, as a yacs config.
+        seconds: time spent in steps, that of earlier parts of a resumed run included.
+        record: what ``run.json`` says.
+
+    Raises:
+        InputError: something the recipe names cannot be used.
+    """
+
+    def __init__(self, cfg: Any):
+        TrainerBase.__init__(self)
+        for name in ("detectron2", "fvcore", "d2kd"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(name=name, distributed_rank=comm.get_rank())
+        self._log = RunLog()
+        with self._log.listening():
+            self._build(complete(cfg))
+
+    def _build(self, config: DictConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device)
+        if config.train.seed < 0:
+            config.train.seed = comm.all_gather(secrets.randbits(31))[0]
+        self.cfg = run_card(config)
+        self.seconds = 0.0
+        self.start_iter, self.max_iter = 0, config.train.max_iter
+        self._random: dict | None = None
+
+        torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
+        self._check_data()
+        self._test_loader = build_test_loader(config)
+        # Set once for the weights, once for the loader: building a teacher or an adapter, which draws too,
+        # must not change what the student's run draws. A third time before the first step.
+        seed_all_rng(config.train.seed)
+        model = self.build_model(self.cfg)
+        optimizer = self.build_optimizer(self.cfg, model)
+        self._seed()
+        loader = self.build_train_loader(self.cfg)
+        self._trainer = Step(
+            distributed(model, self.device, config.train.ddp),
+            loader,
+            optimizer,
+            precision(config.train.amp, self.device),
+            config.train.clip_gradients,
+        )
+        self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
+        losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
+        self.checkpointer = StudentCheckpointer(
+            model, config.train.output_dir, trainer=weakref.proxy(self), **losses
+        )
+        self.record = RunRecord(Path(config.train.output_dir, "run.json"))
+        self.register_hooks(self.build_hooks())
+
+    def _check_data(self) -> None:
+        for part in ("train", "test"):
+            key = f"dataloader.{part}.dataset.names"
+            names = OmegaConf.select(self.config, key, default=None)
+            if names is not None:
+                check_dataset(names)
+
+    def _seed(self) -> None:
+        seed_all_rng(self.config.train.seed + comm.get_rank())
+
+    # What DefaultTrainer lets a subclass build.
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        model = instantiate(self.config.model).to(self.device)
+        logger.info("Model:\n%s", model)
+        return model
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        node = copy.deepcopy(self.config.optimizer)
+        if "params" not in node:
+            raise InputError("optimizer", "no params", "params=L(get_default_optimizer_params)(…)")
+        node.params.model = model
+        optimizer = instantiate(node)
+        for group in optimizer.param_groups:
+            # Adam's betas arrive as omegaconf's list, which torch.load would not trust in a checkpoint.
+            group.update({k: tuple(v) for k, v in group.items() if OmegaConf.is_list(v)})
+        return optimizer
+
+    def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        node = self.config.get("lr_multiplier")
+        multiplier = ConstantParamScheduler(1.0) if node is None else instantiate(node)
+        return LRMultiplier(optimizer, multiplier=multiplier, max_iter=self.max_iter)
+
+    def build_train_loader(self, cfg: CfgNode) -> Iterable:
+        """The training loader, from the iteration at which this run begins."""
+        dataloader = copy.deepcopy(self.config).dataloader
+        use_seeded_loaders(dataloader, seed=self.config.train.seed, start=self.start_iter)
+        if self.start_iter > 0 and "start" not in dataloader.train:
+            logger.warning("this data loader cannot go on where it was: its stream starts anew")
+        return instantiate(dataloader.train)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        train, checkpointer = self.config.train, self.checkpointer
+        keep = train.checkpointer.get("max_to_keep") if comm.is_main_process() else None
+
+        def evaluate() -> dict:
+            self._last_eval_results = self.test(self.config, self.model, loader=self._test_loader)
+            return finite(self._last_eval_results)  # JSON has no NaN
+
+        return [
+            self._eval_teacher_hook(),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            # In every process, unlike Detectron2's: a checkpoint holds the random state of each.
+            hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, max_to_keep=keep),
+            hooks.EvalHook(train.eval_period, evaluate),
+            BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
+            if train.best_checkpoint and self._test_loader is not None
+            else None,
+        ]
+
+    def _eval_teacher_hook(self) -> EvalTeacher | None:
+        model = unwrapped(self.model)
+        if not (
+            self.config.train.eval_teacher
+            and isinstance(model, Distiller)
+            and self._test_loader is not None
+        ):
+            return None
+        folder = Path(self.config.train.output_dir, "inference", "teacher")
+        return EvalTeacher(
+            model.teacher,
+            self.config,
+            lambda detector: self.test(
+                self.config, detector, loader=self._test_loader, output_dir=folder
+            ),
+        )
+
+    def build_writers(self) -> list[EventWriter]:
+        folder = self.config.train.output_dir
+        writers = [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+        ]
+        with contextlib.suppress(ImportError):  # tensorboard is no requirement of ours
+            writers.append(TensorboardXWriter(folder))
+        return writers
+
+    @classmethod
+    def test(cls, cfg: DictConfig, model: Any, evaluators: None = None, **options: Any) -> dict:
+        """Measure a model on ``cfg.dataloader.test``: :func:`do_test`."""
+        return do_test(cfg, model, **options)
+
+    # Beginning, going on, ending.
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the output folder's last checkpoint, or start from ``train.init_checkpoint``.
+
+        Raises:
+            InputError: a file is missing or cannot be read, or does not fit.
+        """
+        with self._log.listening():
+            last = self.checkpointer.last() if resume else None
+            if last is not None:
+                self._resume(last)
+            elif self.config.train.init_checkpoint:
+                self.checkpointer.load_initial(self.config.train.init_checkpoint)
+
+    def _resume(self, checkpoint: str) -> None:
+        rest = self.checkpointer.restore(checkpoint)
+        self.start_iter = self.iter + 1
+        states = rest.get("random", ())
+        if len(states) == comm.get_world_size():
+            self._random = states[comm.get_rank()]
+        else:
+            logger.warning("%s has no random state for this many processes", checkpoint)
+        self._trainer.feed(self.build_train_loader(self.cfg))
+        self.record.load()
+        logger.info("Going on from %s, at iteration %d", checkpoint, self.start_iter)
+
+    def train(self) -> dict | None:
+        """Train; the output folder holds what there is to know about it.
+
+        Returns:
+            the last evaluation's results.
+
+        Raises:
+            InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
+        """
+        with self._log.listening(), quiet_about_input_errors():
+            if comm.is_main_process():
+                self._open_output()
+            comm.synchronize()
+            try:
+                super().train()
+            finally:
+                self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
+                self._log.close()
+        return getattr(self, "_last_eval_results", None)
+
+    def _open_output(self) -> None:
+        folder = Path(self.config.train.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log.open(folder / "log.txt")
+        logger.info("Environment:\n%s", collect_env_info())
+        save_config(self.config, folder / "config.yaml")
+        keep_metrics_before(folder / "metrics.json", self.start_iter)
+        self.record.begin(
+            seed=self.config.train.seed,
+            device=str(self.device),
+            processes=comm.get_world_size(),
+            start_iter=self.start_iter,
+            max_iter=self.max_iter,
+            parameters=sum(p.numel() for p in student_of(self.model).parameters()),
+        )
+        writers = hooks.PeriodicWriter(self.build_writers(), self.config.train.log_period)
+        self.register_hooks([writers])
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self._random is None:
+            self._seed()
+        else:
+            set_random_state(self._random)
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        try:
+            super().run_step()
+        except NotFinite as error:
+            self._keep_last_good_state(error)
+        self.seconds += time.perf_counter() - start
+
+    def _keep_last_good_state(self, error: NotFinite) -> None:
+        failed_at, self.iter = self.iter, self.iter - 1
+        self.checkpointer.save("model_last_good", iteration=self.iter)
+        self.iter = failed_at
+        kept = Path(self.config.train.output_dir, "model_last_good.pth")
+        raise InputError(
+            f"{error.culprit} at iteration {failed_at}",
+            error.value,
+            f"a finite number; the state before it is in {kept}",
+        ) from None
+
+    def state_dict(self) -> dict:
+        # Detectron2 0.6 forgets optimizer and scaler here; later versions save them under this key.
+        state = TrainerBase.state_dict(self)
+        return {**state, "_trainer": self._trainer.state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        self.seconds = state_dict["seconds"]
+
+
+def complete(cfg: Any) -> DictConfig:
+    """A copy of a recipe, a config, a mapping or what ``d2kd.config.distill`` gave, with a full ``train``.
+
+    Raises:
+        InputError: a part of the recipe is missing.
+    """
+    if not OmegaConf.is_config(cfg):
+        parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
+        cfg = DictConfig(parts, flags={"allow_objects": True})
+    missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
+    if missing or "train" not in cfg.dataloader:
+        found = f"no {', '.join(missing or ['dataloader.train'])}"
+        raise InputError("the recipe", found, "model, dataloader.train, optimizer and train")
+    config = copy.deepcopy(cfg)
+    config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
+    clip_types = ("full_model", "norm", "value")
+    if config.train.clip_gradients.clip_type not in clip_types:
+        found = config.train.clip_gradients.clip_type
+        raise InputError("train.clip_gradients.clip_type", found, " or ".join(clip_types))
+    return config
+
+
+def run_card(config: DictConfig) -> CfgNode:
+    """The values that DefaultTrainer and hooks written for it look up in a yacs config."""
+    train, card = config.train, get_cfg()
+    card.OUTPUT_DIR = str(train.output_dir)
+    card.SEED = train.seed
+    card.MODEL.WEIGHTS = train.init_checkpoint or ""
+    card.SOLVER.MAX_ITER = train.max_iter
+    card.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
+    card.SOLVER.AMP.ENABLED = train.amp.enabled
+    card.SOLVER.CLIP_GRADIENTS.ENABLED = train.clip_gradients.enabled
+    card.TEST.EVAL_PERIOD = train.eval_period
+    return card
+
+
+def finite(results: dict) -> dict:
+    """Results without the metrics that are undefined."""
+    return {
+        task: {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for task, metrics in results.items()
+    }
+
+
+@contextlib.contextmanager
+def quiet_about_input_errors() -> Iterator[None]:
+    """Keep Detectron2's loop from printing the traceback of an error that is the input's."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.addFilter(keep)
+    try:
+        yield
+    finally:
+        loop.removeFilter(keep)

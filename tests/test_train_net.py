@@ -1,0 +1,212 @@
+"""The command line: what it runs, what it refuses in one line, and two processes on a CPU."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2kd.engine.launch import _input_error
+from d2kd.engine.run_info import LOGGERS
+from d2kd.errors import InputError
+from d2kd.modeling import Teacher
+
+from .common import build, tiny_faster_rcnn
+from .tiny_run import draw_data, teacher_weights
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+from pathlib import Path
+
+from tests.tiny_run import distiller, recipe, without_evaluation
+
+_here = Path(__file__).parent
+_cfg = recipe(_here / "data", _here / "out", {model}, max_iter=2)
+model, dataloader, optimizer, lr_multiplier, train = (
+    _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.lr_multiplier, _cfg.train
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools" / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_apart(tmp_path, monkeypatch):
+    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
+        logging.getLogger(name).setLevel(logging.INFO)
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Data, a plain recipe, one with a teacher, and the teacher's weights."""
+    draw_data(tmp_path / "data")
+    weights = teacher_weights(tmp_path)
+    (tmp_path / "plain.py").write_text(RECIPE.format(model="None"))
+    (tmp_path / "distilled.py").write_text(RECIPE.format(model=f"distiller({weights!r})"))
+    (tmp_path / "teacher.py").write_text(
+        "from tests.common import tiny_faster_rcnn\nmodel = tiny_faster_rcnn(channels=24)\n"
+    )
+    return tmp_path
+
+
+def test_train_resume_evaluate(tool, folder, monkeypatch):
+    recipe = str(folder / "distilled.py")
+    tool.run(["--config-file", recipe])
+    assert (folder / "out/model_final.pth").exists()
+    tool.run(["--config-file", recipe, "--resume", "train.max_iter=3"])
+    rows = json.loads((folder / "out/run.json").read_text())["rows"]
+    assert [(row["start_iter"], row["iterations"]) for row in rows] == [(0, 2), (2, 3)]
+
+    def never(*_, **__):
+        raise AssertionError("a teacher was built")
+
+    monkeypatch.setattr(Teacher, "__init__", never)
+    measured = []
+    do_test = tool.do_test
+    monkeypatch.setattr(
+        tool, "do_test", lambda *args: measured.append((args[1], do_test(*args)["bbox"]["AP"]))
+    )
+    tool.run(["--config-file", recipe, "--eval-only"])
+    final = torch.load(folder / "out/model_final.pth")["model"]
+    student = measured[0][0].state_dict()
+    assert student.keys() == final.keys() and all(torch.equal(student[k], final[k]) for k in final)
+    best = folder / "out/model_best.pth"
+    weights = best if best.exists() else folder / "out/model_final.pth"
+    tool.run(["--config-file", recipe, "--eval-only", f"train.init_checkpoint={weights}"])
+    assert len(measured) == 2
+
+
+def test_distill_makes_a_plain_recipe_one_with_a_teacher(tool, folder):
+    words = ["--config-file", folder / "plain.py", "--distill", "imitation", "--teacher"]
+    words += [folder / "teacher.py", folder / "teacher.pth", "train.max_iter=1"]
+    tool.run([*map(str, words), "model.losses.imitation.weight=0.5"])
+    metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
+    assert metrics[0]["distill/weight_imitation"] == 0.5
+    assert metrics[0]["distill/loss_imitation"] > 0
+
+
+def _spoil(folder: Path) -> None:
+    """Files to be refused."""
+    (folder / "half.pth").write_bytes((folder / "teacher.pth").read_bytes()[:3000])
+    torch.save({"model": {"conv.weight": torch.zeros(2)}}, folder / "foreign.pth")
+    torch.save({"model": build(tiny_faster_rcnn()).state_dict()}, folder / "other.pth")
+    (folder / "broken.py").write_text("model = (\n")
+    (folder / "recipe.yaml").write_text("MODEL: {}\n")
+
+
+TEACH = "--distill imitation --teacher {folder}/teacher.py {folder}/"
+REFUSED = {
+    "no config": ("", "--config-file: not given"),
+    "missing config": ("--config-file {folder}/gone.py", "gone.py: no such config"),
+    "broken config": ("--config-file {folder}/broken.py", "broken.py: does not load"),
+    "yacs recipe": ("--config-file {folder}/recipe.yaml", "recipe.yaml: a yacs config"),
+    "unknown key": ("{plain} train.max_itr=3", "train.max_itr: no 'max_itr'"),
+    "no value": ("{plain} train.max_iter", "train.max_iter: no value"),
+    "device": ("{plain} train.device=abacus", "train.device: abacus"),
+    "half precision": ("{plain} train.amp.enabled=True", "train.amp.dtype: float16"),
+    "missing weights": ("{plain} train.init_checkpoint={folder}/gone.pth", "no such file"),
+    "truncated weights": ("{plain} train.init_checkpoint={folder}/half.pth", "cannot be read"),
+    "foreign weights": (
+        "{plain} train.init_checkpoint={folder}/foreign.pth",
+        "none of its tensors",
+    ),
+    "foreign to evaluate": (
+        "{plain} --eval-only train.init_checkpoint={folder}/foreign.pth",
+        "foreign.pth: ",
+    ),
+    "nothing to evaluate": ("{plain} --eval-only", "--eval-only: no checkpoint in"),
+    "half a teacher": ("{plain} --distill tar", "one of them; expected both"),
+    "missing teacher": ("{plain} " + TEACH + "gone.pth", "gone.pth: no such file"),
+    "truncated teacher": ("{plain} " + TEACH + "half.pth", "half.pth: cannot be read"),
+    "foreign teacher": ("{plain} " + TEACH + "foreign.pth", "missing"),
+    "another teacher": ("{plain} " + TEACH + "other.pth", "misshapen"),
+    "no such level": (
+        "{plain} " + TEACH + "teacher.pth model.losses.imitation.levels=[p2,p9]",
+        "losses.imitation",
+    ),
+    "too many GPUs": ("{plain} --num-gpus 99", "--num-gpus: 99"),
+}
+
+
+@pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line_before_anything_is_written(tool, folder, capfd, arguments, complaint):
+    _spoil(folder)
+    plain = f"--config-file {folder}/plain.py"
+    words = arguments.format(plain=plain, folder=folder).split()
+    flags = [w for w in words if w == "--eval-only"]  # Detectron2's parser has overrides last
+    with pytest.raises(SystemExit) as exit:
+        tool.run(flags + [w for w in words if w not in flags])
+    assert exit.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert complaint in error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda data: (data / "data.json").unlink(), "data.json: no such file"),
+        (lambda data: (data / "data.json").write_text("{"), "data.json: broken JSON"),
+        (lambda data: (data / "3.png").unlink(), "3.png: missing"),
+    ],
+)
+def test_data_is_looked_at_first(tool, folder, capfd, spoil, complaint):
+    spoil(folder / "data")
+    with pytest.raises(SystemExit, match="2"):
+        tool.run(["--config-file", str(folder / "plain.py")])
+    assert complaint in capfd.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_an_image_that_cannot_be_decoded(tool, folder, capfd):
+    for image in (folder / "data").glob("*.png"):
+        image.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="2"):
+        tool.run(["--config-file", str(folder / "plain.py")])
+    error = capfd.readouterr().err
+    assert "cannot be decoded" in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_an_error_of_another_process_is_the_same_error():
+    said = InputError("a.json: annotation 3", "category 9", "one of 1, 2")
+    text = f"-- Process 1 terminated:\nTraceback …\nd2kd.errors.InputError: {said}\n"
+    assert _input_error(text).args == ("a.json", "annotation 3: category 9", "one of 1, 2")
+    assert str(_input_error(text)) == str(said)
+    assert _input_error("Traceback …\nKeyError: 'x'") is None
+
+
+def test_debug_shows_the_traceback(tool, folder):
+    with pytest.raises(InputError, match="gone.py: no such config"):
+        tool.run(["--debug", "--config-file", str(folder / "gone.py")])
+
+
+def test_two_processes_one_without_ground_truth(folder):
+    """With two images, of which one is empty, each step gives one to each process."""
+    draw_data(folder / "data", objects=(2, 0))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["tools/train_net.py", "--config-file", str(folder / "distilled.py")]
+    command += ["train.max_iter=3", "model.losses.imitation.weight=1.0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = torch.load(folder / "out/model_final.pth")
+    assert checkpoint["iteration"] == 2 and len(checkpoint["random"]) == 2
+    metrics = (folder / "out/metrics.json").read_text().splitlines()
+    assert "distill/loss_imitation" in json.loads(metrics[0])
+    row = json.loads((folder / "out/run.json").read_text())["rows"][0]
+    assert row["processes"] == 2 and row["iterations"] == 3

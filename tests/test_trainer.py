@@ -1,0 +1,366 @@
+"""What a run does, leaves and refuses; how it goes on; and that with every weight 0 it is Detectron2's."""
+
+import json
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.solver import LRMultiplier
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage, get_event_storage
+
+import d2kd.engine.trainer as trainer_module
+from d2kd.engine import Trainer
+from d2kd.engine.run_info import LOGGERS
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses
+from d2kd.losses.base import DistillLoss
+
+from .common import batch, build, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_console():
+    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    draw_data(folder)
+    return folder
+
+
+def run(config, resume=False):
+    trainer = Trainer(config)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def saved(file):
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(one, other):
+    """Equal down to the bit, whatever is nested in what."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_construction_touches_no_folder(data, tmp_path):
+    trainer = Trainer(recipe(data, tmp_path / "out"))
+    trainer.resume_or_load(resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_leaves_its_record_and_a_plain_detector(data, tmp_path):
+    losses = L(DistillLosses)(breaks=L(Breaks)(at=-1))
+    config = recipe(data, tmp_path / "out", distiller(losses=losses), max_iter=2)
+    trainer = run(config)
+    out = tmp_path / "out"
+
+    checkpoint = saved(out / "model_final.pth")
+    assert checkpoint["iteration"] == 1 and "losses" in checkpoint
+    assert not [key for key in checkpoint["model"] if "teacher" in key or "student" in key]
+    stock = build(tiny_faster_rcnn(), seed=5)
+    stock.load_state_dict(checkpoint["model"], strict=True)
+    loaded = build(tiny_faster_rcnn(), seed=6)
+    rest = DetectionCheckpointer(loaded).load(str(out / "model_final.pth"))
+    assert rest["iteration"] == 1
+    expected = trainer.model.student.eval()(batch())
+    for detector in (stock, loaded):
+        for one, other in zip(detector.eval()(batch()), expected):
+            assert_same(one["instances"].get_fields()["scores"], other["instances"].scores)
+            assert torch.equal(
+                one["instances"].pred_boxes.tensor, other["instances"].pred_boxes.tensor
+            )
+
+    metrics = [line for line in lines(out / "metrics.json") if "total_loss" in line]
+    assert [line["iteration"] for line in metrics] == [0, 1]
+    assert all("distill/loss_breaks" in line and "loss_cls" in line for line in metrics)
+    assert "bbox/AP" in lines(out / "metrics.json")[-1]
+    record = json.loads((out / "run.json").read_text())
+    assert record["schema"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert record["teacher"]["weights_sha256"] is None
+    [row] = record["rows"]
+    assert row["iterations"] == 2 and row["seconds"] > 0 and "AP" in row["results"]["bbox"]
+    assert (out / "log.txt").stat().st_size and "_target_" in (out / "config.yaml").read_text()
+    assert "inference" in {path.name for path in out.iterdir()}
+    assert not list(out.glob(".*"))
+
+
+def test_everything_that_learns_is_saved(data, tmp_path):
+    config = without_evaluation(recipe(data, tmp_path, distiller()))
+    trainer = Trainer(config)
+    kept = {id(p) for p in trainer.checkpointer.model.parameters()}
+    kept |= {id(p) for p in trainer.checkpointer.checkpointables["losses"].parameters()}
+    assert {id(p) for p in trainer.model.parameters() if p.requires_grad} <= kept
+    teacher = {id(p) for p in trainer.model.teacher.detector.parameters()}
+    assert not teacher & {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_resumed_is_uninterrupted(data, tmp_path, optimizer):
+    def config(folder):
+        config = recipe(data, tmp_path / folder, distiller(), eval_period=3)
+        config.train.checkpointer.period = 2
+        if optimizer == "AdamW":
+            del config.optimizer["momentum"]
+            config.optimizer._target_ = torch.optim.AdamW
+            config.optimizer.lr, config.optimizer.betas = 1e-4, (0.9, 0.99)
+        return config
+
+    run(config("whole"))
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    name = "model_0000001.pth"
+    (resumed / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (resumed / "last_checkpoint").write_text(name)
+    (resumed / "metrics.json").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
+    trainer = run(config("resumed"), resume=True)
+    assert trainer.start_iter == 2
+
+    one, other = saved(tmp_path / "whole/model_final.pth"), saved(resumed / "model_final.pth")
+    assert one["trainer"].pop("seconds") != other["trainer"].pop("seconds")
+    assert_same(one, other)
+    iterations = [line["iteration"] for line in lines(resumed / "metrics.json")]
+    assert iterations == sorted(iterations) and iterations.count(2) == 1 and iterations[0] == 1
+
+
+def test_with_every_weight_zero_it_is_detectron2(data, tmp_path):
+    config = recipe(data, tmp_path, distiller(teacher_weights(tmp_path)), max_iter=5, seed=3)
+    ours = run(without_evaluation(config))
+
+    seed_all_rng(3)
+    model = instantiate(config.model.student)
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    seed_all_rng(3)
+    stock = SimpleTrainer(model, instantiate(config.dataloader.train), optimizer)
+    schedule = LRMultiplier(optimizer, instantiate(config.lr_multiplier), max_iter=5)
+    seed_all_rng(3)
+    with EventStorage() as storage:
+        for step in range(5):
+            storage.iter = stock.iter = step
+            stock.run_step()
+            schedule.step()
+    assert any(p.numel() for p in ours.model.losses.parameters())  # there was an adapter to build
+    assert_same(dict(ours.model.student.state_dict()), dict(model.state_dict()))
+
+
+class Breaks(DistillLoss):
+    """Compares features, and is not finite at one iteration."""
+
+    def __init__(self, at, weight=1.0):
+        super().__init__(weight=weight)
+        self.at = at
+
+    def forward(self, student, teacher):
+        gap = sum((f.mean() - teacher.features[p].mean()) ** 2 for p, f in student.features.items())
+        return gap * math.nan if get_event_storage().iter == self.at else gap
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept(data, tmp_path, capsys):
+    def config(folder, at, max_iter):
+        model = distiller(losses=L(DistillLosses)(breaks=L(Breaks)(at=at)))
+        model.student.backbone.bottom_up.norm = "BN"  # has statistics that a forward pass moves
+        config = recipe(data, tmp_path / folder, model, max_iter=max_iter)
+        config.lr_multiplier.end_value = 1.0
+        return without_evaluation(config)
+
+    with pytest.raises(InputError, match="distill/loss_breaks at iteration 2: nan; expected") as it:
+        run(config("broken", at=2, max_iter=4))
+    assert len(str(it.value).splitlines()) == 1
+    assert "Traceback" not in (tmp_path / "broken/log.txt").read_text()
+    run(config("whole", at=-1, max_iter=2))
+    good, whole = (
+        saved(tmp_path / "broken/model_last_good.pth"),
+        saved(tmp_path / "whole/model_final.pth"),
+    )
+    assert_same(good["model"], whole["model"])
+    assert good["iteration"] == 1
+    assert run(config("broken", at=-1, max_iter=4), resume=True).start_iter == 2
+
+
+def test_gradients_that_are_not_finite_stop_it_too(data, tmp_path):
+    trainer = Trainer(without_evaluation(recipe(data, tmp_path / "out")))
+    trainer.model.backbone.fpn_output2.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(InputError, match="the gradient at iteration 0"):
+        trainer.train()
+    assert_same(before, dict(trainer.model.state_dict()))
+
+
+def test_a_student_that_diverges_is_reported_alike(data, tmp_path):
+    config = without_evaluation(recipe(data, tmp_path / "out"))
+    config.optimizer.lr = 1e12
+    with pytest.raises(InputError, match="at iteration [12]: (nan|inf); expected"):
+        run(config)
+    good = saved(tmp_path / "out/model_last_good.pth")["model"]
+    assert all(value.isfinite().all() for value in good.values())
+
+
+@pytest.mark.parametrize("clip_type", ["full_model", "norm", "value"])
+def test_clipping(data, tmp_path, clip_type):
+    clip = {"enabled": True, "clip_type": clip_type, "clip_value": 1e-3}
+    config = recipe(data, tmp_path, max_iter=1, clip_gradients=clip)
+    config.optimizer.weight_decay = 0.0
+    trainer = Trainer(without_evaluation(config))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    moved = [a - b for a, b in zip(trainer.model.parameters(), before)]
+    reach = 1e-3 * config.optimizer.lr * 1.01
+    if clip_type == "full_model":
+        assert 0 < torch.cat([m.flatten() for m in moved]).norm() <= reach
+    elif clip_type == "norm":
+        assert 0 < max(m.norm() for m in moved) <= reach
+    else:
+        assert 0 < max(m.abs().max() for m in moved) <= reach
+
+
+@pytest.mark.parametrize("student", [tiny_faster_rcnn, tiny_retinanet])
+def test_bfloat16_on_the_cpu(data, tmp_path, student):
+    amp = {"enabled": True, "dtype": "bfloat16"}
+    config = without_evaluation(recipe(data, tmp_path, student(), max_iter=2, amp=amp))
+    run(config)
+    assert all(math.isfinite(line["total_loss"]) for line in lines(tmp_path / "metrics.json"))
+
+
+def test_the_teacher_is_measured_once(data, tmp_path, monkeypatch):
+    calls = []
+
+    def measure(config, model, **options):
+        calls.append(model)
+        return {"bbox": {"AP": 0.3}}
+
+    monkeypatch.setattr(trainer_module, "do_test", measure)
+    weights = teacher_weights(tmp_path)
+
+    def evaluations(folder, resume=False, **train):
+        calls.clear()
+        run(recipe(data, tmp_path / folder, distiller(weights), max_iter=1, **train), resume)
+        return sum(not isinstance(model, torch.nn.Module) for model in calls)
+
+    assert evaluations("first") == 1
+    teacher = json.loads((tmp_path / "first/run.json").read_text())["teacher"]
+    assert teacher["AP"] == 0.3 and len(teacher["weights_sha256"]) == 64
+    assert "!!!!" in (tmp_path / "first/log.txt").read_text()
+    assert evaluations("second") == 0  # known to the user's cache
+    assert "!!!!" in (tmp_path / "second/log.txt").read_text()
+    (tmp_path / "cache/teachers.json").unlink()
+    assert evaluations("first", resume=True) == 0  # known to the run
+    assert len(json.loads((tmp_path / "first/run.json").read_text())["rows"]) == 2
+    assert evaluations("third", eval_teacher=False) == 0
+    assert evaluations("fourth") == 1
+
+
+def test_the_best_state_is_kept(data, tmp_path, monkeypatch):
+    scores = iter([10.0, 30.0, math.nan, 20.0, 20.0, 40.0])
+    monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": next(scores)}})
+
+    def best():
+        return saved(tmp_path / "model_best.pth")["iteration"]
+
+    config = recipe(data, tmp_path, max_iter=4, eval_period=1)
+    run(config)
+    assert best() == 1
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    config.train.max_iter = 6
+    trainer = Trainer(config)
+    trainer.resume_or_load(True)
+
+    class Look(HookBase):
+        def after_step(self):
+            seen.append(best())
+
+    seen = []
+    trainer.register_hooks([Look()])
+    trainer.train()
+    assert trainer.start_iter == 4 and seen == [1, 1] and best() == 5
+
+
+def test_how_often_it_is_evaluated_changes_nothing(data, tmp_path):
+    for period in (0, 1):
+        run(recipe(data, tmp_path / str(period), max_iter=3, eval_period=period))
+    states = [saved(tmp_path / f"{period}/model_final.pth")["model"] for period in (0, 1)]
+    assert_same(*states)
+
+
+def test_bad_input(data, tmp_path):
+    def refused(match, resume=False, **train):
+        config = recipe(data, tmp_path / "out", **train)
+        with pytest.raises(InputError, match=match):
+            Trainer(config).resume_or_load(resume)
+        assert not (tmp_path / "out").exists()
+
+    refused("train.device: abacus", device="abacus")
+    refused("train.amp.dtype: float16 on cpu", amp={"enabled": True})
+    refused("train.amp.dtype: int8", amp={"dtype": "int8"})
+    refused("clip_type: hard", clip_gradients={"clip_type": "hard"})
+    refused("no such file", init_checkpoint=str(tmp_path / "nowhere.pth"))
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "foreign.pth")
+    refused("none of its tensors fits", init_checkpoint=str(tmp_path / "foreign.pth"))
+    whole = teacher_weights(tmp_path)
+    (tmp_path / "half.pth").write_bytes(open(whole, "rb").read()[:5000])
+    refused("cannot be read", init_checkpoint=str(tmp_path / "half.pth"))
+    with pytest.raises(InputError, match="no optimizer"):
+        Trainer({"model": {}, "dataloader": {}, "train": {}})
+
+
+def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):
+    run(without_evaluation(recipe(data, tmp_path, max_iter=1)))
+    other = without_evaluation(recipe(data, tmp_path, tiny_retinanet(), max_iter=2))
+    with pytest.raises(InputError, match="expected a checkpoint of this recipe"):
+        Trainer(other).resume_or_load(True)
+    (tmp_path / "last_checkpoint").write_text("gone.pth")
+    with pytest.raises(InputError, match="gone.pth: no such file"):
+        Trainer(other).resume_or_load(True)
+
+
+@pytest.mark.parametrize("kind", ["pth", "pkl"])
+def test_weights_to_start_from_meet_the_student_alone(data, tmp_path, kind):
+    source = build(tiny_faster_rcnn(), seed=9).state_dict()
+    stem = "backbone.bottom_up.stem.conv1.weight"
+    file = tmp_path / f"backbone.{kind}"
+    if kind == "pth":
+        torch.save({"model": {stem: source[stem]}}, file)
+    else:  # as ImageNet weights come: names that match by their end, NumPy's arrays
+        weights = {"stem.conv1.weight": source[stem].numpy()}
+        content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+        file.write_bytes(pickle.dumps(content))
+    trainer = Trainer(recipe(data, tmp_path / "out", distiller(), init_checkpoint=str(file)))
+    untouched = "roi_heads.box_predictor.cls_score.weight"
+    before = trainer.model.student.state_dict()[untouched].clone()
+    trainer.resume_or_load(False)
+    student = trainer.model.student.state_dict()
+    assert_same(student[stem], source[stem])
+    assert_same(student[untouched], before)

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Train or evaluate what a recipe says.
+
+    train_net.py --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
+    train_net.py --config-file RECIPE --eval-only [train.init_checkpoint=WEIGHTS]
+    train_net.py --config-file PLAIN --distill tar --teacher CONFIG WEIGHTS [KEY=VALUE …]
+
+RECIPE is a LazyConfig, on disk or by its name in d2kd or in Detectron2's model zoo. The third form makes a
+plain recipe one with a teacher. On several GPUs: ``--num-gpus``; in several processes on a CPU: torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+# First, because it keeps torch's remarks on Detectron2's code from the user's terminal.
+from d2kd.config import METHODS, distill, load, method, override, student_of
+from d2kd.engine import Trainer, do_test
+from d2kd.engine.checkpoint import StudentCheckpointer
+from d2kd.engine.launch import joined, launch, pick_device
+from d2kd.engine.trainer import complete
+from d2kd.errors import InputError, reporting
+from d2kd.modeling.weights import load_strict
+
+# isort: split
+from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
+from omegaconf import DictConfig
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = default_argument_parser(epilog=" ")
+    parser.description = __doc__
+    parser.add_argument("--distill", choices=METHODS, help="make a plain recipe one with a teacher")
+    parser.add_argument(
+        "--teacher",
+        nargs=2,
+        metavar=("CONFIG", "WEIGHTS"),
+        help="of --distill: a LazyConfig, a yacs YAML or a name in the model zoo, and its weights",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(arguments)
+
+
+def recipe(args: argparse.Namespace) -> DictConfig:
+    """The recipe of the command line, overrides applied."""
+    if not args.config_file:
+        raise InputError("--config-file", "not given", "a LazyConfig recipe")
+    if (args.distill is None) != (args.teacher is None):
+        raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
+    config = load(args.config_file)
+    if args.distill:
+        config = complete(distill(config, teacher=args.teacher, losses=method(args.distill)))
+    return override(config, args.opts)
+
+
+def evaluate(config: DictConfig, resume: bool) -> dict:
+    """Measure the student alone: of ``train.init_checkpoint``, or of the run's last checkpoint."""
+    config = complete(config)
+    model = instantiate(student_of(config.model)).to(pick_device(config.train.device))
+    last = StudentCheckpointer(model, config.train.output_dir).last()
+    weights = (resume and last) or config.train.init_checkpoint or last
+    if not weights:
+        raise InputError(
+            "--eval-only",
+            f"no checkpoint in {config.train.output_dir}",
+            "one there, or train.init_checkpoint=WEIGHTS",
+        )
+    load_strict(model, weights)
+    return do_test(config, model)
+
+
+def main(args: argparse.Namespace) -> None:
+    config = recipe(args)
+    with joined(config.train.device):
+        if args.eval_only:
+            evaluate(config, args.resume)
+            return
+        trainer = Trainer(config)
+        trainer.resume_or_load(args.resume)
+        trainer.train()
+
+
+def run(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with reporting(args.debug):
+        launch(main, args)
+
+
+if __name__ == "__main__":
+    run()
