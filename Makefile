@@ -18,7 +18,7 @@ setup: .venv/ready
 endif
 
 demo: setup
-	$(PY) tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes $(if $(FAST),--fast)
+	$(PY) tools/run_study.py projects/TAR/studies/shapes.py $(if $(FAST),--fast)
 
 test: setup
 	$(PY) -m ruff check .

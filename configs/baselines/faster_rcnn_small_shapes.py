@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
-from torch.optim import SGD
+from torch.optim import AdamW
 
 from ..common.data.shapes import dataloader  # noqa: F401  (part of the recipe)
 from ..common.models.faster_rcnn_small import model
@@ -16,11 +16,11 @@ from ..common.train import train
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]
 
-optimizer = L(SGD)(
+# On so short a schedule AdamW gets further than SGD.
+optimizer = L(AdamW)(
     params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
-    lr=0.01,
-    momentum=0.9,
-    weight_decay=1e-4,
+    lr=2e-3,
+    weight_decay=0.05,
 )
 
 lr_multiplier = L(WarmupParamScheduler)(

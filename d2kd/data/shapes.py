@@ -1,7 +1,7 @@
 """Shapes: a small detection set, drawn rather than downloaded, and hard enough to need capacity.
 
 Eight classes, four outlines times solid or striped, in textured images of 160 pixels. Objects are
-8 to 100 pixels long, turned, squeezed, cut by the border and hidden by each other; unlabelled
+8 to 100 pixels long, tilted, squeezed, cut by the border and hidden by each other; unlabelled
 figures of other outlines lie among them, the background has stripes of its own, and about one image
 in twenty has no object.
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from d2kd.errors import InputError
 
-VERSION = 1  # of the drawing: raised whenever a pixel or a box changes
+VERSION = 2  # of the drawing: raised whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
 SPLITS = ("train", "val", "test")
 
@@ -60,6 +60,7 @@ CLASSES = tuple(f"{fill}_{outline}" for outline in OUTLINES for fill in ("solid"
 _UNIT = 64  # polygon coordinates are in 1/64 pixel
 _FINE = 4  # samples per pixel and axis: coverage is counted in sixteenths
 _FULL = _FINE * _FINE
+_TILT = 12  # figures lean by at most 21 degrees: half-angle tangent 12/64
 
 
 class _Draw:
@@ -75,9 +76,12 @@ class _Draw:
         raw = (self._bits.random_raw(math.prod(shape)) >> np.uint64(32)).astype(np.int64)
         return (low + (raw * (high - low) >> 32)).astype(np.int32).reshape(shape)
 
-    def direction(self) -> tuple[int, int]:
-        """A unit vector times 1024, from a rational half-angle tangent instead of a sine."""
-        k, sign = self(-64, 65), 2 * self(0, 2) - 1
+    def direction(self, most: int = 64) -> tuple[int, int]:
+        """A unit vector times 1024, from a rational half-angle tangent instead of a sine.
+
+        The half-angle's tangent is at most `most` / 64; at 64 every direction is drawn.
+        """
+        k, sign = self(-most, most + 1), 1 if most < 64 else 2 * self(0, 2) - 1
         norm = 64 * 64 + k * k
         return sign * 1024 * (64 * 64 - k * k) // norm, sign * 1024 * 128 * k // norm
 
@@ -96,13 +100,13 @@ def _background(draw: _Draw) -> np.ndarray:
     """Blotches of several sizes and patches of stripes, so that stripes alone show no object."""
     image = np.zeros((SIZE, SIZE, 3), np.int32) + draw(56, 200, (3,))
     for cell in (32, 16, 8):
-        image += _smooth_noise(draw, cell, draw(6, 44), 3)
+        image += _smooth_noise(draw, cell, draw(4, 26), 3)
     y, x = np.indices((SIZE, SIZE), np.int32)
     for _ in range(draw(0, 3)):
         (c, s), width = draw.direction(), draw(2, 12)
         stripes = (x * c + y * s) // (1024 * width) & 1
         patches = _smooth_noise(draw, 32, 100, 1)[..., 0] > 10
-        image += (stripes & patches)[..., None] * draw(-56, 57, (3,))
+        image += (stripes & patches)[..., None] * draw(-40, 41, (3,))
     return np.clip(image, 0, 255)
 
 
@@ -110,7 +114,7 @@ def _polygon(draw: _Draw, outline: list[tuple[int, int]], size: int) -> np.ndarr
     """The outline squeezed, turned, scaled to `size` pixels of longer side, near (0, 0); (V, 2)."""
     points = np.array(outline, np.int64)
     points[:, 0] = points[:, 0] * draw(10, 17) // 16
-    c, s = draw.direction()
+    c, s = draw.direction(_TILT)
     points = points @ np.array([[c, s], [-s, c]], np.int64)
     points -= points.min(axis=0)
     points = points * (size * _UNIT) // points.max()
@@ -217,13 +221,13 @@ def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict]]:
     scene = _Scene(draw)
     without_objects = draw(0, 20) == 0
     for _ in range(draw(3, 12)):
-        labelled = draw(0, 3) > 0 and not without_objects
+        labelled = draw(0, 4) > 0 and not without_objects
         outlines = list((OUTLINES if labelled else DISTRACTORS).values())
         kind, striped = draw(0, len(outlines)), draw(0, 2)
         shortest = (8, 16, 16, 32, 32, 64)[draw(0, 6)]
         size = draw(shortest, min(2 * shortest, 101))
         scene.add(outlines[kind], striped, size, 1 + 2 * kind + striped if labelled else None)
-    grain = draw(2, 20)
+    grain = draw(2, 10)
     image = scene.image + draw(-grain, grain + 1, (SIZE, SIZE, 1))
     return np.clip(image, 0, 255).astype(np.uint8), scene.objects
 

@@ -6,11 +6,6 @@ flatter every method.
 """
 
 from detectron2.config import LazyCall as L
-from detectron2.solver import WarmupParamScheduler
-from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import CosineParamScheduler
-from omegaconf import OmegaConf
-from torch.optim import SGD
 
 from d2kd.config import distill, get_config
 from d2kd.data import shapes
@@ -20,44 +15,16 @@ from d2kd.modeling import Teacher
 STUDENT_STEPS, TEACHER_STEPS = 500, 900
 
 
-def _detector(width, blocks):
-    model = get_config("common/models/faster_rcnn_small.py").model
-    model.backbone.bottom_up.width = width
-    model.backbone.bottom_up.blocks = [blocks] * 4
-    return model
+def _recipe(width, blocks, steps):
+    recipe = get_config("baselines/faster_rcnn_small_shapes.py")
+    recipe.model.backbone.bottom_up.width = width
+    recipe.model.backbone.bottom_up.blocks = [blocks] * 4
+    recipe.train.max_iter = steps
+    return recipe
 
 
-def _recipe(model, steps):
-    return OmegaConf.create(
-        dict(
-            model=model,
-            dataloader=get_config("common/data/shapes.py").dataloader,
-            optimizer=L(SGD)(
-                params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
-                lr=0.01,
-                momentum=0.9,
-                weight_decay=1e-4,
-            ),
-            lr_multiplier=L(WarmupParamScheduler)(
-                scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
-                warmup_factor=0.01,
-                warmup_length=0.1,
-            ),
-            train=dict(
-                max_iter=steps,
-                checkpointer=dict(period=100, max_to_keep=1),
-                eval_period=steps // 4,
-                best_checkpoint="",
-                log_period=10,
-                clip_gradients=dict(enabled=True, clip_value=10.0),
-            ),
-        ),
-        flags={"allow_objects": True},
-    )
-
-
-_teacher = _recipe(_detector(width=32, blocks=2), TEACHER_STEPS)
-_student = _recipe(_detector(width=8, blocks=1), STUDENT_STEPS)
+_teacher = _recipe(width=32, blocks=2, steps=TEACHER_STEPS)
+_student = _recipe(width=8, blocks=1, steps=STUDENT_STEPS)
 
 
 def _taught(**losses):
