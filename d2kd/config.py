@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,21 +64,24 @@ def _find(path: str) -> Path:
     )
 
 
-def _is_yaml(path: Path) -> bool:
-    return path.suffix in (".yaml", ".yml")
+def _is_yacs(path: Path) -> bool:
+    """Whether a file is a yacs config; a YAML with a model is a LazyConfig that was saved, as runs do."""
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    return not re.search(r"^model:", path.read_text(), flags=re.MULTILINE)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig recipe with overrides such as ``train.max_iter=100`` applied.
 
-    Missing keys of ``train`` take their values from ``common/train.py``.
+    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` take their values from ``common/train.py``.
 
     Raises:
         InputError: the file is missing, is no LazyConfig, or fails to load; an override names a key that
             does not exist.
     """
     file = _find(path)
-    if _is_yaml(file):
+    if _is_yacs(file):
         raise InputError(
             path,
             "a yacs config",
@@ -94,6 +98,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in config]
     if missing:
         raise InputError(path, f"defines no {', '.join(missing)}", "a whole training recipe")
+    if Path(model_zoo.__file__).parent in file.parents:
+        config.train.device = "auto"  # the zoo says CUDA, but nobody asked for it here
     config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
     return override(config, overrides)
 
@@ -155,7 +161,7 @@ def detector(path: str) -> DictConfig:
         InputError: there is no such config, or it does not load or holds no model.
     """
     file = _find(path)
-    if _is_yaml(file):
+    if _is_yacs(file):
         cfg = get_cfg()
         add_distiller_config(cfg)
         try:

@@ -135,11 +135,21 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
 
 
 def test_a_recipe_survives_being_saved(tmp_path):
-    """What a run writes down can be loaded again."""
-    config = load("projects/TAR/configs/tar_shapes.py")
-    LazyConfig.save(config, str(tmp_path / "config.yaml"))
-    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
-    assert is_distiller(saved.model) and saved.train.max_iter == config.train.max_iter
+    """The config.yaml of a run is a recipe again, and its student a detector."""
+    config = load("projects/TAR/configs/tar_shapes.py", ["model.teacher.weights=null"])
+    path = str(tmp_path / "config.yaml")
+    LazyConfig.save(config, path)
+    saved = load(path, ["train.max_iter=7"])
+    assert is_distiller(saved.model) and saved.model.max_iter == 7
+    model = instantiate(saved.model).train()
+    with EventStorage():
+        assert "distill/loss_tar_classification" in model(batch())
+    names = instantiate(detector(path)).state_dict().keys()
+    assert names == model.student.state_dict().keys()
+
+
+def test_a_zoo_recipe_runs_where_there_is_no_cuda():
+    assert load("COCO-Detection/retinanet_R_50_FPN_1x.py").train.device == "auto"
 
 
 def test_get_config_gives_a_fresh_copy():

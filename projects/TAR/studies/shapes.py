@@ -24,6 +24,7 @@ def _recipe(width, blocks, steps):
 
 
 _teacher = _recipe(width=32, blocks=2, steps=TEACHER_STEPS)
+_teacher.optimizer.lr = 1e-3
 _student = _recipe(width=8, blocks=1, steps=STUDENT_STEPS)
 
 
