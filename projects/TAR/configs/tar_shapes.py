@@ -13,7 +13,7 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
     get_config("baselines/faster_rcnn_small_shapes.py"),
     teacher=L(Teacher)(
         detector=get_config("common/models/faster_rcnn_small.py").model,
-        weights="output/shapes/runs/teacher/model_final.pth",
+        weights="output/shapes/teacher/model_final.pth",
     ),
     losses=L(DistillLosses)(tar=L(TARLoss)()),
 )
