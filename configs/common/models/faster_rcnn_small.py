@@ -28,7 +28,7 @@ model.proposal_generator.post_nms_topk = (200, 100)
 
 model.roi_heads.num_classes = 8
 model.roi_heads.batch_size_per_image = 64
-model.roi_heads.box_pooler.sampling_ratio = 2
+model.roi_heads.box_pooler.sampling_ratio = 1  # bins of small regions are smaller than a cell
 model.roi_heads.box_head.input_shape = ShapeSpec(channels=_channels, height=7, width=7)
 model.roi_heads.box_head.fc_dims = [_fc]
 model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=_fc)
