@@ -12,7 +12,7 @@ from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Teacher
 
-STUDENT_STEPS, TEACHER_STEPS = 500, 900
+STUDENT_STEPS, TEACHER_STEPS = 400, 800
 
 
 def _recipe(width, blocks, steps):
@@ -28,10 +28,11 @@ _teacher.optimizer.lr = 1e-3
 _student = _recipe(width=8, blocks=1, steps=STUDENT_STEPS)
 
 
-def _taught(**losses):
+def _taught(inherit=(), **losses):
     """The student's recipe beside the teacher, whose weights the study fills in."""
     teacher = L(Teacher)(detector=_teacher.model, weights="")
-    return distill(_student, teacher=teacher, losses=L(DistillLosses)(**losses))._asdict()
+    losses = L(DistillLosses)(**losses)
+    return distill(_student, teacher=teacher, losses=losses, inherit=inherit)._asdict()
 
 
 def _only(**weights):
@@ -46,7 +47,12 @@ runs = dict(
     baseline_equal_time=dict(config=_student, steps_like="tar"),
     imitation=dict(config=_taught(imitation=L(ImitationLoss)()), teacher="teacher"),
     tar=dict(config=_taught(tar=L(TARLoss)()), teacher="teacher"),
-    # Asked for by name: --runs tar tar_feature …
+    # Asked for by name: --runs tar inherit tar_feature …
+    inherit=dict(
+        config=_taught(inherit=["backbone.fpn_", "proposal_generator.", "roi_heads."]),
+        teacher="teacher",
+        optional=True,
+    ),
     tar_feature=dict(config=_only(feature_weight=0.01), teacher="teacher", optional=True),
     tar_classification=dict(
         config=_only(classification_weight=1.0), teacher="teacher", optional=True
