@@ -222,6 +222,7 @@ def distill(
     teacher: DictConfig | tuple[str, str],
     losses: DictConfig,
     inherit: Iterable[str] = (),
+    share: str = "student",
 ) -> Recipe:
     """A plain recipe with its model put beside a teacher.
 
@@ -229,7 +230,7 @@ def distill(
         base: the student's own recipe, by path or name or loaded.
         teacher: a ``Teacher`` node, or its config and weights as for :func:`detector`.
         losses: a ``DistillLosses`` node.
-        inherit: see :class:`Distiller`.
+        inherit, share: see :class:`Distiller`.
 
     Returns:
         the whole recipe; ``base`` is left as it was. A config writes
@@ -248,5 +249,9 @@ def distill(
         losses=losses,
         max_iter="${train.max_iter}",
         inherit=list(inherit),
+        share=share,
     )
+    if teacher.get("classes") is not None:
+        # Where the student's classes are those of its data.
+        model.classes = "${dataloader.train.dataset.names}"
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)

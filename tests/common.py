@@ -6,5 +6,6 @@ from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     batch,
     build,
     tiny_faster_rcnn,
+    tiny_fcos,
     tiny_retinanet,
 )

@@ -1,5 +1,6 @@
 """The meta-architecture: an ordinary student outside, a teacher nobody sees, inherit, taps, yacs."""
 
+import copy
 import io
 
 import pytest
@@ -15,7 +16,7 @@ from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import distiller, step
 
-from .common import DETECTORS, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .common import DETECTORS, batch, build, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
 
 
 def make(student=None, teacher=None, losses=None, **options):
@@ -26,6 +27,11 @@ def make(student=None, teacher=None, losses=None, **options):
         max_iter=10,
         **options,
     )
+
+
+def other_anchors(node):
+    node.anchor_generator.sizes = [[x, 2 * x] for x in (12, 24, 48, 96, 192)]
+    return node
 
 
 @pytest.mark.parametrize("family", DETECTORS)
@@ -112,8 +118,20 @@ def test_taps_listen_to_any_module_of_the_student():
         (
             TARLoss,
             tiny_retinanet,
+            tiny_faster_rcnn,
+            r"losses.it.regions: student RetinaNet, teacher GeneralizedRCNN; expected both with",
+        ),
+        (
+            TARLoss,
             tiny_retinanet,
-            r"losses.it.regions: the student is a RetinaNet, which has none; expected a two-stage",
+            tiny_fcos,
+            r"losses.it.anchors: anchors of a cell: student \[6, 6.*, teacher \[1, 1.*; expected the",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            lambda: other_anchors(tiny_retinanet()),
+            r"losses.it.anchors: sizes of anchors: student one set, teacher another",
         ),
         (
             TARLoss,
@@ -144,10 +162,48 @@ def test_a_loss_that_reads_what_is_not_there_is_named():
         step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
 
 
-def test_features_join_two_families():
-    model = make(build(tiny_retinanet()), build(tiny_faster_rcnn(channels=24), 1)).train()
-    loss = step(model, batch())["distill/loss_imitation"]
-    assert loss > 0 and model.losses.by_name["imitation"].levels == ["p3", "p4", "p5", "p6"]
+@pytest.mark.parametrize(
+    "student, teacher", [("retinanet", "faster_rcnn"), ("faster_rcnn", "fcos")]
+)
+def test_features_join_two_families(student, teacher):
+    """p6 is pooled in one and convolved in the other: no level to compare unless asked for."""
+    pair = build(DETECTORS[student]()), build(DETECTORS[teacher](channels=24), 1)
+    model = make(*pair).train()
+    assert step(model, batch())["distill/loss_imitation"] > 0
+    assert list(model.losses.by_name["imitation"].levels) == ["p3", "p4", "p5"]
+    wanted = make(*pair, DistillLosses(it=ImitationLoss(levels=["p6"]))).train()
+    assert step(wanted, batch())["distill/loss_it"] > 0
+
+
+def test_the_proposals_of_both():
+    """The student's heads choose among twice the proposals; both then judge the same boxes."""
+    student, teacher = build(tiny_faster_rcnn()), build(tiny_faster_rcnn(), 1)
+    losses = DistillLosses(tar=TARLoss())
+    model = make(student, teacher, losses, share="both").train()
+    examples = batch(objects=(2, 0))
+    own = step(copy.deepcopy(student), examples)
+    given = {}
+    sample = student.roi_heads.label_and_sample_proposals
+    student.roi_heads.label_and_sample_proposals = lambda proposals, targets: (
+        given.update(proposals=proposals) or sample(proposals, targets)
+    )
+    both = step(model, examples)
+    assert any(not torch.equal(own[key], both[key]) for key in own)
+    assert [key for key in own if key.startswith("loss_rpn")]
+    assert all(torch.equal(own[key], both[key]) for key in own if "rpn" in key), "RPN disturbed"
+    asked = model.teacher.ask(examples).proposals
+    for joined, theirs in zip(given["proposals"], asked, strict=True):
+        assert len(joined) > len(theirs) > 0
+        assert torch.equal(
+            joined[-len(theirs) :].proposal_boxes.tensor, theirs.proposal_boxes.tensor
+        )
+    assert not student.roi_heads._forward_pre_hooks
+    for line, options in (
+        ("share: theirs; expected student or both", {"share": "theirs"}),
+        ("share: both, of a GeneralizedRCNN and a RetinaNet; expected two", {"share": "both"}),
+    ):
+        with pytest.raises(InputError, match=line):
+            make(build(tiny_faster_rcnn()), **options)
 
 
 RECIPE = """

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from d2kd.errors import InputError
-from d2kd.layers.adapter import FeatureAdapter, common_levels
+from d2kd.layers.adapter import FeatureAdapter, match_levels
 from d2kd.layers.masks import paint
 
 
@@ -52,13 +53,42 @@ def test_none_is_everywhere_and_unknown_is_refused():
         paint([], (1, 1), 1, "disc")
 
 
-def shapes(channels, levels=(3, 4, 5), shift=0):
-    return {f"p{n}": ShapeSpec(channels=channels, stride=2 ** (n + shift)) for n in levels}
+def shapes(channels, levels=(3, 4, 5), shift=0, name="p{}"):
+    return {name.format(n): ShapeSpec(channels=channels, stride=2 ** (n + shift)) for n in levels}
 
 
-def test_levels_in_common():
-    assert common_levels(shapes(4, (2, 3, 4)), shapes(8, (3, 4, 5))) == ["p3", "p4"]
-    assert common_levels(shapes(4), shapes(8), ["p4"]) == ["p4"]
+class Backbone(torch.nn.Module):
+    """Nothing but shapes, with a top block for the last levels if one is given."""
+
+    def __init__(self, shapes, top_block=None):
+        super().__init__()
+        self.shapes = shapes
+        if top_block is not None:
+            self.top_block = top_block
+
+    def output_shape(self):
+        return self.shapes
+
+
+def matched(ours, theirs, wanted=None):
+    return match_levels(Backbone(ours), Backbone(theirs), wanted)
+
+
+def test_levels_match_by_name_else_by_stride():
+    assert matched(shapes(4, (2, 3, 4)), shapes(8, (3, 4, 5))) == {"p3": "p3", "p4": "p4"}
+    assert matched(shapes(4), shapes(8), ["p4"]) == {"p4": "p4"}
+    other = shapes(8, (4, 5, 6), name="res{}")
+    assert matched(shapes(4), other) == {"p4": "res4", "p5": "res5"}
+    assert matched(shapes(4), other, ["p5"]) == {"p5": "res5"}
+
+
+def test_levels_made_in_other_ways_on_top_are_left_out_unless_wanted():
+    pooled = Backbone(shapes(4, (3, 4, 5, 6)), LastLevelMaxPool())
+    convolved = Backbone(shapes(4, (3, 4, 5, 6, 7)), LastLevelP6P7(4, 4))
+    assert list(match_levels(pooled, convolved)) == ["p3", "p4", "p5"]
+    assert list(match_levels(convolved, convolved)) == ["p3", "p4", "p5", "p6", "p7"]
+    assert list(match_levels(pooled, pooled)) == ["p3", "p4", "p5", "p6"]
+    assert match_levels(pooled, convolved, ["p6"]) == {"p6": "p6"}
 
 
 @pytest.mark.parametrize(
@@ -70,24 +100,27 @@ def test_levels_in_common():
             ["p3"],
             "the teacher's backbone has no 'p3'; expected of p4",
         ),
-        (shapes(4), shapes(4, (6,)), None, "share none"),
+        (shapes(4), shapes(4, (6,)), None, r"student p3 \(stride 8\), .* share none"),
         (shapes(4), shapes(4, shift=1), None, "'p3' has stride 8 here and 16 there"),
         (shapes(4), shapes(4), [], "share none"),
     ],
 )
 def test_levels_that_cannot_be_matched(ours, theirs, wanted, line):
     with pytest.raises(InputError, match=line):
-        common_levels(ours, theirs, wanted)
+        matched(ours, theirs, wanted)
 
 
 @pytest.mark.parametrize(
     "kind, channels, parameters",
     [("auto", 4, 0), ("auto", 8, 4 * 8 + 8), ("none", 4, 0), ("1x1", 4, 20), ("3x3", 4, 148)],
 )
-def test_adapter_kinds(kind, channels, parameters):
-    adapter = FeatureAdapter(shapes(4), shapes(channels), ["p3"], kind)
+def test_adapter_kinds(kind, channels, parameters, caplog):
+    caplog.set_level("INFO", logger="d2kd")
+    adapter = FeatureAdapter(shapes(4), shapes(channels), {"p3": "p3"}, kind)
     assert sum(p.numel() for p in adapter.parameters()) == parameters
+    said = {0: "no adapter"}.get(parameters, f"{'3x3' if kind == '3x3' else '1x1'} adapter")
+    assert f"teacher p3 ({channels} channels): {said}" in caplog.text
     ours, theirs = adapter(torch.rand(2, 4, 6, 7), torch.rand(2, channels, 5, 8), "p3")
     assert ours.shape == theirs.shape == (2, channels, 5, 7)
     with pytest.raises(InputError, match="adapter: 5x5"):
-        FeatureAdapter(shapes(4), shapes(4), ["p3"], "5x5")
+        FeatureAdapter(shapes(4), shapes(4), {"p3": "p3"}, "5x5")

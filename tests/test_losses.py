@@ -12,24 +12,47 @@ from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from d2kd.errors import InputError
 from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ImitationLoss, TARLoss
 from d2kd.losses.base import value_of
-from d2kd.losses.functional import in_float32, masked_squared_error, paired_iou, softmax_kl
-from d2kd.losses.tar import classification_term, of_class, regression_term
+from d2kd.losses.functional import (
+    in_float32,
+    masked_squared_error,
+    paired_iou,
+    sigmoid_divergence,
+    softmax_kl,
+)
+from d2kd.losses.tar import (
+    classification_term,
+    dense_classification_term,
+    of_class,
+    regression_term,
+)
 from d2kd.modeling import Regions
 from d2kd.testing import DETECTORS, check_loss, distiller, step
 
 from .common import batch
 
 LOSSES = {
-    "imitation, whole map": (lambda: ImitationLoss(mask="none"), DETECTORS),
+    "imitation, whole map": (lambda: ImitationLoss(mask="none"), ["retinanet"]),
     "imitation, box": (ImitationLoss, DETECTORS),
-    "imitation, Gaussian, 3x3": (lambda: ImitationLoss(mask="gaussian", adapter="3x3"), DETECTORS),
-    "TAR": (TARLoss, ["faster_rcnn"]),
-    "TAR, no gates": (lambda: TARLoss(cls_gate="none", reg_gate="none"), ["faster_rcnn"]),
-    "TAR, both gates": (lambda: TARLoss(reg_gate="both", cls_margin=0.1), ["faster_rcnn"]),
-    "TAR, student gate": (lambda: TARLoss(reg_gate="student", temperature=2.0), ["faster_rcnn"]),
+    "imitation, Gaussian, 3x3": (
+        lambda: ImitationLoss(mask="gaussian", adapter="3x3"),
+        ["faster_rcnn"],
+    ),
+    "TAR": (TARLoss, DETECTORS),
+    "TAR, no gates": (
+        lambda: TARLoss(cls_gate="none", reg_gate="none"),
+        ["cascade_rcnn", "retinanet"],
+    ),
+    "TAR, both gates": (
+        lambda: TARLoss(reg_gate="both", cls_margin=0.1),
+        ["faster_rcnn", "fcos"],
+    ),
+    "TAR, student gate": (
+        lambda: TARLoss(reg_gate="student", temperature=2.0),
+        ["faster_rcnn", "retinanet"],
+    ),
     "TAR, no features": (
         lambda: TARLoss(feature_weight=0, cls_gate="none", background_weight=0.5),
-        ["faster_rcnn"],
+        ["faster_rcnn", "fcos"],
     ),
 }
 
@@ -177,6 +200,46 @@ def test_classification_term_restated(gate, background_weight, margin):
     assert float(ours) == pytest.approx(slow / 11, abs=1e-12)
 
 
+@pytest.mark.parametrize("gate", ["better", "none"])
+@pytest.mark.parametrize("background_weight", [1.0, 0.25])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_dense_classification_term_restated(gate, background_weight, margin, tau):
+    torch.manual_seed(1)
+    s, t = torch.randn(2, 12, 3, dtype=torch.float64) * 2
+    labels = torch.tensor([0, 1, 2, 3, 3, 3, 0, 1, -1, 2, 3, 0])
+    slow, foreground = 0.0, 0
+    for i in range(12):
+        y = int(labels[i])
+        if y < 0:
+            continue
+        foreground += y < 3
+        for c in range(3):
+            p, q = (1 / (1 + math.exp(-float(x[i, c]) / tau)) for x in (t, s))
+            target = float(y == c)
+            open_ = gate == "none" or abs(p - target) < abs(q - target) - margin
+            entropy = -p * math.log(q) - (1 - p) * math.log(1 - q)
+            weight = background_weight if y == 3 else 1.0
+            slow += open_ * weight * tau**2 * abs(p - q) * entropy
+    ours = dense_classification_term(
+        s,
+        t,
+        labels,
+        gate=gate,
+        margin=margin,
+        background_weight=background_weight,
+        temperature=tau,
+    )
+    assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
+
+
+def test_the_divergence_of_sigmoids_pulls_towards_the_teacher():
+    s = torch.tensor([-2.0, 0.0, 3.0, 1.0], requires_grad=True)
+    t = torch.tensor([0.0, -2.0, 4.0, 1.0])
+    sigmoid_divergence(s, t)[0].sum().backward()
+    assert torch.equal(s.grad.sign(), torch.tensor([-1.0, 1.0, -1.0, 0.0]))
+
+
 def test_a_student_that_is_better_everywhere_is_left_alone():
     labels = torch.tensor([0, 1, 2])
     s = (torch.eye(3)[labels] * 5).requires_grad_()
@@ -278,6 +341,67 @@ def test_regression_restated(gate, teacher_coder, agnostic):
             slow += error**2 / 2 if error < 1 else error - 0.5
     assert gate == "none" or 0 < opened < positives, "the scene decides nothing"
     assert float(value) == pytest.approx(slow / positives, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["proposal", "student", "none"])
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_dense_regression_restated(family, gate):
+    """Through a whole step, anchor by anchor, with boxes decoded and compared in loops."""
+    model = distiller(lambda: TARLoss(reg_gate=gate), DETECTORS[family])
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for detector in (model.student, model.teacher.detector):
+            detector.head.bbox_pred.weight.normal_(std=0.05)
+    loss, given = model.losses.by_name["loss"], {}
+    forward = loss.forward
+    loss.forward = lambda s, t: given.update(s=s, t=t) or forward(s, t)
+    step(model, batch(objects=(3, 3)))
+    student, teacher = given["s"], given["t"]
+    value = loss.dense_regression(student, teacher)
+    anchors = Boxes.cat(student.anchors).tensor.tolist()
+    ours, theirs = (torch.cat(x.pred_anchor_deltas, dim=1) for x in (student, teacher))
+    coder = model.student.box2box_transform
+    slow, positives, opened = 0.0, 0, 0
+    for n in range(2):
+        for i, y in enumerate(student.gt_labels[n].tolist()):
+            if not 0 <= y < 3:
+                continue
+            positives += 1
+            target = student.matched_gt_boxes[n, i].tolist()
+            s, t = ours[n, i].tolist(), theirs[n, i].tolist()
+            if family == "retinanet":
+                boxes = [slow_decode(anchors[i], d, coder.weights) for d in (s, t)]
+            else:
+                side = anchors[i][2] - anchors[i][0]
+                x, y = ((anchors[i][k] + anchors[i][k + 2]) / 2 for k in (0, 1))
+                boxes = [
+                    [x - left * side, y - up * side, x + right * side, y + down * side]
+                    for left, up, right, down in ([max(0, v) for v in deltas] for deltas in (s, t))
+                ]
+            point = family == "fcos"
+            bar = slow_iou(anchors[i] if gate == "proposal" and not point else boxes[0], target)
+            if gate != "none" and not slow_iou(boxes[1], target) > bar:
+                continue
+            opened += 1
+            for a, b in zip(s, t, strict=True):
+                error = abs(a - b)
+                slow += error**2 / 2 if error < 1 else error - 0.5
+    assert gate == "none" or 0 < opened < positives, "the scene decides nothing"
+    assert float(value.detach()) == pytest.approx(slow / positives, rel=1e-4)
+
+
+def test_the_stages_of_a_cascade_add_up():
+    model = distiller(lambda: TARLoss(feature_weight=0), DETECTORS["cascade_rcnn"])
+    loss, given = model.losses.by_name["loss"], {}
+    forward = loss.forward
+    loss.forward = lambda s, t: given.update(s=s, t=t) or forward(s, t)
+    losses = step(model, batch())
+    stages = list(zip(given["s"].regions, given["t"].regions, strict=True))
+    assert len(stages) == 3
+    for name in ("classification", "regression"):
+        terms = [float(getattr(loss, name)(*stage).detach()) for stage in stages]
+        # half-way through the run the decay has come to a half
+        assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(sum(terms) / 2)
 
 
 def test_deltas_of_a_class():

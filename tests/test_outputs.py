@@ -30,12 +30,15 @@ def test_a_copy_answers_what_the_student_said(family, objects):
     for level, feature in said.features.items():
         assert feature.requires_grad and not asked.features[level].requires_grad
         torch.testing.assert_close(feature, asked.features[level])
-    if family == "faster_rcnn":
-        (ours,), (theirs,) = said.regions, asked.regions
-        assert len(ours.gt_classes) == len(ours.gt_boxes) == len(ours.box_tensor) > 0
-        assert all(a is b for a, b in zip(ours.boxes, theirs.boxes, strict=True))
-        pairs = [(ours.pred_class_logits, theirs.pred_class_logits)]
-        pairs += [(ours.pred_proposal_deltas, theirs.pred_proposal_deltas)]
+    if family.endswith("rcnn"):
+        assert len(said.regions) == (3 if family == "cascade_rcnn" else 1)
+        assert len(said.regions[0].box_tensor) > 0
+        pairs = []
+        for ours, theirs in zip(said.regions, asked.regions, strict=True):
+            assert len(ours.gt_classes) == len(ours.gt_boxes) == len(ours.box_tensor)
+            assert all(a is b for a, b in zip(ours.boxes, theirs.boxes, strict=True))
+            pairs += [(ours.pred_class_logits, theirs.pred_class_logits)]
+            pairs += [(ours.pred_proposal_deltas, theirs.pred_proposal_deltas)]
     else:
         pairs = list(zip(said.pred_logits, asked.pred_logits, strict=True))
         pairs += list(zip(said.pred_anchor_deltas, asked.pred_anchor_deltas, strict=True))
@@ -45,6 +48,11 @@ def test_a_copy_answers_what_the_student_said(family, objects):
             4,
         )
         assert sum(x.shape[1] for x in said.pred_logits) == anchors
+        if family == "fcos":
+            pairs += list(zip(said.pred_centerness, asked.pred_centerness, strict=True))
+        else:
+            with pytest.raises(Unreadable, match="pred_centerness"):
+                said.pred_centerness  # noqa: B018
     for ours, theirs in pairs:
         assert ours.requires_grad and not theirs.requires_grad
         torch.testing.assert_close(ours, theirs)
@@ -64,13 +72,52 @@ def test_the_row_of_a_region_follows_its_box():
     )
 
 
-def test_dense_predictions_keep_the_detectors_own_order():
-    detector = build(DETECTORS["retinanet"]())
+def test_a_cascade_labels_its_stages_itself(monkeypatch):
+    """What we find for later stages is what the cascade found for its own loss."""
+    detector = build(DETECTORS["cascade_rcnn"]())
+    own = []
+    label = detector.roi_heads._match_and_label_boxes
+    monkeypatch.setattr(
+        detector.roi_heads,
+        "_match_and_label_boxes",
+        lambda *args: own.append(label(*args)) or own[-1],
+    )
+    said = listen(detector, batch(objects=(3, 0)))
+    assert len(own) == 2
+    for proposals, regions in zip(own, said.regions[1:], strict=True):
+        assert torch.equal(torch.cat([p.gt_classes for p in proposals]), regions.gt_classes)
+        first = len(proposals[0])
+        assert torch.equal(proposals[0].gt_boxes.tensor, regions.gt_boxes[:first])
+        assert torch.equal(regions.gt_boxes[first:], regions.boxes[1].tensor)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, asked_heads",
+    [("cascade_rcnn", "faster_rcnn", [0, 0, 0]), ("faster_rcnn", "cascade_rcnn", [0])],
+)
+def test_stages_of_other_numbers_meet(student, teacher, asked_heads):
+    examples = batch()
+    said = listen(build(DETECTORS[student]()), examples)
+    detector = build(DETECTORS[teacher](), 1)
+    heads = detector.roi_heads.box_predictor
+    heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+    with capture({str(k): head for k, head in enumerate(heads)}) as calls:
+        answers = Teacher(detector, None).ask(examples, **said.shared).regions
+    assert len(answers) == len(said.regions) == len(asked_heads)
+    assert [len(calls[str(k)]) for k in range(len(heads))] == [
+        asked_heads.count(k) for k in range(len(heads))
+    ]
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_dense_predictions_keep_the_detectors_own_order(family):
+    detector = build(DETECTORS[family]())
     examples = batch()
     said = listen(detector, examples)
     predictions = detector.head([said.features[f] for f in detector.head_in_features])
-    theirs = detector._transpose_dense_predictions(predictions, [detector.num_classes, 4])
-    for ours, expected in zip((said.pred_logits, said.pred_anchor_deltas), theirs, strict=True):
+    sizes = [detector.num_classes, 4, 1][: len(predictions)]
+    theirs = detector._transpose_dense_predictions(predictions, sizes)
+    for ours, expected in zip((said.pred_logits, said.pred_anchor_deltas), theirs, strict=False):
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)
 

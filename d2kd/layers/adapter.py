@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from detectron2.layers import ShapeSpec
@@ -9,48 +10,80 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
+logger = logging.getLogger(__name__)
+
 KINDS = ("auto", "1x1", "3x3", "none")
 
 
-def common_levels(
-    student: Mapping[str, ShapeSpec],
-    teacher: Mapping[str, ShapeSpec],
-    wanted: Sequence[str] | None = None,
-) -> list[str]:
-    """The levels both backbones have, in order of stride; all of ``wanted`` where it is given.
+def match_levels(
+    student: nn.Module, teacher: nn.Module, wanted: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Which level of the student's backbone is which of the teacher's, in order of stride.
+
+    Levels match by name, else by stride. Left out unless wanted are levels on top of the pyramid that both
+    make in their own ways, as R-CNNs pool p6 and dense detectors convolve it.
+
+    Args:
+        student, teacher: Detectron2 backbones.
+        wanted: level names of the student; all of them must match.
 
     Raises:
-        InputError: a wanted level is missing on one side, strides differ, or there is none in common.
+        InputError: a wanted level is missing on one side, strides differ, or nothing matches.
     """
-    both = [level for level in student if level in teacher]
-    for level in wanted or ():
-        if level not in both:
-            side, has = ("student", student) if level not in student else ("teacher", teacher)
+    ours, theirs = student.output_shape(), teacher.output_shape()
+    by_stride = {shape.stride: name for name, shape in theirs.items() if name not in ours}
+    matches = {}
+    for name in sorted(ours, key=lambda name: ours[name].stride):
+        stride = ours[name].stride
+        if name in theirs:
+            if theirs[name].stride != stride:
+                found = f"{name!r} has stride {stride} here and {theirs[name].stride} there"
+                raise InputError("levels", found, "equal strides")
+            matches[name] = name
+        elif stride in by_stride:
+            matches[name] = by_stride[stride]
+    if wanted is None:
+        tops, other = _top_levels(student), _top_levels(teacher)
+        matches = {
+            name: match for name, match in matches.items() if tops.get(name) == other.get(match)
+        }
+    for name in wanted or ():
+        if name not in matches:
+            side, has = ("student", ours) if name not in ours else ("teacher", theirs)
             raise InputError(
-                "levels", f"the {side}'s backbone has no {level!r}", f"of {', '.join(has)}"
+                "levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}"
             )
-    levels = list(wanted) if wanted is not None else sorted(both, key=lambda p: student[p].stride)
-    if not levels:
+    if not matches or (wanted is not None and not wanted):
         raise InputError(
             "levels",
-            f"student {', '.join(student)} and teacher {', '.join(teacher)} share none",
-            "at least one level in common",
+            f"student {_listed(ours)} and teacher {_listed(theirs)} share none",
+            "at least one level in common, by name or by stride",
         )
-    for level in levels:
-        ours, theirs = student[level].stride, teacher[level].stride
-        if ours != theirs:
-            raise InputError(
-                "levels", f"{level!r} has stride {ours} here and {theirs} there", "equal strides"
-            )
-    return levels
+    return {name: matches[name] for name in (matches if wanted is None else wanted)}
+
+
+def _listed(shapes: Mapping[str, ShapeSpec]) -> str:
+    return ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
+
+
+def _top_levels(backbone: nn.Module) -> dict[str, type]:
+    """Levels that an FPN's top block makes, and its kind."""
+    block = getattr(backbone, "top_block", None)
+    if block is None:
+        return {}
+    shapes = backbone.output_shape()
+    names = sorted(shapes, key=lambda name: shapes[name].stride)[-block.num_levels :]
+    return dict.fromkeys(names, type(block))
 
 
 class FeatureAdapter(nn.Module):
     """Student maps to teacher channels, level by level; trained with the student, gone afterwards.
 
+    What is adapted how is logged.
+
     Args:
         student, teacher: ``output_shape()`` of both backbones.
-        levels: the levels to adapt.
+        levels: {level of the student: the teacher's}, see :func:`match_levels`.
         kind: "auto" (nothing where the channels are equal, else 1x1), "1x1", "3x3", or "none".
 
     Raises:
@@ -61,15 +94,15 @@ class FeatureAdapter(nn.Module):
         self,
         student: Mapping[str, ShapeSpec],
         teacher: Mapping[str, ShapeSpec],
-        levels: Sequence[str],
+        levels: Mapping[str, str],
         kind: str = "auto",
     ):
         super().__init__()
         if kind not in KINDS:
             raise InputError("adapter", kind, " or ".join(KINDS))
         self.convs = nn.ModuleDict()
-        for level in levels:
-            ours, theirs = student[level].channels, teacher[level].channels
+        for level, match in levels.items():
+            ours, theirs = student[level].channels, teacher[match].channels
             if kind == "none" and ours != theirs:
                 raise InputError(
                     "adapter", f"none, but {level!r} has {ours} and {theirs} channels", "auto"
@@ -79,6 +112,17 @@ class FeatureAdapter(nn.Module):
             else:
                 side = 3 if kind == "3x3" else 1
                 self.convs[level] = nn.Conv2d(ours, theirs, side, padding=side // 2)
+            logger.info(
+                "student %s (stride %d, %d channels) and teacher %s (%d channels): %s",
+                level,
+                student[level].stride,
+                ours,
+                match,
+                theirs,
+                "no adapter"
+                if isinstance(self.convs[level], nn.Identity)
+                else f"{side}x{side} adapter",
+            )
 
     def forward(self, student: Tensor, teacher: Tensor, level: str) -> tuple[Tensor, Tensor]:
         """Both maps ``(N, C, H, W)`` of one level in the teacher's channels, on the grid they share.

@@ -10,6 +10,7 @@ from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
+from ..classes import ClassMap
 from ..errors import InputError
 
 Weight = float | ParamScheduler
@@ -60,6 +61,9 @@ class DistillLoss(nn.Module):
     taps: tuple[str, ...] = ()
     """Names of further student modules to listen to, found as ``student.taps[name]``."""
 
+    class_map: ClassMap | None = None
+    """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
+
     def __init__(self, *, weight: Weight = 1.0):
         super().__init__()
         self.weight = weight
@@ -94,8 +98,12 @@ class DistillLosses(nn.Module):
     def taps(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(tap for loss in self.by_name.values() for tap in loss.taps))
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+    def bind(
+        self, student: nn.Module, teacher: nn.Module, class_map: ClassMap | None = None
+    ) -> None:
+        """Show both detectors to every loss, and which classes they share if their lists differ."""
         for name, loss in self.by_name.items():
+            loss.class_map = class_map
             try:
                 loss.bind(student, teacher)
             except InputError as error:

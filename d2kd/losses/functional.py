@@ -49,6 +49,24 @@ def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 @in_float32
+def sigmoid_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``tau^2 |p_T - p_S| BCE(p_S, p_T)`` of each entry, its first factor constant; and p_S, p_T, constant.
+
+    Binary cross-entropy with soft targets, scaled as quality focal loss is (GFL, arXiv 2006.04388, with
+    exponent 1): 0 with gradient 0 where both agree.
+
+    Args:
+        student_logits, teacher_logits: of equal shape, which is that of the results.
+    """
+    student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    ours, theirs = student_logits.detach().sigmoid(), teacher_logits.detach().sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(student_logits, theirs, reduction="none")
+    return temperature**2 * (theirs - ours).abs() * entropy, ours, theirs
+
+
+@in_float32
 def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """``sum_bij M_bij sum_c (S - T)^2 / (2 max(1, sum M))`` of one level.
 

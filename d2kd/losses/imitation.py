@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..layers.adapter import FeatureAdapter, common_levels
+from ..layers.adapter import FeatureAdapter, match_levels
 from ..layers.masks import check_kind, paint
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
@@ -23,7 +23,7 @@ class ImitationLoss(DistillLoss):
     Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features``.
 
     Args:
-        levels: level names; None: all that both backbones have.
+        levels: level names of the student; None: all that match, see :func:`d2kd.layers.adapter.match_levels`.
         mask: "gaussian", "box" or "none", see :func:`d2kd.layers.masks.paint`.
         adapter: see :class:`d2kd.layers.adapter.FeatureAdapter`.
         weight: a number or a schedule; FGFI's 0.01.
@@ -38,25 +38,25 @@ class ImitationLoss(DistillLoss):
         weight: Weight = 0.01,
     ):
         super().__init__(weight=weight)
-        self.levels = None if levels is None else list(levels)
+        self.wanted = None if levels is None else list(levels)
         self.mask = check_kind(mask)
         self.adapter = adapter
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted)
         ours, theirs = student.backbone.output_shape(), teacher.backbone.output_shape()
-        self.levels = common_levels(ours, theirs, self.levels)
         self.strides = {level: ours[level].stride for level in self.levels}
         self.adapters = FeatureAdapter(ours, theirs, self.levels, self.adapter)
 
     def forward(self, student, teacher) -> Tensor:
-        some = student.features[self.levels[0]]
+        some = student.features[next(iter(self.levels))]
         if self.mask == "none":
             boxes = [some.new_zeros(0, 4)] * len(some)
         else:
             boxes = [x.gt_boxes.tensor for x in student.gt_instances]
         terms = []
-        for level in self.levels:
-            ours, theirs = self.adapters(student.features[level], teacher.features[level], level)
+        for level, match in self.levels.items():
+            ours, theirs = self.adapters(student.features[level], teacher.features[match], level)
             mask = paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
             terms.append(masked_squared_error(ours, theirs, mask))
         return sum(terms) / len(terms)

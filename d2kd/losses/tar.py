@@ -1,17 +1,20 @@
-"""Task Adaptive Regularization for two-stage detectors: transfer where the teacher does better.
+"""Task Adaptive Regularization: transfer where the teacher does better.
 
-TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract
+TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv, June 2020. Only its abstract
 and secondary descriptions could be read, so this is *TAR as we implement it*: established are the shared
 proposals, the three levels, the Gaussian mask, the regression gate and the decay; the formulas' constants,
-the classification gate and the weights are ours.
+the classification gate, the weights and all of the one-stage form are ours.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.structures import Boxes
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
     ConstantParamScheduler,
@@ -21,27 +24,43 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import DistillLoss, Weight, is_off, value_of
-from .functional import in_float32, paired_iou, softmax_kl
+from .functional import in_float32, paired_iou, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
+
+logger = logging.getLogger(__name__)
 
 CLS_GATES = ("better", "none")
 REG_GATES = ("proposal", "student", "both", "none")
 
 
 class TARLoss(DistillLoss):
-    """Features, classification and box regression of shared regions, each where the teacher is right.
+    """Features, classification and box regression, each where the teacher is right.
 
-    For the R regions the student sampled, with labels y and the P of them that are foreground:
+    Two-stage: for the R regions the student sampled, with labels y and the P of them that are foreground,
 
         feature         :class:`ImitationLoss` under Gaussian box masks
         classification  1/R sum_i a_i tau^2 KL(p_T,i || p_S,i),    a_i = [p_T,i(y_i) > p_S,i(y_i) + margin]
         regression      1/max(1, P) sum_i m_i sum_4 smooth_l1(t_S,i - t_T,i),
                         m_i = [IoU(box_T,i, gt_i) > IoU(region_i, gt_i)]
 
-    Denominators are the counts of regions and not of open gates, so that a student that overtakes the
-    teacher is released rather than pushed harder. Deltas are those of class y_i, in the student's coder.
+    One-stage: for every anchor i that is not ignored and every class c, with p of a sigmoid,
 
-    Reads: ``student.features``, ``gt_instances``, ``regions``; ``teacher.features``, ``regions``.
+        classification  1/max(1, P) sum_ic a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic),
+                        a_ic = [|p_T,ic - y_ic| < |p_S,ic - y_ic| - margin]
+
+    and the same regression on its P foreground anchors, from its anchor. The factor |p_T - p_S|, constant to
+    the gradient, keeps some hundred thousand easy negatives from outweighing the rest.
+
+    Denominators are the counts of regions or foreground and not of open gates, so that a student that
+    overtakes the teacher is released rather than pushed harder. Deltas are those of class y_i, in the
+    student's coder. A cascade's stages add up, as in its own loss. With other classes (``class_map``) the
+    shared ones are compared, two-stage with the background and both sides normalised over these; regions and
+    anchors whose label the teacher does not know give neither classification nor regression; where no class
+    is shared, features alone are compared.
+
+    Reads: ``student.features``, ``gt_instances``, ``regions`` or ``pred_logits``, ``pred_anchor_deltas``,
+    ``anchors``, ``gt_labels``, ``matched_gt_boxes``; ``teacher.features``, ``regions`` or ``pred_logits``,
+    ``pred_anchor_deltas``.
 
     Args:
         levels, adapter, mask: of the feature term, see :class:`ImitationLoss`.
@@ -50,16 +69,18 @@ class TARLoss(DistillLoss):
         cls_gate: "better" or "none".
         cls_margin: how much more probable the teacher must find the label.
         temperature: tau.
-        background_weight: factor of background regions in the classification term.
-        reg_gate: "proposal" (the teacher's box beats the region it started from), "student" (it beats the
-            student's box), "both", or "none".
+        background_weight: factor of background regions or anchors in the classification term.
+        reg_gate: "proposal" (the teacher's box beats the region or anchor it started from; FCOS starts from
+            points, which have no box, so there it is "student"), "student" (it beats the student's box),
+            "both", or "none".
         smooth_l1_beta: where the regression turns from square to absolute, in normalised deltas.
         feature_ramp: fraction of the run in which the feature term grows linearly to its weight, for its
             adapters begin at random. 500 iterations of a 90k schedule.
         weight: the decay; linear to 0 over the run unless given.
 
     Raises:
-        InputError: an unknown gate; on ``bind`` a detector without regions, or other classes.
+        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, or with
+            other classes whose names were not given.
     """
 
     def __init__(
@@ -101,26 +122,35 @@ class TARLoss(DistillLoss):
         self.ramp = _ramp(feature_ramp)
 
     @property
-    def reads_regions(self) -> bool:
+    def reads_predictions(self) -> bool:
         return not (is_off(self.classification_weight) and is_off(self.regression_weight))
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.feature is not None:
             self.feature.bind(student, teacher)
-        if not self.reads_regions:
+        if not self.reads_predictions:
             return
-        for side, detector in (("student", student), ("teacher", teacher)):
-            if not hasattr(detector, "roi_heads"):
-                raise InputError(
-                    "regions",
-                    f"the {side} is a {type(detector).__name__}, which has none",
-                    "a two-stage detector, or classification_weight=0 and regression_weight=0",
-                )
-        ours, theirs = student.roi_heads.num_classes, teacher.roi_heads.num_classes
-        if ours != theirs:
+        if self.class_map is not None and not self.class_map.pairs:
+            logger.warning("no class is shared: features alone are compared")
+            self.classification_weight = self.regression_weight = 0
+            return
+        two_stage = {hasattr(detector, "roi_heads") for detector in (student, teacher)}
+        if len(two_stage) == 2:
             raise InputError(
-                "num_classes", f"student {ours}, teacher {theirs}", "the same classes for both"
+                "regions",
+                f"student {type(student).__name__}, teacher {type(teacher).__name__}",
+                "both with regions or both with anchors, or classification_weight=0 and "
+                "regression_weight=0",
             )
+        ours, theirs = (getattr(d, "roi_heads", d).num_classes for d in (student, teacher))
+        if self.class_map is None and ours != theirs:
+            raise InputError(
+                "num_classes",
+                f"student {ours}, teacher {theirs}",
+                "the same classes, or the names of both: the teacher's and the Distiller's classes",
+            )
+        if two_stage == {False}:
+            _check_anchors(student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         terms = {}
@@ -129,21 +159,36 @@ class TARLoss(DistillLoss):
             weight *= value_of(self.ramp, self.progress)
             if weight:
                 terms["feature"] = weight * self.feature(student, teacher)
-        for name, weight, term in (
-            ("classification", self.classification_weight, self.classification),
-            ("regression", self.regression_weight, self.regression),
+        for name, weight, of_regions, of_anchors in (
+            (
+                "classification",
+                self.classification_weight,
+                self.classification,
+                self.dense_classification,
+            ),
+            ("regression", self.regression_weight, self.regression, self.dense_regression),
         ):
             if weight := value_of(weight, self.progress):
-                # The first stage; later ones of a cascade judge other boxes.
-                terms[name] = weight * term(student.regions[0], teacher.regions[0])
+                if hasattr(student.detector, "roi_heads"):
+                    stages = zip(student.regions, teacher.regions, strict=True)
+                    term = sum(of_regions(ours, theirs) for ours, theirs in stages)
+                else:
+                    term = of_anchors(student, teacher)
+                terms[name] = weight * term
         return terms
 
     def classification(self, student, teacher) -> Tensor:
         """The classification term of two ``Regions`` with equal boxes, unweighted."""
+        ours, theirs = student.pred_class_logits, teacher.pred_class_logits
+        labels = student.gt_classes
+        if self.class_map is not None:
+            labels = self.class_map.shared_labels(labels)
+            ours = ours[:, [*self.class_map.of_student, ours.shape[1] - 1]]
+            theirs = theirs[:, [*self.class_map.of_teacher, theirs.shape[1] - 1]]
         return classification_term(
-            student.pred_class_logits,
-            teacher.pred_class_logits,
-            student.gt_classes,
+            ours,
+            theirs,
+            labels,
             gate=self.cls_gate,
             margin=self.cls_margin,
             temperature=self.temperature,
@@ -153,25 +198,105 @@ class TARLoss(DistillLoss):
     def regression(self, student, teacher) -> Tensor:
         """The regression term of two ``Regions`` with equal boxes, unweighted."""
         num_classes = student.pred_class_logits.shape[1] - 1
-        rows = torch.nonzero((student.gt_classes >= 0) & (student.gt_classes < num_classes))[:, 0]
-        classes = student.gt_classes[rows]
-        boxes, gt = student.box_tensor[rows], student.gt_boxes[rows]
-        ours = of_class(student.pred_proposal_deltas[rows], classes)
-        theirs = of_class(teacher.pred_proposal_deltas[rows], classes).to(ours.dtype)
-        coder = student.box2box_transform
+        rows, known = self._foreground(student.gt_classes, num_classes)
+        return self._regression(
+            of_class(student.pred_proposal_deltas[rows], student.gt_classes[rows]),
+            of_class(teacher.pred_proposal_deltas[rows], known),
+            boxes=student.box_tensor[rows],
+            gt=student.gt_boxes[rows],
+            coder=student.box2box_transform,
+            teacher_coder=teacher.box2box_transform,
+        )
+
+    def dense_classification(self, student, teacher) -> Tensor:
+        """The classification term of two ``DenseOutputs`` with equal anchors, unweighted."""
+        ours, theirs = (torch.cat(x.pred_logits, dim=1).flatten(0, 1) for x in (student, teacher))
+        labels = student.gt_labels.flatten()
+        if self.class_map is not None:
+            labels = self.class_map.shared_labels(labels)
+            ours = ours[:, self.class_map.of_student]
+            theirs = theirs[:, self.class_map.of_teacher]
+        return dense_classification_term(
+            ours,
+            theirs,
+            labels,
+            gate=self.cls_gate,
+            margin=self.cls_margin,
+            temperature=self.temperature,
+            background_weight=self.background_weight,
+        )
+
+    def dense_regression(self, student, teacher) -> Tensor:
+        """The regression term of two ``DenseOutputs`` with equal anchors, unweighted."""
+        labels = student.gt_labels.flatten()
+        rows, _ = self._foreground(labels, student.detector.num_classes)
+        anchors = Boxes.cat(student.anchors).tensor
+        ours, theirs = (
+            torch.cat(x.pred_anchor_deltas, dim=1).flatten(0, 1)[rows] for x in (student, teacher)
+        )
+        return self._regression(
+            ours,
+            theirs,
+            boxes=anchors[rows % len(anchors)],
+            gt=student.matched_gt_boxes.flatten(0, 1)[rows],
+            coder=student.detector.box2box_transform,
+            teacher_coder=teacher.detector.box2box_transform,
+        )
+
+    def _foreground(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Rows of objects whose class the teacher knows, and the number it knows that class by."""
+        foreground = (labels >= 0) & (labels < num_classes)
+        if self.class_map is None:
+            rows = torch.nonzero(foreground)[:, 0]
+            return rows, labels[rows]
+        shared = self.class_map.shared_labels(labels)
+        rows = torch.nonzero(foreground & (shared >= 0))[:, 0]
+        return rows, torch.tensor(self.class_map.of_teacher).to(labels)[shared[rows]]
+
+    def _regression(self, ours, theirs, *, boxes, gt, coder, teacher_coder) -> Tensor:
+        """The regression term of ``(P, 4)`` deltas of the same boxes."""
+        theirs = theirs.to(ours.dtype)
         with torch.no_grad():
             # Detectron2's coders want float32, which half-precision deltas are not.
-            teacher_boxes = teacher.box2box_transform.apply_deltas(theirs.float(), boxes)
-            if tuple(teacher.box2box_transform.weights) != tuple(coder.weights):
+            teacher_boxes = teacher_coder.apply_deltas(theirs.float(), boxes)
+            if not _same_coder(coder, teacher_coder):
                 # Another coder: said again in the student's own units.
                 theirs = coder.get_deltas(boxes, teacher_boxes)
             iou = paired_iou(teacher_boxes, gt)
             gate = torch.ones_like(iou, dtype=torch.bool)
-            if self.reg_gate in ("proposal", "both"):
+            points = isinstance(coder, Box2BoxTransformLinear)
+            if self.reg_gate in ("proposal", "both") and not points:
                 gate &= iou > paired_iou(boxes, gt)
-            if self.reg_gate in ("student", "both"):
+            if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
                 gate &= iou > paired_iou(coder.apply_deltas(ours.float(), boxes), gt)
         return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta)
+
+
+def _same_coder(one, other) -> bool:
+    return type(one) is type(other) and vars(one) == vars(other)
+
+
+def _check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    """Row by row comparison wants equal anchors on equal grids."""
+    ours, theirs = (
+        (
+            [d.backbone.output_shape()[level].stride for level in d.head_in_features],
+            [cell.tolist() for cell in d.anchor_generator.cell_anchors],
+            d.backbone.size_divisibility,
+        )
+        for d in (student, teacher)
+    )
+    for what, a, b in zip(("strides", "anchors of a cell", "padding"), ours, theirs, strict=True):
+        if a != b:
+            if what == "anchors of a cell":
+                a, b = ([len(cell) for cell in side] for side in (a, b))
+                what = "anchors of a cell" if a != b else "sizes of anchors"
+                a, b = (a, b) if a != b else ("one set", "another")
+            raise InputError(
+                "anchors",
+                f"{what}: student {a}, teacher {b}",
+                "the same anchors, or classification_weight=0 and regression_weight=0",
+            )
 
 
 @in_float32
@@ -204,6 +329,36 @@ def classification_term(
             theirs = F.softmax(teacher_logits / temperature, dim=1).gather(1, label)[:, 0]
             weight = weight * (theirs > ours + margin)
     return (divergence * weight).sum() / known.sum().clamp(min=1)
+
+
+@in_float32
+def dense_classification_term(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    gt_classes: Tensor,
+    *,
+    gate: str = "better",
+    margin: float = 0.0,
+    temperature: float = 1.0,
+    background_weight: float = 1.0,
+) -> Tensor:
+    """``1/max(1, P) sum_ic w_i a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic)``.
+
+    Args:
+        student_logits, teacher_logits: ``(M, K)`` of M anchors, before the sigmoid.
+        gt_classes: ``(M,)`` in ``[0, K]``, K background; P of them are foreground, a negative one is ignored.
+    """
+    num_classes = student_logits.shape[1]
+    divergence, ours, theirs = sigmoid_divergence(student_logits, teacher_logits, temperature)
+    with torch.no_grad():
+        known = gt_classes >= 0
+        foreground = known & (gt_classes < num_classes)
+        weight = torch.where(foreground, 1.0, background_weight) * known
+        weight = weight[:, None].expand_as(divergence)
+        if gate == "better":
+            target = F.one_hot(gt_classes.clamp(min=0), num_classes + 1)[:, :-1]
+            weight = weight * ((theirs - target).abs() < (ours - target).abs() - margin)
+    return (divergence * weight).sum() / foreground.sum().clamp(min=1)
 
 
 @in_float32

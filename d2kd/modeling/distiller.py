@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..classes import ClassMap, class_names
 from ..errors import InputError
-from .outputs import capture, outputs_of
+from .outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+SHARES = ("student", "both")
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,10 +34,14 @@ class Distiller(nn.Module):
         student: any detector with readable outputs.
         teacher: its :class:`Teacher`.
         losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns named
-            losses; its optional ``bind(student, teacher)`` sees both detectors once, and its optional
-            ``taps`` names further modules of the student to listen to.
+            losses; its optional ``bind(student, teacher, class_map)`` sees both detectors once, and its
+            optional ``taps`` names further modules of the student to listen to.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names to start from the teacher's weights.
+        share: whose proposals the RoI heads judge. "student": its sampler's choice among its own, as it
+            would be alone. "both": among its own and the teacher's, so its training is no longer the plain one.
+        classes: names of the student's classes, or a data set that has them; needed where the teacher's
+            are given.
 
     Raises:
         InputError: the losses ask for what these detectors do not have.
@@ -48,17 +56,25 @@ class Distiller(nn.Module):
         losses: nn.Module,
         max_iter: int,
         inherit: Sequence[str] = (),
+        share: str = "student",
+        classes: str | Iterable[str] | None = None,
     ):
         super().__init__()
         if max_iter <= 0:
             raise InputError("max_iter", max_iter, "a positive number of iterations")
+        if share not in SHARES:
+            raise InputError("share", share, " or ".join(SHARES))
         self.student = student
         self.teacher = teacher
         self.losses = losses
         self.max_iter = max_iter
         self.kind = outputs_of(student)
+        self.share = share
+        if share == "both" and {self.kind, teacher.kind} != {RCNNOutputs}:
+            kinds = f"a {type(student).__name__} and a {type(teacher.detector).__name__}"
+            raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
         if hasattr(losses, "bind"):
-            losses.bind(student, teacher.detector)
+            losses.bind(student, teacher.detector, _class_map(student, teacher, classes))
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
         if inherit:
             inherit_weights(student, teacher.detector, inherit)
@@ -89,6 +105,8 @@ class Distiller(nn.Module):
             "losses": instantiate(recipe.losses),
             "max_iter": cfg.SOLVER.MAX_ITER,
             "inherit": tuple(node.INHERIT),
+            "share": node.SHARE,
+            "classes": tuple(node.CLASSES) or None,
         }
 
     @property
@@ -104,13 +122,33 @@ class Distiller(nn.Module):
         """Detectron2's training interface: the student's task losses and ``distill/loss_*`` together."""
         if not self.training:
             return self.student(batched_inputs)
+        teacher = self.teacher.ask(batched_inputs)
         taps = {name: find() for name, find in self.taps.items()}
-        with capture(self.kind.joints(self.student)) as calls, capture(taps) as tapped:
+        with contextlib.ExitStack() as during:
+            calls = during.enter_context(capture(self.kind.joints(self.student)))
+            tapped = during.enter_context(capture(taps))
+            if self.share == "both":
+                heads = self.student.roi_heads
+                during.enter_context(more_proposals(heads, lambda: teacher.proposals))
             losses = self.student(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
-        teacher = self.teacher.ask(batched_inputs, **student.shared)
+        teacher.share(student.shared)
         progress = get_event_storage().iter / self.max_iter
         return {**losses, **self.losses(student, teacher, progress=progress)}
+
+
+def _class_map(
+    student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
+) -> ClassMap | None:
+    if teacher.classes is None:
+        return None
+    if classes is None:
+        raise InputError("classes", "only the teacher's", "those of the student, too")
+    names = class_names(classes)
+    check_classes("student", student, names)
+    class_map = ClassMap.by_name(names, teacher.classes)
+    logger.info("%s", class_map)
+    return class_map
 
 
 @torch.no_grad()
@@ -137,3 +175,5 @@ def add_distiller_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILLER.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.DISTILLER.CONFIG = ""
     cfg.MODEL.DISTILLER.INHERIT = []
+    cfg.MODEL.DISTILLER.SHARE = "student"
+    cfg.MODEL.DISTILLER.CLASSES = []  # the student's, where the teacher has others

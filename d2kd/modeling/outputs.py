@@ -10,13 +10,13 @@ Letters: N images, R regions of the batch, K classes, A anchors of a location, (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -116,17 +116,23 @@ class DetectorOutputs:
             detector,
             batched_inputs,
             taps={name: [output for _, output in heard] for name, heard in (taps or {}).items()},
-            **cls._captured(detector, calls),
+            **cls._captured(detector, batched_inputs, calls),
         )
 
     @staticmethod
-    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+    def _captured(
+        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
+    ) -> dict[str, Any]:
         return {"features": calls["backbone"][0][1]}
 
     @property
     def shared(self) -> dict[str, Any]:
         """What a teacher must know of this student to judge the same things."""
         return {}
+
+    def share(self, shared: Mapping[str, Any]) -> None:
+        """Take over what another detector shares; what this family has no use for is left aside."""
+        self.__dict__.update({k: v for k, v in shared.items() if hasattr(type(self), k)})
 
     @asked
     def images(self) -> ImageList:
@@ -173,8 +179,16 @@ class Regions:
         return Boxes.cat(self.boxes).tensor
 
 
+def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Box head and box predictor of each stage: one of ``StandardROIHeads``, several of a cascade."""
+    heads, predictors = roi_heads.box_head, roi_heads.box_predictor
+    if isinstance(predictors, nn.ModuleList):
+        return list(zip(heads, predictors, strict=True))
+    return [(heads, predictors)]
+
+
 class RCNNOutputs(DetectorOutputs):
-    """What a ``GeneralizedRCNN`` with ``StandardROIHeads`` says (Faster and Mask R-CNN on an FPN)."""
+    """What a ``GeneralizedRCNN`` on an FPN says: Faster and Mask R-CNN, and Cascade R-CNN with more stages."""
 
     region_boxes: list[list[Boxes]] | None = None
     """For each stage the regions' boxes by image: the student's own, and the ones a teacher is asked about."""
@@ -182,39 +196,52 @@ class RCNNOutputs(DetectorOutputs):
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
         heads = detector.roi_heads
-        return {
+        joints = {
             "backbone": detector.backbone,
             "roi_heads": heads,
             "box_pooler": heads.box_pooler,
-            "box_predictor": heads.box_predictor,
         }
+        for stage, (_, predictor) in enumerate(box_stages(heads)):
+            joints[f"box_predictor.{stage}"] = predictor
+        return joints
 
     @staticmethod
-    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+    def _captured(
+        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
+    ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, (proposals, _)),) = calls["roi_heads"]
-        # The pooler's input and not the proposals: with train_on_pred_boxes those change afterwards.
-        ((pooled, _),) = calls["box_pooler"]
-        (((box_features, *_), (logits, deltas)),) = calls["box_predictor"]
-        boxes = list(pooled[1])
-        matched = [
-            p.gt_boxes.tensor if p.has("gt_boxes") else b.tensor
-            for p, b in zip(proposals, boxes, strict=True)
-        ]
-        regions = Regions(
-            boxes,
-            box_features,
-            logits,
-            deltas,
-            detector.roi_heads.box_predictor.box2box_transform,
-            gt_classes=torch.cat([p.gt_classes for p in proposals]),
-            gt_boxes=torch.cat(matched),
-        )
+        heads = detector.roi_heads
+        regions = []
+        # The pooler's inputs and not the proposals: later stages of a cascade pool other boxes, and with
+        # train_on_pred_boxes the proposals change afterwards.
+        for stage, ((_, predictor), ((_, pooled), _)) in enumerate(
+            zip(box_stages(heads), calls["box_pooler"], strict=True)
+        ):
+            boxes = list(pooled)
+            (((box_features, *_), (logits, deltas)),) = calls[f"box_predictor.{stage}"]
+            if stage == 0:
+                classes, matched = _sampled_labels(proposals, boxes)
+            else:
+                truth = [x["instances"].to(detector.device) for x in batched_inputs]
+                matcher = heads.proposal_matchers[stage]
+                classes, matched = match_labels(matcher, boxes, truth, heads.num_classes)
+            regions.append(
+                Regions(
+                    boxes,
+                    box_features,
+                    logits,
+                    deltas,
+                    predictor.box2box_transform,
+                    gt_classes=classes,
+                    gt_boxes=matched,
+                )
+            )
         return {
             "features": features,
             "proposals": proposals,
-            "region_boxes": [boxes],
-            "regions": [regions],
+            "region_boxes": [stage.boxes for stage in regions],
+            "regions": regions,
         }
 
     @property
@@ -222,33 +249,103 @@ class RCNNOutputs(DetectorOutputs):
         return {"region_boxes": self.region_boxes}
 
     @asked
+    def proposals(self) -> list[Instances]:
+        """Each image's proposals of the RPN, best first: ``proposal_boxes``, ``objectness_logits``.
+
+        A student's are those its sampler chose, with ``gt_classes`` and ``gt_boxes``.
+        """
+        return self.detector.proposal_generator(self.images, self.features, None)[0]
+
+    @asked
     def regions(self) -> list[Regions]:
-        """One :class:`Regions` for each stage of shared boxes."""
+        """One :class:`Regions` for each stage of shared boxes.
+
+        Stage k is judged by stage k of this detector, or by its last one where it has fewer.
+        """
         if self.region_boxes is None:
             raise Unreadable(
                 f"no regions to ask a {type(self.detector).__name__} about: the student has none"
             )
         heads = self.detector.roi_heads
+        stages = box_stages(heads)
         features = [self.features[level] for level in heads.box_in_features]
         regions = []
-        for boxes in self.region_boxes:
-            box_features = heads.box_head(heads.box_pooler(features, boxes))
-            logits, deltas = heads.box_predictor(box_features)
+        for stage, boxes in enumerate(self.region_boxes):
+            head, predictor = stages[min(stage, len(stages) - 1)]
+            box_features = head(heads.box_pooler(features, boxes))
+            logits, deltas = predictor(box_features)
             regions.append(
-                Regions(boxes, box_features, logits, deltas, heads.box_predictor.box2box_transform)
+                Regions(boxes, box_features, logits, deltas, predictor.box2box_transform)
             )
         return regions
 
 
+def _sampled_labels(proposals: list[Instances], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
+    matched = [
+        p.gt_boxes.tensor if p.has("gt_boxes") else b.tensor
+        for p, b in zip(proposals, boxes, strict=True)
+    ]
+    return torch.cat([p.gt_classes for p in proposals]), torch.cat(matched)
+
+
+@torch.no_grad()
+def match_labels(
+    matcher: Callable, boxes: list[Boxes], truth: list[Instances], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Label boxes as a cascade's stage does: ``(R,)`` classes, background last, and ``(R, 4)`` matched boxes.
+
+    In an image without ground truth all are background, and a box is its own match.
+    """
+    classes, matched = [], []
+    for ours, gt in zip(boxes, truth, strict=True):
+        if len(gt) == 0:
+            classes.append(torch.full((len(ours),), num_classes, device=ours.device))
+            matched.append(ours.tensor)
+            continue
+        index, flags = matcher(pairwise_iou(gt.gt_boxes, ours))
+        classes.append(torch.where(flags == 0, num_classes, gt.gt_classes[index]))
+        matched.append(gt.gt_boxes.tensor[index])
+    return torch.cat(classes), torch.cat(matched)
+
+
+@contextlib.contextmanager
+def more_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> Iterator[None]:
+    """While the block runs, RoI heads choose among their own proposals and those of another detector.
+
+    Args:
+        roi_heads: called as ``(images, features, proposals, …)``.
+        of: gives the further proposals of each image.
+    """
+
+    def join(_, inputs: tuple) -> tuple:
+        images, features, proposals, *rest = inputs
+        joined = []
+        for own, other in zip(proposals, of(), strict=True):
+            further = Instances(own.image_size)
+            for name, value in own.get_fields().items():
+                theirs = other.get(name)
+                further.set(name, theirs if isinstance(value, Boxes) else theirs.to(value.dtype))
+            joined.append(Instances.cat([own, further]))
+        return images, features, joined, *rest
+
+    handle = roi_heads.register_forward_pre_hook(join)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class DenseOutputs(DetectorOutputs):
-    """What a ``DenseDetector`` with anchors says (RetinaNet)."""
+    """What a ``DenseDetector`` says of its anchors: RetinaNet, and FCOS, whose anchors are points with a size."""
 
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
         return {"backbone": detector.backbone, "head": detector.head}
 
     @staticmethod
-    def _captured(detector: nn.Module, calls: dict[str, list[Call]]) -> dict[str, Any]:
+    def _captured(
+        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
+    ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
         return {"features": features, "predictions": predictions}
@@ -268,6 +365,13 @@ class DenseOutputs(DetectorOutputs):
         """For each level ``(N, Hi * Wi * A, 4)``."""
         return [by_anchor(x, 4) for x in self.predictions[1]]
 
+    @property
+    def pred_centerness(self) -> list[Tensor]:
+        """For each level ``(N, Hi * Wi * A, 1)``, before the sigmoid (FCOS)."""
+        if len(self.predictions) < 3:
+            raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_centerness'")
+        return [by_anchor(x, 1) for x in self.predictions[2]]
+
     @asked
     def anchors(self) -> list[Boxes]:
         """Anchors of each level, in the predictions' order."""
@@ -279,7 +383,8 @@ class DenseOutputs(DetectorOutputs):
     def labels(self) -> tuple[Tensor, Tensor]:
         """The detector's own labelling: ``gt_labels`` and ``matched_gt_boxes`` together."""
         labels, boxes = self.detector.label_anchors(self.anchors, self.gt_instances)
-        return torch.stack(list(labels)), torch.stack(list(boxes))
+        # FCOS gives Boxes, RetinaNet tensors.
+        return torch.stack(list(labels)), torch.stack([getattr(b, "tensor", b) for b in boxes])
 
     @property
     def gt_labels(self) -> Tensor:
@@ -290,6 +395,21 @@ class DenseOutputs(DetectorOutputs):
     def matched_gt_boxes(self) -> Tensor:
         """``(N, sum Hi * Wi * A, 4)``; means something for foreground anchors alone."""
         return self.labels[1]
+
+
+def num_classes_of(detector: nn.Module) -> int:
+    """How many classes a detector tells apart, without the background."""
+    return getattr(detector, "roi_heads", detector).num_classes
+
+
+def check_classes(side: str, detector: nn.Module, classes: Sequence[str]) -> None:
+    """Raise InputError unless there are as many names as classes."""
+    if len(classes) != num_classes_of(detector):
+        raise InputError(
+            f"classes of the {side}",
+            f"{len(classes)} names",
+            f"{num_classes_of(detector)}, one for each class of the {type(detector).__name__}",
+        )
 
 
 def by_anchor(prediction: Tensor, size: int) -> Tensor:
@@ -303,17 +423,15 @@ def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
     """The kind of outputs that a detector gives, told by its parts rather than by its class.
 
     Raises:
-        InputError: it is neither an R-CNN with one box head on a pyramid nor an anchor-based dense detector.
+        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors.
     """
     heads = getattr(detector, "roi_heads", None)
-    if isinstance(getattr(heads, "box_predictor", None), nn.Module) and not isinstance(
-        heads.box_predictor, nn.ModuleList
-    ):
+    if hasattr(heads, "box_predictor") and hasattr(heads, "box_pooler"):
         return RCNNOutputs
     if hasattr(detector, "head") and hasattr(detector, "anchor_generator"):
         return DenseOutputs
     raise InputError(
         type(detector).__name__,
         "a detector whose outputs cannot be read",
-        "a GeneralizedRCNN with StandardROIHeads, or a RetinaNet",
+        "a GeneralizedRCNN on an FPN (Faster, Mask or Cascade R-CNN), a RetinaNet or an FCOS",
     )

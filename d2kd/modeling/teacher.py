@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from .outputs import DetectorOutputs, outputs_of
+from ..classes import class_names, renamed
+from .outputs import DetectorOutputs, check_classes, outputs_of
 from .weights import load_strict, sha256
 
 
@@ -23,9 +25,13 @@ class Teacher:
             data loader.
         input_format: channel order the detector wants. None: the detector's own ``input_format``, else
             ``image_format``.
+        classes: names of its classes in its order, or the name of a data set that has them, for a student
+            with other ones, see :class:`d2kd.classes.ClassMap`. None: its classes are the student's.
+        aliases: {a name of ``classes``: the student's name for it}, where they differ.
 
     Raises:
-        InputError: the weights cannot be read or do not fit, or the detector's kind is unknown.
+        InputError: the weights cannot be read or do not fit, the detector's kind is unknown, or its classes
+            are others than its outputs have room for.
     """
 
     def __init__(
@@ -34,8 +40,14 @@ class Teacher:
         weights: str | None,
         image_format: str = "BGR",
         input_format: str | None = None,
+        classes: str | Iterable[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ):
         self.kind = outputs_of(detector)
+        self.classes = None
+        if classes is not None:
+            self.classes = renamed(class_names(classes, "teacher.classes"), aliases or {})
+            check_classes("teacher", detector, self.classes)
         self.weights = weights
         if weights is not None:
             load_strict(detector, weights)
@@ -62,5 +74,6 @@ class Teacher:
             shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
                 family has no use for is left aside.
         """
-        captured = {key: value for key, value in shared.items() if hasattr(self.kind, key)}
-        return self.kind(self.detector, self.own_inputs(batched_inputs), **captured)
+        outputs = self.kind(self.detector, self.own_inputs(batched_inputs))
+        outputs.share(shared)
+        return outputs

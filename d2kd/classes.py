@@ -1,0 +1,132 @@
+"""Which class of a student is which class of its teacher.
+
+Classes are the same if their names are: letters and digits count, case, spaces, hyphens and underscores do not
+("traffic light" is "Traffic_Light"). What only one side knows is not compared.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import Tensor
+
+from .errors import InputError
+
+
+def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[str, ...]:
+    """Names of classes in a detector's order.
+
+    Args:
+        given: the names, or the name of a registered data set that has them (the first of several).
+        culprit: what to call it in an error.
+
+    Raises:
+        InputError: there is no such data set, it has no class names, or there are none.
+    """
+    if not isinstance(given, str):
+        given = [str(name) for name in given]
+        if given and all(map(_registered, given)):
+            given = given[0]
+    if isinstance(given, str):
+        names = MetadataCatalog.get(given).get("thing_classes") if _registered(given) else None
+        if not names:
+            near = difflib.get_close_matches(given, DatasetCatalog.list())
+            expected = " or ".join(near) or "a registered data set with class names, or the names"
+            raise InputError(culprit, repr(given), expected)
+        return tuple(names)
+    if not given:
+        raise InputError(culprit, "no class", "the detector's classes in its order")
+    return tuple(given)
+
+
+def _registered(name: str) -> bool:
+    return name in DatasetCatalog.list()
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The classes two detectors share.
+
+    Attributes:
+        student, teacher: names in each detector's order, K_S and K_T of them.
+        pairs: (class of the student, class of the teacher) for each shared one, in the student's order.
+    """
+
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def by_name(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
+        """Match two lists by name.
+
+        Raises:
+            InputError: a list has two names that are the same.
+        """
+        theirs = _by_key("teacher.classes", teacher)
+        pairs = [
+            (k, theirs[key]) for key, k in _by_key("classes", student).items() if key in theirs
+        ]
+        return cls(tuple(student), tuple(teacher), tuple(pairs))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every class has the same number on both sides, so that nothing needs translating."""
+        same = [(k, k) for k in range(len(self.student))]
+        return len(self.student) == len(self.teacher) and list(self.pairs) == same
+
+    @property
+    def of_student(self) -> list[int]:
+        """The shared classes by the student's numbers."""
+        return [ours for ours, _ in self.pairs]
+
+    @property
+    def of_teacher(self) -> list[int]:
+        """The shared classes by the teacher's numbers, in the same order."""
+        return [theirs for _, theirs in self.pairs]
+
+    def shared_labels(self, labels: Tensor) -> Tensor:
+        """The student's labels as numbers among the shared classes.
+
+        Args:
+            labels: any shape, in ``{-1, 0, …, K_S}``: -1 ignored, K_S background.
+
+        Returns:
+            of equal shape: background is ``len(pairs)``; -1 where ignored or unknown to the teacher.
+        """
+        table = torch.full((len(self.student) + 2,), -1, dtype=labels.dtype, device=labels.device)
+        table[self.of_student] = torch.arange(len(self.pairs)).to(table)
+        table[len(self.student)] = len(self.pairs)
+        return table[labels]  # -1 finds the last entry, which is -1
+
+    def __str__(self) -> str:
+        lacking = [name for k, name in enumerate(self.student) if k not in self.of_student]
+        text = f"{len(self.pairs)} of the student's {len(self.student)} classes are known to the teacher"
+        return f"{text}; not {', '.join(lacking)}" if lacking else text
+
+
+def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]:
+    """Names with some of them exchanged.
+
+    Raises:
+        InputError: an alias is for a class that is not there.
+    """
+    for name in aliases:
+        if name not in names:
+            near = difflib.get_close_matches(name, names) or names
+            raise InputError("teacher.aliases", repr(name), f"of {', '.join(near)}")
+    return tuple(aliases.get(name, name) for name in names)
+
+
+def _by_key(culprit: str, names: Sequence[str]) -> dict[str, int]:
+    keys: dict[str, int] = {}
+    for k, name in enumerate(names):
+        key = "".join(c for c in name.casefold() if c.isalnum())
+        if key in keys:
+            raise InputError(culprit, f"both {names[keys[key]]!r} and {name!r}", "a name once")
+        keys[key] = k
+    return keys

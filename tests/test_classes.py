@@ -1,0 +1,163 @@
+"""Classes are matched by name, and only what both detectors know is compared."""
+
+import math
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2kd.classes import ClassMap, class_names
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, TARLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import step
+
+from .common import DETECTORS, batch, build
+
+STUDENT = ["cat", "Traffic Light", "ox"]
+TEACHER = ["dog", "ox", "bird", "traffic_light"]
+
+
+def test_names_match_but_for_their_spelling():
+    classes = ClassMap.by_name(STUDENT, TEACHER)
+    assert classes.pairs == ((1, 3), (2, 1)) and not classes.is_identity
+    assert str(classes) == "2 of the student's 3 classes are known to the teacher; not cat"
+    assert ClassMap.by_name(STUDENT, STUDENT).is_identity
+    assert not ClassMap.by_name(STUDENT, STUDENT[::-1]).is_identity
+    assert not ClassMap.by_name(STUDENT, [*STUDENT, "hen"]).is_identity
+    with pytest.raises(InputError, match="classes: both 'A b' and 'a-B'; expected a name once"):
+        ClassMap.by_name(["A b", "a-B"], TEACHER)
+
+
+def test_labels_among_the_shared_classes():
+    classes = ClassMap.by_name(STUDENT, TEACHER)
+    labels = torch.tensor([[-1, 0, 1], [2, 3, 3]])
+    assert classes.shared_labels(labels).tolist() == [[-1, -1, 0], [1, 2, 2]]
+    assert classes.shared_labels(labels[:0]).shape == (0, 3)
+    nothing = ClassMap.by_name(["a"], ["b"])
+    assert nothing.shared_labels(torch.tensor([-1, 0, 1])).tolist() == [-1, -1, 0]
+
+
+def test_names_of_a_data_set():
+    name = "d2kd_test_classes"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).thing_classes = ["a", "b"]
+    try:
+        assert class_names(name) == class_names([name]) == class_names(["a", "b"]) == ("a", "b")
+        with pytest.raises(InputError, match=f"it: 'd2kd_test_clases'; expected {name}"):
+            class_names("d2kd_test_clases", "it")
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    with pytest.raises(InputError, match="classes: no class"):
+        class_names([])
+
+
+def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None, seed=1):
+    return Distiller(
+        student=build(DETECTORS[family](classes=len(student))),
+        teacher=Teacher(
+            build(DETECTORS[family](classes=len(teacher)), seed),
+            None,
+            classes=teacher,
+            aliases=aliases,
+        ),
+        losses=DistillLosses(tar=loss or TARLoss()),
+        max_iter=2,
+        classes=student,
+    ).train()
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_a_teacher_of_other_classes_teaches(family):
+    losses = step(make(family), batch())
+    sum(losses.values()).backward()
+    terms = {key for key in losses if key.startswith("distill/")}
+    assert len(terms) == 3 and all(torch.isfinite(losses[key]) for key in terms)
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_the_order_of_classes_does_not_matter(family):
+    """A teacher whose classes and rows are turned round says the same."""
+    straight = make(family, student=STUDENT, teacher=STUDENT, seed=1)
+    turned = make(family, student=STUDENT, teacher=STUDENT[::-1], seed=1)
+    detector = turned.teacher.detector
+    with torch.no_grad():
+        if family == "faster_rcnn":
+            predictor = detector.roi_heads.box_predictor
+            rows = [2, 1, 0, 3]
+            deltas = [4 * k + i for k in rows[:3] for i in range(4)]
+            layers = [(predictor.cls_score, rows), (predictor.bbox_pred, deltas)]
+        else:
+            rows = [3 * anchor + k for anchor in range(6) for k in (2, 1, 0)]
+            layers = [(detector.head.cls_score, rows)]
+        for layer, order in layers:
+            layer.weight.copy_(layer.weight[order])
+            layer.bias.copy_(layer.bias[order])
+    a, b = step(straight, batch()), step(turned, batch())
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_teacher_does_not_know_gives_no_term():
+    """Every object is a cat, which the teacher does not know: only background is left to compare."""
+    examples = batch(objects=(3, 2))
+    for example in examples:
+        example["instances"].gt_classes[:] = 0
+    for family in ("faster_rcnn", "retinanet"):
+        loss = TARLoss(cls_gate="none", reg_gate="none", background_weight=0.0)
+        losses = step(make(family, loss=loss), examples)
+        assert float(losses["distill/loss_tar_classification"]) == 0
+        assert float(losses["distill/loss_tar_regression"]) == 0
+        assert float(losses["distill/loss_tar_feature"]) > 0
+
+
+def test_both_sides_are_normalised_over_what_is_shared():
+    loss = TARLoss(cls_gate="none")
+    loss.class_map = ClassMap.by_name(["a", "b"], ["b", "c"])
+    ours, theirs = torch.tensor([[5.0, 1.0, -1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
+
+    class Said:
+        def __init__(self, logits):
+            self.pred_class_logits, self.gt_classes = logits, torch.tensor([1])
+
+    def soft(x, y):
+        return [math.exp(v) / (math.exp(x) + math.exp(y)) for v in (x, y)]
+
+    p, q = soft(0.5, 0.25), soft(1.0, -1.0)
+    slow = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert float(loss.classification(Said(ours), Said(theirs))) == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
+def test_without_a_shared_class_features_alone_are_compared(family, caplog):
+    model = make(family, teacher=["x", "y", "z"])
+    losses = step(model, batch())
+    assert {key for key in losses if key.startswith("distill/")} == {"distill/loss_tar_feature"}
+    assert "features alone" in caplog.text
+
+
+def test_aliases_say_what_the_student_calls_it():
+    model = make("faster_rcnn", aliases={"dog": "cat"})
+    assert model.losses.by_name["tar"].class_map.pairs == ((0, 0), (1, 3), (2, 1))
+    with pytest.raises(InputError, match="teacher.aliases: 'dogs'; expected of dog"):
+        make("faster_rcnn", aliases={"dogs": "cat"})
+
+
+@pytest.mark.parametrize(
+    "student, teacher, line",
+    [
+        (None, TEACHER, "classes: only the teacher's; expected those of the student"),
+        (STUDENT, ["a"], "classes of the teacher: 1 names; expected 4, one for each class"),
+        (["a"], TEACHER, "classes of the student: 1 names; expected 3"),
+    ],
+)
+def test_names_must_fit_the_detectors(student, teacher, line):
+    with pytest.raises(InputError, match=line):
+        Distiller(
+            student=build(DETECTORS["retinanet"]()),
+            teacher=Teacher(build(DETECTORS["retinanet"](classes=4)), None, classes=teacher),
+            losses=DistillLosses(tar=TARLoss()),
+            max_iter=2,
+            classes=student,
+        )
