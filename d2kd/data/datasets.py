@@ -1,4 +1,4 @@
-"""The user's own COCO-style data: registered from a config, and looked at before training.
+"""The user's own COCO-style data, registered from a config; and a look at any data before training.
 
 What would fail after an hour, deep inside a worker or at the first evaluation, is said in one line
 at the start.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from detectron2.config import instantiate
@@ -19,6 +17,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from d2kd.data.catalog import check_files, is_registered
+from d2kd.data.voc import check_voc
 from d2kd.errors import InputError
 
 # What loading reads, and what COCO's evaluation reads of every annotation (`area` and `iscrowd`).
@@ -49,12 +49,8 @@ def coco_dataset(
     """
     classes = None if classes is None else tuple(classes)
     given = (str(json_file), str(image_root), classes)
-    if name in DatasetCatalog.list():
-        known = MetadataCatalog.get(name).get("registered_as")
-        if known == given:
-            return name
-        found = f"already registered as {known[0]} in {known[1]}" if known else "already registered"
-        raise InputError(f"data set {name!r}", found, f"a name not yet taken for {json_file}")
+    if is_registered(name, given):
+        return name
 
     names = _check_coco(*given)
     DatasetCatalog.register(name, lambda: load_coco_json(given[0], given[1], name))
@@ -71,8 +67,9 @@ def coco_dataset(
 def check_dataset(names) -> list[str]:
     """Look at data sets before they are used.
 
-    Generated sets are drawn now. Of COCO-style sets, ours or registered with Detectron2, the JSON
-    is read and every image it names is looked for (one listing per folder; images are not decoded).
+    Generated sets are drawn now. Of COCO-style and VOC-style sets, ours or registered with
+    Detectron2, the annotations are read and every image they name is looked for (one listing per
+    folder; images are not decoded).
 
     Args:
         names: a name, several, or config nodes that give names
@@ -89,7 +86,9 @@ def check_dataset(names) -> list[str]:
     for name in names:
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list())
-            expected = " or ".join(near) or "a name registered with Detectron2, or coco_dataset(…)"
+            expected = " or ".join(near) or (
+                "a name registered with Detectron2, coco_dataset(…) or register_voc(…)"
+            )
             raise InputError(f"data set {name!r}", "not registered", expected)
         metadata = MetadataCatalog.get(name)
         if metadata.get("prepare"):
@@ -100,6 +99,8 @@ def check_dataset(names) -> list[str]:
                 metadata.image_root,
                 (metadata.get("registered_as") or [None])[-1],
             )
+        if metadata.get("dirname") is not None and metadata.get("split") is not None:
+            check_voc(metadata.dirname, metadata.split, tuple(metadata.thing_classes))
     return names
 
 
@@ -139,7 +140,8 @@ def _check_coco(
         if not _is_box(one["bbox"]):
             raise InputError(culprit, f"bbox {one['bbox']!r}", "[x, y, width, height] in pixels")
 
-    _check_images((one["file_name"] for one in content["images"]), json_file, image_root)
+    files = (one["file_name"] for one in content["images"])
+    check_files(files, image_root, f"every image that {json_file} names")
     return names
 
 
@@ -185,16 +187,3 @@ def _is_box(box) -> bool:
         and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
         and min(box[2:]) >= 0
     )
-
-
-def _check_images(file_names: Iterable[str], json_file: str, image_root: str) -> None:
-    folders = defaultdict(set)
-    for file_name in file_names:
-        folder, name = os.path.split(os.path.join(image_root, file_name))
-        folders[folder].add(name)
-    for folder, wanted in folders.items():
-        present = PathManager.ls(folder) if PathManager.isdir(folder) else []
-        if missing := sorted(wanted.difference(present)):
-            more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
-            first = os.path.join(folder, missing[0])
-            raise InputError(first, f"missing{more}", f"every image that {json_file} names")

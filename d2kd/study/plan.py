@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import config_file
@@ -47,7 +47,7 @@ class Study:
 
     Args:
         runs: method -> its node, see the module.
-        test: registered data set the figures come from.
+        test: registered data set the figures come from. A file may give a node that registers it.
         baseline: method that the others are paired with.
         title: a line that says what is asked.
         compare: further methods to give the gains over.
@@ -123,10 +123,11 @@ class Study:
 
 
 def load(path: str | Path) -> Study:
-    """A study from its file, on disk or of this project; checked, but nothing is built.
+    """A study from its file, on disk or of this project; checked, but no detector is built.
 
     Raises:
         InputError: the file is missing or fails to load, or is no study; the line names the key at fault.
+            Or the test data, where a node registers it, cannot be used.
     """
     file = Path(path) if Path(path).is_file() else config_file(str(path))
     try:
@@ -152,6 +153,7 @@ def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
             raise InputError(
                 f"{culprit}: study", f"no {key!r}", "test=<data set>, baseline=<method>"
             )
+    given["test"] = instantiate(given["test"])
     study = Study(runs=runs, **given)
     _known(
         f"{culprit}: study",

@@ -1,0 +1,44 @@
+"""What registering the user's own data needs, whatever its format."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from d2kd.errors import InputError
+
+
+def is_registered(name: str, given: tuple) -> bool:
+    """Whether `name` means this data already: the same file, folder and classes.
+
+    Raises:
+        InputError: it means other data.
+    """
+    if name not in DatasetCatalog.list():
+        return False
+    known = MetadataCatalog.get(name).get("registered_as")
+    if known != given:
+        found = f"already registered as {known[0]} in {known[1]}" if known else "already registered"
+        raise InputError(f"data set {name!r}", found, f"a name not yet taken for {given[0]}")
+    return True
+
+
+def check_files(names: Iterable[str], root: str, expected: str) -> None:
+    """Look for files below a folder, with one listing per folder.
+
+    Raises:
+        InputError: naming the first that is missing, and how many more of its folder are.
+    """
+    folders = defaultdict(set)
+    for name in names:
+        folder, file = os.path.split(os.path.join(root, name))
+        folders[folder].add(file)
+    for folder, wanted in folders.items():
+        present = PathManager.ls(folder) if PathManager.isdir(folder) else []
+        if missing := sorted(wanted.difference(present)):
+            more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
+            raise InputError(os.path.join(folder, missing[0]), f"missing{more}", expected)

@@ -1,0 +1,380 @@
+"""VOC-style data: read as Detectron2 does, boxes without area aside; and the blood cells' recipes."""
+
+import json
+import logging
+import os
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.pascal_voc import load_voc_instances, register_pascal_voc
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+from d2kd.config import config_file, load
+from d2kd.data import check_dataset, register_voc
+from d2kd.engine import Trainer, do_test
+from d2kd.errors import InputError
+from d2kd.study import parse
+
+from . import tiny_run
+from .common import CLASSES
+
+NAMES = [f"class {k}" for k in range(CLASSES)]
+SIZE = 64, 48  # width, height
+# Per image its objects: (class, xmin, ymin, xmax, ymax), counted from 1.
+SPLITS = {
+    "train": [[(0, 1, 1, 64, 48), (1, 10, 10, 11, 30)], [], [(2, 5.5, 6, 30, 40)]],
+    "val": [[(1, 3, 4, 33, 44), (0, 20, 1, 60, 20)], [(2, 1, 1, 20, 20)]],
+    "one": [[(0, 2, 3, 40, 41)]],
+}
+WITHOUT_AREA = [
+    (0, 10, 10, 10, 30),
+    (1, 10, 30, 20, 30),
+    (2, 10.3, 5, 10.3, 9),
+    (0, 30, 10, 20, 40),
+]
+
+
+def write_voc(root, splits=SPLITS, names=NAMES):
+    """A set of random images; image k of a split is called ``<split><k>``."""
+    random = np.random.RandomState(0)
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    for split, images in splits.items():
+        stems = [f"{split}{k}" for k in range(len(images))]
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems) + "\n")
+        for stem, objects in zip(stems, images):
+            pixels = random.randint(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
+            Image.fromarray(pixels).save(root / "JPEGImages" / f"{stem}.jpg")
+            text = "".join(
+                f"<object><name>{names[k]}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+                f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+                for k, x0, y0, x1, y1 in objects
+            )
+            size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height></size>"
+            xml = root / "Annotations" / f"{stem}.xml"
+            xml.write_text(f"<annotation>{size}{text}</annotation>")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What a test registers is gone after it."""
+    names = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_voc(tmp_path / "voc")
+
+
+def register(root, split, name="own"):
+    return register_voc(name, str(root), split, NAMES)
+
+
+def boxes(name="own"):
+    return [[a["bbox"] for a in record["annotations"]] for record in DatasetCatalog.get(name)]
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_detectron2_reads(voc, split):
+    register(voc, split)
+    assert DatasetCatalog.get("own") == load_voc_instances(str(voc), split, NAMES)
+    assert MetadataCatalog.get("own").thing_classes == NAMES
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_images(tmp_path, count):
+    objects = [[(0, 1 + k, 2, 30, 40)] for k in range(count)]
+    register(write_voc(tmp_path / "voc", {"some": objects}), "some")
+    records = DatasetCatalog.get("own")
+    assert [record["image_id"] for record in records] == [f"some{k}" for k in range(count)]
+    assert boxes() == [[[k, 1, 30, 40]] for k in range(count)]
+    assert all(os.path.isfile(record["file_name"]) for record in records)
+
+
+def test_boxes_without_area_are_dropped_and_counted_once(tmp_path, caplog):
+    good = [(0, 10, 10, 11, 11), (1, 1, 1, 64, 48)]
+    images = [good + WITHOUT_AREA, WITHOUT_AREA[:1], good]
+    root = write_voc(tmp_path / "voc", {"train": images})
+    with caplog.at_level(logging.WARNING):
+        register(root, "train")
+        register(root, "train")
+        check_dataset("own")
+        shifted = [[9, 9, 11, 11], [0, 0, 64, 48]]
+        assert boxes() == [shifted, [], shifted]
+    assert [r.getMessage() for r in caplog.records] == ["own: 5 of 9 boxes left out: no area"]
+
+
+def test_no_warning_without_reason(voc, caplog):
+    with caplog.at_level(logging.WARNING):
+        register(voc, "train")
+    assert not caplog.records
+
+
+def test_names_mean_one_thing(voc):
+    assert register(voc, "train") == register(voc, "train") == "own"
+    for root, split, classes in (
+        (voc, "val", NAMES),
+        (voc, "train", NAMES[::-1]),
+        (voc.parent, "train", NAMES),
+    ):
+        with pytest.raises(InputError, match="data set 'own': already registered as .*train.txt"):
+            register_voc("own", str(root), split, classes)
+    with pytest.raises(InputError, match="data set 'shapes_val': already registered; expected"):
+        register(voc, "train", "shapes_val")
+    for classes in ([], ["a", "b", "a"]):
+        with pytest.raises(InputError, match="classes of new: .*expected different names"):
+            register_voc("new", str(voc), "train", classes)
+
+
+def test_a_root_from_the_environment(voc, monkeypatch):
+    node = L(register_voc)(name="own", root="$D2KD_HERE/voc", split="one", classes=NAMES)
+    for value in (None, ""):
+        monkeypatch.delenv("D2KD_HERE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("D2KD_HERE", value)
+        with pytest.raises(InputError, match="^D2KD_HERE: not set; expected the folder of own: A"):
+            check_dataset(node)
+    monkeypatch.setenv("D2KD_HERE", str(voc.parent))
+    assert check_dataset(node) == check_dataset([node, "own"])[:1] == ["own"]
+    assert boxes() == [[[1, 2, 40, 41]]]
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def edit(change):
+    """An edit of train0's annotation."""
+
+    def apply(root):
+        file = root / "Annotations" / "train0.xml"
+        tree = ET.parse(file)
+        change(tree)
+        tree.write(file)
+
+    return apply
+
+
+def text(path, value):
+    return edit(lambda tree: setattr(tree.find(path), "text", value))
+
+
+def without(parent, tag):
+    def remove(tree):
+        node = tree.find(parent)
+        node.remove(node.find(tag))
+
+    return edit(remove)
+
+
+def written(path, content):
+    return lambda root: (root / path).write_bytes(content)
+
+
+def gone(path):
+    return lambda root: (root / path).rename(root / "elsewhere")
+
+
+SPLIT, XML, SECOND = "ImageSets/Main/train.txt", "Annotations/train0.xml", "object[2]"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda root: root.rename(root.parent / "other"), "voc: no such folder; expected the"),
+        (gone("Annotations"), "voc/Annotations: no such folder"),
+        (gone("JPEGImages"), "voc/JPEGImages: no such folder"),
+        (gone("ImageSets"), f"{SPLIT}: no such file; expected the names"),
+        (gone(SPLIT), f"{SPLIT}: no such file; expected the names"),
+        (written(SPLIT, b""), f"{SPLIT}: no image"),
+        (written(SPLIT, b"\n# none\n"), f"{SPLIT}: no image"),
+        (
+            written(SPLIT, b"train0\ntrain1 -1\n"),
+            f"{SPLIT}: line 2: train1 -1; expected an image's name",
+        ),
+        (written(SPLIT, b"train0\ntrain1\ntrain0\n"), f"{SPLIT}: train0 twice"),
+        (written(SPLIT, b"\xff\xfe"), f"{SPLIT}: unreadable"),
+        (written(SPLIT, b"train0\nno9\nno8\n"), "no8.jpg: missing, and 1 more .*listed in .*train"),
+        (gone("JPEGImages/train2.jpg"), "JPEGImages/train2.jpg: missing; expected"),
+        (gone(XML), f"{XML}: missing; expected"),
+        (written(XML, b""), f"{XML}: broken XML"),
+        (written(XML, b"<annotation><size>"), f"{XML}: broken XML"),
+        (written(XML, b"\xff\xff"), f"{XML}: broken XML"),
+        (written(XML, b"<annotation/>"), f"{XML}: no size/width; expected a whole number"),
+        (without("size", "height"), f"{XML}: no size/height"),
+        (text("size/width", "wide"), f"{XML}: size/width 'wide'"),
+        (text("size/width", None), f"{XML}: size/width ''"),
+        (text(f"{SECOND}/name", "cat"), f"{XML}: object 2: class 'cat'; expected one of class 0"),
+        (without(SECOND, "name"), f"{XML}: object 2: class None"),
+        (without(SECOND, "bndbox"), f"{XML}: object 2: no bndbox/xmin; expected a number"),
+        (without(f"{SECOND}/bndbox", "ymax"), f"{XML}: object 2: no bndbox/ymax"),
+        (text(f"{SECOND}/bndbox/xmax", "x"), f"{XML}: object 2: bndbox/xmax 'x'"),
+        (text(f"{SECOND}/bndbox/xmax", "nan"), f"{XML}: object 2: bndbox/xmax 'nan'"),
+    ],
+)
+def test_what_is_wrong_is_named(voc, spoil, found):
+    spoil(voc)
+    with pytest.raises(InputError, match=found) as error:
+        register(voc, "train")
+    assert "\n" not in str(error.value)
+    assert "own" not in DatasetCatalog.list()
+    # Registered with Detectron2 instead, which does not look: a check finds the same.
+    register_pascal_voc("theirs", str(voc), "train", 2007, NAMES)
+    with pytest.raises(InputError, match=found):
+        check_dataset("theirs")
+
+
+def test_sound_data_passes(voc):
+    register_pascal_voc("theirs", str(voc), "val", 2007, NAMES)
+    assert check_dataset(["theirs", register(voc, "one")]) == ["theirs", "own"]
+
+
+def test_a_picture_of_another_size_is_named(voc, tmp_path):
+    text("size/width", "65")(voc)
+    config = recipe(voc, tmp_path)
+    with pytest.raises(InputError, match="train0.jpg: 64 x 48 pixels; expected 65 x 48"):
+        Trainer(config).train()
+
+
+# ---------------------------------------------------------------------------------------- using
+
+
+def recipe(root, tmp_path, **options):
+    config = tiny_run.without_evaluation(tiny_run.recipe(tmp_path, tmp_path / "run", **options))
+
+    def data(split):
+        return L(register_voc)(name=split, root=str(root), split=split, classes=NAMES)
+
+    config.dataloader.train.dataset.names = data("train")
+    config.dataloader.test.dataset.names = data("val")
+    return config
+
+
+def with_evaluation(config):
+    config.dataloader.evaluator = {
+        "_target_": "detectron2.evaluation.COCOEvaluator",
+        "dataset_name": "${..test.dataset.names}",
+    }
+    return config
+
+
+def oracle(batch):
+    """A detector that knows the annotations."""
+    [one] = batch
+    [record] = [r for r in DatasetCatalog.get("val") if r["image_id"] == one["image_id"]]
+    instances = Instances((record["height"], record["width"]))
+    corners = [a["bbox"] for a in record["annotations"]]
+    assert all(a["bbox_mode"] == BoxMode.XYXY_ABS for a in record["annotations"])
+    instances.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]]).long()
+    instances.scores = torch.ones(len(corners))
+    return [{"instances": instances}]
+
+
+def test_evaluation_agrees_with_the_annotations(voc, tmp_path):
+    before = sorted(voc.rglob("*"))
+    config = with_evaluation(recipe(voc, tmp_path))
+    results = do_test(config, oracle, output_dir=tmp_path / "inference")["bbox"]
+    assert {key: round(results[key]) for key in ("AP", "AP75", "AP-class 2")} == {
+        "AP": 100,
+        "AP75": 100,
+        "AP-class 2": 100,
+    }
+    assert sorted(voc.rglob("*")) == before, "the data's folder is the user's"
+
+
+def test_nothing_to_find_is_no_error(tmp_path):
+    root = write_voc(tmp_path / "voc", {"train": [[]], "val": [WITHOUT_AREA, []]})
+    config = with_evaluation(recipe(root, tmp_path))
+    results = do_test(config, oracle, output_dir=tmp_path / "inference")
+    assert not results["bbox"].get("AP", -1) >= 0
+
+
+def test_equal_annotations_are_equal_files(voc, tmp_path):
+    """A teacher's AP is remembered by the hash of this file."""
+
+    def content(root, name):
+        with open(MetadataCatalog.get(register(root, "train", name)).json_file, "rb") as file:
+            return file.read()
+
+    first = content(voc, "first")
+    assert content(voc, "again") == first
+    assert content(write_voc(tmp_path / "moved"), "moved") == first
+    other = write_voc(tmp_path / "other")
+    text("object/bndbox/xmax", "63")(other)
+    assert content(other, "other") != first
+    assert len(json.loads(first)["annotations"]) == 3
+
+
+def test_a_distiller_learns_from_it(voc, tmp_path, monkeypatch):
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("D2KD_HERE", str(voc))
+    model = tiny_run.distiller(tiny_run.teacher_weights(tmp_path))
+    config = with_evaluation(recipe("$D2KD_HERE", tmp_path, model=model, max_iter=2))
+    Trainer(config).train()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["teacher"]["dataset"] == ["val"]
+    assert all(record["teacher"]["dataset_sha256"])
+    assert "AP" in record["rows"][0]["results"]["bbox"]
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "$D2KD_HERE" in saved and str(voc) not in saved
+    again = load(str(tmp_path / "run" / "config.yaml"))
+    assert check_dataset(again.dataloader.train.dataset.names) == ["train"]
+
+
+# ---------------------------------------------------------------------------------------- blood cells
+
+BLOOD = ["RBC", "WBC", "Platelets"]
+RECIPES = ["baselines/faster_rcnn_small_bccd.py", "baselines/retinanet_small_bccd.py"]
+STUDIES = ["projects/TAR/studies/bccd.py", "projects/TAR/studies/bccd_retinanet.py"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_load_anywhere_and_say_what_they_miss(name, monkeypatch):
+    monkeypatch.delenv("D2KD_BCCD", raising=False)
+    config = load(name)
+    for part in ("train", "test"):
+        with pytest.raises(InputError, match="^D2KD_BCCD: not set; expected the folder of bccd_"):
+            check_dataset(config.dataloader[part].dataset.names)
+    with pytest.raises(InputError, match="^D2KD_BCCD: not set"):
+        Trainer(config)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_ask_for_their_data_first(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("D2KD_BCCD", raising=False)
+    config = LazyConfig.load(str(config_file(name)))
+    with pytest.raises(InputError, match="^D2KD_BCCD: not set; expected the folder of bccd_test"):
+        parse(config)
+    splits = {"train": SPLITS["train"], "val": SPLITS["val"], "test": SPLITS["one"]}
+    monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", splits, BLOOD)))
+    study = parse(config)
+    assert study.test == "bccd_test" and len(DatasetCatalog.get("bccd_test")) == 1
+    runs = study.plan(seeds=[0], only=["baseline", "tar"], fast=True)
+    assert [run.name for run in runs] == ["baseline_seed0", "teacher", "tar_seed0"]
+    for run in runs:
+        names = [run.config.dataloader[part].dataset.names for part in ("train", "test")]
+        assert check_dataset(names) == ["bccd_train", "bccd_val"]
+
+
+@pytest.mark.skipif(not os.environ.get("D2KD_BCCD"), reason="D2KD_BCCD names no blood cells")
+def test_the_blood_cells(caplog):
+    with caplog.at_level(logging.WARNING):
+        for split in ("trainval", "test"):
+            register_voc(f"cells_{split}", "$D2KD_BCCD", split, BLOOD)
+    found = [len(b) for split in ("trainval", "test") for b in boxes(f"cells_{split}")]
+    assert len(found) == 364 and sum(found) == 4886
+    assert len(caplog.records) == 1
