@@ -37,7 +37,10 @@ setup(
         "hydra-core>=1.3",  # LazyConfig: overrides on the command line
     ],
     extras_require={
-        "plots": ["matplotlib>=3.7"],  # curves of a study (Detectron2's Visualizer needs it too)
+        "plots": [
+            "matplotlib>=3.7",  # curves of a study (Detectron2's Visualizer needs it too)
+            "tensorboard>=1.15",  # a run's scalars and pictures; the oldest that torch writes for
+        ],
         "test": [
             "pytest>=8",  # the tests
             "ruff>=0.12",  # lint and format

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from .data import build_test_loader, check_dataset
 
@@ -50,6 +51,7 @@ def side_by_side(
     panels: Mapping[str, Instances],
     metadata=None,
     threshold: float = 0.5,
+    longest: int | None = None,
 ) -> np.ndarray:
     """Draw the same image once per panel, each with its own boxes and a title strip.
 
@@ -60,6 +62,7 @@ def side_by_side(
         metadata: Detectron2's metadata of the data set, for ``thing_classes``; or a mapping title -> metadata where a
             detector has a class list of its own. A class without a name is drawn as its number.
         threshold: predictions below this score are left out; ground truth has no score and is always drawn.
+        longest: side of a panel, in pixels, to which larger ones are shrunk.
 
     Returns:
         (H', W', 3) uint8 RGB, the panels from left to right.
@@ -68,18 +71,19 @@ def side_by_side(
         raise ValueError("side_by_side needs at least one panel")
     image = _rgb(image)
     scale = max(1.0, LEGIBLE_SIDE / min(image.shape[:2]))
-    height, width = (round(side * scale) for side in image.shape[:2])
+    if longest is not None:
+        scale = min(scale, longest / max(image.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     # Nearest for what is enlarged: the student was shown these pixels, not smooth ones.
-    enlarged = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    scaled = np.asarray(Image.fromarray(image).resize((width, height), resampling))
     columns = []
     for title, instances in panels.items():
-        described = metadata.get(title) if isinstance(metadata, dict) else metadata
+        own = metadata.get(title) if isinstance(metadata, dict) else metadata
         if columns:
             columns.append(np.full((height + STRIP, GAP, 3), 255, np.uint8))
         columns.append(
-            np.vstack(
-                [_strip(title, width), _draw(enlarged, instances, described, threshold, scale)]
-            )
+            np.vstack([_strip(title, width), _draw(scaled, instances, own, threshold, scale)])
         )
     return np.hstack(columns)
 
@@ -190,6 +194,65 @@ def _by_image(path: Path) -> dict[Any, list[dict]]:
     return rows
 
 
+@dataclass
+class Scene:
+    """An image to be drawn, and its panels so far.
+
+    Attributes:
+        name: its place among the scenes and its file's name, such as ``"01_000139"``.
+        image: (H, W, 3) uint8 RGB.
+        batch: what detectors are given of it, a list of one dict.
+        panels: title -> instances in pixels of ``image``; ``"ground truth"`` comes first.
+    """
+
+    name: str
+    image: np.ndarray
+    batch: list[dict]
+    panels: dict[str, Instances]
+
+    def add(self, title: str, detector: Callable[[list[dict]], list[dict]]) -> None:
+        """Add the panel of what a detector in ``eval()``, or another function of batches, sees."""
+        with torch.no_grad():
+            [seen] = detector(self.batch)
+        self.panels[title] = seen["instances"].to("cpu")
+
+
+def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[Scene]:
+    """The images of dataset dicts, with their ground truth.
+
+    Args:
+        records: the dataset dicts, whose annotations are the ground truth.
+        mapper: makes an input of a dataset dict, as for evaluation.
+
+    Raises:
+        InputError: there is no record, or an image cannot be read.
+    """
+    # All of them in whatever process: one may draw while the others train.
+    loader = build_test_loader(records, mapper=mapper, sampler=range(len(records)))
+    for number, (record, batch) in enumerate(zip(records, loader), 1):
+        image = read_image(record["file_name"], "RGB")
+        truth = ground_truth(record.get("annotations", ()), image.shape[:2])
+        name = f"{number:02d}_{Path(record['file_name']).stem}"
+        yield Scene(name, image, batch, {"ground truth": truth})
+
+
+def described(metadata, classes: Mapping[str, int]) -> dict[str, Any]:
+    """Metadata by panel: a detector with other classes than the data set's is drawn with their numbers.
+
+    Args:
+        metadata: the data set's.
+        classes: a detector's title -> how many it tells apart.
+    """
+    known = len(metadata.get("thing_classes") or ())
+    panels = {title: metadata if count == known else None for title, count in classes.items()}
+    return {"ground truth": metadata, **panels}
+
+
+def classes_of(detector: nn.Module) -> int:
+    """How many classes a detector tells apart; -1 if it does not say."""
+    return getattr(getattr(detector, "roi_heads", detector), "num_classes", -1)
+
+
 def draw_detections(
     folder: Path,
     dataset: str,
@@ -213,24 +276,17 @@ def draw_detections(
         InputError: the data set is not registered, or an image cannot be read.
     """
     check_dataset(dataset)
-    metadata = MetadataCatalog.get(dataset)
-    names = metadata.get("thing_classes") or ()
-    described = {"ground truth": metadata}
-    described |= {
-        t: metadata if count == len(names) else None for t, (_, count) in detectors.items()
-    }
     records = DatasetCatalog.get(dataset)
+    classes = {title: count for title, (_, count) in detectors.items()}
+    metadata = described(MetadataCatalog.get(dataset), classes)
     places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
     records = [records[place] for place in places]
 
     drawn = {}
-    with torch.no_grad():
-        for record, batch in zip(records, build_test_loader(records, mapper=mapper)):
-            image = read_image(record["file_name"], "RGB")
-            panels = {"ground truth": ground_truth(record.get("annotations", ()), image.shape[:2])}
-            panels |= {t: see(batch)[0]["instances"] for t, (see, _) in detectors.items()}
-            name = f"{len(drawn) + 1:02d}_{Path(record['file_name']).stem}.png"
-            drawn[name] = side_by_side(image, panels, described, threshold)
+    for scene in scenes(records, mapper):
+        for title, (see, _) in detectors.items():
+            scene.add(title, see)
+        drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata, threshold)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / name)
@@ -295,6 +351,9 @@ def _draw(
     image: np.ndarray, instances: Instances, metadata, threshold: float, scale: float
 ) -> np.ndarray:
     """One panel: boxes of ``instances``, scaled, on ``image``."""
+    # Late: it brings matplotlib, which takes a second, and the trainer imports this module.
+    from detectron2.utils.visualizer import Visualizer
+
     instances = instances.to("cpu")
     annotated = instances.has("gt_boxes")
     boxes = (instances.gt_boxes if annotated else instances.pred_boxes).tensor

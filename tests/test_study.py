@@ -264,6 +264,8 @@ def test_fingerprints_are_of_content(tmp_path):
     same, other = study_of(), study_of()
     other.runs["baseline"].config.optimizer.lr = 0.2
     assert key(study_of()) == key(same) != key(other)
+    same.runs["baseline"].config.train.draw_period = 10  # to be looked at makes no other run
+    assert key(same) == key(study_of())
 
     # Objects count by what they hold, not by where they lie.
     class Held:

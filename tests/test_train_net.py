@@ -194,11 +194,11 @@ def test_debug_shows_the_traceback(tool, folder):
 
 
 def test_two_processes_one_without_ground_truth(folder):
-    """With two images, of which one is empty, each step gives one to each process."""
+    """With two images, of which one is empty, each step gives one to each process; one draws both."""
     draw_data(folder / "data", objects=(2, 0))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["tools/train_net.py", "--config-file", str(folder / "distilled.py")]
-    command += ["train.max_iter=3", "model.losses.imitation.weight=1.0"]
+    command += ["train.max_iter=3", "model.losses.imitation.weight=1.0", "train.draw_period=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -210,3 +210,8 @@ def test_two_processes_one_without_ground_truth(folder):
     assert "distill/loss_imitation" in json.loads(metrics[0])
     row = json.loads((folder / "out/run.json").read_text())["rows"][0]
     assert row["processes"] == 2 and row["iterations"] == 3
+    if importlib.util.find_spec("tensorboard"):
+        [events] = (folder / "out").glob("events.out.tfevents.*")
+        assert all(
+            events.read_bytes().count(n) == 2 for n in (b"detections/01_0", b"detections/02_1")
+        )

@@ -60,6 +60,17 @@ def test_small_images_are_enlarged_and_large_ones_left():
         assert picture.shape == expected and picture.dtype == np.uint8
 
 
+def test_panels_can_be_bounded():
+    for height, width, longest in ((40, 60, 300), (500, 700, 350), (1, 2000, 100)):
+        image = np.full((height, width, 3), 127, np.uint8)
+        panel = panels_of(side_by_side(image, {"a": truth()}, longest=longest), 1)[0]
+        assert panel.shape == (max(1, height * longest // width), longest, 3)
+    whole, seen = np.zeros((1000, 1000, 3), np.uint8), truth((0, (200, 200, 800, 800)))
+    panel = panels_of(side_by_side(whole, {"a": seen}, longest=100), 1)[0]
+    drawn = panel.any(axis=2)
+    assert drawn[50, 18:23].any() and drawn[50, 78:83].any() and not drawn[50, 40:60].any()
+
+
 def test_boxes_are_drawn_where_they_are():
     box = (10, 10, 50, 30)
     with_box, without = panels_of(side_by_side(GRAY, {"a": truth((0, box)), "b": truth()}), 2)

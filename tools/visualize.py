@@ -71,6 +71,7 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
     from d2kd.modeling.weights import load_strict
+    from d2kd.visualization import classes_of
 
     device = pick_device(config.train.device)
     left = Path(config.train.output_dir, "model_final.pth")
@@ -93,11 +94,6 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     load_strict(student, weights.get("student", str(left)))
     detectors["student"] = student, classes_of(student)
     return detectors
-
-
-def classes_of(detector) -> int:
-    """How many classes a detector tells apart; -1 if it does not say."""
-    return getattr(getattr(detector, "roi_heads", detector), "num_classes", -1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ train = dict(
     best_checkpoint="bbox/AP",  # the metric whose best state becomes model_best.pth; "": none
     eval_period=5000,  # 0: at the end alone
     eval_teacher=True,  # measure the teacher before the first step
+    draw_period=0,  # iterations between pictures of detections in TensorBoard; 0: none
+    draw_images=4,  # how many of them each time, always the first of the test data
     log_period=20,
     cudnn_benchmark=False,
 )

@@ -17,7 +17,7 @@ import itertools
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -83,14 +83,25 @@ def build_train_loader(
 
 
 def build_test_loader(
-    dataset: Sequence[dict] | Dataset, *, mapper: Callable[[dict], dict], num_workers: int = 0
+    dataset: Sequence[dict] | Dataset,
+    *,
+    mapper: Callable[[dict], dict],
+    sampler: Iterable[int] | None = None,
+    num_workers: int = 0,
 ) -> DataLoader:
-    """Every image once, one per batch, dealt to the processes as by Detectron2's own test loader."""
+    """Every image once, one per batch, dealt to the processes as by Detectron2's own test loader.
+
+    Args:
+        sampler: the indices that this process gets, instead of its share.
+    """
     if len(dataset) == 0:
         raise InputError("the test set", "no image", "at least one")
     return _Loader(
         _Mapped(dataset, mapper, seed=0),
-        batch_sampler=[[(index, index)] for index in InferenceSampler(len(dataset))],
+        batch_sampler=[
+            [(index, index)]
+            for index in (InferenceSampler(len(dataset)) if sampler is None else sampler)
+        ],
         num_workers=num_workers,
         collate_fn=_as_it_is,
         generator=torch.Generator(),

@@ -1,11 +1,12 @@
 """Training and measuring what a recipe says."""
 
 from .evaluation import build_evaluator, build_test_loader, do_test
-from .hooks import BestCheckpoint, EvalTeacher
+from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .trainer import Trainer
 
 __all__ = [
     "BestCheckpoint",
+    "DrawDetections",
     "EvalTeacher",
     "Trainer",
     "build_evaluator",

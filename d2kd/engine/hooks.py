@@ -1,25 +1,34 @@
-"""The hooks Detectron2 lacks: what the teacher is worth, and the best state of the student."""
+"""The hooks Detectron2 lacks: the teacher's worth, the student's best state, pictures of what both see."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ..data import check_dataset
 from ..modeling import Teacher
 from ..modeling.weights import sha256
+from ..visualization import Scene, classes_of, described, side_by_side
 from .checkpoint import StudentCheckpointer
+from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
 
 logger = logging.getLogger(__name__)
+
+# Of a panel in TensorBoard, in pixels: an event file keeps every picture of a run.
+LONGEST_SIDE = 800
+# Lower than the tools' one half: a young student is unsure of what it finds.
+DRAWN_FROM = 0.3
 
 
 def cache_file() -> Path:
@@ -148,3 +157,67 @@ class BestCheckpoint(HookBase):
             row = {"metric": self._metric, "value": value, "iteration": iteration}
             write_json(self._file, {"schema": 1, "rows": [row]})
             logger.info("Best %s so far: %.3f", self._metric, value)
+
+
+class DrawDetections(HookBase):
+    """Puts ground truth | teacher | student of some images, always the same, into TensorBoard.
+
+    The pictures, ``detections/<name of the scene>``, follow every ``period`` iterations and the last one; they
+    show detections with a score of 0.3 or more. The hook only looks: a run is bit for bit the same without it.
+    It belongs in one process, which draws while the others go on.
+
+    Args:
+        period: iterations, at least 1.
+        scenes: the images.
+        metadata: of their data set, for the names of the classes.
+        student: the detector inside DDP, whose own forward would wait for the other processes.
+        teacher: None where there is none, and no panel of it.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        scenes: Iterable[Scene],
+        metadata,
+        student: nn.Module,
+        teacher: Teacher | None = None,
+    ):
+        self._period, self._scenes = period, list(scenes)
+        self._student, self._teacher = student, teacher
+        classes = {"student": classes_of(student)}
+        if teacher is not None:
+            classes["teacher"] = classes_of(teacher.detector)
+        self._metadata = described(metadata, classes)
+
+    def before_train(self) -> None:
+        teacher = self._teacher
+        if teacher is None:
+            return
+        with preserved_random_state():
+            for scene in self._scenes:  # once: neither teacher nor image will change
+                scene.add("teacher", lambda batch: teacher.detector(teacher.own_inputs(batch)))
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period != 0 and done != self.trainer.max_iter:
+            return
+        with preserved_random_state(), evaluating(self._student):
+            for scene in self._scenes:
+                scene.add("student", self._student)
+                picture = side_by_side(
+                    scene.image, scene.panels, self._metadata, DRAWN_FROM, LONGEST_SIDE
+                )
+                name = f"detections/{scene.name}"
+                self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``eval()`` inside; after, every module is as it was, also one that was in ``eval()`` before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

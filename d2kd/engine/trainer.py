@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
@@ -37,9 +39,10 @@ from ..config import get_config
 from ..data import check_dataset, use_seeded_loaders
 from ..errors import InputError
 from ..modeling import Distiller
+from ..visualization import scenes
 from .checkpoint import StudentCheckpointer, student_of, unwrapped
 from .evaluation import build_test_loader, do_test
-from .hooks import BestCheckpoint, EvalTeacher
+from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .launch import pick_device
 from .random_state import set_random_state
 from .run_info import (
@@ -180,6 +183,7 @@ class Trainer(DefaultTrainer):
             BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
             if train.best_checkpoint and self._test_loader is not None
             else None,
+            self._draw_hook(),
         ]
 
     def _eval_teacher_hook(self) -> EvalTeacher | None:
@@ -199,13 +203,39 @@ class Trainer(DefaultTrainer):
             ),
         )
 
+    def _draw_hook(self) -> DrawDetections | None:
+        period = self.config.train.draw_period
+        if period == 0:
+            return None
+        for key in ("dataloader.test.dataset.names", "dataloader.test.mapper"):
+            if OmegaConf.select(self.config, key, default=None) is None:
+                found = f"{period}, and the recipe has no {key}"
+                raise InputError("train.draw_period", found, "images to draw, or 0")
+        if not comm.is_main_process():
+            return None
+        if not has_tensorboard():
+            logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
+            return None
+        test, model = self.config.dataloader.test, unwrapped(self.model)
+        names = check_dataset(test.dataset.names)
+        # From the catalogue, since the test data as the loader gives them have no annotations.
+        records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
+        records = list(itertools.islice(records, self.config.train.draw_images))
+        return DrawDetections(
+            period,
+            scenes(records, instantiate(test.mapper)),
+            MetadataCatalog.get(names[0]),
+            student_of(model),
+            model.teacher if isinstance(model, Distiller) else None,
+        )
+
     def build_writers(self) -> list[EventWriter]:
         folder = self.config.train.output_dir
         writers = [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(os.path.join(folder, "metrics.json")),
         ]
-        with contextlib.suppress(ImportError):  # tensorboard is no requirement of ours
+        if has_tensorboard():
             writers.append(TensorboardXWriter(folder))
         return writers
 
@@ -335,7 +365,20 @@ def complete(cfg: Any) -> DictConfig:
     if config.train.clip_gradients.clip_type not in clip_types:
         found = config.train.clip_gradients.clip_type
         raise InputError("train.clip_gradients.clip_type", found, " or ".join(clip_types))
+    for key, least in (("draw_period", 0), ("draw_images", 1)):
+        if not isinstance(config.train[key], int) or config.train[key] < least:
+            found = config.train[key]
+            raise InputError(f"train.{key}", found, f"an integer, at least {least}")
     return config
+
+
+def has_tensorboard() -> bool:
+    """Whether Detectron2's writer for it can work; tensorboard is no requirement of ours."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def run_card(config: DictConfig) -> CfgNode:

@@ -224,6 +224,8 @@ def prepare(run: Run, finished: Mapping[str, Mapping], folder: Path) -> tuple[Di
     set_paths("", "", "")
     sources = {n: finished[n]["weights_sha256"] for n in (run.teacher, run.starts_from) if n}
     recipe = _plain([OmegaConf.to_container(config, resolve=False), sources])
+    for key in ("draw_period", "draw_images"):  # pictures of a run change nothing in it
+        recipe[0]["train"].pop(key, None)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     weights = {name: row["weights"] for name, row in finished.items()}
     set_paths(str(folder), weights.get(run.teacher), weights.get(run.starts_from))
