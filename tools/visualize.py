@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", nargs="+", default=[], metavar="WHO=FILE", help="WHO is student or teacher"
     )
-    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--dataset", required=True, help="one that is registered or in the recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=8, help="of images, spread over the data set")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to draw")
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     config = load(args.config_file, args.opts)
     if OmegaConf.select(config, "dataloader.test.mapper") is None:
         raise InputError(args.config_file, "no dataloader.test.mapper", "how images are read")
+    register(config, args.dataset)
     detectors = detectors_of(config, weights)
     mapper = instantiate(config.dataloader.test.mapper)
     written = draw_detections(
@@ -61,6 +62,18 @@ def run(args: argparse.Namespace) -> None:
     )
     panels = " | ".join(["ground truth", *detectors])
     print(f"{panels}: {len(written)} pictures in {args.output}")
+
+
+def register(config, dataset: str) -> None:
+    """Register the data set if the recipe describes it: ``names=L(coco_dataset)(name=…)``."""
+    from detectron2.config import instantiate
+    from omegaconf import OmegaConf
+
+    for part in ("train", "test"):
+        names = OmegaConf.select(config, f"dataloader.{part}.dataset.names")
+        for node in names if OmegaConf.is_list(names) else [names]:
+            if OmegaConf.is_dict(node) and node.get("name") == dataset:
+                instantiate(node)
 
 
 def detectors_of(config, weights: dict[str, str]) -> dict:
