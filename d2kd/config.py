@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import InputError
 from .losses import DistillLosses, ImitationLoss, TARLoss
-from .modeling import Distiller, Teacher, add_distiller_config
+from .modeling import Distiller, Teacher, add_distiller_config, add_torchvision_config
 
 METHODS: dict[str, Callable[[], DictConfig]] = {
     "tar": lambda: L(DistillLosses)(tar=L(TARLoss)()),
@@ -26,7 +26,11 @@ METHODS: dict[str, Callable[[], DictConfig]] = {
 }
 """What ``--distill NAME`` means: a method's losses at their defaults."""
 
-add_d2kd_config = add_distiller_config
+
+def add_d2kd_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a yacs config: ``MODEL.DISTILLER`` and ``MODEL.TORCHVISION``."""
+    add_distiller_config(cfg)
+    add_torchvision_config(cfg)
 
 
 def config_file(name: str) -> Path:
@@ -145,7 +149,7 @@ def _check_override(config: DictConfig, override: str) -> None:
 def from_yacs(config: DictConfig) -> nn.Module:
     """Build the detector of a yacs config that was written out as a plain mapping, on the CPU."""
     cfg = get_cfg()
-    add_distiller_config(cfg)
+    add_d2kd_config(cfg)
     cfg.merge_from_other_cfg(CfgNode(OmegaConf.to_container(config, resolve=True)))
     cfg.MODEL.DEVICE = "cpu"
     return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
@@ -163,7 +167,7 @@ def detector(path: str) -> DictConfig:
     file = _find(path)
     if _is_yacs(file):
         cfg = get_cfg()
-        add_distiller_config(cfg)
+        add_d2kd_config(cfg)
         try:
             cfg.merge_from_file(str(file))
         except Exception as error:  # YAML's errors, yacs's KeyErrors and assertions

@@ -63,6 +63,9 @@ def _untrained(node):
     if "config" in node:
         node.config.MODEL.RESNETS.NORM = "BN"
         node.config.MODEL.BACKBONE.FREEZE_AT = 0
+    elif "weights" in node.backbone.bottom_up:
+        node.backbone.bottom_up.weights = None
+        node.backbone.bottom_up.norm = "BN"
     elif "freeze_at" in node.backbone.bottom_up:
         node.backbone.bottom_up.stem.norm = "BN"
         node.backbone.bottom_up.stages.norm = "BN"

@@ -29,10 +29,10 @@ def local_path(weights: str) -> str:
         path = PathManager.get_local_path(weights)
     except Exception as error:  # each URI handler raises its own
         raise InputError(
-            weights, f"cannot be fetched ({error})", "a reachable detector checkpoint"
+            weights, f"cannot be fetched ({error})", "a reachable checkpoint"
         ) from error
     if not Path(path).is_file():
-        raise InputError(weights, "no such file", "a detector checkpoint (.pth or .pkl)")
+        raise InputError(weights, "no such file", "a checkpoint (.pth or .pkl)")
     return path
 
 
@@ -49,10 +49,10 @@ def read(weights: str) -> dict:
         raise InputError(
             weights,
             f"cannot be read ({type(error).__name__}); truncated or not a checkpoint",
-            "a whole detector checkpoint",
+            "a whole checkpoint",
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise InputError(weights, "holds no 'model' weights", "a detector checkpoint")
+        raise InputError(weights, "holds no 'model' weights", "a checkpoint")
     return checkpoint
 
 
@@ -67,19 +67,7 @@ def load_strict(detector: nn.Module, weights: str) -> None:
     """
     checkpoint = read(weights)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
-    incompatible = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
-    faults = {
-        "missing": list(incompatible.missing_keys),
-        # Old checkpoints hold the pixel statistics, which are the config's since.
-        "unexpected": [k for k in incompatible.unexpected_keys if k not in STATISTICS],
-        "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
-    }
-    faults = {fault: keys for fault, keys in faults.items() if keys}
-    if faults:
-        found = ", ".join(
-            f"{len(keys)} {fault} (such as {keys[0]})" for fault, keys in faults.items()
-        )
-        raise InputError(weights, found, f"all weights of this {type(detector).__name__}")
+    fit(detector, checkpoint, weights)
     for key in STATISTICS & state.keys():
         theirs, ours = torch.as_tensor(state[key]), getattr(detector, key, None)
         if ours is not None and not torch.allclose(theirs.flatten().to(ours), ours.flatten()):
@@ -90,7 +78,34 @@ def load_strict(detector: nn.Module, weights: str) -> None:
                 theirs.flatten().tolist(),
                 ours.flatten().tolist(),
             )
-    logger.info("%s: all %d tensors loaded", weights, len(detector.state_dict()))
+
+
+def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True) -> None:
+    """Load a checkpoint that was read already; every parameter of the module must be met.
+
+    Args:
+        module: what is loaded.
+        checkpoint: its "model" holds the tensors by name.
+        weights: what to call the checkpoint in messages.
+        whole: whether nothing may be left over.
+
+    Raises:
+        InputError: keys are missing or of another shape, or, with ``whole``, unexpected.
+    """
+    incompatible = DetectionCheckpointer(module, save_to_disk=False)._load_model(checkpoint)
+    faults = {
+        "missing": list(incompatible.missing_keys),
+        # Old checkpoints hold the pixel statistics, which are the config's since.
+        "unexpected": [k for k in incompatible.unexpected_keys if whole and k not in STATISTICS],
+        "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
+    }
+    faults = {fault: keys for fault, keys in faults.items() if keys}
+    if faults:
+        found = ", ".join(
+            f"{len(keys)} {fault} (such as {keys[0]})" for fault, keys in faults.items()
+        )
+        raise InputError(weights, found, f"all weights of this {type(module).__name__}")
+    logger.info("%s: all %d tensors loaded", weights, len(module.state_dict()))
 
 
 @functools.lru_cache(maxsize=64)

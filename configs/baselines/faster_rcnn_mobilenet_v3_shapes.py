@@ -1,0 +1,24 @@
+"""Faster R-CNN MobileNetV3-Small, from random weights, on the generated shapes.
+
+What else a recipe may try: ``model.backbone.bottom_up.name`` (``efficientnet_b0``, ``resnet18``, …).
+"""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.modeling.backbone import TorchvisionBackbone
+
+from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.backbone.bottom_up = L(TorchvisionBackbone)(
+    name="mobilenet_v3_small",
+    weights=None,
+    norm="BN",
+    norm_momentum=0.1,  # torchvision's 0.01 is too slow for some hundreds of steps
+    out_features=["res2", "res3", "res4", "res5"],
+)
