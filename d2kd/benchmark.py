@@ -411,6 +411,7 @@ def benchmark(setup: Setup, rounds: int = 15, console: TextIO | None = None) -> 
     if rounds < 1:
         raise InputError("rounds", rounds, "at least 1")
     console = console or sys.stdout
+    setup.recipe()  # so that one that cannot be used is all there is to say
     print(f"building, and statistics of {BATCHES} batches …", file=console, flush=True)
     bench = Bench(setup)
     line = Progress("time", console)
