@@ -1,6 +1,8 @@
 """TAR on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
 
 tools/train_net.py --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
+
+The weights were chosen on ``shapes_val`` with a seed that no study uses; ``projects/TAR/README.md`` has the figures.
 """
 
 from detectron2.config import LazyCall as L
@@ -15,5 +17,7 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
         detector=get_config("common/models/faster_rcnn_small.py").model,
         weights="output/shapes/teacher/model_final.pth",
     ),
-    losses=L(DistillLosses)(tar=L(TARLoss)()),
+    losses=L(DistillLosses)(
+        tar=L(TARLoss)(feature_weight=0.1, classification_weight=3.0, regression_weight=0.3)
+    ),
 )

@@ -9,7 +9,7 @@ import copy
 from detectron2.config import LazyCall as L
 
 from d2kd.config import distill, get_config
-from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
+from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
@@ -29,14 +29,16 @@ def compared(baseline, title):
         node = L(Teacher)(detector=teacher.model, weights="")  # which the study fills in
         return distill(student, teacher=node, losses=L(DistillLosses)(**losses))._asdict()
 
+    # The weights that were chosen on the generated shapes.
+    tar = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
     test = copy.deepcopy(student.dataloader.test.dataset.names)
     test.name, test.split = "bccd_test", "test"
     runs = dict(
         teacher=dict(config=teacher, once=True),
         baseline=dict(config=student),
         baseline_equal_time=dict(config=student, steps_like="tar"),
-        imitation=dict(config=taught(imitation=L(ImitationLoss)()), teacher="teacher"),
-        tar=dict(config=taught(tar=L(TARLoss)()), teacher="teacher"),
+        imitation=dict(config=taught(imitation=L(ImitationLoss)(weight=0.1)), teacher="teacher"),
+        tar=dict(config=taught(tar=tar), teacher="teacher"),
     )
     study = dict(
         title=title,

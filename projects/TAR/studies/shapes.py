@@ -5,11 +5,13 @@ imitation, and by TAR. The schedule is cut to fit one seed into twenty minutes o
 flatter every method.
 """
 
+import copy
+
 from detectron2.config import LazyCall as L
 
 from d2kd.config import distill, get_config
 from d2kd.data import shapes
-from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
+from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
 
 STUDENT_STEPS, TEACHER_STEPS = 400, 800
@@ -35,29 +37,32 @@ def _taught(inherit=(), **losses):
     return distill(_student, teacher=teacher, losses=losses, inherit=inherit)._asdict()
 
 
-def _only(**weights):
+_tar = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
+
+
+def _only(term):
     """TAR with one of its terms."""
-    none = dict(feature_weight=0, classification_weight=0, regression_weight=0)
-    return _taught(tar=L(TARLoss)(**(none | weights)))
+    tar = copy.deepcopy(_tar)
+    for other in {"feature", "classification", "regression"} - {term}:
+        tar[f"{other}_weight"] = 0
+    return _taught(tar=tar)
 
 
 runs = dict(
     teacher=dict(config=_teacher, once=True),
     baseline=dict(config=_student),
     baseline_equal_time=dict(config=_student, steps_like="tar"),
-    imitation=dict(config=_taught(imitation=L(ImitationLoss)()), teacher="teacher"),
-    tar=dict(config=_taught(tar=L(TARLoss)()), teacher="teacher"),
+    imitation=dict(config=_taught(imitation=L(ImitationLoss)(weight=0.1)), teacher="teacher"),
+    tar=dict(config=_taught(tar=_tar), teacher="teacher"),
     # Asked for by name: --runs tar inherit tar_feature …
     inherit=dict(
         config=_taught(inherit=["backbone.fpn_", "proposal_generator.", "roi_heads."]),
         teacher="teacher",
         optional=True,
     ),
-    tar_feature=dict(config=_only(feature_weight=0.01), teacher="teacher", optional=True),
-    tar_classification=dict(
-        config=_only(classification_weight=1.0), teacher="teacher", optional=True
-    ),
-    tar_regression=dict(config=_only(regression_weight=1.0), teacher="teacher", optional=True),
+    tar_feature=dict(config=_only("feature"), teacher="teacher", optional=True),
+    tar_classification=dict(config=_only("classification"), teacher="teacher", optional=True),
+    tar_regression=dict(config=_only("regression"), teacher="teacher", optional=True),
 )
 
 study = dict(
