@@ -14,7 +14,7 @@ from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
 
-STUDENT_STEPS, TEACHER_STEPS = 400, 800
+STUDENT_STEPS, TEACHER_STEPS = 350, 650
 
 
 def _recipe(width, blocks, steps):
