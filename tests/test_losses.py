@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
@@ -20,6 +20,7 @@ from d2kd.losses.functional import (
     softmax_kl,
 )
 from d2kd.losses.tar import (
+    _same_coder,
     classification_term,
     dense_classification_term,
     of_class,
@@ -521,3 +522,10 @@ def test_a_loss_cannot_overwrite_the_students_own():
     model.losses = DistillLosses(cls=model.losses.by_name["loss"])
     losses = step(model, batch())
     assert {"loss_cls", "distill/loss_cls"} <= losses.keys()
+
+
+def test_coders_are_the_same_whatever_holds_their_weights():
+    one, other = Box2BoxTransform(weights=[10, 10, 5, 5]), Box2BoxTransform(weights=(10, 10, 5, 5))
+    assert _same_coder(one, other)
+    assert not _same_coder(one, Box2BoxTransform(weights=(10, 10, 5, 6)))
+    assert not _same_coder(one, Box2BoxTransformLinear())

@@ -273,7 +273,10 @@ class TARLoss(DistillLoss):
 
 
 def _same_coder(one, other) -> bool:
-    return type(one) is type(other) and vars(one) == vars(other)
+    settings = [
+        {k: tuple(v) if k == "weights" else v for k, v in vars(c).items()} for c in (one, other)
+    ]
+    return type(one) is type(other) and settings[0] == settings[1]
 
 
 def _check_anchors(student: nn.Module, teacher: nn.Module) -> None:

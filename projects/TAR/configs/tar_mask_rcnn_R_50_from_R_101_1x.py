@@ -1,0 +1,16 @@
+"""TAR on COCO: Mask R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN; masks are the student's own task."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import distill
+from d2kd.losses import DistillLosses, TARLoss
+
+model, dataloader, optimizer, lr_multiplier, train = distill(
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
+    teacher=(
+        "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml",
+        "detectron2://COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x/138205316/"
+        "model_final_a3ec72.pkl",
+    ),
+    losses=L(DistillLosses)(tar=L(TARLoss)()),
+)
