@@ -348,6 +348,30 @@ def test_the_shapes_study_is_whole():
     assert MetadataCatalog.get(study.test).thing_classes == CLASSES
 
 
+STUDIES = [path for path in Path("projects").glob("*/studies/*.py") if path.stem != "common"]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_whole(path, monkeypatch):
+    monkeypatch.delenv("D2KD_BCCD", raising=False)
+    if "bccd" in path.stem:
+        with pytest.raises(InputError, match="D2KD_BCCD: not set; expected the folder"):
+            load(str(path))
+        return
+    study = load(str(path))
+    planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
+    assert {"teacher", "baseline_seed0", "baseline_equal_time_seed0"} <= planned.keys()
+    for run in planned.values():
+        model = run.config.model
+        assert ("losses" in model) == bool(run.teacher)
+        if run.method.startswith("tar_"):  # one term, at the weight it has in the whole
+            whole = planned["tar_seed0"].config.model.losses.tar
+            own = model.losses.tar
+            on = {k for k in own if k.endswith("_weight") and own[k]}
+            assert on == {run.method.removeprefix("tar_") + "_weight"}
+            assert all(own[k] == whole[k] for k in on)
+
+
 def test_a_real_study_trains_measures_and_continues(tmp_path):
     study = load("projects/TAR/studies/shapes.py")
     for teacher in (

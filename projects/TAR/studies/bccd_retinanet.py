@@ -1,8 +1,8 @@
 """The question of ``bccd.py``, asked of a dense detector."""
 
-from .bccd import compared
+from .bccd import on_blood_cells
 
-runs, study = compared(
+runs, study = on_blood_cells(
     "baselines/retinanet_small_bccd.py",
     "TAR on blood cells: RetinaNet, a thin student and its teacher",
 )

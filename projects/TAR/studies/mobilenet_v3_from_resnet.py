@@ -1,0 +1,15 @@
+"""What a MobileNetV3 student learns from a ResNet teacher, on the generated shapes."""
+
+from .common import compared, study_of, thin, wide
+from .shapes import STUDENT_STEPS, TEACHER_STEPS
+
+runs = compared(
+    thin("baselines/faster_rcnn_mobilenet_v3_shapes.py", STUDENT_STEPS),
+    wide("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
+)
+study = study_of(
+    runs,
+    title="MobileNetV3-Small from a ResNet, on generated shapes",
+    test="shapes_test",
+    seeds=[0],
+)

@@ -1,0 +1,13 @@
+"""What a RetinaNet learns from the features of a Faster R-CNN, on the generated shapes."""
+
+from .common import compared, study_of, thin, wide
+from .shapes import STUDENT_STEPS, TEACHER_STEPS
+
+runs = compared(
+    thin("baselines/retinanet_small_shapes.py", STUDENT_STEPS),
+    wide("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
+    tar=False,
+)
+study = study_of(
+    runs, title="RetinaNet from Faster R-CNN, on generated shapes", test="shapes_test", seeds=[0]
+)
