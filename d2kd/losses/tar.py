@@ -1,6 +1,6 @@
 """Task Adaptive Regularization: transfer where the teacher does better.
 
-TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv, June 2020. Only its abstract
+TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract
 and secondary descriptions could be read, so this is *TAR as we implement it*: established are the shared
 proposals, the three levels, the Gaussian mask, the regression gate and the decay; the formulas' constants,
 the classification gate, the weights and all of the one-stage form are ours.
