@@ -89,7 +89,7 @@ def test_the_order_of_classes_does_not_matter(family):
             deltas = [4 * k + i for k in rows[:3] for i in range(4)]
             layers = [(predictor.cls_score, rows), (predictor.bbox_pred, deltas)]
         else:
-            rows = [3 * anchor + k for anchor in range(6) for k in (2, 1, 0)]
+            rows = [3 * anchor + k for anchor in range(2) for k in (2, 1, 0)]
             layers = [(detector.head.cls_score, rows)]
         for layer, order in layers:
             layer.weight.copy_(layer.weight[order])

@@ -1,4 +1,4 @@
-"""A Faster R-CNN for small images and a CPU: basic blocks, an FPN 64 wide, anchors from 8 pixels.
+"""A Faster R-CNN for small images and a CPU: basic blocks, an FPN 32 wide, square anchors from 8 pixels.
 
 What a recipe turns: ``model.backbone.bottom_up.width`` and ``.blocks``, ``model.roi_heads.num_classes``.
 """
@@ -10,7 +10,7 @@ from d2kd.modeling.backbone import basic_resnet
 
 from .faster_rcnn_fpn import model
 
-_channels, _fc = 64, 256
+_channels, _fc = 32, 256
 
 model.backbone.bottom_up = L(basic_resnet)(
     width=32,
@@ -21,6 +21,8 @@ model.backbone.bottom_up = L(basic_resnet)(
 model.backbone.out_channels = _channels
 
 model.proposal_generator.head.in_channels = _channels
+model.proposal_generator.head.num_anchors = 1
+model.proposal_generator.anchor_generator.aspect_ratios = [1.0]
 model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [64], [128]]
 model.proposal_generator.batch_size_per_image = 128
 model.proposal_generator.pre_nms_topk = (500, 300)

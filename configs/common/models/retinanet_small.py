@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from d2kd.modeling.backbone import basic_resnet
 
 model = model_zoo.get_config("common/models/retinanet.py").model
-_channels = 64
+_channels = 32
 
 model.backbone.bottom_up = L(basic_resnet)(
     width=32, blocks=[2, 2, 2, 2], norm="BN", out_features=["res3", "res4", "res5"]
@@ -19,7 +19,8 @@ model.backbone.top_block.in_channels = _channels
 model.head.input_shape = [ShapeSpec(channels=_channels)] * 5
 model.head.conv_dims = [_channels] * 2
 model.anchor_generator.sizes = [[x, x * 2**0.5] for x in (12, 24, 48, 96, 192)]
-model.head.num_anchors = 6
+model.anchor_generator.aspect_ratios = [1.0]
+model.head.num_anchors = 2
 model.num_classes = 8
 
 model.pixel_mean = [127.5, 127.5, 127.5]
