@@ -24,12 +24,11 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
-
-from ..losses.functional import in_float32, paired_iou
 
 
 @META_ARCH_REGISTRY.register()
@@ -233,7 +232,7 @@ class GFL(DenseDetector):
         boxes = self.box2box_transform.apply_deltas(integral(edges), anchor)
 
         quality = torch.zeros_like(logits)
-        iou = paired_iou(boxes.detach(), gt_box)
+        iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(gt_box))
         quality[image, row, labels[image, row]] = iou.to(quality)
         score = logits.detach()[image, row].sigmoid().amax(dim=-1)
         num_foreground, total_score = process_mean(
@@ -423,7 +422,6 @@ def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor
     return torch.where(best >= 0, index, matches)
 
 
-@in_float32
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
     """``|q - p|^beta BCE(p, q)`` of each entry, p the logit's sigmoid; both factors have a gradient.
 
@@ -435,7 +433,6 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
     return (quality - logits.sigmoid()).abs().pow(beta) * entropy
 
 
-@in_float32
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
     """Cross-entropy with the two whole distances around each target, in proportion to their nearness.
 
@@ -451,7 +448,6 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
     return -((1 - share) * log_p.gather(-1, below) + share * log_p.gather(-1, below + 1))[..., 0]
 
 
-@in_float32
 def integral(logits: Tensor) -> Tensor:
     """The mean distance ``(…)`` of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
     bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -42,20 +43,26 @@ def detector(levels: list[str], num_classes: int, reg_max: int) -> GFL:
     )
 
 
-def maps(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
-    """The arrays ``<prefix>/p*`` as leaves, by level from fine to coarse."""
-    levels = [name.rsplit("/", 1)[1] for name in arrays if name.startswith(f"{prefix}/p")]
-    return {
-        level: torch.from_numpy(arrays[f"{prefix}/{level}"]).requires_grad_()
-        for level in sorted(levels, key=lambda level: int(level[1:]))
-    }
+def levels_of(arrays: Arrays, prefix: str) -> list[str]:
+    """The levels of which there is any array ``<prefix>/*/p*``, from fine to coarse."""
+    found = {match[1] for name in arrays if (match := re.fullmatch(rf"{prefix}/\w+/p(\d+)", name))}
+    return [f"p{level}" for level in sorted(map(int, found))]
+
+
+def maps(arrays: Arrays, prefix: str, levels: list[str]) -> dict[str, Tensor]:
+    """The arrays ``<prefix>/<level>`` as leaves, by level."""
+    return {p: tensor(arrays, f"{prefix}/{p}").float().requires_grad_() for p in levels}
+
+
+def tensor(arrays: Arrays, name: str) -> Tensor:
+    return torch.from_numpy(np.array(arrays[name]))
 
 
 def truth(arrays: Arrays, image: int) -> Instances:
     """An image's new objects, in an image as large as the padded batch: so were the references made."""
     instances = Instances(tuple(arrays["padded_hw"].tolist()))
-    instances.gt_boxes = Boxes(torch.from_numpy(arrays[f"image{image}/gt_boxes_xyxy"]))
-    instances.gt_classes = torch.from_numpy(arrays[f"image{image}/gt_new_classes"])
+    instances.gt_boxes = Boxes(tensor(arrays, f"image{image}/gt_boxes_xyxy"))
+    instances.gt_classes = tensor(arrays, f"image{image}/gt_new_classes").long()
     return instances
 
 
@@ -65,15 +72,11 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     Raises:
         KeyError: an input is missing.
     """
-    logits = maps(arrays, "gfl/class_logits")
-    edges = {
-        level: torch.from_numpy(arrays[f"gfl/box_logits/{level}"]).requires_grad_()
-        for level in logits
-    }
-    if not logits:
-        raise KeyError("gfl/class_logits/p3")
-    first = next(iter(edges.values()))
-    gfl = detector(list(logits), int(arrays["num_new_classes"]), first.shape[1] // 4 - 1)
+    levels = levels_of(arrays, "gfl") or ["p3"]  # none at all: p3 is missing first
+    logits = maps(arrays, "gfl/class_logits", levels)
+    edges = maps(arrays, "gfl/box_logits", levels)
+    first = edges[levels[0]]
+    gfl = detector(levels, int(arrays["num_new_classes"]), first.shape[1] // 4 - 1)
     predictions = [list(logits.values()), list(edges.values())]
 
     anchors = gfl.anchor_generator(predictions[0])
@@ -89,7 +92,7 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
         shares = losses[ours].sum(dim=0).split([len(level) for level in anchors])
         of[f"gfl/loss_{name}"] = torch.stack([share.sum() for share in shares]).detach()
-    for level in logits:
+    for level in levels:
         of[f"gfl/class_logits_grad/{level}"] = logits[level].grad
         of[f"gfl/box_logits_grad/{level}"] = edges[level].grad
     sizes = [tuple(arrays[f"image{i}/size_hw"].tolist()) for i in range(len(first))]
