@@ -18,7 +18,13 @@ from torch import nn
 
 from .errors import InputError
 from .losses import DistillLosses, ImitationLoss, TARLoss
-from .modeling import Distiller, Teacher, add_distiller_config, add_torchvision_config
+from .modeling import (
+    Distiller,
+    Teacher,
+    add_distiller_config,
+    add_gfl_config,
+    add_torchvision_config,
+)
 
 METHODS: dict[str, Callable[[], DictConfig]] = {
     "tar": lambda: L(DistillLosses)(tar=L(TARLoss)()),
@@ -28,8 +34,9 @@ METHODS: dict[str, Callable[[], DictConfig]] = {
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
-    """Add this project's keys to a yacs config: ``MODEL.DISTILLER`` and ``MODEL.TORCHVISION``."""
+    """Add this project's keys to a yacs config: ``MODEL.DISTILLER``, ``MODEL.GFL``, ``MODEL.TORCHVISION``."""
     add_distiller_config(cfg)
+    add_gfl_config(cfg)
     add_torchvision_config(cfg)
 
 

@@ -55,6 +55,13 @@ def tiny_fcos(width: int = 4, channels: int = 16, classes: int = CLASSES) -> Dic
     return _tiny_dense("fcos_small", width, channels, classes)
 
 
+def tiny_gfl(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
+    """The LazyConfig node of a GFL with frozen norms; those of its head know no mode."""
+    model = _tiny_dense("gfl_small", width, channels, classes)
+    model.head.num_groups = 2
+    return model
+
+
 def _tiny_rcnn(name: str, width: int, channels: int, classes: int) -> DictConfig:
     model = get_config(f"common/models/{name}.py").model
     _shrink(model, width, channels)
@@ -96,6 +103,7 @@ DETECTORS: dict[str, Callable[..., DictConfig]] = {
     "cascade_rcnn": tiny_cascade_rcnn,
     "retinanet": tiny_retinanet,
     "fcos": tiny_fcos,
+    "gfl": tiny_gfl,
 }
 """Small detectors by family: functions of width, channels and classes that return a model node."""
 

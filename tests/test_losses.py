@@ -345,7 +345,7 @@ def test_regression_restated(gate, teacher_coder, agnostic):
 
 
 @pytest.mark.parametrize("gate", ["proposal", "student", "none"])
-@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
 def test_dense_regression_restated(family, gate):
     """Through a whole step, anchor by anchor, with boxes decoded and compared in loops."""
     model = distiller(lambda: TARLoss(reg_gate=gate), DETECTORS[family])
@@ -374,12 +374,13 @@ def test_dense_regression_restated(family, gate):
                 boxes = [slow_decode(anchors[i], d, coder.weights) for d in (s, t)]
             else:
                 side = anchors[i][2] - anchors[i][0]
+                side /= getattr(coder, "anchor_scale", 1)
                 x, y = ((anchors[i][k] + anchors[i][k + 2]) / 2 for k in (0, 1))
                 boxes = [
                     [x - left * side, y - up * side, x + right * side, y + down * side]
                     for left, up, right, down in ([max(0, v) for v in deltas] for deltas in (s, t))
                 ]
-            point = family == "fcos"
+            point = family != "retinanet"
             bar = slow_iou(anchors[i] if gate == "proposal" and not point else boxes[0], target)
             if gate != "none" and not slow_iou(boxes[1], target) > bar:
                 continue

@@ -53,6 +53,11 @@ def test_a_copy_answers_what_the_student_said(family, objects):
         else:
             with pytest.raises(Unreadable, match="pred_centerness"):
                 said.pred_centerness  # noqa: B018
+        if family == "gfl":
+            pairs += list(zip(said.pred_distributions, asked.pred_distributions, strict=True))
+        else:
+            with pytest.raises(Unreadable, match="pred_distributions"):
+                said.pred_distributions  # noqa: B018
     for ours, theirs in pairs:
         assert ours.requires_grad and not theirs.requires_grad
         torch.testing.assert_close(ours, theirs)

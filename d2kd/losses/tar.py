@@ -70,8 +70,8 @@ class TARLoss(DistillLoss):
         cls_margin: how much more probable the teacher must find the label.
         temperature: tau.
         background_weight: factor of background regions or anchors in the classification term.
-        reg_gate: "proposal" (the teacher's box beats the region or anchor it started from; FCOS starts from
-            points, which have no box, so there it is "student"), "student" (it beats the student's box),
+        reg_gate: "proposal" (the teacher's box beats the region or anchor it started from; FCOS and GFL start
+            from points, which have no box, so there it is "student"), "student" (it beats the student's box),
             "both", or "none".
         smooth_l1_beta: where the regression turns from square to absolute, in normalised deltas.
         feature_ramp: fraction of the run in which the feature term grows linearly to its weight, for its

@@ -1,19 +1,24 @@
-"""Teacher, student and the distiller that joins them. This package knows no loss."""
+"""Teacher, student and the distiller that joins them. This package knows no distillation loss."""
 
-from .backbone import TorchvisionBackbone, add_torchvision_config, basic_resnet
+from .backbone import LinearP6P7, TorchvisionBackbone, add_torchvision_config, basic_resnet
 from .distiller import Distiller, add_distiller_config
+from .gfl import GFL, GFLHead, add_gfl_config
 from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, outputs_of
 from .teacher import Teacher
 
 __all__ = [
+    "GFL",
     "DenseOutputs",
     "DetectorOutputs",
     "Distiller",
+    "GFLHead",
+    "LinearP6P7",
     "RCNNOutputs",
     "Regions",
     "Teacher",
     "TorchvisionBackbone",
     "add_distiller_config",
+    "add_gfl_config",
     "add_torchvision_config",
     "basic_resnet",
     "capture",

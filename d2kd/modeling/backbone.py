@@ -10,7 +10,7 @@ import torchvision.models
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone import BasicStem, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import Tensor, nn
@@ -241,6 +241,37 @@ def add_torchvision_config(cfg: CfgNode) -> None:
     cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.MODEL.TORCHVISION.NORM = "BN"
+
+
+class LinearP6P7(LastLevelP6P7):
+    """Levels p6 and p7 from the pyramid's own p5; RetinaNet's come from res5, with a ReLU before p7.
+
+    Args:
+        in_channels: of p5, those of the pyramid.
+        out_channels: of p6 and p7, the same.
+        in_feature: the level to start from.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str = "p5"):
+        super().__init__(in_channels, out_channels, in_feature)
+
+    def forward(self, p5: Tensor) -> list[Tensor]:
+        p6 = self.p6(p5)
+        return [p6, self.p7(p6)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, p6 and p7 made of p5."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LinearP6P7(channels, channels),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
 
 
 @BACKBONE_REGISTRY.register()

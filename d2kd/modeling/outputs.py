@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .gfl import integral
 
 Call = tuple[tuple, Any]
 
@@ -336,7 +337,7 @@ def more_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> I
 
 
 class DenseOutputs(DetectorOutputs):
-    """What a ``DenseDetector`` says of its anchors: RetinaNet, and FCOS, whose anchors are points with a size."""
+    """What a ``DenseDetector`` says of its anchors: RetinaNet, and FCOS and GFL, whose anchors are points with a size."""
 
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
@@ -362,8 +363,18 @@ class DenseOutputs(DetectorOutputs):
 
     @property
     def pred_anchor_deltas(self) -> list[Tensor]:
-        """For each level ``(N, Hi * Wi * A, 4)``."""
+        """For each level ``(N, Hi * Wi * A, 4)``, for the detector's ``box2box_transform``."""
+        if hasattr(self.detector.head, "reg_max"):
+            return [integral(x) for x in self.pred_distributions]
         return [by_anchor(x, 4) for x in self.predictions[1]]
+
+    @property
+    def pred_distributions(self) -> list[Tensor]:
+        """For each level ``(N, Hi * Wi * A, 4, n + 1)``, logits of each edge's distance in strides (GFL)."""
+        if not hasattr(self.detector.head, "reg_max"):
+            raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_distributions'")
+        bins = self.detector.head.reg_max + 1
+        return [by_anchor(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]]
 
     @property
     def pred_centerness(self) -> list[Tensor]:
@@ -433,5 +444,5 @@ def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
     raise InputError(
         type(detector).__name__,
         "a detector whose outputs cannot be read",
-        "a GeneralizedRCNN on an FPN (Faster, Mask or Cascade R-CNN), a RetinaNet or an FCOS",
+        "a GeneralizedRCNN on an FPN (Faster, Mask or Cascade R-CNN), a RetinaNet, an FCOS or a GFL",
     )

@@ -1,0 +1,12 @@
+"""A thin GFL on the generated shapes, alone: the schedule of ``faster_rcnn_small_shapes.py``."""
+
+from ..common.models.gfl_small import model
+from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
+    dataloader,
+    lr_multiplier,
+    optimizer,
+    train,
+)
+
+model.backbone.bottom_up.width = 8
+model.backbone.bottom_up.blocks = [1, 1, 1, 1]

@@ -1,0 +1,20 @@
+"""A GFL for small images and a CPU, the sibling of ``retinanet_small.py`` whose edges are distributions."""
+
+from d2kd.modeling import GFL, GFLHead, LinearP6P7
+
+from .retinanet_small import model
+
+for _key in (
+    "anchor_generator",
+    "box2box_transform",
+    "anchor_matcher",
+    "focal_loss_alpha",
+    "focal_loss_gamma",
+):
+    model.pop(_key)
+model._target_ = GFL
+model.anchor_scale = 4  # objects of 8 to 100 pixels
+model.backbone.top_block._target_ = LinearP6P7
+model.head._target_ = GFLHead
+model.head.pop("num_anchors")
+model.head.num_groups = 8  # of 8 channels, as 32 of 256

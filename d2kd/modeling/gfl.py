@@ -1,0 +1,481 @@
+"""GFL: a dense detector whose edges are distributions and whose class scores say how well the box fits.
+
+"Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection"
+(arXiv 2006.04388), its anchors labelled by ATSS (arXiv 1912.02424).
+
+Letters: N images, K classes, R anchors of all levels together, one for each location, P of them foreground
+in the batch, n = ``reg_max``: an edge is a distribution over the n + 1 distances 0 … n, in strides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(DenseDetector):
+    """A dense detector with quality focal loss and distribution focal loss.
+
+    Each location has one square anchor around it, that decides by ATSS which object the location learns;
+    boxes are the location's distances to left, top, right and bottom edge.
+
+    Args:
+        backbone: with a feature pyramid.
+        head: a :class:`GFLHead`, or a module like it: two maps a level, ``(N, K, Hi, Wi)`` class logits and
+            ``(N, 4 * (n + 1), Hi, Wi)`` logits of the distances, and ``reg_max`` n.
+        num_classes: K. A detector that learns in increments has its old classes first.
+        head_in_features: names of the feature maps of the head, from fine to coarse; None: all.
+        anchor_scale: side of an anchor in strides.
+        topk_anchors: ATSS's candidates for each object on each level.
+        qfl_beta: exponent of quality focal loss.
+        cls_weight, box_weight, dfl_weight: of quality focal loss, GIoU loss, distribution focal loss.
+        test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in
+            :class:`~detectron2.modeling.meta_arch.RetinaNet`.
+        pixel_mean, pixel_std: of a channel, in the order of ``input_format``.
+        input_format: channel order of the images it wants.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        num_classes: int,
+        head_in_features: Sequence[str] | None = None,
+        anchor_scale: float = 8,
+        topk_anchors: int = 9,
+        qfl_beta: float = 2.0,
+        cls_weight: float = 1.0,
+        box_weight: float = 2.0,
+        dfl_weight: float = 0.25,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "RGB",
+    ):
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.num_classes = num_classes
+        self.reg_max = head.reg_max
+        shapes = backbone.output_shape()
+        strides = [shapes[name].stride for name in self.head_in_features]
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[anchor_scale * stride] for stride in strides],
+            aspect_ratios=[1.0],
+            strides=strides,
+            offset=0.0,
+        )
+        self.box2box_transform = StrideTransform(anchor_scale)
+        self.topk_anchors = topk_anchors
+
+        self.qfl_beta = qfl_beta
+        self.cls_weight, self.box_weight, self.dfl_weight = cls_weight, box_weight, dfl_weight
+
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        node = cfg.MODEL.GFL
+        shapes = backbone.output_shape()
+        features = [shapes[name] for name in node.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": GFLHead(
+                input_shape=features,
+                num_classes=node.NUM_CLASSES,
+                conv_dims=[features[0].channels] * node.NUM_CONVS,
+                num_groups=node.NUM_GROUPS,
+                reg_max=node.REG_MAX,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "head_in_features": node.IN_FEATURES,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        pred_logits, pred_distributions = self._by_anchor(predictions)
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        foreground = sum(is_foreground(x, self.num_classes).sum() for x in gt_labels)
+        get_event_storage().put_scalar("num_pos_anchors", foreground.item() / len(gt_labels))
+        return self.losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
+
+    def _by_anchor(self, predictions: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        bins = self.reg_max + 1
+        logits, distributions = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * bins]
+        )
+        return logits, [x.unflatten(-1, (4, bins)) for x in distributions]
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label the anchors of each image by ATSS.
+
+        An anchor counts if its centre lies in the image, padded as it would be alone; what lies in the rest
+        of the batch's padding is ignored.
+
+        Args:
+            anchors: of each level.
+            gt_instances: of each image, with its ``image_size`` in the pixels of the input.
+
+        Returns:
+            for each image labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
+            boxes ``(R, 4)``, which mean something for foreground anchors alone.
+        """
+        divisor = max(self.backbone.size_divisibility, 1)
+        centers = Boxes.cat(anchors).get_centers()
+        sizes = [len(level) for level in anchors]
+        labels, boxes = [], []
+        for truth in gt_instances:
+            height, width = (math.ceil(side / divisor) * divisor for side in truth.image_size)
+            valid = (centers < centers.new_tensor([width, height])).all(dim=1)
+            matches = torch.full_like(valid, -1, dtype=torch.long)
+            matches[valid] = atss_matches(
+                [a[v] for a, v in zip(anchors, valid.split(sizes))],
+                truth.gt_boxes,
+                self.topk_anchors,
+            )
+            # Row -1, of no object, is the last one.
+            background = truth.gt_classes.new_tensor([self.num_classes])
+            label = torch.cat([truth.gt_classes, background])[matches]
+            labels.append(torch.where(valid, label, -1))
+            gt_boxes = truth.gt_boxes.tensor
+            boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
+        return labels, boxes
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_distributions: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """``loss_cls``, ``loss_box_reg`` and ``loss_dfl``: the sums of :meth:`anchor_losses`."""
+        shares = self.anchor_losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
+        return {name: share.sum() for name, share in shares.items()}
+
+    def anchor_losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_distributions: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Each anchor's share of the losses, weighted and normalised.
+
+        Normalisers are means over processes. Classification is divided by the foreground anchors of the
+        batch, at least one an image; the other two weigh an anchor by its best score, and are divided by the
+        sum of these weights, at least 1.
+
+        Args:
+            anchors: of each level.
+            pred_logits: for each level ``(N, Hi * Wi, K)``.
+            gt_labels, gt_boxes: what :meth:`label_anchors` returns.
+            pred_distributions: for each level ``(N, Hi * Wi, 4, n + 1)``, before the softmax.
+
+        Returns:
+            ``(N, R)`` by name of the loss.
+        """
+        labels = torch.stack(gt_labels)
+        logits = torch.cat(pred_logits, dim=1).float()
+        foreground = is_foreground(labels, logits.shape[-1])
+        image, row = foreground.nonzero(as_tuple=True)
+
+        anchor = Boxes.cat(anchors).tensor[row]
+        gt_box = torch.stack(gt_boxes)[image, row]
+        edges = torch.cat(pred_distributions, dim=1)[image, row]
+        boxes = self.box2box_transform.apply_deltas(integral(edges), anchor)
+
+        quality = torch.zeros_like(logits)
+        iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(gt_box))
+        quality[image, row, labels[image, row]] = iou.to(quality)
+        score = logits.detach()[image, row].sigmoid().amax(dim=-1)
+        num_foreground, total_score = process_mean(
+            torch.stack([foreground.sum(dim=1).clamp(min=1).sum(), score.sum()])
+        )
+
+        def of_all(values: Tensor) -> Tensor:
+            shares = torch.zeros_like(labels, dtype=values.dtype)
+            shares[image, row] = values * score / total_score.clamp(min=1)
+            return shares
+
+        qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=-1)
+        giou = generalized_box_iou_loss(boxes, gt_box)
+        distances = self.box2box_transform.get_deltas(anchor, gt_box)
+        dfl = distribution_focal_loss(edges, distances).mean(dim=-1)
+        return {
+            "loss_cls": self.cls_weight * qfl * (labels >= 0) / num_foreground,
+            "loss_box_reg": self.box_weight * of_all(giou),
+            "loss_dfl": self.dfl_weight * of_all(dfl),
+        }
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        pred_logits, pred_distributions = self._by_anchor(predictions)
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors,
+                [x[i].float().sigmoid() for x in pred_logits],
+                [integral(x[i]) for x in pred_distributions],
+                image_size,
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        scores: list[Tensor],
+        deltas: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """The detections of an image, best first.
+
+        Args:
+            anchors: of each level.
+            scores: for each level ``(Hi * Wi, K)``, in [0, 1].
+            deltas: for each level ``(Hi * Wi, 4)``, in strides.
+            image_size: (H, W), to which boxes are clipped; those left empty are dropped before NMS.
+        """
+        found = self._decode_multi_level_predictions(
+            anchors,
+            scores,
+            deltas,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            image_size,
+        )
+        found.pred_boxes.clip(image_size)
+        found = found[found.pred_boxes.nonempty()]
+        keep = batched_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+        )
+        return found[keep[: self.max_detections_per_image]]
+
+
+class GFLHead(nn.Module):
+    """Two towers of convolutions with group norm, shared by all levels; the edges have a scale a level.
+
+    Args:
+        input_shape: of each level; all have the same channels.
+        num_classes: K.
+        conv_dims: channels of each convolution of a tower.
+        num_groups: of the group norms; divides all of ``conv_dims``.
+        reg_max: n, the largest distance in strides.
+        prior_prob: the score of everything at first.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[ShapeSpec],
+        num_classes: int,
+        conv_dims: Sequence[int] = (256, 256, 256, 256),
+        num_groups: int = 32,
+        reg_max: int = 16,
+        prior_prob: float = 0.01,
+    ):
+        super().__init__()
+        self.reg_max = reg_max
+
+        def tower() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for before, after in zip([input_shape[0].channels, *conv_dims], conv_dims):
+                layers += [
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.GroupNorm(num_groups, after),
+                    nn.ReLU(),
+                ]
+            return nn.Sequential(*layers)
+
+        self.cls_subnet, self.bbox_subnet = tower(), tower()
+        self.cls_score = nn.Conv2d(conv_dims[-1], num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(conv_dims[-1], 4 * (reg_max + 1), 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(input_shape)))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each level ``(N, K, Hi, Wi)`` class logits, and ``(N, 4 * (n + 1), Hi, Wi)`` logits of the
+        distances to left, top, right and bottom, in float32."""
+        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        edges = [
+            self.bbox_pred(self.bbox_subnet(x)).float() * scale
+            for x, scale in zip(features, self.scales, strict=True)
+        ]
+        return logits, edges
+
+
+class StrideTransform(Box2BoxTransformLinear):
+    """FCOS's transform, distances from a box's centre to four edges in strides, for boxes of several strides.
+
+    Args:
+        anchor_scale: side of the source boxes in strides.
+    """
+
+    def __init__(self, anchor_scale: float):
+        super().__init__(normalize_by_size=True)
+        self.anchor_scale = anchor_scale
+
+    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """``(R, 4)`` distances of square source boxes' centres; a negative one lies beyond its edge."""
+        return super().get_deltas(src_boxes, target_boxes) * self.anchor_scale
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """``(R, 4)`` boxes XYXY; negative distances count as 0."""
+        return super().apply_deltas(deltas / self.anchor_scale, boxes)
+
+
+def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
+    """Which labels are a class: neither ignored (-1) nor background (``num_classes``)."""
+    return (labels >= 0) & (labels < num_classes)
+
+
+def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
+    """Match anchors to objects by adaptive training sample selection (ATSS, arXiv 1912.02424).
+
+    An object's candidates are the ``topk`` anchors of each level whose centres are nearest to its own.
+    Those match that overlap it by at least the mean and standard deviation of the candidates' IoU, and whose
+    centre lies inside it by more than 0.01 pixel. An anchor that matches several objects has the one it
+    overlaps most. An object may stay without a match.
+
+    Args:
+        anchors: of each level.
+        gt_boxes: G objects.
+
+    Returns:
+        ``(R,)`` the row of the matched object, -1 for none.
+    """
+    every = Boxes.cat(anchors)
+    matches = torch.full((len(every),), -1, device=every.device)
+    if not len(gt_boxes) or not len(every):
+        return matches
+    centers = every.get_centers()
+    distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
+    candidates, start = [], 0
+    for level in distance.split([len(level) for level in anchors]):
+        nearest = level.topk(min(topk, len(level)), dim=0, largest=False).indices
+        candidates.append(nearest + start)
+        start += len(level)
+    candidate = torch.cat(candidates)  # (C, G)
+
+    iou = pairwise_iou(every, gt_boxes)
+    overlap = iou.gather(0, candidate)
+    top_left, bottom_right = gt_boxes.tensor.split(2, dim=1)
+    center = centers[candidate]
+    inside = torch.cat([center - top_left, bottom_right - center], dim=-1).amin(dim=-1) > 0.01
+    positive = inside & (overlap >= overlap.mean(dim=0) + overlap.std(dim=0))
+
+    chosen = torch.full_like(iou, -1).scatter(0, candidate, torch.where(positive, overlap, -1.0))
+    best, index = chosen.max(dim=1)
+    return torch.where(best >= 0, index, matches)
+
+
+def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
+    """``|q - p|^beta BCE(p, q)`` of each entry, p the logit's sigmoid; both factors have a gradient.
+
+    Args:
+        logits: any shape, which is that of the result.
+        quality: q in [0, 1] of equal shape: IoU at the label of a foreground anchor, 0 elsewhere.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return (quality - logits.sigmoid()).abs().pow(beta) * entropy
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropy with the two whole distances around each target, in proportion to their nearness.
+
+    Args:
+        logits: ``(…, n + 1)``.
+        distances: ``(…)`` in the unit of the bins, clamped to [0, n - 0.1].
+    """
+    target = distances.clamp(0, logits.shape[-1] - 1 - 0.1)
+    below = target.floor()
+    share = (target - below)[..., None]
+    below = below.long()[..., None]
+    log_p = F.log_softmax(logits, dim=-1)
+    return -((1 - share) * log_p.gather(-1, below) + share * log_p.gather(-1, below + 1))[..., 0]
+
+
+def integral(logits: Tensor) -> Tensor:
+    """The mean distance ``(…)`` of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
+    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+    return (logits.softmax(dim=-1) * bins).sum(dim=-1)
+
+
+def process_mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, without gradient."""
+    values = values.detach()
+    processes = comm.get_world_size()
+    if processes > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values = values / processes
+    return values
+
+
+def add_gfl_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.GFL`` to a yacs config; ``MODEL.META_ARCHITECTURE = "GFL"`` then uses it.
+
+    With ``MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"`` the pyramid is GFL's, too.
+    """
+    cfg.MODEL.GFL = CfgNode()
+    cfg.MODEL.GFL.NUM_CLASSES = 80
+    cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.GFL.NUM_CONVS = 4
+    cfg.MODEL.GFL.NUM_GROUPS = 32
+    cfg.MODEL.GFL.REG_MAX = 16
+    cfg.MODEL.GFL.SCORE_THRESH_TEST = 0.05
+    cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6

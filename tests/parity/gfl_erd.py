@@ -1,0 +1,105 @@
+"""The GFL detector on reference arrays, by the functions that training and inference use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from d2kd.modeling import GFL
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Pyramid(nn.Module):
+    """The shapes of feature maps that were computed elsewhere."""
+
+    size_divisibility = 32
+
+    def __init__(self, levels: list[str]):
+        super().__init__()
+        self.levels = levels
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {level: ShapeSpec(stride=2 ** int(level[1:])) for level in self.levels}
+
+
+def detector(levels: list[str], num_classes: int, reg_max: int) -> GFL:
+    """A GFL to which the answers of its head are given."""
+    head = nn.Identity()
+    head.reg_max = reg_max
+    return GFL(
+        backbone=Pyramid(levels),
+        head=head,
+        head_in_features=levels,
+        num_classes=num_classes,
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+    )
+
+
+def levels_of(arrays: Arrays, prefix: str) -> list[str]:
+    """The levels of which there is any array ``<prefix>/*/p*``, from fine to coarse."""
+    found = {match[1] for name in arrays if (match := re.fullmatch(rf"{prefix}/\w+/p(\d+)", name))}
+    return [f"p{level}" for level in sorted(map(int, found))]
+
+
+def maps(arrays: Arrays, prefix: str, levels: list[str]) -> dict[str, Tensor]:
+    """The arrays ``<prefix>/<level>`` as leaves, by level."""
+    return {p: tensor(arrays, f"{prefix}/{p}").float().requires_grad_() for p in levels}
+
+
+def tensor(arrays: Arrays, name: str) -> Tensor:
+    return torch.from_numpy(np.array(arrays[name]))
+
+
+def truth(arrays: Arrays, image: int) -> Instances:
+    """An image's new objects, in an image as large as the padded batch: so were the references made."""
+    instances = Instances(tuple(arrays["padded_hw"].tolist()))
+    instances.gt_boxes = Boxes(tensor(arrays, f"image{image}/gt_boxes_xyxy"))
+    instances.gt_classes = tensor(arrays, f"image{image}/gt_new_classes").long()
+    return instances
+
+
+def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Every output ``gfl/*`` by name, from the inputs among the arrays.
+
+    Raises:
+        KeyError: an input is missing.
+    """
+    levels = levels_of(arrays, "gfl") or ["p3"]  # none at all: p3 is missing first
+    logits = maps(arrays, "gfl/class_logits", levels)
+    edges = maps(arrays, "gfl/box_logits", levels)
+    first = edges[levels[0]]
+    gfl = detector(levels, int(arrays["num_new_classes"]), first.shape[1] // 4 - 1)
+    predictions = [list(logits.values()), list(edges.values())]
+
+    anchors = gfl.anchor_generator(predictions[0])
+    labels, boxes = gfl.label_anchors(anchors, [truth(arrays, i) for i in range(len(first))])
+    by_anchor = gfl._by_anchor(predictions)
+    losses = gfl.anchor_losses(anchors, by_anchor[0], labels, by_anchor[1], boxes)
+    sum(loss.sum() for loss in losses.values()).backward()
+
+    label = torch.stack(labels)
+    of = {"gfl/anchors_xyxy": Boxes.cat(anchors).tensor}
+    of["gfl/label_weights"] = (label >= 0).float()
+    of["gfl/atss_labels"] = torch.where(label >= 0, label, gfl.num_classes)
+    for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
+        shares = losses[ours].sum(dim=0).split([len(level) for level in anchors])
+        of[f"gfl/loss_{name}"] = torch.stack([share.sum() for share in shares]).detach()
+    for level in levels:
+        of[f"gfl/class_logits_grad/{level}"] = logits[level].grad
+        of[f"gfl/box_logits_grad/{level}"] = edges[level].grad
+    sizes = [tuple(arrays[f"image{i}/size_hw"].tolist()) for i in range(len(first))]
+    images = ImageList(torch.empty(0), sizes)
+    with torch.no_grad():
+        for i, found in enumerate(gfl.forward_inference(images, predictions[0], predictions)):
+            of[f"gfl/pred{i}/boxes_xyxy"] = found.pred_boxes.tensor
+            of[f"gfl/pred{i}/scores"] = found.scores
+            of[f"gfl/pred{i}/classes"] = found.pred_classes
+    return {name: value.numpy() for name, value in of.items()}

@@ -1,0 +1,463 @@
+"""GFL: its formulas restated slowly, its anchors' labels, odd input, precision, processes, reference arrays."""
+
+import math
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+
+from d2kd.config import add_d2kd_config, load
+from d2kd.modeling import GFL, LinearP6P7, Teacher
+from d2kd.modeling.gfl import (
+    StrideTransform,
+    atss_matches,
+    distribution_focal_loss,
+    integral,
+    quality_focal_loss,
+)
+from d2kd.testing import odd_batches, step, tiny_gfl
+
+from .common import CLASSES, batch, build
+from .parity.gfl_erd import detector, outputs
+
+ARRAYS = Path(__file__).parent / "parity/gfl_erd.npz"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Reference arrays
+
+
+def test_reference_arrays():
+    """Labels, losses, gradients and detections are those of the published implementation."""
+    with np.load(ARRAYS) as file:
+        arrays = dict(file)
+    inputs = ("/class_logits/", "/box_logits/")
+    wanted = {k for k in arrays if k.startswith("gfl/") and not any(x in k for x in inputs)}
+    ours = outputs(arrays)
+    assert ours.keys() == wanted and len(wanted) >= 22
+    for name, value in ours.items():
+        reference = arrays[name]
+        assert value.shape == reference.shape, name
+        if reference.dtype.kind != "f":
+            assert np.array_equal(value, reference), name
+            continue
+        difference = np.abs(value - reference).max(initial=0)
+        assert difference <= 1e-4 * np.abs(reference).max(initial=0) + 1e-7, (name, difference)
+
+
+# Formulas
+
+
+def test_quality_focal_loss_restated():
+    logits = torch.randn(20, CLASSES, dtype=torch.float64) * 3
+    quality = torch.rand(20, CLASSES, dtype=torch.float64) * (torch.rand(20, CLASSES) > 0.5)
+    loss = quality_focal_loss(logits, quality)
+    for x, q, value in zip(logits.flatten(), quality.flatten(), loss.flatten()):
+        p = 1 / (1 + math.exp(-x))
+        expected = (q - p) ** 2 * -(q * math.log(p) + (1 - q) * math.log(1 - p))
+        assert value == pytest.approx(float(expected), rel=1e-9)
+    negative = quality == 0
+    entropy = F.softplus(logits[negative])  # -log(1 - p)
+    torch.testing.assert_close(loss[negative], logits[negative].sigmoid() ** 2 * entropy)
+
+
+def test_a_score_that_says_the_quality_is_left_alone():
+    logits = torch.randn(10, requires_grad=True)
+    quality_focal_loss(logits, logits.detach().sigmoid()).sum().backward()
+    assert logits.grad.abs().max() == 0
+    double = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        quality_focal_loss, (double, torch.rand(4, 3, dtype=torch.float64))
+    )
+
+
+@pytest.mark.parametrize("bins", [2, 17])
+def test_distribution_focal_loss_restated(bins):
+    logits = torch.randn(30, 4, bins, dtype=torch.float64)
+    distances = torch.rand(30, 4, dtype=torch.float64) * (bins + 2) - 1  # on both sides of 0 … n
+    loss = distribution_focal_loss(logits, distances)
+    for z, d, value in zip(logits.view(-1, bins), distances.flatten(), loss.flatten()):
+        t = min(max(float(d), 0.0), bins - 1 - 0.1)
+        j = int(t)
+        entropy = [-math.log(float(p)) for p in z.softmax(0)]
+        assert value == pytest.approx((j + 1 - t) * entropy[j] + (t - j) * entropy[j + 1])
+
+
+def test_a_whole_distance_gives_plain_cross_entropy():
+    logits, distances = torch.randn(16, 17), torch.arange(16.0)
+    torch.testing.assert_close(
+        distribution_focal_loss(logits, distances),
+        F.cross_entropy(logits, distances.long(), reduction="none"),
+    )
+    assert torch.allclose(distribution_focal_loss(torch.zeros(5, 17), torch.rand(5) * 20), LN_17)
+
+
+LN_17 = torch.tensor(17.0).log()
+
+
+def test_the_integral_is_the_mean():
+    assert torch.allclose(integral(torch.zeros(3, 4, 17)), torch.tensor(8.0))
+    certain = torch.full((17, 17), -1e4).fill_diagonal_(0)
+    assert torch.equal(integral(certain), torch.arange(17.0))
+    logits = torch.randn(100, 17) * 20
+    assert ((integral(logits) >= 0) & (integral(logits) <= 16)).all()
+
+
+def test_boxes_survive_their_distributions():
+    """A box within 15.9 strides of its location is what the two whole distances around each edge mean."""
+    stride, scale = 8, 8
+    centers = torch.rand(50, 2) * 200
+    distances = torch.rand(50, 4) * 15.9
+    boxes = torch.cat([centers - distances[:, :2] * stride, centers + distances[:, 2:] * stride], 1)
+    anchors = torch.cat([centers - scale * stride / 2, centers + scale * stride / 2], 1)
+    coder = StrideTransform(scale)
+    found = coder.get_deltas(anchors, boxes)
+    torch.testing.assert_close(found, distances, atol=1e-4, rtol=0)
+    bins = torch.arange(17.0)
+    probability = (1 - (found[..., None] - bins).abs()).clamp(min=0)
+    again = coder.apply_deltas(integral(probability.clamp(min=1e-30).log()), anchors)
+    torch.testing.assert_close(again, boxes, atol=1e-2, rtol=0)
+    # FCOS's own transform, from boxes of one stride around the same centres.
+    points = torch.cat([centers - stride / 2, centers + stride / 2], 1)
+    fcos = Box2BoxTransformLinear(normalize_by_size=True).get_deltas(points, boxes)
+    torch.testing.assert_close(found, fcos, atol=1e-4, rtol=1e-4)
+
+
+# Labels
+
+
+def grid(strides=(8, 16), side=64, scale=8):
+    levels = []
+    for stride in strides:
+        n = math.ceil(side / stride)
+        y, x = torch.meshgrid(*[torch.arange(n) * float(stride)] * 2, indexing="ij")
+        centers = torch.stack([x, y], -1).view(-1, 2)
+        half = scale * stride / 2
+        levels.append(Boxes(torch.cat([centers - half, centers + half], 1)))
+    return levels
+
+
+def slow_atss(anchors, gt_boxes, topk):
+    every = Boxes.cat(anchors).tensor.tolist()
+
+    def center(box):
+        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0])
+        height = min(a[3], b[3]) - max(a[1], b[1])
+        common = max(width, 0) * max(height, 0)
+        areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+        return common / (sum(areas) - common)
+
+    best = {}
+    for g, gt in enumerate(gt_boxes.tensor.tolist()):
+        candidates, start = [], 0
+        for level in anchors:
+            rows = range(start, start + len(level))
+            rows = sorted(rows, key=lambda r: math.dist(center(every[r]), center(gt)))
+            candidates += rows[:topk]
+            start += len(level)
+        overlaps = torch.tensor([iou(every[r], gt) for r in candidates], dtype=torch.float64)
+        threshold = overlaps.mean() + overlaps.std()
+        for r, overlap in zip(candidates, overlaps):
+            x, y = center(every[r])
+            inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
+            if inside and overlap >= threshold and overlap > best.get(r, (-1, None))[0]:
+                best[r] = (overlap, g)
+    return torch.tensor([best.get(r, (None, -1))[1] for r in range(len(every))])
+
+
+@pytest.mark.parametrize("topk", [1, 9, 1000])
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_atss_restated(count, topk):
+    anchors = grid(strides=(8, 16, 32, 64), side=96)
+    for _ in range(5):
+        corner = torch.rand(count, 2) * 80 - 10
+        boxes = Boxes(torch.cat([corner, corner + 2 + torch.rand(count, 2) * 60], 1))
+        matches = atss_matches(anchors, boxes, topk)
+        assert torch.equal(matches, slow_atss(anchors, boxes, topk))
+
+
+def test_atss_by_hand():
+    """Four anchors of 16 pixels at the corners of a square of 16, and one of 32 at its first corner."""
+    anchors = grid(strides=(16, 32), side=32, scale=1)
+    # IoU 0, 0, 0, 1 and 64 / 1216: the mean and deviation are 0.652.
+    exact = [8.0, 8, 24, 24]
+    # IoU 16 / 816, 64 / 768, 64 / 768, 256 / 576 and 144 / 1456: they are 0.316.
+    larger = [4.0, 4, 28, 28]
+    for boxes, match in (([exact], 0), ([larger], 0), ([larger, exact], 1)):
+        matches = atss_matches(anchors, Boxes(boxes), topk=4).tolist()
+        assert matches == [-1, -1, -1, match, -1], boxes
+
+
+def test_atss_on_odd_objects():
+    anchors = grid(strides=(8, 16, 32, 64))
+    none = Boxes(torch.zeros(0, 4))
+    assert (atss_matches(anchors, none) == -1).all()
+    assert len(atss_matches([Boxes(torch.zeros(0, 4))], Boxes([[0.0, 0.0, 9.0, 9.0]]))) == 0
+    for odd in ([-90.0, -90, -50, -50], [20.0, 20, 20, 20], [3.0, 3, 4, 4], [30.0, 0, 20, 9]):
+        assert (atss_matches(anchors, Boxes([odd])) == -1).all(), odd
+    usual = [10.0, 12.0, 40.0, 50.0]
+    alone = atss_matches(anchors, Boxes([usual]))
+    assert (alone == 0).any()
+    beside = atss_matches(anchors, Boxes([[3.0, 3, 4, 4], usual, [-90.0, -90, -50, -50]]))
+    assert torch.equal(beside, torch.where(alone == 0, 1, -1)), "an odd object took part"
+
+
+def test_the_padding_of_the_batch_is_ignored():
+    """Labels of an image are the same alone and beside a larger one; what lies beyond it has none."""
+    model = build(tiny_gfl())
+    examples = batch(sizes=((33, 65), (96, 160)), objects=(2, 1))
+
+    def label(examples):
+        images = model.preprocess_image(examples)
+        features = model.backbone(images.tensor)
+        anchors = model.anchor_generator([features[f] for f in model.head_in_features])
+        labels, _ = model.label_anchors(anchors, [x["instances"] for x in examples])
+        return Boxes.cat(anchors).get_centers(), labels
+
+    _, (alone,) = label(examples[:1])
+    centers, (beside, larger) = label(examples)
+    inside = (centers < torch.tensor([96, 64])).all(dim=1)  # 65 x 33, each to a multiple of 32
+    assert torch.equal(beside[inside], alone) and (beside[~inside] == -1).all()
+    assert (alone >= 0).all() and (larger >= 0).all() and (~inside).any()
+
+
+# Losses
+
+
+def answers(images=2, classes=CLASSES, side=64, levels=("p3", "p4", "p5")):
+    """A GFL without a network, and random answers of its head."""
+    shapes = [(side // 2 ** int(level[1:]),) * 2 for level in levels]
+    logits = [torch.randn(images, classes, *shape, requires_grad=True) for shape in shapes]
+    edges = [torch.randn(images, 68, *shape, requires_grad=True) for shape in shapes]
+    return detector(list(levels), classes, 16), logits, edges
+
+
+def losses_of(gfl, logits, edges, truth):
+    anchors = gfl.anchor_generator(logits)
+    labels, boxes = gfl.label_anchors(anchors, truth)
+    by_anchor = gfl._by_anchor([logits, edges])
+    return gfl.losses(anchors, by_anchor[0], labels, by_anchor[1], boxes)
+
+
+def truths(**options):
+    return [x["instances"] for x in batch(sizes=((64, 64),) * 2, **options)]
+
+
+def test_ignored_anchors_give_nothing():
+    gfl, logits, edges = answers()
+    instances = truths(objects=(2, 0))
+    small = Instances((64, 32))
+    small.gt_boxes, small.gt_classes = instances[1].gt_boxes, instances[1].gt_classes
+    losses = losses_of(gfl, logits, edges, [instances[0], small])
+    sum(losses.values()).backward()
+    for level, x in enumerate(logits):
+        columns = 32 // 2 ** (level + 3)
+        assert x.grad[1, :, :, :columns].abs().min() > 0
+        assert not x.grad[1, :, :, columns:].any()
+
+
+def test_without_objects_there_is_nothing_to_box():
+    gfl, logits, edges = answers()
+    losses = losses_of(gfl, logits, edges, truths(objects=(0, 0)))
+    sum(losses.values()).backward()
+    assert losses["loss_cls"] > 0 and losses["loss_box_reg"] == losses["loss_dfl"] == 0
+    assert all(x.grad is not None and not x.grad.any() for x in edges)
+    expected = sum(quality_focal_loss(x, torch.zeros_like(x)).sum() for x in logits) / 2
+    torch.testing.assert_close(losses["loss_cls"], expected)
+
+
+def test_distances_that_nobody_knows_cost_ln_17():
+    """The weights of anchors are normalised by their sum, whatever the scores."""
+    gfl, logits, edges = answers()
+    losses = losses_of(gfl, logits, [torch.zeros_like(x) for x in edges], truths(objects=(3, 2)))
+    torch.testing.assert_close(losses["loss_dfl"], 0.25 * LN_17)
+
+
+def test_a_sure_and_right_answer_costs_nothing():
+    """Scores of 0 elsewhere, of IoU 1 and whole distances at an object whose edges lie on the grid."""
+    gfl, logits, edges = answers(images=1, levels=("p3",))
+    instances = truths(objects=(1, 0))[:1]
+    instances[0].gt_boxes = Boxes([[8.0, 16.0, 48.0, 40.0]])
+    kind = int(instances[0].gt_classes)
+    anchors = gfl.anchor_generator(logits)
+    labels, _ = gfl.label_anchors(anchors, instances)
+    assert (labels[0] == kind).any()
+    distances = gfl.box2box_transform.get_deltas(anchors[0].tensor, instances[0].gt_boxes.tensor)
+    bins = distances.clamp(min=0).long()
+    best = (F.one_hot(bins, 17) * 40.0 - 20).view(8, 8, 68).permute(2, 0, 1)[None]
+    right = torch.full((1, CLASSES, 8, 8), -20.0)
+    right[0, kind] = torch.where(labels[0] == kind, 20.0, -20.0).view(8, 8)
+    losses = losses_of(gfl, [right], [best], instances)
+    assert all(0 <= value < 1e-4 for value in losses.values()), losses
+    (found,) = gfl.forward_inference(
+        ImageList(torch.empty(0), [(64, 64)]), [right], [[right], [best]]
+    )
+    assert len(found) == 1 and found.pred_classes.tolist() == [kind]
+    torch.testing.assert_close(found.pred_boxes.tensor, instances[0].gt_boxes.tensor)
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    torch.manual_seed(1)
+    gfl, logits, edges = answers()
+    mine = [[x[rank : rank + 1].detach().requires_grad_() for x in y] for y in (logits, edges)]
+    losses = losses_of(gfl, *mine, truths(objects=(3, 0))[rank : rank + 1])
+    sum(losses.values()).backward()
+    gradients = [x.grad for x in mine[0] + mine[1]]
+    torch.save(({k: v.detach() for k, v in losses.items()}, gradients), f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_as_one(tmp_path):
+    """An image each, one without an object: means of losses and of gradients, as DDP takes them."""
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_process, args=(rank, tmp_path)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    torch.manual_seed(1)
+    gfl, logits, edges = answers()
+    losses = losses_of(gfl, logits, edges, truths(objects=(3, 0)))
+    sum(losses.values()).backward()
+    for name, value in losses.items():
+        torch.testing.assert_close(sum(part[name] for part, _ in parts) / 2, value.detach())
+    for rank, (_, gradients) in enumerate(parts):
+        for mine, x in zip(gradients, logits + edges, strict=True):
+            torch.testing.assert_close(mine / 2, x.grad[rank : rank + 1])
+
+
+# The detector
+
+
+@pytest.mark.parametrize("classes", [1, CLASSES])
+@pytest.mark.parametrize("why", odd_batches())
+def test_trains_and_detects_on_odd_input(why, classes):
+    model = build(tiny_gfl(classes=classes)).train()
+    examples = odd_batches(classes)[why]
+    losses = step(model, examples)
+    assert list(losses) == ["loss_cls", "loss_box_reg", "loss_dfl"]
+    assert all(torch.isfinite(value) for value in losses.values()), losses
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+    with torch.no_grad():
+        model.head.cls_score.bias += 4
+        found = model.eval()(examples)
+    for example, answer in zip(examples, found, strict=True):
+        boxes, scores = answer["instances"].pred_boxes, answer["instances"].scores
+        assert 0 < len(boxes) <= 100 and boxes.nonempty().all()
+        assert boxes.inside_box((example["height"], example["width"]), 1e-3).all()
+        assert torch.equal(scores, scores.sort(descending=True).values) and scores.min() > 0.05
+
+
+def test_at_first_nothing_is_found():
+    model = build(tiny_gfl()).eval()
+    with torch.no_grad():
+        assert all(len(x["instances"]) == 0 for x in model(batch()))
+
+
+def test_losses_are_float32_inside_autocast():
+    model = build(tiny_gfl()).train()
+    exact = step(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = step(model, batch())
+        _, edges = model.head([torch.randn(1, 16, 8, 8)] * 5)
+    assert all(x.dtype == torch.float32 for x in edges)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value, exact[name], rtol=0.05, atol=0.01)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_score_learns_to_say_how_well_the_box_fits():
+    model = build(tiny_gfl(classes=2)).train()
+    examples = batch(sizes=((64, 64),), objects=(1,), classes=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        sum(step(model, examples).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = model.eval()(examples)[0]["instances"]
+    truth = examples[0]["instances"]
+    assert found.pred_classes[0] == truth.gt_classes[0]
+    iou = pairwise_iou(found.pred_boxes[:1], truth.gt_boxes).item()
+    assert iou > 0.7 and abs(found.scores[0].item() - iou) < 0.2
+
+
+def test_weights_survive_a_file(tmp_path):
+    model = build(tiny_gfl())
+    with torch.no_grad():
+        model.head.cls_score.bias += 4
+        model.head.scales *= 1.5
+    DetectionCheckpointer(model, str(tmp_path)).save("model")
+    teacher = Teacher(build(tiny_gfl(), seed=5), str(tmp_path / "model.pth"), image_format="BGR")
+    with torch.no_grad():
+        ours, theirs = (m.eval()(batch()) for m in (model, teacher.detector))
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a["instances"])
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+        assert torch.equal(a["instances"].scores, b["instances"].scores)
+
+
+# Configs
+
+
+def test_last_levels_are_linear():
+    block = LinearP6P7(4, 4)
+    for conv in (block.p6, block.p7):
+        torch.nn.init.zeros_(conv.bias)
+    x = torch.randn(1, 4, 8, 8)
+    for a, b in zip(block(-x), block(x), strict=True):
+        torch.testing.assert_close(a, -b)
+    assert block.in_feature == "p5"
+
+
+def test_the_published_recipe():
+    config = load("baselines/gfl_R_50_FPN_1x.py")
+    assert config.dataloader.train.mapper.image_format == "RGB" == config.model.input_format
+    assert config.lr_multiplier.warmup_length * config.train.max_iter == 500
+    model = instantiate(config.model)
+    block = model.backbone.bottom_up.res3[0]
+    assert block.conv1.stride == (1, 1) and block.conv2.stride == (2, 2)
+    frozen = {n for n, p in model.backbone.bottom_up.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
+    assert model.backbone.top_block.p6.in_channels == 256
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+    cfg = get_cfg()
+    add_d2kd_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "GFL"
+    cfg.MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    same = build_model(cfg)
+    assert isinstance(same, GFL) and same.input_format == cfg.INPUT.FORMAT
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
+    assert shapes[0] == shapes[1]
