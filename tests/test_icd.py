@@ -194,7 +194,7 @@ def slow_step(arrays, heads, layers, normalizer="image"):
         for i in range(n):
             for m in range(heads):
                 sums = sum((logits[i, m, j].softmax(0) for j in range(len(q)) if real[i, j]), torch.zeros(len(key)))  # fmt: skip
-                pairs.append((float(sums.sum()), (sums * apart[:, i, m]).sum()))
+                pairs.append((float(sums.detach().sum()), (sums * apart[:, i, m]).sum()))
         if normalizer == "image":
             total = total + sum(x / max(s, 1e-6) for s, x in pairs) / len(pairs)
         else:
@@ -214,11 +214,14 @@ def slow_step(arrays, heads, layers, normalizer="image"):
                 if not used[i, j]:
                     continue
                 slots += 1
-                p = 1 / (1 + math.exp(-float(answers[i, j, 0])))
+                p = float(answers[i, j, 0].detach().sigmoid())
                 identification -= math.log(p if real[i, j] else 1 - p)
                 if real[i, j]:
                     objects += 1
-                    edges, told = t["edge_distances"][i, j].tolist(), answers[i, j, 1:].sigmoid()
+                    edges, told = (
+                        t["edge_distances"][i, j].tolist(),
+                        answers[i, j, 1:].detach().sigmoid(),
+                    )
                     for e in range(4):
                         side = max(edges[e % 2] + edges[e % 2 + 2], 1e-7)
                         located += abs(float(told[e]) - edges[e]) / side
@@ -728,7 +731,8 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone():
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
     draw_data(tmp_path / "data")
-    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.5))
+    priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
+    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.5, priors=priors))
 
     def run(folder, resume=False):
         config = recipe(tmp_path / "data", tmp_path / folder, tiny_distiller(losses=losses))

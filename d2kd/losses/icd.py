@@ -208,7 +208,7 @@ class ICDLoss(DistillLoss):
         readings = self.read(
             None if self.progress < self.aux_warmup else tokens(ours),
             tokens(theirs),
-            tokens(x[:, None] for x in valid).squeeze(-1),
+            torch.cat([x.flatten(1) for x in valid], dim=1),
             tokens(sine_positions(x, other.shape[1]).movedim(-1, 1) for x in valid),
             queries.to(other.device),
         )
