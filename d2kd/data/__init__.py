@@ -3,13 +3,16 @@
 from d2kd.data import shapes
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.loader import build_test_loader, build_train_loader, use_seeded_loaders
+from d2kd.data.priors import InstancePriors, estimate_priors
 from d2kd.data.voc import register_voc
 
 __all__ = [
+    "InstancePriors",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
     "coco_dataset",
+    "estimate_priors",
     "register_voc",
     "shapes",
     "use_seeded_loaders",

@@ -124,6 +124,13 @@ class FeatureAdapter(nn.Module):
                 else f"{side}x{side} adapter",
             )
 
+    def make_identity(self) -> None:
+        """Pass on maps of the teacher's channels as they are."""
+        for conv in self.convs.values():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
+
     def forward(self, student: Tensor, teacher: Tensor, level: str) -> tuple[Tensor, Tensor]:
         """Both maps ``(N, C, H, W)`` of one level in the teacher's channels, on the grid they share.
 

@@ -1,9 +1,12 @@
-"""Boxes painted on a level's grid: where on a feature map an object lies.
+"""Masks on a level's grid: where on a feature map an object lies, and where the image itself.
 
 A cell (i, j) of a level with stride s stands for the image point ``((j + 0.5) s, (i + 0.5) s)``.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,3 +71,27 @@ def _along(points: Tensor, low: Tensor, high: Tensor, kind: str) -> Tensor:
         return inside
     half = ((high - low) / 2).clamp(min=1e-6)
     return inside * torch.exp(-(((points - (low + high) / 2) / half) ** 2) / 2)
+
+
+def valid_cells(
+    image_sizes: Sequence[tuple[int, int]],
+    padded: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which cells of a level the images of a padded batch cover, in part at least.
+
+    Args:
+        image_sizes: (height, width) of each image without its padding, as in ``ImageList.image_sizes``.
+        padded: (height, width) of the batch.
+        size: ``(H, W)`` of the level; a cell is as wide as the mean of padded height / H and width / W.
+
+    Returns:
+        ``(N, H, W)`` bool.
+    """
+    stride = (padded[0] / size[0] + padded[1] / size[1]) / 2
+    # In Python's own precision: an end that is a whole number must not be rounded up to the next.
+    ends = [[math.ceil(side / stride) for side in image_size] for image_size in image_sizes]
+    ends = torch.tensor(ends, device=device).reshape(-1, 2)
+    rows, columns = (torch.arange(n, device=device) < end[:, None] for n, end in zip(size, ends.T))
+    return rows[:, :, None] & columns[:, None, :]

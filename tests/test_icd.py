@@ -1,0 +1,833 @@
+"""ICD: questions, decoder and distance against slow restatements; what is trained by what, and when."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import LazyCall as L
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2kd.data import InstancePriors, coco_dataset, estimate_priors
+from d2kd.engine import Trainer
+from d2kd.engine.run_info import LOGGERS, write_json
+from d2kd.errors import InputError
+from d2kd.layers.attention import InstanceDecoderLayer, sine_positions
+from d2kd.layers.masks import valid_cells
+from d2kd.layers.queries import describe, make_queries, query_count, sample_fakes
+from d2kd.losses import DistillLosses, ICDLoss
+from d2kd.losses import icd as icd_module
+from d2kd.losses.icd import identification_loss, localization_loss, value_distance
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import DETECTORS, check_loss, distillation, distiller
+
+from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
+from .parity import Arrays, compare
+from .parity.__main__ import main as parity
+from .tiny_run import distiller as tiny_distiller
+from .tiny_run import draw_data, recipe, without_evaluation
+
+REFERENCE = str(Path(__file__).with_name("parity") / "icd.npz")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_console():
+    for name in LOGGERS:  # or the trainer would add a handler, and caplog would hear nothing
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def icd(**options):
+    return lambda: ICDLoss(**{"heads": 4, **options})
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_properties(family):
+    check_loss(icd(), [family])
+
+
+def test_properties_of_the_options():
+    check_loss(icd(layers=2, weights="uniform", normalizer="instance"), ["retinanet"])
+
+
+# The parity check, and a second, slow statement of the method that it also holds against.
+
+
+def test_parity_with_the_published_arrays(capsys):
+    assert parity(["--method", "icd", REFERENCE]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 14 and all(line.endswith(" ok") for line in lines)
+
+
+def altered(path, **changes):
+    arrays = {name.replace(".", "@"): value for name, value in Arrays(REFERENCE).items()}
+    arrays |= {name.replace(".", "@"): value for name, value in changes.items()}
+    arrays = {k.replace("@", "."): v for k, v in arrays.items() if v is not None}
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_parity_can_fail(tmp_path, capsys):
+    reference = Arrays(REFERENCE)
+    logits = reference["layer0/attention_logits"].copy()
+    logits[logits == -np.inf] = -1e9
+    for name, value in {
+        "loss/distill": reference["loss/distill"] * np.float32(1.001),
+        "position_embedding": reference["position_embedding"][:-1],
+        "layer0/attention_logits": logits,
+        "key_is_padding": ~reference["key_is_padding"],
+        "student_feature_grad/p5": reference["student_feature_grad/p5"] * np.float32(np.nan),
+    }.items():
+        file = altered(tmp_path / "altered.npz", **{name: value})
+        assert parity(["--method", "icd", file]) == 1
+        out = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "OUT" in line]
+        assert out == [name]
+
+
+@pytest.mark.parametrize("name", ["teacher_feature/p6", "loss/distill", "query_centers"])
+def test_parity_names_a_missing_array(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parity(["--method", "icd", altered(tmp_path / "less.npz", **{name: None})])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert f"no array '{name}'" in captured.err and not captured.out
+
+
+def test_parity_refuses_what_is_no_such_file(tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("text")
+    small = altered(tmp_path / "small.npz", **{"descriptor": np.zeros((1, 2, 3), np.float32)})
+    for file in (str(tmp_path / "text.npz"), str(tmp_path / "none.npz"), small):
+        with pytest.raises(SystemExit) as stop:
+            parity(["--method", "icd", file])
+        assert stop.value.code == 2 and file in capsys.readouterr().err
+
+
+def test_comparison_follows_its_tolerance():
+    ones = np.ones(3, np.float32)
+    assert compare(ones * (1 + 9e-5), ones)[2] and not compare(ones * (1 + 2e-4), ones)[2]
+    assert compare(np.zeros(0), np.zeros(0, np.float32)) == (0, 0, True)
+    assert not compare(np.array([1, 2]), np.array([1, 3]))[2]
+
+
+def slow_step(arrays, heads, layers, normalizer="image"):
+    """One step by torch's own attention layer and loops over images, instances and heads."""
+    t = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    levels = [f"p{k}" for k in range(3, 8)]
+    students = [t[f"student_feature/{p}"].requires_grad_() for p in levels]
+    n, c = students[0].shape[0], int(arrays["hidden_dim"])
+
+    def flat(maps):
+        return torch.cat([x.reshape(n, x.shape[1], -1).permute(2, 0, 1) for x in maps])
+
+    pads, places = [], []
+    for x in students:
+        h, w = x.shape[-2:]
+        stride = (arrays["padded_hw"][0] / h + arrays["padded_hw"][1] / w) / 2
+        pad, place = torch.ones(n, h, w, dtype=torch.bool), torch.zeros(n, h, w, c)
+        for i in range(n):
+            rows, columns = (min(math.ceil(s / stride), k) for s, k in zip(t[f"image{i}/size_hw"].tolist(), (h, w)))  # fmt: skip
+            pad[i, :rows, :columns] = False
+            for y in range(h):
+                for x_ in range(w):
+                    # counts stop at the last valid cell; beyond its column or row there is none to count
+                    at_y = min(y + 1, rows) / rows * (x_ < columns)
+                    at_x = min(x_ + 1, columns) / columns * (y < rows)
+                    for k in range(c // 2):
+                        f = math.sin if k % 2 == 0 else math.cos
+                        for at, half in ((at_y, 0), (at_x, c // 2)):
+                            period = 10000 ** (2 * (k // 2) / (c // 2))
+                            place[i, y, x_, half + k] = f(at * 2 * math.pi / period)
+        pads.append(pad.reshape(n, -1))
+        places.append(place.reshape(n, -1, c).transpose(0, 1))
+    padding, position = torch.cat(pads, 1), torch.cat(places)
+    teacher, student = flat([t[f"teacher_feature/{p}"] for p in levels]), flat(students)
+
+    def mlp(name, x):
+        for k in range(3):
+            x = F.linear(x, t[f"weight/{name}/{k}.weight"], t[f"weight/{name}/{k}.bias"])
+            x = x.relu() if k < 2 else x
+        return x
+
+    def linear(name, x):
+        return F.linear(x, t[f"weight/{name}.weight"], t[f"weight/{name}.bias"])
+
+    used, real = ~t["query_is_padding"], t["query_is_real"]
+    asked = mlp("query_encoder", t["descriptor"])
+    found = {
+        "position_embedding": position,
+        "key_is_padding": padding,
+        "encoded_queries": asked,
+    }
+    total = 0.0
+    for k in range(layers):
+        name = f"decoder/{k}/"
+        attention = torch.nn.MultiheadAttention(c, heads)
+        attention.load_state_dict({
+            key: t[f"weight/{name}cross_attention.{key}"] for key in attention.state_dict()
+        })  # fmt: skip
+        keys = teacher + linear(f"{name}position_projection", position)
+        read, _ = attention(asked, keys, teacher, key_padding_mask=padding)
+        wq, wk, wv = attention.in_proj_weight.detach().chunk(3)
+        bq, bk, bv = attention.in_proj_bias.detach().chunk(3)
+        d = c // heads
+        q, key = F.linear(asked, wq, bq) / d**0.5, F.linear(keys, wk, bk)
+        logits = torch.zeros(n, heads, len(q), len(key))
+        for i in range(n):
+            for m in range(heads):
+                part = slice(m * d, (m + 1) * d)
+                logits[i, m] = q[:, i, part] @ key[:, i, part].T
+                logits[i, m, :, padding[i]] = -math.inf
+        ours = linear(f"student_value_projection/{k}", student).reshape(-1, n, heads, d)
+        theirs = F.linear(teacher, wv, bv).reshape(-1, n, heads, d)
+
+        def norm(x):
+            return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()  # fmt: skip
+
+        apart = ((norm(ours) - norm(theirs)) ** 2).mean(-1)
+        pairs = []
+        for i in range(n):
+            for m in range(heads):
+                sums = sum((logits[i, m, j].softmax(0) for j in range(len(q)) if real[i, j]), torch.zeros(len(key)))  # fmt: skip
+                pairs.append((float(sums.detach().sum()), (sums * apart[:, i, m]).sum()))
+        if normalizer == "image":
+            total = total + sum(x / max(s, 1e-6) for s, x in pairs) / len(pairs)
+        else:
+            total = total + sum(x for _, x in pairs) / sum(s for s, _ in pairs)
+
+        def layer_norm(which, x, name=name):
+            w, b = (t[f"weight/{name}{which}.{part}"] for part in ("weight", "bias"))
+            return F.layer_norm(x, (c,), w, b)
+
+        first = layer_norm("norm_after_attention", asked + read)
+        hidden = linear(f"{name}ffn_out", linear(f"{name}ffn_in", first).relu())
+        asked = layer_norm("norm_after_ffn", first + hidden)
+        answers = mlp("auxiliary_head", asked).transpose(0, 1)
+        identification, located, slots, objects = 0.0, 0.0, 0, 0
+        for i in range(n):
+            for j in range(len(q)):
+                if not used[i, j]:
+                    continue
+                slots += 1
+                p = float(answers[i, j, 0].detach().sigmoid())
+                identification -= math.log(p if real[i, j] else 1 - p)
+                if real[i, j]:
+                    objects += 1
+                    edges, told = (
+                        t["edge_distances"][i, j].tolist(),
+                        answers[i, j, 1:].detach().sigmoid(),
+                    )
+                    for e in range(4):
+                        side = max(edges[e % 2] + edges[e % 2 + 2], 1e-7)
+                        located += abs(float(told[e]) - edges[e]) / side
+        found |= {
+            f"layer{k}/decoded_queries": asked,
+            f"layer{k}/attention_logits": logits,
+            f"layer{k}/teacher_values": theirs,
+            f"loss/layer{k}/identification": torch.tensor(identification / slots),
+            f"loss/layer{k}/localization": torch.tensor(located / max(objects, 1)),
+        }
+    distill = found["loss/distill"] = 8 * total / layers
+    gradients = torch.autograd.grad(distill, students)
+    found |= {f"student_feature_grad/{p}": g for p, g in zip(levels, gradients)}
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
+def random_inputs(objects, c, heads, layers, classes, sizes=((37, 64), (60, 41), (64, 64))):
+    g = np.random.default_rng(0)
+    n, k = len(objects), 7
+
+    def normal(*shape):
+        return g.normal(size=shape).astype(np.float32)
+
+    arrays = {"padded_hw": np.array([64, 64]), "hidden_dim": np.array(c)}
+    arrays |= {"num_heads": np.array(heads), "num_classes": np.array(classes)}
+    for level, side in enumerate((8, 4, 2, 1, 1), start=3):
+        arrays[f"teacher_feature/p{level}"] = normal(n, c, side, side)
+        arrays[f"student_feature/p{level}"] = normal(n, c, side, side)
+    for i, count in enumerate(objects):
+        arrays[f"image{i}/size_hw"] = np.array(sizes[i])
+        arrays[f"image{i}/gt_boxes_xyxy"] = normal(count, 4)
+        arrays[f"image{i}/gt_classes"] = np.zeros(count, np.int64)
+    slots = np.arange(k)[None]
+    used = slots < np.maximum(1, 2 * np.array(objects)[:, None])
+    arrays["query_is_padding"] = ~used
+    arrays["query_is_real"] = (slots < np.array(objects)[:, None]).astype(np.float32)
+    arrays["query_classes"] = np.zeros((n, k), np.int64)
+    arrays["query_centers"], arrays["descriptor"] = normal(n, k, 2), normal(k, n, classes + 266)
+    arrays["edge_distances"] = g.uniform(0.05, 0.4, (n, k, 4)).astype(np.float32)
+    linears = {f"query_encoder/{i}": (c, c if i else classes + 266) for i in range(3)}
+    linears |= {f"auxiliary_head/{i}": (5 if i == 2 else c, c) for i in range(3)}
+    for i in range(layers):
+        linears |= {
+            f"student_value_projection/{i}": (c, c),
+            f"decoder/{i}/cross_attention.out_proj": (c, c),
+            f"decoder/{i}/position_projection": (c, c),
+            f"decoder/{i}/ffn_in": (5 * c, c),
+            f"decoder/{i}/ffn_out": (c, 5 * c),
+        }
+        for name in ("norm_after_attention", "norm_after_ffn"):
+            arrays[f"weight/decoder/{i}/{name}.weight"] = 1 + normal(c) / 4
+            arrays[f"weight/decoder/{i}/{name}.bias"] = normal(c) / 4
+        arrays[f"weight/decoder/{i}/cross_attention.in_proj_weight"] = normal(3 * c, c) / c**0.5
+        arrays[f"weight/decoder/{i}/cross_attention.in_proj_bias"] = normal(3 * c) / 4
+    for name, (rows, columns) in linears.items():
+        arrays[f"weight/{name}.weight"] = normal(rows, columns) / columns**0.5
+        arrays[f"weight/{name}.bias"] = normal(rows) / 4
+    return arrays
+
+
+@pytest.mark.parametrize(
+    "objects, c, heads, layers, classes",
+    [((2, 0, 3), 12, 3, 2, 5), ((0,), 8, 1, 1, 1), ((0, 0), 8, 2, 3, 2)],
+)
+def test_parity_with_a_slow_restatement_of_any_size(
+    objects, c, heads, layers, classes, tmp_path, capsys
+):
+    arrays = random_inputs(objects, c, heads, layers, classes)
+    np.savez(tmp_path / "slow.npz", **arrays, **slow_step(arrays, heads, layers))
+    code = parity(["--method", "icd", str(tmp_path / "slow.npz")])
+    assert code == 0, capsys.readouterr().out
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 9 + 5 * layers
+
+
+def test_normalizing_by_instances_restated():
+    values = torch.randn(2, 3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(1))
+    weights[1] = 0
+    cells = ((F.layer_norm(values[0], (4,)) - F.layer_norm(values[1], (4,))) ** 2).mean(-1)
+    slow = sum(
+        float(weights[i, m, s] * cells[i, m, s])
+        for i in range(3) for m in range(2) for s in range(5)
+    )  # fmt: skip
+    found = value_distance(*values, weights, "instance")
+    assert float(found) == pytest.approx(slow / float(weights.sum()), rel=1e-5)
+    image = value_distance(*values, weights, "image")
+    rows = [(weights[i, m] * cells[i, m]).sum() / weights[i, m].sum() for i in (0, 2) for m in range(2)]  # fmt: skip
+    assert float(image) == pytest.approx(float(sum(rows)) / 6, rel=1e-5)
+
+
+# The distance.
+
+
+def random_values(heads=2, cells=30, d=8):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, heads, cells, d, generator=g), torch.rand(2, heads, cells, generator=g)
+
+
+@pytest.mark.parametrize("normalizer", ["image", "instance"])
+def test_distance_is_0_for_equals_4_for_opposites_and_two_between_strangers(normalizer):
+    (ours, theirs), weights = random_values(cells=4000)
+    assert float(value_distance(ours, ours, weights, normalizer)) == 0
+    opposite = float(value_distance(-theirs, theirs, weights, normalizer))
+    assert opposite == pytest.approx(4, abs=1e-3)
+    assert float(value_distance(ours, theirs, weights, normalizer)) == pytest.approx(2, abs=0.05)
+
+
+def test_distance_does_not_see_scale_nor_how_often_an_object_is_asked_for():
+    (ours, theirs), weights = random_values()
+    value = float(value_distance(ours, theirs, weights))
+    assert float(value_distance(10 * ours, theirs, weights)) == pytest.approx(value, rel=1e-3)
+    assert float(value_distance(ours, theirs, 2 * weights)) == pytest.approx(value, rel=1e-6)
+
+
+# The decoder.
+
+
+def layer_and_inputs(queries=6, cells=20, channels=8, heads=2, images=2):
+    torch.manual_seed(0)
+    layer = InstanceDecoderLayer(channels, heads)
+    valid = torch.arange(cells)[None] < torch.tensor([cells, cells - 7])[:images, None]
+    inputs = [torch.randn(images, n, channels) for n in (queries, cells, cells)]
+    return layer, (*inputs, valid), torch.rand(images, queries) < 0.5
+
+
+def test_summed_attention_is_the_softmax_of_the_logits_in_any_chunk():
+    layer, inputs, chosen = layer_and_inputs()
+    attention = layer.logits(*inputs).softmax(-1)
+    slow = torch.stack([a[:, c].sum(1) for a, c in zip(attention, chosen)])
+    even = inputs[-1].sum(-1).log()
+    entropies = torch.cat([
+        torch.special.entr(a[:, c]).sum(-1).flatten() / e
+        for a, c, e in zip(attention, chosen, even)
+    ])  # fmt: skip
+    for mebibytes in (1e-9, 64):
+        decoded = layer(*inputs, chosen, mebibytes)
+        torch.testing.assert_close(decoded.attention, slow)
+        torch.testing.assert_close(decoded.entropy, entropies.mean())
+        assert not decoded.attention.requires_grad
+    assert layer(*inputs).attention is None
+    nobody = layer(*inputs, torch.zeros_like(chosen))
+    assert not nobody.attention.any() and nobody.entropy.isnan()
+
+
+def test_even_logits_give_a_plain_mean_over_valid_cells():
+    layer, inputs, chosen = layer_and_inputs()
+    torch.nn.init.zeros_(layer.query.weight)
+    chosen[:, 0] = True
+    decoded = layer(*inputs, chosen)
+    valid = inputs[-1]
+    assert float(decoded.entropy) == pytest.approx(1)
+    assert not decoded.attention.transpose(1, 2)[~valid].any()
+    ours = torch.randn_like(decoded.values)
+    size = ours.shape[-1:]
+    cells = (F.layer_norm(ours, size) - F.layer_norm(decoded.values, size)).square().mean(-1)
+    plain = torch.stack([c[:, v].mean() for c, v in zip(cells, valid)]).mean()
+    torch.testing.assert_close(value_distance(ours, decoded.values, decoded.attention), plain)
+
+
+def test_what_lies_in_the_padding_is_never_read():
+    layer, (queries, cells, positions, valid), chosen = layer_and_inputs()
+    before = layer(queries, cells, positions, valid, chosen)
+    cells[~valid], positions[~valid] = 1e6, -1e6
+    after = layer(queries, cells, positions, valid, chosen)
+    assert torch.equal(before.queries, after.queries)
+    assert torch.equal(before.attention, after.attention)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, torch.Tensor):
+                # An expanded mask is large only to the eye.
+                stored = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+                self.bytes = max(self.bytes, stored)
+        return result
+
+
+def test_memory_is_bounded_forward_and_backward():
+    def largest(mebibytes):
+        layer, inputs, _ = layer_and_inputs(queries=160, cells=4096, images=1)
+        with Largest() as mode:
+            decoded = layer(*inputs, torch.arange(160)[None] < 120, mebibytes)
+            decoded.queries.sum().backward()
+        return mode.bytes, decoded.attention
+
+    small, attention = largest(0.5)
+    large, same = largest(64)
+    every = 2 * 160 * 4096 * 4  # what all logits of two heads would take
+    assert small <= 2**19 and small < every / 10 and large > 2**19
+    torch.testing.assert_close(attention, same)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(InputError, match="heads: 5; expected a divisor of 24 channels"):
+        distiller(icd(heads=5), tiny_retinanet)
+    with pytest.raises(InputError, match="heads: 0"):
+        InstanceDecoderLayer(8, 0)
+
+
+def test_positions_and_valid_cells_of_odd_images():
+    valid = valid_cells([(1, 1), (33, 65), (64, 96)], (64, 96), (2, 3))
+    assert valid.sum((1, 2)).tolist() == [1, 6, 6] and valid[0, 0, 0]
+    positions = sine_positions(valid, 7)
+    assert positions.shape == (3, 2, 3, 7) and torch.isfinite(positions).all()
+    assert torch.equal(positions[1], positions[2])
+
+
+# The questions.
+
+
+def instances(boxes, classes, size):
+    gt = Instances(size)
+    gt.gt_boxes, gt.gt_classes = Boxes(torch.tensor(boxes).reshape(-1, 4)), torch.tensor(classes)
+    return gt
+
+
+def gt_of(examples):
+    return [x["instances"] for x in examples]
+
+
+PRIORS = InstancePriors.unknown(CLASSES)
+
+
+def test_descriptors_are_the_published_ones_in_class_and_place():
+    reference = Arrays(REFERENCE)
+    used = ~reference["query_is_padding"]
+    classes, centers = (reference.tensor(f"query_{x}") for x in ("classes", "centers"))
+    found = describe(classes, centers, torch.ones_like(centers), int(reference["num_classes"]))
+    absolute, *_ = compare(
+        found[..., :-10].numpy()[used], reference["descriptor"].transpose(1, 0, 2)[..., :-10][used]
+    )
+    assert absolute < 1e-5
+
+
+def test_size_bins():
+    def bins(side):
+        found = describe(torch.tensor(0), torch.zeros(2), torch.tensor([side, 1e9]), 1)[-10:]
+        assert found.sum() == 2 and found[9] == 1
+        return int(found[:5].argmax())
+
+    sides = [0.0, 1.0, 64.0, 65.0, 130.0, 259.0, 519.0]
+    assert [bins(side) for side in sides] == [0, 0, 0, 1, 2, 3, 4]
+
+
+def test_sides_are_told_with_each_image_s_own_size():
+    gt = instances([[10.0, 10.0, 140.0, 40.0]], [1], (200, 300))
+    other = instances([[0.0, 0.0, 5.0, 5.0]], [0], (20, 10))
+    options = dict(fakes_per_object=0, jitter=0)
+    alone, both = (make_queries(x, PRIORS, **options) for x in ([gt], [gt, other]))
+    assert torch.equal(alone.descriptors[0], both.descriptors[0])
+    assert alone.descriptors[0, 0, -10:].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "objects, cap, count", [(0, 300, 1), (1, 300, 6), (40, 300, 240), (60, 300, 300), (130, 100, 130)]
+)  # fmt: skip
+def test_counts(objects, cap, count):
+    assert query_count(objects, 5.0, cap) == count
+    assert query_count(objects, 0.0, cap) == max(objects, 1)
+    gt = gt_of(batch(objects=(objects, 0)))
+    queries = make_queries(gt, PRIORS, max_queries=cap)
+    assert queries.descriptors.shape == (2, count, CLASSES + 266)
+    assert queries.is_used.sum(1).tolist() == [count, 1]
+    assert queries.is_real.sum(1).tolist() == [objects, 0]
+    assert not queries.descriptors[1, 1:].any()
+
+
+def test_told_points_stay_inside_and_edges_are_the_box_s():
+    gt = gt_of(batch(objects=(30, 7)))
+    queries = make_queries(gt, PRIORS)
+    left, top, right, bottom = queries.edge_distances[queries.is_used].unbind(-1)
+    for low, high in ((left, right), (top, bottom)):
+        part = low / (low + high)
+        assert part.min() > 0.199 and part.max() < 0.801 and part.std() > 0.1
+    (height, width), boxes = gt[0].image_size, gt[0].gt_boxes.tensor
+    real = queries.edge_distances[0][queries.is_real[0]]
+    sides = (real[:, :2] + real[:, 2:]) * torch.tensor([width, height])
+    torch.testing.assert_close(sides, boxes[:, 2:] - boxes[:, :2])
+
+
+def test_fakes_follow_the_priors():
+    priors = InstancePriors([1.0, 0.0, 3.0], [[0.1, 0.3]] * 3, [[0.01, 0.0]] * 3)
+    boxes, classes = sample_fakes(priors, 4000, torch.Generator().manual_seed(0))
+    assert classes.bincount().tolist()[1] == 0
+    assert float((classes == 2).float().mean()) == pytest.approx(0.75, abs=0.03)
+    assert boxes.min() >= 0 and boxes.max() <= 1
+    inside = ((boxes > 0) & (boxes < 1)).all(1)
+    sides = (boxes[:, 2:] - boxes[:, :2])[inside]
+    torch.testing.assert_close(sides.mean(0), torch.tensor([0.1, 0.3]), atol=2e-3, rtol=0)
+    assert sides[:, 0].min() >= 0.0799 and sides[:, 0].max() <= 0.1201
+    assert 0.1 < inside.float().mean() < 1
+
+
+def test_a_class_that_the_student_does_not_have():
+    examples = batch()
+    examples[1]["instances"].gt_classes[0] = CLASSES
+    with pytest.raises(InputError, match="gt_classes: 3; expected classes from 0 to 2"):
+        step_at(distiller(icd(), tiny_retinanet), examples, 0.5)
+
+
+# The priors.
+
+
+def test_priors_of_a_data_set_restated_and_kept(tmp_path):
+    draw_data(tmp_path)
+    content = json.loads((tmp_path / "data.json").read_text())
+    content["categories"].append({"id": 4, "name": "never seen"})
+    content["annotations"][0]["iscrowd"] = 1
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    node = L(coco_dataset)(
+        name=f"priors_{tmp_path}", json_file=str(tmp_path / "data.json"), image_root=str(tmp_path)
+    )
+    priors = estimate_priors(node)
+    kept = [x for x in content["annotations"] if not x["iscrowd"]]
+    sides = [[x["bbox"][2] / 64, x["bbox"][3] / 64] for x in kept]
+    for k in range(4):
+        own = [s for s, x in zip(sides, kept) if x["category_id"] == k + 1]
+        assert float(priors.frequency[k]) == pytest.approx(len(own) / len(kept))
+        torch.testing.assert_close(
+            priors.mean[k], torch.tensor(own or sides).mean(0), atol=1e-6, rtol=0
+        )
+        spread = torch.tensor(own or sides).std(0, correction=0)
+        torch.testing.assert_close(priors.std[k], spread, atol=1e-6, rtol=0)
+    assert priors.frequency[3] == 0
+
+    file = tmp_path / "priors.json"
+    write_json(file, {"schema": 1, "rows": priors.rows()[::-1]})
+    loaded = ICDLoss(priors=str(file)).priors
+    assert all(torch.equal(getattr(priors, x), getattr(loaded, x)) for x in vars(priors))
+
+
+def test_priors_that_cannot_be(tmp_path):
+    draw_data(tmp_path, objects=(0, 0))
+    name = coco_dataset(f"empty_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
+    with pytest.raises(InputError, match="no annotated object"):
+        estimate_priors(name)
+    draw_data(tmp_path / "some")
+    name = coco_dataset(f"some_{tmp_path}", str(tmp_path / "some/data.json"), str(tmp_path / "some"))  # fmt: skip
+    with pytest.raises(InputError, match="an object of class . in .*classes from 0 to 0"):
+        estimate_priors([name], num_classes=1)
+    with pytest.raises(InputError, match="not registered"):
+        estimate_priors("nowhere")
+    with pytest.raises(InputError, match="priors: of 2 classes; expected 3"):
+        distiller(icd(priors=InstancePriors.unknown(2)), tiny_retinanet)
+    with pytest.raises(InputError, match="no such file"):
+        ICDLoss(priors=str(tmp_path / "nowhere.json"))
+    for frequency in ([0.0, 0.0], [float("nan"), 1.0], [-1.0, 2.0], [1.0]):
+        with pytest.raises(InputError, match="priors"):
+            InstancePriors(frequency, [[0.1, 0.1]] * 2, [[0.0, 0.0]] * 2)
+    row = PRIORS.rows()[0]
+    for content in ("[]", "{", json.dumps({"rows": [row, row]}), json.dumps({"rows": []})):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(InputError, match="bad.json"):
+            InstancePriors.load(str(tmp_path / "bad.json"))
+
+
+# The loss in a step.
+
+
+def step_at(model, examples, progress, max_iter=1000):
+    model.max_iter = max_iter
+    with EventStorage(start_iter=int(progress * max_iter)) as storage:
+        losses = model(examples)
+    return {key: value for key, value in losses.items() if "distill/" in key}, storage
+
+
+def term(losses, name):
+    return losses[f"distill/loss_loss_{name}"]
+
+
+def touched(model, value):
+    """Which parts of a distiller a term trains."""
+    model.zero_grad()
+    value.backward()
+    loss = model.losses.by_name["loss"]
+    parts = {
+        "student features": model.student.backbone,
+        "student head": model.student.head,
+        "student values": loss.student_values,
+        "decoder": loss.decoder,
+        "encoder": loss.query_encoder,
+        "auxiliary head": loss.auxiliary_head,
+    }
+    return {
+        name
+        for name, part in parts.items()
+        if any(p.grad is not None and p.grad.any() for p in part.parameters())
+    }
+
+
+def test_who_is_trained_by_what_and_when():
+    model = distiller(icd(start=0.2, aux_warmup=0.3), tiny_retinanet)
+    aux = {"decoder", "encoder", "auxiliary head"}
+    for progress, expected in (
+        (0.1, None),
+        (0.4, {"student values"}),
+        (0.5, {"student values", "student features"}),
+        (1.0, {"student values", "student features"}),
+    ):
+        for name in ("identification", "localization"):
+            losses, _ = step_at(model, batch(), progress)
+            assert touched(model, term(losses, name)) == aux
+        losses, _ = step_at(model, batch(), progress)
+        if expected is None:
+            assert "distill/loss_loss_distillation" not in losses
+        else:
+            assert touched(model, term(losses, "distillation")) == expected
+    assert all(p.grad is None for p in model.teacher.detector.parameters())
+
+
+@pytest.mark.parametrize("node, factor, cap", [(tiny_retinanet, 8, 300), (tiny_faster_rcnn, 3, 100)])  # fmt: skip
+def test_lambda_is_the_family_s_and_the_auxiliary_weights_are_1(node, factor, cap):
+    model = distiller(icd(), node)
+    assert model.losses.by_name["loss"].max_queries == cap
+    losses, storage = step_at(model, batch(), 0.5)
+    values = {key: value for key, (value, _) in storage.latest().items()}
+    distance = values[icd_module.DISTANCE]
+    assert float(term(losses, "distillation").detach()) == pytest.approx(factor * distance)
+    assert 0 < distance < 4 and 0 < values[icd_module.ENTROPY] <= 1.0001
+    slots = 12 + 6  # of two objects and of one
+    guess = -(3 / slots * math.log(3 / slots) + 15 / slots * math.log(15 / slots))
+    for name, key, bound in (
+        ("identification", icd_module.IDENTIFICATION, guess),
+        ("localization", icd_module.LOCALIZATION, 0.6),
+    ):
+        assert float(term(losses, name).detach()) == pytest.approx(values[key] * bound, rel=1e-5)
+
+
+def test_every_object_twice_is_the_same_distillation():
+    def value(double):
+        examples = batch()
+        if double:
+            for x in examples:
+                x["instances"] = Instances.cat([x["instances"]] * 2)
+        torch.manual_seed(0)
+        return float(term(step_at(distiller(icd(jitter=0.0), tiny_retinanet), examples, 0.5)[0], "distillation").detach())  # fmt: skip
+
+    assert value(double=True) == pytest.approx(value(double=False), rel=1e-5)
+
+
+def test_images_without_objects():
+    model = distiller(icd(), tiny_retinanet)
+    losses, storage = step_at(model, batch(objects=(0, 0)), 0.5)
+    assert float(term(losses, "distillation").detach()) == 0
+    assert float(term(losses, "localization").detach()) == 0
+    assert float(term(losses, "identification").detach()) > 0
+    assert not {icd_module.IDENTIFICATION, icd_module.LOCALIZATION, icd_module.ENTROPY} & set(storage.latest())  # fmt: skip
+    assert all(torch.isfinite(x) for x in losses.values())
+
+
+def test_uniform_weights_need_no_object():
+    model = distiller(icd(weights="uniform"), tiny_retinanet)
+    losses, storage = step_at(model, batch(objects=(0, 0)), 0.5)
+    assert float(term(losses, "distillation").detach()) > 0
+    assert icd_module.ENTROPY not in storage.latest()
+
+
+def test_it_warns_once_where_the_decoder_has_not_learned(caplog):
+    model = distiller(icd(start=0.5), tiny_retinanet)
+
+    def warnings():
+        return [x for x in caplog.records if "distillation begins" in x.message]
+
+    step_at(model, batch(), 0.1)
+    assert not warnings()
+    for progress in (0.5, 0.6):
+        step_at(model, batch(), progress)
+        assert len(warnings()) == 1 and "lengthen aux_warmup" in caplog.text
+    # one that continues after the start says nothing, nor does one that has learned
+    resumed = distiller(icd(start=0.5), tiny_retinanet)
+    resumed.losses.load_state_dict(model.losses.state_dict())
+    step_at(resumed, batch(), 0.7)
+    learned = distiller(icd(start=0.5), tiny_retinanet)
+    for progress in (0.1, 0.5):
+        learned.max_iter = 10
+        with EventStorage(start_iter=int(progress * 10)) as storage:
+            for _ in range(30):
+                storage.put_scalar(icd_module.IDENTIFICATION, 0.5)
+                storage.put_scalar(icd_module.LOCALIZATION, 0.5)
+            learned(batch())
+    assert len(warnings()) == 1
+
+
+def test_a_run_repeats_and_leaves_the_other_generators_alone():
+    def values(seed, steps=2):
+        torch.manual_seed(7)
+        model = distiller(icd(seed=seed), tiny_retinanet)
+        model.requires_grad_(False)
+        return [float(term(step_at(model, batch(), 0.5)[0], "localization")) for _ in range(steps)]
+
+    one, again, other = (values(seed) for seed in (1, 1, 2))
+    assert one == again != other and one[0] != one[1]
+    model = distiller(icd(), tiny_retinanet)
+    loss = model.losses.by_name["loss"]
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    make_queries(gt_of(batch()), PRIORS, generator=loss._generator())
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numpys == np.random.get_state()[1]).all()
+
+
+def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+    draw_data(tmp_path / "data")
+    priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
+    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.5, priors=priors))
+
+    def run(folder, resume=False):
+        config = recipe(tmp_path / "data", tmp_path / folder, tiny_distiller(losses=losses))
+        config.train.checkpointer.period = 2
+        trainer = Trainer(without_evaluation(config))
+        trainer.resume_or_load(resume)
+        trainer.train()
+        return torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
+
+    whole = run("whole")
+    (tmp_path / "resumed").mkdir()
+    name = "model_0000001.pth"
+    (tmp_path / "resumed" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "resumed" / "last_checkpoint").write_text(name)
+    resumed = run("resumed", resume=True)
+    assert int(whole["losses"]["by_name.icd.draws"]) == 4
+    for part in ("model", "losses"):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
+
+
+def test_across_families_and_widths():
+    student, teacher = build(tiny_faster_rcnn()), build(tiny_fcos(channels=24), 1)
+    model = Distiller(
+        student=student,
+        teacher=Teacher(teacher, None),
+        losses=DistillLosses(loss=ICDLoss(heads=4)),
+        max_iter=10,
+    ).train()
+    loss = model.losses.by_name["loss"]
+    assert list(loss.levels) == ["p3", "p4", "p5"]
+    assert loss.student_values[0].weight.shape == (24, 16)
+    losses, _ = step_at(model, batch(sizes=((33, 65), (64, 90))), 0.5)
+    distillation(losses).backward()
+    assert all(torch.isfinite(x) for x in losses.values())
+
+
+def test_input_that_cannot_be():
+    with pytest.raises(InputError, match="losses.loss.levels: the teacher's backbone has no 'p2'"):
+        student, teacher = build(tiny_faster_rcnn()), Teacher(build(tiny_retinanet()), None)
+        losses = DistillLosses(loss=ICDLoss(levels=["p2", "p3"], heads=4))
+        Distiller(student=student, teacher=teacher, losses=losses, max_iter=1)
+    for options, culprit in (
+        ({"weights": "attentive"}, "weights: attentive; expected attention or uniform"),
+        ({"normalizer": "batch"}, "normalizer: batch"),
+        ({"layers": 0}, "layers: 0"),
+        ({"jitter": 0.5}, "jitter: 0.5"),
+        ({"start": 1.0}, "start: 1.0"),
+        ({"start": 0.5, "aux_warmup": 0.5}, "start: 0.5"),
+        ({"max_queries": 0}, "max_queries: 0"),
+        ({"fakes_per_object": -1.0}, "fakes_per_object: -1.0"),
+        ({"seed": -1}, "seed: -1"),
+    ):
+        with pytest.raises(InputError, match=culprit):
+            ICDLoss(**options)
+
+
+def test_boxes_without_area_and_slots_that_are_all_fake_are_finite():
+    logits, edges = torch.randn(1, 3, 4, requires_grad=True), torch.zeros(1, 3, 4)
+    value = localization_loss(logits, edges, torch.tensor([[True, False, False]]))
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(logits.grad).all()
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    assert float(localization_loss(logits, edges, none).detach()) == 0
+    assert float(identification_loss(torch.zeros(1, 3), none, none)) == 0
+
+
+# What is inherited, and what is left.
+
+
+def test_inheriting_with_a_narrower_backbone_skips_the_laterals():
+    student, teacher = build(tiny_retinanet(channels=24)), build(tiny_retinanet(6, 24), 1)
+    model = Distiller(
+        student=student,
+        teacher=Teacher(teacher, None),
+        losses=DistillLosses(loss=ICDLoss(heads=4)),
+        max_iter=10,
+        inherit=("head.", "backbone.fpn_", "backbone.top_block."),
+    )
+    ours, theirs = model.student.state_dict(), teacher.state_dict()
+    same = {key for key, value in ours.items() if value.shape == theirs[key].shape and torch.equal(value, theirs[key])}  # fmt: skip
+    beyond = {key for key in ours if key.startswith(("head.", "backbone.fpn_", "backbone.top_"))}
+    skipped = {key for key in beyond - same}
+    assert skipped == {key for key in beyond if "fpn_lateral" in key and key.endswith("weight")}
+
+
+def test_what_is_left_is_a_plain_student():
+    model = distiller(icd(), tiny_retinanet)
+    step_at(model, batch(), 0.5)
+    plain = build(tiny_retinanet())
+    assert model.student.state_dict().keys() == plain.state_dict().keys()
+
+    def flops(detector):
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            detector.eval()(batch())
+        return count.get_total_flops()
+
+    assert flops(model) == flops(plain) > 0
