@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from d2kd.errors import InputError, reporting
 
-from . import Arrays, Method, compare, icd
+from . import Arrays, Method, compare, gfl_erd, icd
 
 METHODS: dict[str, Method] = {
+    "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
 }
 

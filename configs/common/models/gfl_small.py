@@ -17,4 +17,4 @@ model.anchor_scale = 4  # objects of 8 to 100 pixels
 model.backbone.top_block._target_ = LinearP6P7
 model.head._target_ = GFLHead
 model.head.pop("num_anchors")
-model.head.num_groups = 8  # of 8 channels, as 32 of 256
+model.head.num_groups = 4  # of 8 channels, as 32 of 256
