@@ -29,8 +29,8 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.1,
 )
 
-train.max_iter = 350
-train.eval_period = 175
+train.max_iter = 550
+train.eval_period = 275
 train.best_checkpoint = ""
 train.log_period = 10
 train.checkpointer = dict(period=100, max_to_keep=1)

@@ -10,11 +10,10 @@ from d2kd.modeling import Teacher
 
 
 def wide(baseline, steps):
-    """A thin detector's recipe as its teacher's: four times the width, twice the blocks, half the learning rate."""
+    """A thin detector's recipe as its teacher's: four times the width, twice the blocks."""
     recipe = get_config(baseline)
     recipe.model.backbone.bottom_up.width = 32
     recipe.model.backbone.bottom_up.blocks = [2, 2, 2, 2]
-    recipe.optimizer.lr = 1e-3
     recipe.train.max_iter = steps
     return recipe
 

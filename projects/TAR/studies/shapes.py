@@ -11,7 +11,7 @@ from d2kd.data import shapes
 
 from .common import compared, study_of, thin, wide
 
-STUDENT_STEPS, TEACHER_STEPS = 350, 650
+STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
 runs = compared(
