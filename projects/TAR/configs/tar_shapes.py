@@ -2,7 +2,7 @@
 
 tools/train_net.py --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
 
-The weights were chosen on ``shapes_val`` with a seed that no study uses; ``projects/TAR/README.md`` has the figures.
+The weights were chosen on ``shapes_val`` with a seed that no study uses.
 """
 
 from detectron2.config import LazyCall as L
