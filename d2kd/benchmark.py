@@ -36,6 +36,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
 
+from .classes import num_classes_of
 from .config import is_distiller, load
 from .engine.launch import pick_device
 from .engine.run_info import versions
@@ -150,7 +151,6 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
     detector knows; with a mask head they have masks, their rectangles.
     """
     random = np.random.default_rng(seed)
-    heads = getattr(detector, "roi_heads", detector)
     batch = []
     for _ in range(batch_size):
         side = np.geomspace(1 / 16, 2 / 3, OBJECTS)
@@ -160,9 +160,9 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         boxes = np.concatenate([corner, corner + extent], axis=1) * image_size
         instances = Instances((image_size, image_size))
         instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
-        classes = np.linspace(0, heads.num_classes - 1, OBJECTS).round().astype(np.int64)
+        classes = np.linspace(0, num_classes_of(detector) - 1, OBJECTS).round().astype(np.int64)
         instances.gt_classes = torch.from_numpy(random.permutation(classes))
-        if getattr(heads, "mask_on", False):
+        if getattr(getattr(detector, "roi_heads", None), "mask_on", False):
             corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
             instances.gt_masks = PolygonMasks([[polygon] for polygon in corners])
         image = random.integers(256, size=(3, image_size, image_size), dtype=np.uint8)

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
+
+
+def num_classes_of(detector: nn.Module) -> int:
+    """How many classes a detector tells apart, without the background."""
+    return getattr(detector, "roi_heads", detector).num_classes
 
 
 def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
+from ..classes import num_classes_of
 from ..data.priors import InstancePriors
 from ..errors import InputError
 from ..layers.adapter import match_levels
@@ -149,7 +150,7 @@ class ICDLoss(DistillLoss):
         if self.max_queries is None:
             self.max_queries = 100 if two_stage else 300
         self.build(
-            getattr(student, "roi_heads", student).num_classes,
+            num_classes_of(student),
             _width("student", student.backbone, self.levels),
             _width("teacher", teacher.backbone, self.levels.values()),
         )

@@ -22,6 +22,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
+from ..classes import num_classes_of
 from ..errors import InputError
 from .base import DistillLoss, Weight, is_off, value_of
 from .functional import in_float32, paired_iou, sigmoid_divergence, softmax_kl
@@ -142,7 +143,7 @@ class TARLoss(DistillLoss):
                 "both with regions or both with anchors, or classification_weight=0 and "
                 "regression_weight=0",
             )
-        ours, theirs = (getattr(d, "roi_heads", d).num_classes for d in (student, teacher))
+        ours, theirs = map(num_classes_of, (student, teacher))
         if self.class_map is None and ours != theirs:
             raise InputError(
                 "num_classes",

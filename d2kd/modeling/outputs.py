@@ -19,6 +19,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
+from ..classes import num_classes_of
 from ..errors import InputError
 from .gfl import integral
 
@@ -406,11 +407,6 @@ class DenseOutputs(DetectorOutputs):
     def matched_gt_boxes(self) -> Tensor:
         """``(N, sum Hi * Wi * A, 4)``; means something for foreground anchors alone."""
         return self.labels[1]
-
-
-def num_classes_of(detector: nn.Module) -> int:
-    """How many classes a detector tells apart, without the background."""
-    return getattr(detector, "roi_heads", detector).num_classes
 
 
 def check_classes(side: str, detector: nn.Module, classes: Sequence[str]) -> None:
