@@ -51,13 +51,25 @@ def test_every_recipe_takes_a_step(recipe):
         _untrained(model.teacher.detector)
         _without_priors(model)
     _untrained(student_of(model))
+    inherit = tuple(model.get("inherit", ()))
     model = instantiate(model).train()
+    if inherit:
+        _all_but_the_trunk_is_inherited(model, inherit)
     with EventStorage(start_iter=1):
         losses = model(batch(sizes=((96, 128),), objects=(2,)))
     assert all(torch.isfinite(value) for value in losses.values()), losses
     assert isinstance(model, Distiller) == any(key.startswith("distill/") for key in losses)
     sum(losses.values()).backward()
     build_optimizer(complete(config), model).step()
+
+
+def _all_but_the_trunk_is_inherited(model, inherit):
+    ours, theirs = model.student.state_dict(), model.teacher.detector.state_dict()
+    beyond = {key for key in ours if not key.startswith("backbone.bottom_up.")}
+    assert beyond == {key for key in ours if key.startswith(inherit)}
+    others = {key for key in beyond if key not in theirs or theirs[key].shape != ours[key].shape}
+    assert all(key.startswith("backbone.fpn_lateral") for key in others)
+    assert all(torch.equal(ours[key], theirs[key]) for key in beyond - others)
 
 
 def _without_priors(model):
