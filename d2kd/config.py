@@ -203,8 +203,13 @@ def student_of(model: DictConfig) -> DictConfig:
 
 def is_distiller(model: DictConfig) -> bool:
     """Whether a model node builds a :class:`Distiller`."""
-    target = model.get("_target_")
-    return target is Distiller or (isinstance(target, str) and target.endswith(".Distiller"))
+    return builds(model, Distiller)
+
+
+def builds(node: DictConfig, kind: type) -> bool:
+    """Whether a node builds an object of this very class; a saved recipe names it."""
+    target = node.get("_target_")
+    return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))
 
 
 def method(name: str) -> dict[str, DictConfig]:

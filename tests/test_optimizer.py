@@ -199,6 +199,14 @@ def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
         override(config, ["train.distiller.rate=0.25"])
 
 
+def test_without_a_schedule_the_rates_stay(data, tmp_path):  # noqa: F811
+    config = two(data, tmp_path, max_iter=2)
+    del config["lr_multiplier"]
+    del config.train.distiller["lr_multiplier"]
+    optimizer = run(config)._trainer.optimizer
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 1e-4]
+
+
 def test_bad_input(data, tmp_path):  # noqa: F811
     def refused(match, change):
         config = two(data, tmp_path / "out")

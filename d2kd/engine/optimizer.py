@@ -10,7 +10,7 @@ import copy
 
 from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
-from fvcore.common.param_scheduler import ConstantParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -108,7 +108,8 @@ def build_lr_scheduler(config: DictConfig, optimizer: Optimizer) -> LRMultiplier
 
 def _multiplier(node: DictConfig) -> ParamScheduler:
     multiplier = node.get("lr_multiplier")
-    return ConstantParamScheduler(1.0) if multiplier is None else instantiate(multiplier)
+    # fvcore's constant refuses the end of a run, where the trainer asks once more.
+    return LinearParamScheduler(1.0, 1.0) if multiplier is None else instantiate(multiplier)
 
 
 def students(optimizer: Optimizer) -> Optimizer:
