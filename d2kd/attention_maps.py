@@ -187,6 +187,7 @@ def attention_panel(
 
 def _annotate(tile: Image.Image, text: str, box: np.ndarray) -> None:
     draw = ImageDraw.Draw(tile)
+    draw.rectangle([0, 0, tile.width - 1, tile.height - 1], outline=(0, 0, 0))
     draw.rectangle([float(x) for x in box], outline=(255, 255, 255))
     font = ImageFont.load_default(10)
     draw.rectangle(draw.textbbox((2, 1), text, font=font), fill=(0, 0, 0))
