@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 from .data import build_test_loader, check_dataset
 
@@ -252,11 +251,6 @@ def described(metadata, classes: Mapping[str, int]) -> dict[str, Any]:
     known = len(metadata.get("thing_classes") or ())
     panels = {title: metadata if count == known else None for title, count in classes.items()}
     return {"ground truth": metadata, **panels}
-
-
-def classes_of(detector: nn.Module) -> int:
-    """How many classes a detector tells apart; -1 if it does not say."""
-    return getattr(getattr(detector, "roi_heads", detector), "num_classes", -1)
 
 
 def draw_detections(

@@ -15,10 +15,11 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..classes import num_classes_of
 from ..data import check_dataset
 from ..modeling import Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, classes_of, described, side_by_side
+from ..visualization import Scene, described, side_by_side
 from .checkpoint import StudentCheckpointer
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
@@ -96,8 +97,7 @@ class EvalTeacher(HookBase):
 
     def _measure(self) -> float | None:
         logger.info("Evaluating the teacher")
-        teacher = self._teacher
-        results = self._evaluate(lambda batch: teacher.detector(teacher.own_inputs(batch)))
+        results = self._evaluate(self._teacher.detect)
         value = results.get("bbox", {}).get("AP")
         return None if value is None or not math.isfinite(value) else float(value)
 
@@ -184,9 +184,9 @@ class DrawDetections(HookBase):
     ):
         self._period, self._scenes = period, list(scenes)
         self._student, self._teacher = student, teacher
-        classes = {"student": classes_of(student)}
+        classes = {"student": num_classes_of(student)}
         if teacher is not None:
-            classes["teacher"] = classes_of(teacher.detector)
+            classes["teacher"] = num_classes_of(teacher.detector)
         self._metadata = described(metadata, classes)
 
     def before_train(self) -> None:
@@ -195,7 +195,7 @@ class DrawDetections(HookBase):
             return
         with preserved_random_state():
             for scene in self._scenes:  # once: neither teacher nor image will change
-                scene.add("teacher", lambda batch: teacher.detector(teacher.own_inputs(batch)))
+                scene.add("teacher", teacher.detect)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
