@@ -23,6 +23,7 @@ from d2kd.engine.trainer import complete
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 
+from .common import tiny_faster_rcnn, tiny_retinanet
 from .test_trainer import (  # noqa: F401  (three are fixtures)
     assert_same,
     data,
@@ -86,9 +87,11 @@ def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F81
     assert logged == pytest.approx([0.005 * (1 - 0.9 * step / 4) for step in range(4)])
 
 
-def test_resumed_is_uninterrupted(data, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("node", [tiny_faster_rcnn, tiny_retinanet])
+def test_resumed_is_uninterrupted(data, tmp_path, node):  # noqa: F811
     def config(folder):
         config = two(data, tmp_path / folder)
+        config.model.student, config.model.teacher.detector = node(), node(channels=24)
         config.train.checkpointer.period = 2
         return config
 

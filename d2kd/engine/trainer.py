@@ -330,12 +330,20 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict:
         # Detectron2 0.6 forgets optimizer and scaler here; later versions save them under this key.
         state = TrainerBase.state_dict(self)
-        return {**state, "_trainer": self._trainer.state_dict(), "seconds": self.seconds}
+        return {
+            **state,
+            "_trainer": self._trainer.state_dict(),
+            "seconds": self.seconds,
+            # A dense detector's running mean of its foreground, which its own state lacks.
+            "loss_normalizer": getattr(student_of(self.model), "loss_normalizer", None),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
+        if state_dict.get("loss_normalizer") is not None:
+            student_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
 
 
 def complete(cfg: Any) -> DictConfig:
