@@ -36,7 +36,7 @@ from tabulate import tabulate
 from torch import nn
 
 from .classes import num_classes_of
-from .config import is_distiller, load
+from .config import is_distiller, load, without_priors
 from .engine.launch import pick_device
 from .engine.optimizer import build_optimizer
 from .engine.run_info import versions
@@ -93,9 +93,7 @@ class Setup:
                 self.config_file, "a plain recipe", "a distilled one, whose model is a Distiller"
             )
         config.model.teacher.weights = None
-        for loss in config.model.losses.values():
-            if OmegaConf.is_dict(loss) and "priors" in loss:
-                loss.priors = None  # they would be estimated from the data
+        without_priors(config.model.losses)
         thaw_norms(config.model)
         if self.device:
             config.train.device = self.device

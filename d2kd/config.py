@@ -226,6 +226,14 @@ def method(name: str) -> dict[str, DictConfig]:
     return METHODS[name]()
 
 
+def without_priors(losses: DictConfig) -> DictConfig:
+    """The losses node, changed so that none wants a data set to estimate its priors from."""
+    for loss in losses.values():
+        if OmegaConf.is_dict(loss) and "priors" in loss:
+            loss.priors = None
+    return losses
+
+
 class Recipe(NamedTuple):
     """The nodes of a training recipe, in the order in which a config unpacks them."""
 

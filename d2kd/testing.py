@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from .config import METHODS, get_config
+from .config import METHODS, get_config, method, without_priors
 from .errors import InputError
 from .losses import DistillLoss, DistillLosses
 from .modeling import Distiller, Teacher
@@ -373,10 +373,10 @@ def main() -> int:
     """Print how many properties each method of this project keeps on each family; 1 if one is broken."""
     broken = []
     print("".join(f"{head:>14}" for head in ("kept", *DETECTORS)))
-    for name, losses in METHODS.items():
+    for name in METHODS:
         print(f"{name:>14}", end="", flush=True)
         for family in DETECTORS:
-            (loss,) = instantiate(losses()).by_name.values()
+            (loss,) = instantiate(without_priors(method(name)["losses"])).by_name.values()
             try:
                 kept = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
                 cell = f"{len(kept)} of {len(PROPERTIES)}"

@@ -125,10 +125,9 @@ def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, cap
         fault = "not silent"
 
     kinds = {"good": ImitationLoss, "loud": Loud, "elsewhere": Elsewhere}
-    methods = {
-        name: lambda kind=kind: L(DistillLosses)(it=L(kind)()) for name, kind in kinds.items()
-    }
-    monkeypatch.setattr(testing, "METHODS", methods)
+    losses = {name: L(DistillLosses)(it=L(kind)()) for name, kind in kinds.items()}
+    monkeypatch.setattr(testing, "METHODS", kinds)
+    monkeypatch.setattr(testing, "method", lambda name: {"losses": losses[name]})
     monkeypatch.setattr(testing, "DETECTORS", {"retinanet": DETECTORS["retinanet"]})
     assert testing.main() == 1
     head, *rows, broken = capsys.readouterr().out.splitlines()
