@@ -1,13 +1,13 @@
 """The study of ``shapes.py`` on a schedule where the baseline has little left to gain by more steps.
 
-How little, says ``baseline_longer``: half as many steps again. Some hours on two cores for each seed.
+How little, ``baseline_longer`` says: half as many steps again. Some hours on two cores for each seed.
 """
 
 import copy
 
 from .shapes import runs, study
 
-STUDENT_STEPS, TEACHER_STEPS = 3000, 2000
+STUDENT_STEPS, TEACHER_STEPS = 5000, 2000
 
 study.title = "TAR on generated shapes, a long schedule"
 runs.inherit.pop("optional")
