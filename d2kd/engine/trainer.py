@@ -35,8 +35,11 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..classes import class_names, num_classes_of
 from ..config import get_config
+from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
+from ..data.steps import check_new_objects
 from ..errors import InputError
 from ..modeling import Distiller
 from ..visualization import scenes
@@ -119,17 +122,25 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
         self.checkpointer = StudentCheckpointer(
-            model, config.train.output_dir, trainer=weakref.proxy(self), **losses
+            model,
+            config.train.output_dir,
+            learned_classes(student_of(model), self._data),
+            trainer=weakref.proxy(self),
+            **losses,
         )
         self.record = RunRecord(Path(config.train.output_dir, "run.json"))
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
+        found = {}
         for part in ("train", "test"):
             key = f"dataloader.{part}.dataset.names"
             names = OmegaConf.select(self.config, key, default=None)
-            if names is not None:
-                check_dataset(names)
+            found[part] = [] if names is None else check_dataset(names)
+        self._data = found["train"]
+        old_classes = recipe_student(self.config.model).get("num_old_classes") or 0
+        if old_classes:
+            check_new_objects(self._data, old_classes)
 
     def _seed(self) -> None:
         seed_all_rng(self.config.train.seed + comm.get_rank())
@@ -258,6 +269,8 @@ class Trainer(DefaultTrainer):
                 self._resume(last)
             elif self.config.train.init_checkpoint:
                 self.checkpointer.load_initial(self.config.train.init_checkpoint)
+                if isinstance(unwrapped(self.model), Distiller):
+                    unwrapped(self.model).inherit()
 
     def _resume(self, checkpoint: str) -> None:
         rest = self.checkpointer.restore(checkpoint)
@@ -344,6 +357,15 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
+
+
+def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
+    """Names of a detector's classes in its order, if the data sets it learns from say as many."""
+    with contextlib.suppress(InputError, AttributeError):
+        classes = class_names(names)
+        if len(classes) == num_classes_of(student):
+            return classes
+    return None
 
 
 def complete(cfg: Any) -> DictConfig:
