@@ -1,4 +1,4 @@
-"""The generated set shapes_{train,val,test}, the user's own data, and loaders that repeat themselves."""
+"""The generated set shapes_{train,val,test}, the user's own data, steps of any, and loaders that repeat themselves."""
 
 from d2kd.data import shapes
 from d2kd.data.datasets import check_dataset, coco_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..classes import class_names, num_classes_of
 from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.weights import CLASSES, check_names, local_path, read
@@ -28,6 +30,15 @@ def student_of(model: nn.Module) -> nn.Module:
     """The detector being trained, inside DDP and a :class:`Distiller` or bare."""
     model = unwrapped(model)
     return model.student if isinstance(model, Distiller) else model
+
+
+def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
+    """Names of a detector's classes in its order, if the data sets it learns from say as many."""
+    with contextlib.suppress(InputError, AttributeError):
+        classes = class_names(names)
+        if len(classes) == num_classes_of(student):
+            return classes
+    return None
 
 
 class StudentCheckpointer(DetectionCheckpointer):

@@ -188,7 +188,8 @@ class DrawDetections(HookBase):
         classes = {"student": classes_of(student)}
         if teacher is not None:
             classes["teacher"] = classes_of(teacher.detector)
-        self._metadata = described(metadata, classes)
+        old_classes = getattr(student, "num_old_classes", 0)
+        self._metadata = described(metadata, classes, old_classes)
 
     def before_train(self) -> None:
         teacher = self._teacher

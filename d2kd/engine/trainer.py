@@ -35,7 +35,6 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import class_names, num_classes_of
 from ..config import get_config
 from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
@@ -43,7 +42,7 @@ from ..data.steps import check_new_objects
 from ..errors import InputError
 from ..modeling import Distiller
 from ..visualization import scenes
-from .checkpoint import StudentCheckpointer, student_of, unwrapped
+from .checkpoint import StudentCheckpointer, learned_classes, student_of, unwrapped
 from .evaluation import build_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .launch import pick_device
@@ -357,15 +356,6 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
-
-
-def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
-    """Names of a detector's classes in its order, if the data sets it learns from say as many."""
-    with contextlib.suppress(InputError, AttributeError):
-        classes = class_names(names)
-        if len(classes) == num_classes_of(student):
-            return classes
-    return None
 
 
 def complete(cfg: Any) -> DictConfig:
