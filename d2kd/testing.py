@@ -3,6 +3,8 @@
     from d2kd.testing import check_loss
     check_loss(lambda: MyLoss(levels=["p3"]), detectors=["faster_rcnn", "retinanet"])
 
+``python -m d2kd.testing`` checks this project's own against all families and prints a table.
+
 Everything runs on the CPU, seeded, without downloads, and leaves the caller's random state alone.
 """
 
@@ -19,7 +21,8 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from .config import get_config
+from .config import METHODS, get_config
+from .errors import InputError
 from .losses import DistillLoss, DistillLosses
 from .modeling import Distiller, Teacher
 
@@ -364,3 +367,30 @@ PROPERTIES: dict[str, Callable] = {
     "silent at weight 0": _silent_at_weight_zero,
 }
 """What :func:`check_loss` checks, in this order."""
+
+
+def main() -> int:
+    """Print how many properties each method of this project keeps on each family; 1 if one is broken."""
+    broken = []
+    print("".join(f"{head:>14}" for head in ("kept", *DETECTORS)))
+    for name, losses in METHODS.items():
+        print(f"{name:>14}", end="", flush=True)
+        for family in DETECTORS:
+            (loss,) = instantiate(losses()).by_name.values()
+            try:
+                kept = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
+                cell = f"{len(kept)} of {len(PROPERTIES)}"
+            except InputError:  # a loss that is not for this family
+                cell = "-"
+            except AssertionError as error:
+                cell = "broken"
+                broken.append(f"{name}: {error}")
+            print(f"{cell:>14}", end="", flush=True)
+        print()
+    for error in broken:
+        print(error)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -21,7 +21,6 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 from .data import build_test_loader, check_dataset
 
@@ -259,11 +258,6 @@ def marked(metadata, num_old_classes: int):
     old = [f"{name} (old)" for name in names[:num_old_classes]]
     new = [f"{name} (new)" for name in names[num_old_classes:]]
     return Metadata(thing_classes=old + new)
-
-
-def classes_of(detector: nn.Module) -> int:
-    """How many classes a detector tells apart; -1 if it does not say."""
-    return getattr(getattr(detector, "roi_heads", detector), "num_classes", -1)
 
 
 def draw_detections(

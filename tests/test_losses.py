@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 
+from d2kd import testing
 from d2kd.errors import InputError
 from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ImitationLoss, TARLoss
 from d2kd.losses.base import value_of
@@ -112,6 +114,31 @@ def test_the_check_can_fail(fault, message):
 
     with pytest.raises((AssertionError, RuntimeError, ZeroDivisionError), match=message):
         check_loss(factory, ["retinanet"])
+
+
+def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, capsys):
+    class Elsewhere(ImitationLoss):
+        def bind(self, student, teacher):
+            raise InputError("student", type(student).__name__, "another family")
+
+    class Loud(Faulty):
+        fault = "not silent"
+
+    kinds = {"good": ImitationLoss, "loud": Loud, "elsewhere": Elsewhere}
+    methods = {
+        name: lambda kind=kind: L(DistillLosses)(it=L(kind)()) for name, kind in kinds.items()
+    }
+    monkeypatch.setattr(testing, "METHODS", methods)
+    monkeypatch.setattr(testing, "DETECTORS", {"retinanet": DETECTORS["retinanet"]})
+    assert testing.main() == 1
+    head, *rows, broken = capsys.readouterr().out.splitlines()
+    assert head.split() == ["kept", "retinanet"]
+    assert [row.split() for row in rows] == [
+        ["good", *"7 of 7".split()],
+        ["loud", "broken"],
+        ["elsewhere", "-"],
+    ]
+    assert broken.startswith("loud: retinanet: silent on itself: against its own copy")
 
 
 def test_softmax_kl_restated():

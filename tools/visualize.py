@@ -118,11 +118,11 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     """Teacher, if the recipe has one with weights, and student: title -> (function of batches, classes)."""
     from detectron2.config import instantiate
 
+    from d2kd.classes import num_classes_of
     from d2kd.config import is_distiller, student_of
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
     from d2kd.modeling.weights import load_strict
-    from d2kd.visualization import classes_of
 
     device = pick_device(config.train.device)
     left = Path(config.train.output_dir, "model_final.pth")
@@ -134,16 +134,13 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
         node.weights = weights.get("teacher", node.weights)
         if node.weights:
             teacher = instantiate(node)
-            frozen = teacher.detector.to(device)
-            detectors["teacher"] = (
-                lambda batch: frozen(teacher.own_inputs(batch)),
-                classes_of(frozen),
-            )
+            teacher.detector.to(device)
+            detectors["teacher"] = teacher.detect, num_classes_of(teacher.detector)
     elif "teacher" in weights:
         raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
     student = instantiate(student_of(config.model)).to(device).eval()
     load_strict(student, weights.get("student", str(left)))
-    detectors["student"] = student, classes_of(student)
+    detectors["student"] = student, num_classes_of(student)
     return detectors
 
 

@@ -16,10 +16,11 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..classes import num_classes_of
 from ..data import check_dataset
 from ..modeling import Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, classes_of, described, side_by_side
+from ..visualization import Scene, described, side_by_side
 from .checkpoint import StudentCheckpointer
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
@@ -97,8 +98,7 @@ class EvalTeacher(HookBase):
 
     def _measure(self) -> float | None:
         logger.info("Evaluating the teacher")
-        teacher = self._teacher
-        results = self._evaluate(lambda batch: teacher.detector(teacher.own_inputs(batch)))
+        results = self._evaluate(self._teacher.detect)
         value = results.get("bbox", {}).get("AP")
         return None if value is None or not math.isfinite(value) else float(value)
 
@@ -185,9 +185,9 @@ class DrawDetections(HookBase):
     ):
         self._period, self._scenes = period, list(scenes)
         self._student, self._teacher = student, teacher
-        classes = {"student": classes_of(student)}
+        classes = {"student": num_classes_of(student)}
         if teacher is not None:
-            classes["teacher"] = classes_of(teacher.detector)
+            classes["teacher"] = num_classes_of(teacher.detector)
         old_classes = getattr(student, "num_old_classes", 0)
         self._metadata = described(metadata, classes, old_classes)
 
@@ -197,7 +197,7 @@ class DrawDetections(HookBase):
             return
         with preserved_random_state():
             for scene in self._scenes:  # once: neither teacher nor image will change
-                scene.add("teacher", lambda batch: teacher.detector(teacher.own_inputs(batch)))
+                scene.add("teacher", teacher.detect)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -67,6 +67,10 @@ class Teacher:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
+    def detect(self, batched_inputs: list[dict]) -> list[dict]:
+        """What the teacher detects in the student's batch, as a detector in ``eval()`` returns it."""
+        return self.detector(self.own_inputs(batched_inputs))
+
     def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
         """Outputs that compute themselves, without gradient, when they are read; nothing runs yet.
 
