@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .classes import class_names
 from .data import class_step, split_classes
 from .data.steps import Split
 from .errors import InputError
@@ -303,7 +304,9 @@ def increment(
     if "num_classes" not in model or model.get("_target_") not in (GFL, f"{GFL.__module__}.GFL"):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
     names = data.train.dataset.names
-    steps = split_classes(names.classes if "classes" in names else names, split)
+    if OmegaConf.is_dict(names):  # what registers the data may tell its classes without them
+        names = list(names.get("classes") or class_names(instantiate(names)))
+    steps = split_classes(names, split)
     if not 1 <= step <= len(steps):
         raise InputError("step", step, f"from 1 to {len(steps)}")
     if not isinstance(split, str):
