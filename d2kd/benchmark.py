@@ -12,7 +12,6 @@ anything.
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import gc
 import multiprocessing
@@ -39,8 +38,10 @@ from torch import nn
 from .classes import num_classes_of
 from .config import is_distiller, load
 from .engine.launch import pick_device
+from .engine.optimizer import build_optimizer
 from .engine.run_info import versions
 from .engine.step import NotFinite, Step, precision
+from .engine.trainer import complete
 from .errors import InputError
 from .modeling import DetectorOutputs, Distiller, Teacher
 from .modeling.outputs import asked
@@ -85,13 +86,16 @@ class Setup:
                 raise InputError(culprit, value, "at least 1")
 
     def recipe(self) -> DictConfig:
-        """The recipe, made to need no weights."""
-        config = load(self.config_file, self.overrides)
+        """The recipe, made to need neither weights nor data."""
+        config = complete(load(self.config_file, self.overrides))
         if not is_distiller(config.model):
             raise InputError(
                 self.config_file, "a plain recipe", "a distilled one, whose model is a Distiller"
             )
         config.model.teacher.weights = None
+        for loss in config.model.losses.values():
+            if OmegaConf.is_dict(loss) and "priors" in loss:
+                loss.priors = None  # they would be estimated from the data
         thaw_norms(config.model)
         if self.device:
             config.train.device = self.device
@@ -264,12 +268,10 @@ class Bench:
         return Question({name: vars(outputs)[name] for name in known if name not in read}, read)
 
     def _training(self, config: DictConfig, model: nn.Module) -> Callable[[int], None]:
-        node = copy.deepcopy(config.optimizer)
-        node.params.model = model
-        optimizer = instantiate(node)
+        optimizer = build_optimizer(config, model)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE
-        trainer = Step(model, (), optimizer, self._precision, config.train.clip_gradients)
+        trainer = Step(model, (), optimizer, self._precision, config.train)
 
         def step(number: int) -> None:
             trainer.feed([self.batches[number]])

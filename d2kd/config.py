@@ -30,11 +30,12 @@ from .modeling import (
     add_torchvision_config,
 )
 
-METHODS: dict[str, Callable[[], DictConfig]] = {
-    "tar": lambda: L(DistillLosses)(tar=L(TARLoss)()),
-    "imitation": lambda: L(DistillLosses)(imitation=L(ImitationLoss)()),
+METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
+    "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
+    "imitation": lambda: {"losses": L(DistillLosses)(imitation=L(ImitationLoss)())},
+    "icd": lambda: dict(get_config("common/icd.py")),
 }
-"""What ``--distill NAME`` means: a method's losses at their defaults."""
+"""What ``--distill NAME`` means: what :func:`distill` is given for a method at its defaults."""
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
@@ -206,12 +207,20 @@ def student_of(model: DictConfig) -> DictConfig:
 
 def is_distiller(model: DictConfig) -> bool:
     """Whether a model node builds a :class:`Distiller`."""
-    target = model.get("_target_")
-    return target is Distiller or (isinstance(target, str) and target.endswith(".Distiller"))
+    return builds(model, Distiller)
 
 
-def method(name: str) -> DictConfig:
-    """The losses node of a method's name.
+def builds(node: DictConfig, kind: type) -> bool:
+    """Whether a node builds an object of this very class; a saved recipe names it."""
+    target = node.get("_target_")
+    return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))
+
+
+def method(name: str) -> dict[str, DictConfig]:
+    """A method at its defaults, by name: ``distill(…, **method("icd"))``.
+
+    Returns:
+        ``losses`` and, where these are trained by an optimizer of their own, ``distiller``.
 
     Raises:
         InputError: there is no such method.
@@ -236,6 +245,7 @@ def distill(
     *,
     teacher: DictConfig | tuple[str, str],
     losses: DictConfig,
+    distiller: DictConfig | None = None,
     inherit: Iterable[str] = (),
     share: str = "student",
 ) -> Recipe:
@@ -245,6 +255,9 @@ def distill(
         base: the student's own recipe, by path or name or loaded.
         teacher: a ``Teacher`` node, or its config and weights as for :func:`detector`.
         losses: a ``DistillLosses`` node.
+        distiller: ``optimizer``, ``lr_multiplier`` and ``clip_gradients`` of the parameters that the losses
+            own, such as those of ``common/icd.py``; the recipe has them as ``train.distiller``. None: they
+            are trained as the student's.
         inherit, share: see :class:`Distiller`.
 
     Returns:
@@ -269,6 +282,8 @@ def distill(
     if teacher.get("classes") is not None:
         # Where the student's classes are those of its data.
         model.classes = "${dataloader.train.dataset.names}"
+    if distiller is not None:
+        base.train.distiller = distiller
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
 
 

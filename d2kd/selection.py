@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
@@ -15,7 +14,7 @@ from torch import Tensor
 from .data import check_dataset
 from .losses import ERDLoss
 from .modeling import Teacher
-from .visualization import Scene, marked, scenes, side_by_side
+from .visualization import Scene, marked, scenes, side_by_side, spread
 
 TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
 """What is selected, as the pictures call it."""
@@ -46,10 +45,9 @@ def draw_selection(
     """
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
-    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
     metadata = marked(MetadataCatalog.get(dataset), loss.num_old_classes)
     drawn = {}
-    for scene in scenes([records[place] for place in places], mapper):
+    for scene in scenes(spread(records, number), mapper):
         add_selection(scene, loss, teacher)
         drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata)
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def side_by_side(
         if columns:
             columns.append(np.full((height + STRIP, GAP, 3), 255, np.uint8))
         columns.append(
-            np.vstack([_strip(title, width), _draw(scaled, instances, own, threshold, scale)])
+            np.vstack([title_strip(title, width), _draw(scaled, instances, own, threshold, scale)])
         )
     return np.hstack(columns)
 
@@ -236,6 +236,12 @@ def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[
         yield Scene(name, image, batch, {"ground truth": truth})
 
 
+def spread(records: Sequence[dict], number: int) -> list[dict]:
+    """So many of the records, evenly, in their order; all where there are no more."""
+    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
+    return [records[place] for place in places]
+
+
 def described(metadata, classes: Mapping[str, int], num_old_classes: int = 0) -> dict[str, Any]:
     """Metadata by panel: a detector with other classes than the data set's is drawn with their numbers.
 
@@ -288,11 +294,8 @@ def draw_detections(
     records = DatasetCatalog.get(dataset)
     classes = {title: count for title, (_, count) in detectors.items()}
     metadata = described(MetadataCatalog.get(dataset), classes, num_old_classes)
-    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
-    records = [records[place] for place in places]
-
     drawn = {}
-    for scene in scenes(records, mapper):
+    for scene in scenes(spread(records, number), mapper):
         for title, (see, _) in detectors.items():
             scene.add(title, see)
         drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata, threshold)
@@ -404,7 +407,7 @@ def _label(index: int, score: float | None, names: Sequence[str] | None) -> str:
     return name if score is None else f"{name} {score:.0%}"
 
 
-def _strip(title: str, width: int) -> np.ndarray:
+def title_strip(title: str, width: int) -> np.ndarray:
     """The title on a dark strip, in the largest size that fits."""
     strip = Image.new("RGB", (width, STRIP), (32, 34, 40))
     draw = ImageDraw.Draw(strip)

@@ -197,6 +197,23 @@ def test_the_teachers_part_is_what_the_losses_read(bench, recipe, read, runs):
     assert counts[TEACHER] == counts[DISTILLED]
 
 
+def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
+    """The recipe's priors would be estimated from images that need not be there."""
+    monkeypatch.delenv("D2KD_BCCD", raising=False)
+    recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
+    one = Bench(Setup(recipe, image_size=64, device="cpu"))
+    assert all(set(question.read) == {"images", "features"} for question in one.questions)
+    model = one.rows[DISTILLED].modules[0]
+    parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
+    for name, moved in parts.items():
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        assert one.seconds(name, 0) > 0
+        changed = {key for key, value in model.named_parameters() if not value.equal(before[key])}
+        for part in (model.student, model.losses):
+            own = {key for key, value in model.named_parameters() if any(value is p for p in part.parameters())}  # fmt: skip
+            assert bool(own & changed) == (part in moved), name
+
+
 def test_the_teacher_judges_the_students_regions(bench):
     one = bench("tar")
     heads = {name: one.rows[name].modules[0].roi_heads for name in (STUDENT, TEACHER)}

@@ -20,8 +20,11 @@ from d2kd.config import (
     is_distiller,
     load,
     method,
+    override,
     student_of,
 )
+from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
+from d2kd.engine.trainer import complete
 from d2kd.errors import InputError
 from d2kd.modeling import Distiller, Teacher
 
@@ -46,8 +49,14 @@ def test_every_recipe_takes_a_step(recipe):
     if is_distiller(model):
         model.teacher.weights = None
         _untrained(model.teacher.detector)
+        _without_priors(model)
     _untrained(student_of(model))
+    inherit = tuple(model.get("inherit", ()))
     model = instantiate(model).train()
+    if inherit == ("",):
+        _the_old_detector_is_inherited(model)
+    elif inherit:
+        _all_but_the_trunk_is_inherited(model, inherit)
     old = student_of(config.model).get("num_old_classes", 0)
     new = student_of(config.model).get("num_classes", 80) - old
     examples = batch(sizes=((96, 128),), objects=(2,))
@@ -59,9 +68,31 @@ def test_every_recipe_takes_a_step(recipe):
     distilled = isinstance(model, Distiller) and len(model.losses.by_name) > 0
     assert distilled == any(key.startswith("distill/") for key in losses)
     sum(losses.values()).backward()
-    optimizer = copy.deepcopy(config.optimizer)
-    optimizer.params.model = model
-    instantiate(optimizer).step()
+    build_optimizer(complete(config), model).step()
+
+
+def _all_but_the_trunk_is_inherited(model, inherit):
+    ours, theirs = model.student.state_dict(), model.teacher.detector.state_dict()
+    beyond = {key for key in ours if not key.startswith("backbone.bottom_up.")}
+    assert beyond == {key for key in ours if key.startswith(inherit)}
+    others = {key for key in beyond if key not in theirs or theirs[key].shape != ours[key].shape}
+    assert all(key.startswith("backbone.fpn_lateral") for key in others)
+    assert all(torch.equal(ours[key], theirs[key]) for key in beyond - others)
+
+
+def _the_old_detector_is_inherited(model):
+    ours, theirs = model.student.state_dict(), model.teacher.detector.state_dict()
+    assert ours.keys() == theirs.keys()
+    rows = {f"{model.student.classifier}.{name}" for name in ("weight", "bias")}
+    for key, value in theirs.items():
+        assert torch.equal(ours[key][: len(value)] if key in rows else ours[key], value), key
+
+
+def _without_priors(model):
+    """They are estimated from the recipe's data, which need not be there."""
+    for loss in model.losses.values():
+        if OmegaConf.is_dict(loss) and "priors" in loss:
+            loss.priors = None
 
 
 def _untrained(node):
@@ -130,13 +161,13 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
     base.dataloader.train.mapper.image_format = "RGB"
     before = copy.deepcopy(base)
     recipe = distill(
-        base, teacher=("common/models/faster_rcnn_small.py", "weights.pth"), losses=method("tar")
+        base, teacher=("common/models/faster_rcnn_small.py", "weights.pth"), **method("tar")
     )
     assert base == before and recipe.model.teacher.image_format == "RGB"
     again = distill(
         OmegaConf.create(recipe._asdict(), flags={"allow_objects": True}),
         teacher=("common/models/faster_rcnn_small.py", "weights.pth"),
-        losses=method("imitation"),
+        **method("imitation"),
         inherit=["backbone.fpn_"],
     )
     assert not is_distiller(again.model.student), "a distiller was put inside a distiller"
@@ -169,7 +200,33 @@ def test_get_config_gives_a_fresh_copy():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_by_name(name):
-    assert instantiate(method(name)).by_name
+    teacher = ("common/models/faster_rcnn_small.py", "weights.pth")
+    recipe = distill("baselines/faster_rcnn_small_shapes.py", teacher=teacher, **method(name))
+    config = override(complete(recipe), ["model.teacher.weights=null"])
+    _without_priors(config.model)
+    model = instantiate(config.model)
+    assert list(model.losses.by_name) == [name]
+    optimizer = build_optimizer(config, model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    own = config.train.get("distiller")
+    assert isinstance(optimizer, DistillerOptimizer) == (own is not None) == (name == "icd")
+
+
+def test_the_published_optimizer_of_icd():
+    teacher = ("COCO-Detection/retinanet_R_101_FPN_3x.yaml", "weights.pkl")
+    config = complete(
+        distill("COCO-Detection/retinanet_R_50_FPN_1x.py", teacher=teacher, **method("icd"))
+    )
+    own = config.train.distiller
+    assert own.optimizer._target_ is torch.optim.AdamW
+    assert (own.optimizer.lr, own.optimizer.weight_decay) == (1e-4, 1e-4)
+    schedule = instantiate(own.lr_multiplier)
+    assert [schedule(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert own.clip_gradients == dict(
+        enabled=True, clip_type="full_model", clip_value=0.01, norm_type=2.0
+    )
+    assert config.model.losses.icd.priors.names == "coco_2017_train"
 
 
 def _write(text):
@@ -225,5 +282,5 @@ def test_overrides_reach_arguments_that_have_defaults():
 
 
 def test_unknown_methods():
-    with pytest.raises(InputError, match="--distill: magic; expected tar or imitation"):
+    with pytest.raises(InputError, match="--distill: magic; expected tar or imitation or icd"):
         method("magic")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from detectron2.config import LazyConfig
 from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
@@ -346,6 +347,29 @@ def test_the_shapes_study_is_whole():
     ]  # fmt: skip
     assert study.references == ["baseline", "baseline_equal_time", "imitation"]
     assert MetadataCatalog.get(study.test).thing_classes == CLASSES
+
+
+@pytest.mark.parametrize("path", ["shapes", "bccd_retinanet", "bccd_faster_rcnn"])
+def test_icd_is_set_beside_its_parts(path):
+    """What differs between two rows is what their gain is of."""
+    study = parse(OmegaConf.merge(LazyConfig.load(f"projects/ICD/studies/{path}.py"), {"study": {"test": "x"}}))  # fmt: skip
+    rows = {run.method: run.config for run in study.plan(seeds=[0])}
+    assert list(rows) == [
+        "teacher", "baseline", "icd", "baseline_equal_time", "imitation", "inherit", "icd_inherit",
+        "icd_uniform",
+    ]  # fmt: skip
+    plain = {key: OmegaConf.to_container(value, resolve=False) for key, value in rows.items()}
+    icd = plain["icd"]["model"]
+    assert icd["losses"]["icd"]["aux_warmup"] >= 0.3 and not icd["inherit"]
+    assert plain["icd_inherit"]["model"] == {**icd, "inherit": plain["inherit"]["model"]["inherit"]}
+    assert set(plain["inherit"]["model"]["losses"]) == {"_target_"}
+    uniform = plain["icd_uniform"]["model"]
+    assert uniform["losses"]["icd"].pop("weights") == "uniform" and uniform == icd
+    for method in ("icd", "icd_inherit", "icd_uniform"):
+        assert (
+            plain[method]["train"] == plain["icd"]["train"] and "distiller" in plain["icd"]["train"]
+        )
+    assert plain["imitation"]["train"] == plain["baseline"]["train"]
 
 
 STUDIES = [path for path in Path("projects").glob("*/studies/*.py") if path.stem != "common"]

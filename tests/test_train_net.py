@@ -215,3 +215,26 @@ def test_two_processes_one_without_ground_truth(folder):
         assert all(
             events.read_bytes().count(n) == 2 for n in (b"detections/01_0", b"detections/02_1")
         )
+
+
+def test_icd_in_two_processes_one_without_ground_truth(folder):
+    """Two optimizers on gradients that both processes share; the data are those of the test above."""
+    draw_data(folder / "data", objects=(2, 0))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["tools/train_net.py", "--config-file", str(folder / "plain.py"), "--distill", "icd"]
+    command += ["--teacher", str(folder / "teacher.py"), str(folder / "teacher.pth")]
+    command += ["train.max_iter=3", "model.losses.icd.start=0.4", "train.eval_teacher=False"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = torch.load(folder / "out/model_final.pth")
+    optimizers = checkpoint["trainer"]["_trainer"]["optimizer"]
+    assert int(checkpoint["losses"]["by_name.icd.draws"]) == 3 and len(checkpoint["random"]) == 2
+    assert all(len(optimizers[part]["state"]) > 10 for part in ("student", "losses"))
+    assert all(float(s["step"]) == 3 for s in optimizers["losses"]["state"].values())
+    assert all(torch.isfinite(value).all() for value in checkpoint["losses"].values())
+    metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
+    terms = ("identification", "localization", "distillation")
+    assert {f"distill/loss_icd_{term}" for term in terms} <= metrics[0].keys()

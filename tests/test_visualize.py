@@ -33,14 +33,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def look(folder, dataset):
-    command = [sys.executable, "tools/visualize.py", "--config-file", folder / "recipe.py"]
-    command += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
-    command += ["--dataset", dataset, "--output", folder / "pictures", "--number", "2"]
+def run_tool(name, *words):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, f"tools/{name}", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def look(folder, dataset):
+    words = ["--config-file", folder / "recipe.py", "--dataset", dataset]
+    words += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
+    return run_tool("visualize.py", *words, "--output", folder / "pictures", "--number", "2")
 
 
 def test_data_of_the_recipe_is_found_by_its_name(folder):
@@ -54,3 +56,52 @@ def test_other_data_is_refused_in_one_line(folder):
     done = look(folder, "mine_vla")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: data set 'mine_vla'")
+
+
+ICD_RECIPE = """
+from pathlib import Path
+
+from detectron2.config import LazyCall as L
+
+from d2kd.data import estimate_priors
+from d2kd.losses import DistillLosses, ICDLoss
+from tests.tiny_run import distiller, recipe, without_evaluation
+
+_here = Path(__file__).parent
+_priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
+_losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, priors=_priors))
+_cfg = recipe(_here / "data", _here / "out", distiller(losses=_losses), max_iter=1)
+_cfg = without_evaluation(_cfg)
+_cfg.dataloader.test.dataset.names.name = "mine_val"
+model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.train
+"""
+
+
+def test_attention_of_a_run(folder):
+    """What training leaves is enough; what leaves no decoder is refused in one line."""
+    (folder / "icd.py").write_text(ICD_RECIPE)
+    trained = run_tool(
+        "train_net.py", "--config-file", folder / "icd.py", f"model.teacher.weights={folder}/teacher.pth"
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+
+    def attention(config, *words):
+        out = ["--dataset", "mine_val", "--output", folder / "attention", "--number", "2"]
+        return run_tool(
+            "visualize.py", "--what", "attention", "--config-file", config, *out, *words
+        )
+
+    done = attention(folder / "out/config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "attention: 2 pictures" in done.stdout
+    assert len(list((folder / "attention").glob("*.png"))) == 2
+    for config, words, complaint in (
+        ("out/config.yaml", ["--weights", f"student={folder}/student.pth"], "no losses.icd"),
+        ("icd.py", [], "--weights: no teacher, and none in the recipe"),
+        ("out/config.yaml", ["train.output_dir=nowhere"], "no student, and no nowhere"),
+        ("recipe.py", ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"], "model.losses: no ICDLoss"),
+    ):  # fmt: skip
+        done = attention(folder / config, *words)
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and complaint in last

@@ -3,7 +3,7 @@
 
     train_net.py --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
     train_net.py --config-file RECIPE --eval-only [train.init_checkpoint=WEIGHTS]
-    train_net.py --config-file PLAIN --distill tar --teacher CONFIG WEIGHTS [KEY=VALUE …]
+    train_net.py --config-file PLAIN --distill METHOD --teacher CONFIG WEIGHTS [KEY=VALUE …]
 
 RECIPE is a LazyConfig, on disk or by its name in d2kd or in Detectron2's model zoo. The third form makes a
 plain recipe one with a teacher. On several GPUs: ``--num-gpus``; in several processes on a CPU: torchrun.
@@ -50,7 +50,7 @@ def recipe(args: argparse.Namespace) -> DictConfig:
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
     config = load(args.config_file)
     if args.distill:
-        config = complete(distill(config, teacher=args.teacher, losses=method(args.distill)))
+        config = complete(distill(config, teacher=args.teacher, **method(args.distill)))
     return override(config, args.opts)
 
 

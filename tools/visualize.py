@@ -1,12 +1,14 @@
-"""Pictures of what a recipe's detectors see: ground truth | teacher | student.
+"""Pictures of what a recipe's detectors see: ground truth | teacher | student; and of where ICD looks.
 
     tools/visualize.py --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
         --weights student=output/model_final.pth teacher=teacher.pth
+    tools/visualize.py --what attention --config-file output/config.yaml --dataset shapes_test --output DIR
     tools/visualize.py --what selection --config-file RECIPE --dataset shapes_test --output DIR
 
 A detector is drawn if its weights are known: given here, the teacher's also by the recipe, and the student's by what
-training left in the recipe's output folder. ``selection`` shows where ERD compares student and teacher: the locations of
-class logits, those of boxes, and what non-maximum suppression leaves of these.
+training left in the recipe's output folder. That file holds ICD's decoder, too: ``attention`` shows, with a panel for
+each object, which cells of the teacher's levels it is recognised by. ``selection`` shows where ERD compares student and
+teacher: the locations of class logits, those of boxes, and what non-maximum suppression leaves of these.
 """
 
 import argparse
@@ -17,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=["detections", "selection"], default="detections")
+    parser.add_argument(
+        "--what", choices=["detections", "attention", "selection"], default="detections"
+    )
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument(
         "--weights", nargs="+", default=[], metavar="WHO=FILE", help="WHO is student or teacher"
@@ -25,7 +29,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="one that is registered or in the recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=8, help="of images, spread over the data set")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to draw")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of a detection")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe, such as train.device=cpu")
     args = parser.parse_args()
@@ -41,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
     from omegaconf import OmegaConf
 
+    from d2kd.attention_maps import draw_attention
     from d2kd.config import load, student_of
     from d2kd.errors import InputError
     from d2kd.selection import draw_selection
@@ -59,24 +64,27 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(args.config_file, "no dataloader.test.mapper", "how images are read")
     register(config, args.dataset)
     mapper = instantiate(config.dataloader.test.mapper)
-    if args.what == "selection":
-        written = draw_selection(
-            args.output, args.dataset, *erd_of(config, weights), mapper, args.number
+    if args.what == "attention":
+        loss, teacher = icd_of(config, weights)
+        written = draw_attention(args.output, args.dataset, loss, teacher, mapper, args.number)
+        shown = "attention"
+    elif args.what == "selection":
+        loss, teacher = erd_of(config, weights)
+        written = draw_selection(args.output, args.dataset, loss, teacher, mapper, args.number)
+        shown = "selected locations"
+    else:
+        detectors = detectors_of(config, weights)
+        written = draw_detections(
+            args.output,
+            args.dataset,
+            detectors,
+            mapper,
+            args.number,
+            args.threshold,
+            student_of(config.model).get("num_old_classes", 0),
         )
-        print(f"selected locations: {len(written)} pictures in {args.output}")
-        return
-    detectors = detectors_of(config, weights)
-    written = draw_detections(
-        args.output,
-        args.dataset,
-        detectors,
-        mapper,
-        args.number,
-        args.threshold,
-        student_of(config.model).get("num_old_classes", 0),
-    )
-    panels = " | ".join(["ground truth", *detectors])
-    print(f"{panels}: {len(written)} pictures in {args.output}")
+        shown = " | ".join(["ground truth", *detectors])
+    print(f"{shown}: {len(written)} pictures in {args.output}")
 
 
 def register(config, dataset: str) -> None:
@@ -90,6 +98,38 @@ def register(config, dataset: str) -> None:
             # A class step is called what its parts are called.
             if OmegaConf.is_dict(node) and node.get("name", dataset) == dataset:
                 instantiate(node)
+
+
+def left_by_training(config, weights: dict[str, str]) -> str:
+    """The run's checkpoint: what was given as the student's, or what lies in the output folder."""
+    from d2kd.errors import InputError
+
+    left = Path(config.train.output_dir, "model_final.pth")
+    if "student" not in weights and not left.is_file():
+        raise InputError("--weights", f"no student, and no {left}", "student=FILE")
+    return weights.get("student", str(left))
+
+
+def icd_of(config, weights: dict[str, str]) -> tuple:
+    """The recipe's ICD loss, as trained, and the teacher it looks at."""
+    from detectron2.config import instantiate
+
+    from d2kd.attention_maps import load_icd
+    from d2kd.config import is_distiller
+    from d2kd.engine.launch import pick_device
+    from d2kd.errors import InputError
+
+    device, model = pick_device(config.train.device), config.model
+    if not is_distiller(model):
+        raise InputError("--what attention", "a plain recipe", "one that distils by ICD")
+    checkpoint = left_by_training(config, weights)
+    model.teacher.weights = weights.get("teacher", model.teacher.weights)
+    if not model.teacher.weights:
+        raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
+    teacher = instantiate(model.teacher)
+    loss = load_icd(model, instantiate(model.student), teacher, checkpoint)
+    teacher.detector.to(device)
+    return loss.to(device), teacher
 
 
 def erd_of(config, weights: dict[str, str]) -> tuple:
@@ -125,9 +165,7 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     from d2kd.modeling.weights import load_strict
 
     device = pick_device(config.train.device)
-    left = Path(config.train.output_dir, "model_final.pth")
-    if "student" not in weights and not left.is_file():
-        raise InputError("--weights", f"no student, and no {left}", "student=FILE")
+    checkpoint = left_by_training(config, weights)
     detectors = {}
     if is_distiller(config.model):
         node = config.model.teacher
@@ -139,7 +177,7 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     elif "teacher" in weights:
         raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
     student = instantiate(student_of(config.model)).to(device).eval()
-    load_strict(student, weights.get("student", str(left)))
+    load_strict(student, checkpoint)
     detectors["student"] = student, num_classes_of(student)
     return detectors
 

@@ -22,4 +22,5 @@ train = dict(
     draw_images=4,  # how many of them each time, always the first of the test data
     log_period=20,
     cudnn_benchmark=False,
+    # distiller: see icd.py beside this; without it the losses' parameters are trained as the student's
 )

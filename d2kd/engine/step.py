@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from .optimizer import clipping
 
 
 class NotFinite(Exception):
@@ -34,8 +35,10 @@ class Step(SimpleTrainer):
     not finite stops it, in all processes alike, before anything is updated.
 
     Args:
+        optimizer: what :func:`d2kd.engine.optimizer.build_optimizer` gives; the student's gradients and those
+            of an optimizer of the losses' own are clipped apart.
         precision: what :func:`precision` gives.
-        clip: ``train.clip_gradients``.
+        train: of a complete recipe, for its ``clip_gradients``.
     """
 
     def __init__(
@@ -44,12 +47,12 @@ class Step(SimpleTrainer):
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
         precision: tuple[Callable[[], Any], torch.amp.GradScaler],
-        clip: DictConfig,
+        train: DictConfig,
     ):
         super().__init__(model, (), optimizer)
         self.feed(data_loader)
         self._autocast, self.grad_scaler = precision
-        self._clip = clip
+        self._clipping = clipping(optimizer, train)
         self._statistics = [
             statistic
             for module in model.modules()
@@ -112,26 +115,23 @@ class Step(SimpleTrainer):
             storage.put_scalars(**means)
 
     def _clip_gradients(self) -> None:
-        parameters = [
-            p
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        clip = self._clip
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type)
-        # An enabled scaler skips such a step by itself, and scales less in the next.
-        if not self.grad_scaler.is_enabled() and not torch.isfinite(norm):
-            raise NotFinite("the gradient", norm.item())
-        if not clip.enabled:
-            return
-        if clip.clip_type == "full_model":
-            nn.utils.clip_grads_with_norm_(parameters, clip.clip_value, norm)
-        elif clip.clip_type == "norm":
-            for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, clip.clip_value, clip.norm_type)
-        else:
-            nn.utils.clip_grad_value_(parameters, clip.clip_value)
+        for optimizer, clip in self._clipping:
+            parameters = [
+                p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type)
+            # An enabled scaler skips such a step by itself, and scales less in the next.
+            if not self.grad_scaler.is_enabled() and not torch.isfinite(norm):
+                raise NotFinite("the gradient", norm.item())
+            if not clip.enabled:
+                continue
+            if clip.clip_type == "full_model":
+                nn.utils.clip_grads_with_norm_(parameters, clip.clip_value, norm)
+            elif clip.clip_type == "norm":
+                for parameter in parameters:
+                    nn.utils.clip_grad_norm_(parameter, clip.clip_value, clip.norm_type)
+            else:
+                nn.utils.clip_grad_value_(parameters, clip.clip_value)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}

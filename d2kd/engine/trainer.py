@@ -31,11 +31,10 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from detectron2.utils.logger import setup_logger
-from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import get_config
+from ..config import get_config, is_distiller
 from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_new_objects
@@ -46,6 +45,7 @@ from .checkpoint import StudentCheckpointer, learned_classes, student_of, unwrap
 from .evaluation import build_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .launch import pick_device
+from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
 from .run_info import (
     RunLog,
@@ -56,6 +56,8 @@ from .run_info import (
 from .step import NotFinite, Step, distributed, precision
 
 logger = logging.getLogger(__name__)
+
+CLIP_TYPES = ("full_model", "norm", "value")
 
 
 class Trainer(DefaultTrainer):
@@ -116,7 +118,7 @@ class Trainer(DefaultTrainer):
             loader,
             optimizer,
             precision(config.train.amp, self.device),
-            config.train.clip_gradients,
+            config.train,
         )
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
@@ -152,20 +154,10 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        node = copy.deepcopy(self.config.optimizer)
-        if "params" not in node:
-            raise InputError("optimizer", "no params", "params=L(get_default_optimizer_params)(…)")
-        node.params.model = model
-        optimizer = instantiate(node)
-        for group in optimizer.param_groups:
-            # Adam's betas arrive as omegaconf's list, which torch.load would not trust in a checkpoint.
-            group.update({k: tuple(v) for k, v in group.items() if OmegaConf.is_list(v)})
-        return optimizer
+        return build_optimizer(self.config, model)
 
     def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        node = self.config.get("lr_multiplier")
-        multiplier = ConstantParamScheduler(1.0) if node is None else instantiate(node)
-        return LRMultiplier(optimizer, multiplier=multiplier, max_iter=self.max_iter)
+        return build_lr_scheduler(self.config, optimizer)
 
     def build_train_loader(self, cfg: CfgNode) -> Iterable:
         """The training loader, from the iteration at which this run begins."""
@@ -186,7 +178,7 @@ class Trainer(DefaultTrainer):
         return [
             self._eval_teacher_hook(),
             hooks.IterationTimer(),
-            hooks.LRScheduler(),
+            hooks.LRScheduler(students(self._trainer.optimizer)),
             # In every process, unlike Detectron2's: a checkpoint holds the random state of each.
             hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, max_to_keep=keep),
             hooks.EvalHook(train.eval_period, evaluate),
@@ -350,12 +342,20 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict:
         # Detectron2 0.6 forgets optimizer and scaler here; later versions save them under this key.
         state = TrainerBase.state_dict(self)
-        return {**state, "_trainer": self._trainer.state_dict(), "seconds": self.seconds}
+        return {
+            **state,
+            "_trainer": self._trainer.state_dict(),
+            "seconds": self.seconds,
+            # A dense detector's running mean of its foreground, which its own state lacks.
+            "loss_normalizer": getattr(student_of(self.model), "loss_normalizer", None),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
+        if state_dict.get("loss_normalizer") is not None:
+            student_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
 
 
 def complete(cfg: Any) -> DictConfig:
@@ -372,16 +372,34 @@ def complete(cfg: Any) -> DictConfig:
         found = f"no {', '.join(missing or ['dataloader.train'])}"
         raise InputError("the recipe", found, "model, dataloader.train, optimizer and train")
     config = copy.deepcopy(cfg)
-    config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
-    clip_types = ("full_model", "norm", "value")
-    if config.train.clip_gradients.clip_type not in clip_types:
-        found = config.train.clip_gradients.clip_type
-        raise InputError("train.clip_gradients.clip_type", found, " or ".join(clip_types))
+    defaults = get_config("common/train.py").train
+    config.train = OmegaConf.merge(defaults, config.train)
+    clips = {"train.clip_gradients": config.train.clip_gradients}
+    if config.train.get("distiller") is not None:
+        distiller = config.train.distiller
+        _check_distiller(config.model, distiller)
+        distiller.clip_gradients = OmegaConf.merge(
+            defaults.clip_gradients, distiller.get("clip_gradients", {})
+        )
+        clips["train.distiller.clip_gradients"] = distiller.clip_gradients
+    for key, clip in clips.items():
+        if clip.clip_type not in CLIP_TYPES:
+            raise InputError(f"{key}.clip_type", clip.clip_type, " or ".join(CLIP_TYPES))
     for key, least in (("draw_period", 0), ("draw_images", 1)):
         if not isinstance(config.train[key], int) or config.train[key] < least:
             found = config.train[key]
             raise InputError(f"train.{key}", found, f"an integer, at least {least}")
     return config
+
+
+def _check_distiller(model: DictConfig, distiller: DictConfig) -> None:
+    expected = "optimizer, lr_multiplier and clip_gradients of what a Distiller's losses own"
+    if not is_distiller(model):
+        raise InputError("train.distiller", "no Distiller in the recipe", expected)
+    keys = {"optimizer", "lr_multiplier", "clip_gradients"}
+    if not OmegaConf.is_dict(distiller) or "optimizer" not in distiller or set(distiller) - keys:
+        found = ", ".join(distiller) if OmegaConf.is_dict(distiller) else distiller
+        raise InputError("train.distiller", found or "nothing", expected)
 
 
 def has_tensorboard() -> bool:

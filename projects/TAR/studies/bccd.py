@@ -4,23 +4,17 @@ The runs of ``shapes.py``, on data that D2KD_BCCD points to. Every choice is mad
 by a run's last weights. Its 72 images are few, and a gain is to be believed over several seeds only.
 """
 
-import copy
-
-from .common import compared, study_of, thin, wide
+from ....configs.common.study import blood_cells
+from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
 
 def on_blood_cells(baseline, title):
     """The runs and the study of a thin detector and its wider teacher."""
-    student, teacher = thin(baseline, STUDENT_STEPS), wide(baseline, TEACHER_STEPS)
-    for recipe in (student, teacher):
-        recipe.train.eval_period = recipe.train.max_iter // 4
-    test = copy.deepcopy(student.dataloader.test.dataset.names)
-    test.name, test.split = "bccd_test", "test"
+    student, teacher, options = blood_cells(baseline, STUDENT_STEPS, TEACHER_STEPS)
     runs = compared(student, teacher)
-    fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
-    return runs, study_of(runs, title=title, test=test, seeds=[0, 1], fast=fast)
+    return runs, study_of(runs, title=title, **options)
 
 
 runs, study = on_blood_cells(

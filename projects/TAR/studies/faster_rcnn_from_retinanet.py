@@ -1,6 +1,7 @@
 """What a Faster R-CNN learns from the features of a RetinaNet, on the generated shapes."""
 
-from .common import compared, study_of, thin, wide
+from ....configs.common.study import thin, wide
+from .common import compared, study_of
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
 runs = compared(

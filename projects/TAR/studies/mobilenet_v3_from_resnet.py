@@ -1,6 +1,7 @@
 """What a MobileNetV3 student learns from a ResNet teacher, on the generated shapes."""
 
-from .common import compared, study_of, thin, wide
+from ....configs.common.study import thin, wide
+from .common import compared, study_of
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
 runs = compared(

@@ -5,11 +5,8 @@ imitation, and by TAR. The schedule is cut to fit one seed into twenty minutes o
 flatter every method.
 """
 
-from detectron2.config import LazyCall as L
-
-from d2kd.data import shapes
-
-from .common import compared, study_of, thin, wide
+from ....configs.common.study import fast_shapes, thin, wide
+from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
@@ -24,12 +21,5 @@ study = study_of(
     title="TAR on generated shapes: Faster R-CNN, a thin student and its teacher",
     test="shapes_test",
     seeds=[0],
-    fast=[
-        "train.max_iter=12",
-        "train.eval_period=6",
-        "train.checkpointer.period=6",
-        "train.log_period=2",
-        "dataloader.train.total_batch_size=4",
-    ],
-    fast_setup=L(shapes.register)(train=32, val=16, test=24),
+    **fast_shapes,
 )

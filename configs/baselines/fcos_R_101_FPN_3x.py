@@ -1,0 +1,13 @@
+"""FCOS R-101 FPN on COCO, 3x: a teacher that the model zoo does not have."""
+
+from detectron2 import model_zoo
+
+_zoo = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py")
+model, dataloader, optimizer, train = _zoo.model, _zoo.dataloader, _zoo.optimizer, _zoo.train
+lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_3x
+
+model.backbone.bottom_up.stages.depth = 101
+train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
+train.max_iter = 270000
+train.output_dir = "output/fcos_R_101_FPN_3x"
+train.device = "auto"

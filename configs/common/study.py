@@ -1,0 +1,74 @@
+"""What studies have in common: a thin student, its wider teacher, and the runs that any method is set beside."""
+
+import copy
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import distill, get_config
+from d2kd.data import shapes
+from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.modeling import Teacher
+
+# Of a study on the generated shapes, what --fast changes.
+fast_shapes = dict(
+    fast=[
+        "train.max_iter=12",
+        "train.eval_period=6",
+        "train.checkpointer.period=6",
+        "train.log_period=2",
+        "dataloader.train.total_batch_size=4",
+    ],
+    fast_setup=L(shapes.register)(train=32, val=16, test=24),
+)
+
+
+def wide(baseline, steps):
+    """A thin detector's recipe as its teacher's: four times the width, twice the blocks."""
+    recipe = get_config(baseline)
+    recipe.model.backbone.bottom_up.width = 32
+    recipe.model.backbone.bottom_up.blocks = [2, 2, 2, 2]
+    recipe.train.max_iter = steps
+    return recipe
+
+
+def thin(baseline, steps):
+    """A student's recipe."""
+    recipe = get_config(baseline)
+    recipe.train.max_iter = steps
+    return recipe
+
+
+def blood_cells(baseline, student_steps, teacher_steps):
+    """A student's recipe, its teacher's, and the study's options, on data that D2KD_BCCD points to."""
+    student, teacher = thin(baseline, student_steps), wide(baseline, teacher_steps)
+    for recipe in (student, teacher):
+        recipe.train.eval_period = recipe.train.max_iter // 4
+    test = copy.deepcopy(student.dataloader.test.dataset.names)
+    test.name, test.split = "bccd_test", "test"
+    fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
+    return student, teacher, dict(test=test, seeds=[0, 1], fast=fast)
+
+
+def taught(student, teacher, inherit=(), **method):
+    """The run of a student beside the teacher that the study trains first.
+
+    Args:
+        student, teacher: whole recipes.
+        inherit: prefixes of the weights to inherit.
+        method: ``losses`` and ``distiller`` of :func:`d2kd.config.distill`.
+    """
+    node = L(Teacher)(detector=teacher.model, weights="")  # which the study fills in
+    recipe = distill(student, teacher=node, inherit=inherit, **method)
+    return dict(config=recipe._asdict(), teacher="teacher")
+
+
+def controls(student, teacher, steps_like):
+    """The runs: teacher, baseline, the baseline given as many seconds as ``steps_like`` takes, imitation."""
+    # The weight was chosen on shapes_val.
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(weight=0.1))
+    return dict(
+        teacher=dict(config=teacher, once=True),
+        baseline=dict(config=student),
+        baseline_equal_time=dict(config=student, steps_like=steps_like),
+        imitation=taught(student, teacher, losses=losses),
+    )

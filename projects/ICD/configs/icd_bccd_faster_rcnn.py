@@ -1,0 +1,20 @@
+"""ICD on blood cells: Faster R-CNN, from a teacher that ``studies/bccd_faster_rcnn.py`` has trained.
+
+D2KD_BCCD=…/BCCD tools/train_net.py --config-file projects/ICD/configs/icd_bccd_faster_rcnn.py
+"""
+
+from d2kd.config import distill, get_config
+
+_shapes = get_config("projects/ICD/configs/icd_shapes.py")
+
+model, dataloader, optimizer, lr_multiplier, train = distill(
+    "baselines/faster_rcnn_small_bccd.py",
+    teacher=(
+        "common/models/faster_rcnn_small.py",
+        "output/icd_bccd_faster_rcnn/teacher/model_final.pth",
+    ),
+    losses=_shapes.model.losses,
+    distiller=_shapes.train.distiller,
+)
+
+model.teacher.detector.roi_heads.num_classes = 3

@@ -1,0 +1,20 @@
+"""ICD on blood cells: RetinaNet, from a teacher that ``studies/bccd_retinanet.py`` has trained.
+
+D2KD_BCCD=…/BCCD tools/train_net.py --config-file projects/ICD/configs/icd_bccd_retinanet.py
+"""
+
+from d2kd.config import distill, get_config
+
+_shapes = get_config("projects/ICD/configs/icd_shapes.py")
+
+model, dataloader, optimizer, lr_multiplier, train = distill(
+    "baselines/retinanet_small_bccd.py",
+    teacher=(
+        "common/models/retinanet_small.py",
+        "output/icd_bccd_retinanet/teacher/model_final.pth",
+    ),
+    losses=_shapes.model.losses,
+    distiller=_shapes.train.distiller,
+)
+
+model.teacher.detector.num_classes = 3

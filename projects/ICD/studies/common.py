@@ -1,0 +1,40 @@
+"""What the studies here have in common: the runs that ICD is compared with, and its parts."""
+
+import copy
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import get_config
+from d2kd.losses import DistillLosses
+
+from ....configs.common.study import controls, taught
+
+
+def compared(student, teacher, inherit):
+    """The runs: teacher, baseline, the baseline given as many seconds, imitation, ICD, and ICD's parts.
+
+    ``inherit`` starts from the teacher's weights and learns alone; ``icd_inherit`` does both. ``icd_uniform``
+    compares the same values, but in all cells alike: what ICD gains over it is what the decoder's attention
+    earns.
+
+    Args:
+        student, teacher: whole recipes.
+        inherit: prefixes of the weights to inherit.
+    """
+    recipe = get_config("projects/ICD/configs/icd_shapes.py")
+    icd = dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
+    uniform = copy.deepcopy(icd)
+    uniform["losses"].icd.weights = "uniform"
+    return dict(
+        controls(student, teacher, steps_like="icd"),
+        icd=taught(student, teacher, **icd),
+        inherit=taught(student, teacher, inherit, losses=L(DistillLosses)()),
+        icd_inherit=taught(student, teacher, inherit, **icd),
+        icd_uniform=taught(student, teacher, **uniform),
+    )
+
+
+def study_of(runs, **options):
+    """The study of these runs."""
+    compare = ["baseline_equal_time", "imitation", "inherit", "icd_uniform"]
+    return dict(baseline="baseline", compare=compare, featured="icd", **options)

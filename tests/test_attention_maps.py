@@ -1,0 +1,194 @@
+"""ICD's attention on pictures: it is the decoder's own, lies where its cells lie, and comes from a run's file."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+from d2kd.attention_maps import (
+    HEAT,
+    TILE,
+    Attention,
+    attention_of,
+    attention_panel,
+    draw_attention,
+    load_icd,
+)
+from d2kd.data import coco_dataset
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, ICDLoss
+from d2kd.modeling import Distiller
+from d2kd.testing import distiller
+from d2kd.visualization import STRIP
+
+from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import draw_data
+
+
+def model_of(node=tiny_retinanet, **options):
+    torch.manual_seed(0)
+    return distiller(lambda: ICDLoss(**{"heads": 4, **options}), node)
+
+
+def truth(boxes, size, classes=None):
+    gt = Instances(size)
+    gt.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    gt.gt_classes = torch.tensor(classes or [0] * len(boxes))
+    return gt
+
+
+@pytest.mark.parametrize("node", [tiny_retinanet, tiny_faster_rcnn])
+def test_it_is_what_the_distillation_is_weighted_by(node, monkeypatch):
+    model = model_of(node, layers=2, jitter=0.0, fakes_per_object=0)
+    [example] = batch(sizes=((40, 90),), objects=(3,))
+    loss, gt = model.losses.by_name["loss"], example["instances"]
+    found = attention_of(loss, model.teacher, [example], gt)
+    rows = sum(x.sum((-1, -2)) for x in found.levels.values())
+    assert rows.shape == (3, 2 * 4)
+    np.testing.assert_allclose(rows, 1, rtol=1e-5)
+    heard = []
+    read = loss.read
+    monkeypatch.setattr(loss, "read", lambda *args: heard.extend(read(*args)) or heard)
+    with EventStorage(start_iter=1):
+        model([example])
+    summed = torch.cat([reading.decoded.attention[0] for reading in heard])
+    flat = np.concatenate([x.sum(0).reshape(len(x[0]), -1) for x in found.levels.values()], axis=1)
+    np.testing.assert_allclose(flat, summed.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_objects_are_told_in_pixels_of_the_resized_image():
+    model, [example] = model_of(), batch(sizes=((64, 96),), objects=(1,))
+    loss = model.losses.by_name["loss"]
+    small, large = truth([[5, 8, 20, 16]], (32, 48)), truth([[10, 16, 40, 32]], (64, 96))
+    one, other = (attention_of(loss, model.teacher, [example], gt) for gt in (small, large))
+    for level in one.levels:
+        np.testing.assert_allclose(one.levels[level], other.levels[level], rtol=1e-5)
+    assert small.gt_boxes.tensor.tolist() == [[5, 8, 20, 16]]  # left as it was
+
+
+def test_even_attention_is_even_on_the_picture():
+    model, [example] = model_of(), batch(sizes=((64, 64),), objects=(2,))
+    loss = model.losses.by_name["loss"]
+    for layer in loss.decoder:
+        torch.nn.init.zeros_(layer.query.weight)
+        torch.nn.init.zeros_(layer.query.bias)
+    found = attention_of(loss, model.teacher, [example], example["instances"])
+    cells = {level: x.shape[-2] * x.shape[-1] for level, x in found.levels.items()}
+    valid = {level: np.count_nonzero(x[0, 0]) for level, x in found.levels.items()}
+    assert all(valid[level] <= cells[level] for level in cells)
+    for level, share in found.shares(1).items():
+        assert share == pytest.approx(valid[level] / sum(valid.values()), rel=1e-5)
+    assert np.ptp(found.on_picture("p3", (32, 32))) < 1e-6
+
+
+def test_cells_lie_where_they_lie():
+    cells = np.zeros((1, 1, 4, 6), np.float32)
+    cells[0, 0, 1, 2] = 1
+    whole = Attention({"p3": cells}, (1.0, 1.0)).on_picture("p3", (40, 60))[0, 0]
+    assert whole[10:20, 20:30].all() and whole.sum() == 100
+    # The lower half and the right third are padding: the image has two rows of four cells.
+    padded = Attention({"p3": cells}, (2.0, 1.5)).on_picture("p3", (40, 60))[0, 0]
+    assert padded[20:40, 30:45].all() and padded.sum() == 20 * 15
+
+
+def test_density_is_of_pixels_and_not_of_cells():
+    fine, coarse = np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 2, 2))
+    fine[0, 0, 0, 0], coarse[0, 0, 1, 1] = 0.25, 0.75
+    found = Attention({"p3": fine, "p4": coarse}, (1.0, 1.0)).density((8, 8))[0, 0]
+    assert found.mean() == pytest.approx(1)
+    assert (found[:2, :2] == 0.25 * 16).all() and (found[4:, 4:] == 0.75 * 4).all()
+    assert found.sum() == pytest.approx(4 * 4 + 16 * 3)
+
+
+def test_a_panel_shows_rows_and_levels():
+    p3, p4 = np.full((2, 3, 4, 4), 0.01), np.full((2, 3, 2, 2), 0.01)
+    p3[1, 2, 3, 0] = 0.5
+    image = np.zeros((80, 80, 3), np.uint8)
+    attention = Attention({"p3": p3, "p4": p4}, (1.0, 1.0))
+    panel = attention_panel(image, attention, 1, np.array([0, 0, 8, 8]), "a thing")
+    assert panel.shape == (STRIP + 4 * TILE, 3 * TILE, 3) and panel.dtype == np.uint8
+    rows = panel[STRIP:].reshape(4, TILE, 3, TILE, 3).transpose(0, 2, 1, 3, 4)
+    corner = (slice(TILE - TILE // 4 + 2, TILE - 2), slice(2, TILE // 4 - 2))
+    assert (rows[3, 1][corner] == HEAT).all()  # the last head's brightest cell
+    assert (rows[0, 1][corner] == HEAT).all()  # and so the mean's
+    assert rows[3, 2][corner].max() < 10  # a fiftieth of that
+    assert (rows[2, 1][corner] == HEAT).all() and (rows[2, 2][corner] == HEAT).all()  # all even
+    assert (rows[3, 0][corner] == HEAT).all()
+
+
+def saved_run(folder, **options):
+    """A recipe's model node, and the checkpoint that its run would leave."""
+    model = model_of(tiny_faster_rcnn, **options)
+    loss = model.losses.by_name.pop("loss")
+    model.losses.by_name["mine"] = loss
+    state = {"model": model.student.state_dict(), "losses": model.losses.state_dict()}
+    torch.save(state, folder / "run.pth")
+    losses = L(DistillLosses)(mine=L(ICDLoss)(**{"heads": 4, **options}, priors="no such file"))
+    node = L(Distiller)(losses=losses)
+    return model, node, str(folder / "run.pth")
+
+
+def test_the_loss_comes_back_from_a_runs_checkpoint(tmp_path):
+    model, node, file = saved_run(tmp_path)
+    loss = load_icd(node, build(tiny_faster_rcnn()), model.teacher, file)
+    trained = model.losses.by_name["mine"].state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in loss.state_dict().items())
+    node.losses.mine._target_ = "d2kd.losses.icd.ICDLoss"  # as a saved recipe says it
+    load_icd(node, build(tiny_faster_rcnn()), model.teacher, file)
+
+
+def test_what_is_no_run_with_icd(tmp_path):
+    model, node, file = saved_run(tmp_path)
+    student, teacher = build(tiny_faster_rcnn()), model.teacher
+
+    def refused(match, node, file):
+        with pytest.raises(InputError, match=match) as error:
+            load_icd(node, student, teacher, file)
+        assert "\n" not in str(error.value)
+
+    refused("model.losses: no ICDLoss", L(Distiller)(losses=L(DistillLosses)()), file)
+    torch.save({"model": student.state_dict()}, tmp_path / "plain.pth")
+    refused("plain.pth: no losses.mine; expected", node, str(tmp_path / "plain.pth"))
+    refused("gone.pth: no such file", node, str(tmp_path / "gone.pth"))
+    wider = L(Distiller)(losses=L(DistillLosses)(mine=L(ICDLoss)(heads=4, layers=2)))
+    refused("run.pth: .* missing .*all weights of this ICDLoss", wider, file)
+
+
+@pytest.fixture
+def mapper():
+    return DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
+
+
+def test_pictures_of_images_with_objects(tmp_path, mapper):
+    draw_data(tmp_path, objects=(0, 2, 5, 0))
+    name = coco_dataset(f"seen_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
+    model = model_of()
+    loss = model.losses.by_name["loss"]
+    written = draw_attention(tmp_path / "out", name, loss, model.teacher, mapper, number=8)
+    assert [file.name for file in written] == ["01_1.png", "02_2.png"]
+    height, width = STRIP + 5 * TILE, 6 * TILE  # four heads and their mean; five levels and all
+    two, five = (np.asarray(Image.open(file)).shape[:2] for file in written)
+    assert two == (height, 2 * width + 6) and five == (2 * height + 6, 3 * width + 12)
+    [one] = draw_attention(tmp_path / "one", name, loss, model.teacher, mapper, number=1)
+    assert one.name == "01_1.png"
+
+
+def test_data_without_objects(tmp_path, mapper):
+    draw_data(tmp_path, objects=(0, 0))
+    name = coco_dataset(f"unseen_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
+    model = model_of()
+    with pytest.raises(InputError, match="no annotated object"):
+        draw_attention(tmp_path / "out", name, model.losses.by_name["loss"], model.teacher, mapper, 2)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_the_student_does_not_have():
+    model, [example] = model_of(), batch(sizes=((64, 64),), objects=(1,))
+    loss = model.losses.by_name["loss"]
+    gt = truth([[1, 1, 30, 30]], (64, 64), [CLASSES])
+    with pytest.raises(InputError, match=f"gt_classes: {CLASSES}"):
+        attention_of(loss, model.teacher, [example], gt)

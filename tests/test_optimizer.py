@@ -1,0 +1,236 @@
+"""Two optimizers in one step: each as it would be alone, saved together, stopped together."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.engine import HookBase
+from detectron2.solver.build import get_default_optimizer_params
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from torch import nn
+
+from d2kd.config import get_config, override
+from d2kd.data import estimate_priors
+from d2kd.engine import Trainer
+from d2kd.engine.optimizer import DistillerOptimizer
+from d2kd.engine.step import Step
+from d2kd.engine.trainer import complete
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, ICDLoss
+
+from .common import tiny_faster_rcnn, tiny_retinanet
+from .test_trainer import (  # noqa: F401  (three are fixtures)
+    assert_same,
+    data,
+    lines,
+    no_console,
+    own_cache,
+    run,
+    saved,
+)
+from .tiny_run import distiller, recipe, without_evaluation
+
+
+def two(data, output, **train):  # noqa: F811
+    """A recipe whose losses have the published optimizer, and whose student's gradients are clipped, too."""
+    priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
+    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.25, priors=priors))
+    clip = {"enabled": True, "clip_value": 0.5}
+    config = recipe(data, output, distiller(losses=losses), clip_gradients=clip, **train)
+    config.train.distiller = get_config("common/icd.py").distiller
+    return without_evaluation(config)
+
+
+def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F811
+    config = two(data, tmp_path, max_iter=4, seed=3)
+    ours = run(config)
+
+    seed_all_rng(3)
+    model = instantiate(config.model).train()
+    seed_all_rng(3)
+    batches = iter(instantiate(config.dataloader.train))
+    parts = [model.student, model.losses]
+    sgd = torch.optim.SGD(
+        get_default_optimizer_params(model.student, weight_decay_norm=0.0),
+        lr=0.005,
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
+    adamw = torch.optim.AdamW(model.losses.parameters(), lr=1e-4, weight_decay=1e-4)
+    norms = []
+    seed_all_rng(3)
+    for step in range(4):
+        sgd.param_groups[0]["lr"] = 0.005 * (1 - 0.9 * step / 4)
+        adamw.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * step / 4)) / 2
+        with EventStorage(start_iter=step):
+            losses = model(next(batches))
+        for optimizer in (sgd, adamw):
+            optimizer.zero_grad()
+        sum(losses.values()).backward()
+        norms.append(
+            [nn.utils.clip_grad_norm_(p.parameters(), c) for p, c in zip(parts, (0.5, 0.01))]
+        )
+        for optimizer in (sgd, adamw):
+            optimizer.step()
+    assert all(student > 0.5 and own > 0.01 for student, own in norms), "nothing was clipped"
+    for name, part in zip(("student", "losses"), parts):
+        found = dict(getattr(ours.model, name).state_dict())
+        assert found.keys() == part.state_dict().keys()
+        for key, value in part.state_dict().items():
+            torch.testing.assert_close(found[key], value, msg=f"{name}.{key}")
+    logged = [line["lr"] for line in lines(tmp_path / "metrics.json")]
+    assert logged == pytest.approx([0.005 * (1 - 0.9 * step / 4) for step in range(4)])
+
+
+@pytest.mark.parametrize("node", [tiny_faster_rcnn, tiny_retinanet])
+def test_resumed_is_uninterrupted(data, tmp_path, node):  # noqa: F811
+    def config(folder):
+        config = two(data, tmp_path / folder)
+        config.model.student, config.model.teacher.detector = node(), node(channels=24)
+        config.train.checkpointer.period = 2
+        return config
+
+    def losses_of(folder, resume=False):
+        heard = {}
+
+        class Listen(HookBase):
+            def after_step(self):
+                latest = self.trainer.storage.latest()
+                heard[self.trainer.iter] = {k: v for k, (v, _) in latest.items() if "loss" in k}
+
+        trainer = Trainer(config(folder))
+        trainer.resume_or_load(resume)
+        trainer.register_hooks([Listen()])
+        trainer.train()
+        return heard
+
+    whole = losses_of("whole")
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    name = "model_0000001.pth"
+    (resumed / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (resumed / "last_checkpoint").write_text(name)
+    continued = losses_of("resumed", resume=True)
+    assert list(continued) == [2, 3] and len(continued[3]) > 5
+    assert continued == {step: whole[step] for step in (2, 3)}
+
+    one, other = saved(tmp_path / "whole/model_final.pth"), saved(resumed / "model_final.pth")
+    for checkpoint in (one, other):
+        del checkpoint["trainer"]["seconds"]
+    assert one["trainer"]["_trainer"]["optimizer"].keys() == {"student", "losses"}
+    assert_same(one, other)
+
+
+def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path):  # noqa: F811
+    config = two(data, tmp_path, max_iter=1)
+    own = config.train.pop("distiller")
+    run(config)
+    config.train.distiller = own
+    with pytest.raises(InputError, match="its 'trainer' does not fit.*a checkpoint of this recipe"):
+        Trainer(config).resume_or_load(True)
+
+
+@pytest.mark.parametrize("part", ["student", "losses"])
+def test_gradients_that_are_not_finite_stop_both(data, tmp_path, part):  # noqa: F811
+    trainer = Trainer(two(data, tmp_path))
+    weight = next(p for p in getattr(trainer.model, part).parameters() if p.requires_grad)
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items() if "draws" not in k}
+    with pytest.raises(InputError, match="the gradient at iteration 0"):
+        trainer.train()
+    after = {k: v for k, v in trainer.model.state_dict().items() if "draws" not in k}
+    assert_same(before, after)
+
+
+class Pair(nn.Module):
+    """Student and losses of a parameter each."""
+
+    def __init__(self, gradient_of_losses=2.0):
+        super().__init__()
+        self.student, self.losses = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        for part in (self.student, self.losses):
+            nn.init.ones_(part.weight)
+        self.gradient = gradient_of_losses
+
+    def forward(self, batch):
+        return {"a": 3 * self.student.weight.sum(), "b": self.gradient * self.losses.weight.sum()}
+
+
+def scaled_step(model, scale):
+    """One step of SGD, rate 1, and SGD, rate 10, each clipped at 1, under a gradient scaler."""
+    optimizer = DistillerOptimizer(
+        torch.optim.SGD(model.student.parameters(), lr=1.0),
+        torch.optim.SGD(model.losses.parameters(), lr=10.0),
+    )
+    train = get_config("common/train.py").train
+    train.clip_gradients.enabled = True
+    train.distiller = {"clip_gradients": train.clip_gradients}
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    with EventStorage():
+        Step(model, [[]], optimizer, (contextlib.nullcontext, scaler), train).run_step()
+    return [p.item() for p in model.parameters()], scaler.get_scale()
+
+
+def test_the_scaler_sees_both_once():
+    for scale in (1, 2**16):
+        assert scaled_step(Pair(), scale)[0] == pytest.approx([0.0, -9.0], abs=1e-5)
+    # An overflow of one, too, is a step that nobody takes.
+    values, scale = scaled_step(Pair(gradient_of_losses=3e38), 2**16)
+    assert values == [1.0, 1.0] and scale == 2**15
+
+
+def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
+    config = override(
+        two(data, tmp_path), ["train.distiller.optimizer.lr=0.25", "optimizer.lr=0.5"]
+    )
+    config.train.distiller.lr_multiplier = L(ConstantParamScheduler)(value=0.5)
+    optimizer = Trainer(config)._trainer.optimizer
+    assert optimizer.student.param_groups[0]["lr"] == 0.5
+    assert optimizer.losses.param_groups[0]["lr"] == 0.125
+    assert complete(config).train.distiller.clip_gradients.norm_type == 2.0
+    for key in ("lr_multiplier", "clip_gradients"):
+        del config.train.distiller[key]
+    trainer = Trainer(config)
+    assert trainer._trainer.optimizer.losses.param_groups[0]["lr"] == 0.25
+    assert not trainer.config.train.distiller.clip_gradients.enabled
+    with pytest.raises(InputError, match="train.distiller.rate: no 'rate' in train.distiller"):
+        override(config, ["train.distiller.rate=0.25"])
+
+
+def test_without_a_schedule_the_rates_stay(data, tmp_path):  # noqa: F811
+    config = two(data, tmp_path, max_iter=2)
+    del config["lr_multiplier"]
+    del config.train.distiller["lr_multiplier"]
+    optimizer = run(config)._trainer.optimizer
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 1e-4]
+
+
+def test_bad_input(data, tmp_path):  # noqa: F811
+    def refused(match, change):
+        config = two(data, tmp_path / "out")
+        change(config)
+        with pytest.raises(InputError, match=match) as error:
+            Trainer(config)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    def set_to(key, value):
+        return lambda config: config.train.distiller.update({key: value})
+
+    def without_losses(config):
+        config.model.losses = L(DistillLosses)()
+
+    refused(
+        "train.distiller: no Distiller", lambda config: config.update(model=config.model.student)
+    )
+    refused("train.distiller: .*rate; expected optimizer, lr_multiplier", set_to("rate", 1))
+    refused("train.distiller: nothing; expected", lambda c: c.train.update(distiller={}))
+    refused("clip_gradients.clip_type: hard", set_to("clip_gradients", {"clip_type": "hard"}))
+    refused("train.distiller.optimizer: nothing that learns", without_losses)
+    refused(
+        "train.distiller.optimizer: no params", lambda c: c.train.distiller.optimizer.pop("params")
+    )
