@@ -1,11 +1,12 @@
 # make demo          the main job: a small study, then a table, curves and pictures
 # make demo FAST=1   the same in about two minutes, to see that it runs; its figures mean nothing
+# make demo-incremental [FAST=1]   classes learned in two steps, and what is forgotten
 # make test          lint, format check, tests
 #
 # Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in
 # which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
 
-.PHONY: demo test setup
+.PHONY: demo demo-incremental test setup
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -19,6 +20,10 @@ endif
 
 demo: setup
 	$(PY) tools/run_study.py projects/TAR/studies/shapes.py $(if $(FAST),--fast)
+
+demo-incremental: setup
+	$(PY) tools/run_study.py projects/ERD/studies/shapes.py --output output/$(if $(FAST),incremental_fast,incremental) \
+	    $(if $(FAST),--fast)
 
 test: setup
 	$(PY) -m ruff check .

@@ -150,7 +150,7 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
     """Detectron2's training batch for this detector: images of noise with seven objects each.
 
     The objects' sides go from a sixteenth to two thirds of the image's, their classes over all that the
-    detector knows; with a mask head they have masks, their rectangles.
+    detector is to learn; with a mask head they have masks, their rectangles.
     """
     random = np.random.default_rng(seed)
     batch = []
@@ -162,7 +162,9 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         boxes = np.concatenate([corner, corner + extent], axis=1) * image_size
         instances = Instances((image_size, image_size))
         instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
-        classes = np.linspace(0, num_classes_of(detector) - 1, OBJECTS).round().astype(np.int64)
+        first = getattr(detector, "num_old_classes", 0)
+        classes = np.linspace(first, num_classes_of(detector) - 1, OBJECTS)
+        classes = classes.round().astype(np.int64)
         instances.gt_classes = torch.from_numpy(random.permutation(classes))
         if getattr(getattr(detector, "roi_heads", None), "mask_on", False):
             corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]

@@ -26,7 +26,8 @@ def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[s
     """Names of classes in a detector's order.
 
     Args:
-        given: the names, or the name of a registered data set that has them (the first of several).
+        given: the names, or the name of a registered data set that has them (the first of several). A class
+            step has those that were learned when it is over.
         culprit: what to call it in an error.
 
     Raises:
@@ -37,7 +38,10 @@ def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[s
         if given and all(map(_registered, given)):
             given = given[0]
     if isinstance(given, str):
-        names = MetadataCatalog.get(given).get("thing_classes") if _registered(given) else None
+        names = None
+        if _registered(given):
+            metadata = MetadataCatalog.get(given)
+            names = metadata.get("seen_classes") or metadata.get("thing_classes")
         if not names:
             near = difflib.get_close_matches(given, DatasetCatalog.list())
             expected = " or ".join(near) or "a registered data set with class names, or the names"

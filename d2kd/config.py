@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .classes import class_names
+from .data import class_step, split_classes
+from .data.steps import Split
 from .errors import InputError
 from .losses import DistillLosses, ImitationLoss, TARLoss
 from .modeling import (
+    GFL,
     Distiller,
     Teacher,
     add_distiller_config,
@@ -289,3 +293,63 @@ def distill(
     if distiller is not None:
         base.train.distiller = distiller
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+
+
+def increment(
+    base: str | DictConfig,
+    *,
+    split: Split,
+    step: int,
+    weights: str = "",
+    losses: DictConfig | None = None,
+) -> Recipe:
+    """A plain recipe of all classes as one step of learning them a few at a time.
+
+    Its data become a class step of its data. From step 2 on its detector has the old classes and the new ones,
+    starts as the detector of the step before, which is also its teacher, and its own losses see new classes
+    alone. The classes of both are named, so that another step's weights are refused.
+
+    Args:
+        base: the recipe, by path or name or loaded; its model is a GFL.
+        split: the classes of each step, see :func:`d2kd.data.split_classes`.
+        step: from 1.
+        weights: of the step before.
+        losses: a ``DistillLosses`` node; None: none, which is fine-tuning.
+
+    Returns:
+        the whole recipe; ``base`` is left as it was.
+
+    Raises:
+        InputError: the split does not fit the data's classes, or the detector is no GFL.
+    """
+    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    model, data = student_of(base.model), base.dataloader
+    if "num_classes" not in model or model.get("_target_") not in (GFL, f"{GFL.__module__}.GFL"):
+        raise InputError("increment", "a recipe of another detector", "one of a GFL")
+    names = data.train.dataset.names
+    if OmegaConf.is_dict(names):  # what registers the data may tell its classes without them
+        names = list(names.get("classes") or class_names(instantiate(names)))
+    steps = split_classes(names, split)
+    if not 1 <= step <= len(steps):
+        raise InputError("step", step, f"from 1 to {len(steps)}")
+    if not isinstance(split, str):
+        split = [list(classes) for classes in split]
+    for part, seen in ((data.train, False), (data.test, True)):
+        part.dataset.names = L(class_step)(
+            dataset=part.dataset.names, split=split, step=step, seen=seen
+        )
+    learned = [name for classes in steps[:step] for name in classes]
+    model.num_classes = len(learned)
+    if step == 1:
+        return Recipe(model, data, base.optimizer, base.lr_multiplier, base.train)
+    old = copy.deepcopy(model)
+    model.num_old_classes = old.num_classes = len(learned) - len(steps[step - 1])
+    base.model, base.train.init_checkpoint = model, ""
+    recipe = distill(
+        base,
+        teacher=L(Teacher)(detector=old, weights=weights, classes=learned[: model.num_old_classes]),
+        losses=losses or L(DistillLosses)(),
+        inherit=[""],  # all of it, the classifier by class
+    )
+    recipe.model.classes = learned
+    return recipe

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
@@ -57,7 +58,7 @@ def side_by_side(
     Args:
         image: (H, W, 3) RGB, or gray as (H, W) or (H, W, 1); uint8, or anything whose values are in 0..255.
         panels: title -> instances in pixels of ``image``: ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``, ``pred_classes``
-            and ``scores``.
+            and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots.
         metadata: Detectron2's metadata of the data set, for ``thing_classes``; or a mapping title -> metadata where a
             detector has a class list of its own. A class without a name is drawn as its number.
         threshold: predictions below this score are left out; ground truth has no score and is always drawn.
@@ -241,16 +242,28 @@ def spread(records: Sequence[dict], number: int) -> list[dict]:
     return [records[place] for place in places]
 
 
-def described(metadata, classes: Mapping[str, int]) -> dict[str, Any]:
+def described(metadata, classes: Mapping[str, int], num_old_classes: int = 0) -> dict[str, Any]:
     """Metadata by panel: a detector with other classes than the data set's is drawn with their numbers.
 
     Args:
         metadata: the data set's.
         classes: a detector's title -> how many it tells apart.
+        num_old_classes: of the student's, the first ones, which its teacher has, too.
     """
-    known = len(metadata.get("thing_classes") or ())
-    panels = {title: metadata if count == known else None for title, count in classes.items()}
+    known = {len(metadata.get("thing_classes") or ())} | {num_old_classes} - {0}
+    metadata = marked(metadata, num_old_classes)
+    panels = {title: metadata if count in known else None for title, count in classes.items()}
     return {"ground truth": metadata, **panels}
+
+
+def marked(metadata, num_old_classes: int):
+    """The metadata with "old" or "new" after each class; as they are where no class is old."""
+    names = metadata.get("thing_classes")
+    if not num_old_classes or not names:
+        return metadata
+    old = [f"{name} (old)" for name in names[:num_old_classes]]
+    new = [f"{name} (new)" for name in names[num_old_classes:]]
+    return Metadata(thing_classes=old + new)
 
 
 def draw_detections(
@@ -260,6 +273,7 @@ def draw_detections(
     mapper: Callable[[dict], dict],
     number: int,
     threshold: float,
+    num_old_classes: int = 0,
 ) -> list[Path]:
     """Ground truth and what detectors see, for images spread evenly over a data set.
 
@@ -271,6 +285,7 @@ def draw_detections(
         mapper: makes an input of a dataset dict, as for evaluation.
         number: of images.
         threshold: lowest score to draw.
+        num_old_classes: see :func:`described`.
 
     Raises:
         InputError: the data set is not registered, or an image cannot be read.
@@ -278,7 +293,7 @@ def draw_detections(
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
     classes = {title: count for title, (_, count) in detectors.items()}
-    metadata = described(MetadataCatalog.get(dataset), classes)
+    metadata = described(MetadataCatalog.get(dataset), classes, num_old_classes)
     drawn = {}
     for scene in scenes(spread(records, number), mapper):
         for title, (see, _) in detectors.items():
@@ -352,6 +367,8 @@ def _draw(
     from detectron2.utils.visualizer import Visualizer
 
     instances = instances.to("cpu")
+    if instances.has("locations"):
+        return _dots(image, instances, scale)
     annotated = instances.has("gt_boxes")
     boxes = (instances.gt_boxes if annotated else instances.pred_boxes).tensor
     classes = (instances.gt_classes if annotated else instances.pred_classes).tolist()
@@ -372,6 +389,17 @@ def _draw(
     labels = [_label(classes[i], scores[i], names) for i in shown]
     drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
     return drawing.get_image()
+
+
+def _dots(image: np.ndarray, instances: Instances, scale: float) -> np.ndarray:
+    """Locations on the image, from fine to coarse levels in other colours and sizes."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for (x, y), level in zip((instances.locations * scale).tolist(), instances.levels.tolist()):
+        radius = 3 + 2 * level
+        color = tuple(COLORS[level % len(COLORS)].tolist())
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], color, (0, 0, 0))
+    return np.asarray(picture)
 
 
 def _label(index: int, score: float | None, names: Sequence[str] | None) -> str:

@@ -373,6 +373,7 @@ def test_icd_is_set_beside_its_parts(path):
 
 
 STUDIES = [path for path in Path("projects").glob("*/studies/*.py") if path.stem != "common"]
+OF_STEPS = "projects/ERD/studies"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -384,6 +385,17 @@ def test_every_study_is_whole(path, monkeypatch):
         return
     study = load(str(path))
     planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
+    if str(path.parent) == OF_STEPS:
+        assert (
+            study.steps and study.upper_bound and set(planned) == {f"{m}_seed0" for m in study.runs}
+        )
+        for run in planned.values():
+            assert (
+                ("losses" in run.config.model)
+                == bool(run.teacher)
+                == ((study.step_of(run.method) or 1) > 1)
+            )
+        return
     assert {"teacher", "baseline_seed0", "baseline_equal_time_seed0"} <= planned.keys()
     for run in planned.values():
         model = run.config.model

@@ -3,10 +3,12 @@
     tools/visualize.py --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
         --weights student=output/model_final.pth teacher=teacher.pth
     tools/visualize.py --what attention --config-file output/config.yaml --dataset shapes_test --output DIR
+    tools/visualize.py --what selection --config-file RECIPE --dataset shapes_test --output DIR
 
 A detector is drawn if its weights are known: given here, the teacher's also by the recipe, and the student's by what
 training left in the recipe's output folder. That file holds ICD's decoder, too: ``attention`` shows, with a panel for
-each object, which cells of the teacher's levels it is recognised by.
+each object, which cells of the teacher's levels it is recognised by. ``selection`` shows where ERD compares student and
+teacher: the locations of class logits, those of boxes, and what non-maximum suppression leaves of these.
 """
 
 import argparse
@@ -17,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=["detections", "attention"], default="detections")
+    parser.add_argument(
+        "--what", choices=["detections", "attention", "selection"], default="detections"
+    )
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument(
         "--weights", nargs="+", default=[], metavar="WHO=FILE", help="WHO is student or teacher"
@@ -42,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from d2kd.attention_maps import draw_attention
-    from d2kd.config import load
+    from d2kd.config import load, student_of
     from d2kd.errors import InputError
+    from d2kd.selection import draw_selection
     from d2kd.visualization import draw_detections
 
     weights = {}
@@ -63,10 +68,20 @@ def run(args: argparse.Namespace) -> None:
         loss, teacher = icd_of(config, weights)
         written = draw_attention(args.output, args.dataset, loss, teacher, mapper, args.number)
         shown = "attention"
+    elif args.what == "selection":
+        loss, teacher = erd_of(config, weights)
+        written = draw_selection(args.output, args.dataset, loss, teacher, mapper, args.number)
+        shown = "selected locations"
     else:
         detectors = detectors_of(config, weights)
         written = draw_detections(
-            args.output, args.dataset, detectors, mapper, args.number, args.threshold
+            args.output,
+            args.dataset,
+            detectors,
+            mapper,
+            args.number,
+            args.threshold,
+            student_of(config.model).get("num_old_classes", 0),
         )
         shown = " | ".join(["ground truth", *detectors])
     print(f"{shown}: {len(written)} pictures in {args.output}")
@@ -80,7 +95,8 @@ def register(config, dataset: str) -> None:
     for part in ("train", "test"):
         names = OmegaConf.select(config, f"dataloader.{part}.dataset.names")
         for node in names if OmegaConf.is_list(names) else [names]:
-            if OmegaConf.is_dict(node) and node.get("name") == dataset:
+            # A class step is called what its parts are called.
+            if OmegaConf.is_dict(node) and node.get("name", dataset) == dataset:
                 instantiate(node)
 
 
@@ -114,6 +130,28 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     loss = load_icd(model, instantiate(model.student), teacher, checkpoint)
     teacher.detector.to(device)
     return loss.to(device), teacher
+
+
+def erd_of(config, weights: dict[str, str]) -> tuple:
+    """The recipe's ERD loss and its teacher."""
+    from detectron2.config import instantiate
+
+    from d2kd.config import is_distiller
+    from d2kd.engine.launch import pick_device
+    from d2kd.errors import InputError
+    from d2kd.losses import ERDLoss
+
+    if not is_distiller(config.model):
+        raise InputError("--what selection", "a plain recipe", "one that distils by ERD")
+    node = config.model.teacher
+    node.weights = weights.get("teacher", node.weights)
+    if not node.weights:
+        raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
+    model = instantiate(config.model).to(pick_device(config.train.device))
+    losses = [loss for loss in model.losses.by_name.values() if isinstance(loss, ERDLoss)]
+    if not losses:
+        raise InputError("--what selection", "a recipe without it", "one that distils by ERD")
+    return losses[0], model.teacher
 
 
 def detectors_of(config, weights: dict[str, str]) -> dict:

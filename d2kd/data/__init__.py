@@ -1,9 +1,10 @@
-"""The generated set shapes_{train,val,test}, the user's own data, and loaders that repeat themselves."""
+"""The generated set shapes_{train,val,test}, the user's own data, steps of any, and loaders that repeat themselves."""
 
 from d2kd.data import shapes
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.loader import build_test_loader, build_train_loader, use_seeded_loaders
 from d2kd.data.priors import InstancePriors, estimate_priors
+from d2kd.data.steps import class_step, split_classes
 from d2kd.data.voc import register_voc
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
+    "class_step",
     "coco_dataset",
     "estimate_priors",
     "register_voc",
     "shapes",
+    "split_classes",
     "use_seeded_loaders",
 ]
 

@@ -130,11 +130,15 @@ def _check_coco(
             f"the order of the category ids: {', '.join(names)}",
         )
 
+    step = content.get("d2kd_step", names)  # the classes that a file of several is about
     for one in content["annotations"]:
         culprit = f"{json_file}: annotation {one['id']}"
         if one["category_id"] not in categories:
             listed = ", ".join(map(str, sorted(categories)))
             raise InputError(culprit, f"category {one['category_id']!r}", f"one of {listed}")
+        if categories[one["category_id"]] not in step:
+            found = f"class {categories[one['category_id']]!r}, outside the step"
+            raise InputError(culprit, found, f"one of {', '.join(step)}")
         if one["image_id"] not in images:
             raise InputError(culprit, f"image {one['image_id']!r}", "an image id of the file")
         if not _is_box(one["bbox"]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..classes import class_names, num_classes_of
 from ..errors import InputError
 from ..modeling import Distiller
-from ..modeling.weights import local_path, read
+from ..modeling.weights import CLASSES, check_names, local_path, read
 from .random_state import random_state
 from .run_info import written_whole
 
@@ -29,15 +32,38 @@ def student_of(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, Distiller) else model
 
 
+def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
+    """Names of a detector's classes in its order, if the data sets it learns from say as many."""
+    with contextlib.suppress(InputError, AttributeError):
+        classes = class_names(names)
+        if len(classes) == num_classes_of(student):
+            return classes
+    return None
+
+
 class StudentCheckpointer(DetectionCheckpointer):
     """Saves the student, and the state of whatever else is named, in one file.
 
-    The file holds ``{"model": the student's, "random": per process, **the others}``. It is written whole or
-    not at all, and saving is collective, because every process has random state of its own.
+    The file holds ``{"model": the student's, "classes": their names, "random": per process, **the others}``.
+    It is written whole or not at all, and saving is collective, because every process has random state of
+    its own.
+
+    Args:
+        model: the detector, or what it is trained in.
+        save_dir: where to write.
+        classes: names of the student's classes in its order; None: the file does not tell.
+        checkpointables: what else to save, by key.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        classes: Sequence[str] | None = None,
+        **checkpointables: Any,
+    ):
         super().__init__(student_of(model), save_dir, **checkpointables)
+        self.classes = None if classes is None else list(classes)
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write ``name.pth``. Every process must call this.
@@ -51,6 +77,8 @@ class StudentCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), "random": everyones_random_state}
+        if self.classes is not None:
+            data[CLASSES] = self.classes
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         file = Path(self.save_dir, f"{name}.pth")
         with written_whole(file) as temporary:
@@ -103,6 +131,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             InputError: the file cannot be read, or is another run's.
         """
         checkpoint = read(weights)
+        check_names(checkpoint, weights, self.classes)
         incompatible = self._load_model(checkpoint)
         unmet = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if unmet:

@@ -12,6 +12,7 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -75,7 +76,7 @@ class EvalTeacher(HookBase):
             "weights": self._teacher.weights,
             "weights_sha256": self._teacher.weights_sha256,
             "dataset": names,
-            "dataset_sha256": [sha256(f) if f and Path(f).is_file() else None for f in files],
+            "dataset_sha256": [sha256(f) if f and PathManager.isfile(f) else None for f in files],
             "config_sha256": config_hash({"model": model, "data": self._config.dataloader.test}),
         }
 
@@ -187,7 +188,8 @@ class DrawDetections(HookBase):
         classes = {"student": num_classes_of(student)}
         if teacher is not None:
             classes["teacher"] = num_classes_of(teacher.detector)
-        self._metadata = described(metadata, classes)
+        old_classes = getattr(student, "num_old_classes", 0)
+        self._metadata = described(metadata, classes, old_classes)
 
     def before_train(self) -> None:
         teacher = self._teacher

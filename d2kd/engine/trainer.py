@@ -35,11 +35,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import get_config, is_distiller
+from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
+from ..data.steps import check_new_objects
 from ..errors import InputError
 from ..modeling import Distiller
 from ..visualization import scenes
-from .checkpoint import StudentCheckpointer, student_of, unwrapped
+from .checkpoint import StudentCheckpointer, learned_classes, student_of, unwrapped
 from .evaluation import build_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .launch import pick_device
@@ -121,17 +123,25 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
         self.checkpointer = StudentCheckpointer(
-            model, config.train.output_dir, trainer=weakref.proxy(self), **losses
+            model,
+            config.train.output_dir,
+            learned_classes(student_of(model), self._data),
+            trainer=weakref.proxy(self),
+            **losses,
         )
         self.record = RunRecord(Path(config.train.output_dir, "run.json"))
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
+        found = {}
         for part in ("train", "test"):
             key = f"dataloader.{part}.dataset.names"
             names = OmegaConf.select(self.config, key, default=None)
-            if names is not None:
-                check_dataset(names)
+            found[part] = [] if names is None else check_dataset(names)
+        self._data = found["train"]
+        old_classes = recipe_student(self.config.model).get("num_old_classes") or 0
+        if old_classes:
+            check_new_objects(self._data, old_classes)
 
     def _seed(self) -> None:
         seed_all_rng(self.config.train.seed + comm.get_rank())
@@ -250,6 +260,8 @@ class Trainer(DefaultTrainer):
                 self._resume(last)
             elif self.config.train.init_checkpoint:
                 self.checkpointer.load_initial(self.config.train.init_checkpoint)
+                if isinstance(unwrapped(self.model), Distiller):
+                    unwrapped(self.model).inherit()
 
     def _resume(self, checkpoint: str) -> None:
         rest = self.checkpointer.restore(checkpoint)

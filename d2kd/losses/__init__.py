@@ -1,8 +1,19 @@
 """Distillation losses, a file each. They read outputs and know no detector."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay
+from .erd import ERDLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
+from .lwf import LwFLoss
 from .tar import TARLoss
 
-__all__ = ["DistillLoss", "DistillLosses", "EpochDecay", "ICDLoss", "ImitationLoss", "TARLoss"]
+__all__ = [
+    "DistillLoss",
+    "DistillLosses",
+    "ERDLoss",
+    "EpochDecay",
+    "ICDLoss",
+    "ImitationLoss",
+    "LwFLoss",
+    "TARLoss",
+]

@@ -153,3 +153,27 @@ def _message(error: LookupError) -> str:
 def is_off(weight: Weight) -> bool:
     """Whether a coefficient is 0 throughout, so that its term needs nothing built."""
     return not isinstance(weight, ParamScheduler) and (weight == 0 or math.isnan(weight))
+
+
+def check_anchors(
+    student: nn.Module, teacher: nn.Module, expected: str = "the same anchors"
+) -> None:
+    """Raise InputError unless two dense detectors have equal anchors on equal grids, to be compared row by row."""
+    kinds = [type(d).__name__ for d in (student, teacher)]
+    if not all(hasattr(d, "anchor_generator") for d in (student, teacher)):
+        raise InputError("anchors", f"student {kinds[0]}, teacher {kinds[1]}", expected)
+    ours, theirs = (
+        (
+            [d.backbone.output_shape()[level].stride for level in d.head_in_features],
+            [cell.tolist() for cell in d.anchor_generator.cell_anchors],
+            d.backbone.size_divisibility,
+        )
+        for d in (student, teacher)
+    )
+    for what, a, b in zip(("strides", "anchors of a cell", "padding"), ours, theirs, strict=True):
+        if a != b:
+            if what == "anchors of a cell":
+                a, b = ([len(cell) for cell in side] for side in (a, b))
+                what = "anchors of a cell" if a != b else "sizes of anchors"
+                a, b = (a, b) if a != b else ("one set", "another")
+            raise InputError("anchors", f"{what}: student {a}, teacher {b}", expected)

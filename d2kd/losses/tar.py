@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..classes import num_classes_of
 from ..errors import InputError
-from .base import DistillLoss, Weight, is_off, value_of
+from .base import DistillLoss, Weight, check_anchors, is_off, value_of
 from .functional import in_float32, paired_iou, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
 
@@ -151,7 +151,11 @@ class TARLoss(DistillLoss):
                 "the same classes, or the names of both: the teacher's and the Distiller's classes",
             )
         if two_stage == {False}:
-            _check_anchors(student, teacher)
+            check_anchors(
+                student,
+                teacher,
+                "the same anchors, or classification_weight=0 and regression_weight=0",
+            )
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         terms = {}
@@ -278,29 +282,6 @@ def _same_coder(one, other) -> bool:
         {k: tuple(v) if k == "weights" else v for k, v in vars(c).items()} for c in (one, other)
     ]
     return type(one) is type(other) and settings[0] == settings[1]
-
-
-def _check_anchors(student: nn.Module, teacher: nn.Module) -> None:
-    """Row by row comparison wants equal anchors on equal grids."""
-    ours, theirs = (
-        (
-            [d.backbone.output_shape()[level].stride for level in d.head_in_features],
-            [cell.tolist() for cell in d.anchor_generator.cell_anchors],
-            d.backbone.size_divisibility,
-        )
-        for d in (student, teacher)
-    )
-    for what, a, b in zip(("strides", "anchors of a cell", "padding"), ours, theirs, strict=True):
-        if a != b:
-            if what == "anchors of a cell":
-                a, b = ([len(cell) for cell in side] for side in (a, b))
-                what = "anchors of a cell" if a != b else "sizes of anchors"
-                a, b = (a, b) if a != b else ("one set", "another")
-            raise InputError(
-                "anchors",
-                f"{what}: student {a}, teacher {b}",
-                "the same anchors, or classification_weight=0 and regression_weight=0",
-            )
 
 
 @in_float32

@@ -37,7 +37,8 @@ class Distiller(nn.Module):
             losses; its optional ``bind(student, teacher, class_map)`` sees both detectors once, and its
             optional ``taps`` names further modules of the student to listen to.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
-        inherit: prefixes of parameter names to start from the teacher's weights.
+        inherit: prefixes of parameter names to start from the teacher's weights; ``[""]`` is all of them. With
+            other classes the rows of a GFL's classifier go by name, and so a detector grows.
         share: whose proposals the RoI heads judge. "student": its sampler's choice among its own, as it
             would be alone. "both": among its own and the teacher's, so its training is no longer the plain one.
         classes: names of the student's classes, or a data set that has them; needed where the teacher's
@@ -73,13 +74,19 @@ class Distiller(nn.Module):
         if share == "both" and {self.kind, teacher.kind} != {RCNNOutputs}:
             kinds = f"a {type(student).__name__} and a {type(teacher.detector).__name__}"
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
+        self.class_map = _class_map(student, teacher, classes)
         if hasattr(losses, "bind"):
-            losses.bind(student, teacher.detector, _class_map(student, teacher, classes))
+            losses.bind(student, teacher.detector, self.class_map)
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
-        if inherit:
-            inherit_weights(student, teacher.detector, inherit)
+        self.inherited = tuple(inherit)
+        self.inherit()
         # The student may have been moved before it came here.
         self.to(self.device)
+
+    def inherit(self) -> None:
+        """Take over the teacher's weights once more, after an initialization that has overwritten some."""
+        if self.inherited:
+            inherit_weights(self.student, self.teacher.detector, self.inherited, self.class_map)
 
     def _tap(self, name: str) -> Callable:
         try:
@@ -152,21 +159,48 @@ def _class_map(
 
 
 @torch.no_grad()
-def inherit_weights(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> list[str]:
+def inherit_weights(
+    student: nn.Module,
+    teacher: nn.Module,
+    prefixes: Sequence[str],
+    class_map: ClassMap | None = None,
+) -> list[str]:
     """Copy the teacher's weights of equal name and shape under the prefixes; returns the names copied.
 
     What the student has under a prefix and the teacher lacks, or has in another shape, is logged and kept.
+
+    Args:
+        student, teacher: the detectors.
+        prefixes: of parameter names.
+        class_map: of two detectors whose classes differ. The layer that a student names as its ``classifier``
+            is then copied row by row: a shared class's from the teacher, the others stay as they were made.
     """
     source = teacher.state_dict()
     own = {k: v for k, v in student.state_dict().items() if k.startswith(tuple(prefixes))}
-    copied = [k for k, v in own.items() if k in source and source[k].shape == v.shape]
-    for key in copied:
+    rows = []
+    if class_map is not None and hasattr(student, "classifier"):
+        rows = [f"{student.classifier}.{name}" for name in ("weight", "bias")]
+        rows = [
+            k for k in rows if k in own and k in source and source[k][0].shape == own[k][0].shape
+        ]
+    whole = [k for k, v in own.items() if k in source and source[k].shape == v.shape]
+    whole = [k for k in whole if k not in rows]
+    for key in whole:
         own[key].copy_(source[key])
-    kept = sorted(own.keys() - set(copied))
-    logger.info("inherited %d tensors of the teacher under %s", len(copied), list(prefixes))
+    for key in rows:
+        own[key][class_map.of_student] = source[key][class_map.of_teacher].to(own[key])
+    kept = sorted(own.keys() - {*whole, *rows})
+    logger.info("inherited %d tensors of the teacher under %s", len(whole), list(prefixes))
+    if rows:
+        logger.info(
+            "inherited the rows of %d of %d classes in %s",
+            len(class_map.pairs),
+            len(class_map.student),
+            student.classifier,
+        )
     if kept:
         logger.warning("not inherited, absent or of another shape: %s", ", ".join(kept))
-    return copied
+    return whole + rows
 
 
 def add_distiller_config(cfg: CfgNode) -> None:

@@ -30,6 +30,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
+from ..errors import InputError
+
 
 @META_ARCH_REGISTRY.register()
 class GFL(DenseDetector):
@@ -42,7 +44,10 @@ class GFL(DenseDetector):
         backbone: with a feature pyramid.
         head: a :class:`GFLHead`, or a module like it: two maps a level, ``(N, K, Hi, Wi)`` class logits and
             ``(N, 4 * (n + 1), Hi, Wi)`` logits of the distances, and ``reg_max`` n.
-        num_classes: K. A detector that learns in increments has its old classes first.
+        num_classes: K.
+        num_old_classes: how many of them, the first ones, were learned before. Its own losses then see the
+            new ones alone, in logits and in ground truth: an old class gets no gradient from them, neither as
+            an object nor as background (ERD, arXiv 2204.02136).
         head_in_features: names of the feature maps of the head, from fine to coarse; None: all.
         anchor_scale: side of an anchor in strides.
         topk_anchors: ATSS's candidates for each object on each level.
@@ -52,7 +57,13 @@ class GFL(DenseDetector):
             :class:`~detectron2.modeling.meta_arch.RetinaNet`.
         pixel_mean, pixel_std: of a channel, in the order of ``input_format``.
         input_format: channel order of the images it wants.
+
+    Raises:
+        InputError: no class is new; or, in training, an object is of an old class.
     """
+
+    classifier = "head.cls_score"
+    """The layer whose row k is class k, for :func:`~d2kd.modeling.distiller.inherit_weights`."""
 
     @configurable
     def __init__(
@@ -61,6 +72,7 @@ class GFL(DenseDetector):
         backbone: Backbone,
         head: nn.Module,
         num_classes: int,
+        num_old_classes: int = 0,
         head_in_features: Sequence[str] | None = None,
         anchor_scale: float = 8,
         topk_anchors: int = 9,
@@ -79,7 +91,13 @@ class GFL(DenseDetector):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
-        self.num_classes = num_classes
+        if not 0 <= num_old_classes < num_classes:
+            raise InputError(
+                "num_old_classes",
+                num_old_classes,
+                f"from 0 to {num_classes - 1}, below num_classes",
+            )
+        self.num_classes, self.num_old_classes = num_classes, num_old_classes
         self.reg_max = head.reg_max
         shapes = backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
@@ -117,6 +135,7 @@ class GFL(DenseDetector):
                 reg_max=node.REG_MAX,
             ),
             "num_classes": node.NUM_CLASSES,
+            "num_old_classes": node.NUM_OLD_CLASSES,
             "head_in_features": node.IN_FEATURES,
             "test_score_thresh": node.SCORE_THRESH_TEST,
             "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
@@ -170,6 +189,12 @@ class GFL(DenseDetector):
         sizes = [len(level) for level in anchors]
         labels, boxes = [], []
         for truth in gt_instances:
+            if self.num_old_classes and (truth.gt_classes < self.num_old_classes).any():
+                raise InputError(
+                    "ground truth",
+                    f"an object of class {int(truth.gt_classes.min())}, which is an old one",
+                    f"new classes alone, from {self.num_old_classes}",
+                )
             height, width = (math.ceil(side / divisor) * divisor for side in truth.image_size)
             valid = (centers < centers.new_tensor([width, height])).all(dim=1)
             matches = torch.full_like(valid, -1, dtype=torch.long)
@@ -210,7 +235,7 @@ class GFL(DenseDetector):
 
         Normalisers are means over processes. Classification is divided by the foreground anchors of the
         batch, at least one an image; the other two weigh an anchor by its best score, and are divided by the
-        sum of these weights, at least 1.
+        sum of these weights, at least 1. Logits of old classes are left aside, in the score as well.
 
         Args:
             anchors: of each level.
@@ -222,7 +247,8 @@ class GFL(DenseDetector):
             ``(N, R)`` by name of the loss.
         """
         labels = torch.stack(gt_labels)
-        logits = torch.cat(pred_logits, dim=1).float()
+        labels = torch.where(labels >= 0, labels - self.num_old_classes, labels)
+        logits = torch.cat(pred_logits, dim=1)[..., self.num_old_classes :].float()
         foreground = is_foreground(labels, logits.shape[-1])
         image, row = foreground.nonzero(as_tuple=True)
 
@@ -472,6 +498,7 @@ def add_gfl_config(cfg: CfgNode) -> None:
     """
     cfg.MODEL.GFL = CfgNode()
     cfg.MODEL.GFL.NUM_CLASSES = 80
+    cfg.MODEL.GFL.NUM_OLD_CLASSES = 0
     cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     cfg.MODEL.GFL.NUM_CONVS = 4
     cfg.MODEL.GFL.NUM_GROUPS = 32

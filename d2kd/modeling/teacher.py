@@ -30,8 +30,8 @@ class Teacher:
         aliases: {a name of ``classes``: the student's name for it}, where they differ.
 
     Raises:
-        InputError: the weights cannot be read or do not fit, the detector's kind is unknown, or its classes
-            are others than its outputs have room for.
+        InputError: the weights cannot be read, do not fit or are of other classes, the detector's kind is
+            unknown, or its classes are others than its outputs have room for.
     """
 
     def __init__(
@@ -45,12 +45,13 @@ class Teacher:
     ):
         self.kind = outputs_of(detector)
         self.classes = None
-        if classes is not None:
-            self.classes = renamed(class_names(classes, "teacher.classes"), aliases or {})
+        names = None if classes is None else class_names(classes, "teacher.classes")
+        if names is not None:
+            self.classes = renamed(names, aliases or {})
             check_classes("teacher", detector, self.classes)
         self.weights = weights
         if weights is not None:
-            load_strict(detector, weights)
+            load_strict(detector, weights, names)
         self.detector = detector.eval().requires_grad_(False)
         wanted = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = wanted != image_format

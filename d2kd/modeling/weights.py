@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from ..errors import InputError
 logger = logging.getLogger(__name__)
 
 STATISTICS = {"pixel_mean", "pixel_std"}
+CLASSES = "classes"
+"""Where a checkpoint of ours names its detector's classes; Detectron2 leaves it aside."""
 
 
 def local_path(weights: str) -> str:
@@ -56,16 +59,23 @@ def read(weights: str) -> dict:
     return checkpoint
 
 
-def load_strict(detector: nn.Module, weights: str) -> None:
+def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None = None) -> None:
     """Load weights into a detector; every parameter must be met, and nothing may be left over.
 
     :class:`DetectionCheckpointer` does the work, so old ``cell_anchors`` are forgiven, and so are pixel
     statistics: the config's are used, with a warning where the file's differ.
 
+    Args:
+        detector: what is loaded.
+        weights: any URI Detectron2 reads.
+        classes: names of the detector's classes. A file that names its own must name these.
+
     Raises:
-        InputError: the file cannot be read, or keys are missing, unexpected or of another shape.
+        InputError: the file cannot be read, keys are missing, unexpected or of another shape, or its classes
+            are others.
     """
     checkpoint = read(weights)
+    check_names(checkpoint, weights, classes)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     fit(detector, checkpoint, weights)
     for key in STATISTICS & state.keys():
@@ -78,6 +88,15 @@ def load_strict(detector: nn.Module, weights: str) -> None:
                 theirs.flatten().tolist(),
                 ours.flatten().tolist(),
             )
+
+
+def check_names(checkpoint: dict, weights: str, classes: Sequence[str] | None) -> None:
+    """Raise InputError if a checkpoint names its classes and they are not these, in this order."""
+    theirs = checkpoint.get(CLASSES)
+    if classes is not None and theirs is not None and list(theirs) != list(classes):
+        raise InputError(
+            weights, f"its classes are {', '.join(theirs)}", f"the classes {', '.join(classes)}"
+        )
 
 
 def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True) -> None:

@@ -12,6 +12,16 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # only when asked for by name
     )
 
+Classes learned in steps, see :mod:`d2kd.data.steps`, are two words more. A run that names its step is measured on
+the classes learned by then, and the run it starts from has learned those before::
+
+    study = dict(…, steps="4+4", upper_bound="everything")
+    runs = dict(
+        first=dict(config=…, step=1),
+        erd=dict(config=…, step=2, teacher="first"),
+        everything=dict(config=…),                      # all classes at once
+    )
+
 ``config`` is a whole recipe: model, dataloader, optimizer, lr_multiplier, train. A run is finished when its folder holds
 weights and a row that were made from the same recipe and the same sources. Anything else is continued, and a folder
 made from another recipe is moved aside, not deleted. A change of *code* is not seen: it wants another output folder.

@@ -14,15 +14,17 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import config_file
+from ..data import class_step, split_classes
+from ..data.steps import Split
 from ..errors import InputError
 
 RELATIONS = ("teacher", "starts_from", "steps_like")
-RUN_KEYS = ("config", *RELATIONS, "once", "optional")
+RUN_KEYS = ("config", *RELATIONS, "once", "optional", "step")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method under one seed. The last four name other runs.
+    """One training: a method under one seed. ``test`` is what it is measured on; the last four name other runs.
 
     ``baseline`` is set beside ``steps_like``: the run whose seconds per step are gone by.
     """
@@ -31,6 +33,7 @@ class Run:
     method: str
     seed: int
     config: DictConfig = field(repr=False)
+    test: str = ""
     teacher: str | None = None
     starts_from: str | None = None
     steps_like: str | None = None
@@ -54,6 +57,9 @@ class Study:
         featured: method whose pictures are drawn beside the baseline's.
         seeds: of the runs that are not ``once``.
         pictures: how many images to draw.
+        steps: where classes are learned in steps, those of each, see :func:`d2kd.data.split_classes`. A run that
+            names its ``step`` is measured on the classes learned by then.
+        upper_bound: method that learns all classes at once, to which the others' gaps are given.
         threshold: score from which a detection counts as found, in pictures only.
         fast: overrides such as "train.max_iter=20" of every recipe under ``--fast``.
         fast_setup: a call made first under ``--fast``, say to register fewer images.
@@ -67,6 +73,8 @@ class Study:
     featured: str | None = None
     seeds: Sequence[int] = (0,)
     pictures: int = 6
+    steps: Split = ()
+    upper_bound: str | None = None
     threshold: float = 0.3
     fast: Sequence[str] = ()
     fast_setup: DictConfig | None = None
@@ -77,9 +85,29 @@ class Study:
 
     @property
     def paired(self) -> list[str]:
-        """Methods whose gains are asked for: those with a run per seed, but the baseline."""
+        """Methods whose gains are asked for: those with a run per seed that know all classes, but the baseline."""
         per_seed = [method for method, node in self.runs.items() if not node.get("once")]
-        return [method for method in per_seed if method != self.baseline]
+        return [m for m in per_seed if m != self.baseline and self.knows_all_classes(m)]
+
+    def step_of(self, method: str) -> int | None:
+        """The step that a method's run learns, from 1; None: it learns everything."""
+        return self.runs[method].get("step")
+
+    def previous(self, method: str) -> str | None:
+        """The method whose run learned the step before."""
+        step, node = self.step_of(method), self.runs[method]
+        if step is None:
+            return None
+        others = [node[key] for key in ("teacher", "starts_from") if node.get(key) is not None]
+        return next((other for other in others if (self.step_of(other) or step) < step), None)
+
+    def knows_all_classes(self, method: str) -> bool:
+        return self.step_of(method) in (None, len(self.steps))
+
+    def test_of(self, method: str) -> str:
+        """The data set a method's run is measured on."""
+        step = self.step_of(method)
+        return self.test if step is None else class_step(self.test, self.steps, step, seen=True)
 
     def plan(
         self, seeds: Sequence[int] = (), only: Sequence[str] = (), fast: bool = False
@@ -111,7 +139,8 @@ class Study:
                 if fast:
                     _override(config, self.fast)
                 own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
-                planned[name] = Run(name, method, own_seed, config, **needs)
+                test = self.test_of(method)
+                planned[name] = Run(name, method, own_seed, config, test, **needs)
             return name
 
         _known("runs", only, self.runs)
@@ -154,15 +183,23 @@ def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
                 f"{culprit}: study", f"no {key!r}", "test=<data set>, baseline=<method>"
             )
     given["test"] = instantiate(given["test"])
+    if given.get("steps"):
+        given["steps"] = split_classes(given["test"], given["steps"])
     study = Study(runs=runs, **given)
     _known(
         f"{culprit}: study",
-        [*study.references, *([study.featured] if study.featured else [])],
+        [*study.references, *(name for name in (study.featured, study.upper_bound) if name)],
         runs,
     )
     for method, node in runs.items():
         where = f"{culprit}: runs.{method}"
         _known(where, node, RUN_KEYS)
+        step = node.get("step")
+        if step is not None and step not in range(1, len(study.steps) + 1):
+            expected = (
+                f"from 1 to {len(study.steps)}" if study.steps else "none, without study.steps"
+            )
+            raise InputError(f"{where}.step", step, expected)
         if not node.get("config"):
             raise InputError(where, "no config", "config=<a whole recipe>")
         for key in RELATIONS:

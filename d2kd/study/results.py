@@ -17,6 +17,9 @@ from typing import Any
 from ..engine.run_info import versions, write_json
 from ..visualization import draw_curves, draw_differences
 from .plan import Run, Study
+from .steps import FILE as STEPS
+from .steps import steps_table, write_steps
+from .text import aligned, mean_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PREDICTIONS = "test/coco_instances_results.json"
@@ -96,7 +99,7 @@ def table(
     of = {method: [row for row in rows if row["method"] == method] for method in methods_of(rows)}
 
     def line(label: str, value, digits: int = 1) -> list[str]:
-        return [label, *(_mean([value(row) for row in group], digits) for group in of.values())]
+        return [label, *(mean_text([value(row) for row in group], digits) for group in of.values())]
 
     reached = [[f"AP on {dataset}", *of]]
     reached += [line(LABELS.get(key, key), lambda row, key=key: row[key]) for key in METRICS]
@@ -119,15 +122,7 @@ def table(
         for index, seed in enumerate(seeds):
             each = ["" if g is None else _signed(g["gains"][index]) for g in found]
             gained.append(["" if len(seeds) > 1 else method, f"seed {seed}", *each])
-    return _aligned(reached) + ("\n\n" + _aligned(gained) if over else "")
-
-
-def _mean(values: Sequence[float | None], digits: int) -> str:
-    defined = [value for value in values if value is not None]
-    if not defined:
-        return "-"
-    text = f"{statistics.fmean(defined):.{digits}f}"
-    return text + (f" ±{statistics.stdev(defined):.{digits}f}" if len(defined) > 1 else "")
+    return aligned(reached) + ("\n\n" + aligned(gained) if over else "")
 
 
 def _mean_gain(found: Mapping[str, Any]) -> str:
@@ -139,18 +134,9 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # 0.0: no minus before zero
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left and the others flush right, under a ruled heading."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = [
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
-        for first, *rest in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
 def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
-    """``results.json``, with gains over the baseline; and ``gains.json``, with those over every reference."""
+    """``results.json``, with gains over the baseline; ``gains.json``, with those over every reference; and
+    ``steps.json`` where classes are learned in steps."""
     results = {
         "schema": 1,
         "command": shlex.join(sys.argv),
@@ -166,11 +152,16 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
     ]
     write_json(output / "results.json", results)
     write_json(output / "gains.json", {"schema": 1, "rows": over})
+    if study.steps:
+        write_steps(output, study, rows)
 
 
 def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
     """Draw the curves and the pictures; returns the closing words: the table, and what to open."""
-    text = table(rows, study.test, study.references, study.paired)
+    whole = [row for row in rows if study.knows_all_classes(row["method"])]
+    text = table(whole, study.test, study.references, study.paired)
+    if study.steps:
+        text = steps_table(study, rows) + (f"\n\n{text}" if whole else "")
     (output / "table.txt").write_text(f"{study.title}\n\n{text}\n")
     curves: dict[str, list[Path]] = {}
     for row in rows:
@@ -181,6 +172,8 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
         (output / "table.txt", "this table"),
         (output / "results.json", "every figure, and where it comes from"),
     ]
+    if study.steps:
+        opens.append((output / STEPS, "the figures after each step"))
     named = [row["name"] for row in rows]
     first = {run.method: run for run in reversed(runs) if run.name in named}
     if study.pictures and study.featured in first and study.baseline in first:
@@ -189,7 +182,7 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
             name for name in (featured.teacher, first[study.baseline].name, featured.name) if name
         ]
         said = {name: output / name / PREDICTIONS for name in shown}
-        draw_differences(output / "pictures", study.test, said, study.pictures, study.threshold)
+        draw_differences(output / "pictures", featured.test, said, study.pictures, study.threshold)
         what = f"ground truth | {' | '.join(shown)}, where the last two differ most"
         opens.insert(0, (output / "pictures", what))
     width = max(len(str(path)) for path, _ in opens)

@@ -88,7 +88,8 @@ def run_study(
     Raises:
         InputError: the test split cannot be read; it is looked at first, and drawn if it is generated.
     """
-    check_dataset(study.test)
+    for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
+        check_dataset(test)
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
     rows: list[dict[str, Any]] = []
@@ -100,12 +101,12 @@ def run_study(
             continue
         folder = output / run.name
         config, key = prepare(run, finished, folder)
-        row = finished_row(folder, key, study.test)
+        row = finished_row(folder, key, run.test)
         if row:
             line.close(f"finished before: {_outcome(row)}")
         else:
             try:
-                row = train_into(folder, run, config, key, study.test, train, line)
+                row = train_into(folder, run, config, key, train, line)
             except InputError as error:
                 failed[run.name] = error
                 line.close(f"failed: {error}")
@@ -137,10 +138,10 @@ def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
 
 
 def train_into(
-    folder: Path, run: Run, config: DictConfig, key: str, test: str, train: Callable, line: Report
+    folder: Path, run: Run, config: DictConfig, key: str, train: Callable, line: Report
 ) -> dict[str, Any]:
     """Train a run, or continue it, and leave its record; what fails before its first step leaves no trace."""
-    record = {"schema": 1, "config_sha256": key, "dataset": test, "rows": []}
+    record = {"schema": 1, "config_sha256": key, "dataset": run.test, "rows": []}
     aside = _make_room(folder, key)
 
     def report(step: int, steps: int) -> None:
@@ -150,7 +151,7 @@ def train_into(
 
     try:
         with quiet():
-            measured = train(config, test, report)
+            measured = train(config, run.test, report)
     except BaseException:
         if not (folder / RECORD).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +164,7 @@ def train_into(
         "name": run.name,
         "method": run.method,
         "seed": run.seed,
-        **average_precision(measured.metrics, MetadataCatalog.get(test).thing_classes),
+        **average_precision(measured.metrics, MetadataCatalog.get(run.test).thing_classes),
         "parameters": measured.parameters,
         "seconds": round(measured.seconds, 3),
         "config": str(folder / "config.yaml"),

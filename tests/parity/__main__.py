@@ -10,6 +10,7 @@ from d2kd.errors import InputError, reporting
 from . import Arrays, Method, compare, gfl_erd, icd
 
 METHODS: dict[str, Method] = {
+    "erd": gfl_erd.erd_outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
 }

@@ -1,4 +1,4 @@
-"""The GFL detector on reference arrays, by the functions that training and inference use."""
+"""The GFL detector and Elastic Response Distillation on reference arrays, by the functions that training and inference use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from d2kd.modeling import GFL
+from d2kd.losses import ERDLoss
+from d2kd.modeling import GFL, DenseOutputs
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -29,7 +31,7 @@ class Pyramid(nn.Module):
         return {level: ShapeSpec(stride=2 ** int(level[1:])) for level in self.levels}
 
 
-def detector(levels: list[str], num_classes: int, reg_max: int) -> GFL:
+def detector(levels: list[str], num_classes: int, reg_max: int, num_old_classes: int = 0) -> GFL:
     """A GFL to which the answers of its head are given."""
     head = nn.Identity()
     head.reg_max = reg_max
@@ -38,6 +40,7 @@ def detector(levels: list[str], num_classes: int, reg_max: int) -> GFL:
         head=head,
         head_in_features=levels,
         num_classes=num_classes,
+        num_old_classes=num_old_classes,
         pixel_mean=[0.0] * 3,
         pixel_std=[1.0] * 3,
     )
@@ -102,4 +105,63 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
             of[f"gfl/pred{i}/boxes_xyxy"] = found.pred_boxes.tensor
             of[f"gfl/pred{i}/scores"] = found.scores
             of[f"gfl/pred{i}/classes"] = found.pred_classes
+    return {name: value.numpy() for name, value in of.items()}
+
+
+def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Every output ``erd/*`` by name, from the inputs among the arrays.
+
+    Raises:
+        KeyError: an input is missing.
+    """
+    levels = levels_of(arrays, "erd") or ["p3"]
+    old, new = int(arrays["num_old_classes"]), int(arrays["num_new_classes"])
+    names = ("old_class_logits", "old_box_logits", "new_class_logits", "new_box_logits")
+    given = {name: maps(arrays, f"erd/{name}", levels) for name in names}
+    answers = [list(given[name].values()) for name in names]
+    images, channels = answers[1][0].shape[:2]
+    reg_max = channels // 4 - 1
+    anchors = tensor(arrays, "gfl/anchors_xyxy").float()
+    anchors = list(map(Boxes, anchors.split([x.shape[-2] * x.shape[-1] for x in answers[1]])))
+
+    gfl = detector(levels, old + new, reg_max, old)
+    truths = [truth(arrays, i) for i in range(images)]
+    for instances in truths:
+        instances.gt_classes += old
+    labels, boxes = gfl.label_anchors(anchors, truths)
+    logits, edges = gfl._by_anchor(answers[2:])
+    with torch.no_grad():
+        losses = gfl.anchor_losses(anchors, logits, labels, edges, boxes)
+
+    teacher = DenseOutputs(
+        detector(levels, old, reg_max), [], predictions=answers[:2], anchors=anchors
+    )
+    student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
+    erd = ERDLoss(class_pool="image", reference_images_per_process=None)
+    erd.bind(gfl, teacher.detector)
+    selection = erd.select(teacher)
+    squares, values = erd.class_terms(student, teacher, selection)
+    per_image = {
+        "cls": squares / values.clamp(min=1),
+        "bbox": erd.box_terms(student, teacher, selection),
+    }
+    with EventStorage():
+        sum(erd(student, teacher).values()).backward()
+
+    of = {}
+    for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
+        shares = losses[ours].sum(dim=0).split([len(level) for level in anchors])
+        of[f"erd/loss_{name}"] = torch.stack([share.sum() for share in shares])
+    for name, values in per_image.items():
+        of[f"erd/loss_dist_{name}"] = values.detach()
+    for i in range(images):
+        for name, chosen in (
+            ("selected_class", selection.classes),
+            ("selected_box", selection.boxes),
+            ("kept_box", selection.kept),
+        ):
+            of[f"erd/{name}_locations/image{i}"] = chosen[i].nonzero()[:, 0]
+    for level in levels:
+        of[f"erd/distill_grad_class_logits/{level}"] = given["new_class_logits"][level].grad
+        of[f"erd/distill_grad_box_logits/{level}"] = given["new_box_logits"][level].grad
     return {name: value.numpy() for name, value in of.items()}

@@ -1,0 +1,13 @@
+"""A thin GFL on blood cells, alone: the schedule of ``faster_rcnn_small_bccd.py``."""
+
+from ..common.models.gfl_small import model
+from .faster_rcnn_small_bccd import (  # noqa: F401  (parts of the recipe)
+    dataloader,
+    lr_multiplier,
+    optimizer,
+    train,
+)
+
+model.backbone.bottom_up.width = 8
+model.backbone.bottom_up.blocks = [1, 1, 1, 1]
+model.num_classes = 3

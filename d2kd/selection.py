@@ -1,0 +1,72 @@
+"""Pictures of elastic selection: the locations where ERD compares a student with the old detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import Tensor
+
+from .data import check_dataset
+from .losses import ERDLoss
+from .modeling import Teacher
+from .visualization import Scene, marked, scenes, side_by_side, spread
+
+TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
+"""What is selected, as the pictures call it."""
+
+
+def draw_selection(
+    folder: Path,
+    dataset: str,
+    loss: ERDLoss,
+    teacher: Teacher,
+    mapper: Callable[[dict], dict],
+    number: int,
+) -> list[Path]:
+    """Ground truth and the selected locations, for images spread evenly over a data set.
+
+    A location is a dot, in a colour for each level and larger on coarser ones.
+
+    Args:
+        folder: where to write them.
+        dataset: a registered data set.
+        loss: that was bound to student and teacher.
+        teacher: the old detector.
+        mapper: makes an input of a dataset dict, as for evaluation.
+        number: of images.
+
+    Raises:
+        InputError: the data set is not registered, or an image cannot be read.
+    """
+    check_dataset(dataset)
+    records = DatasetCatalog.get(dataset)
+    metadata = marked(MetadataCatalog.get(dataset), loss.num_old_classes)
+    drawn = {}
+    for scene in scenes(spread(records, number), mapper):
+        add_selection(scene, loss, teacher)
+        drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in drawn.items():
+        Image.fromarray(picture).save(folder / name)
+    return [folder / name for name in drawn]
+
+
+def add_selection(scene: Scene, loss: ERDLoss, teacher: Teacher) -> None:
+    """Add a panel for each of :data:`TITLES`, with the number of locations in its title."""
+    outputs = teacher.ask(scene.batch)
+    with torch.no_grad():
+        selection = loss.select(outputs)
+    height, width = scene.image.shape[:2]
+    shown = scene.batch[0]["image"].shape[-2:]
+    centers = Boxes.cat(outputs.anchors).get_centers().cpu()
+    centers = centers * torch.tensor([width / shown[1], height / shown[0]])
+    levels = torch.cat([torch.full((len(a),), i) for i, a in enumerate(outputs.anchors)])
+    for name, title in TITLES.items():
+        chosen: Tensor = getattr(selection, name)[0].cpu()
+        panel = Instances((height, width), locations=centers[chosen], levels=levels[chosen])
+        scene.panels[f"{title}: {int(chosen.sum())}"] = panel

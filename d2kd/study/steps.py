@@ -1,0 +1,94 @@
+"""What a study of class steps says after each step: old, new and all classes, what was forgotten, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..engine.run_info import write_json
+from ..evaluation.coco import forgetting, gaps, mean_ap, old_new_all
+from .plan import Study
+from .text import aligned, mean_text
+
+FILE = "steps.json"
+"""Where a study's folder has these figures."""
+
+
+def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A dict for each run that learned a step, and for the one that learned everything.
+
+    ``forgetting`` is, for each class of an earlier step, its AP in the run that learned it minus its AP now; both
+    on the test images of their own step. Gaps are to the run of everything under the same seed, after the last
+    step alone: it was measured on no other's images.
+    """
+    found = {(row["method"], row["seed"]): row for row in rows}
+    once = {row["method"]: row for row in rows if study.runs[row["method"]].get("once")}
+
+    def row_of(method: str | None, seed: int) -> Mapping[str, Any] | None:
+        return once.get(method) or found.get((method, seed))
+
+    after = []
+    for row in rows:
+        step = study.step_of(row["method"])
+        if step is None and row["method"] != study.upper_bound:
+            continue
+        here = step or len(study.steps)
+        bound = row_of(study.upper_bound, row["seed"])
+        bound_ap = bound and mean_ap(bound["per_class"], chain(*study.steps))
+        entry = {key: row[key] for key in ("name", "method", "seed")} | {"step": here}
+        entry |= old_new_all(row["per_class"], study.steps, here)
+        lost: dict[str, float | None] = {}
+        learned_by = study.previous(row["method"])
+        while step and learned_by is not None:
+            before = row_of(learned_by, row["seed"])
+            classes = study.steps[study.step_of(learned_by) - 1]
+            lost |= forgetting(before["per_class"] if before else {}, row["per_class"], classes)
+            learned_by = study.previous(learned_by)
+        entry["forgetting"] = {c: lost[c] for c in chain(*study.steps) if c in lost}
+        entry["mean_forgetting"] = mean_ap(lost, lost)
+        last = step == len(study.steps)
+        entry["abs_gap"], entry["rel_gap"] = gaps(entry["all"], bound_ap) if last else (None, None)
+        after.append(entry)
+    return after
+
+
+def steps_table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two tables as text: a line for each run, and what each old class lost; means, and deviations over seeds."""
+    of: dict[str, list[Mapping]] = {}
+    for entry in after_each_step(study, rows):
+        of.setdefault(entry["method"], []).append(entry)
+    heading = [
+        "AP after each step",
+        "step",
+        "old",
+        "new",
+        "all",
+        "forgetting",
+        "AbsGap",
+        "RelGap %",
+    ]
+    lines = [heading]
+    for method, entries in of.items():
+        step = study.step_of(method)
+        values = [[e[key] for e in entries] for key in ("old", "new", "all", "mean_forgetting")]
+        values.append([e["abs_gap"] for e in entries])
+        values.append([e["rel_gap"] and 100 * e["rel_gap"] for e in entries])
+        lines.append([method, str(step or "all"), *(mean_text(column, 1) for column in values)])
+    text = aligned(lines)
+    learned = {m: entries for m, entries in of.items() if any(e["forgetting"] for e in entries)}
+    if learned:
+        lost = [["AP lost", *learned]]
+        classes = dict.fromkeys(c for e in chain(*learned.values()) for c in e["forgetting"])
+        for name in classes:
+            columns = [[e["forgetting"].get(name) for e in found] for found in learned.values()]
+            lost.append([f"  {name}", *(mean_text(column, 1) for column in columns)])
+        text += "\n\n" + aligned(lost)
+    return text
+
+
+def write_steps(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
+    """``steps.json``: the classes of each step, and :func:`after_each_step`."""
+    content = {"schema": 1, "steps": study.steps, "upper_bound": study.upper_bound}
+    write_json(output / FILE, {**content, "rows": after_each_step(study, rows)})

@@ -1,0 +1,11 @@
+"""ERD on COCO, 40+10x4, step 4: from the student of step 3."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.losses import DistillLosses, ERDLoss
+
+from .common.coco import coco_step
+
+model, dataloader, optimizer, lr_multiplier, train = coco_step(
+    "40+10x4", 4, L(DistillLosses)(erd=L(ERDLoss)())
+)

@@ -1,0 +1,11 @@
+"""ERD on COCO, 40+20+20, step 2: from the student of step 1."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.losses import DistillLosses, ERDLoss
+
+from .common.coco import coco_step
+
+model, dataloader, optimizer, lr_multiplier, train = coco_step(
+    "40+20+20", 2, L(DistillLosses)(erd=L(ERDLoss)())
+)

@@ -1,0 +1,15 @@
+"""ERD on the generated shapes: the other four after those of ``gfl_shapes_first_half.py``."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import increment
+from d2kd.losses import DistillLosses, ERDLoss
+
+model, dataloader, optimizer, lr_multiplier, train = increment(
+    "baselines/gfl_small_shapes.py",
+    split="4+4",
+    step=2,
+    weights="output/gfl_shapes_first_half/model_final.pth",
+    losses=L(DistillLosses)(erd=L(ERDLoss)()),
+)
+train.output_dir = "output/erd_shapes"

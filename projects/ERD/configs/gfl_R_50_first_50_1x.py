@@ -1,0 +1,5 @@
+"""GFL R-50 FPN on the first 50 of COCO's classes: step 1 of 50+30."""
+
+from .common.coco import coco_step
+
+model, dataloader, optimizer, lr_multiplier, train = coco_step("50+30", 1)

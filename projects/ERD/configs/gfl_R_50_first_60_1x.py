@@ -1,0 +1,5 @@
+"""GFL R-50 FPN on the first 60 of COCO's classes: step 1 of 60+20."""
+
+from .common.coco import coco_step
+
+model, dataloader, optimizer, lr_multiplier, train = coco_step("60+20", 1)

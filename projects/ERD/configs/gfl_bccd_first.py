@@ -1,0 +1,8 @@
+"""A thin GFL on red and white blood cells: step 1, before platelets."""
+
+from d2kd.config import increment
+
+model, dataloader, optimizer, lr_multiplier, train = increment(
+    "baselines/gfl_small_bccd.py", split=[["RBC", "WBC"], ["Platelets"]], step=1
+)
+train.output_dir = "output/gfl_bccd_first"

@@ -1,0 +1,11 @@
+"""A thin GFL on the first four of the generated shapes: step 1 of 4+4.
+
+tools/train_net.py --config-file projects/ERD/configs/gfl_shapes_first_half.py
+"""
+
+from d2kd.config import increment
+
+model, dataloader, optimizer, lr_multiplier, train = increment(
+    "baselines/gfl_small_shapes.py", split="4+4", step=1
+)
+train.output_dir = "output/gfl_shapes_first_half"

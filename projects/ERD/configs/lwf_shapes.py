@@ -1,0 +1,15 @@
+"""The other four shapes, with all old logits kept everywhere: Learning without Forgetting, our port."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.config import increment
+from d2kd.losses import DistillLosses, LwFLoss
+
+model, dataloader, optimizer, lr_multiplier, train = increment(
+    "baselines/gfl_small_shapes.py",
+    split="4+4",
+    step=2,
+    weights="output/gfl_shapes_first_half/model_final.pth",
+    losses=L(DistillLosses)(lwf=L(LwFLoss)()),
+)
+train.output_dir = "output/lwf_shapes"

@@ -1,0 +1,14 @@
+"""The question of ``shapes.py`` in three steps, 4+2+2: each step's student is the next one's teacher."""
+
+from .common import in_steps, study_of
+from .shapes import FAST, STEPS
+
+runs = in_steps("baselines/gfl_small_shapes.py", "4+2+2", 3, STEPS, ["fine_tuning", "erd"])
+study = study_of(
+    "Learning generated shapes in three steps: GFL, by fine-tuning and ERD",
+    "shapes_test",
+    "4+2+2",
+    3,
+    seeds=[0],
+    **FAST,
+)

@@ -1,0 +1,529 @@
+"""ERD: reference arrays, a slow restatement, how detectors grow, and what does not depend on processes."""
+
+import copy
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
+
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
+from d2kd.losses.erd import elastic_selection
+from d2kd.modeling import DenseOutputs, Distiller, Teacher
+from d2kd.testing import check_loss, distillation, step, tiny_fcos, tiny_gfl, tiny_retinanet
+
+from .common import batch, build
+from .parity import Arrays
+from .parity.__main__ import main as parity
+from .parity.gfl_erd import detector
+
+REFERENCE = str(Path(__file__).with_name("parity") / "gfl_erd.npz")
+OLD, NEW = ["cat", "ox"], ["hen", "dog", "fox"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Reference arrays
+
+
+def test_parity_with_the_published_arrays(capsys):
+    assert parity(["--method", "erd", REFERENCE]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    inputs = ("old_class_logits", "old_box_logits", "new_class_logits", "new_box_logits")
+    wanted = {k for k in Arrays(REFERENCE) if k.startswith("erd/")}
+    wanted = {k for k in wanted if k.split("/")[1] not in inputs}
+    assert {line.split()[0] for line in lines} == wanted and len(wanted) == 24
+    assert all(line.endswith(" ok") for line in lines)
+
+
+def altered(path, **changes):
+    np.savez(path, **{k: v for k, v in {**Arrays(REFERENCE), **changes}.items() if v is not None})
+    return str(path)
+
+
+def test_parity_can_fail(tmp_path, capsys):
+    reference = Arrays(REFERENCE)
+    for name, value in {
+        "erd/loss_dist_bbox": reference["erd/loss_dist_bbox"] * np.float32(1.001),
+        "erd/kept_box_locations/image1": reference["erd/kept_box_locations/image1"][:-1],
+        "erd/distill_grad_box_logits/p4": -reference["erd/distill_grad_box_logits/p4"],
+    }.items():
+        assert parity(["--method", "erd", altered(tmp_path / "a.npz", **{name: value})]) == 1
+        out = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "OUT" in line]
+        assert out == [name]
+
+
+@pytest.mark.parametrize("name", ["erd/old_box_logits/p6", "gfl/anchors_xyxy", "erd/loss_dfl"])
+def test_parity_names_a_missing_array(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parity(["--method", "erd", altered(tmp_path / "less.npz", **{name: None})])
+    assert stop.value.code == 2 and f"no array '{name}'" in capsys.readouterr().err
+
+
+# The method, restated
+
+
+def answers(images=3, old=4, new=2, side=64, levels=("p3", "p4", "p5")):
+    """Outputs of an old detector and of its successor, whose answers require gradients."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(side // 2 ** int(level[1:]),) * 2 for level in levels]
+
+    def draw(channels, mean=0.0):
+        return [torch.randn(images, channels, *s, generator=generator) * 2 + mean for s in shapes]
+
+    # Scores below one half, as a detector's are: above it none would stand out.
+    theirs, ours = [draw(old, -4), draw(68)], [draw(old + new, -4), draw(68)]
+    for x in ours[0] + ours[1]:
+        x.requires_grad_()
+    teacher = detector(list(levels), old, 16)
+    student = detector(list(levels), old + new, 16, old)
+    anchors = teacher.anchor_generator(theirs[0])
+    return (
+        DenseOutputs(student, [], predictions=ours, anchors=anchors),
+        DenseOutputs(teacher, [], predictions=theirs, anchors=anchors),
+    )
+
+
+def rows_of(images, outputs):
+    """The outputs for some of the images."""
+    kept = [[x[images].detach().requires_grad_() for x in kind] for kind in outputs.predictions]
+    return DenseOutputs(outputs.detector, [], predictions=kept, anchors=outputs.anchors)
+
+
+def bound(student, teacher, **options):
+    loss = ERDLoss(**options)
+    loss.bind(student.detector, teacher.detector)
+    return loss
+
+
+def of(loss, student, teacher):
+    with EventStorage():
+        return loss(student, teacher)
+
+
+def slow_nms(boxes, scores, classes, threshold):
+    # As torchvision keeps classes apart. Boxes beyond the image's left may still meet another class's.
+    boxes = boxes + torch.tensor(classes)[:, None] * (boxes.max() + 1)
+    kept = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        overlap = pairwise_iou(Boxes(boxes[i : i + 1]), Boxes(boxes[kept]))
+        if not kept or overlap.max() <= threshold:
+            kept.append(i)
+    return sorted(kept)
+
+
+def slow_erd(student, teacher, loss):
+    """The two terms as one process sees them, image by image and location by location."""
+    centers = Boxes.cat(teacher.anchors).get_centers()
+    strides = [8.0 * 2**level for level, a in enumerate(teacher.anchors) for _ in range(len(a))]
+    old = teacher.detector.num_classes
+    c_t, c_s = (torch.cat(x.pred_logits, 1)[..., :old] for x in (teacher, student))
+    z_t, z_s = (torch.cat(x.pred_distributions, 1) for x in (teacher, student))
+    squares, means, box = [], [], 0.0
+    for i in range(len(c_t)):
+        g = [max(float(v) for v in row.sigmoid()) for row in c_t[i]]
+        h = [float(row.max()) for row in z_t[i]]
+
+        def beyond(values, alpha):
+            mean = sum(values) / len(values)
+            std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+            return [a for a, v in enumerate(values) if v > mean + alpha * std]
+
+        of_image = [(c_s[i, a] - c_t[i, a]) ** 2 for a in beyond(g, loss.alpha_cls)]
+        squares += of_image
+        means.append(torch.cat(of_image).mean() if of_image else torch.tensor(0.0))
+
+        rows = beyond(h, loss.alpha_box)
+        boxes = []
+        for a in rows:
+            d = (z_t[i, a].softmax(-1) * torch.arange(17.0)).sum(-1)
+            d = d * strides[a] if loss.decode_with_stride else d
+            x, y = centers[a]
+            boxes.append(torch.stack([x - d[0], y - d[1], x + d[2], y + d[3]]))
+        kept = slow_nms(
+            torch.stack(boxes),
+            [g[a] for a in rows],
+            [int(c_t[i, a].argmax()) for a in rows],
+            loss.nms_thresh,
+        )
+        for a in (rows[j] for j in kept):
+            judge = c_s if loss.box_weight_from == "student" else c_t
+            v = judge[i, a].sigmoid().max().detach()
+            for edge in range(4):
+                p = (z_t[i, a, edge] / loss.temperature).softmax(-1)
+                q = (z_s[i, a, edge] / loss.temperature).softmax(-1)
+                kl = (p * (p / q).log()).sum()
+                box = box + loss.ld_weight * v * loss.temperature**2 * kl / 17 / 4
+    n, reference = len(c_t), loss.reference_images_per_process
+    scale = 1.0 if reference is None else reference / n
+    pooled = torch.cat(squares).mean() if squares else torch.tensor(0.0)
+    classification = pooled if loss.class_pool == "batch" else scale * sum(means)
+    return {"classification": classification, "box": scale * box}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_pool": "image", "reference_images_per_process": None},
+        {"class_pool": "image", "reference_images_per_process": 3.0, "box_weight_from": "teacher"},
+        {"decode_with_stride": True, "nms_thresh": 0.3, "temperature": 2.0, "ld_weight": 1.0},
+        {"alpha_cls": 1.0, "alpha_box": 0.5},
+    ],
+)
+def test_the_method_restated(options):
+    student, teacher = answers()
+    loss = bound(student, teacher, **options)
+    ours = of(loss, student, teacher)
+    slow = slow_erd(student, teacher, loss)
+    assert all(value.item() > 0 for value in ours.values())
+    leaves = student.predictions[0] + student.predictions[1]
+    for name in ours:
+        torch.testing.assert_close(ours[name], slow[name], rtol=1e-4, atol=1e-6)
+        mine = torch.autograd.grad(ours[name], leaves, allow_unused=True)
+        theirs = torch.autograd.grad(slow[name], leaves, allow_unused=True)
+        for a, b in zip(mine, theirs, strict=True):
+            a, b = (torch.zeros(()) if x is None else x for x in (a, b))
+            torch.testing.assert_close(
+                a + torch.zeros_like(b), b + torch.zeros_like(a), rtol=1e-3, atol=1e-7
+            )
+
+
+def test_what_stands_out():
+    responses = torch.zeros(2, 100)
+    responses[0, 3], responses[1, :50] = 1.0, 1.0
+    chosen = elastic_selection(responses, 2.0)
+    assert chosen[0].nonzero().flatten().tolist() == [3] and not chosen[1].any()
+    assert not elastic_selection(torch.ones(1, 2), 2.0).any()
+
+
+def test_nothing_stands_out():
+    """Equal answers everywhere select nothing: both terms are 0, and so are their gradients."""
+    student, teacher = answers()
+    for kind in teacher.predictions:
+        for x in kind:
+            x.fill_(0.5)
+    losses = of(bound(student, teacher), student, teacher)
+    assert set(losses) == {"classification", "box"} and not any(
+        value.item() for value in losses.values()
+    )
+    sum(losses.values()).backward()
+    assert not any(x.grad.any() for kind in student.predictions for x in kind)
+
+
+def test_new_classes_are_not_touched():
+    student, teacher = answers()
+    sum(of(bound(student, teacher), student, teacher).values()).backward()
+    for x in student.predictions[0]:
+        assert x.grad[:, :4].any() or not x.grad.any()
+        assert not x.grad[:, 4:].any()
+
+
+def test_what_is_selected_is_logged():
+    student, teacher = answers()
+    with EventStorage() as storage:
+        loss = bound(student, teacher)
+        loss(student, teacher)
+        selection = loss.select(teacher)
+        values = {k: v[0] for k, v in storage.latest().items()}
+    for name in ("classes", "boxes", "kept"):
+        count = getattr(selection, name).sum().item() / 3
+        assert values[f"distill/erd_selected_{name}"] == pytest.approx(count) and count > 0
+    assert (selection.boxes | ~selection.kept).all(), "something was kept that was not selected"
+
+
+# Processes
+
+DEALS = {"evenly": [[0, 1], [2, 3]], "unevenly": [[0], [1, 2, 3]]}
+
+
+def _process(rank, folder, deal, options):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    student, teacher = answers(images=4)
+    student, teacher = rows_of(deal[rank], student), rows_of(deal[rank], teacher)
+    loss = of(bound(student, teacher, **options), student, teacher)
+    total = sum(loss.values())
+    total.backward()
+    gradients = [x.grad for kind in student.predictions for x in kind]
+    torch.save((total.detach(), gradients), f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"class_pool": "image"}], ids=["batch", "image"])
+@pytest.mark.parametrize("deal", DEALS)
+def test_two_processes_are_as_one(deal, options, tmp_path):
+    """Means of losses and gradients, as DDP takes them, however the images are dealt."""
+    deal = DEALS[deal]
+    context = multiprocessing.get_context("fork")
+    both = [
+        context.Process(target=_process, args=(rank, tmp_path, deal, options)) for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    student, teacher = answers(images=4)
+    whole = sum(of(bound(student, teacher, **options), student, teacher).values())
+    whole.backward()
+    assert abs(float(sum(part[0] for part in parts) / 2 - whole)) <= 1e-5 * abs(float(whole))
+    for rank, (_, gradients) in enumerate(parts):
+        leaves = [x for kind in student.predictions for x in kind]
+        for mine, x in zip(gradients, leaves, strict=True):
+            torch.testing.assert_close(mine / 2, x.grad[deal[rank]], rtol=1e-5, atol=1e-9)
+
+
+# What every loss has
+
+
+def test_properties():
+    check_loss(ERDLoss, ["gfl"])
+    check_loss(
+        lambda: ERDLoss(class_pool="image", decode_with_stride=True, box_weight_from="teacher"),
+        ["gfl"],
+    )
+
+
+@pytest.mark.parametrize("family", ["gfl", "retinanet", "fcos"])
+def test_properties_of_lwf(family):
+    check_loss(LwFLoss, [family])
+
+
+def test_lwf_compares_everything():
+    student, teacher = answers()
+    loss = LwFLoss()
+    loss.bind(student.detector, teacher.detector)
+    ours, theirs = (torch.cat(x.pred_logits, 1)[..., :4] for x in (student, teacher))
+    torch.testing.assert_close(loss(student, teacher), ((ours - theirs) ** 2).mean())
+
+
+@pytest.mark.parametrize(
+    "student, teacher, line",
+    [
+        (tiny_retinanet(), tiny_gfl(), "distributions: student RetinaNet with reg_max None, teach"),
+        (tiny_gfl(), tiny_fcos(), "distributions: .*expected two GFLs with the same reg_max"),
+        (tiny_gfl(), tiny_gfl(classes=4), "num_classes: student 3, teacher 4; expected the teach"),
+    ],
+)
+def test_what_cannot_be_compared(student, teacher, line):
+    with pytest.raises(InputError, match=line):
+        ERDLoss().bind(build(student), build(teacher))
+
+
+def test_unknown_choices():
+    with pytest.raises(InputError, match="class_pool: mean; expected batch or image"):
+        ERDLoss(class_pool="mean")
+    with pytest.raises(InputError, match="box_weight_from: both; expected student or teacher"):
+        ERDLoss(box_weight_from="both")
+
+
+# A detector that grows
+
+
+def old_detector(seed=1):
+    """One that finds something, with weights everywhere."""
+    model = build(tiny_gfl(classes=len(OLD)), seed)
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+        model.head.cls_score.bias += 4
+    return model
+
+
+def grown(old, losses=None, classes=(*OLD, *NEW), old_classes=OLD, inherit=("",), **teacher):
+    student = tiny_gfl(classes=len(classes))
+    student.num_old_classes = len(old_classes)
+    return Distiller(
+        student=build(student),
+        teacher=Teacher(old, None, classes=list(old_classes), **teacher),
+        losses=DistillLosses(**(losses or {})),
+        max_iter=2,
+        inherit=inherit,
+        classes=list(classes),
+    )
+
+
+def test_at_first_it_is_the_old_detector():
+    """Old classes' outputs are the old detector's, and of the new ones nothing is found yet."""
+    old = old_detector()
+    model = grown(copy.deepcopy(old), {"erd": ERDLoss()})
+    ours, theirs = model.student.eval(), old.eval()
+    images = ours.preprocess_image(batch()).tensor
+    with torch.no_grad():
+        answers = [
+            m.head([m.backbone(images)[f] for f in m.head_in_features]) for m in (ours, theirs)
+        ]
+        found = [m(batch()) for m in (model.eval(), theirs)]
+    for a, b in zip(*answers):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x[:, : y.shape[1]], y, rtol=0, atol=1e-6)
+    for a, b in zip(*found, strict=True):
+        a, b = a["instances"], b["instances"]
+        assert len(b) and torch.equal(a.pred_classes, b.pred_classes)
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        torch.testing.assert_close(a.scores, b.scores)
+    state = model.student.state_dict()
+    for key, value in old.state_dict().items():
+        own = state[key][: len(OLD)] if key.startswith("head.cls_score.") else state[key]
+        assert torch.equal(own, value), key
+    bias = model.student.head.cls_score.bias
+    torch.testing.assert_close(bias[len(OLD) :], torch.full((len(NEW),), -4.59512))
+
+    losses = step(model.train(), new_batch())
+    assert abs(float(distillation(losses))) <= 1e-9
+
+
+def new_batch(**options):
+    """Objects of new classes alone."""
+    examples = batch(classes=len(NEW), **options)
+    for example in examples:
+        example["instances"].gt_classes += len(OLD)
+    return examples
+
+
+def test_rows_go_by_name():
+    old = old_detector()
+    classes = ("hen", "ox", "dog", "Cat", "fox")
+    model = grown(copy.deepcopy(old), classes=classes)
+    for k, row in ((3, 0), (1, 1)):
+        for name in ("weight", "bias"):
+            ours = getattr(model.student.head.cls_score, name)[k]
+            assert torch.equal(ours, getattr(old.head.cls_score, name)[row])
+    with torch.no_grad():
+        model.student.head.cls_score.weight.zero_()
+    model.inherit()
+    assert torch.equal(model.student.head.cls_score.weight[1], old.head.cls_score.weight[1])
+
+
+def test_old_rows_learn_nothing_from_the_task():
+    model = grown(old_detector()).train()
+    losses = step(model, new_batch())
+    assert not any(key.startswith("distill/") for key in losses)
+    sum(losses.values()).backward()
+    score = model.student.head.cls_score
+    for grad in (score.weight.grad, score.bias.grad):
+        assert not grad[: len(OLD)].any() and grad[len(OLD) :].any()
+    none = step(grown(old_detector()).train(), new_batch(objects=(0, 0)))
+    assert all(torch.isfinite(value) for value in none.values())
+
+
+def test_the_task_is_that_of_a_detector_of_the_new_classes():
+    """Sliced logits and shifted labels give what a GFL with the new classes alone says."""
+    model = grown(old_detector()).train()
+    alone = build(tiny_gfl(classes=len(NEW)))
+    state = {
+        k: v[len(OLD) :] if k.startswith("head.cls_score.") else v
+        for k, v in model.student.state_dict().items()
+    }
+    alone.load_state_dict(state)
+    ours, theirs = step(model, new_batch()), step(alone.train(), batch(classes=len(NEW)))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+
+
+def test_a_healthy_start_is_lower_than_a_broken_one():
+    """Weights that did not arrive show in the first losses of the boxes."""
+    old = build(tiny_gfl(classes=len(NEW))).train()
+    optimizer = torch.optim.Adam(old.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        sum(step(old, batch(classes=len(NEW))).values()).backward()
+        optimizer.step()
+    names = ["a", "b", "c"]
+    classes = (*names, *NEW)
+    examples = batch(classes=len(NEW))
+    for example in examples:
+        example["instances"].gt_classes += 3
+    healthy = step(grown(old, classes=classes, old_classes=names).train(), examples)
+    broken = step(grown(old, classes=classes, old_classes=names, inherit=()).train(), examples)
+    assert healthy["loss_dfl"] < 0.9 * broken["loss_dfl"]
+    assert healthy["loss_box_reg"] < 0.9 * broken["loss_box_reg"]
+
+
+def test_old_objects_are_refused():
+    with pytest.raises(InputError, match="ground truth: an object of class 0, which is an old one"):
+        examples = new_batch()
+        examples[0]["instances"].gt_classes[0] = 0
+        step(grown(old_detector()).train(), examples)
+    with pytest.raises(InputError, match="num_old_classes: 3; expected from 0 to 2"):
+        node = tiny_gfl()
+        node.num_old_classes = 3
+        build(node)
+
+
+def test_erd_trains_a_grown_detector():
+    model = grown(old_detector(), {"erd": ERDLoss()}).train()
+    with torch.no_grad():
+        model.student.head.bbox_pred.weight += 0.02
+        model.student.head.cls_score.weight[: len(OLD)] += 0.02
+    losses = step(model, new_batch())
+    assert float(losses["distill/loss_erd_classification"]) > 0
+    assert float(losses["distill/loss_erd_box"]) > 0
+    sum(losses.values()).backward()
+    assert model.student.head.cls_score.weight.grad[: len(OLD)].any()
+
+
+def test_a_student_is_the_next_teacher(tmp_path):
+    """Nothing of a teacher is in a student's file, and three steps are a chain of two pairs."""
+    DetectionCheckpointer(old_detector(), str(tmp_path)).save("step1")
+    second = grown(
+        build(tiny_gfl(classes=len(OLD))),
+        {"erd": ERDLoss()},
+        classes=(*OLD, "hen"),
+        old_classes=OLD,
+    )
+    DetectionCheckpointer(second.student, str(tmp_path)).save("step2")
+    third = Distiller(
+        student=build(tiny_gfl(classes=5)),
+        teacher=Teacher(
+            build(tiny_gfl(classes=3), 9), str(tmp_path / "step2.pth"), classes=[*OLD, "hen"]
+        ),
+        losses=DistillLosses(erd=ERDLoss()),
+        max_iter=2,
+        inherit=[""],
+        classes=[*OLD, *NEW],
+    )
+    keys = torch.load(tmp_path / "step2.pth", weights_only=False)["model"].keys()
+    assert keys == third.student.state_dict().keys()
+    assert torch.equal(
+        third.student.head.cls_score.weight[:3], second.student.head.cls_score.weight
+    )
+
+
+@pytest.mark.parametrize(
+    "node, names, line",
+    [
+        (
+            tiny_gfl(classes=2),
+            ["ox", "cat"],
+            "its classes are cat, ox; expected the classes ox, cat",
+        ),
+        (
+            tiny_gfl(classes=3),
+            ["a", "b", "c"],
+            "its classes are cat, ox; expected the classes a, b",
+        ),
+        (tiny_retinanet(classes=2), OLD, "missing.*expected all weights of this RetinaNet"),
+        (tiny_gfl(classes=2), OLD, None),
+    ],
+)
+def test_another_ones_checkpoint_is_refused(node, names, line, tmp_path):
+    file = tmp_path / "old.pth"
+    torch.save({"model": old_detector().state_dict(), "classes": OLD}, file)
+    if line is None:
+        assert Teacher(build(node), str(file), classes=names).classes == tuple(OLD)
+        return
+    with pytest.raises(InputError, match=line):
+        Teacher(build(node), str(file), classes=names)

@@ -1,0 +1,94 @@
+"""Pictures of old and new classes, and of the locations that ERD selects."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+from PIL import Image
+
+from d2kd.selection import TITLES, draw_selection
+from d2kd.visualization import COLORS, described, marked, side_by_side
+
+from .test_steps import increment
+from .tiny_run import draw_data
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+from pathlib import Path
+
+from tests.test_steps import increment
+
+_cfg = increment(Path(__file__).parent)
+model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.train
+"""
+
+
+def test_names_say_what_is_old():
+    metadata = Metadata(thing_classes=["a", "b", "c"])
+    assert marked(metadata, 0) is metadata
+    assert marked(metadata, 1).thing_classes == ["a (old)", "b (new)", "c (new)"]
+    assert marked(Metadata(), 1).get("thing_classes") is None
+    panels = described(metadata, {"teacher": 1, "student": 3, "stranger": 2}, 1)
+    assert panels["stranger"] is None
+    for title in ("ground truth", "teacher", "student"):
+        assert panels[title].thing_classes[0] == "a (old)"
+    assert described(metadata, {"teacher": 1, "student": 3})["teacher"] is None
+
+
+def test_locations_are_dots_in_their_places():
+    image = np.full((500, 600, 3), 7, np.uint8)
+    dots = Instances(
+        (500, 600),
+        locations=torch.tensor([[100.0, 50.0], [400.0, 300.0]]),
+        levels=torch.tensor([0, 2]),
+    )
+    drawn = side_by_side(image, {"here": dots})[-500:]
+    assert drawn[50, 100].tolist() == COLORS[0].tolist()
+    assert drawn[300, 400].tolist() == COLORS[2].tolist()
+    touched = (drawn != 7).any(axis=2)
+    assert touched[40:61, 90:111].sum() < touched[290:311, 390:411].sum()
+    assert touched.sum() == touched[40:61, 90:111].sum() + touched[290:311, 390:411].sum()
+
+
+def test_the_selection_is_drawn(tmp_path):
+    config = increment(tmp_path)
+    names = instantiate(config.dataloader.test.dataset.names)
+    model = instantiate(config.model)
+    mapper = instantiate(config.dataloader.test.mapper)
+    loss = model.losses.by_name["erd"]
+    assert len(TITLES) == 3 and MetadataCatalog.get(names).thing_classes
+    written = draw_selection(tmp_path / "pictures", names, loss, model.teacher, mapper, 2)
+    assert len(written) == 2
+    with Image.open(written[0]) as picture:
+        width = picture.size[0]
+    assert width > 4 * 480
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_command_line(plain, tmp_path):
+    increment(tmp_path)  # its data, and the old detector
+    draw_data(tmp_path / "data")
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    config = "baselines/gfl_small_shapes.py" if plain else tmp_path / "recipe.py"
+    name = "shapes_val" if plain else f"tiny_{tmp_path / 'data'}"
+    command = [sys.executable, "tools/visualize.py", "--what", "selection", "--config-file", config]
+    command += ["--dataset", name, "--output", tmp_path / "pictures", "--number", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if plain:
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith("a plain recipe; expected one that distils by ERD")
+        return
+    assert done.returncode == 0, done.stderr
+    assert "selected locations: 2 pictures" in done.stdout
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2

@@ -1,0 +1,232 @@
+"""Studies of class steps: what runs are measured on, and the figures after each step."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import OmegaConf
+
+from d2kd.config import increment, load
+from d2kd.data import shapes
+from d2kd.errors import InputError
+from d2kd.evaluation.coco import forgetting, gaps, old_new_all
+from d2kd.study import Measured, parse, run_study, show_results
+from d2kd.study import load as load_study
+from d2kd.study import train as really_train
+
+CLASSES = list(shapes.CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(tmp_path):
+    shapes.register(tmp_path / "shapes", train=8, val=4, test=6)
+    yield
+    shapes.register()
+    for name in [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("class_step")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_means_and_gaps():
+    per_class = {"a": 10.0, "b": 20.0, "c": None, "d": 60.0}
+    steps = [["a"], ["b", "c"], ["d"]]
+    assert old_new_all(per_class, steps, 1) == {"old": None, "new": 10.0, "all": 10.0}
+    assert old_new_all(per_class, steps, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
+    assert old_new_all(per_class, steps, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
+    assert old_new_all({}, steps, 3) == {"old": None, "new": None, "all": None}
+    lost = forgetting({"a": 30.0, "b": None}, per_class, ["a", "b"])
+    assert lost == {"a": 20.0, "b": None}
+    # As published for 40.2 and 34.4: 5.8 points, 14.4 percent.
+    assert gaps(34.4, 40.2) == pytest.approx((5.8, 0.144), abs=5e-4)
+    assert gaps(None, 40.2) == gaps(3.0, 0.0) == gaps(3.0, None) == (None, None)
+
+
+def study_of(split="4+2+2", **study):
+    def recipe(distilled):
+        return dict(
+            model=dict(teacher=dict(weights="")) if distilled else {}, train=dict(max_iter=1)
+        )
+
+    runs = dict(
+        first=dict(config=recipe(False), step=1),
+        second=dict(config=recipe(True), step=2, teacher="first"),
+        third=dict(config=recipe(True), step=3, teacher="second"),
+        everything=dict(config=recipe(False)),
+    )
+    if split == "4+4":
+        del runs["third"]
+    last = "third" if "third" in runs else "second"
+    given = dict(
+        test="shapes_test", baseline=last, steps=split, upper_bound="everything", pictures=0
+    )
+    content = dict(study=given | study, runs=runs)
+    return parse(OmegaConf.create(content, flags={"allow_objects": True}))
+
+
+class FakeTraining:
+    """AP by run and class; what is not told is undefined."""
+
+    def __init__(self, per_class):
+        self.per_class, self.tests = per_class, {}
+
+    def __call__(self, config, test, report):
+        folder = Path(config.train.output_dir)
+        self.tests[folder.name] = test
+        report(0, 1)
+        report(1, 1)
+        weights = folder / "model_final.pth"
+        weights.write_text(folder.name)
+        (folder / "metrics.json").touch()
+        known = self.per_class[folder.name]
+        metrics = {"AP": sum(known) / len(known)}
+        metrics |= {f"AP-{c}": ap for c, ap in zip(CLASSES, known)}
+        return Measured(metrics, 5, 1.0, weights)
+
+
+APS = {
+    "first": [50.0, 40.0, 30.0, 20.0],
+    "second": [40.0, 40.0, 10.0, 10.0, 60.0, 30.0],
+    "third": [20.0, 30.0, 0.0, 10.0, 50.0, 40.0, 70.0, 80.0],
+    "everything": [60.0, 50.0, 40.0, 30.0, 60.0, 50.0, 70.0, 60.0],
+}
+
+
+def run(study, output, aps=APS, seeds=(0,)):
+    train = FakeTraining(
+        {f"{m}_seed{s}": [ap + s for ap in v] for m, v in aps.items() for s in seeds}
+    )
+    runs = study.plan(seeds)
+    rows, failed = run_study(study, runs, output, train, io.StringIO())
+    assert not failed
+    return train, rows, show_results(output, study, runs, rows)
+
+
+def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
+    train, _, _ = run(study_of(), tmp_path)
+    assert train.tests == {
+        "first_seed0": "shapes_test_4+2+2_seen1",
+        "second_seed0": "shapes_test_4+2+2_seen2",
+        "third_seed0": "shapes_test_4+2+2_seen3",
+        "everything_seed0": "shapes_test",
+    }
+    record = json.loads((tmp_path / "second_seed0" / "study.json").read_text())
+    assert record["dataset"] == "shapes_test_4+2+2_seen2"
+
+
+def test_figures_after_each_step(tmp_path):
+    """Forgetting is against the run that learned the class, two steps back as well as one."""
+    run(study_of(), tmp_path)
+    content = json.loads((tmp_path / "steps.json").read_text())
+    assert content["schema"] == 1 and content["steps"] == [CLASSES[:4], CLASSES[4:6], CLASSES[6:]]
+    first, second, third, everything = content["rows"]
+    assert (first["old"], first["new"], first["all"]) == (None, 35.0, 35.0)
+    assert first["forgetting"] == {} and first["mean_forgetting"] is None
+    assert (second["old"], second["new"]) == (25.0, 45.0)
+    assert second["all"] == pytest.approx(190 / 6) and second["abs_gap"] is None
+    assert list(second["forgetting"].values()) == [10.0, 0.0, 20.0, 10.0]
+    assert third["old"] == 25.0 and third["new"] == 75.0 and third["all"] == 37.5
+    lost = dict(zip(CLASSES, [30.0, 10.0, 30.0, 10.0, 10.0, -10.0]))
+    assert third["forgetting"] == lost and list(third["forgetting"]) == CLASSES[:6]
+    assert third["mean_forgetting"] == pytest.approx(80 / 6)
+    assert third["abs_gap"] == 15.0 and third["rel_gap"] == pytest.approx(15 / 52.5)
+    assert everything["all"] == 52.5 and everything["abs_gap"] is None
+
+
+def test_the_table(tmp_path):
+    _, _, words = run(study_of(), tmp_path, seeds=[0, 1])
+    lines = [line.split() for line in words.splitlines()]
+    assert ["third", "3", "25.5", "±0.7", "75.5", "±0.7", "38.0", "±0.7"] == lines[4][:8]
+    assert lines[4][8:] == ["13.3", "±0.0", "15.0", "±0.0", "28.3", "±0.4"]
+    assert ["AP", "lost", "second", "third"] in lines
+    assert [CLASSES[0], "10.0", "±0.0", "30.0", "±0.0"] in lines
+    # What other runs reached on fewer classes is not set beside what these did on all.
+    heading = next(line for line in lines if line[:3] == ["AP", "on", "shapes_test"])
+    assert heading[3:] == ["third", "everything"]
+    assert (tmp_path / "table.txt").read_text().count("AP after each step") == 1
+
+
+def test_what_found_nothing_is_undefined(tmp_path):
+    aps = {**APS, "third": [math.nan] * 8}
+    _, _, words = run(study_of(), tmp_path, aps)
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert rows[2]["old"] is None and rows[2]["rel_gap"] is None and "third" in words
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (dict(runs=dict(second=dict(step=4))), "runs.second.step: 4; expected from 1 to 3"),
+        (dict(study=dict(upper_bound="all")), "unknown 'all'"),
+        (dict(study=dict(steps="4+5")), "split 4.5: 9 classes; expected 8 in all"),
+        (dict(study=dict(steps=[])), "step: 1; expected none, without study.steps"),
+    ],
+)
+def test_mistakes_are_named(change, line):
+    study = study_of()
+    given = dict(
+        test="shapes_test", baseline="third", steps="4+2+2", upper_bound="everything", pictures=0
+    )
+    content = OmegaConf.create(
+        dict(study=given, runs=dict(study.runs)), flags={"allow_objects": True}
+    )
+    with pytest.raises(InputError, match=line):
+        parse(OmegaConf.merge(content, change))
+
+
+def test_an_increment_is_a_recipe_of_its_own():
+    base = load("baselines/gfl_small_shapes.py")
+    recipe = increment(base, split="4+2+2", step=2)
+    model = recipe.model
+    assert base.model.num_classes == 8 and "num_old_classes" not in base.model
+    assert (model.student.num_classes, model.student.num_old_classes) == (6, 4)
+    assert model.teacher.detector.num_classes == 4 and list(model.classes) == CLASSES[:6]
+    assert list(model.teacher.classes) == CLASSES[:4] and list(model.inherit) == [""]
+    assert increment(base, split="4+2+2", step=1).model.num_classes == 4
+    with pytest.raises(
+        InputError, match="increment: a recipe of another detector; expected one of"
+    ):
+        increment("baselines/retinanet_small_shapes.py", split="4+4", step=1)
+    with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
+        increment(base, split="4+4", step=3)
+
+
+def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
+    """Two steps of two iterations, interrupted in the second; classes by name in every file."""
+    study = load_study("projects/ERD/studies/shapes.py")
+    fast = ["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
+            "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
+            "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
+            "train.eval_teacher=False"]  # fmt: skip
+    study = parse(dict(runs=study.runs, study=dict(
+        test="shapes_test", baseline="fine_tuning", featured="erd", steps="4+4",
+        upper_bound="everything", pictures=1, fast=fast,
+    )))  # fmt: skip
+    runs = study.plan(fast=True)
+    assert len(runs) == 5
+
+    def interrupted(config, test, report):
+        def stop(step, steps):
+            report(step, steps)
+            if step == 1 and "erd" in config.train.output_dir:
+                raise KeyboardInterrupt
+
+        return really_train(config, test, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, runs, tmp_path, interrupted, io.StringIO())
+    rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
+    assert not failed and len(rows) == 5
+    names = {
+        row["method"]: torch.load(row["weights"], weights_only=False)["classes"] for row in rows
+    }
+    assert names.pop("first") == CLASSES[:4] and all(v == CLASSES for v in names.values())
+    sizes = {row["method"]: row["parameters"] for row in rows}
+    assert sizes["fine_tuning"] == sizes["erd"] == sizes["everything"] > sizes["first"]
+    words = show_results(tmp_path, study, runs, rows)
+    assert "AP after each step" in words and "RelGap" in words
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 5

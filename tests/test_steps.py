@@ -1,0 +1,310 @@
+"""Classes in steps: what is kept of a data set, how classes are numbered, and what is refused."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from d2kd.classes import class_names
+from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
+from d2kd.data.steps import PUBLISHED_SPLITS, check_new_objects
+from d2kd.engine import Trainer
+from d2kd.engine.run_info import LOGGERS
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, ERDLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import tiny_gfl
+
+from .common import build
+from .test_voc import NAMES, write_voc
+from .tiny_run import draw_data, recipe, without_evaluation
+
+ORDER = list(shapes.CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(tmp_path):
+    for name in LOGGERS:  # or the trainer would add a handler, and caplog would hear nothing
+        logging.getLogger(name).setLevel(logging.INFO)
+    shapes.register(tmp_path / "shapes", train=20, val=8, test=3)
+    yield
+    shapes.register()
+    for name in [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("class_step")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("split", PUBLISHED_SPLITS)
+def test_published_splits(split):
+    steps = split_classes("coco_2017_val", split)
+    names = MetadataCatalog.get("coco_2017_val").thing_classes
+    assert [name for step in steps for name in step] == names
+    ends = {"40+40": "bottle", "50+30": "orange", "60+20": "bed", "70+10": "oven"}
+    assert steps[0][-1] == ends.get(split, "bottle")
+    sizes = {"40+20+20": [40, 20, 20], "40+10x4": [40, 10, 10, 10, 10]}
+    expected = sizes[split] if split in sizes else [int(n) for n in split.split("+")]
+    assert [len(step) for step in steps] == expected
+
+
+@pytest.mark.parametrize(
+    "split, line",
+    [
+        ("40+40", "split 40+40: 80 classes; expected 8 in all"),
+        ("4+0+4", "split 4+0+4"),
+        ("half", "split: 'half'; expected numbers of classes"),
+        ([ORDER[:2], ["hexagon"]], "split: unknown class 'hexagon'; expected of solid_triangle"),
+        ([ORDER[:2], ORDER[1:3]], "'striped_triangle' in step 1 and 2; expected steps that do not"),
+        ([ORDER[:2], []], "split: a step without a class"),
+    ],
+)
+def test_bad_splits(split, line):
+    with pytest.raises(InputError, match=re.escape(line)):
+        class_step("shapes_train", split, 1)
+
+
+def test_bad_steps():
+    with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
+        class_step("shapes_train", "4+4", 3)
+    with pytest.raises(InputError, match="dataset: 'shape_train'"):
+        class_step("shape_train", "4+4", 1)
+    class_step("shapes_train", "4+4", 1, name="taken")
+    with pytest.raises(InputError, match="data set 'taken': already registered as step 1 of"):
+        class_step("shapes_train", "4+4", 2, name="taken")
+
+
+def test_the_filter_rule():
+    """Annotations of the step, images that have one, global numbers; an image may be in two steps."""
+    every = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_train")}
+    steps = [
+        {r["image_id"]: r for r in DatasetCatalog.get(class_step("shapes_train", "3+4+1", i))}
+        for i in (1, 2, 3)
+    ]
+    bounds = [range(0, 3), range(3, 7), range(7, 8)]
+    for step, numbers in zip(steps, bounds):
+        expected = {
+            i: [a for a in annotations if a["category_id"] in numbers]
+            for i, annotations in every.items()
+        }
+        assert {i: r["annotations"] for i, r in step.items()} == {
+            k: v for k, v in expected.items() if v
+        }
+    assert len(steps[0]) < 20 and steps[0].keys() & steps[1].keys()
+    seen = DatasetCatalog.get(class_step("shapes_train", "3+4+1", 2, seen=True))
+    assert {r["image_id"] for r in seen} == steps[0].keys() | steps[1].keys()
+    last = DatasetCatalog.get(class_step("shapes_train", "3+4+1", 3, seen=True))
+    assert [(r["image_id"], r["annotations"]) for r in last] == list(every.items())
+
+
+def test_counts_are_logged(caplog):
+    records = DatasetCatalog.get("shapes_train")
+    of = [{a["category_id"] // 4 for a in r["annotations"]} for r in records]
+    boxes = sum(a["category_id"] >= 4 for r in records for a in r["annotations"])
+    images, both = sum(1 in steps for steps in of), sum(steps == {0, 1} for steps in of)
+    with caplog.at_level(logging.INFO, "d2kd"):
+        DatasetCatalog.get(class_step("shapes_train", "4+4", 2))
+    text = (
+        f"step 2 of 2, 4 classes: {images} images, {boxes} boxes; of these images {both} in step 1"
+    )
+    assert text in caplog.text and 0 < both <= images
+
+
+def test_any_order_of_names():
+    """Class k is the k-th name of the split, whatever the data set calls it; other classes are left out."""
+    split = [["striped_circle"], ["solid_triangle", "solid_circle"]]
+    name = class_step("shapes_val", split, 2, seen=True)
+    metadata = MetadataCatalog.get(name)
+    assert metadata.thing_classes == ["striped_circle", "solid_triangle", "solid_circle"]
+    assert class_names(class_step("shapes_val", split, 1)) == ("striped_circle",)
+    theirs = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_val")}
+    for record in DatasetCatalog.get(name):
+        named = [metadata.thing_classes[a["category_id"]] for a in record["annotations"]]
+        original = [ORDER[a["category_id"]] for a in theirs[record["image_id"]]]
+        assert named == [c for c in original if c in metadata.thing_classes]
+
+
+def perfect(evaluator, name):
+    """What an evaluator says of a detector that sees every annotation of a data set."""
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        found = Instances((record["height"], record["width"]))
+        boxes = [
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+            for a in record["annotations"]
+        ]
+        found.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]]).long()
+        found.scores = torch.ones(len(found.pred_classes))
+        evaluator.process([record], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]
+
+
+@pytest.mark.parametrize(
+    "split", ["4+4", [ORDER[4:], ORDER[:4]], [["solid_circle"], ["solid_square"]]]
+)
+def test_evaluation_follows_the_step(split, tmp_path):
+    for step, seen in ((1, False), (2, False), (2, True)):
+        name = class_step("shapes_train", split, step, seen=seen)
+        records = DatasetCatalog.get(name)
+        evaluator = COCOEvaluator(name, output_dir=str(tmp_path), use_fast_impl=False)
+        part = MetadataCatalog.get(name).class_step
+        content = evaluator._coco_api.dataset
+        assert content["d2kd_step"] == list(part.classes)
+        assert len(content["categories"]) == len(part.order)
+        assert {one["id"] for one in content["images"]} == {r["image_id"] for r in records}
+        assert len(content["annotations"]) == sum(len(r["annotations"]) for r in records)
+        found = perfect(evaluator, name)
+        measured = {c for c in part.order if found[f"AP-{c}"] == found[f"AP-{c}"]}
+        assert measured <= set(part.classes) and measured
+        assert all(found[f"AP-{c}"] == pytest.approx(100) for c in measured)
+
+
+def test_voc_style_data(tmp_path):
+    write_voc(tmp_path)
+    name = register_voc(f"voc_{tmp_path}", str(tmp_path), "train", list(NAMES))
+    every = DatasetCatalog.get(name)
+    split = [NAMES[::-1][:1], NAMES[::-1][1:]]
+    for step in (1, 2):
+        part = class_step(name, split, step)
+        check_dataset(part)
+        expected = [
+            [
+                NAMES[a["category_id"]]
+                for a in r["annotations"]
+                if NAMES[a["category_id"]] in split[step - 1]
+            ]
+            for r in every
+        ]
+        order = MetadataCatalog.get(part).thing_classes
+        kept = [
+            [order[a["category_id"]] for a in r["annotations"]] for r in DatasetCatalog.get(part)
+        ]
+        assert kept == [names for names in expected if names] and kept
+        evaluator = COCOEvaluator(part, output_dir=str(tmp_path / "out"), use_fast_impl=False)
+        assert perfect(evaluator, part)["AP"] == pytest.approx(100)
+
+
+def test_a_step_without_images(tmp_path):
+    draw_data(tmp_path)
+    file = tmp_path / "data.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 2]
+    file.write_text(json.dumps(content))
+    source = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path))
+    name = class_step(source, [["class 0"], ["class 1"]], 2)
+    assert check_dataset(name) == [name]
+    with pytest.raises(InputError, match="no object of class 1; expected at least one"):
+        DatasetCatalog.get(name)
+
+
+def test_a_file_that_says_its_step(tmp_path):
+    draw_data(tmp_path)
+    file = tmp_path / "data.json"
+    content = json.loads(file.read_text())
+    first = content["annotations"][0]["category_id"] - 1
+    content["d2kd_step"] = [f"class {k}" for k in range(3) if k != first]
+    file.write_text(json.dumps(content))
+    line = f"annotation 1: class 'class {first}', outside the step; expected one of class"
+    with pytest.raises(InputError, match=line):
+        coco_dataset(f"step_{tmp_path}", str(file), str(tmp_path))
+
+
+# In a run
+
+
+def increment(tmp_path, data=None, **train):
+    """A tiny GFL of one class that learns two more; its recipe, and the old detector's file."""
+    draw_data(tmp_path / "data")
+    student, old = tiny_gfl(), tiny_gfl(classes=1)
+    student.num_old_classes = 1
+    weights = tmp_path / "old.pth"
+    if not weights.exists():
+        torch.save({"model": build(old, 3).state_dict(), "classes": ["class 0"]}, weights)
+    model = L(Distiller)(
+        student=student,
+        teacher=L(Teacher)(detector=old, weights=str(weights), classes=["class 0"]),
+        losses=L(DistillLosses)(erd=L(ERDLoss)()),
+        max_iter="${train.max_iter}",
+        inherit=[""],
+        classes=["class 0", "class 1", "class 2"],
+    )
+    config = without_evaluation(recipe(tmp_path / "data", tmp_path / "out", model, **train))
+    whole = config.dataloader.train.dataset.names
+    config.dataloader.train.dataset.names = L(class_step)(
+        dataset=whole, split=data or [["class 0"], ["class 1", "class 2"]], step=2
+    )
+    return config
+
+
+def test_names_travel_in_the_checkpoint(tmp_path):
+    config = increment(tmp_path)
+    trainer = Trainer(config)
+    trainer.resume_or_load(False)
+    trainer.train()
+    saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)
+    assert saved["classes"] == ["class 0", "class 1", "class 2"]
+    assert not any("teacher" in key for key in saved["model"])
+    # Stock Detectron2 reads it.
+    plain = build(tiny_gfl(), 9)
+    DetectionCheckpointer(plain).load(str(tmp_path / "out" / "model_final.pth"))
+    for key, value in trainer.model.student.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value)
+    # It goes on, but not as another's.
+    trainer = Trainer(increment(tmp_path, max_iter=5))
+    trainer.resume_or_load(True)
+    assert trainer.start_iter == 4
+    other = increment(tmp_path)
+    other.model.classes = ["class 0", "class 2", "class 1"]
+    other.dataloader.train.dataset.names.split = [["class 0"], ["class 2"], ["class 1"]]
+    other.dataloader.train.dataset.names.step = 3
+    with pytest.raises(InputError, match="its classes are class 0, class 1, class 2; expected the"):
+        Trainer(other).resume_or_load(True)
+
+
+def test_old_weights_outlast_every_initialization(tmp_path):
+    other = tmp_path / "backbone.pth"
+    torch.save({"model": build(tiny_gfl(), 7).state_dict()}, other)
+    trainer = Trainer(increment(tmp_path, init_checkpoint=str(other)))
+    trainer.resume_or_load(False)
+    student, old = trainer.model.student, trainer.model.teacher.detector
+    for key, value in old.state_dict().items():
+        own = student.state_dict()[key]
+        assert torch.equal(own[:1] if key.startswith("head.cls_score.") else own, value), key
+
+
+def test_bad_input_is_refused_before_training(tmp_path):
+    with pytest.raises(
+        InputError, match="data set '.*': has 'class 0', an old class; expected new"
+    ):
+        config = increment(tmp_path)
+        config.dataloader.train.dataset.names.seen = True
+        Trainer(config)
+    with pytest.raises(InputError, match=r"\.png: an object of 'class 0', an old class; expected"):
+        config = increment(tmp_path)
+        config.dataloader.train.dataset.names = config.dataloader.train.dataset.names.dataset
+        Trainer(config)
+    file = tmp_path / "old.pth"
+    torch.save({**torch.load(file), "classes": ["class 9"]}, file)
+    with pytest.raises(InputError, match="its classes are class 9; expected the classes class 0"):
+        Trainer(increment(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_crowds_and_unlabelled_data_are_no_old_objects():
+    name = "d2kd_test_crowd"
+    crowd = {"category_id": 0, "iscrowd": 1}
+    DatasetCatalog.register(
+        name, lambda: [{"file_name": "a", "annotations": [crowd]}, {"file_name": "b"}]
+    )
+    MetadataCatalog.get(name).thing_classes = ["a", "b"]
+    try:
+        check_new_objects([name], 1)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
