@@ -38,15 +38,20 @@ def thin(baseline, steps):
     return recipe
 
 
+def on_blood_cells(recipe):
+    """The options of a study on the blood cells: their test split, registered when the study is loaded."""
+    test = copy.deepcopy(recipe.dataloader.test.dataset.names)
+    test.name, test.split = "bccd_test", "test"
+    fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
+    return dict(test=test, seeds=[0, 1], fast=fast)
+
+
 def blood_cells(baseline, student_steps, teacher_steps):
     """A student's recipe, its teacher's, and the study's options, on data that D2KD_BCCD points to."""
     student, teacher = thin(baseline, student_steps), wide(baseline, teacher_steps)
     for recipe in (student, teacher):
         recipe.train.eval_period = recipe.train.max_iter // 4
-    test = copy.deepcopy(student.dataloader.test.dataset.names)
-    test.name, test.split = "bccd_test", "test"
-    fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
-    return student, teacher, dict(test=test, seeds=[0, 1], fast=fast)
+    return student, teacher, on_blood_cells(student)
 
 
 def taught(student, teacher, inherit=(), **method):

@@ -1,6 +1,9 @@
 """Blood cells one class at a time: red cells, white cells, platelets."""
 
-from .bccd import BASELINE, FAST, STEPS, test_of
+from d2kd.config import get_config
+
+from ....configs.common.study import on_blood_cells
+from .bccd import BASELINE, STEPS
 from .common import in_steps, study_of
 
 SPLIT = [["RBC"], ["WBC"], ["Platelets"]]
@@ -8,9 +11,7 @@ SPLIT = [["RBC"], ["WBC"], ["Platelets"]]
 runs = in_steps(BASELINE, SPLIT, 3, STEPS, ["fine_tuning", "erd"])
 study = study_of(
     "Blood cells in three steps: GFL, by fine-tuning and ERD",
-    test_of(BASELINE),
-    SPLIT,
-    3,
-    seeds=[0, 1],
-    fast=FAST,
+    split=SPLIT,
+    number=3,
+    **on_blood_cells(get_config(BASELINE)),
 )

@@ -5,24 +5,10 @@ all old logits kept (LwF, our port), by ERD. Beside them the same detector learn
 to fit one seed into twenty minutes on two cores.
 """
 
-from detectron2.config import LazyCall as L
-
-from d2kd.data import shapes
-
+from ....configs.common.study import fast_shapes
 from .common import in_steps, study_of
 
 STEPS = 600
-
-FAST = dict(
-    fast=[
-        "train.max_iter=12",
-        "train.eval_period=6",
-        "train.checkpointer.period=6",
-        "train.log_period=2",
-        "dataloader.train.total_batch_size=4",
-    ],
-    fast_setup=L(shapes.register)(train=32, val=16, test=24),
-)
 
 runs = in_steps("baselines/gfl_small_shapes.py", "4+4", 2, STEPS)
 study = study_of(
@@ -31,5 +17,5 @@ study = study_of(
     "4+4",
     2,
     seeds=[0],
-    **FAST,
+    **fast_shapes,
 )

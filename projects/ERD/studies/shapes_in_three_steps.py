@@ -1,7 +1,8 @@
 """The question of ``shapes.py`` in three steps, 4+2+2: each step's student is the next one's teacher."""
 
+from ....configs.common.study import fast_shapes
 from .common import in_steps, study_of
-from .shapes import FAST, STEPS
+from .shapes import STEPS
 
 runs = in_steps("baselines/gfl_small_shapes.py", "4+2+2", 3, STEPS, ["fine_tuning", "erd"])
 study = study_of(
@@ -10,5 +11,5 @@ study = study_of(
     "4+2+2",
     3,
     seeds=[0],
-    **FAST,
+    **fast_shapes,
 )

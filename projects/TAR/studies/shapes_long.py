@@ -1,6 +1,6 @@
 """The study of ``shapes.py`` on a schedule where the baseline has little left to gain by more steps.
 
-How little, ``baseline_longer`` says: half as many steps again. Some hours on two cores for each seed.
+How little, ``baseline_longer`` shows, which has half as many steps again. Some hours on two cores for each seed.
 """
 
 import copy
