@@ -5,8 +5,12 @@ import copy
 import pytest
 import torch
 
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
+from d2kd.modeling.speed import compile_parts, fuse_norms
 
 from .common import DETECTORS, batch, build, tiny_retinanet
 
@@ -95,3 +99,90 @@ def test_own_channel_order_and_statistics(family):
     assert torch.equal(before, examples[0]["image"]), "the student's batch was changed"
     mean = torch.tensor([123.0, 116.0, 103.0]).view(3, 1, 1)
     torch.testing.assert_close(teacher.detector.pixel_mean, mean)
+
+
+def live_statistics(detector, seed=0):
+    """Norms that do something, as trained ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in detector.modules():
+        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+    return detector
+
+
+def answers(teacher):
+    """All that a teacher says of maps, and of regions if it knows some."""
+    outputs = teacher.ask(batch())
+    if not hasattr(teacher.detector, "roi_heads"):
+        return [*outputs.features.values(), *outputs.pred_logits, *outputs.pred_anchor_deltas]
+    boxes = [x["instances"].gt_boxes for x in batch()]
+    outputs.share({"region_boxes": [boxes]})
+    (regions,) = outputs.regions
+    return [*outputs.features.values(), regions.pred_class_logits, regions.pred_proposal_deltas]
+
+
+SPEED = {
+    "fused": ({"fuse_norms": True}, 1e-4),
+    "channels last": ({"channels_last": True}, 1e-4),
+    "both": ({"fuse_norms": True, "channels_last": True}, 1e-4),
+    "bfloat16": ({"dtype": "bfloat16"}, 0.1),
+}
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+@pytest.mark.parametrize("options, tolerance", SPEED.values(), ids=SPEED)
+def test_a_faster_teacher_says_the_same(family, options, tolerance):
+    plain = Teacher(live_statistics(build(DETECTORS[family]())), None)
+    quick = Teacher(live_statistics(build(DETECTORS[family]())), None, **options)
+    for ours, theirs in zip(answers(plain), answers(quick), strict=True):
+        scale = ours.abs().max().clamp(min=1e-3)
+        assert (ours - theirs.float()).abs().max() <= tolerance * scale
+        assert not theirs.requires_grad
+
+
+def test_speed_waits_for_the_first_question():
+    """Until then weights can be inherited by name."""
+    teacher = Teacher(live_statistics(build(tiny_retinanet())), None, fuse_norms=True)
+    norms = [m for m in teacher.detector.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert norms
+    outputs = teacher.ask(batch())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in teacher.detector.modules())
+    assert not any(p.requires_grad for p in teacher.detector.parameters())
+    once = {name: p.clone() for name, p in teacher.detector.named_parameters()}
+    teacher.ask(batch())
+    assert all(p.equal(once[name]) for name, p in teacher.detector.named_parameters())
+    assert set(outputs.features)
+
+
+def test_norms_that_still_learn_are_not_folded():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    assert fuse_norms(layers.train()) == 0 and isinstance(layers[1], nn.BatchNorm2d)
+    live_statistics(layers.eval())
+    images = torch.rand(2, 3, 8, 8)
+    before = layers(images)
+    assert fuse_norms(layers) == 1 and isinstance(layers[1], nn.Identity)
+    torch.testing.assert_close(layers(images), before)
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_backbone_and_heads_are_compiled(family, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    detector = build(DETECTORS[family]())
+    compile_parts(detector)
+    assert compiled[0] is detector.backbone
+    heads = {"cascade_rcnn": 3}.get(family, 1)
+    assert len(compiled) == 1 + heads
+
+
+def test_a_teacher_answers_in_its_own_precision():
+    def answer(dtype):
+        teacher = Teacher(build(tiny_retinanet()), None, dtype=dtype)
+        return teacher.ask(batch()).features["p3"].dtype
+
+    assert answer(None) == torch.float32 and answer("bfloat16") == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert answer(None) == torch.bfloat16 and answer("float32") == torch.float32
+    with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):
+        Teacher(build(tiny_retinanet()), None, dtype="half")

@@ -65,7 +65,7 @@ class asked:
         if outputs is None:
             return self
         try:
-            with torch.no_grad():
+            with torch.no_grad(), outputs.precision():
                 answer = self.question(outputs)
         except AttributeError as error:
             # Python would take it for "no such attribute" and hide the fault behind __getattr__.
@@ -85,13 +85,30 @@ class DetectorOutputs:
     Args:
         detector: the module that speaks; ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
+        dtype: precision of what is asked; None: that of the context in which it is read.
         captured: attributes known already, from the detector's own forward.
     """
 
-    def __init__(self, detector: nn.Module, batched_inputs: list[dict], **captured: Any):
+    def __init__(
+        self,
+        detector: nn.Module,
+        batched_inputs: list[dict],
+        dtype: torch.dtype | None = None,
+        **captured: Any,
+    ):
         self.detector = detector
         self.batched_inputs = batched_inputs
+        self.dtype = dtype
         self.__dict__.update(captured)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The context in which what is asked is computed."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        kind = self.detector.device.type
+        if self.dtype == torch.float32:
+            return torch.autocast(kind, enabled=False)
+        return torch.autocast(kind, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only where ordinary look-up failed.

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..classes import class_names, renamed
+from ..errors import InputError
 from .outputs import DetectorOutputs, check_classes, outputs_of
+from .speed import compile_parts, fuse_norms
 from .weights import load_strict, sha256
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Teacher:
@@ -28,10 +33,16 @@ class Teacher:
         classes: names of its classes in its order, or the name of a data set that has them, for a student
             with other ones, see :class:`d2kd.classes.ClassMap`. None: its classes are the student's.
         aliases: {a name of ``classes``: the student's name for it}, where they differ.
+        fuse_norms: fold its batch norms into the convolutions before the first question. Exact but for
+            rounding; names of its weights change, which nothing saves.
+        channels_last: keep its weights, and so compute its maps, channels last.
+        compile: have ``torch.compile`` compile its backbone and heads at the first question.
+        dtype: precision in which it answers, "float32", "bfloat16" or "float16". None: the student's, that
+            of ``train.amp``.
 
     Raises:
         InputError: the weights cannot be read, do not fit or are of other classes, the detector's kind is
-            unknown, or its classes are others than its outputs have room for.
+            unknown, or its classes are others than its outputs have room for; there is no such precision.
     """
 
     def __init__(
@@ -42,7 +53,13 @@ class Teacher:
         input_format: str | None = None,
         classes: str | Iterable[str] | None = None,
         aliases: Mapping[str, str] | None = None,
+        fuse_norms: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
+        dtype: str | None = None,
     ):
+        if dtype not in (None, *DTYPES):
+            raise InputError("teacher.dtype", dtype, " or ".join(DTYPES))
         self.kind = outputs_of(detector)
         self.classes = None
         names = None if classes is None else class_names(classes, "teacher.classes")
@@ -55,6 +72,8 @@ class Teacher:
         self.detector = detector.eval().requires_grad_(False)
         wanted = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = wanted != image_format
+        self.dtype = DTYPES.get(dtype)
+        self._to_do = {"fuse": fuse_norms, "channels_last": channels_last, "compile": compile}
 
     @property
     def weights_sha256(self) -> str | None:
@@ -79,6 +98,16 @@ class Teacher:
             shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
                 family has no use for is left aside.
         """
-        outputs = self.kind(self.detector, self.own_inputs(batched_inputs))
+        self._quicken()
+        outputs = self.kind(self.detector, self.own_inputs(batched_inputs), dtype=self.dtype)
         outputs.share(shared)
         return outputs
+
+    def _quicken(self) -> None:
+        """What makes the detector faster, once, when its weights are loaded, inherited and in their place."""
+        if self._to_do.pop("fuse", False):
+            fuse_norms(self.detector)
+        if self._to_do.pop("channels_last", False):
+            self.detector.to(memory_format=torch.channels_last)
+        if self._to_do.pop("compile", False):
+            compile_parts(self.detector)

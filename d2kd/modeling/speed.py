@@ -1,0 +1,76 @@
+"""The same detector, faster: what changes how it is computed and, but for rounding, nothing it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+@torch.no_grad()
+def fuse_norms(detector: nn.Module) -> int:
+    """Fold the batch norms of a detector in ``eval()`` into the convolutions before them.
+
+    A norm with fixed statistics is a factor and an offset of each channel, which the convolution can have in its
+    weight and bias: a pass over every map less. Found are the norm that a Detectron2 ``Conv2d`` carries, and
+    the one that follows a convolution in an ``nn.Sequential``, as in torchvision's classifiers. Names of
+    parameters change, so it is done when nobody loads or inherits weights any more.
+
+    Returns:
+        how many norms are gone.
+    """
+    fused = 0
+    for owner in detector.modules():
+        if isinstance(owner, nn.Conv2d) and _fixed(getattr(owner, "norm", None)):
+            _fuse(owner, owner.norm)
+            owner.norm = None
+            fused += 1
+        if isinstance(owner, nn.Sequential):
+            for conv, after, norm in _pairs(owner):
+                _fuse(conv, norm)
+                owner[after] = nn.Identity()
+                fused += 1
+    return fused
+
+
+def _fixed(norm: nn.Module | None) -> bool:
+    if isinstance(norm, nn.BatchNorm2d):
+        return norm.track_running_stats and not norm.training
+    return isinstance(norm, FrozenBatchNorm2d)
+
+
+def _pairs(layers: nn.Sequential) -> Iterator[tuple[nn.Conv2d, int, nn.Module]]:
+    for i in range(len(layers) - 1):
+        conv, norm = layers[i], layers[i + 1]
+        # Detectron2's Conv2d may have an activation, and with it something between the two.
+        if isinstance(conv, nn.Conv2d) and _fixed(norm) and not getattr(conv, "activation", None):
+            yield conv, i + 1, norm
+
+
+def _fuse(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+
+
+def compile_parts(detector: nn.Module) -> None:
+    """Have ``torch.compile`` compile the backbone and the heads that work on whole maps or regions.
+
+    In place, so that no name changes. What chooses among boxes (labelling, sampling, NMS) has shapes that the data
+    decide, and stays as it is.
+    """
+    heads = getattr(detector, "roi_heads", None)
+    parts = [detector.backbone, getattr(detector, "head", None), getattr(heads, "box_head", None)]
+    for part in parts:
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            if module is not None:
+                module.compile(dynamic=None)
