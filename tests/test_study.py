@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2.config import LazyConfig
 from detectron2.data import MetadataCatalog
@@ -15,6 +16,7 @@ from d2kd.errors import InputError
 from d2kd.study import Measured, load, parse, prepare, run_study, show_results
 from d2kd.study import train as really_train
 from d2kd.study.results import average_precision, gains, table
+from d2kd.study.text import markdown, t_interval
 
 CLASSES = list(shapes.CLASSES)
 
@@ -169,11 +171,13 @@ def test_results_have_the_promised_form(tmp_path):
     assert list(row) == [
         "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",
         "parameters", "seconds", "config", "weights", "weights_sha256",
+        "teacher_sha256", "log", "peak_memory_mib",
     ]  # fmt: skip
     assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
     assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}
-    assert results["summary"]["tar"] == {"mean_gain": 5.0, "std_gain": 0.0, "gains": [5.0, 5.0]}
-    undefined = {"mean_gain": None, "std_gain": None, "gains": [None, None]}
+    gained = {"mean_gain": 5.0, "std_gain": 0.0, "interval": [5.0, 5.0], "gains": [5.0, 5.0]}
+    assert results["summary"]["tar"] == gained
+    undefined = dict.fromkeys(("mean_gain", "std_gain", "interval")) | {"gains": [None, None]}
     assert results["summary"]["equal_time"] == undefined
     assert set(results["summary"]) == {"tar", "equal_time", "longer"}
     over = json.loads((tmp_path / "gains.json").read_text())
@@ -293,13 +297,29 @@ def test_gains_are_paired():
     assert gains(rows, "m", "b") == {
         "mean_gain": 2.0,
         "std_gain": math.sqrt(2),
+        "interval": pytest.approx((2 - 12.706, 2 + 12.706)),
         "gains": [1.0, 3.0, None],
     }
     assert gains(rows[:1] + rows[3:4], "m", "b") == {
         "mean_gain": 1.0,
         "std_gain": None,
+        "interval": None,
         "gains": [1.0],
     }
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 30])
+def test_the_interval_covers_the_mean_95_times_in_100(count):
+    random = np.random.default_rng(count)
+    intervals = [t_interval(list(random.normal(size=count))) for _ in range(1000)]
+    assert 0.93 < np.mean([low <= 0 <= high for low, high in intervals]) < 0.97
+    assert t_interval([1.0]) is None and t_interval([]) is None
+    assert t_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_markdown():
+    lines = [["a", "b"], ["  c", "d  "], ["", "-"]]
+    assert markdown(lines).splitlines() == ["| a | b |", "| --- | --- |", "| c | d |", "|  | - |"]
 
 
 def test_an_only_class_and_undefined_figures():
@@ -321,6 +341,7 @@ def test_the_table_shows_each_seed():
     assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
     assert ["AP", "small", "-", "-", "-", "-"] in lines
     assert ["m", "mean", "+2.0", "±1.4", "+3.0"] in lines
+    assert ["95", "%", "-10.7", "to", "+14.7", "-"] in lines
     assert ["seed", "0", "+1.0", "-"] in lines and ["seed", "1", "+3.0", "+3.0"] in lines
     assert ["i", "mean", "+0.0"] in lines
     one = table(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
@@ -334,8 +355,17 @@ def test_closing_words_name_what_to_open(tmp_path):
     runs = study.plan([0])
     rows, _ = run_study(study, runs, tmp_path, train, io.StringIO())
     words = show_results(tmp_path, study, runs, rows)
-    for name in ("pictures", "curves.png", "results.json", "table.txt"):
+    for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
+    written = (tmp_path / "table.md").read_text()
+    for run in rows:
+        assert f"[config]({run['name']}/config.yaml)" in written
+        assert f"[log]({run['name']}/log.txt)" in written
+        assert run["weights_sha256"][:12] in written
+    (teacher,) = [run for run in rows if run["method"] == "teacher"]
+    (taught,) = [run for run in rows if run["method"] == "tar"]
+    assert teacher["teacher_sha256"] is None
+    assert taught["teacher_sha256"] == teacher["weights_sha256"]
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 

@@ -10,16 +10,17 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..engine.run_info import versions, write_json
 from ..visualization import draw_curves, draw_differences
 from .plan import Run, Study
+from .plots import draw_gains
 from .steps import FILE as STEPS
 from .steps import steps_table, write_steps
-from .text import aligned, mean_text
+from .text import aligned, markdown, mean_text, t_interval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PREDICTIONS = "test/coco_instances_results.json"
@@ -57,7 +58,8 @@ def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
 
     Returns:
         ``gains``, one per seed of the method in rising order, None where either AP is undefined or the
-        reference has no such run; their ``mean_gain``, and ``std_gain`` (of a sample: None for a single seed).
+        reference has no such run; their ``mean_gain``, ``std_gain`` (of a sample: None for a single seed), and
+        ``interval``, the 95 % confidence interval of the mean by Student's t (None likewise).
     """
     ap = {(row["method"], row["seed"]): row["AP"] for row in rows}
     seeds = sorted(seed for name, seed in ap if name == method)
@@ -67,6 +69,7 @@ def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
     return {
         "mean_gain": statistics.fmean(defined) if defined else None,
         "std_gain": statistics.stdev(defined) if len(defined) > 1 else None,
+        "interval": t_interval(defined),
         "gains": each,
     }
 
@@ -84,17 +87,23 @@ def gains_over(
 
 
 def table(
-    rows: Sequence[Row], dataset: str, references: Sequence[str], paired: Sequence[str]
+    rows: Sequence[Row],
+    dataset: str,
+    references: Sequence[str],
+    paired: Sequence[str],
+    layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
 ) -> str:
     """What each method reached and what it gained, as text.
 
-    Above, a column per method: mean, and deviation over seeds. Below, a column per reference, seeds one by one.
+    Above, a column per method: mean, and deviation over seeds. Below, a column per reference, the mean with its
+    deviation and 95 % interval, and seeds one by one.
 
     Args:
         rows: of all methods.
         dataset: the figures come from.
         references: methods to give the gains over; the first one's absence leaves the gains out.
         paired: methods whose gains are asked for.
+        layout: makes text of lines of cells.
     """
     of = {method: [row for row in rows if row["method"] == method] for method in methods_of(rows)}
 
@@ -107,6 +116,8 @@ def table(
         reached.append(line(f"  {name}", lambda row, name=name: row["per_class"].get(name)))
     reached.append(["parameters", *(f"{group[0]['parameters']:,}" for group in of.values())])
     reached.append(line("training seconds", lambda row: row["seconds"], 0))
+    if any(row.get("peak_memory_mib") for row in rows):
+        reached.append(line("peak memory, MiB", lambda row: row.get("peak_memory_mib"), 0))
     reached.append(
         ["seeds", *(" ".join(str(row["seed"]) for row in group) for group in of.values())]
     )
@@ -119,10 +130,11 @@ def table(
         seeds = sorted(row["seed"] for row in of[method])
         if len(seeds) > 1:
             gained.append([method, "mean", *("" if g is None else _mean_gain(g) for g in found)])
+            gained.append(["", "95 %", *("" if g is None else _interval(g) for g in found)])
         for index, seed in enumerate(seeds):
             each = ["" if g is None else _signed(g["gains"][index]) for g in found]
             gained.append(["" if len(seeds) > 1 else method, f"seed {seed}", *each])
-    return aligned(reached) + ("\n\n" + aligned(gained) if over else "")
+    return layout(reached) + ("\n\n" + layout(gained) if over else "")
 
 
 def _mean_gain(found: Mapping[str, Any]) -> str:
@@ -130,8 +142,24 @@ def _mean_gain(found: Mapping[str, Any]) -> str:
     return _signed(found["mean_gain"]) + ("" if spread is None else f" ±{spread:.1f}")
 
 
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["interval"] is None:
+        return "-"
+    return " to ".join(_signed(end) for end in found["interval"])
+
+
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # 0.0: no minus before zero
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Where each row comes from, as markdown: config and log linked, weights by their hash."""
+    lines = [["run", "AP", "config", "log", "weights", "teacher"]]
+    for row in rows:
+        links = [f"[{key}]({row['name']}/{Path(row[key]).name})" if row.get(key) else "-" for key in ("config", "log")]  # fmt: skip
+        hashes = [(row.get(key) or "-")[:12] for key in ("weights_sha256", "teacher_sha256")]
+        lines.append([row["name"], mean_text([row["AP"]], 1), *links, *hashes])
+    return markdown(lines)
 
 
 def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
@@ -163,6 +191,9 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
     if study.steps:
         text = steps_table(study, rows) + (f"\n\n{text}" if whole else "")
     (output / "table.txt").write_text(f"{study.title}\n\n{text}\n")
+    written = table(whole, study.test, study.references, study.paired, markdown)
+    (output / "table.md").write_text(f"# {study.title}\n\n{written}\n\n{provenance(rows)}\n")
+    over = {name: gains_over(whole, name, study.paired) for name in study.references}
     curves: dict[str, list[Path]] = {}
     for row in rows:
         curves.setdefault(row["method"], []).append(output / row["name"] / "metrics.json")
@@ -170,8 +201,12 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
     opens = [
         (output / "curves.png", "task losses and validation AP against iterations"),
         (output / "table.txt", "this table"),
+        (output / "table.md", "the same as markdown, with where each row comes from"),
         (output / "results.json", "every figure, and where it comes from"),
     ]
+    if any(over.values()):
+        draw_gains(output / "gains.png", over, study.title)
+        opens.insert(0, (output / "gains.png", "gains in AP, seed by seed, with their intervals"))
     if study.steps:
         opens.append((output / STEPS, "the figures after each step"))
     named = [row["name"] for row in rows]

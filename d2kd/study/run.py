@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from ..data import check_dataset
 from ..engine import Trainer, do_test
+from ..engine.memory import Peak
 from ..engine.run_info import write_json
 from ..errors import InputError
 from ..modeling.weights import sha256
@@ -30,12 +31,21 @@ RECORD = "study.json"  # in a run's folder: what it was made from, and its row o
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a training: COCOEvaluator's "bbox", the student's size, seconds, the weights file."""
+    """What came out of a training.
+
+    Attributes:
+        metrics: COCOEvaluator's "bbox".
+        parameters: of the student.
+        seconds: inside training steps.
+        weights: the file.
+        peak_memory: bytes, while it was trained, by the last process if there were several; None if unknown.
+    """
 
     metrics: Mapping[str, float]
     parameters: int
     seconds: float
     weights: Path
+    peak_memory: int | None = None
 
 
 Report = Callable[[int, int], None]  # of (step, steps): before the first and after each
@@ -45,13 +55,16 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
     """Train or continue a recipe, and look at the test split once."""
     trainer = Trainer(config)
     trainer.resume_or_load(resume=True)
+    peak = None
     if trainer.start_iter < trainer.max_iter:
+        peak = Peak(trainer.device)
         tell = CallbackHook(
             before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),
             after_step=lambda trainer: report(trainer.iter + 1, trainer.max_iter),
         )
         trainer.register_hooks([tell])
         trainer.train()
+        peak = peak.bytes
     folder = Path(config.train.output_dir)
     testing = copy.deepcopy(trainer.config)
     testing.dataloader.test.dataset.names = test
@@ -61,6 +74,7 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
         parameters=sum(p.numel() for p in student.parameters()),
         seconds=trainer.seconds,
         weights=folder / "model_final.pth",
+        peak_memory=peak,
     )
 
 
@@ -130,7 +144,7 @@ def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
         if (record["config_sha256"], record["dataset"]) != (key, test):
             return None
         [row] = record["rows"]
-        for file in ("config", "weights"):
+        for file in {"config", "weights", "log"} & row.keys():
             row[file] = str(folder / Path(row[file]).name)
         return row if sha256(row["weights"]) == row["weights_sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, InputError):
@@ -160,6 +174,7 @@ def train_into(
             with contextlib.suppress(OSError):  # unless other runs are in it
                 folder.parent.rmdir()
         raise
+    peak = measured.peak_memory
     row = {
         "name": run.name,
         "method": run.method,
@@ -170,9 +185,19 @@ def train_into(
         "config": str(folder / "config.yaml"),
         "weights": str(measured.weights),
         "weights_sha256": sha256(str(measured.weights)),
+        "teacher_sha256": _teacher_of(config),
+        "log": str(folder / "log.txt"),
+        "peak_memory_mib": None if peak is None else peak / 2**20,
     }
     write_json(folder / RECORD, {**record, "rows": [row]})
     return row
+
+
+def _teacher_of(config: DictConfig) -> str | None:
+    """SHA-256 of the teacher's weights that a recipe names."""
+    teacher = config.model.get("teacher") or {}
+    weights = teacher.get("weights")
+    return sha256(weights) if weights and Path(weights).is_file() else None
 
 
 def _make_room(folder: Path, key: str) -> Path | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+
+# The 97.5th percentile of Student's t by degrees of freedom, from 1; later the normal's is used instead.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NORMAL_975 = 1.960
 
 
 def mean_text(values: Sequence[float | None], digits: int) -> str:
@@ -23,3 +28,21 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         for first, *rest in lines
     ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    t = dict(enumerate(T_975, start=1)).get(len(values) - 1, NORMAL_975)
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The lines as a table of markdown, under the first of them."""
+    first, *rest = [[cell.strip() for cell in line] for line in lines]
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in [first, ["---"] * len(first), *rest]
+    )
