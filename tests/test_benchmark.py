@@ -14,24 +14,13 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import OmegaConf
 from torch import nn
 
-from d2kd import benchmark
-from d2kd.benchmark import (
-    BATCHES,
-    DISTILLED,
-    HEADLINE,
-    STUDENT,
-    TEACHER,
-    Bench,
-    Setup,
-    draw_batch,
-    growth,
-    measure_statistics,
-    median_interval,
-    peak_memory,
-    ratios,
-    thaw_norms,
-)
+from d2kd.benchmark import DISTILLED, HEADLINE, STOCK, STUDENT, TEACHER, Bench, Setup, costs
+from d2kd.benchmark.bench import BATCHES, peak_memory
+from d2kd.benchmark.costs import difference, measure, median_interval, ratios
+from d2kd.benchmark.phases import PHASES, Stopwatch
+from d2kd.benchmark.untrained import draw_batch, measure_statistics, thaw_norms
 from d2kd.config import load
+from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
 
@@ -82,7 +71,7 @@ def bench(folder):
 
 
 def setup_of(folder, name):
-    return Setup(str(folder / f"{name}.py"), image_size=64, device="cpu")
+    return Setup(name, str(folder / f"{name}.py"), image_size=64, device="cpu")
 
 
 def norms_named(node):
@@ -201,7 +190,7 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Setup(recipe, image_size=64, device="cpu"))
+    one = Bench(Setup("icd", recipe, image_size=64, device="cpu"))
     assert all(set(question.read) == {"images", "features"} for question in one.questions)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
@@ -238,20 +227,75 @@ def test_every_step_starts_alike(bench):
     assert seen[0][2] == 2  # of 4
 
 
-def test_rows_take_turns_on_the_same_batch(bench):
-    one, heard, told = bench("silent"), [], []
-    real, one.seconds = one.seconds, lambda name, number: heard.append((name, number)) or 1.0
-    try:
-        seconds = one.measure(4, lambda *steps: told.append(steps))
-    finally:
-        one.seconds = real
+def test_rows_take_turns_on_the_same_batch():
+    heard, told = [], []
+
+    class Silent:
+        def __init__(self, label, rows):
+            self.label, self.rows = label, dict.fromkeys(rows)
+
+        def seconds(self, name, number):
+            heard.append((self.label, name, number))
+            return 1.0
+
+    benches = {"a": Silent("a", [STUDENT, TEACHER]), "b": Silent("b", [TEACHER])}
+    seconds = measure(benches, 4, lambda *steps: told.append(steps))
+    rows = [("a", STUDENT), ("a", TEACHER), ("b", TEACHER)]
+    assert {row: len(values) for row, values in seconds.items()} == dict.fromkeys(rows, 4)
     rounds = [heard[i : i + 3] for i in range(0, len(heard), 3)]
-    assert [len(values) for values in seconds.values()] == [4, 4, 4] and len(rounds) == 3 + 4
+    assert len(rounds) == 3 + 4
     for k, measured in enumerate(rounds):
-        assert {name for name, _ in measured} == {STUDENT, TEACHER, DISTILLED}
-        assert {number for _, number in measured} == {k % BATCHES}
-    assert len({measured[0][0] for measured in rounds[:3]}) == 3  # each was first
+        assert {(label, name) for label, name, _ in measured} == set(rows)
+        assert {number for *_, number in measured} == {k % BATCHES}
+    assert len({measured[0][:2] for measured in rounds[:3]}) == 3  # each was first
     assert told == [(k, 7) for k in range(7)]
+
+
+def test_detectron2s_step_is_ours(bench):
+    """The same losses on the same batch, and then the same weights, but for the learning rate's size."""
+    one = bench("silent")
+    names = set(one.rows)
+    assert names == {STOCK, STUDENT, TEACHER, DISTILLED}
+    student = one.rows[STUDENT].modules[0]
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    after = {}
+    for name in (STOCK, STUDENT):
+        student.load_state_dict(before)
+        optimizer = one.rows[name].trained[1]
+        optimizer.state.clear()
+        one.seconds(name, 2)
+        after[name] = {key: value.clone() for key, value in student.state_dict().items()}
+    assert any(not value.equal(before[key]) for key, value in after[STOCK].items())
+    assert all(value.equal(after[STUDENT][key]) for key, value in after[STOCK].items())
+
+
+def test_each_instant_counts_for_the_innermost_phase():
+    times = iter(range(0, 100, 1))
+    watch = Stopwatch(lambda: float(next(times)))
+    with watch.phase("step"):  # from 0
+        with watch.phase("losses"):  # from 1
+            with watch.phase("teacher"):  # from 2
+                pass  # to 3
+            with watch.phase("teacher"):  # from 4
+                pass  # to 5
+        # to 6
+    # to 7
+    assert watch.seconds == {"step": 2.0, "losses": 3.0, "teacher": 2.0}
+
+
+def test_phases_make_up_the_step(bench):
+    one = bench("tar")
+    assert one.phases(TEACHER, 0) is None
+    for name in (STOCK, STUDENT, DISTILLED):
+        found = one.phases(name, 0)
+        assert tuple(found) == PHASES
+        asked = name == DISTILLED
+        for phase, seconds in found.items():
+            works = asked or phase not in ("teacher", "losses")
+            assert (seconds > 0) == works, (name, phase)
+    model, optimizer = one.rows[DISTILLED].trained
+    left = [vars(owner) for owner in (model.student, model.losses, model.teacher, optimizer)]
+    assert not any({"forward", "ask"} & set(names) for names in left), "a watch is still worn"
 
 
 def test_the_interval_covers_the_median():
@@ -279,21 +323,52 @@ def test_the_interval_is_one_of_95_percent():
 
 def test_ratios_are_taken_round_by_round():
     student, teacher = np.array([1.0, 2.0, 40.0]), np.array([0.5, 1.0, 20.0])
-    found = ratios({STUDENT: student, TEACHER: teacher, DISTILLED: 1.1 * (student + teacher)})
-    expected = {HEADLINE: 1.1, "teacher / student": 0.5, "distilled / student": 1.65}
-    for name, value in expected.items():
-        assert list(found[name].values()) == pytest.approx([value] * 3)
+    whole = 1.1 * (student + teacher)
+    seconds = {
+        ("a", STOCK): student / 1.25,
+        ("a", STUDENT): student,
+        ("a", TEACHER): teacher,
+        ("a", DISTILLED): whole,
+        ("b", TEACHER): teacher / 2,
+        ("b", DISTILLED): whole / 2,
+    }
+    seconds = {row: list(values) for row, values in seconds.items()}
+    found = ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
+    expected = {
+        ("a", HEADLINE): 1.1,
+        ("a", "distilled / student"): 1.65,
+        ("a", "teacher / student"): 0.5,
+        ("a", "student / Detectron2's"): 1.25,
+        ("b", HEADLINE): 0.66,
+        ("b", "distilled / student"): 0.825,
+        ("b", "teacher / student"): 0.25,
+        ("b", "student / Detectron2's"): 1.25,
+        ("b", "distilled / that of a"): 0.5,
+        ("b", "distilled / (student + teacher) of a"): 0.55,
+    }
+    assert {(r["recipe"], r["ratio"]) for r in found} == set(expected)
+    for ratio in found:
+        interval = [ratio[key] for key in ("low", "median", "high")]
+        assert interval == pytest.approx([expected[ratio["recipe"], ratio["ratio"]]] * 3)
+    del seconds["a", STOCK]
+    left = ratios(seconds, plain={"a": "a"}, variant_of={})
+    assert "student / Detectron2's" not in {r["ratio"] for r in left}
+
+
+def test_losses_are_compared_by_their_size():
+    assert difference({"a": 2.0, "b": 1e-3}, {"a": 2.0, "b": 1.1e-3}) == pytest.approx(1 / 11)
+    assert difference({}, {}) == 0.0
+    assert difference({"a": 1.0}, {"b": 1.0}) == float("inf")
 
 
 def test_growth_is_the_peak_and_not_the_rest():
-    def peaks():
-        torch.ones(64 << 20, dtype=torch.uint8)
-
     torch.ones(128 << 20, dtype=torch.uint8)  # an earlier peak, and a higher one
-    grown = growth(peaks)
-    if grown is None:
+    peak = Peak(torch.device("cpu"))
+    if peak.before is None:
         pytest.skip("this system does not tell")
-    assert 60 << 20 < grown < 80 << 20
+    torch.ones(64 << 20, dtype=torch.uint8)
+    assert 60 << 20 < peak.growth < 80 << 20
+    assert peak.bytes == peak.before + peak.growth
 
 
 def test_memory_is_measured_in_another_process(folder):
@@ -311,29 +386,58 @@ def tool():
 
 
 def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
-    peaks = {STUDENT: (2**20, 3 * 2**20), TEACHER: (2**20, None), DISTILLED: (2**21, 2**23)}
-    monkeypatch.setattr(benchmark, "peak_memory", lambda setup, name: peaks[name])
-    words = ["--config-file", str(folder / "tar.py"), "--image-size", "64", "--device", "cpu"]
-    words += ["--rounds", "2", "--json", str(tmp_path / "new/result.json")]
-    tool.main([*words, "--bound", "1e6", "model.losses.tar.regression_weight=0.0"])
+    asked = []
+
+    def peak(setup, name):
+        asked.append((setup.label, name))
+        return 2**20, None if name == TEACHER else 3 * 2**20
+
+    monkeypatch.setattr(costs, "peak_memory", peak)
+    words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
+    words += ["--image-size", "64", "--device", "cpu", "--rounds", "2"]
+    words += ["--json", str(tmp_path / "new/result.json")]
+    words += ["--markdown", str(tmp_path / "table.md")]
+    words += ["--variant", "fused", "model.teacher.fuse_norms=true"]
+    words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
+    tool.main([*words, "--bound", "1e6", "train.max_iter=6"])
     said = capsys.readouterr().out
-    assert "asked of the teacher: images, features, regions" in said
-    assert "met" in said and "exceeded" not in said
+    assert said.count("met") == 6 and "exceeded" not in said
     result = json.loads((tmp_path / "new/result.json").read_text())
     assert result["schema"] == 1 and result["versions"]["torch"] == torch.__version__
     told = [result[key] for key in ("device", "image_size", "batch_size", "rounds")]
     assert told == ["cpu", 64, 2, 2]
-    assert [row["name"] for row in result["rows"]] == [STUDENT, TEACHER, DISTILLED]
-    assert [row["peak_memory_mib"] for row in result["rows"]] == [3, None, 8]
-    for row in result["rows"]:
-        assert row["name"] in said
-        assert len(row["seconds"]) == 2 and row["median_seconds"] == np.median(row["seconds"])
-        assert min(row["seconds"]) > 0
-    assert result["ratios"] == ratios({row["name"]: row["seconds"] for row in result["rows"]})
-    for name, interval in result["ratios"].items():
-        assert name in said and f"{interval['median']:.3f}" in said
 
-    monkeypatch.setattr(benchmark, "benchmark", lambda *_: result)
+    recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
+    labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
+    assert list(recipes) == labels
+    assert recipes["tar"]["asked"] == ["images", "features", "regions"]
+    assert recipes["tar"]["difference"] is None and recipes["tar"]["losses"]
+    for label in ("tar, fused", "tar, clipped"):
+        assert 0 <= recipes[label]["difference"] < 0.05
+    assert recipes["silent"]["asked"] == [] and not any(recipes["silent"]["losses"].values())
+
+    # The plain step is one for both recipes, and another where the student is trained otherwise.
+    rows = [(row["recipe"], row["name"]) for row in result["rows"]]
+    assert rows == asked
+    assert [row[0] for row in rows if row[1] == STOCK] == ["tar"]
+    assert [row[0] for row in rows if row[1] == STUDENT] == ["tar", "tar, clipped"]
+    for name in (TEACHER, DISTILLED):
+        assert [row[0] for row in rows if row[1] == name] == labels
+    for row in result["rows"]:
+        assert row["peak_memory_mib"] == (None if row["name"] == TEACHER else 3)
+        assert len(row["seconds"]) == 2 and row["median_seconds"] == np.median(row["seconds"])
+        assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
+        assert min(row["seconds"]) > 0
+        assert (row["phases"] is None) == (row["name"] == TEACHER)
+    compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
+    assert ("tar, fused", "distilled / that of tar") in compared
+    markdown = (tmp_path / "table.md").read_text()
+    for ratio in result["ratios"]:
+        assert ratio["ratio"] in said and f"{ratio['median']:.3f}" in said
+        assert f"{ratio['median']:.3f}" in markdown
+    assert "| recipe" in markdown
+
+    monkeypatch.setattr("d2kd.benchmark.benchmark", lambda *_: result)
     with pytest.raises(SystemExit, match="1"):
         tool.main([*words, "--bound", "1e-6"])
     assert "bound 1e-06 exceeded" in capsys.readouterr().out
@@ -346,7 +450,9 @@ REFUSED = {
     "no rounds": ("{tar} --rounds 0", "rounds: 0"),
     "no pixels": ("{tar} --image-size 0", "image size: 0"),
     "no images": ("{tar} --batch-size -1", "batch size: -1"),
+    "one twice": ("{tar} {tar}", "label: 'tar' 2 times"),
     "device": ("{tar} --device abacus", "train.device: abacus"),
+    "channels": ("{tar} train.channels_last=true", "train.channels_last: true on cpu"),
     "folder": ("{tar} --json {folder}", "is a folder"),
     "losses": ("{tar} model.losses.tar.feature_weight=1 model.losses.tar.levels=[p9]", "'p9'"),
 }

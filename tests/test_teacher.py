@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
-from d2kd.modeling.speed import compile_parts, fuse_norms
+from d2kd.modeling.speed import compile_parts, fuse_norms, quicken
 
 from .common import DETECTORS, batch, build, tiny_retinanet
 
@@ -186,3 +185,15 @@ def test_a_teacher_answers_in_its_own_precision():
         assert answer(None) == torch.bfloat16 and answer("float32") == torch.float32
     with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):
         Teacher(build(tiny_retinanet()), None, dtype="half")
+
+
+def test_a_compiled_student_is_compiled_where_nobody_listens(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    student = build(tiny_retinanet())
+    quicken(student, {"compile": True})
+    assert compiled == [student.backbone.bottom_up]
+    quicken(student, {"compile": False, "channels_last": False})
+    assert len(compiled) == 1
+    with pytest.raises(InputError, match="channels_last: true on cpu"):
+        quicken(student, {"channels_last": True})

@@ -1,0 +1,16 @@
+"""What distillation costs: see :mod:`d2kd.benchmark.bench` for what is measured how."""
+
+from .bench import DISTILLED, STOCK, STUDENT, TEACHER, Bench, Setup
+from .costs import HEADLINE, benchmark, table
+
+__all__ = [
+    "DISTILLED",
+    "HEADLINE",
+    "STOCK",
+    "STUDENT",
+    "TEACHER",
+    "Bench",
+    "Setup",
+    "benchmark",
+    "table",
+]

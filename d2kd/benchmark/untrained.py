@@ -1,0 +1,96 @@
+"""Detectors and batches to measure on without weights or data: nothing but a recipe is read.
+
+Batch norms live with statistics of the batches they see, for frozen ones at their initial values let an
+untrained net explode; the images are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from ..classes import num_classes_of
+
+OBJECTS = 7
+
+
+def thaw_norms(node: DictConfig | ListConfig) -> None:
+    """Write BN for FrozenBN wherever a model node, or a yacs config in it, names a norm."""
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            thaw_norms(node[key])
+        elif str(key).lower() == "norm" and node[key] == "FrozenBN":
+            node[key] = "BN"
+
+
+@torch.no_grad()
+def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
+    """Give every batch norm the mean statistics of these batches in train mode.
+
+    Those of stages that ``freeze_at`` froze take part and are frozen again.
+    """
+    frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
+    for name, norm in frozen.items():
+        live = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
+        live.load_state_dict(norm.state_dict(), strict=False)
+        detector.set_submodule(name, live)
+    norms = [
+        m
+        for m in detector.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches, not a moving one
+    training = detector.training
+    detector.train()
+    with EventStorage():
+        for batch in batches:
+            detector(batch)
+    detector.train(training)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    for name, norm in frozen.items():
+        live = detector.get_submodule(name)
+        norm.running_mean.copy_(live.running_mean)
+        norm.running_var.copy_(live.running_var)
+        detector.set_submodule(name, norm)
+
+
+def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int) -> list[dict]:
+    """Detectron2's training batch for this detector: images of noise with seven objects each.
+
+    The objects' sides go from a sixteenth to two thirds of the image's, their classes over all that the
+    detector is to learn; with a mask head they have masks, their rectangles.
+    """
+    random = np.random.default_rng(seed)
+    batch = []
+    for _ in range(batch_size):
+        side = np.geomspace(1 / 16, 2 / 3, OBJECTS)
+        stretch = np.exp(random.uniform(-0.3, 0.3, OBJECTS))
+        extent = np.stack([side * stretch, side / stretch], axis=1)
+        corner = random.uniform(size=(OBJECTS, 2)) * (1 - extent)
+        boxes = np.concatenate([corner, corner + extent], axis=1) * image_size
+        instances = Instances((image_size, image_size))
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        first = getattr(detector, "num_old_classes", 0)
+        classes = np.linspace(first, num_classes_of(detector) - 1, OBJECTS)
+        classes = classes.round().astype(np.int64)
+        instances.gt_classes = torch.from_numpy(random.permutation(classes))
+        if getattr(getattr(detector, "roi_heads", None), "mask_on", False):
+            corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+            instances.gt_masks = PolygonMasks([[polygon] for polygon in corners])
+        image = random.integers(256, size=(3, image_size, image_size), dtype=np.uint8)
+        size = {"height": image_size, "width": image_size}
+        batch.append({"image": torch.from_numpy(image), "instances": instances, **size})
+    return batch
