@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .classes import class_names
-from .data import class_step, split_classes
+from .data import TwoScales, class_step, split_classes
 from .data.steps import Split
 from .errors import InputError
 from .losses import DistillLosses, ImitationLoss, TARLoss
@@ -256,6 +256,7 @@ def distill(
     distiller: DictConfig | None = None,
     inherit: Iterable[str] = (),
     share: str = "student",
+    scale: int = 1,
 ) -> Recipe:
     """A plain recipe with its model put beside a teacher.
 
@@ -267,6 +268,8 @@ def distill(
             own, such as those of ``common/icd.py``; the recipe has them as ``train.distiller``. None: they
             are trained as the student's.
         inherit, share: see :class:`Distiller`.
+        scale: of a teacher whose images are the recipe's, while the student's are reduced that many times, see
+            :func:`reduced`.
 
     Returns:
         the whole recipe; ``base`` is left as it was. A config writes
@@ -279,6 +282,9 @@ def distill(
     mapper = base.dataloader.train.get("mapper") or {}
     if "image_format" not in teacher:
         teacher.image_format = mapper.get("image_format", "BGR")
+    if scale != 1:
+        teacher.scale = scale
+        base = reduced(base, scale)
     model = L(Distiller)(
         student=student_of(base.model),
         teacher=teacher,
@@ -293,6 +299,22 @@ def distill(
     if distiller is not None:
         base.train.distiller = distiller
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+
+
+def reduced(recipe: DictConfig, scale: int) -> DictConfig:
+    """A recipe whose detector gets its images ``scale`` times smaller, beside the full ones for a teacher.
+
+    Its mappers of training and test data are put into :class:`d2kd.data.TwoScales`; ``recipe`` is left as it was.
+    """
+    recipe = copy.deepcopy(recipe)
+    for loader in (recipe.dataloader.train, recipe.dataloader.test):
+        mapper = loader.mapper
+        for key in mapper:  # what it takes from elsewhere is found no more from inside
+            if OmegaConf.is_interpolation(mapper, key):
+                mapper[key] = mapper[key]
+    for loader in (recipe.dataloader.train, recipe.dataloader.test):
+        loader.mapper = L(TwoScales)(mapper=loader.mapper, scale=scale)
+    return recipe
 
 
 def increment(

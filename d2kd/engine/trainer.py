@@ -40,6 +40,7 @@ from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_new_objects
 from ..errors import InputError
 from ..modeling import Distiller
+from ..modeling.speed import quicken
 from ..visualization import scenes
 from .checkpoint import StudentCheckpointer, learned_classes, student_of, unwrapped
 from .evaluation import build_test_loader, do_test
@@ -150,6 +151,7 @@ class Trainer(DefaultTrainer):
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         model = instantiate(self.config.model).to(self.device)
+        quicken(student_of(model), self.config.train)
         logger.info("Model:\n%s", model)
         return model
 

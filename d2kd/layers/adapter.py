@@ -16,7 +16,10 @@ KINDS = ("auto", "1x1", "3x3", "none")
 
 
 def match_levels(
-    student: nn.Module, teacher: nn.Module, wanted: Sequence[str] | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    wanted: Sequence[str] | None = None,
+    scale: int = 1,
 ) -> dict[str, str]:
     """Which level of the student's backbone is which of the teacher's, in order of stride.
 
@@ -26,16 +29,23 @@ def match_levels(
     Args:
         student, teacher: Detectron2 backbones.
         wanted: level names of the student; all of them must match.
+        scale: how many times larger the teacher's images are. Unless it is 1, names mean other strides on both
+            sides, and levels match by their stride in the student's pixels alone.
 
     Raises:
         InputError: a wanted level is missing on one side, strides differ, or nothing matches.
     """
     ours, theirs = student.output_shape(), teacher.output_shape()
-    by_stride = {shape.stride: name for name, shape in theirs.items() if name not in ours}
+    same_size = scale == 1
+    by_stride = {
+        shape.stride / scale: name
+        for name, shape in theirs.items()
+        if not (same_size and name in ours)
+    }
     matches = {}
     for name in sorted(ours, key=lambda name: ours[name].stride):
         stride = ours[name].stride
-        if name in theirs:
+        if same_size and name in theirs:
             if theirs[name].stride != stride:
                 found = f"{name!r} has stride {stride} here and {theirs[name].stride} there"
                 raise InputError("levels", found, "equal strides")

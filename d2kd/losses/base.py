@@ -64,6 +64,9 @@ class DistillLoss(nn.Module):
     class_map: ClassMap | None = None
     """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
 
+    scale = 1
+    """How many times larger the teacher's images are than the student's. Set before :meth:`bind`."""
+
     def __init__(self, *, weight: Weight = 1.0):
         super().__init__()
         self.weight = weight
@@ -99,11 +102,15 @@ class DistillLosses(nn.Module):
         return tuple(dict.fromkeys(tap for loss in self.by_name.values() for tap in loss.taps))
 
     def bind(
-        self, student: nn.Module, teacher: nn.Module, class_map: ClassMap | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        class_map: ClassMap | None = None,
+        scale: int = 1,
     ) -> None:
-        """Show both detectors to every loss, and which classes they share if their lists differ."""
+        """Show both detectors to every loss, which classes they share if their lists differ, and the scale."""
         for name, loss in self.by_name.items():
-            loss.class_map = class_map
+            loss.class_map, loss.scale = class_map, scale
             try:
                 loss.bind(student, teacher)
             except InputError as error:
@@ -156,9 +163,11 @@ def is_off(weight: Weight) -> bool:
 
 
 def check_anchors(
-    student: nn.Module, teacher: nn.Module, expected: str = "the same anchors"
+    student: nn.Module, teacher: nn.Module, scale: int = 1, expected: str = "the same anchors"
 ) -> None:
     """Raise InputError unless two dense detectors have equal anchors on equal grids, to be compared row by row."""
+    if scale != 1:
+        raise InputError("anchors", f"a teacher of images {scale} times larger", expected)
     kinds = [type(d).__name__ for d in (student, teacher)]
     if not all(hasattr(d, "anchor_generator") for d in (student, teacher)):
         raise InputError("anchors", f"student {kinds[0]}, teacher {kinds[1]}", expected)

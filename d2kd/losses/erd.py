@@ -127,7 +127,7 @@ class ERDLoss(DistillLoss):
             names = [type(d).__name__ for d in (student, teacher)]
             found = f"student {names[0]} with reg_max {bins[0]}, teacher {names[1]} with {bins[1]}"
             raise InputError("distributions", found, "two GFLs with the same reg_max")
-        check_anchors(student, teacher)
+        check_anchors(student, teacher, self.scale)
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class ICDLoss(DistillLoss):
         self._waits = False
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted)
+        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
         two_stage = hasattr(student, "roi_heads")
         if self.distillation_weight is None:
             self.distillation_weight = 3.0 if two_stage else 8.0

@@ -43,7 +43,7 @@ class ImitationLoss(DistillLoss):
         self.adapter = adapter
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted)
+        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
         ours, theirs = student.backbone.output_shape(), teacher.backbone.output_shape()
         self.strides = {level: ours[level].stride for level in self.levels}
         self.adapters = FeatureAdapter(ours, theirs, self.levels, self.adapter)

@@ -29,7 +29,7 @@ class LwFLoss(DistillLoss):
         super().__init__(weight=weight)
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        check_anchors(student, teacher)
+        check_anchors(student, teacher, self.scale)
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> Tensor:

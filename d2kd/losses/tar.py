@@ -128,6 +128,7 @@ class TARLoss(DistillLoss):
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.feature is not None:
+            self.feature.scale = self.scale
             self.feature.bind(student, teacher)
         if not self.reads_predictions:
             return
@@ -154,6 +155,7 @@ class TARLoss(DistillLoss):
             check_anchors(
                 student,
                 teacher,
+                self.scale,
                 "the same anchors, or classification_weight=0 and regression_weight=0",
             )
 

@@ -34,7 +34,7 @@ class Distiller(nn.Module):
         student: any detector with readable outputs.
         teacher: its :class:`Teacher`.
         losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns named
-            losses; its optional ``bind(student, teacher, class_map)`` sees both detectors once, and its
+            losses; its optional ``bind(student, teacher, class_map, scale)`` sees both detectors once, and its
             optional ``taps`` names further modules of the student to listen to.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names to start from the teacher's weights; ``[""]`` is all of them. With
@@ -74,9 +74,11 @@ class Distiller(nn.Module):
         if share == "both" and {self.kind, teacher.kind} != {RCNNOutputs}:
             kinds = f"a {type(student).__name__} and a {type(teacher.detector).__name__}"
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
+        if share == "both" and teacher.scale != 1:
+            raise InputError("share", f"both, at {teacher.scale} times the size", "student")
         self.class_map = _class_map(student, teacher, classes)
         if hasattr(losses, "bind"):
-            losses.bind(student, teacher.detector, self.class_map)
+            losses.bind(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
         self.inherited = tuple(inherit)
         self.inherit()

@@ -86,6 +86,7 @@ class DetectorOutputs:
         detector: the module that speaks; ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
         dtype: precision of what is asked; None: that of the context in which it is read.
+        scale: how many times larger these images are than those of the detector that shares.
         captured: attributes known already, from the detector's own forward.
     """
 
@@ -94,11 +95,12 @@ class DetectorOutputs:
         detector: nn.Module,
         batched_inputs: list[dict],
         dtype: torch.dtype | None = None,
+        scale: int = 1,
         **captured: Any,
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self.dtype = dtype
+        self.dtype, self.scale = dtype, scale
         self.__dict__.update(captured)
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -266,6 +268,13 @@ class RCNNOutputs(DetectorOutputs):
     @property
     def shared(self) -> dict[str, Any]:
         return {"region_boxes": self.region_boxes}
+
+    def share(self, shared: Mapping[str, Any]) -> None:
+        boxes = shared.get("region_boxes")
+        if boxes is not None and self.scale != 1:
+            boxes = [[Boxes(b.tensor * self.scale) for b in stage] for stage in boxes]
+            shared = {**shared, "region_boxes": boxes}
+        super().share(shared)
 
     @asked
     def proposals(self) -> list[Instances]:

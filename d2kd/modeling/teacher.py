@@ -33,6 +33,8 @@ class Teacher:
         classes: names of its classes in its order, or the name of a data set that has them, for a student
             with other ones, see :class:`d2kd.classes.ClassMap`. None: its classes are the student's.
         aliases: {a name of ``classes``: the student's name for it}, where they differ.
+        scale: how many times larger its images are than the student's. The batch then has both, see
+            :class:`d2kd.data.TwoScales`; levels are matched by their stride in the student's pixels.
         fuse_norms: fold its batch norms into the convolutions before the first question. Exact but for
             rounding; names of its weights change, which nothing saves.
         channels_last: keep its weights, and so compute its maps, channels last.
@@ -53,6 +55,7 @@ class Teacher:
         input_format: str | None = None,
         classes: str | Iterable[str] | None = None,
         aliases: Mapping[str, str] | None = None,
+        scale: int = 1,
         fuse_norms: bool = False,
         channels_last: bool = False,
         compile: bool = False,
@@ -72,6 +75,9 @@ class Teacher:
         self.detector = detector.eval().requires_grad_(False)
         wanted = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = wanted != image_format
+        if scale != int(scale) or scale < 1:
+            raise InputError("teacher.scale", scale, "an integer of at least 1")
+        self.scale = int(scale)
         self.dtype = DTYPES.get(dtype)
         self._to_do = {"fuse": fuse_norms, "channels_last": channels_last, "compile": compile}
 
@@ -81,7 +87,25 @@ class Teacher:
         return None if self.weights is None else sha256(self.weights)
 
     def own_inputs(self, batched_inputs: list[dict]) -> list[dict]:
-        """The batch in the teacher's own channel order; its own statistics are applied when it is asked."""
+        """The batch in the teacher's own size and channel order; its own statistics are applied when it is asked.
+
+        Of another size it has no ``instances``, which are in the student's pixels.
+
+        Raises:
+            InputError: a teacher of larger images is given a batch without them.
+        """
+        if self.scale != 1:
+            if not all("teacher_image" in x for x in batched_inputs):
+                raise InputError(
+                    "teacher.scale",
+                    f"{self.scale}, but a batch without 'teacher_image'",
+                    "mapper=L(TwoScales)(mapper=…, scale=…)",
+                )
+            names = {"instances", "teacher_image"}
+            batched_inputs = [
+                {**{k: v for k, v in x.items() if k not in names}, "image": x["teacher_image"]}
+                for x in batched_inputs
+            ]
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
@@ -99,7 +123,8 @@ class Teacher:
                 family has no use for is left aside.
         """
         self._quicken()
-        outputs = self.kind(self.detector, self.own_inputs(batched_inputs), dtype=self.dtype)
+        inputs = self.own_inputs(batched_inputs)
+        outputs = self.kind(self.detector, inputs, dtype=self.dtype, scale=self.scale)
         outputs.share(shared)
         return outputs
 

@@ -1,0 +1,191 @@
+"""A teacher of larger images: the same view, levels and regions matched in the student's pixels."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.structures import BitMasks, Instances, Keypoints, pairwise_iou
+
+from d2kd.config import distill, reduced
+from d2kd.data import TwoScales
+from d2kd.data.scales import reduce
+from d2kd.errors import InputError
+from d2kd.layers.adapter import match_levels
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import odd_batches, step
+
+from .common import DETECTORS, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import recipe
+
+
+def two_scales(examples, scale=2):
+    """The batch as the mapper would give it."""
+    samples = iter(copy.deepcopy(examples))
+    mapper = TwoScales(lambda _: next(samples), scale)
+    return [mapper({}) for _ in examples]
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+@pytest.mark.parametrize("size", [(64, 96), (61, 47), (2, 1)])
+def test_one_view_in_two_sizes(size, scale):
+    (full,) = batch(sizes=(size,), objects=(2,))
+    full["instances"].gt_keypoints = Keypoints(torch.ones(2, 5, 3))
+    (sample,) = two_scales([full], scale)
+    assert sample["teacher_image"] is full["image"] or sample["teacher_image"].equal(full["image"])
+    assert sample["image"].dtype == torch.uint8
+    height, width = -(-size[0] // scale), -(-size[1] // scale)
+    assert sample["image"].shape == (3, height, width)
+    ours, theirs = sample["instances"], full["instances"]
+    assert ours.image_size == (height, width)
+    torch.testing.assert_close(ours.gt_boxes.tensor * scale, theirs.gt_boxes.tensor)
+    torch.testing.assert_close(
+        ours.gt_masks.get_bounding_boxes().tensor * scale,
+        theirs.gt_masks.get_bounding_boxes().tensor,
+    )
+    assert (ours.gt_keypoints.tensor[..., :2] * scale == 1).all()
+    assert (ours.gt_keypoints.tensor[..., 2] == 1).all()
+    assert ours.gt_classes.equal(theirs.gt_classes)
+
+
+def test_pixels_are_means():
+    image = torch.arange(3 * 4 * 6).reshape(3, 4, 6).float()
+    small = reduce(image, 2)
+    assert small[1, 1, 2] == image[1, 2:4, 4:6].mean()
+    assert reduce(torch.full((3, 5, 7), 9, dtype=torch.uint8), 2).unique().tolist() == [9]
+
+
+def test_samples_that_are_none_stay_none():
+    assert TwoScales(lambda _: None, 2)({}) is None
+    (sample,) = two_scales([{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "height": 80}])
+    assert "instances" not in sample and sample["height"] == 80
+
+
+@pytest.mark.parametrize("scale", [1, 0, -2, 2.5])
+def test_scales_that_are_none(scale):
+    with pytest.raises(InputError, match="scale"):
+        TwoScales(lambda x: x, scale)
+
+
+def test_bitmaps_are_refused():
+    instances = Instances((8, 8))
+    instances.gt_masks = BitMasks(torch.ones(1, 8, 8))
+    image = torch.zeros(3, 8, 8)
+    with pytest.raises(InputError, match="masks as bitmaps"):
+        two_scales([{"image": image, "instances": instances}])
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_levels_match_by_stride_in_the_students_pixels(family):
+    student, teacher = build(DETECTORS[family]()), build(DETECTORS[family]())
+    levels = list(student.backbone.output_shape())
+    matches = match_levels(student.backbone, teacher.backbone, scale=2)
+    assert matches and all(int(b[1:]) == int(a[1:]) + 1 for a, b in matches.items())
+    assert levels[-1] not in matches
+    with pytest.raises(InputError, match=f"no {levels[-1]!r}"):
+        match_levels(student.backbone, teacher.backbone, levels, scale=2)
+
+
+def losses_of(family):
+    losses = {"imitation": ImitationLoss(), "icd": ICDLoss(heads=2, priors=None)}
+    if family == "faster_rcnn":
+        losses["tar"] = TARLoss()
+    return DistillLosses(**losses)
+
+
+def pair(family, scale=2):
+    node = DETECTORS[family]
+    teacher = Teacher(build(node(), seed=1), None, scale=scale)
+    return Distiller(student=build(node()), teacher=teacher, losses=losses_of(family), max_iter=10)
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("name", ["plain", *odd_batches()])
+def test_every_loss_works_across_scales(family, name):
+    examples = two_scales({"plain": batch(), **odd_batches()}[name])
+    model = pair(family).train()
+    losses = step(model, examples)
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert any(key.startswith("distill/loss_icd") for key in losses)
+
+
+def test_the_student_sees_the_small_images_alone():
+    examples = two_scales(batch())
+    model, alone = pair("retinanet").train(), build(tiny_retinanet()).train()
+    ours = {k: v for k, v in step(model, examples).items() if not k.startswith("distill/")}
+    theirs = step(alone, [{**x, "teacher_image": None} for x in examples])
+    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+def test_regions_are_the_same_places():
+    """A teacher of images that many times larger pools the same places, from maps of its own."""
+    examples = two_scales(batch())
+    teacher = Teacher(build(tiny_faster_rcnn()), None, scale=2)
+    boxes = [x["instances"].gt_boxes for x in examples]
+    outputs = teacher.ask(examples, region_boxes=[boxes])
+    for shared, full in zip(outputs.region_boxes[0], batch()):
+        iou = pairwise_iou(shared, full["instances"].gt_boxes).diagonal()
+        assert torch.allclose(iou, torch.ones_like(iou))
+    (regions,) = outputs.regions
+    (direct,) = (
+        Teacher(build(tiny_faster_rcnn()), None)
+        .ask(batch(), region_boxes=[[x["instances"].gt_boxes for x in batch()]])
+        .regions
+    )
+    torch.testing.assert_close(regions.pred_class_logits, direct.pred_class_logits)
+
+
+def test_detections_are_in_the_files_pixels():
+    examples = two_scales(batch())
+    for example in examples:
+        example["height"], example["width"] = 640, 480
+    found = Teacher(build(tiny_retinanet()), None, scale=2).detect(examples)
+    plain = Teacher(build(tiny_retinanet()), None).detect(
+        [{**x, "height": 640, "width": 480} for x in batch()]
+    )
+    for ours, theirs in zip(found, plain):
+        assert ours["instances"].image_size == (640, 480)
+        torch.testing.assert_close(
+            ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor
+        )
+
+
+def test_what_cannot_be():
+    student, teacher = build(tiny_retinanet()), build(tiny_retinanet(), 1)
+    with pytest.raises(InputError, match="anchors: a teacher of images 2 times larger"):
+        Distiller(
+            student=student,
+            teacher=Teacher(teacher, None, scale=2),
+            losses=DistillLosses(tar=TARLoss()),
+            max_iter=4,
+        )
+    with pytest.raises(InputError, match="without 'teacher_image'"):
+        Teacher(teacher, None, scale=2).ask(batch())
+    with pytest.raises(InputError, match="teacher.scale: 0"):
+        Teacher(teacher, None, scale=0)
+    with pytest.raises(InputError, match="share: both, at 2 times"):
+        Distiller(
+            student=build(tiny_faster_rcnn()),
+            teacher=Teacher(build(tiny_faster_rcnn()), None, scale=2),
+            losses=DistillLosses(),
+            max_iter=4,
+            share="both",
+        )
+
+
+def test_a_recipe_at_two_scales(tmp_path):
+    base = recipe(tmp_path / "data", tmp_path / "out", max_iter=2)
+    small = reduced(base, 2)
+    for part in ("train", "test"):
+        mapper = small.dataloader[part].mapper
+        assert mapper.scale == 2 and mapper.mapper.image_format == "BGR"
+        assert "scale" not in base.dataloader[part].mapper
+    whole = distill(
+        base,
+        teacher=L(Teacher)(detector=tiny_retinanet(), weights=None),
+        losses=L(DistillLosses)(),
+        scale=2,
+    )
+    assert whole.model.teacher.scale == 2
+    assert whole.dataloader.train.mapper.scale == 2
