@@ -59,9 +59,7 @@ def tar_one_stage(data: Path, output: Path) -> DictConfig:
 def icd(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
     """A decoder with an optimizer of its own; fakes from a generator of its own; beginning in between."""
     priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
-    losses = L(DistillLosses)(
-        icd=L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors)
-    )
+    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors))
     config = _taught(data, output, losses, node)
     config.train.clip_gradients = {"enabled": True, "clip_value": 0.5}
     config.train.distiller = get_config("common/icd.py").distiller
@@ -176,7 +174,9 @@ def differences(one, other, name: str = "") -> list[str]:
     if isinstance(one, list | tuple):
         if len(one) != len(other):
             return [name]
-        return [d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{name}.{i}")]
+        return [
+            d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{name}.{i}")
+        ]
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and torch.equal(one, other)
     else:

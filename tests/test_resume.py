@@ -84,7 +84,9 @@ def test_a_truncated_last_checkpoint_is_named_and_the_one_before_used(data, tmp_
 
     for file in tmp_path.glob("model_*.pth"):
         os.truncate(file, 1000)
-    with pytest.raises(InputError, match="model_final.pth: cannot be read, nor is there one before"):
+    with pytest.raises(
+        InputError, match="model_final.pth: cannot be read, nor is there one before"
+    ):
         run(config, resume=True)
 
 
@@ -279,7 +281,9 @@ def test_a_checkpoint_is_plain(tmp_path):
     assert type(read["iteration"]) is int and type(read["holds"]["value"][0]) is float
     assert read["model"]._metadata, "the modules' versions are lost"
     holds.value = [{"x": Path("x")}]
-    with pytest.raises(InputError, match="checkpoint.holds.value.0.x: a PosixPath; expected tensors"):
+    with pytest.raises(
+        InputError, match="checkpoint.holds.value.0.x: a PosixPath; expected tensors"
+    ):
         checkpointer.save("bad")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pth", "last_checkpoint"]
 

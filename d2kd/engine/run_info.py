@@ -90,7 +90,9 @@ def explaining_full_disk(path: str | Path) -> Iterator[None]:
         said = disk_is_full(error)
         if said is None:
             raise
-        expected = "room on the disk; what was written before is whole, and --resume goes on from it"
+        expected = (
+            "room on the disk; what was written before is whole, and --resume goes on from it"
+        )
         raise InputError(path, f"cannot be written ({said})", expected) from error
 
 
