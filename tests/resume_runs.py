@@ -150,12 +150,12 @@ class Listen(HookBase):
             raise Stopped
 
 
-def run(config: DictConfig, *, resume: bool = False, stop: int | None = None):
+def run(config: DictConfig, *, resume: bool = False, stop: int | None = None, hooks=()):
     """Train; the trainer, and every loss by iteration."""
     trainer = Trainer(config)
     trainer.resume_or_load(resume)
     listen = Listen(stop)
-    trainer.register_hooks([listen])
+    trainer.register_hooks([listen, *hooks])
     try:
         trainer.train()
     except Stopped:
