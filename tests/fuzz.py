@@ -249,6 +249,7 @@ def fuzz(name: str, examples: int, repeatable: bool = True) -> int:
         derandomize=repeatable,
         database=None,
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.data())

@@ -35,8 +35,10 @@ def test_extreme_inputs_are_finite(name):
 
 
 def test_the_check_can_fail(monkeypatch):
-    monkeypatch.setitem(fuzz.FUNCTIONS, "bad", lambda draw: draw.answer(2, 2).float().exp().sum())
+    monkeypatch.setitem(
+        fuzz.FUNCTIONS, "bad", lambda draw: draw.answer(2, 2).float().exp().square().sum()
+    )
     monkeypatch.setitem(CHECKS, "bad", lambda data: check_function("bad", data))
     assert torch.float16 in DTYPES
-    with pytest.raises(AssertionError, match="bad's? ?.*is not finite"):
+    with pytest.raises(AssertionError, match="bad.* is not finite"):
         fuzz.fuzz("bad", 100)
