@@ -30,7 +30,7 @@ from d2kd.losses.icd import identification_loss, localization_loss, value_distan
 from d2kd.losses.tar import classification_term, dense_classification_term, regression_term
 from d2kd.modeling.gfl import distribution_focal_loss, integral, quality_focal_loss
 
-from .two_processes import LOSSES, Recorded
+from .recorded import LOSSES, Recorded
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (0.0, 1.0, -1.0, 80.0, -80.0, 1e-3)

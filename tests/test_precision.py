@@ -5,7 +5,7 @@ import torch
 
 from . import fuzz
 from .fuzz import CHECKS, DTYPES, FUNCTIONS, check_function
-from .two_processes import LOSSES, Recorded, relative
+from .recorded import LOSSES, Recorded, relative
 
 # Of value and gradients, by norm. The losses themselves compute in float32; adapters do not.
 TOLERANCE = {torch.float16: 0.005, torch.bfloat16: 0.03}

@@ -24,6 +24,7 @@ from d2kd.engine.run_info import LOGGERS, explaining_full_disk
 from d2kd.engine.step import Step
 from d2kd.errors import InputError, reporting
 from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.modeling.weights import read
 
 from . import resume_runs
 from .kill_runs import kill
@@ -286,6 +287,25 @@ def test_a_checkpoint_is_plain(tmp_path):
     ):
         checkpointer.save("bad")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pth", "last_checkpoint"]
+
+
+class RunsCode:
+    """What a checkpoint with more than plain content could hold."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.file),)
+
+
+def test_reading_weights_runs_no_code(tmp_path):
+    torch.save(
+        {"model": {"weight": torch.ones(1)}, "more": RunsCode(tmp_path / "ran")}, tmp_path / "x.pth"
+    )
+    with pytest.raises(InputError, match="x.pth: cannot be read"):
+        read(str(tmp_path / "x.pth"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_two_equal_states_are_told_from_two_that_differ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -70,10 +71,11 @@ def explaining_lost_process() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_transport(error):
             raise
-        said = str(error).splitlines()[0]
+        # Without the place in gloo's sources before it, and the advice behind it.
+        said = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise InputError(
             f"process {comm.get_rank()} of {comm.get_world_size()}",
-            f"another process is gone or cannot be reached ({said})",
+            f"another process is gone ({said})",
             "all of them alive; that one's own last words, or the system's log, tell why it ended",
         ) from error
 
