@@ -407,11 +407,13 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
-        if self._seed_is_drawn:
-            self.config.train.seed = state_dict["seed"]
-        elif self.config.train.seed != state_dict["seed"]:
-            found = (self.config.train.seed, state_dict["seed"])
-            logger.warning("train.seed is %d and was %d: the data go on in another order", *found)
+        seed, former = self.config.train.seed, state_dict.get("seed")
+        if self._seed_is_drawn and former is not None:
+            self.config.train.seed = former
+        elif former not in (None, seed):
+            logger.warning(
+                "train.seed is %d and was %d: the data go on in another order", seed, former
+            )
 
 
 def complete(cfg: Any) -> DictConfig:
