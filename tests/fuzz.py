@@ -67,9 +67,10 @@ class Draw:
             drawn = drawn + torch.randn(value.shape, generator=self.generator)
         return drawn.to(self.dtype)
 
-    def answer(self, *shape: int) -> Tensor:
+    def answer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """What a student said, of which a gradient is wanted."""
-        self.leaves.append(self.like(torch.empty(shape)).requires_grad_())
+        drawn = self.like(torch.empty(shape)).to(dtype or self.dtype)
+        self.leaves.append(drawn.requires_grad_())
         return self.leaves[-1]
 
     def constant(self, *shape: int) -> Tensor:
@@ -147,7 +148,9 @@ def _identification(draw: Draw) -> Tensor:
 
 def _localization(draw: Draw) -> Tensor:
     n, k = draw.size(), draw.size()
-    return localization_loss(draw.answer(n, k, 4), draw.share(n, k, 4), draw.flags(n, k))
+    # A decoder answers in float32 whatever the autocast; a box without a side makes its gradients large.
+    answers = draw.answer(n, k, 4, dtype=torch.float32)
+    return localization_loss(answers, draw.share(n, k, 4), draw.flags(n, k))
 
 
 def _values(draw: Draw) -> Tensor:

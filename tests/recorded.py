@@ -89,6 +89,7 @@ class Recorded:
         change: Callable[[Tensor], Tensor] = lambda value: value,
         regions: int | None = None,
         dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed losses of some of the images, and their gradients by name.
 
@@ -96,6 +97,7 @@ class Recorded:
             change: made to every tensor that a detector said.
             regions: how many of each image are kept; None: all.
             dtype: of the autocast; float32: none.
+            scale: by which the loss is multiplied for its gradients, and these divided, as by a scaler.
         """
         losses, leaves = copy.deepcopy(self.losses), {}
         self._change, self._regions = change, regions
@@ -109,11 +111,11 @@ class Recorded:
                 total = sum(losses(student, teacher, progress=0.5).values())
         finally:
             icd_module.make_queries = make
-        total.backward()
-        gradients = {k: p.grad for k, p in losses.named_parameters() if p.grad is not None}
-        gradients |= {
-            k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()
-        }
+        (scale * total).backward()
+        gradients = {k: p.grad / scale for k, p in losses.named_parameters() if p.grad is not None}
+        for name, leaf in leaves.items():
+            gradients[name] = leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad
+            gradients[name] = gradients[name].float() / scale
         return total.detach(), gradients
 
     def _outputs(self, detector, values: dict, images: list[int], leaves: dict):

@@ -208,7 +208,7 @@ def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
     Args:
         responses: ``(N, R)``.
     """
-    if responses.shape[1] < 2:  # a sample of one has no deviation, nor anything to exceed
+    if responses.numel() <= len(responses):  # a sample of one has no deviation, nor what to exceed
         return torch.zeros_like(responses, dtype=torch.bool)
     bound = responses.mean(dim=1) + alpha * responses.std(dim=1)
     return responses > bound[:, None]
