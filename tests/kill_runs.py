@@ -36,10 +36,10 @@ POINTS = ("half written", "written, not in place", "in place, not named as the l
 """Of writing a checkpoint, at which a run may kill itself."""
 
 
-def config_of(data: Path, output: Path) -> DictConfig:
+def config_of(data: Path, output: Path, end: int) -> DictConfig:
     """ICD on a RetinaNet: two optimizers, a generator of its own, a running normaliser."""
     config = icd_one_stage(data, output)
-    config.train.max_iter, config.train.checkpointer.period = END, PERIOD
+    config.train.max_iter, config.train.checkpointer.period = end, PERIOD
     return config
 
 
@@ -76,10 +76,10 @@ def killed_at(point: str | None, number: int) -> Iterator[None]:
     yield
 
 
-def _train(data: Path, output: Path, point: str | None = None, number: int = 0) -> None:
+def _train(data: Path, output: Path, end: int, point: str | None = None, number: int = 0) -> None:
     torch.set_num_threads(1)
     with killed_at(point, number):
-        run(config_of(data, output), resume=True)
+        run(config_of(data, output, end), resume=True)
 
 
 def start(*arguments) -> multiprocessing.Process:
@@ -108,12 +108,17 @@ def whole_checkpoints(output: Path) -> dict[str, int]:
 
 
 def kill(
-    kills: int, seed: int, data: Path, folder: Path, say: Callable[[str], object] = print
+    kills: int,
+    seed: int,
+    data: Path,
+    folder: Path,
+    end: int = END,
+    say: Callable[[str], object] = print,
 ) -> Outcome:
-    """Kill runs until there were so many kills, and let the last one come to its end."""
+    """Kill runs of so many iterations until there were so many kills, and let the last one come to its end."""
     chance, outcome = random.Random(seed), Outcome()
     begun = time.perf_counter()
-    assert _ended(start(data, folder / "whole")) == 0, "the uninterrupted run failed"
+    assert _ended(start(data, folder / "whole", end)) == 0, "the uninterrupted run failed"
     lasts = time.perf_counter() - begun
     reference = saved(folder / "whole" / "model_final.pth")
 
@@ -124,9 +129,9 @@ def kill(
         how, point, number = "none", None, 0
         if done < kills:
             # By turns, so that every point has its kills however few there are.
-            how = (*POINTS, "a random moment")[done % 4]
+            how = POINTS[done // 2 % 3] if done % 2 == 0 else "a random moment"
             point, number = (how, chance.randrange(2)) if how in POINTS else (None, 0)
-        process = start(data, output, point, number)
+        process = start(data, output, end, point, number)
         if how == "a random moment":
             process.join(chance.uniform(0, lasts))
             process.kill()
@@ -149,7 +154,7 @@ def kill(
             return outcome
         outcome.kills[how] = outcome.kills.get(how, 0) + 1
         expected = _look(output, outcome, cut=done % 5 == 4)
-        say(f"kill {done + 1:>2} of {output.name}, {how}: goes on at iteration {expected}")
+        say(f"kill {done + 1:>2}, {output.name}, {how}: goes on at iteration {expected}")
 
 
 def _ended(process: multiprocessing.Process) -> int:
@@ -193,7 +198,7 @@ def main() -> int:
         outcome = kill(args.kills, args.seed, Path(folder, "data"), Path(folder))
     for fault in outcome.faults:
         print(f"fault: {fault}")
-    kills = ", ".join(f"{count} {how}" for how, count in outcome.kills.items())
+    kills = "; ".join(f"{how}: {count}" for how, count in outcome.kills.items())
     print(
         f"{sum(outcome.kills.values())} kills ({kills}), {outcome.cut} last checkpoints cut short, "
         f"{outcome.finished} runs finished as the uninterrupted one bit for bit, "

@@ -61,8 +61,8 @@ def test_stopped_and_resumed_is_uninterrupted(data, tmp_path, cases):
 
 def test_killed_and_resumed_is_uninterrupted(data, tmp_path):
     """Many more kills: ``python -m tests.kill_runs``."""
-    outcome = kill(3, 0, data, tmp_path, say=lambda line: None)
-    assert outcome.faults == [] and outcome.finished == 1 and len(outcome.kills) == 3
+    outcome = kill(3, 0, data, tmp_path, end=6, say=lambda line: None)
+    assert outcome.faults == [] and outcome.finished >= 1 and sum(outcome.kills.values()) == 3
 
 
 def test_a_truncated_last_checkpoint_is_named_and_the_one_before_used(data, tmp_path):
