@@ -31,6 +31,7 @@ from d2kd.losses.tar import classification_term, dense_classification_term, regr
 from d2kd.modeling.gfl import distribution_focal_loss, integral, quality_focal_loss
 
 from .recorded import LOSSES, Recorded
+from .resume_runs import quiet
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (0.0, 1.0, -1.0, 80.0, -80.0, 1e-3)
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=500, help="of each function and loss")
     parser.add_argument("--random", action="store_true", help="others than the last time")
     args = parser.parse_args()
+    quiet()
     seen, faults = 0, 0
     for name in CHECKS:
         try:

@@ -94,17 +94,21 @@ class Outcome:
     """What was done to the runs, and what was wrong with what they left."""
 
     kills: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
+    cut: list[Path] = field(default_factory=list)
     finished: int = 0
     faults: list[str] = field(default_factory=list)
 
 
-def whole_checkpoints(output: Path) -> dict[str, int]:
-    """The next iteration of each checkpoint that can be read; the others are an error."""
-    return {
-        file.name: torch.load(file, weights_only=True)["iteration"] + 1
-        for file in sorted(output.glob("model_*.pth"))
-    }
+def whole_checkpoints(output: Path, cut: list[Path]) -> dict[str, int]:
+    """The next iteration of each checkpoint that can be read; those that cannot, and were not cut, are an error."""
+    found = {}
+    for file in sorted(output.glob("model_*.pth")):
+        try:
+            found[file.name] = torch.load(file, weights_only=True)["trainer"]["iteration"] + 1
+        except Exception:
+            if file not in cut:
+                raise
+    return found
 
 
 def kill(
@@ -153,7 +157,7 @@ def kill(
             outcome.faults.append(f"exit code {code} after {how}")
             return outcome
         outcome.kills[how] = outcome.kills.get(how, 0) + 1
-        expected = _look(output, outcome, cut=done % 5 == 4)
+        expected = _look(output, outcome, expected, cut=done % 5 == 4)
         say(f"kill {done + 1:>2}, {output.name}, {how}: goes on at iteration {expected}")
 
 
@@ -162,10 +166,10 @@ def _ended(process: multiprocessing.Process) -> int:
     return process.exitcode
 
 
-def _look(output: Path, outcome: Outcome, cut: bool) -> int:
+def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
     """Where the run has to go on, by what lies there; its last checkpoint may be cut short first."""
     try:
-        checkpoints = whole_checkpoints(output)
+        checkpoints = whole_checkpoints(output, outcome.cut)
     except Exception as error:
         outcome.faults.append(f"a checkpoint is not whole: {error}")
         return 0
@@ -173,10 +177,15 @@ def _look(output: Path, outcome: Outcome, cut: bool) -> int:
     if not named.exists():
         return 0
     last = named.read_text()
-    if cut and any(begin < checkpoints[last] for begin in checkpoints.values()):
-        os.truncate(output / last, (output / last).stat().st_size // 2)
-        outcome.cut += 1
-        return max(begin for begin in checkpoints.values() if begin < checkpoints[last])
+    if last not in checkpoints:  # it was cut, and nothing was written since
+        return expected
+    older = [b for name, b in checkpoints.items() if name != last and b <= checkpoints[last]]
+    if cut and older:
+        status = (output / last).stat()
+        os.truncate(output / last, status.st_size // 2)
+        os.utime(output / last, ns=(status.st_atime_ns, status.st_mtime_ns))
+        outcome.cut.append(output / last)
+        return max(older)
     return checkpoints[last]
 
 
@@ -200,7 +209,7 @@ def main() -> int:
         print(f"fault: {fault}")
     kills = "; ".join(f"{how}: {count}" for how, count in outcome.kills.items())
     print(
-        f"{sum(outcome.kills.values())} kills ({kills}), {outcome.cut} last checkpoints cut short, "
+        f"{sum(outcome.kills.values())} kills ({kills}), {len(outcome.cut)} last checkpoints cut short, "
         f"{outcome.finished} runs finished as the uninterrupted one bit for bit, "
         f"{len(outcome.faults)} faults"
     )

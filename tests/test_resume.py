@@ -168,6 +168,19 @@ def test_an_evaluation_that_a_run_did_not_come_to_is_made_up_for(data, tmp_path,
     assert differences(*best) == []
 
 
+def test_a_run_that_ended_before_its_final_file_is_given_it(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    trainer, _ = run(config)
+    final = tmp_path / "model_final.pth"
+    expected = saved(final)
+    final.unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, heard = run(config, resume=True)
+    assert heard == {} and differences(saved(final), expected) == []
+    assert not trainer.finished and not resumed.finished
+    assert run(config, resume=True)[0].finished
+
+
 def test_a_drawn_seed_goes_on(data, tmp_path):
     losses = L(DistillLosses)(imitation=L(ImitationLoss)())
     model = distiller(teacher_weights(tmp_path), losses)

@@ -195,6 +195,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         return checkpoint
 
 
+FINAL = "model_final.pth"
+"""The state at the end of a run."""
+
 NORMALIZER = "loss_normalizer"
 """The attribute in which Detectron2's dense detectors keep it, which their own state lacks."""
 

@@ -117,13 +117,19 @@ class EvalTeacher(HookBase):
 
 
 class Checkpoints(hooks.PeriodicCheckpointer):
-    """Detectron2's, which after a resume still knows what it wrote before, and keeps no more than it may."""
+    """Detectron2's, which after a resume still knows what it wrote before, and keeps no more than it may.
+
+    A run that ended between its last two files, the periodic and the final one, is given the final one.
+    """
 
     def before_train(self) -> None:
         super().before_train()
         if self.max_to_keep is not None and self.trainer.start_iter > 0:
             last = self.checkpointer.get_checkpoint_file()
             self.recent_checkpoints = [*reversed(self.checkpointer.before(last)), last]
+        if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
+            with self.trainer.as_of(self.max_iter - 1):
+                self.checkpointer.save(f"{self.file_prefix}_final")
 
 
 class Evaluate(hooks.EvalHook):

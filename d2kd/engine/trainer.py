@@ -43,6 +43,7 @@ from ..errors import InputError
 from ..modeling import Distiller
 from ..visualization import scenes
 from .checkpoint import (
+    FINAL,
     NORMALIZER,
     StudentCheckpointer,
     learned_classes,
@@ -90,6 +91,7 @@ class Trainer(DefaultTrainer):
         cfg: the few values of it that Detectron2's own code reads, as a yacs config.
         seconds: time spent in steps, that of earlier parts of a resumed run included.
         record: what ``run.json`` says.
+        finished: whether what was resumed had come to its end, and has left its last state whole.
 
     Raises:
         InputError: something the recipe names cannot be used.
@@ -113,6 +115,7 @@ class Trainer(DefaultTrainer):
         self.cfg = run_card(config)
         self.seconds = 0.0
         self.start_iter, self.max_iter = 0, config.train.max_iter
+        self.finished = False
         self._random: dict | None = None
 
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
@@ -279,6 +282,7 @@ class Trainer(DefaultTrainer):
     def _resume(self, file: str, checkpoint: dict) -> None:
         rest = self.checkpointer.restore(file, checkpoint)
         self.start_iter = self.iter + 1
+        self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL
         states = rest.get("processes", ())
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]

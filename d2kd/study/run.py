@@ -45,7 +45,7 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
     """Train or continue a recipe, and look at the test split once."""
     trainer = Trainer(config)
     trainer.resume_or_load(resume=True)
-    if trainer.start_iter < trainer.max_iter:
+    if not trainer.finished:
         tell = CallbackHook(
             before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),
             after_step=lambda trainer: report(trainer.iter + 1, trainer.max_iter),
