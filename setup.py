@@ -43,6 +43,7 @@ setup(
         ],
         "test": [
             "pytest>=8",  # the tests
+            "hypothesis>=6.100",  # odd numbers and shapes for the losses' precision
             "ruff>=0.12",  # lint and format
             "setuptools>=77",  # a test builds wheels without isolation, hence without network
         ],

@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.engine import HookBase
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -23,8 +22,7 @@ from d2kd.engine.trainer import complete
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 
-from .common import tiny_faster_rcnn, tiny_retinanet
-from .test_trainer import (  # noqa: F401  (three are fixtures)
+from .test_trainer import (  # noqa: F401  (two are fixtures)
     assert_same,
     data,
     lines,
@@ -85,45 +83,6 @@ def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F81
             torch.testing.assert_close(found[key], value, msg=f"{name}.{key}")
     logged = [line["lr"] for line in lines(tmp_path / "metrics.json")]
     assert logged == pytest.approx([0.005 * (1 - 0.9 * step / 4) for step in range(4)])
-
-
-@pytest.mark.parametrize("node", [tiny_faster_rcnn, tiny_retinanet])
-def test_resumed_is_uninterrupted(data, tmp_path, node):  # noqa: F811
-    def config(folder):
-        config = two(data, tmp_path / folder)
-        config.model.student, config.model.teacher.detector = node(), node(channels=24)
-        config.train.checkpointer.period = 2
-        return config
-
-    def losses_of(folder, resume=False):
-        heard = {}
-
-        class Listen(HookBase):
-            def after_step(self):
-                latest = self.trainer.storage.latest()
-                heard[self.trainer.iter] = {k: v for k, (v, _) in latest.items() if "loss" in k}
-
-        trainer = Trainer(config(folder))
-        trainer.resume_or_load(resume)
-        trainer.register_hooks([Listen()])
-        trainer.train()
-        return heard
-
-    whole = losses_of("whole")
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    name = "model_0000001.pth"
-    (resumed / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-    (resumed / "last_checkpoint").write_text(name)
-    continued = losses_of("resumed", resume=True)
-    assert list(continued) == [2, 3] and len(continued[3]) > 5
-    assert continued == {step: whole[step] for step in (2, 3)}
-
-    one, other = saved(tmp_path / "whole/model_final.pth"), saved(resumed / "model_final.pth")
-    for checkpoint in (one, other):
-        del checkpoint["trainer"]["seconds"]
-    assert one["trainer"]["_trainer"]["optimizer"].keys() == {"student", "losses"}
-    assert_same(one, other)
 
 
 def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path):  # noqa: F811

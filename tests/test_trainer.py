@@ -128,15 +128,13 @@ def test_everything_that_learns_is_saved(data, tmp_path):
     assert not teacher & {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_resumed_is_uninterrupted(data, tmp_path, optimizer):
+def test_resumed_is_uninterrupted(data, tmp_path):
     def config(folder):
         config = recipe(data, tmp_path / folder, distiller(), eval_period=3)
         config.train.checkpointer.period = 2
-        if optimizer == "AdamW":
-            del config.optimizer["momentum"]
-            config.optimizer._target_ = torch.optim.AdamW
-            config.optimizer.lr, config.optimizer.betas = 1e-4, (0.9, 0.99)
+        del config.optimizer["momentum"]
+        config.optimizer._target_ = torch.optim.AdamW
+        config.optimizer.lr, config.optimizer.betas = 1e-4, (0.9, 0.99)
         return config
 
     run(config("whole"))
@@ -284,7 +282,8 @@ def test_the_teacher_is_measured_once(data, tmp_path, monkeypatch):
 
 
 def test_the_best_state_is_kept(data, tmp_path, monkeypatch):
-    scores = iter([10.0, 30.0, math.nan, 20.0, 20.0, 40.0])
+    # The fifth is the fourth once more: what a longer run would have at that iteration, too.
+    scores = iter([10.0, 30.0, math.nan, 20.0, 20.0, 20.0, 40.0])
     monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": next(scores)}})
 
     def best():

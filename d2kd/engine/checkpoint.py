@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
@@ -18,7 +21,7 @@ from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.weights import CLASSES, check_names, local_path, read
 from .random_state import random_state
-from .run_info import written_whole
+from .run_info import explaining_full_disk, written_whole
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -44,9 +47,9 @@ def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | N
 class StudentCheckpointer(DetectionCheckpointer):
     """Saves the student, and the state of whatever else is named, in one file.
 
-    The file holds ``{"model": the student's, "classes": their names, "random": per process, **the others}``.
-    It is written whole or not at all, and saving is collective, because every process has random state of
-    its own.
+    The file holds ``{"model": the student's, "classes": their names, "processes": of each, **the others}``, in
+    tensors and Python's scalars alone: ``torch.load(weights_only=True)`` reads it. It is written whole or not
+    at all, and saving is collective, because every process has a state of its own, see :meth:`process_state`.
 
     Args:
         model: the detector, or what it is trained in.
@@ -73,19 +76,28 @@ class StudentCheckpointer(DetectionCheckpointer):
             tag: whether this is where ``--resume`` goes on.
             extra: more to save, such as ``iteration``.
         """
-        everyones_random_state = comm.gather(random_state())
+        processes = comm.gather(self.process_state())
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), "random": everyones_random_state}
+        data = {"model": self.model.state_dict(), "processes": processes}
         if self.classes is not None:
             data[CLASSES] = self.classes
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = plain(data | extra)
         file = Path(self.save_dir, f"{name}.pth")
-        with written_whole(file) as temporary:
-            torch.save(data | extra, temporary)
+        with explaining_full_disk(file):
+            with written_whole(file) as temporary, temporary.open("wb") as stream:
+                torch.save(data, stream)
+            if tag:
+                self.tag_last_checkpoint(file.name)
         self.logger.info("Saved %s", file)
-        if tag:
-            self.tag_last_checkpoint(file.name)
+
+    def process_state(self) -> dict[str, Any]:
+        """What this process has of its own: its generators, a dense detector's running mean of its foreground."""
+        state = {"random": random_state()}
+        if hasattr(self.model, NORMALIZER):
+            state[NORMALIZER] = getattr(self.model, NORMALIZER)
+        return state
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with written_whole(Path(self.save_dir, "last_checkpoint")) as temporary:
@@ -121,16 +133,48 @@ class StudentCheckpointer(DetectionCheckpointer):
             return None
         return local_path(self.get_checkpoint_file())
 
-    def restore(self, weights: str) -> dict[str, Any]:
-        """Load a checkpoint of this very run: the student strictly, then the others' states.
-
-        Returns:
-            what else the file holds.
+    def read_last(self) -> tuple[str, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, with its content; those that are not are named in a warning.
 
         Raises:
-            InputError: the file cannot be read, or is another run's.
+            InputError: ``last_checkpoint`` names a file that is not there, or none is whole.
         """
-        checkpoint = read(weights)
+        last = self.last()
+        if last is None:
+            return None
+        for file in [last, *self.before(last)]:
+            try:
+                return file, read(file)
+            except InputError as error:
+                self.logger.warning("%s. Looking at the checkpoint before it", error)
+        raise InputError(
+            last, "cannot be read, nor is there one before it", "a whole checkpoint to go on from"
+        )
+
+    def before(self, last: str) -> list[str]:
+        """This run's periodic checkpoints that are older than one, the newest first."""
+        # By time first, since an earlier run in this folder may have left others.
+        ages = {
+            (file.stat().st_mtime_ns, file.name): str(file)
+            for file in Path(self.save_dir).glob("model_*.pth")
+            if re.fullmatch(r"model_\d+", file.stem)
+        }
+        than = (Path(last).stat().st_mtime_ns, Path(last).name)
+        return [ages[age] for age in sorted(ages, reverse=True) if age < than]
+
+    def restore(self, weights: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Load a checkpoint of this very run: the student strictly, then the others' states.
+
+        Args:
+            weights: the file's name.
+            checkpoint: what was read from it.
+
+        Returns:
+            what else it holds.
+
+        Raises:
+            InputError: it is another run's.
+        """
         check_names(checkpoint, weights, self.classes)
         incompatible = self._load_model(checkpoint)
         unmet = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
@@ -149,3 +193,32 @@ class StudentCheckpointer(DetectionCheckpointer):
                     weights, f"its {key!r} does not fit ({error})", "a checkpoint of this recipe"
                 ) from error
         return checkpoint
+
+
+FINAL = "model_final.pth"
+"""The state at the end of a run."""
+
+NORMALIZER = "loss_normalizer"
+"""The attribute in which Detectron2's dense detectors keep it, which their own state lacks."""
+
+
+_SCALARS = (bool, int, float, str, bytes, type(None))
+
+
+def plain(value: Any, name: str = "checkpoint") -> Any:
+    """The value itself, NumPy's scalars in it replaced by Python's.
+
+    Raises:
+        InputError: something in it is more than tensors and Python's scalars, so that reading it would need trust.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, OrderedDict, list):
+        # In place, for a state_dict has the versions of its modules beside its items.
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            value[key] = plain(item, f"{name}.{key}")
+    elif type(value) is tuple:
+        return tuple(plain(item, f"{name}.{i}") for i, item in enumerate(value))
+    elif not isinstance(value, torch.Tensor) and type(value) not in _SCALARS:
+        raise InputError(name, f"a {type(value).__name__}", "tensors and Python's scalars")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
@@ -115,6 +116,58 @@ class EvalTeacher(HookBase):
         )
 
 
+class Checkpoints(hooks.PeriodicCheckpointer):
+    """Detectron2's, which after a resume still knows what it wrote before, and keeps no more than it may.
+
+    A run that ended between its last two files, the periodic and the final one, is given the final one.
+    """
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.max_to_keep is not None and self.trainer.start_iter > 0:
+            last = self.checkpointer.get_checkpoint_file()
+            self.recent_checkpoints = [*reversed(self.checkpointer.before(last)), last]
+        if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
+            with self.trainer.as_of(self.max_iter - 1):
+                self.checkpointer.save(f"{self.file_prefix}_final")
+
+
+class Evaluate(hooks.EvalHook):
+    """Detectron2's, which makes up in a resumed run for what the run before had not come to.
+
+    Checkpoints precede the evaluation that falls due with them, so that one that fails costs no training. A
+    run that ended between the two is resumed behind it: the evaluation then comes first, of the very state.
+
+    Args:
+        period: iterations; 0: at the end alone.
+        evaluate: gives the results.
+        metric: one that every evaluation has.
+        metrics: the file in which it stands once all that follows from it is done.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict], metric: str, metrics: Path):
+        super().__init__(period, evaluate)
+        self._metric, self._metrics = metric, metrics
+
+    def before_train(self) -> None:
+        done, trainer = self.trainer.start_iter, self.trainer
+        due = self._period > 0 and done > 0 and done % self._period == 0 and done < trainer.max_iter
+        if due and not comm.all_gather(self._is_known(done - 1))[0]:
+            with trainer.as_of(done - 1):
+                self._do_eval()
+
+    def _is_known(self, iteration: int) -> bool:
+        if not self._metrics.exists():
+            return False
+        rows = map(json.loads, self._metrics.read_text().splitlines())
+        return any(row["iteration"] == iteration and self._metric in row for row in rows)
+
+    def after_train(self) -> None:
+        # Detectron2's would evaluate, too, where the last iteration failed.
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class BestCheckpoint(HookBase):
     """Keeps the state with the highest metric so far as ``model_best.pth``; follows the evaluation hook.
 
@@ -136,6 +189,9 @@ class BestCheckpoint(HookBase):
         if self.trainer.start_iter > 0:
             rows = [row for row in read_rows(self._file) if row.get("metric") == self._metric]
             self._best = max((row["value"] for row in rows), default=-math.inf)
+            last = self.trainer.start_iter - 1
+            with self.trainer.as_of(last):  # if its evaluation was made up for
+                self._keep_if_best(last)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from ..errors import InputError
 
@@ -56,9 +57,32 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     _make_local_group()
     try:
-        yield
+        with explaining_lost_process():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explaining_lost_process() -> Iterator[None]:
+    """Raise in one line that another process is gone, where that is why the work inside cannot go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_transport(error):
+            raise
+        # Without the place in gloo's sources before it, and the advice behind it.
+        said = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        raise InputError(
+            f"process {comm.get_rank()} of {comm.get_world_size()}",
+            f"another process is gone ({said})",
+            "all of them alive; that one's own last words, or the system's log, tell why it ended",
+        ) from error
+
+
+def _is_of_transport(error: RuntimeError) -> bool:
+    """Whether an error comes from what the processes are connected by: torch's own, or gloo's, which has no type."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _make_local_group() -> None:
@@ -98,6 +122,15 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             dist_url=args.dist_url,
             args=(args,),
         )
+    except (
+        ProcessExitedException
+    ) as error:  # by a signal, and without a word; the others were ended
+        ended_by = getattr(error, "signal_name", None) or f"exit code {error.exit_code}"
+        raise InputError(
+            f"process {error.error_index} of {args.num_gpus} here",
+            f"ended by {ended_by}",
+            "all of them alive; the system's log may tell why",
+        ) from error
     except ProcessException as error:
         raise _input_error(str(error)) or error from error
 

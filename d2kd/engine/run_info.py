@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from .. import __version__
+from ..errors import InputError
 
 LOGGERS = ("d2kd", "detectron2", "fvcore")
 """Who speaks during a run."""
@@ -32,15 +34,66 @@ LOGGERS = ("d2kd", "detectron2", "fvcore")
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place on success: readers never see half a file."""
+    """A temporary path beside ``path`` that takes its place on success: readers never see half a file.
+
+    Nor do they after a loss of power: the content is on the disk before it has its name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed could not: each would hold a checkpoint's place for ever."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    for left in folder.glob(f"{_CONFIG}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+_CONFIG = ".config"
+
+
+def disk_is_full(error: BaseException) -> str | None:
+    """What the system says, if an error or what it came from is that a disk, a quota or a file is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def explaining_full_disk(path: str | Path) -> Iterator[None]:
+    """Raise that the disk is full, if that is what happened inside, as what it is: the user's to mend."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
+        said = disk_is_full(error)
+        if said is None:
+            raise
+        expected = (
+            "room on the disk; what was written before is whole, and --resume goes on from it"
+        )
+        raise InputError(path, f"cannot be written ({said})", expected) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -101,7 +154,7 @@ def save_config(config: DictConfig, path: str | Path) -> None:
     """The full config as ``LazyConfig.save`` writes it, put in place when it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".config") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_CONFIG) as folder:
         LazyConfig.save(config, str(Path(folder, path.name)))
         for file in Path(folder).iterdir():  # a config that YAML cannot hold comes with a pickle
             shutil.move(file, path.parent / file.name)
@@ -147,6 +200,8 @@ class RunLog:
     def open(self, path: str | Path) -> None:
         """Write to this file from now on, beginning with what was kept."""
         file = logging.FileHandler(path)
+        # Where the disk is full the console says so, once; it has these lines, too.
+        file.handleError = lambda record: None
         layout = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
         file.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
         self._buffer.setTarget(file)

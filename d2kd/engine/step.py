@@ -53,6 +53,7 @@ class Step(SimpleTrainer):
         self.feed(data_loader)
         self._autocast, self.grad_scaler = precision
         self._clipping = clipping(optimizer, train)
+        self._device = next(model.parameters()).device
         self._statistics = [
             statistic
             for module in model.modules()
@@ -88,7 +89,7 @@ class Step(SimpleTrainer):
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
-            with self._autocast():
+            with self._autocast(), _scripts_as_written(self._device):
                 losses = self.model(batch)
         except FloatingPointError:  # Detectron2's, of proposals that are not finite
             return {"the student's predictions": torch.tensor(math.nan)}
@@ -140,6 +141,17 @@ class Step(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _scripts_as_written(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU, inside, TorchScript does not optimize what it runs.
+
+    It would look at the first calls of a process and compute the later ones in another order: those of a
+    resumed run would round differently from the same ones of an uninterrupted run.
+    """
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    return torch.jit.optimized_execution(False)
 
 
 def distributed(model: nn.Module, device: torch.device, options: DictConfig) -> nn.Module:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -42,22 +43,33 @@ from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.speed import quicken
 from ..visualization import scenes
-from .checkpoint import StudentCheckpointer, learned_classes, student_of, unwrapped
+from .checkpoint import (
+    FINAL,
+    NORMALIZER,
+    StudentCheckpointer,
+    learned_classes,
+    student_of,
+    unwrapped,
+)
 from .evaluation import build_test_loader, do_test
-from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
+from .hooks import BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Evaluate
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
 from .run_info import (
     RunLog,
     RunRecord,
+    disk_is_full,
+    explaining_full_disk,
     keep_metrics_before,
+    remove_temporaries,
     save_config,
 )
 from .step import NotFinite, Step, distributed, precision
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.json"
 CLIP_TYPES = ("full_model", "norm", "value")
 
 
@@ -80,6 +92,7 @@ class Trainer(DefaultTrainer):
         cfg: the few values of it that Detectron2's own code reads, as a yacs config.
         seconds: time spent in steps, that of earlier parts of a resumed run included.
         record: what ``run.json`` says.
+        finished: whether what was resumed had come to its end, and has left its last state whole.
 
     Raises:
         InputError: something the recipe names cannot be used.
@@ -97,11 +110,13 @@ class Trainer(DefaultTrainer):
     def _build(self, config: DictConfig) -> None:
         self.config = config
         self.device = pick_device(config.train.device)
-        if config.train.seed < 0:
+        self._seed_is_drawn = config.train.seed < 0
+        if self._seed_is_drawn:
             config.train.seed = comm.all_gather(secrets.randbits(31))[0]
         self.cfg = run_card(config)
         self.seconds = 0.0
         self.start_iter, self.max_iter = 0, config.train.max_iter
+        self.finished = False
         self._random: dict | None = None
 
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
@@ -172,6 +187,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[hooks.HookBase]:
         train, checkpointer = self.config.train, self.checkpointer
         keep = train.checkpointer.get("max_to_keep") if comm.is_main_process() else None
+        metrics = Path(train.output_dir, METRICS)
 
         def evaluate() -> dict:
             self._last_eval_results = self.test(self.config, self.model, loader=self._test_loader)
@@ -182,8 +198,8 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(students(self._trainer.optimizer)),
             # In every process, unlike Detectron2's: a checkpoint holds the random state of each.
-            hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period, max_to_keep=keep),
-            hooks.EvalHook(train.eval_period, evaluate),
+            Checkpoints(checkpointer, train.checkpointer.period, max_to_keep=keep),
+            Evaluate(train.eval_period, evaluate, train.best_checkpoint or "bbox/AP", metrics),
             BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
             if train.best_checkpoint and self._test_loader is not None
             else None,
@@ -237,7 +253,7 @@ class Trainer(DefaultTrainer):
         folder = self.config.train.output_dir
         writers = [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(os.path.join(folder, "metrics.json")),
+            JSONWriter(os.path.join(folder, METRICS)),
         ]
         if has_tensorboard():
             writers.append(TensorboardXWriter(folder))
@@ -257,25 +273,29 @@ class Trainer(DefaultTrainer):
             InputError: a file is missing or cannot be read, or does not fit.
         """
         with self._log.listening():
-            last = self.checkpointer.last() if resume else None
+            last = self.checkpointer.read_last() if resume else None
             if last is not None:
-                self._resume(last)
+                self._resume(*last)
             elif self.config.train.init_checkpoint:
                 self.checkpointer.load_initial(self.config.train.init_checkpoint)
                 if isinstance(unwrapped(self.model), Distiller):
                     unwrapped(self.model).inherit()
 
-    def _resume(self, checkpoint: str) -> None:
-        rest = self.checkpointer.restore(checkpoint)
+    def _resume(self, file: str, checkpoint: dict) -> None:
+        rest = self.checkpointer.restore(file, checkpoint)
         self.start_iter = self.iter + 1
-        states = rest.get("random", ())
+        self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL
+        states = rest.get("processes", ())
         if len(states) == comm.get_world_size():
-            self._random = states[comm.get_rank()]
+            own = states[comm.get_rank()]
+            self._random = own["random"]
+            if NORMALIZER in own:
+                setattr(student_of(self.model), NORMALIZER, own[NORMALIZER])
         else:
-            logger.warning("%s has no random state for this many processes", checkpoint)
+            logger.warning("%s has no random state for this many processes", file)
         self._trainer.feed(self.build_train_loader(self.cfg))
         self.record.load()
-        logger.info("Going on from %s, at iteration %d", checkpoint, self.start_iter)
+        logger.info("Going on from %s, at iteration %d", file, self.start_iter)
 
     def train(self) -> dict | None:
         """Train; the output folder holds what there is to know about it.
@@ -286,24 +306,38 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
         """
-        with self._log.listening(), quiet_about_input_errors():
+        folder = self.config.train.output_dir
+        with (
+            self._log.listening(),
+            quiet_about_input_errors(),
+            explaining_full_disk(folder),
+        ):
             if comm.is_main_process():
                 self._open_output()
             comm.synchronize()
             try:
                 super().train()
+            except BaseException:
+                with contextlib.suppress(OSError):  # or it would hide what happened first
+                    self._end_record()
+                raise
+            else:
+                self._end_record()
             finally:
-                self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
                 self._log.close()
         return getattr(self, "_last_eval_results", None)
+
+    def _end_record(self) -> None:
+        self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
 
     def _open_output(self) -> None:
         folder = Path(self.config.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
         save_config(self.config, folder / "config.yaml")
-        keep_metrics_before(folder / "metrics.json", self.start_iter)
+        keep_metrics_before(folder / METRICS, self.start_iter)
         self.record.begin(
             seed=self.config.train.seed,
             device=str(self.device),
@@ -316,11 +350,35 @@ class Trainer(DefaultTrainer):
         self.register_hooks([writers])
 
     def before_train(self) -> None:
+        self._begin_random_state()  # for a hook that saves what it stands on
         super().before_train()
+        self._begin_random_state()
+
+    def _begin_random_state(self) -> None:
         if self._random is None:
             self._seed()
         else:
             set_random_state(self._random)
+
+    @contextlib.contextmanager
+    def as_of(self, iteration: int) -> Iterator[None]:
+        """Inside, the clock stands at an iteration that is over; for what is owed to it."""
+        now = self.iter
+        self.iter = self.storage.iter = iteration
+        try:
+            yield
+        finally:
+            self.iter = self.storage.iter = now
+
+    def after_train(self) -> None:
+        if sys.exc_info()[0] is None:
+            super().after_train()
+            return
+        # Something failed, and all that may fail in its wake must not be reported in its place.
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            with contextlib.suppress(OSError):
+                hook.after_train()
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -348,16 +406,20 @@ class Trainer(DefaultTrainer):
             **state,
             "_trainer": self._trainer.state_dict(),
             "seconds": self.seconds,
-            # A dense detector's running mean of its foreground, which its own state lacks.
-            "loss_normalizer": getattr(student_of(self.model), "loss_normalizer", None),
+            "seed": self.config.train.seed,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
-        if state_dict.get("loss_normalizer") is not None:
-            student_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
+        seed, former = self.config.train.seed, state_dict.get("seed")
+        if self._seed_is_drawn and former is not None:
+            self.config.train.seed = former
+        elif former not in (None, seed):
+            logger.warning(
+                "train.seed is %d and was %d: the data go on in another order", seed, former
+            )
 
 
 def complete(cfg: Any) -> DictConfig:
@@ -440,7 +502,8 @@ def quiet_about_input_errors() -> Iterator[None]:
     """Keep Detectron2's loop from printing the traceback of an error that is the input's."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not (isinstance(error, InputError) or disk_is_full(error))
 
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(keep)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..classes import ClassMap
 from ..errors import InputError
+from ..processes import over_processes
 
 Weight = float | ParamScheduler
 """A coefficient: a number, or an fvcore schedule of the progress in [0, 1]."""
@@ -56,6 +57,8 @@ class DistillLoss(nn.Module):
 
     Args:
         weight: coefficient, a number or a schedule of the progress.
+        across_processes: whether sums are divided by counts of all processes, so that it does not matter how a
+            batch is dealt to them; False: each by its own counts, as published code does.
     """
 
     taps: tuple[str, ...] = ()
@@ -67,9 +70,10 @@ class DistillLoss(nn.Module):
     scale = 1
     """How many times larger the teacher's images are than the student's. Set before :meth:`bind`."""
 
-    def __init__(self, *, weight: Weight = 1.0):
+    def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
         super().__init__()
         self.weight = weight
+        self.across_processes = across_processes
         self.progress = 0.0
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -81,6 +85,19 @@ class DistillLoss(nn.Module):
 
     def forward(self, student, teacher) -> Tensor | dict[str, Tensor]:
         raise NotImplementedError
+
+    def normalizer(self, *counts: Tensor, least: float = 1.0) -> Tensor:
+        """What to divide sums by, given how many things this process has: at least ``least`` of each.
+
+        Collective where ``across_processes``, so what calls it must not depend on a process's batch.
+
+        Returns:
+            one for each of the counts.
+        """
+        stacked = torch.stack([count.detach().float() for count in counts])
+        if self.across_processes:
+            return over_processes(stacked, least)
+        return stacked.clamp(min=least)
 
 
 class DistillLosses(nn.Module):

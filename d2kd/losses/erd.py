@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..classes import num_classes_of
 from ..errors import InputError
-from ..modeling.gfl import integral, process_mean
+from ..modeling.gfl import integral
 from .base import DistillLoss, Weight, check_anchors
 from .functional import in_float32, softmax_kl
 
@@ -56,8 +56,7 @@ class ERDLoss(DistillLoss):
 
     The box term is a sum: the more stands out, the more it weighs. An empty selection gives 0.
 
-    Both are the mean over processes, as DDP takes it, of a loss that does not depend on how a batch is dealt
-    to them: counts are means over processes, too. The published code instead has two images in a process and
+    The mean over processes, as DDP takes it, does not depend on how a batch is dealt to them. The published code instead has two images in a process and
     adds up its box terms; ``reference_images_per_process`` is that two.
 
     What the settings say, all other defaults being those of both releases:
@@ -87,6 +86,7 @@ class ERDLoss(DistillLoss):
             they stay sums over the images of a process, and depend on how many it has.
         box_weight_from: who says v_a. "student": the distillation of boxes fades where it forgets.
         weight: a number or a schedule.
+        across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
         InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors, or
@@ -106,8 +106,9 @@ class ERDLoss(DistillLoss):
         reference_images_per_process: float | None = 2,
         box_weight_from: str = "student",
         weight: Weight = 1.0,
+        across_processes: bool = True,
     ):
-        super().__init__(weight=weight)
+        super().__init__(weight=weight, across_processes=across_processes)
         for culprit, choice, choices in (
             ("class_pool", class_pool, CLASS_POOLS),
             ("box_weight_from", box_weight_from, BOX_WEIGHTS),
@@ -136,12 +137,12 @@ class ERDLoss(DistillLoss):
         boxes = self.box_terms(student, teacher, selection)
 
         n = len(boxes)
-        counts = process_mean(torch.stack([values.sum().float(), values.new_tensor(n).float()]))
+        selected, images = self.normalizer(values.sum(), values.new_tensor(n))
         scale = 1.0
         if self.reference_images_per_process is not None:
-            scale = self.reference_images_per_process / counts[1]
+            scale = self.reference_images_per_process / images
         if self.class_pool == "batch":
-            classification = squares.sum() / counts[0].clamp(min=1)
+            classification = squares.sum() / selected
         else:
             classification = (squares / values.clamp(min=1)).sum() * scale
         storage = get_event_storage()
@@ -207,6 +208,8 @@ def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
     Args:
         responses: ``(N, R)``.
     """
+    if responses.numel() <= len(responses):  # a sample of one has no deviation, nor what to exceed
+        return torch.zeros_like(responses, dtype=torch.bool)
     bound = responses.mean(dim=1) + alpha * responses.std(dim=1)
     return responses > bound[:, None]
 

@@ -67,15 +67,23 @@ def sigmoid_divergence(
 
 
 @in_float32
-def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def masked_squared_error(
+    student: Tensor, teacher: Tensor, mask: Tensor, normalizer: Tensor | None = None
+) -> Tensor:
     """``sum_bij M_bij sum_c (S - T)^2 / (2 max(1, sum M))`` of one level.
 
     Args:
         student, teacher: ``(N, C, H, W)``.
         mask: ``(N, H, W)``, not negative.
+        normalizer: in place of max(1, sum M).
     """
     cells = (student - teacher).square().sum(dim=1)
-    return (cells * mask).sum() / (2 * mask.sum().clamp(min=1))
+    return (cells * mask).sum() / (2 * at_least_one(mask.sum(), normalizer))
+
+
+def at_least_one(count: Tensor, normalizer: Tensor | None) -> Tensor:
+    """A given normalizer, or else ``max(1, count)``."""
+    return count.clamp(min=1) if normalizer is None else normalizer
 
 
 @in_float32

@@ -34,7 +34,7 @@ from ..layers.attention import (
 from ..layers.masks import valid_cells
 from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from .base import DistillLoss, Weight, value_of
-from .functional import in_float32
+from .functional import at_least_one, in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class ICDLoss(DistillLoss):
         seed: of the loss's own generator, which leaves all others alone; its place in the sequence is part
             of ``state_dict()``.
         weight: of all terms together.
+        across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
         InputError: an option is none of these; on ``bind`` heads that do not divide the teacher's width, levels
@@ -109,8 +110,9 @@ class ICDLoss(DistillLoss):
         attention_mebibytes: float = 64,
         seed: int = 0,
         weight: Weight = 1.0,
+        across_processes: bool = True,
     ):
-        super().__init__(weight=weight)
+        super().__init__(weight=weight, across_processes=across_processes)
         for culprit, given, known in (
             ("weights", weights, WEIGHTS),
             ("normalizer", normalizer, NORMALIZERS),
@@ -136,7 +138,7 @@ class ICDLoss(DistillLoss):
         self.heads, self.layers = heads, layers
         self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
         self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
-        self.weights, self.normalizer = weights, normalizer
+        self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
@@ -237,6 +239,11 @@ class ICDLoss(DistillLoss):
         if student is not None and self.progress < self.begin:
             student = student.detach()
         attends = student is not None and self.weights == "attention"
+        used, real, images = self.normalizer(
+            queries.is_used.sum(),
+            queries.is_real.sum(),
+            valid.new_tensor(len(valid), dtype=torch.float32),
+        )
         readings, asked = [], self.query_encoder(queries.descriptors)
         for layer, student_value in zip(self.decoder, self.student_values):
             decoded = layer(
@@ -250,15 +257,22 @@ class ICDLoss(DistillLoss):
             answers = self.auxiliary_head(decoded.queries)
             reading = Reading(
                 decoded,
-                identification_loss(answers[..., 0], queries.is_real, queries.is_used),
-                localization_loss(answers[..., 1:], queries.edge_distances, queries.is_real),
+                identification_loss(answers[..., 0], queries.is_real, queries.is_used, used),
+                localization_loss(answers[..., 1:], queries.edge_distances, queries.is_real, real),
             )
             if student is not None:
+                weights = valid[:, None] / valid.sum(-1)[:, None, None]
+                weights = decoded.attention if attends else weights.expand(-1, self.heads, -1)
+                if self.normalize_by == "instance":
+                    (total,) = self.normalizer(weights.float().sum(), least=1e-6)
+                else:
+                    total = images * self.heads
                 reading.distance = value_distance(
                     by_head(student_value(student), self.heads),
                     decoded.values.detach(),
-                    decoded.attention if attends else valid[:, None] / valid.sum(-1)[:, None, None],
-                    self.normalizer,
+                    weights,
+                    self.normalize_by,
+                    total,
                 )
             readings.append(reading)
             asked = decoded.queries
@@ -371,29 +385,41 @@ def tokens(maps: Iterable[Tensor]) -> Tensor:
 
 
 @in_float32
-def identification_loss(logits: Tensor, is_real: Tensor, is_used: Tensor) -> Tensor:
-    """Binary cross-entropy of being real, on average over the used slots; all ``(N, K)``."""
+def identification_loss(
+    logits: Tensor, is_real: Tensor, is_used: Tensor, normalizer: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy of being real, on average over the used slots; all ``(N, K)``.
+
+    A normalizer stands in place of their number.
+    """
     entropy = F.binary_cross_entropy_with_logits(logits, is_real.to(logits), reduction="none")
-    return (entropy * is_used).sum() / is_used.sum().clamp(min=1)
+    return (entropy * is_used).sum() / at_least_one(is_used.sum(), normalizer)
 
 
 @in_float32
-def localization_loss(logits: Tensor, edge_distances: Tensor, is_real: Tensor) -> Tensor:
+def localization_loss(
+    logits: Tensor, edge_distances: Tensor, is_real: Tensor, normalizer: Tensor | None = None
+) -> Tensor:
     """Distances to the four edges, each in widths or heights of the box, summed; on average over real slots.
 
     Args:
         logits: ``(N, K, 4)``, before the sigmoid.
         edge_distances: ``(N, K, 4)``, to the left, top, right and bottom, as parts of the image's sides.
         is_real: ``(N, K)``.
+        normalizer: in place of the number of real slots.
     """
     sides = (edge_distances[..., :2] + edge_distances[..., 2:]).clamp(min=1e-7)
     error = (logits.sigmoid() - edge_distances).abs().unflatten(-1, (2, 2)) / sides[..., None, :]
-    return (error.sum(dim=(-1, -2)) * is_real).sum() / is_real.sum().clamp(min=1)
+    return (error.sum(dim=(-1, -2)) * is_real).sum() / at_least_one(is_real.sum(), normalizer)
 
 
 @in_float32
 def value_distance(
-    student: Tensor, teacher: Tensor, weights: Tensor, normalizer: str = "image"
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    normalize_by: str = "image",
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """Weighted squared distance of values, each normalised over its head's channels.
 
@@ -402,15 +428,19 @@ def value_distance(
     Args:
         student, teacher: ``(N, M, S, d)``.
         weights: ``(N, M or 1, S)``, not negative; all 0 in an image that counts as 0.
-        normalizer: "image": weighted means of images and heads, averaged; "instance": one weighted mean of all.
+        normalize_by: "image": weighted means of images and heads, averaged; "instance": one weighted mean of
+            all.
+        normalizer: in place of the number of images and heads, or of the sum of all weights.
     """
     size = student.shape[-1:]
     cells = (F.layer_norm(student, size) - F.layer_norm(teacher, size)).square().mean(dim=-1)
     weights = weights.expand_as(cells)
     distance, total = (cells * weights).sum(dim=-1), weights.sum(dim=-1)
-    if normalizer == "instance":
-        distance, total = distance.sum(), total.sum()
-    return (distance / total.clamp(min=1e-6)).mean()
+    if normalize_by == "instance":
+        total = total.sum().clamp(min=1e-6) if normalizer is None else normalizer
+        return distance.sum() / total
+    means = distance / total.clamp(min=1e-6)
+    return means.mean() if normalizer is None else means.sum() / normalizer
 
 
 def _width(side: str, backbone: nn.Module, levels: Iterable[str]) -> int:

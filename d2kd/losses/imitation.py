@@ -27,6 +27,7 @@ class ImitationLoss(DistillLoss):
         mask: "gaussian", "box" or "none", see :func:`d2kd.layers.masks.paint`.
         adapter: see :class:`d2kd.layers.adapter.FeatureAdapter`.
         weight: a number or a schedule; FGFI's 0.01.
+        across_processes: see :class:`~d2kd.losses.DistillLoss`.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class ImitationLoss(DistillLoss):
         mask: str = "box",
         adapter: str = "auto",
         weight: Weight = 0.01,
+        across_processes: bool = True,
     ):
-        super().__init__(weight=weight)
+        super().__init__(weight=weight, across_processes=across_processes)
         self.wanted = None if levels is None else list(levels)
         self.mask = check_kind(mask)
         self.adapter = adapter
@@ -54,9 +56,17 @@ class ImitationLoss(DistillLoss):
             boxes = [some.new_zeros(0, 4)] * len(some)
         else:
             boxes = [x.gt_boxes.tensor for x in student.gt_instances]
-        terms = []
-        for level, match in self.levels.items():
-            ours, theirs = self.adapters(student.features[level], teacher.features[match], level)
-            mask = paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
-            terms.append(masked_squared_error(ours, theirs, mask))
+        pairs = [
+            self.adapters(student.features[level], teacher.features[match], level)
+            for level, match in self.levels.items()
+        ]
+        masks = [
+            paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
+            for level, (ours, _) in zip(self.levels, pairs)
+        ]
+        normalizers = self.normalizer(*(mask.sum() for mask in masks))
+        terms = [
+            masked_squared_error(ours, theirs, mask, normalizer)
+            for (ours, theirs), mask, normalizer in zip(pairs, masks, normalizers)
+        ]
         return sum(terms) / len(terms)

@@ -20,13 +20,14 @@ class LwFLoss(DistillLoss):
 
     Args:
         weight: a number or a schedule.
+        across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
         InputError: on ``bind``, detectors without equal anchors, or that have no class in common.
     """
 
-    def __init__(self, *, weight: Weight = 1.0):
-        super().__init__(weight=weight)
+    def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
+        super().__init__(weight=weight, across_processes=across_processes)
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         check_anchors(student, teacher, self.scale)
@@ -36,4 +37,5 @@ class LwFLoss(DistillLoss):
         ours, theirs = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
         difference = ours[..., old_classes(self, "of_student")]
         difference = difference - theirs[..., old_classes(self, "of_teacher")]
-        return difference.square().mean()
+        (count,) = self.normalizer(difference.new_tensor(difference.numel()))
+        return difference.square().sum() / count

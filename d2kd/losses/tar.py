@@ -24,8 +24,15 @@ from torch import Tensor, nn
 
 from ..classes import num_classes_of
 from ..errors import InputError
+from ..modeling.gfl import is_foreground
 from .base import DistillLoss, Weight, check_anchors, is_off, value_of
-from .functional import in_float32, paired_iou, sigmoid_divergence, softmax_kl
+from .functional import (
+    at_least_one,
+    in_float32,
+    paired_iou,
+    sigmoid_divergence,
+    softmax_kl,
+)
 from .imitation import ImitationLoss
 
 logger = logging.getLogger(__name__)
@@ -78,6 +85,7 @@ class TARLoss(DistillLoss):
         feature_ramp: fraction of the run in which the feature term grows linearly to its weight, for its
             adapters begin at random. 500 iterations of a 90k schedule.
         weight: the decay; linear to 0 over the run unless given.
+        across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
         InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, or with
@@ -101,8 +109,11 @@ class TARLoss(DistillLoss):
         smooth_l1_beta: float = 1.0,
         feature_ramp: float = 500 / 90000,
         weight: Weight | None = None,
+        across_processes: bool = True,
     ):
-        super().__init__(weight=LinearParamScheduler(1.0, 0.0) if weight is None else weight)
+        if weight is None:
+            weight = LinearParamScheduler(1.0, 0.0)
+        super().__init__(weight=weight, across_processes=across_processes)
         for culprit, gate, gates in (
             ("cls_gate", cls_gate, CLS_GATES),
             ("reg_gate", reg_gate, REG_GATES),
@@ -113,7 +124,13 @@ class TARLoss(DistillLoss):
         self.feature = (
             None
             if is_off(feature_weight)
-            else ImitationLoss(levels=levels, mask=mask, adapter=adapter, weight=feature_weight)
+            else ImitationLoss(
+                levels=levels,
+                mask=mask,
+                adapter=adapter,
+                weight=feature_weight,
+                across_processes=across_processes,
+            )
         )
         self.classification_weight = classification_weight
         self.regression_weight = regression_weight
@@ -192,10 +209,12 @@ class TARLoss(DistillLoss):
             labels = self.class_map.shared_labels(labels)
             ours = ours[:, [*self.class_map.of_student, ours.shape[1] - 1]]
             theirs = theirs[:, [*self.class_map.of_teacher, theirs.shape[1] - 1]]
+        (normalizer,) = self.normalizer((labels >= 0).sum())
         return classification_term(
             ours,
             theirs,
             labels,
+            normalizer=normalizer,
             gate=self.cls_gate,
             margin=self.cls_margin,
             temperature=self.temperature,
@@ -223,10 +242,12 @@ class TARLoss(DistillLoss):
             labels = self.class_map.shared_labels(labels)
             ours = ours[:, self.class_map.of_student]
             theirs = theirs[:, self.class_map.of_teacher]
+        (normalizer,) = self.normalizer(is_foreground(labels, ours.shape[1]).sum())
         return dense_classification_term(
             ours,
             theirs,
             labels,
+            normalizer=normalizer,
             gate=self.cls_gate,
             margin=self.cls_margin,
             temperature=self.temperature,
@@ -252,7 +273,7 @@ class TARLoss(DistillLoss):
 
     def _foreground(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Rows of objects whose class the teacher knows, and the number it knows that class by."""
-        foreground = (labels >= 0) & (labels < num_classes)
+        foreground = is_foreground(labels, num_classes)
         if self.class_map is None:
             rows = torch.nonzero(foreground)[:, 0]
             return rows, labels[rows]
@@ -276,7 +297,8 @@ class TARLoss(DistillLoss):
                 gate &= iou > paired_iou(boxes, gt)
             if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
                 gate &= iou > paired_iou(coder.apply_deltas(ours.float(), boxes), gt)
-        return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta)
+        (normalizer,) = self.normalizer(gate.new_tensor(len(gate), dtype=torch.float32))
+        return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta, normalizer=normalizer)
 
 
 def _same_coder(one, other) -> bool:
@@ -296,12 +318,14 @@ def classification_term(
     margin: float = 0.0,
     temperature: float = 1.0,
     background_weight: float = 1.0,
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """``1/R sum_i w_i a_i tau^2 KL(p_T,i || p_S,i)``.
 
     Args:
         student_logits, teacher_logits: ``(R, K + 1)``, background last.
         gt_classes: ``(R,)`` in ``[0, K]``; a negative label is ignored, in the denominator too.
+        normalizer: in place of R.
     """
     known = gt_classes >= 0
     divergence = softmax_kl(student_logits, teacher_logits, temperature)
@@ -315,7 +339,7 @@ def classification_term(
             ours = F.softmax(student_logits / temperature, dim=1).gather(1, label)[:, 0]
             theirs = F.softmax(teacher_logits / temperature, dim=1).gather(1, label)[:, 0]
             weight = weight * (theirs > ours + margin)
-    return (divergence * weight).sum() / known.sum().clamp(min=1)
+    return (divergence * weight).sum() / at_least_one(known.sum(), normalizer)
 
 
 @in_float32
@@ -328,31 +352,43 @@ def dense_classification_term(
     margin: float = 0.0,
     temperature: float = 1.0,
     background_weight: float = 1.0,
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """``1/max(1, P) sum_ic w_i a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic)``.
 
     Args:
         student_logits, teacher_logits: ``(M, K)`` of M anchors, before the sigmoid.
         gt_classes: ``(M,)`` in ``[0, K]``, K background; P of them are foreground, a negative one is ignored.
+        normalizer: in place of max(1, P).
     """
     num_classes = student_logits.shape[1]
     divergence, ours, theirs = sigmoid_divergence(student_logits, teacher_logits, temperature)
     with torch.no_grad():
         known = gt_classes >= 0
-        foreground = known & (gt_classes < num_classes)
+        foreground = is_foreground(gt_classes, num_classes)
         weight = torch.where(foreground, 1.0, background_weight) * known
         weight = weight[:, None].expand_as(divergence)
         if gate == "better":
             target = F.one_hot(gt_classes.clamp(min=0), num_classes + 1)[:, :-1]
             weight = weight * ((theirs - target).abs() < (ours - target).abs() - margin)
-    return (divergence * weight).sum() / foreground.sum().clamp(min=1)
+    return (divergence * weight).sum() / at_least_one(foreground.sum(), normalizer)
 
 
 @in_float32
-def regression_term(student: Tensor, teacher: Tensor, gate: Tensor, *, beta: float = 1.0) -> Tensor:
-    """``1/max(1, P) sum_i m_i sum_4 smooth_l1``; ``(P, 4)`` deltas of foreground rows, ``(P,)`` gate."""
+def regression_term(
+    student: Tensor,
+    teacher: Tensor,
+    gate: Tensor,
+    *,
+    beta: float = 1.0,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """``1/max(1, P) sum_i m_i sum_4 smooth_l1``; ``(P, 4)`` deltas of foreground rows, ``(P,)`` gate.
+
+    A normalizer stands in place of max(1, P).
+    """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
-    return (errors * gate).sum() / max(len(errors), 1)
+    return (errors * gate).sum() / at_least_one(errors.new_tensor(len(errors)), normalizer)
 
 
 def of_class(deltas: Tensor, classes: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..classes import ClassMap, class_names
 from ..errors import InputError
+from ..processes import anywhere
 from .outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
 from .teacher import Teacher
 
@@ -139,11 +140,23 @@ class Distiller(nn.Module):
             if self.share == "both":
                 heads = self.student.roi_heads
                 during.enter_context(more_proposals(heads, lambda: teacher.proposals))
-            losses = self.student(batched_inputs)
+            losses = self._own_losses(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.share(student.shared)
         progress = get_event_storage().iter / self.max_iter
         return {**losses, **self.losses(student, teacher, progress=progress)}
+
+    def _own_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """The student's; where its predictions are not finite in one process, all raise what that one raises."""
+        losses, failure = {}, None
+        try:
+            losses = self.student(batched_inputs)
+        except FloatingPointError as error:
+            failure = error
+        # Alone with it, a process would leave the others waiting for its counts in the middle of the losses.
+        if anywhere(failure is not None):
+            raise failure or FloatingPointError("another process's predictions are not finite")
+        return losses
 
 
 def _class_map(

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, batched_nms
@@ -25,12 +24,12 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.structures.boxes import matched_pairwise_iou
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from ..errors import InputError
+from ..processes import over_processes
 
 
 @META_ARCH_REGISTRY.register()
@@ -233,9 +232,10 @@ class GFL(DenseDetector):
     ) -> dict[str, Tensor]:
         """Each anchor's share of the losses, weighted and normalised.
 
-        Normalisers are means over processes. Classification is divided by the foreground anchors of the
-        batch, at least one an image; the other two weigh an anchor by its best score, and are divided by the
-        sum of these weights, at least 1. Logits of old classes are left aside, in the score as well.
+        Normalisers are means over processes, see :func:`~d2kd.processes.over_processes`. Classification is
+        divided by the foreground anchors of the batch, at least one an image; the other two weigh an anchor by
+        its best score, and are divided by the sum of these weights, at least 1 in all processes together (the
+        published code: in the mean of them). Logits of old classes are left aside, in the score as well.
 
         Args:
             anchors: of each level.
@@ -261,13 +261,13 @@ class GFL(DenseDetector):
         iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(gt_box))
         quality[image, row, labels[image, row]] = iou.to(quality)
         score = logits.detach()[image, row].sigmoid().amax(dim=-1)
-        num_foreground, total_score = process_mean(
+        num_foreground, total_score = over_processes(
             torch.stack([foreground.sum(dim=1).clamp(min=1).sum(), score.sum()])
         )
 
         def of_all(values: Tensor) -> Tensor:
             shares = torch.zeros_like(labels, dtype=values.dtype)
-            shares[image, row] = values * score / total_score.clamp(min=1)
+            shares[image, row] = values * score / total_score
             return shares
 
         qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=-1)
@@ -478,17 +478,6 @@ def integral(logits: Tensor) -> Tensor:
     """The mean distance ``(…)`` of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
     bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
     return (logits.softmax(dim=-1) * bins).sum(dim=-1)
-
-
-def process_mean(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, without gradient."""
-    values = values.detach()
-    processes = comm.get_world_size()
-    if processes > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values = values / processes
-    return values
 
 
 def add_gfl_config(cfg: CfgNode) -> None:

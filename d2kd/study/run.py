@@ -56,7 +56,7 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
     trainer = Trainer(config)
     trainer.resume_or_load(resume=True)
     peak = None
-    if trainer.start_iter < trainer.max_iter:
+    if not trainer.finished:
         peak = Peak(trainer.device)
         tell = CallbackHook(
             before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),

@@ -1,0 +1,171 @@
+"""A batch as a student and a teacher saw it, to be shown to each of the losses, whole, in parts or altered."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+import d2kd.losses.icd as icd_module
+from d2kd.data.priors import InstancePriors
+from d2kd.layers.queries import InstanceQueries, make_queries
+from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.outputs import Regions, capture
+from d2kd.testing import (
+    CLASSES,
+    batch,
+    build,
+    tiny_cascade_rcnn,
+    tiny_faster_rcnn,
+    tiny_gfl,
+    tiny_retinanet,
+)
+
+_PRIORS = InstancePriors.unknown(CLASSES)
+LOSSES: dict[str, tuple[Callable, Callable]] = {
+    "imitation": (lambda **o: ImitationLoss(mask="gaussian", **o), tiny_faster_rcnn),
+    "imitation, everywhere": (lambda **o: ImitationLoss(mask="none", **o), tiny_retinanet),
+    "tar": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_faster_rcnn),
+    "tar, cascade": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_cascade_rcnn),
+    "tar, one-stage": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_retinanet),
+    "icd": (lambda **o: ICDLoss(heads=4, priors=_PRIORS, **o), tiny_retinanet),
+    "icd, by instance": (
+        lambda **o: ICDLoss(heads=4, layers=2, priors=_PRIORS, normalizer="instance", **o),
+        tiny_faster_rcnn,
+    ),
+    "erd": (lambda **o: ERDLoss(alpha_cls=1.0, alpha_box=1.0, **o), tiny_gfl),
+    "lwf": (lambda **o: LwFLoss(**o), tiny_gfl),
+}
+
+
+class Recorded:
+    """One batch of four images, as a student and a teacher saw it, with the questions asked about it.
+
+    Args:
+        name: of :data:`LOSSES`.
+        options: of the loss.
+    """
+
+    def __init__(self, name: str, **options):
+        factory, node = LOSSES[name]
+        self.batch = batch(sizes=((64, 64),) * 4, objects=(2, 1, 0, 0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            student, teacher = build(node()), build(node(width=6, channels=24), 1)
+            losses = DistillLosses(loss=factory(**options))
+            model = Distiller(
+                student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=2
+            ).train()
+            with capture(model.kind.joints(student)) as calls, EventStorage():
+                student(self.batch)
+        self.kind, self.losses = model.kind, model.losses
+        ours = model.kind.from_calls(student, self.batch, calls)
+        theirs = model.teacher.ask(self.batch)
+        theirs.share(ours.shared)
+        self.student, self.teacher = self._values(ours), self._values(theirs)
+        self.detectors = (student, teacher)
+        self.queries = make_queries(
+            [x["instances"] for x in self.batch],
+            _PRIORS,
+            generator=torch.Generator().manual_seed(1),
+        )
+
+    @staticmethod
+    def _values(outputs) -> dict:
+        values = {"features": {k: v.detach() for k, v in outputs.features.items()}}
+        if hasattr(outputs.detector, "roi_heads"):
+            values["regions"] = outputs.regions
+        else:
+            values["predictions"] = [[x.detach() for x in kind] for kind in outputs.predictions]
+        return values
+
+    def loss(
+        self,
+        images: list[int],
+        change: Callable[[Tensor], Tensor] = lambda value: value,
+        regions: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed losses of some of the images, and their gradients by name.
+
+        Args:
+            change: made to every tensor that a detector said.
+            regions: how many of each image are kept; None: all.
+            dtype: of the autocast; float32: none.
+            scale: by which the loss is multiplied for its gradients, and these divided, as by a scaler.
+        """
+        losses, leaves = copy.deepcopy(self.losses), {}
+        self._change, self._regions = change, regions
+        student = self._outputs(self.detectors[0], self.student, images, leaves)
+        teacher = self._outputs(self.detectors[1], self.teacher, images, {})
+        queries = InstanceQueries(*(x[images] for x in vars(self.queries).values()))
+        make, icd_module.make_queries = icd_module.make_queries, lambda *_, **__: queries
+        try:
+            half = dtype != torch.float32
+            with EventStorage(start_iter=1), torch.autocast("cpu", dtype if half else None, half):
+                total = sum(losses(student, teacher, progress=0.5).values())
+        finally:
+            icd_module.make_queries = make
+        (scale * total).backward()
+        gradients = {k: p.grad / scale for k, p in losses.named_parameters() if p.grad is not None}
+        for name, leaf in leaves.items():
+            gradients[name] = leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad
+            gradients[name] = gradients[name].float() / scale
+        return total.detach(), gradients
+
+    def _outputs(self, detector, values: dict, images: list[int], leaves: dict):
+        def leaf(name: str, value: Tensor) -> Tensor:
+            leaves[name] = self._change(value.detach().clone()).requires_grad_()
+            return leaves[name]
+
+        given = {
+            "features": {k: leaf(f"student.{k}", v[images]) for k, v in values["features"].items()}
+        }
+        if "predictions" in values:
+            given["predictions"] = [
+                [leaf(f"student.{i}.{j}", x[images]) for j, x in enumerate(kind)]
+                for i, kind in enumerate(values["predictions"])
+            ]
+        else:
+            given["regions"] = [
+                self._rows(stage, images, lambda k, v, i=i: leaf(f"student.region{i}.{k}", v))
+                for i, stage in enumerate(values["regions"])
+            ]
+        return self.kind(detector, [self.batch[i] for i in images], **given)
+
+    def _rows(self, stage: Regions, images: list[int], leaf: Callable) -> Regions:
+        counts, kept = [len(boxes) for boxes in stage.boxes], slice(self._regions)
+        rows = torch.cat([torch.arange(sum(counts)).split(counts)[i][kept] for i in images])
+        given = {
+            k: leaf(k, getattr(stage, k)[rows])
+            for k in ("box_features", "pred_class_logits", "pred_proposal_deltas")
+        }
+        labels = {
+            k: None if getattr(stage, k) is None else getattr(stage, k)[rows]
+            for k in ("gt_classes", "gt_boxes")
+        }
+        boxes = [stage.boxes[i][kept] for i in images]
+        return Regions(boxes, **given, box2box_transform=stage.box2box_transform, **labels)
+
+    def by_image(self, name: str, gradient: Tensor, deal: list[int]) -> Tensor:
+        """A gradient of the whole batch at what belongs to the dealt images."""
+        if not name.startswith("student."):
+            return gradient
+        if ".region" not in name:
+            return gradient[deal]
+        stage = self.student["regions"][int(name.split(".")[1].removeprefix("region"))]
+        counts = [len(boxes) for boxes in stage.boxes]
+        parts = gradient.split(counts)
+        return torch.cat([parts[i] for i in deal])
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """How far one is from the other, by the other's norm."""
+    if one.numel() == 0 and one.shape == other.shape:
+        return 0.0
+    return float((one - other).norm() / other.norm().clamp(min=1e-12))

@@ -1,0 +1,262 @@
+"""Every method stopped in the middle and resumed, beside its uninterrupted run: equal to the last bit or not.
+
+    python -m tests.resume_runs
+
+prints a line for each case and a closing line with counts; exit code 1 if one differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.engine import HookBase
+from omegaconf import DictConfig
+
+from d2kd.config import get_config, increment
+from d2kd.data import estimate_priors
+from d2kd.engine import Trainer
+from d2kd.engine.run_info import LOGGERS
+from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.testing import tiny_faster_rcnn, tiny_gfl, tiny_retinanet
+
+from .tiny_run import distiller, draw_data, recipe, without_evaluation
+
+STOP, END = 3, 6
+OBJECTS = (1, 2, 0, 3, 2, 3, 1, 3)
+"""In each image; all three classes are among them."""
+
+
+def _taught(data: Path, output: Path, losses: DictConfig, node=tiny_faster_rcnn) -> DictConfig:
+    config = recipe(data, output, distiller(losses=losses), max_iter=END)
+    config.model.student, config.model.teacher.detector = node(), node(channels=24)
+    return without_evaluation(config)
+
+
+def plain(data: Path, output: Path) -> DictConfig:
+    """A RetinaNet alone: its running normaliser; and the best state of three evaluations."""
+    return recipe(data, output, tiny_retinanet(), max_iter=END, eval_period=2)
+
+
+def imitation(data: Path, output: Path) -> DictConfig:
+    return _taught(data, output, L(DistillLosses)(imitation=L(ImitationLoss)()))
+
+
+def tar(data: Path, output: Path) -> DictConfig:
+    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()))
+
+
+def tar_one_stage(data: Path, output: Path) -> DictConfig:
+    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()), tiny_retinanet)
+
+
+def icd(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
+    """A decoder with an optimizer of its own; fakes from a generator of its own; beginning in between."""
+    priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
+    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors))
+    config = _taught(data, output, losses, node)
+    config.train.clip_gradients = {"enabled": True, "clip_value": 0.5}
+    config.train.distiller = get_config("common/icd.py").distiller
+    return config
+
+
+def icd_one_stage(data: Path, output: Path) -> DictConfig:
+    return icd(data, output, tiny_retinanet)
+
+
+def first_step(data: Path, output: Path) -> DictConfig:
+    """A GFL that learns the first of two steps' classes."""
+    base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
+    return _of(increment(base, split="2+1", step=1))
+
+
+def _second_step(data: Path, output: Path, losses: DictConfig) -> DictConfig:
+    base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
+    weights = output.parent.parent / "first step" / "resumed" / "model_final.pth"
+    return _of(increment(base, split="2+1", step=2, weights=str(weights), losses=losses))
+
+
+def erd(data: Path, output: Path) -> DictConfig:
+    """The second step, taught by what the resumed first one left."""
+    return _second_step(data, output, L(DistillLosses)(erd=L(ERDLoss)()))
+
+
+def lwf(data: Path, output: Path) -> DictConfig:
+    return _second_step(data, output, L(DistillLosses)(lwf=L(LwFLoss)()))
+
+
+def _of(parts) -> DictConfig:
+    return DictConfig(parts._asdict(), flags={"allow_objects": True})
+
+
+def in_bfloat16(case: Callable) -> Callable:
+    def config(data: Path, output: Path) -> DictConfig:
+        made = case(data, output)
+        made.train.amp = {"enabled": True, "dtype": "bfloat16"}
+        return made
+
+    return config
+
+
+def adamw(data: Path, output: Path) -> DictConfig:
+    """Moments of two orders, and a worker that has read ahead."""
+    config = imitation(data, output)
+    config.dataloader.train.num_workers = 1
+    del config.optimizer["momentum"]
+    config.optimizer._target_ = torch.optim.AdamW
+    config.optimizer.lr, config.optimizer.betas = 1e-4, (0.9, 0.99)
+    return config
+
+
+CASES: dict[str, Callable[[Path, Path], DictConfig]] = {
+    "alone": plain,
+    "imitation": imitation,
+    "imitation, AdamW, a worker": adamw,
+    "tar": tar,
+    "tar, one-stage": tar_one_stage,
+    "icd": icd,
+    "icd, one-stage": icd_one_stage,
+    "first step": first_step,
+    "erd": erd,
+    "lwf": lwf,
+    "tar, bfloat16": in_bfloat16(tar),
+    "icd, bfloat16": in_bfloat16(icd),
+    "erd, bfloat16": in_bfloat16(erd),
+}
+"""Recipes by case, functions of the data's folder and the run's; step two follows step one."""
+
+
+class Stopped(BaseException):
+    """Ends a run as a signal would."""
+
+
+class Listen(HookBase):
+    """Keeps every loss of every iteration, and may end the run."""
+
+    def __init__(self, stop: int | None = None):
+        self.heard: dict[int, dict[str, float]] = {}
+        self._stop = stop
+
+    def after_step(self) -> None:
+        now, latest = self.trainer.iter, self.trainer.storage.latest()
+        self.heard[now] = {k: v for k, (v, _) in latest.items() if "loss" in k}
+        if self._stop is not None and now + 1 == self._stop:
+            raise Stopped
+
+
+def run(config: DictConfig, *, resume: bool = False, stop: int | None = None, hooks=()):
+    """Train; the trainer, and every loss by iteration."""
+    trainer = Trainer(config)
+    trainer.resume_or_load(resume)
+    listen = Listen(stop)
+    trainer.register_hooks([listen, *hooks])
+    try:
+        trainer.train()
+    except Stopped:
+        pass
+    return trainer, listen.heard
+
+
+def differences(one, other, name: str = "") -> list[str]:
+    """Where two states differ, by so little as a bit or a type."""
+    if type(one) is not type(other):
+        return [name]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [name]
+        return [d for k in one for d in differences(one[k], other[k], f"{name}.{k}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [name]
+        return [
+            d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{name}.{i}")
+        ]
+    if isinstance(one, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        same = one == other
+    return [] if same else [name]
+
+
+def saved(file: Path) -> dict:
+    """A checkpoint, but for the time it took; read without trust."""
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["trainer"]["seconds"]
+    return checkpoint
+
+
+def in_a_process(function: Callable, *args) -> int:
+    """Run a function in a fork: what this process has computed before must not matter. The exit code."""
+    process = multiprocessing.get_context("fork").Process(target=_alone, args=(function, *args))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _alone(function: Callable, *args) -> None:
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def compare(name: str, data: Path, folder: Path, stop: int = STOP) -> list[str]:
+    """What differs between an uninterrupted run and one that was stopped and resumed; [] if nothing does."""
+    make = CASES[name]
+    whole, parts = folder / name / "whole", folder / name / "resumed"
+    outcome = []
+    for output, ends in ((whole, [None]), (parts, [stop, None])):
+        heard: dict[int, dict[str, float]] = {}
+        for i, end in enumerate(ends):
+            config = make(data, output)
+            config.train.checkpointer.period = stop
+            said = output.with_name(f"{output.name}.{i}.pth")
+            if in_a_process(_part, config, i > 0, end, said) != 0:
+                return [f"part {i} of {output.name} failed"]
+            began, more = torch.load(said)
+            if began != stop * i:
+                return [f"the resumed run began at {began}"]
+            heard |= more
+        files = {file.name: saved(file) for file in sorted(output.glob("model_*.pth"))}
+        outcome.append({"losses": heard, **files})
+    return differences(*outcome)
+
+
+def _part(config: DictConfig, resume: bool, stop: int | None, said: Path) -> None:
+    said.parent.mkdir(parents=True, exist_ok=True)
+    trainer, heard = run(config, resume=resume, stop=stop)
+    torch.save((trainer.start_iter, heard), said)
+
+
+def quiet() -> None:
+    """Keep the runs' logs from the console."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).propagate = False
+        logging.getLogger(name).addHandler(logging.NullHandler())
+
+
+def main() -> int:
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        draw_data(data, OBJECTS)
+        broken = 0
+        for name in CASES:
+            found = compare(name, data, Path(folder))
+            broken += bool(found)
+            said = f"differs in {len(found)}, such as {found[0]}" if found else "equal"
+            print(f"{name:32} stopped at {STOP} of {END}: {said}", flush=True)
+    print(
+        f"{len(CASES) - broken} of {len(CASES)} resumed runs are their uninterrupted ones bit for bit: "
+        "losses, weights, optimizers, generators, best state"
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""Nothing is lost: runs that are stopped, killed, or out of room go on as if nothing had been."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+import d2kd.engine.trainer as trainer_module
+from d2kd.config import get_config
+from d2kd.data import build_train_loader
+from d2kd.engine.checkpoint import StudentCheckpointer, plain
+from d2kd.engine.run_info import LOGGERS, explaining_full_disk
+from d2kd.engine.step import Step
+from d2kd.errors import InputError, reporting
+from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.modeling.weights import read
+
+from . import resume_runs
+from .kill_runs import kill
+from .resume_runs import OBJECTS, Stopped, compare, differences, in_a_process, run, saved
+from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
+
+
+@pytest.fixture(autouse=True)
+def no_console(tmp_path, monkeypatch):
+    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
+        logging.getLogger(name).setLevel(logging.INFO)
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    draw_data(folder, OBJECTS)
+    return folder
+
+
+def plain_recipe(data, output, **train):
+    config = without_evaluation(recipe(data, output, max_iter=4, **train))
+    config.train.checkpointer.period = 1
+    return config
+
+
+@pytest.mark.parametrize("cases", [["alone"], ["icd, one-stage"], ["first step", "erd, bfloat16"]])
+def test_stopped_and_resumed_is_uninterrupted(data, tmp_path, cases):
+    """All cases: ``python -m tests.resume_runs``."""
+    for name in cases:
+        assert compare(name, data, tmp_path) == []
+
+
+def test_killed_and_resumed_is_uninterrupted(data, tmp_path):
+    """Many more kills: ``python -m tests.kill_runs``."""
+    outcome = kill(3, 0, data, tmp_path, end=6, say=lambda line: None)
+    assert outcome.faults == [] and outcome.finished >= 1 and sum(outcome.kills.values()) == 3
+
+
+def test_a_truncated_last_checkpoint_is_named_and_the_one_before_used(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    run(config)
+    whole = saved(tmp_path / "model_final.pth")
+    # Of an earlier run in this folder: a number in between, and older.
+    (tmp_path / "model_0000002.pth").write_bytes((tmp_path / "model_0000000.pth").read_bytes())
+    os.utime(tmp_path / "model_0000002.pth", (0, 0))
+    for name in ("model_final.pth", "model_0000003.pth"):
+        written = (tmp_path / name).stat().st_mtime_ns
+        os.truncate(tmp_path / name, 1000)
+        os.utime(tmp_path / name, ns=(written, written))
+    trainer, _ = run(config, resume=True)
+    assert trainer.start_iter == 2
+    log = (tmp_path / "log.txt").read_text()
+    for name in ("model_final.pth", "model_0000003.pth"):
+        assert f"{name}: cannot be read" in log
+    assert differences(saved(tmp_path / "model_final.pth"), whole) == []
+
+    for file in tmp_path.glob("model_*.pth"):
+        os.truncate(file, 1000)
+    with pytest.raises(
+        InputError, match="model_final.pth: cannot be read, nor is there one before"
+    ):
+        run(config, resume=True)
+
+
+def _with_little_room(config, said):
+    """A run whose disk takes no file larger than 100 kB; what it says on stderr, and its exit code."""
+    with open(said, "w") as file:
+        sys.stderr = file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with reporting():
+            run(config, resume=True)
+
+
+def test_out_of_room(data, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+    config = plain_recipe(data, out)
+    run(config, stop=1)
+    name = "model_0000000.pth"
+    before = (out / name).read_bytes()
+    assert len(before) > 100_000
+    assert in_a_process(_with_little_room, config, said) == 2
+    # The lines of the run's log are for stdout and its file.
+    lines = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in said.read_text()
+    assert "model_0000001.pth: cannot be written (File too large)" in lines[0]
+    assert (out / name).read_bytes() == before and (out / "last_checkpoint").read_text() == name
+    assert not [*out.glob(".*")]
+    assert json.loads((out / "run.json").read_text())["rows"][-1]["iterations"] == 1
+    assert run(config, resume=True)[0].start_iter == 1
+
+
+def test_a_full_disk_is_the_users_to_mend(data, tmp_path, monkeypatch):
+    """Whatever was being written: the error is one line, and the first thing that failed is what it names."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*_, **__):
+        raise full
+
+    for what in ("evaluate", "record"):
+        with monkeypatch.context() as patch:
+            if what == "evaluate":
+                patch.setattr(trainer_module, "do_test", refuse)
+            else:
+                patch.setattr("d2kd.engine.run_info.RunRecord.end", refuse)
+            with pytest.raises(InputError, match="No space left on device.*; expected room") as it:
+                run(recipe(data, tmp_path / what, max_iter=1))
+        assert len(str(it.value).splitlines()) == 1
+        assert "Traceback" not in (tmp_path / what / "log.txt").read_text()
+    with pytest.raises(RuntimeError, match="other"), explaining_full_disk("x"):
+        raise RuntimeError("other")
+    with pytest.raises(PermissionError), explaining_full_disk("x"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_an_evaluation_that_a_run_did_not_come_to_is_made_up_for(data, tmp_path, monkeypatch):
+    scores = {"whole": iter([10.0, 30.0, 20.0]), "parts": iter([10.0, Stopped(), 30.0, 20.0])}
+    best = []
+    for name in scores:
+
+        def measure(*_, name=name, **__):
+            score = next(scores[name])
+            if isinstance(score, Stopped):
+                raise score
+            return {"bbox": {"AP": score}}
+
+        monkeypatch.setattr(trainer_module, "do_test", measure)
+        config = recipe(data, tmp_path / name, max_iter=6, eval_period=2)
+        config.train.checkpointer.period = 2
+        for _ in range(2 if name == "parts" else 1):
+            run(config, resume=True)
+        best.append(saved(tmp_path / name / "model_best.pth"))
+        rows = map(json.loads, (tmp_path / name / "metrics.json").read_text().splitlines())
+        assert [(row["iteration"], row["bbox/AP"]) for row in rows if "bbox/AP" in row] == [
+            (1, 10.0),
+            (3, 30.0),
+            (6, 20.0),
+        ]
+    assert best[0]["iteration"] == 3
+    assert differences(*best) == []
+
+
+def test_a_run_that_ended_before_its_final_file_is_given_it(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    trainer, _ = run(config)
+    final = tmp_path / "model_final.pth"
+    expected = saved(final)
+    final.unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, heard = run(config, resume=True)
+    assert heard == {} and differences(saved(final), expected) == []
+    assert not trainer.finished and not resumed.finished
+    assert run(config, resume=True)[0].finished
+
+
+def test_a_drawn_seed_goes_on(data, tmp_path):
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)())
+    model = distiller(teacher_weights(tmp_path), losses)
+
+    def config(folder, seed):
+        made = recipe(data, tmp_path / folder, model, max_iter=4, seed=seed, eval_teacher=False)
+        made.train.checkpointer.period = 2
+        return without_evaluation(made)
+
+    trainer, _ = run(config("drawn", -1), stop=2)
+    seed = trainer.config.train.seed
+    resumed, _ = run(config("drawn", -1), resume=True)
+    assert resumed.config.train.seed == seed
+    run(config("chosen", seed))
+    one, other = (saved(tmp_path / name / "model_final.pth") for name in ("drawn", "chosen"))
+    assert differences(one, other) == []
+
+
+def test_old_checkpoints_are_still_counted_after_a_resume(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    config.train.checkpointer.max_to_keep = 2
+    run(config, stop=3)
+    names = [f"model_000000{i}.pth" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == names[1:3]
+    run(config, resume=True)
+    assert sorted(p.name for p in tmp_path.glob("model_*")) == [*names[2:], "model_final.pth"]
+
+
+class Parameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss": self.weight * batch}
+
+
+def test_the_scalers_state_goes_on(tmp_path):
+    """Two overflows, then growth: stopped anywhere, the scale and what is counted toward it are the same."""
+    batches = [1.0, 3e38, 1.0, 3e38, 1.0, 1.0, 1.0]
+
+    def step(state=None, start=0):
+        model = Parameter()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        train = get_config("common/train.py").train
+        made = Step(model, batches[start:], optimizer, (contextlib.nullcontext, scaler), train)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            made.load_state_dict(state["trainer"])
+        return made
+
+    def states(made, count):
+        found = []
+        for _ in range(count):
+            made.run_step()
+            torch.save(
+                plain({"model": made.model.state_dict(), "trainer": made.state_dict()}),
+                tmp_path / "state.pth",
+            )
+            found.append(torch.load(tmp_path / "state.pth", weights_only=True))
+        return found
+
+    with EventStorage():
+        whole = states(step(), len(batches))
+        scales = [state["trainer"]["grad_scaler"]["scale"] for state in whole]
+        assert scales == [1024, 512, 512, 256, 256, 512, 512]
+        for k in range(1, len(batches)):
+            rest = states(step(whole[k - 1], k), len(batches) - k)
+            assert differences(whole[k:], rest) == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_with_grouping_every_sample_is_seen_once(monkeypatch, world):
+    """Wide and tall images, stopped after each of the first batches, while others wait for their like."""
+    monkeypatch.setattr("d2kd.data.loader.comm.get_world_size", lambda: world)
+    dataset = [{"width": 2 + i % 3, "height": 3, "i": i} for i in range(7)]
+    for rank in range(world):
+        monkeypatch.setattr("d2kd.data.loader.comm.get_rank", lambda rank=rank: rank)
+
+        def stream(start, count):
+            loader = build_train_loader(
+                dataset, mapper=lambda x: x, total_batch_size=2 * world, seed=5, start=start
+            )
+            batches = iter(loader.batch_sampler)
+            return [next(batches) for _ in range(count)]
+
+        whole = stream(0, 14)
+        for k in range(1, 14):
+            assert whole[:k] + stream(k, 14 - k) == whole
+        positions = [position for batch in whole for position, _ in batch]
+        assert len(set(positions)) == len(positions)
+        every = range(rank, max(positions) + 1, world)
+        late = sorted(set(every) - set(positions))
+        assert len(late) <= 1, "more than one sample waits for its like"
+        assert all(position % world == rank for position in positions)
+
+
+def test_a_checkpoint_is_plain(tmp_path):
+    class Holds:
+        def __init__(self, value):
+            self.value = value
+
+        def state_dict(self):
+            return {"value": self.value}
+
+    holds = Holds((np.float64(0.5), [np.int64(3)], {"a": np.bool_(True)}))
+    checkpointer = StudentCheckpointer(nn.BatchNorm2d(2), str(tmp_path), holds=holds)
+    checkpointer.save("good", iteration=np.int64(1))
+    read = torch.load(tmp_path / "good.pth", weights_only=True)
+    assert read["holds"] == {"value": (0.5, [3], {"a": True})}
+    assert type(read["iteration"]) is int and type(read["holds"]["value"][0]) is float
+    assert read["model"]._metadata, "the modules' versions are lost"
+    holds.value = [{"x": Path("x")}]
+    with pytest.raises(
+        InputError, match="checkpoint.holds.value.0.x: a PosixPath; expected tensors"
+    ):
+        checkpointer.save("bad")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pth", "last_checkpoint"]
+
+
+class RunsCode:
+    """What a checkpoint with more than plain content could hold."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.file),)
+
+
+def test_reading_weights_runs_no_code(tmp_path):
+    torch.save(
+        {"model": {"weight": torch.ones(1)}, "more": RunsCode(tmp_path / "ran")}, tmp_path / "x.pth"
+    )
+    with pytest.raises(InputError, match="x.pth: cannot be read"):
+        read(str(tmp_path / "x.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_equal_states_are_told_from_two_that_differ():
+    one = {"a": [torch.ones(2), 1, {"b": 2.0}]}
+    assert differences(one, {"a": [torch.ones(2), 1, {"b": 2.0}]}) == []
+    for other in ([torch.ones(2) + 1e-6, 1, {"b": 2.0}], [torch.ones(2), 1.0, {"b": 2.0}], [], [1]):
+        assert differences(one, {"a": other})
+    assert set(resume_runs.CASES) >= {"imitation", "tar", "icd", "erd", "lwf"}

@@ -1,0 +1,305 @@
+"""Two processes on a CPU (gloo) beside one: what must not depend on how a batch is dealt to them.
+
+    python -m tests.two_processes
+
+prints a line for each comparison and a closing line with counts; exit code 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.solver import LRMultiplier
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from d2kd.engine import do_test
+from d2kd.engine.launch import joined
+from d2kd.engine.trainer import complete
+from d2kd.errors import reporting
+from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.testing import tiny_retinanet
+
+from .recorded import LOSSES, Recorded, relative
+from .resume_runs import OBJECTS, differences, erd, first_step, quiet, run, saved
+from .tiny_run import distiller, draw_data, recipe, without_evaluation
+
+BOUND = 1e-5
+DEALS = {"one has no ground truth": [[0, 1], [2, 3]], "unevenly": [[0], [1, 2, 3]]}
+
+
+def loss_difference(name: str, parts: list[tuple[Tensor, dict]], deal: list[list[int]]) -> float:
+    """The largest relative difference of value and gradients, of two processes from one."""
+    recorded = Recorded(name)
+    whole, gradients = recorded.loss([0, 1, 2, 3])
+    assert whole > 0 and all(x.isfinite().all() for x in gradients.values())
+    found = [relative(sum(value for value, _ in parts) / 2, whole)]
+    for key, gradient in gradients.items():
+        if key.startswith("student."):
+            mine = torch.cat([part[key] for _, part in parts]) / 2
+            theirs = torch.cat([recorded.by_image(key, gradient, images) for images in deal])
+        else:
+            mine, theirs = sum(part[key] for _, part in parts) / 2, gradient
+        if theirs.norm() > 1e-8:
+            found.append(relative(mine, theirs))
+    return max(found)
+
+
+# Whole runs
+
+
+def gfl_run(data: Path, folder: Path) -> DictConfig:
+    return first_step(data, folder / "first step" / "resumed")
+
+
+def erd_run(data: Path, folder: Path) -> DictConfig:
+    """A student that has inherited nothing, for a copy of its teacher would have little to learn of it."""
+    config = erd(data, folder / "erd" / "run")
+    config.model.inherit = []
+    config.model.teacher.weights = str(folder.parent / "two/first step/resumed/model_final.pth")
+    return config
+
+
+def taught_run(data: Path, folder: Path) -> DictConfig:
+    """A student whose norms are synchronised, and losses with adapters."""
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(weight=0.1))
+    config = recipe(data, folder / "norms", distiller(losses=losses), max_iter=1)
+    config.model.student, config.model.teacher.detector = tiny_retinanet(), tiny_retinanet(6, 24)
+    config.model.student.backbone.bottom_up.norm = "naiveSyncBN"
+    return without_evaluation(config)
+
+
+def stock_run(data: Path, folder: Path) -> DictConfig:
+    config = recipe(data, folder / "stock", distiller(), max_iter=4, seed=3)
+    return without_evaluation(config)
+
+
+def stock(config: DictConfig) -> dict[str, Tensor]:
+    """What Detectron2 alone makes of the student, in as many processes as there are."""
+    config = complete(config)
+    seed_all_rng(3)
+    model = instantiate(config.model.student)
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    rank = torch.distributed.get_rank()
+    seed_all_rng(3 + rank)
+    trainer = SimpleTrainer(
+        DistributedDataParallel(model, broadcast_buffers=False),
+        instantiate(config.dataloader.train),
+        optimizer,
+    )
+    schedule = LRMultiplier(optimizer, instantiate(config.lr_multiplier), max_iter=4)
+    seed_all_rng(3 + rank)
+    with EventStorage() as storage:
+        for step in range(4):
+            storage.iter = trainer.iter = step
+            trainer.run_step()
+            schedule.step()
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def evaluation(data: Path, folder: Path) -> dict:
+    """What the evaluator makes of the annotations, a little beside where they are, image by image more."""
+    content = json.loads((data / "data.json").read_text())
+
+    def detect(batched_inputs: list[dict]) -> list[dict]:
+        found = []
+        for x in batched_inputs:
+            i = x["image_id"]
+            truth = [a for a in content["annotations"] if a["image_id"] == i]
+            boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4) + i % 4
+            boxes[:, 2:] += boxes[:, :2]
+            said = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes))
+            said.scores = torch.full((len(truth),), 1 / (1 + i))
+            said.pred_classes = torch.tensor([a["category_id"] - 1 for a in truth]).long()
+            found.append({"instances": said})
+        return found
+
+    return do_test(complete(recipe(data, folder / "evaluation")), detect)
+
+
+def resumable_run(data: Path, output: Path) -> DictConfig:
+    config = without_evaluation(recipe(data, output, tiny_retinanet(), max_iter=4))
+    config.train.checkpointer.period = 2
+    return config
+
+
+def _work(rank: int, folder: Path) -> None:
+    """All that one of two processes does; what it found is in ``<rank>.pth``."""
+    data, found = folder / "data", {}
+    for name in LOSSES:
+        for title, deal in DEALS.items():
+            found["losses", name, title] = RECORDED[name].loss(deal[rank])
+    found["local", "imitation"] = LOCAL.loss(DEALS["unevenly"][rank])
+    two = folder / "two"
+    for make in (gfl_run, erd_run):
+        found[make.__name__] = run(make(data, two))[1]
+    trainer, found["norms"] = run(taught_run(data, two))
+    found["statistics"] = trainer.model.module.student.state_dict()
+    ours, _ = run(stock_run(data, two))
+    found["stock"] = differences(
+        dict(ours.model.module.student.state_dict()), stock(stock_run(data, two))
+    )
+    found["unused"] = ours.model.find_unused_parameters
+    config = resumable_run(data, two / "whole")
+    run(config)
+    for stop in (2, None):
+        run(resumable_run(data, two / "parts"), resume=stop is None, stop=stop)
+    for name in ("data", "single"):
+        found["evaluation", name] = evaluation(folder / name, two)
+    torch.save(found, folder / f"{rank}.pth")
+
+
+RECORDED: dict[str, Recorded] = {}
+LOCAL: Recorded | None = None
+
+
+def in_two(function: Callable, folder: Path, *arguments) -> list[int]:
+    """Run ``function(rank, …)`` in two forks that are one group; their exit codes."""
+    context = multiprocessing.get_context("fork")
+    port = str(_free_port())
+    both = [
+        context.Process(target=_joined, args=(rank, port, function, folder, *arguments))
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+        process.kill()  # of no effect on one that has ended
+        process.join()
+    return [process.exitcode for process in both]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _joined(rank: int, port: str, function: Callable, *arguments) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with reporting(), joined("cpu"):
+        function(rank, *arguments)
+
+
+def compare(folder: Path) -> dict[str, str]:
+    """Everything, by what it is: "" if it holds, or what was found instead."""
+    global LOCAL
+    data = folder / "data"
+    draw_data(data, OBJECTS[:7])
+    draw_data(folder / "single", (2,))
+    # Recorded before there are two: a GFL's own losses would count over both.
+    RECORDED.update({name: Recorded(name) for name in LOSSES})
+    LOCAL = Recorded("imitation", across_processes=False)
+    codes = in_two(_work, folder)
+    if codes != [0, 0]:
+        return {"two processes": f"exit codes {codes}"}
+    both = [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+
+    verdicts = {}
+
+    def close(title: str, found: float) -> None:
+        verdicts[f"{title} (to {found:.0e})"] = "" if found <= BOUND else f"apart by {found:.1e}"
+
+    for name in LOSSES:
+        for title, deal in DEALS.items():
+            parts = [found["losses", name, title] for found in both]
+            close(f"loss and gradients of {name}, {title}", loss_difference(name, parts, deal))
+    local = [found["local", "imitation"] for found in both]
+    apart = loss_difference("imitation", local, DEALS["unevenly"])
+    verdicts["the published local form differs"] = "" if apart > 1e-3 else f"by {apart:.1e} alone"
+
+    one = folder / "one"
+    for make, name in ((gfl_run, "first step/resumed"), (erd_run, "erd/run")):
+        _, heard = run(make(data, one))
+        theirs = both[0][make.__name__]
+        close(
+            f"losses of each step of {name.split('/')[0]}",
+            max(
+                # A divergence near 0 is a difference of numbers near 1.
+                abs(theirs[i][k] - v) / max(abs(v), 0.01 * row["total_loss"])
+                for i, row in heard.items()
+                for k, v in row.items()
+            ),
+        )
+        momenta = [_momenta(saved(folder / n / name / "model_final.pth")) for n in ("two", "one")]
+        close(f"gradients' momenta after the steps of {name.split('/')[0]}", relative(*momenta))
+    trainer, heard = run(taught_run(data, one))
+    statistics = [found["statistics"] for found in both]
+    verdicts["statistics of synchronised norms are the same in both"] = _said(
+        differences(*[{k: v for k, v in s.items() if "running" in k} for s in statistics])
+    )
+    state = {k: v for k, v in trainer.model.student.state_dict().items() if "running_mean" in k}
+    close(
+        "and those of one process",
+        relative(*(torch.cat([s[k] for k in state]) for s in (statistics[0], state))),
+    )
+    verdicts["the student's part is stock Detectron2's, bit for bit"] = _said(
+        both[0]["stock"] + both[1]["stock"]
+    )
+    verdicts["no search for unused parameters"] = str(both[0]["unused"] or "")
+    files = [saved(folder / "two" / part / "model_final.pth") for part in ("whole", "parts")]
+    verdicts["resumed in two is uninterrupted in two, bit for bit"] = _said(differences(*files))
+    normalizers = {process["loss_normalizer"] for process in files[0]["processes"]}
+    verdicts["with a normalizer of each"] = "" if len(normalizers) == 2 else "they are equal"
+    for name, what in (("data", "7 images"), ("single", "one image")):
+        expected, found = evaluation(folder / name, one), both[0]["evaluation", name]
+        assert 0 < expected["bbox"]["AP"] <= 100
+        verdicts[f"evaluation of {what}"] = "" if repr(found) == repr(expected) else repr(found)
+    return verdicts
+
+
+def _said(found: list[str]) -> str:
+    return f"{len(found)} differ, such as {found[0]}" if found else ""
+
+
+def _momenta(checkpoint: dict) -> Tensor:
+    state = checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
+    return torch.cat([x["momentum_buffer"].flatten() for x in state.values()])
+
+
+# A process that dies
+
+
+class Dies(HookBase):
+    """Ends this process by a signal after the first iteration."""
+
+    def after_step(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    quiet()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # COCO's talk
+        verdicts = compare(Path(folder))
+    for title, fault in verdicts.items():
+        print(f"{title}: {fault or 'holds'}")
+    kept = sum(not fault for fault in verdicts.values())
+    print(
+        f"{kept} of {len(verdicts)} comparisons of two processes with one hold, bound {BOUND:.0e}"
+    )
+    return 0 if kept == len(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
