@@ -48,7 +48,7 @@ from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
 from .common import CLASSES, build, tiny_faster_rcnn
 from .test_voc import gone, text, write_voc, written
-from .tiny_run import distiller, draw_data, recipe
+from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"class {k}" for k in range(CLASSES)]
@@ -421,7 +421,7 @@ def _completed(change: Callable) -> Case:
 
 def _undrawable(folder):
     draw_data(folder / "data")
-    node = plain_recipe(folder, draw_period=1)
+    node = without_evaluation(plain_recipe(folder, draw_period=1))
     del node.dataloader.test["mapper"]
     return lambda: trainer.Trainer(node)
 
@@ -618,7 +618,7 @@ MODELS: dict[str, Case] = {
         lambda: ICDLoss(priors=InstancePriors.unknown(2)).build(3, 8, 8)
     ),
     "losses/icd _width": call(_two_widths),
-    "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="none"),
+    "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="ever"),
     "losses/tar TARLoss.bind: 'regions'": call(
         lambda: TARLoss(feature_weight=0).bind(Like(roi_heads=None), Like())
     ),
@@ -697,15 +697,10 @@ def _no_mapper(folder):
     return lambda: module.run(look(config_file=str(folder / "recipe.py")))
 
 
-def _no_erd() -> dict:
-    node = distiller()
-    node.teacher.weights = "none"
-    return node
-
-
 def _selecting(folder):
     node = OmegaConf.create(
-        {"model": distiller(), "train": {"device": "cpu"}}, flags={"allow_objects": True}
+        {"model": distiller(), "train": {"device": "cpu", "max_iter": 2}},
+        flags={"allow_objects": True},
     )
     torch.save({"model": build(tiny_faster_rcnn(channels=24)).state_dict()}, folder / "t.pth")
     module = tool("visualize")
