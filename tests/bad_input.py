@@ -23,7 +23,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch import nn
 
-from d2kd import attention_maps, benchmark, classes, comparison, config, export
+from d2kd import attention_maps, benchmark, classes, config, deployment, export
 from d2kd.data import InstancePriors, catalog, estimate_priors, loader, shapes, steps
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
@@ -490,14 +490,14 @@ ENGINE: dict[str, Case] = {
     "classes class_names: 'no class'": call(classes.class_names, []),
     "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),
     "classes _by_key": call(classes.ClassMap.by_name, ["A b", "a-B"], ["a"]),
-    "comparison _names": saved(
+    "deployment _names": saved(
         {"model": {}},
-        lambda path: comparison._names(
+        lambda path: deployment._names(
             OmegaConf.create({"dataloader": {}}), Like(num_classes=3), path
         ),
     ),
-    "comparison first_images": call(
-        comparison.first_images, OmegaConf.create({"dataloader": {}}), 1
+    "deployment first_images": call(
+        deployment.first_images, OmegaConf.create({"dataloader": {}}), 1
     ),
     "config config_file": call(config.config_file, "nowhere.py"),
     "config _find": call(config.load, "nowhere.py"),

@@ -14,7 +14,7 @@ from detectron2.config import LazyCall as L
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from d2kd import comparison, export
+from d2kd import deployment, export
 from d2kd.errors import InputError
 from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
@@ -194,7 +194,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison, "FLOP_IMAGES", 1)
+    monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
     words = ["--config-file", folder / "recipe.py", "--weights", folder / "student.pth", "--table"]
     words += ["--output", tmp_path, "--images", "2", "--baseline", folder / "student.pth"]
     tool.main([*map(str, words), "model.student.roi_heads.box_predictor.test_score_thresh=0.2"])

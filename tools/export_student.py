@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd import comparison
+    from d2kd import deployment
     from d2kd.config import load
     from d2kd.engine.run_info import write_json, written_whole
     from d2kd.engine.trainer import complete
@@ -66,17 +66,17 @@ def run(args: argparse.Namespace) -> None:
         imported("onnx"), imported("onnxruntime")
 
     config = complete(load(args.config_file, args.opts))
-    student = comparison.built(config, args.weights)
+    student = deployment.built(config, args.weights)
     source = Exportable(student)
-    about = comparison.metadata(config, student, args.weights)
-    batches = comparison.first_images(config, args.images) if args.images else []
+    about = deployment.metadata(config, student, args.weights)
+    batches = deployment.first_images(config, args.images) if args.images else []
     rows = []
     if args.table:
-        rows.append(comparison.teacher_row(config))
+        rows.append(deployment.teacher_row(config))
         if args.baseline:
-            baseline = comparison.built(config, args.baseline)
-            rows.append(comparison.detector_row("baseline", baseline))
-        rows = [row for row in rows if row] + [comparison.detector_row("student", student)]
+            baseline = deployment.built(config, args.baseline)
+            rows.append(deployment.detector_row("baseline", baseline))
+        rows = [row for row in rows if row] + [deployment.detector_row("student", student)]
 
     differ = False
     for form in args.format:
@@ -85,16 +85,16 @@ def run(args: argparse.Namespace) -> None:
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
-            total, alone = comparison.agreement(student, exported, batches)
+            total, alone = deployment.agreement(student, exported, batches)
             differ |= alone * 100 > total
             print(
                 f"{len(batches)} images, {total} detections of both, {alone} not the other's "
                 f"(boxes to {BOX_TOLERANCE} px, scores to {SCORE_TOLERANCE})"
             )
-        rows.append(comparison.exported_row(f"exported, {form}", exported, source))
+        rows.append(deployment.exported_row(f"exported, {form}", exported, source))
     if args.table:
-        result = comparison.compare(config, rows, batches, args.output)
-        text = comparison.table(result)
+        result = deployment.compare(config, rows, batches, args.output)
+        text = deployment.table(result)
         with written_whole(args.output / "table.txt") as temporary:
             temporary.write_text(text + "\n")
         write_json(args.output / "table.json", result)
