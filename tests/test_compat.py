@@ -1,6 +1,7 @@
 """What d2kd needs of Detectron2, name by name: where a version differs, this says what, before a training does."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -135,3 +136,11 @@ def test_boxes_of_either_kind():
     tensor = torch.rand(3, 4)
     for found in compat.box_tensors([Boxes(tensor), tensor]):
         assert torch.equal(found, tensor)
+
+
+def test_warnings_of_our_own_code_are_errors_and_those_of_others_are_not():
+    with warnings.catch_warnings(record=True) as heard:  # pytest's filters stay
+        with pytest.raises(UserWarning, match="ours"):
+            warnings.warn_explicit("ours", UserWarning, "file", 1, module="d2kd.losses.tar")
+        warnings.warn_explicit("theirs", UserWarning, "file", 1, module="detectron2.layers")
+    assert [str(one.message) for one in heard] == ["theirs"]
