@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, tab
 from d2kd.doctor.measurements import look_at_inputs, look_at_losses
 from d2kd.engine import Trainer
 from d2kd.engine.random_state import random_state
+from d2kd.engine.run_info import LOGGERS
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Teacher
 
@@ -22,6 +24,12 @@ from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 ROOT = Path(__file__).parent.parent
 LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    for name in LOGGERS:  # or a trainer would add a handler on pytest's stdout of the moment
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture
