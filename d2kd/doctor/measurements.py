@@ -141,7 +141,7 @@ def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, fl
 def _pull(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
     found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
     found = [gradient.float().norm() for gradient in found if gradient is not None]
-    return float(loss), float(torch.stack(found).norm()) if found else None
+    return loss.item(), torch.stack(found).norm().item() if found else None
 
 
 def _override(config: DictConfig, model: nn.Module, key: str, factor: float | None) -> str | None:
