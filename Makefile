@@ -34,6 +34,6 @@ test: setup
 .venv/ready: setup.py constraints.txt tools/install_detectron2.py
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -c constraints.txt torch torchvision setuptools wheel
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,test]"
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,test]"
 	$(PY) tools/install_detectron2.py --constraint constraints.txt
 	touch $@

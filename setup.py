@@ -41,6 +41,10 @@ setup(
             "matplotlib>=3.7",  # curves of a study (Detectron2's Visualizer needs it too)
             "tensorboard>=1.15",  # a run's scalars and pictures; the oldest that torch writes for
         ],
+        "export": [
+            "onnx>=1.16",  # writing the file that tools/export_student.py hands on
+            "onnxruntime>=1.18",  # running it, to compare and to measure
+        ],
         "test": [
             "pytest>=8",  # the tests
             "hypothesis>=6.100",  # odd numbers and shapes for the losses' precision

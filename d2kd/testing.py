@@ -251,7 +251,7 @@ def _silent_on_itself(factory, node) -> None:
             module.make_identity()
     value = distillation(step(model, batch()))
     value.backward()
-    assert abs(float(value)) <= 1e-6, f"against its own copy the loss is {float(value)}"
+    assert abs(value.item()) <= 1e-6, f"against its own copy the loss is {value.item()}"
     norm = _gradient_norm([model.student])
     assert norm <= 1e-5, f"against its own copy the student is pushed by {norm}"
 
@@ -262,7 +262,7 @@ def _student_undisturbed(factory, node) -> None:
     beside = step(model, batch())
     for key, value in alone.items():
         assert torch.equal(value, beside[key]), (
-            f"{key} is {float(beside[key])}, alone {float(value)}"
+            f"{key} is {beside[key].item()}, alone {value.item()}"
         )
     hooked = [name for name, m in model.named_modules() if m._forward_hooks]
     assert not hooked, f"hooks left on {hooked}"
@@ -329,7 +329,7 @@ def _finite(factory, node, examples, *, why: str, **options) -> None:
     model = distiller(factory, node, **options)
     losses = step(model, examples)
     for key, value in losses.items():
-        assert torch.isfinite(value).all(), f"{why}: {key} is {float(value)}"
+        assert torch.isfinite(value).all(), f"{why}: {key} is {value.item()}"
     sum(losses.values()).backward()
     norm = _gradient_norm([model])
     assert norm < float("inf"), f"{why}: the gradient has norm {norm}"
@@ -351,7 +351,7 @@ def _silent_at_weight_zero(factory, node) -> None:
     model = distiller(factory, node, weight=0.0)
     losses = step(model, batch())
     sum(losses.values()).backward()
-    terms = {key: float(value) for key, value in losses.items() if key.startswith("distill/")}
+    terms = {key: value.item() for key, value in losses.items() if key.startswith("distill/")}
     assert not any(terms.values()), f"weight 0 gives {terms}"
     idle = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f"at weight 0 no gradient reaches {idle[:3]}, and DDP would stop"

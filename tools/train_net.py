@@ -15,6 +15,7 @@ import argparse
 
 # First, because it keeps torch's remarks on Detectron2's code from the user's terminal.
 from d2kd.config import METHODS, distill, load, method, override, student_of
+from d2kd.doctor import FirstLook
 from d2kd.engine import Trainer, do_test
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.engine.launch import joined, launch, pick_device
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
             evaluate(config, args.resume)
             return
         trainer = Trainer(config)
+        trainer.register_hooks([FirstLook()])
         trainer.resume_or_load(args.resume)
         trainer.train()
 

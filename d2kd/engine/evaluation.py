@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from detectron2 import _C
 from detectron2.config import instantiate
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..compat import has_compiled_operators
 from ..data import use_seeded_loaders
 from .checkpoint import student_of
 from .random_state import preserved_random_state
@@ -49,11 +49,6 @@ def build_evaluator(config: DictConfig, output_dir: str | Path) -> Any:
         if not has_compiled_operators():
             one.use_fast_impl = False
     return instantiate(node)
-
-
-def has_compiled_operators() -> bool:
-    """Whether this Detectron2 was built with its C++ sources, or with Python standing in for them."""
-    return not str(getattr(_C, "__file__", "")).endswith(".py")
 
 
 def do_test(

@@ -14,6 +14,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
+from ..compat import make_local_process_group
 from ..errors import InputError
 
 
@@ -87,15 +88,8 @@ def _is_of_transport(error: RuntimeError) -> bool:
 
 def _make_local_group() -> None:
     """Tell Detectron2 which processes share this machine; only its own launch does so."""
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if hasattr(comm, "create_local_process_group"):  # Detectron2 after 0.6
-        comm.create_local_process_group(size)
-        return
-    for first in range(0, dist.get_world_size(), size):
-        ranks = range(first, first + size)
-        group = dist.new_group(list(ranks))  # made by all, wherever it is
-        if dist.get_rank() in ranks:
-            comm._LOCAL_PROCESS_GROUP = group
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", comm.get_world_size()))
+    make_local_process_group(size)
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..classes import num_classes_of
+from ..compat import box_tensors
 from ..errors import InputError
 from .gfl import integral
 
@@ -421,8 +422,7 @@ class DenseOutputs(DetectorOutputs):
     def labels(self) -> tuple[Tensor, Tensor]:
         """The detector's own labelling: ``gt_labels`` and ``matched_gt_boxes`` together."""
         labels, boxes = self.detector.label_anchors(self.anchors, self.gt_instances)
-        # FCOS gives Boxes, RetinaNet tensors.
-        return torch.stack(list(labels)), torch.stack([getattr(b, "tensor", b) for b in boxes])
+        return torch.stack(list(labels)), torch.stack(box_tensors(boxes))
 
     @property
     def gt_labels(self) -> Tensor:

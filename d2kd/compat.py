@@ -1,0 +1,37 @@
+"""Where Detectron2's versions differ in what this project uses, all of it.
+
+Tried on 0.6 without compiled operators. Later official builds were read, not run: there evaluation is compiled,
+processes of one machine are grouped by a function of its own, FCOS labels with tensors, ``DefaultTrainer`` saves its
+optimizer itself (our trainer's state has the same keys), and ``detectron2.export`` imports without caffe2 (we import
+neither). What d2kd listens to and reads of a detector is asserted by ``tests/test_compat.py``: run it on yours.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from detectron2 import _C
+from detectron2.structures import Boxes
+from detectron2.utils import comm
+from torch import Tensor
+
+
+def has_compiled_operators() -> bool:
+    """Whether this Detectron2 was built with its C++ sources, or with Python standing in for them."""
+    return not str(getattr(_C, "__file__", "")).endswith(".py")
+
+
+def make_local_process_group(size: int) -> None:
+    """Tell Detectron2 which processes share a machine, ``size`` on each; only its own launch does so."""
+    if hasattr(comm, "create_local_process_group"):  # after 0.6
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, dist.get_world_size(), size):
+        ranks = range(first, first + size)
+        group = dist.new_group(list(ranks))  # made by all, wherever it is
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
+    """Boxes as ``(R, 4)`` tensors: FCOS labels with ``Boxes`` up to 0.6, as RetinaNet never did."""
+    return [getattr(one, "tensor", one) for one in boxes]

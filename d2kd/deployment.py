@@ -1,0 +1,235 @@
+"""What a study ends with: teacher, baseline, student and the student's exported file in one table.
+
+AP is measured by the recipe's own evaluator, that of a file through its own runtime. Time is one image after the
+other on the CPU, from pixels to detections; the rows take turns on the same images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from fvcore.nn import FlopCountAnalysis
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from . import __version__
+from .classes import num_classes_of
+from .config import is_distiller, student_of
+from .engine.checkpoint import learned_classes
+from .engine.evaluation import build_test_loader, do_test
+from .engine.run_info import versions
+from .errors import InputError
+from .export import Exportable, ExportedDetector, quiet_tracing, strangers
+from .modeling.weights import CLASSES, load_strict, read
+from .study.console import quiet
+
+FLOP_IMAGES = 3  # what two-stage detectors compute depends on the picture
+WARM_UPS = 2
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        name: what to call it.
+        detect: gives detections of Detectron2's batches.
+        module: whose operations are counted.
+        size: bytes of its weights; of a file, all of it.
+    """
+
+    name: str
+    detect: Callable[[list[dict]], list[dict]]
+    module: nn.Module
+    size: int
+
+
+def built(config: DictConfig, weights: str) -> nn.Module:
+    """The recipe's student with these weights, to detect on the CPU.
+
+    Raises:
+        InputError: the weights cannot be read or do not fit.
+    """
+    detector = instantiate(student_of(config.model))
+    load_strict(detector, weights)
+    return detector.eval().cpu()
+
+
+def detector_row(name: str, detector: nn.Module, detect: Callable | None = None) -> Row:
+    """A line for a detector; ``detect`` instead of its own call, as of a teacher with other channels."""
+    size = sum(value.nbytes for value in detector.state_dict().values())
+    return Row(name, detect or detector, detector, size)
+
+
+def teacher_row(config: DictConfig) -> Row | None:
+    """A line for the recipe's teacher, if it has one."""
+    if not is_distiller(config.model):
+        return None
+    teacher = instantiate(config.model.teacher)
+    teacher.detector.cpu()
+    return detector_row("teacher", teacher.detector, teacher.detect)
+
+
+def exported_row(name: str, exported: ExportedDetector, source: Exportable) -> Row:
+    """A line for a file; its operations are counted in what was traced."""
+    return Row(name, exported, source, exported.path.stat().st_size)
+
+
+def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
+    """What a user of the file must know, as strings: classes, image format, how test images are resized.
+
+    Raises:
+        InputError: neither the weights nor the data tell the classes' names.
+    """
+    mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None) or {}
+    own = getattr(detector, "input_format", "BGR")
+    resizing = [str(instantiate(one)) for one in mapper.get("augmentations", ())]
+    return {
+        "classes": json.dumps(_names(config, detector, weights)),
+        "image_format": mapper.get("image_format", own),
+        "pixel_range": "0 to 255",
+        "resizing": " ".join(resizing) or "none",
+        "detector": type(detector).__name__,
+        "d2kd": __version__,
+    }
+
+
+def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:
+    names = read(weights).get(CLASSES)
+    if names is None:
+        data = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
+        data = None if data is None else instantiate(data)
+        if data is not None:
+            names = learned_classes(detector, [data] if isinstance(data, str) else list(data))
+    if names is None or len(names) != num_classes_of(detector):
+        found = f"{len(names or ())} names of {num_classes_of(detector)} classes"
+        raise InputError(weights, found, "a checkpoint or test data that name the classes")
+    return list(names)
+
+
+def first_images(config: DictConfig, count: int) -> list[list[dict]]:
+    """The first batches of the test data.
+
+    Raises:
+        InputError: the recipe has no test data or no evaluator.
+    """
+    loader = build_test_loader(config)
+    if loader is None:
+        found = "no dataloader.test or no dataloader.evaluator"
+        raise InputError("the recipe", found, "data to compare on, or --images 0")
+    return list(itertools.islice(loader, count))
+
+
+@torch.no_grad()
+def agreement(ours: Callable, theirs: Callable, batches: Sequence[list[dict]]) -> tuple[int, int]:
+    """How many detections both give, of either side together, and how many are the one's alone."""
+    total = alone = 0
+    for batch in batches:
+        for one, other in zip(ours(batch), theirs(batch), strict=True):
+            total += len(one["instances"]) + len(other["instances"])
+            alone += strangers(one["instances"], other["instances"])
+    return total, alone
+
+
+@torch.no_grad()
+def milliseconds(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[float]:
+    """The median time of an image, for each row."""
+    for row, batch in itertools.product(rows, batches[:WARM_UPS]):
+        row.detect(batch)
+    times: list[list[float]] = [[] for _ in rows]
+    for batch in batches:
+        for row, found in zip(rows, times, strict=True):
+            start = time.perf_counter()
+            row.detect(batch)
+            found.append((time.perf_counter() - start) * 1000 / len(batch))
+    return [float(np.median(found)) for found in times]
+
+
+class _OnPixels(nn.Module):
+    """A detector as a function of tensors, which is all that can be traced."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.detector([{"image": image}])[0]["instances"]
+        return found.pred_boxes.tensor, found.scores
+
+
+@torch.no_grad()
+def gflops(module: nn.Module, batches: Sequence[list[dict]]) -> float:
+    """Multiply-adds of an image, as fvcore counts them, in 10^9; the mean over a few images."""
+    traced = module if isinstance(module, Exportable) else _OnPixels(module).eval()
+    counts = []
+    for batch in batches[:FLOP_IMAGES]:
+        with quiet_tracing(), quiet():
+            counter = FlopCountAnalysis(traced, (batch[0]["image"].float(),))
+            counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            counts.append(counter.total())
+    return float(np.mean(counts)) / 1e9
+
+
+def compare(
+    config: DictConfig, rows: Sequence[Row], batches: Sequence[list[dict]], output: Path
+) -> dict[str, Any]:
+    """Measure every row.
+
+    Args:
+        config: the recipe, for its test data and evaluator.
+        rows: what to measure.
+        batches: images to time and to count operations on.
+        output: for the evaluator's files.
+
+    Returns:
+        what ``table.json`` holds: the circumstances and ``rows`` of ``name``, ``AP``, ``AP50``,
+        ``milliseconds``, ``megabytes`` and ``gflops``.
+    """
+    times = milliseconds(rows, batches)
+    measured = []
+    for row, spent in zip(rows, times, strict=True):
+        with quiet():
+            found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
+        box = found.get("bbox", {})
+        measured.append(
+            {
+                "name": row.name,
+                "AP": box.get("AP"),
+                "AP50": box.get("AP50"),
+                "milliseconds": spent,
+                "megabytes": row.size / MEGABYTE,
+                "gflops": gflops(row.module, batches),
+            }
+        )
+    return {
+        "schema": 1,
+        "command": shlex.join(sys.argv),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "images_timed": sum(map(len, batches)),
+        "rows": measured,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A result of :func:`compare` as text."""
+    columns = ("name", "AP", "AP50", "milliseconds", "megabytes", "gflops")
+    return tabulate(
+        [[row[column] for column in columns] for row in result["rows"]],
+        ["", "AP", "AP50", "ms per image", "MB", "GFLOPs"],
+        floatfmt=("", ".2f", ".2f", ".1f", ".2f", ".3f"),
+        missingval="-",
+    )

@@ -1,0 +1,10 @@
+"""A look at a run before the days are spent on it: what is right, what is odd, what is wrong, and what to do.
+
+``tools/doctor.py`` builds everything and looks at all of it; ``tools/train_net.py`` looks at what costs nothing.
+"""
+
+from .examination import diagnose
+from .findings import Finding, exit_code, table
+from .first_look import FirstLook, first_look
+
+__all__ = ["Finding", "FirstLook", "diagnose", "exit_code", "first_look", "table"]

@@ -1,0 +1,184 @@
+"""What can be seen of a recipe and its built model without data, drawing a random number or computing anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..classes import class_names, num_classes_of
+from ..data import check_dataset
+from ..engine.checkpoint import student_of, unwrapped
+from ..errors import InputError
+from ..layers.adapter import match_levels
+from ..modeling import Distiller
+from .findings import Finding
+
+logger = logging.getLogger("d2kd.doctor")
+
+IMAGENET_MEAN = {"RGB": [123.675, 116.28, 103.53], "BGR": [103.53, 116.28, 123.675]}
+
+SGD_RATE = {True: 0.02, False: 0.01}
+"""Detectron2's learning rates of SGD at 16 images an iteration: of two-stage detectors, and of dense ones."""
+
+REFERENCE_BATCH = 16
+SGD_MULTIPLES = (1 / 20, 4, 12)
+"""Of these rates, scaled with the batch (arXiv 1706.02677): below the first or above the second a warning,
+above the third an error."""
+
+ADAM_RATES = (1e-5, 5e-3, 5e-2)
+"""Of Adam and AdamW, for any batch: below the first or above the second a warning, above the third an error."""
+
+
+def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
+    """Channel order, classes, levels and learning rate.
+
+    Args:
+        config: a complete recipe.
+        model: what was built of it, inside DDP or bare.
+    """
+    model = unwrapped(model)
+    parts = (_channels, _classes, _levels, _learning_rate)
+    return [finding for look in parts for finding in look(config, model)]
+
+
+class FirstLook(HookBase):
+    """Says at the start of a training what :func:`first_look` finds; what is not well, as a warning."""
+
+    def before_train(self) -> None:
+        if not comm.is_main_process():
+            return
+        for finding in first_look(self.trainer.config, self.trainer.model):
+            level = logging.INFO if finding.state == "ok" else logging.WARNING
+            advice = f" -> {finding.advice}" if finding.advice else ""
+            logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
+
+
+def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    key = "dataloader.{}.mapper.image_format"
+    train, test = (
+        OmegaConf.select(config, key.format(part), default=None) for part in ("train", "test")
+    )
+    if train is None:
+        yield Finding("channel order", "ok", "the loader does not say it: not looked at")
+        return
+    if test is not None and test != train:
+        found = f"training images are {train}, test images {test}"
+        yield Finding("channel order", "error", found, f"{key.format('test')}={train}")
+    student = student_of(model)
+    wanted = getattr(student, "input_format", None) or train
+    if wanted != train:
+        found = f"images are {train}, the student's input_format is {wanted}"
+        yield Finding("channel order", "error", found, f"{key.format('train')}={wanted}")
+    yield _statistics("student", student, train, key.format("train"))
+    if not isinstance(model, Distiller):
+        return
+    told = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
+    if told != train:
+        found = f"images are {train}, the teacher is told {told}"
+        yield Finding("channel order", "error", found, f"model.teacher.image_format={train}")
+        return
+    seen = train[::-1] if model.teacher.flip_channels else train
+    yield _statistics("teacher", model.teacher.detector, seen, "model.teacher.input_format")
+
+
+def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
+    """Whether a detector's mean is that of images in the order it sees."""
+    mean = detector.pixel_mean.flatten().tolist()
+    for order, known in IMAGENET_MEAN.items():
+        if order != seen and all(abs(a - b) < 1 for a, b in zip(mean, known, strict=True)):
+            found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
+            return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
+    return Finding(
+        "channel order",
+        "ok",
+        f"the {who} sees {seen}, mean {', '.join(f'{value:.4g}' for value in mean)}",
+    )
+
+
+def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    student = student_of(model)
+    ours, names = num_classes_of(student), data_classes(config)
+    if names is None:
+        yield Finding("classes", "ok", f"{ours} of the student; the data do not name theirs")
+    elif len(names) != ours:
+        found = f"{ours} of the student, {len(names)} of the data ({_few(names)})"
+        yield Finding("classes", "error", found, f"num_classes={len(names)} of the student")
+    else:
+        yield Finding("classes", "ok", f"{ours} of the student and of the data")
+    if not isinstance(model, Distiller):
+        return
+    theirs = num_classes_of(model.teacher.detector)
+    if model.class_map is not None:
+        state = "ok" if model.class_map.pairs else "warning"
+        advice = "" if model.class_map.pairs else "model.teacher.aliases, or features alone"
+        yield Finding("class map", state, str(model.class_map), advice)
+    elif theirs != ours:
+        found = f"{ours} of the student, {theirs} of the teacher, compared by number"
+        yield Finding("class map", "error", found, "model.teacher.classes, its names")
+    else:
+        yield Finding("class map", "ok", f"{ours} on both sides, compared by number")
+
+
+def data_classes(config: DictConfig) -> tuple[str, ...] | None:
+    node = OmegaConf.select(config, "dataloader.train.dataset.names", default=None)
+    try:
+        return None if node is None else class_names(check_dataset(node))
+    except InputError:
+        return None
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    if not isinstance(model, Distiller):
+        return
+    backbones = model.student.backbone, model.teacher.detector.backbone
+    try:
+        matches = match_levels(*backbones)
+    except InputError as error:
+        yield Finding("levels", "warning", error.found, "losses that do not compare features")
+        return
+    ours, theirs = (backbone.output_shape() for backbone in backbones)
+    pairs = [
+        f"{a if a == b else f'{a} with {b}'} (stride {ours[a].stride}, "
+        f"{ours[a].channels} and {theirs[b].channels} channels)"
+        for a, b in matches.items()
+    ]
+    yield Finding("levels", "ok", ", ".join(pairs))
+
+
+def _learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    rate = OmegaConf.select(config, "optimizer.lr", default=None)
+    batch = OmegaConf.select(config, "dataloader.train.total_batch_size", default=None)
+    kind = config.optimizer.get("_target_")
+    kind = locate(kind) if isinstance(kind, str) else kind
+    name = getattr(kind, "__name__", str(kind))
+    if rate is None or batch is None:
+        yield Finding("learning rate", "ok", f"{name} without a rate or batch size to look at")
+        return
+    found = f"{rate:g} of {name} at {batch} images an iteration"
+    if isinstance(kind, type) and issubclass(kind, torch.optim.SGD):
+        two_stage = hasattr(student_of(model), "roi_heads")
+        usual = SGD_RATE[two_stage] * batch / REFERENCE_BATCH
+        found += f", {rate / usual:.2g} times Detectron2's scaled to it"
+        state = _state(rate / usual, *SGD_MULTIPLES)
+    elif isinstance(kind, type) and issubclass(kind, torch.optim.Adam):
+        usual, state = 1e-4, _state(rate, *ADAM_RATES)
+    else:
+        usual, state = rate, "ok"
+    yield Finding("learning rate", state, found, "" if state == "ok" else f"optimizer.lr={usual:g}")
+
+
+def _state(value: float, low: float, high: float, too_high: float) -> str:
+    if value > too_high:
+        return "error"
+    return "ok" if low <= value <= high else "warning"

@@ -1,0 +1,167 @@
+"""What only running tells: inputs, the teacher's AP on a few images, and how hard each loss pulls."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..data import build_test_loader
+from ..engine import Trainer, build_evaluator
+from ..engine.checkpoint import student_of, unwrapped
+from ..engine.step import NotFinite
+from ..modeling import Distiller, Teacher
+from ..modeling.outputs import capture
+from ..study.console import quiet
+from .findings import Finding
+
+MEAN, DEVIATION = 1.5, (0.2, 100)
+"""Of normalised pixels: the largest mean, in deviations, and deviations that are usual (57 with a pixel_std of 1)."""
+
+KNOWS_NOTHING, KNOWS_LITTLE = 1.0, 10.0  # AP of 100
+RATIO = (0.05, 5.0)
+"""Of a distillation loss's gradient in the student's features to that of the task losses: what is usual."""
+
+
+def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
+    """The range of the pixels, and what the student makes of them."""
+    examples = list(itertools.chain.from_iterable(batches))
+    highest = max(float(example["image"].max()) for example in examples)
+    if highest <= 1:
+        found = f"pixels up to {highest:g}"
+        yield Finding("inputs", "error", found, "images from 0 to 255, as Detectron2 reads them")
+        return
+    student = student_of(trainer.model)
+    with torch.no_grad():
+        pixels = [student.preprocess_image([{"image": x["image"]}]).tensor[0] for x in examples]
+    values = torch.cat([p.flatten(1) for p in pixels], dim=1)
+    mean, deviation = values.mean(dim=1), values.std(dim=1)
+    usual = bool((mean.abs() <= MEAN * deviation).all())
+    usual &= bool((deviation >= DEVIATION[0]).all() and (deviation <= DEVIATION[1]).all())
+    found = "normalised: mean {}, deviation {}".format(
+        *(", ".join(f"{v:.2f}" for v in x.tolist()) for x in (mean, deviation))
+    )
+    advice = "" if usual else "the student's pixel_mean and pixel_std, those of its weights"
+    yield Finding("inputs", "ok" if usual else "warning", found, advice)
+
+
+def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Finding:
+    """The teacher's AP on some of the test data, spread over it; on all of it if ``images`` is 0."""
+    dataset = instantiate(config.dataloader.test.dataset)
+    count = min(images or len(dataset), len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    records = [dataset[index] for index in chosen]
+    loader = build_test_loader(records, mapper=instantiate(config.dataloader.test.mapper))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
+        evaluator = build_evaluator(config, folder)
+        evaluator.reset()
+        for batch in loader:
+            evaluator.process(batch, teacher.detect(batch))
+        options: dict[str, Any] = {}
+        if "img_ids" in inspect.signature(evaluator.evaluate).parameters:
+            options["img_ids"] = [record["image_id"] for record in records]
+        found = evaluator.evaluate(**options) or {}
+    value = found.get("bbox", {}).get("AP", math.nan)
+    text = f"AP {value:.1f} on {count} of {len(dataset)} test images"
+    if not value >= KNOWS_NOTHING:
+        return Finding(
+            "teacher", "error", text, "its weights, its config, its classes, their order"
+        )
+    if value < KNOWS_LITTLE:
+        return Finding("teacher", "warning", text, "a better teacher, if there is one")
+    return Finding("teacher", "ok", text)
+
+
+def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:
+    """Train a little, then compare what each loss asks of the student's features.
+
+    Coefficients are those of the middle of the run, where what decays or begins late is on.
+
+    Args:
+        trainer: as built; its model is changed, nothing is written.
+        iterations: steps before.
+        target: the ratio of gradients for which overrides are given.
+    """
+    step, model = trainer._trainer, unwrapped(trainer.model)
+    model.train()
+    try:
+        with EventStorage() as storage:
+            for _ in range(iterations):
+                step.run_step()
+                trainer.scheduler.step()
+                storage.step()
+        rows = _gradients(trainer, next(step._batches))
+    except NotFinite as error:
+        found = f"{error.culprit} is {error.value} within {iterations} iterations"
+        yield Finding("losses", "error", found, "a smaller optimizer.lr, or train.clip_gradients")
+        return
+    task = rows.pop("task losses")
+    yield Finding("task losses", "ok", f"{task[0]:.3g} after {iterations} iterations, gradient 1")
+    for name, (value, norm) in rows.items():
+        if norm is None:
+            yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")
+            continue
+        ratio = norm / task[1] if task[1] else math.inf
+        state = "ok" if RATIO[0] <= ratio <= RATIO[1] else "warning"
+        if not math.isfinite(value) or not math.isfinite(norm):
+            yield Finding(name, "error", f"{value}, gradient {norm}", "a smaller weight")
+            continue
+        advice = _override(trainer.config, model, name, target / ratio if ratio else None)
+        found = f"{value:.3g}, gradient {ratio:.2g} of the task losses'"
+        yield Finding(name, state, found, f"for {target:g}: {advice}" if advice else "")
+
+
+def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
+    """Value and norm of the gradient in the student's features: of the task losses and of each other."""
+    model = unwrapped(trainer.model)
+    student = student_of(model)
+    with (
+        EventStorage(start_iter=trainer.max_iter // 2),
+        capture({"backbone": student.backbone}) as calls,
+    ):
+        losses = trainer._trainer._forward(batch)
+    ((_, features),) = calls["backbone"]
+    maps = [value for value in features.values() if value.requires_grad]
+    own = {k: v for k, v in losses.items() if not k.startswith("distill/")}
+    rows = {"task losses": _pull(sum(own.values()), maps)}
+    rows |= {k: _pull(v, maps) for k, v in losses.items() if k not in own}
+    return rows
+
+
+def _pull(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
+    found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
+    found = [gradient.float().norm() for gradient in found if gradient is not None]
+    return loss.item(), torch.stack(found).norm().item() if found else None
+
+
+def _override(config: DictConfig, model: nn.Module, key: str, factor: float | None) -> str | None:
+    """What multiplies a term by a factor: ``model.losses.tar.feature_weight=0.03``."""
+    if factor is None or not isinstance(model, Distiller):
+        return None
+    said = key.removeprefix("distill/loss_")
+    name = max((n for n in model.losses.by_name if said.startswith(n)), key=len)
+    term = said.removeprefix(name).removeprefix("_")
+    node, loss = config.model.losses[name], model.losses.by_name[name]
+    known = inspect.signature(type(loss)).parameters
+    weight = f"{term}_weight" if term and f"{term}_weight" in known else "weight"
+    value = _current(node, loss, weight, known)
+    if isinstance(value, int | float):
+        return f"model.losses.{name}.{weight}={value * factor:.3g}"
+    return f"model.losses.{name}.{weight}, a schedule, times {factor:.3g}"
+
+
+def _current(node: Mapping, loss: nn.Module, weight: str, known: Mapping) -> Any:
+    if node.get(weight) is not None:
+        return node[weight]
+    default = known[weight].default if weight in known else None
+    return getattr(loss, weight, None) if default is None else default

@@ -1,0 +1,788 @@
+"""A case for every place that refuses bad input.
+
+A case is given a folder, writes there what it needs, and returns what must be refused. Its name says the place: the
+module, the function and, where a function refuses several things, words of the error as they stand in the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace as Like
+from unittest import mock
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+from torch import nn
+
+from d2kd import attention_maps, benchmark, classes, config, deployment, export
+from d2kd.data import InstancePriors, catalog, estimate_priors, loader, shapes, steps
+from d2kd.data.datasets import check_dataset, coco_dataset
+from d2kd.data.voc import register_voc
+from d2kd.engine import checkpoint, launch, optimizer, step, trainer
+from d2kd.errors import InputError
+from d2kd.layers import adapter, attention, masks
+from d2kd.losses import (
+    DistillLoss,
+    DistillLosses,
+    ERDLoss,
+    ICDLoss,
+    ImitationLoss,
+    TARLoss,
+    base,
+    erd,
+)
+from d2kd.losses.icd import _width
+from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, weights
+from d2kd.modeling.distiller import _class_map
+from d2kd.study import plan
+from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
+
+from .common import CLASSES, build, tiny_faster_rcnn
+from .test_voc import gone, text, write_voc, written
+from .tiny_run import distiller, draw_data, recipe, without_evaluation
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"class {k}" for k in range(CLASSES)]
+Case = Callable[[Path], Callable[[], object]]
+
+
+def call(function: Callable, *arguments, **named) -> Case:
+    """A case that needs no file."""
+    return lambda folder: lambda: function(*arguments, **named)
+
+
+# ----------------------------------------------------------------------------- what cases are made of
+
+
+def coco(change: Callable[[dict], object] = lambda content: None, **options) -> Case:
+    """COCO-style data with its annotations changed."""
+
+    def case(folder):
+        draw_data(folder)
+        file = folder / "data.json"
+        content = json.loads(file.read_text())
+        content = change(content) or content
+        file.write_text(json.dumps(content))
+        return lambda: coco_dataset(f"bad_{folder}", str(file), str(folder), **options)
+
+    return case
+
+
+def coco_file(content: bytes | None) -> Case:
+    def case(folder):
+        draw_data(folder)
+        file = folder / "data.json"
+        file.unlink() if content is None else file.write_bytes(content)
+        return lambda: coco_dataset(f"bad_{folder}", str(file), str(folder))
+
+    return case
+
+
+def first(key: str, **changes) -> Callable[[dict], None]:
+    return lambda content: content[key][0].update(changes)
+
+
+def without(key: str, name: str) -> Callable[[dict], None]:
+    return lambda content: content[key][0].pop(name) and None
+
+
+def drawn(folder: Path, objects=(1, 2, 0, 1, 2, 1)) -> str:
+    """The name of sound data."""
+    draw_data(folder, objects)
+    return coco_dataset(f"sound_{folder}", str(folder / "data.json"), str(folder))
+
+
+def voc(spoil: Callable[[Path], object] = lambda root: None, names=NAMES) -> Case:
+    def case(folder):
+        root = write_voc(folder / "voc")
+        spoil(root)
+        return lambda: register_voc(f"bad_{folder}", str(root), "train", names)
+
+    return case
+
+
+def file_with(content: str | bytes, name: str, act: Callable[[str], object]) -> Case:
+    def case(folder):
+        path = folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return lambda: act(str(path))
+
+    return case
+
+
+def saved(content: object, act: Callable[[str], object]) -> Case:
+    def case(folder):
+        torch.save(content, folder / "weights.pth")
+        return lambda: act(str(folder / "weights.pth"))
+
+    return case
+
+
+def refused(error: InputError | None) -> None:
+    """For what hands its error on instead of raising it."""
+    assert error is not None
+    raise error
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"bad_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(name: str, words: str) -> Case:
+    """A command line; ``{folder}`` and ``{recipe}``, a plain one, stand for paths."""
+
+    def case(folder):
+        (folder / "recipe.py").write_text("model = dataloader = optimizer = train = {}\n")
+        filled = words.format(folder=folder, recipe=folder / "recipe.py").split()
+        act = tool(name)
+        return lambda: act.main([*filled, "--debug"])
+
+    return case
+
+
+def look(what: str = "detections", **changes) -> argparse.Namespace:
+    given = {"config_file": "", "opts": [], "weights": [], "number": 1, "dataset": "", "what": what}
+    return argparse.Namespace(**given | {"output": Path("nowhere"), "threshold": 0.5} | changes)
+
+
+def plain_recipe(folder: Path, **train):
+    return recipe(folder / "data", folder / "out", **train)
+
+
+def shapes_of(**strides) -> Like:
+    """A backbone, as far as levels are concerned."""
+    found = {name: ShapeSpec(stride=s, channels=8) for name, s in strides.items()}
+    return Like(output_shape=lambda: found)
+
+
+def anchored(cells: int) -> Like:
+    """A dense detector, as far as anchors are concerned."""
+    pyramid = Like(output_shape=lambda: {"p3": ShapeSpec(stride=8)}, size_divisibility=32)
+    generator = Like(cell_anchors=[torch.zeros(cells, 4)])
+    return Like(anchor_generator=generator, backbone=pyramid, head_in_features=["p3"])
+
+
+class Odd(DistillLoss):
+    """Refuses its detectors, or reads a level that is not there."""
+
+    def bind(self, student, teacher):
+        raise InputError("levels", "none", "one")
+
+    def forward(self, student, teacher):
+        return student["p9"]
+
+
+def study(**changes) -> dict:
+    runs = {"alone": {"config": {"train": {"max_iter": 1}}}}
+    return {"study": {"test": "none", "baseline": "alone", **changes}, "runs": runs}
+
+
+def runs(**nodes) -> dict:
+    whole = {name: {"config": {"train": {"max_iter": 1}}, **node} for name, node in nodes.items()}
+    return {"study": {"test": "none", "baseline": next(iter(nodes))}, "runs": whole}
+
+
+# ------------------------------------------------------------------------------------------ d2kd/data
+
+
+def _registered_otherwise(folder):
+    name = drawn(folder)
+    return lambda: coco_dataset(name, str(folder / "data.json"), str(folder), NAMES)
+
+
+def _missing_image(folder):
+    draw_data(folder)
+    (folder / "3.png").unlink()
+    return lambda: coco_dataset(f"bad_{folder}", str(folder / "data.json"), str(folder))
+
+
+def _no_root(folder):
+    draw_data(folder)
+    return lambda: coco_dataset("bad", str(folder / "data.json"), str(folder / "gone"))
+
+
+def _record(act: Callable[[dict], object]) -> Case:
+    def case(folder):
+        draw_data(folder)
+        sized = {"width": 65, "height": 64}
+        return lambda: act({"file_name": str(folder / "0.png"), **sized})
+
+    return case
+
+
+def _other_size(record):
+    error = detection_utils.SizeMismatchError()
+    refused(loader._blame_image(record, error))
+
+
+def _gone_meanwhile(record):
+    error = detection_utils.SizeMismatchError()
+    refused(loader._blame_image({**record, "file_name": "gone.png"}, error))
+
+
+def _undecodable(record):
+    refused(loader._blame_image({**record, "file_name": __file__}, ValueError()))
+
+
+def _loaded(dataset, **options):
+    return loader.build_train_loader(
+        dataset, **{"mapper": lambda x: x, "total_batch_size": 1, **options}
+    )
+
+
+def _unmapped():
+    found = loader.build_test_loader([{}], mapper=lambda record: None)
+    return next(iter(found))
+
+
+def _too_few_classes(folder):
+    name = drawn(folder)
+    return lambda: estimate_priors(name, num_classes=1)
+
+
+def _nothing_to_measure(folder):
+    name = drawn(folder, (0, 0))
+    return lambda: estimate_priors(name)
+
+
+def _shapes_elsewhere(spoil: Callable[[Path], object]) -> Case:
+    def case(folder):
+        root = folder / "shapes"
+        shapes.write(root, train=1, val=1, test=1)
+        spoil(root)
+        return lambda: shapes.write(root, train=1, val=1, test=1)
+
+    return case
+
+
+def _unwritable(folder):
+    (folder / "file").write_text("")
+    return lambda: shapes.write(folder / "file" / "shapes", train=1, val=1, test=1)
+
+
+def _empty_step(folder):
+    def only_first(content):
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+        content["annotations"] += [{**content["annotations"][0], "id": 99}]
+
+    coco(only_first)(folder)()
+    name = steps.class_step(f"bad_{folder}", "2+1", 2)
+    return lambda: DatasetCatalog.get(name)
+
+
+def _old_step(folder):
+    name = steps.class_step(drawn(folder), "2+1", 1)
+    return lambda: steps.check_new_objects([name], 1)
+
+
+def _old_objects(folder):
+    name = drawn(folder)
+    return lambda: steps.check_new_objects([name], CLASSES)
+
+
+def _no_step(folder):
+    name = drawn(folder)
+    return lambda: steps.class_step(name, "2+1", 3)
+
+
+DATA: dict[str, Case] = {
+    "data/catalog is_registered": _registered_otherwise,
+    "data/catalog check_files": call(catalog.check_files, ["gone.png"], str(ROOT), "it"),
+    "data/datasets check_dataset": call(check_dataset, "no_such_data"),
+    "data/datasets _check_coco: 'no such folder'": _no_root,
+    "data/datasets _check_coco: 'no images or": coco(lambda c: {**c, "images": []}),
+    "data/datasets _check_coco: '; '.join": coco(classes=["bird"]),
+    "data/datasets _check_coco: f'classes of": coco(classes=NAMES[::-1]),
+    'data/datasets _check_coco: f"category': coco(first("annotations", category_id=9)),
+    "data/datasets _check_coco: culprit, found": coco(lambda c: {**c, "d2kd_step": ["bird"]}),
+    'data/datasets _check_coco: f"image': coco(first("annotations", image_id=99)),
+    'data/datasets _check_coco: f"bbox': coco(first("annotations", bbox=[1, 2, -3, 4])),
+    "data/datasets _read: 'no such file'": coco_file(None),
+    "data/datasets _read: f'broken JSON": coco_file(b"{"),
+    "data/datasets _read: f'unreadable": coco_file(b"\xff\xfe"),
+    "data/datasets _read: f'a {type": coco_file(b"[]"),
+    "data/datasets _read: f'no list": coco(lambda c: c.pop("images") and None),
+    "data/datasets _read: repr(record)": coco(lambda c: c["images"].append(3)),
+    "data/datasets _read: f\"no {', '": coco(without("annotations", "bbox")),
+    'data/datasets _read: f"id {': coco(first("annotations", id=2)),
+    "data/loader build_train_loader: total_batch_size": call(_loaded, [{}], total_batch_size=0),
+    "data/loader build_train_loader: 'no image'": call(_loaded, []),
+    "data/loader build_test_loader": call(loader.build_test_loader, [], mapper=None),
+    "data/loader _Mapped.__getitem__": call(_unmapped),
+    "data/loader _blame_image: 'another size'": _record(_gone_meanwhile),
+    "data/loader _blame_image: f'{width}": _record(_other_size),
+    "data/loader _blame_image: f'cannot be decoded": _record(_undecodable),
+    "data/loader _orientations": call(_loaded, [{"height": 3}]),
+    "data/priors InstancePriors.__post_init__: found": call(
+        InstancePriors, [1.0], [[1.0]], [[1.0]]
+    ),
+    "data/priors InstancePriors.__post_init__: 'not finite": call(
+        InstancePriors, [-1.0], [[1.0, 1.0]], [[1.0, 1.0]]
+    ),
+    "data/priors InstancePriors.__post_init__: '0 for every": call(
+        InstancePriors, [0.0], [[1.0, 1.0]], [[1.0, 1.0]]
+    ),
+    "data/priors InstancePriors.load: 'no such file'": call(InstancePriors.load, "gone.json"),
+    "data/priors InstancePriors.load: type(error)": file_with("{", "p.json", InstancePriors.load),
+    "data/priors InstancePriors.load: error.culprit": file_with(
+        '{"rows": [{"class": 0, "frequency": -1, "mean": [1, 1], "std": [1, 1]}]}',
+        "p.json",
+        InstancePriors.load,
+    ),
+    "data/priors estimate_priors: found": _too_few_classes,
+    "data/priors estimate_priors: 'no annotated": _nothing_to_measure,
+    "data/shapes _present: no readable": _shapes_elsewhere(
+        lambda root: (root / "val.json").unlink()
+    ),
+    "data/shapes _present: shapes of": _shapes_elsewhere(
+        lambda root: (root / "train.json").write_text('{"info": {"seed": 9}}')
+    ),
+    "data/shapes _present: images": _shapes_elsewhere(
+        lambda root: next((root / "train").glob("*.png")).unlink()
+    ),
+    "data/shapes write: of shapes": call(shapes.write, "nowhere", train=0),
+    "data/shapes write: strerror": _unwritable,
+    "data/steps split_classes: repr(split)": call(steps.split_classes, NAMES, "two"),
+    "data/steps split_classes: sum(sizes)": call(steps.split_classes, NAMES, "2+2"),
+    "data/steps split_classes: 'a step without": call(steps.split_classes, NAMES, [[], NAMES]),
+    "data/steps split_classes: unknown class": call(steps.split_classes, NAMES, [["bird"]]),
+    "data/steps split_classes: in step": call(steps.split_classes, NAMES, [NAMES, NAMES]),
+    "data/steps class_step": _no_step,
+    "data/steps ClassStep.load": _empty_step,
+    "data/steps check_new_objects: known[0]": _old_step,
+    "data/steps check_new_objects: file_name": _old_objects,
+    "data/voc register_voc": voc(names=["a", "a"]),
+    "data/voc check_voc": voc(gone("JPEGImages")),
+    "data/voc _expanded": call(register_voc, "bad", "$D2KD_NO_SUCH/x", "train", NAMES),
+    "data/voc _names: 'no such file'": voc(gone("ImageSets/Main/train.txt")),
+    "data/voc _names: line.strip()": voc(written("ImageSets/Main/train.txt", b"a b\n")),
+    "data/voc _names: unreadable": voc(written("ImageSets/Main/train.txt", b"\xff\xfe")),
+    "data/voc _names: 'no image'": voc(written("ImageSets/Main/train.txt", b"")),
+    "data/voc _names: twice": voc(written("ImageSets/Main/train.txt", b"train0\ntrain0\n")),
+    "data/voc _check_xml: broken XML": voc(written("Annotations/train0.xml", b"<")),
+    "data/voc _check_xml: culprit, found": voc(text("object[2]/name", "bird")),
+    "data/voc _check_number": voc(text("size/width", "wide")),
+}
+
+
+# ------------------------------------------------------------------------------- d2kd/engine and recipes
+
+
+def _restored(content: dict) -> Case:
+    def case(folder):
+        module = nn.Linear(1, 1)
+        state = {"model": module.state_dict(), **content}
+        torch.save(state, folder / "weights.pth")
+        other = Like(load_state_dict=lambda state: {}[state], state_dict=dict)
+        keeper = checkpoint.StudentCheckpointer(module, trainer=other)
+        return lambda: keeper.restore(str(folder / "weights.pth"))
+
+    return case
+
+
+def _cuda(name: str) -> None:
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.device_count", return_value=1),
+    ):
+        launch.pick_device(name)
+
+
+def _no_cuda() -> None:
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        launch.pick_device("cuda")
+
+
+def _of_another_process() -> None:
+    said = InputError("a", "b", "c")
+    refused(launch._input_error(f"{InputError.__module__}.InputError: {said}"))
+
+
+def _completed(change: Callable) -> Case:
+    def case(folder):
+        node = plain_recipe(folder)
+        change(node)
+        return lambda: trainer.complete(node)
+
+    return case
+
+
+def _undrawable(folder):
+    draw_data(folder / "data")
+    node = without_evaluation(plain_recipe(folder, draw_period=1))
+    del node.dataloader.test["mapper"]
+    return lambda: trainer.Trainer(node)
+
+
+def _nothing_to_ask_about(folder):
+    name = drawn(folder, (0, 0))
+    return lambda: attention_maps.draw_attention(folder / "out", name, None, None, None, 1)
+
+
+def _overridden(text: str) -> Case:
+    return call(config.override, OmegaConf.create({"train": {"max_iter": 1}}), [text])
+
+
+ENGINE: dict[str, Case] = {
+    "engine/checkpoint StudentCheckpointer.load_initial": saved(
+        {"model": {"foreign": torch.zeros(1)}},
+        lambda path: checkpoint.StudentCheckpointer(nn.Linear(1, 1)).load_initial(path),
+    ),
+    "engine/checkpoint StudentCheckpointer.restore: unmet[0]": _restored({"model": {}}),
+    "engine/checkpoint StudentCheckpointer.restore: does not fit": _restored({"trainer": "x"}),
+    "engine/launch pick_device: name, 'auto": call(launch.pick_device, "abacus"),
+    "engine/launch pick_device: no CUDA here": call(_no_cuda),
+    "engine/launch pick_device: found": call(_cuda, "cuda:7"),
+    "engine/launch launch": call(
+        launch.launch, print, argparse.Namespace(num_gpus=99, num_machines=1)
+    ),
+    "engine/launch _input_error": call(_of_another_process),
+    "engine/optimizer _build: 'no params'": call(
+        optimizer._build, "optimizer", OmegaConf.create({}), nn.Linear(1, 1)
+    ),
+    "engine/optimizer _build: 'nothing that": call(
+        optimizer._build, "optimizer", OmegaConf.create({"params": {}}), nn.Identity()
+    ),
+    "engine/step precision: amp.dtype, ' or": call(
+        step.precision, OmegaConf.create({"enabled": True, "dtype": "int8"}), torch.device("cpu")
+    ),
+    "engine/step precision: float16 on": call(
+        step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
+    ),
+    "engine/trainer Trainer._draw_hook": _undrawable,
+    "engine/trainer complete: 'the recipe'": call(
+        trainer.complete, {"model": {}, "dataloader": {}}
+    ),
+    "engine/trainer complete: clip_type": _completed(
+        lambda node: node.train.clip_gradients.update(clip_type="hard")
+    ),
+    "engine/trainer complete: f'train.{key}'": _completed(
+        lambda node: node.train.update(draw_period=-1)
+    ),
+    "engine/trainer _check_distiller: 'no Distiller": _completed(
+        lambda node: node.train.update(distiller={"optimizer": {}})
+    ),
+    "engine/trainer _check_distiller: found or": _completed(
+        lambda node: [node.update(model=distiller()), node.train.update(distiller={})]
+    ),
+    "attention_maps load_icd: 'no ICDLoss'": call(
+        attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
+    ),
+    "attention_maps draw_attention": _nothing_to_ask_about,
+    "benchmark Setup.__post_init__": call(benchmark.Setup, "none", image_size=0),
+    "benchmark Setup.recipe": call(
+        lambda: benchmark.Setup("baselines/retinanet_small_shapes.py").recipe()
+    ),
+    "benchmark benchmark": lambda folder: lambda: benchmark.benchmark(benchmark.Setup("none"), 0),
+    "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
+    "classes class_names: 'no class'": call(classes.class_names, []),
+    "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),
+    "classes _by_key": call(classes.ClassMap.by_name, ["A b", "a-B"], ["a"]),
+    "deployment _names": saved(
+        {"model": {}},
+        lambda path: deployment._names(
+            OmegaConf.create({"dataloader": {}}), Like(num_classes=3), path
+        ),
+    ),
+    "deployment first_images": call(
+        deployment.first_images, OmegaConf.create({"dataloader": {}}), 1
+    ),
+    "config config_file": call(config.config_file, "nowhere.py"),
+    "config _find": call(config.load, "nowhere.py"),
+    "config load: 'a yacs config'": call(config.load, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
+    "config load: does not load": file_with("model = (", "r.py", config.load),
+    "config load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
+    "config override": _overridden("train.max_iter=[3"),
+    "config _check_override: 'no value'": _overridden("train.max_iter"),
+    "config _check_override: has no keys": _overridden("train.max_iter.a=1"),
+    "config _check_override: no {part": _overridden("train.maxiter=1"),
+    "config detector: does not load ({error})": file_with("MODEL: [1", "d.yaml", config.detector),
+    "config detector: type(error)": file_with("model = (", "d.py", config.detector),
+    "config detector: defines no": file_with("other = dict(a=1)", "d.py", config.detector),
+    "config method": call(config.method, "magic"),
+    "config increment: 'increment'": lambda folder: (
+        lambda: config.increment(plain_recipe(folder), split="2+1", step=1)
+    ),
+    "config increment: step": call(
+        config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
+    ),
+    "export Exportable.__init__": call(lambda: export.Exportable(build(tiny_mask_rcnn()))),
+    "export imported": call(export.imported, "no_such_package"),
+    "export ExportedDetector.__init__": call(export.ExportedDetector, "gone.ts"),
+}
+
+
+# ---------------------------------------------------------------------------- d2kd/layers, losses, models
+
+
+def _summed(loss: DistillLoss) -> None:
+    with EventStorage():
+        DistillLosses(odd=loss)({}, {})
+
+
+def _unrelated() -> None:
+    loss = Like(class_map=classes.ClassMap.by_name(["a"], ["b"]))
+    erd.check_old_classes(loss, Like(num_classes=2), Like(num_classes=2))
+
+
+def _two_widths() -> None:
+    found = {"p3": ShapeSpec(channels=8), "p4": ShapeSpec(channels=9)}
+    _width("student", Like(output_shape=lambda: found), found)
+
+
+def _unfetched() -> None:
+    with mock.patch.object(weights.PathManager, "get_local_path", side_effect=OSError("no route")):
+        weights.local_path("http://nowhere/weights.pth")
+
+
+def _unloaded() -> None:
+    known = {"DEFAULT": Like(get_state_dict=mock.Mock(side_effect=OSError("no route")))}
+    with mock.patch("torchvision.models.get_model_weights", return_value=Like(__members__=known)):
+        backbone._checkpoint("resnet18", "DEFAULT")
+
+
+def _both() -> None:
+    detector = build(tiny_fcos())
+    Distiller(
+        student=detector, teacher=Teacher(detector, None), losses=None, max_iter=1, share="both"
+    )
+
+
+def _tapped() -> None:
+    loss = ImitationLoss()
+    loss.taps = ("head.nothing",)
+    student = build(tiny_fcos())
+    Distiller(
+        student=student,
+        teacher=Teacher(build(tiny_fcos()), None),
+        losses=DistillLosses(it=loss),
+        max_iter=1,
+    )
+
+
+def _grown() -> None:
+    node = tiny_gfl()
+    node.num_old_classes = CLASSES
+    build(node)
+
+
+MODELS: dict[str, Case] = {
+    "layers/adapter match_levels: 'levels', found": call(
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4)
+    ),
+    "layers/adapter match_levels: backbone has no": call(
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=8), ["p9"]
+    ),
+    "layers/adapter match_levels: share none": call(
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p4=16)
+    ),
+    "layers/adapter FeatureAdapter.__init__: 'adapter', kind": call(
+        adapter.FeatureAdapter, {}, {}, {}, "5x5"
+    ),
+    "layers/adapter FeatureAdapter.__init__: none, but": call(
+        adapter.FeatureAdapter,
+        {"p3": ShapeSpec(channels=8)},
+        {"p3": ShapeSpec(channels=9)},
+        {"p3": "p3"},
+        "none",
+    ),
+    "layers/attention InstanceDecoderLayer.__init__": call(attention.InstanceDecoderLayer, 24, 5),
+    "layers/masks check_kind": call(masks.check_kind, "disc"),
+    "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
+    "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
+    "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
+    "losses/base DistillLosses.forward": call(lambda: _summed(Odd())),
+    "losses/base check_anchors: kinds[0]": call(base.check_anchors, Like(), Like()),
+    "losses/base check_anchors: what": call(base.check_anchors, anchored(1), anchored(2)),
+    "losses/erd ERDLoss.__init__": call(ERDLoss, class_pool="mean"),
+    "losses/erd ERDLoss.bind": call(lambda: ERDLoss().bind(Like(), Like())),
+    "losses/erd check_old_classes: 'num_classes'": call(
+        erd.check_old_classes, Like(class_map=None), Like(num_classes=2), Like(num_classes=3)
+    ),
+    "losses/erd check_old_classes: 'classes'": call(_unrelated),
+    "losses/icd ICDLoss.__init__: known": call(ICDLoss, weights="none"),
+    "losses/icd ICDLoss.__init__: culprit, given, expected": call(ICDLoss, layers=0),
+    "losses/icd ICDLoss.build": call(
+        lambda: ICDLoss(priors=InstancePriors.unknown(2)).build(3, 8, 8)
+    ),
+    "losses/icd _width": call(_two_widths),
+    "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="ever"),
+    "losses/tar TARLoss.bind: 'regions'": call(
+        lambda: TARLoss(feature_weight=0).bind(Like(roi_heads=None), Like())
+    ),
+    "losses/tar TARLoss.bind: 'num_classes'": call(
+        lambda: TARLoss(feature_weight=0).bind(Like(num_classes=2), Like(num_classes=3))
+    ),
+    "losses/tar _ramp": call(TARLoss, feature_ramp=2),
+    "modeling/backbone TorchvisionBackbone.__init__: 'norm'": call(
+        TorchvisionBackbone, "none", norm="GN"
+    ),
+    "modeling/backbone TorchvisionBackbone.__init__: no feature": call(
+        TorchvisionBackbone, "mobilenet_v3_small", out_features=["res6"]
+    ),
+    "modeling/backbone TorchvisionBackbone.__init__: gives": call(
+        TorchvisionBackbone, "mobilenet_v3_small", nodes={"classifier.0": "res3"}
+    ),
+    "modeling/backbone _classifier": call(TorchvisionBackbone, "none"),
+    "modeling/backbone _checkpoint: error.found": call(
+        backbone._checkpoint, "resnet18", "nowhere.pth"
+    ),
+    "modeling/backbone _checkpoint: cannot be fetched": call(_unloaded),
+    "modeling/backbone _last_blocks": call(backbone._last_blocks, nn.Linear(5, 5), "linear"),
+    "modeling/backbone _extractor": call(
+        TorchvisionBackbone, "mobilenet_v3_small", nodes={"features.99": "res3"}
+    ),
+    "modeling/distiller Distiller.__init__: 'max_iter'": call(
+        Distiller, student=None, teacher=None, losses=None, max_iter=0
+    ),
+    "modeling/distiller Distiller.__init__: 'share', share": call(
+        Distiller, student=None, teacher=None, losses=None, max_iter=1, share="all"
+    ),
+    "modeling/distiller Distiller.__init__: both, of": call(_both),
+    "modeling/distiller Distiller._tap": call(_tapped),
+    "modeling/distiller _class_map": call(_class_map, None, Like(classes=("a",)), None),
+    "modeling/gfl GFL.__init__": call(_grown),
+    "modeling/outputs check_classes": call(
+        outputs.check_classes, "student", Like(num_classes=2), ["a"]
+    ),
+    "modeling/outputs outputs_of": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/weights local_path: cannot be fetched": call(_unfetched),
+    "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
+    "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),
+    "modeling/weights read: holds no": saved({"model": 3}, weights.read),
+    "modeling/weights check_names": call(
+        weights.check_names, {"classes": ["a"]}, "weights.pth", ["b"]
+    ),
+    "modeling/weights fit": call(weights.fit, nn.Linear(1, 1), {"model": {}}, "weights.pth"),
+}
+
+
+# ---------------------------------------------------------------------------- d2kd/study and tools
+
+
+def _circle() -> None:
+    content = runs(a={"steps_like": "b"}, b={"steps_like": "a"})
+    content["study"]["baseline"] = "b"
+    plan.parse(content).plan(seeds=[0])
+
+
+def _seeing(act: str, model, given=None, **train) -> Case:
+    def case(folder):
+        node = OmegaConf.create(
+            {"model": model, "train": {"device": "cpu", "output_dir": str(folder), **train}},
+            flags={"allow_objects": True},
+        )
+        module = tool("visualize")
+        return lambda: getattr(module, act)(node, dict(given or {}))
+
+    return case
+
+
+def _no_mapper(folder):
+    lines = "model = optimizer = train = {}\ndataloader = {'test': {}}\n"
+    (folder / "recipe.py").write_text(lines)
+    module = tool("visualize")
+    return lambda: module.run(look(config_file=str(folder / "recipe.py")))
+
+
+def _selecting(folder):
+    node = OmegaConf.create(
+        {"model": distiller(), "train": {"device": "cpu", "max_iter": 2}},
+        flags={"allow_objects": True},
+    )
+    torch.save({"model": build(tiny_faster_rcnn(channels=24)).state_dict()}, folder / "t.pth")
+    module = tool("visualize")
+    return lambda: module.erd_of(node, {"teacher": str(folder / "t.pth")})
+
+
+def _evaluated(folder):
+    node = plain_recipe(folder)
+    module = tool("train_net")
+    return lambda: module.evaluate(node, resume=False)
+
+
+def _trained(words: str) -> Case:
+    def case(folder):
+        module = tool("train_net")
+        return lambda: module.recipe(module.parse(words.split()))
+
+    return case
+
+
+TOOLS: dict[str, Case] = {
+    "study/plan Study.plan.visit": call(_circle),
+    "study/plan load": file_with("study = (", "s.py", plan.load),
+    "study/plan parse: no dict named": call(plan.parse, {}),
+    "study/plan parse: f'no {key": call(plan.parse, {"study": {}, "runs": {}}),
+    "study/plan parse: step": call(plan.parse, runs(a={"step": 1})),
+    "study/plan parse: 'no config'": call(plan.parse, runs(a={"config": None})),
+    "study/plan parse: is made per seed": call(
+        plan.parse, runs(a={"once": True, "teacher": "b"}, b={})
+    ),
+    "study/plan _known": call(plan.parse, study(colour="red")),
+    "study/plan _override": call(
+        plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
+    ),
+    "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
+    "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
+    "tools/doctor run: '--target'": command("doctor", "--config-file {recipe} --target 0"),
+    "tools/doctor run: '--json'": command("doctor", "--config-file {recipe} --json {folder}"),
+    "tools/export_student run: '--output'": command(
+        "export_student", "--config-file {recipe} --weights none --output {recipe}"
+    ),
+    "tools/export_student run: '--images'": command(
+        "export_student", "--config-file {recipe} --weights none --output {folder} --images -1"
+    ),
+    "tools/export_student run: '--baseline'": command(
+        "export_student", "--config-file {recipe} --weights none --output {folder} --baseline x"
+    ),
+    "tools/train_net recipe: '--config-file'": _trained(""),
+    "tools/train_net recipe: '--distill METHOD": _trained("--config-file none --distill tar"),
+    "tools/train_net evaluate": _evaluated,
+    "tools/visualize run: given": call(lambda: tool("visualize").run(look(weights=["me=x"]))),
+    "tools/visualize run: '--number'": call(lambda: tool("visualize").run(look(number=0))),
+    "tools/visualize run: args.config_file": _no_mapper,
+    "tools/visualize left_by_training": _seeing("left_by_training", {}),
+    "tools/visualize icd_of: '--what attention'": _seeing("icd_of", {}),
+    "tools/visualize icd_of: 'no teacher": _seeing("icd_of", distiller(), {"student": "none"}),
+    "tools/visualize erd_of: '--what selection', 'a plain": _seeing("erd_of", {}),
+    "tools/visualize erd_of: 'no teacher": _seeing("erd_of", distiller()),
+    "tools/visualize erd_of: 'a recipe without it'": _selecting,
+    "tools/visualize detectors_of": _seeing("detectors_of", {}, {"student": "x", "teacher": "y"}),
+}
+
+CASES = DATA | ENGINE | MODELS | TOOLS
+
+ELSEWHERE = {
+    "attention_maps load_icd: no losses.": "test_attention_maps.test_what_is_no_run_with_icd",
+    "benchmark Bench._training.step": "test_benchmark.test_a_loss_that_is_not_finite",
+    "benchmark Bench.__init__": "test_bad_input.test_an_untrained_detector_that_explodes",
+    "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
+    "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
+    "modeling/gfl GFL.label_anchors": "test_erd.test_old_objects_are_refused",
+}
+"""Places whose case needs a whole run or a whole detector, and has a test of its own."""
+
+
+@contextlib.contextmanager
+def forgotten():
+    """What is registered inside is gone afterwards."""
+    names = set(DatasetCatalog.list())
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - names:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)

@@ -1,0 +1,146 @@
+"""What d2kd needs of Detectron2, name by name: where a version differs, this says what, before a training does."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from detectron2 import _C
+from detectron2.data import detection_utils
+from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from d2kd import compat
+from d2kd.modeling import capture, outputs_of
+
+from .common import CLASSES, DETECTORS, batch, build
+
+# The modules that capture() listens to, and how often each is called in a training step.
+RCNN = {"backbone": 1, "roi_heads": 1, "box_pooler": 1, "box_predictor.0": 1}
+CASCADE = RCNN | {"box_pooler": 3, "box_predictor.1": 1, "box_predictor.2": 1}
+DENSE = {"backbone": 1, "head": 1}
+LISTENED = {"faster_rcnn": RCNN, "mask_rcnn": RCNN, "cascade_rcnn": CASCADE} | dict.fromkeys(
+    ("retinanet", "fcos", "gfl"), DENSE
+)
+
+# What else is read of a detector, by dotted name.
+OF_ALL = [
+    "backbone.output_shape",
+    "backbone.size_divisibility",
+    "device",
+    "pixel_mean",
+    "pixel_std",
+]
+OF_ALL += ["preprocess_image"]
+OF_RCNN = OF_ALL + [
+    *("input_format", "proposal_generator", "roi_heads.num_classes", "roi_heads.box_in_features"),
+    *("roi_heads.box_head", "roi_heads.box_predictor", "roi_heads.box_pooler"),
+]
+OF_PREDICTOR = ["box2box_transform", "test_score_thresh", "test_nms_thresh", "test_topk_per_image"]
+OF_DENSE = OF_ALL + [
+    *("num_classes", "head_in_features", "anchor_generator.cell_anchors", "label_anchors"),
+    *("box2box_transform.apply_deltas", "test_score_thresh", "test_topk_candidates"),
+    *("test_nms_thresh", "max_detections_per_image"),
+]
+READ = {
+    "faster_rcnn": OF_RCNN + [f"roi_heads.box_predictor.{name}" for name in OF_PREDICTOR],
+    "mask_rcnn": [*OF_RCNN, "roi_heads.mask_on"],
+    "cascade_rcnn": [*OF_RCNN, "roi_heads.proposal_matchers", "roi_heads.num_cascade_stages"],
+    "retinanet": [*OF_DENSE, "input_format"],
+    "fcos": OF_DENSE,
+    "gfl": [*OF_DENSE, "input_format", "head.reg_max"],
+}
+
+
+def named(thing, dotted):
+    for name in dotted.split("."):
+        thing = getattr(thing, name)
+    return thing
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_every_name_that_is_listened_to_and_read(family):
+    detector = build(DETECTORS[family]()).train()
+    kind = outputs_of(detector)
+    joints = kind.joints(detector)
+    assert joints.keys() == LISTENED[family].keys()
+    own = list(detector.modules())
+    assert all(any(module is one for one in own) for module in joints.values())
+    for name in READ[family]:
+        named(detector, name)
+    with EventStorage(), capture(joints) as calls:
+        losses = detector(batch())
+    assert {name: len(heard) for name, heard in calls.items()} == LISTENED[family]
+    assert all(isinstance(value, torch.Tensor) for value in losses.values())
+
+    ((images,), features), *_ = calls["backbone"]
+    assert isinstance(images, torch.Tensor) and isinstance(features, dict)
+    if "head" in joints:
+        ((inputs,), predictions), *_ = calls["head"]
+        assert len(inputs) == len(detector.head_in_features) and len(predictions) in (2, 3)
+        assert all(len(of_kind) == len(inputs) for of_kind in predictions)
+        return
+    (inputs, (proposals, _)), *_ = calls["roi_heads"]
+    image_list, given, before, *_ = inputs
+    assert isinstance(image_list, ImageList) and given.keys() == features.keys()
+    assert all(isinstance(one, Instances) for one in [*before, *proposals])
+    for (maps, boxes), pooled in calls["box_pooler"]:
+        assert isinstance(maps, list) and all(isinstance(one, Boxes) for one in boxes)
+        assert pooled.shape[0] == sum(map(len, boxes))
+    for stage in range(len(calls["box_pooler"])):
+        ((seen, *_), (logits, deltas)) = calls[f"box_predictor.{stage}"][0]
+        assert logits.shape == (len(seen), CLASSES + 1) and deltas.shape[1] in (4, 4 * CLASSES)
+
+
+def test_what_the_trainer_stands_on():
+    model = nn.Linear(1, 1)
+    trainer = SimpleTrainer(model, (), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert trainer.model is model and callable(trainer.state_dict)
+    for name in ("build_model", "build_optimizer", "build_lr_scheduler", "build_train_loader"):
+        assert callable(getattr(DefaultTrainer, name))
+    for name in ("build_hooks", "build_writers", "test", "resume_or_load", "train", "run_step"):
+        assert callable(getattr(DefaultTrainer, name))
+    for name in ("EvalHook", "IterationTimer", "LRScheduler", "PeriodicCheckpointer"):
+        assert issubclass(getattr(hooks, name), hooks.HookBase)
+    assert "img_ids" in inspect.signature(COCOEvaluator.evaluate).parameters
+    assert "use_fast_impl" in inspect.signature(COCOEvaluator.__init__).parameters
+    assert issubclass(detection_utils.SizeMismatchError, ValueError)
+
+
+def test_compiled_or_not(monkeypatch):
+    monkeypatch.setattr(_C, "__file__", "detectron2/_C.py", raising=False)
+    assert not compat.has_compiled_operators()
+    monkeypatch.setattr(_C, "__file__", "detectron2/_C.cpython-311-x86_64-linux-gnu.so")
+    assert compat.has_compiled_operators()
+
+
+def test_processes_of_a_machine_are_told_either_way(monkeypatch):
+    told = []
+    monkeypatch.setattr(comm, "create_local_process_group", told.append, raising=False)
+    compat.make_local_process_group(2)
+    assert told == [2]
+    monkeypatch.delattr(comm, "create_local_process_group")
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    monkeypatch.setattr(compat.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(compat.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(compat.dist, "new_group", lambda ranks: ranks)
+    compat.make_local_process_group(2)
+    assert comm._LOCAL_PROCESS_GROUP == [2, 3]
+
+
+def test_boxes_of_either_kind():
+    tensor = torch.rand(3, 4)
+    for found in compat.box_tensors([Boxes(tensor), tensor]):
+        assert torch.equal(found, tensor)
+
+
+def test_warnings_of_our_own_code_are_errors_and_those_of_others_are_not():
+    with warnings.catch_warnings(record=True) as heard:  # pytest's filters stay
+        with pytest.raises(UserWarning, match="ours"):
+            warnings.warn_explicit("ours", UserWarning, "file", 1, module="d2kd.losses.tar")
+        warnings.warn_explicit("theirs", UserWarning, "file", 1, module="detectron2.layers")
+    assert [str(one.message) for one in heard] == ["theirs"]

@@ -1,0 +1,304 @@
+"""The doctor finds nothing in a good run, and in a spoiled one what was spoiled; it leaves no trace."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+
+from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
+from d2kd.doctor.measurements import look_at_inputs, look_at_losses
+from d2kd.engine import Trainer
+from d2kd.engine.random_state import random_state
+from d2kd.engine.run_info import LOGGERS
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
+from d2kd.modeling import Teacher
+
+from .common import CLASSES, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import distiller, draw_data, recipe, teacher_weights
+
+ROOT = Path(__file__).parent.parent
+LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    for name in LOGGERS:  # or a trainer would add a handler on pytest's stdout of the moment
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A recipe with nothing wrong: its teacher, asked to detect, knows the ground truth."""
+    draw_data(tmp_path / "data")
+    truth = {}
+
+    def detect(teacher, batch):
+        if not truth:
+            truth.update(
+                {r["image_id"]: r for r in DatasetCatalog.get(f"tiny_{tmp_path / 'data'}")}
+            )
+        return [{"instances": as_detections(truth[x["image_id"]])} for x in batch]
+
+    monkeypatch.setattr(Teacher, "detect", detect)
+    model = distiller(teacher_weights(tmp_path), L(DistillLosses)(**LOSSES))
+    return recipe(tmp_path / "data", tmp_path / "out", model, max_iter=100)
+
+
+def as_detections(record):
+    boxes = torch.tensor([one["bbox"] for one in record["annotations"]]).reshape(-1, 4).float()
+    boxes[:, 2:] += boxes[:, :2]
+    found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
+    found.scores = torch.ones(len(boxes))
+    found.pred_classes = torch.tensor(
+        [one["category_id"] for one in record["annotations"]], dtype=torch.long
+    )
+    return found
+
+
+def examined(config, **options):
+    folder = Path(config.train.output_dir).parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    findings = diagnose(config, **{"iterations": 2, **options})
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+    return findings
+
+
+def errors(findings):
+    return {finding.subject: finding.found for finding in findings if finding.state == "error"}
+
+
+def test_a_good_run(config, capfd):
+    findings = examined(config, target=0.5)
+    assert not errors(findings), table(findings)
+    assert capfd.readouterr().out == ""
+    by_subject = {finding.subject: finding for finding in findings}
+    assert "6 images, 7 objects, 1 images without any" in by_subject["train data"].found
+    assert "AP 100.0 on 6 of 6" in by_subject["teacher"].found
+    matched = by_subject["teacher's weights"].found
+    assert "0 missing" in matched and "0 of another shape" in matched
+    assert "16 and 24 channels" in by_subject["levels"].found
+    assert by_subject["learning rate"].state == "ok"  # 0.005 at 2 images: 2 times the usual
+    assert by_subject["distill/loss_plain"].state in ("ok", "warning")
+    assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
+
+
+def test_its_overrides_bring_a_term_to_the_target(config):
+    """What is proposed for a ratio of gradients gives that ratio."""
+
+    def look():
+        trainer = Trainer(config)
+        torch.manual_seed(0)
+        (term,) = (f for f in look_at_losses(trainer, 0, 0.5) if f.subject.endswith("_feature"))
+        return float(term.found.split("gradient ")[1].split()[0]), term.advice
+
+    key, value = look()[1].removeprefix("for 0.5: ").split("=")
+    assert key == "model.losses.tar.feature_weight"
+    config.model.losses.tar.feature_weight = float(value)
+    assert look()[0] == pytest.approx(0.5, rel=0.05)
+
+
+def _wrong_channels(config, folder):
+    config.model.teacher.image_format = "RGB"
+
+
+def _foreign_weights(config, folder):
+    config.model.teacher.detector = tiny_faster_rcnn(channels=32)
+
+
+def _fast(config, folder):
+    config.optimizer.lr = 1.0
+
+
+def _bad_data(config, folder):
+    file = folder / "data/data.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"] = [40, 40, 60, 10]
+    content["annotations"][1]["bbox"] = [40, 40, 0, 10]
+    file.write_text(json.dumps(content))
+    (folder / "data/3.png").write_bytes(b"no image")
+
+
+def _other_classes(config, folder):
+    config.model.teacher.detector = tiny_faster_rcnn(channels=24, classes=CLASSES + 2)
+    config.model.losses = L(DistillLosses)(plain=L(ImitationLoss)(weight=1.0))
+    config.model.teacher.weights = None
+
+
+def _another_order(config, folder):
+    names = [f"class {k}" for k in (1, 0, 2)]
+    file = folder / "teacher.pth"
+    torch.save(torch.load(file) | {"classes": names}, file)
+
+
+def _too_many_classes(config, folder):
+    for detector in (config.model.student, config.model.teacher.detector):
+        detector.roi_heads.num_classes = CLASSES + 1
+    config.model.teacher.weights = None
+
+
+def _diverging(config, folder):
+    config.optimizer.lr = 1e20
+
+
+def _no_data(config, folder):
+    (folder / "data/3.png").unlink()
+
+
+SPOILED = {
+    "wrong channel order": (_wrong_channels, {"channel order": "the teacher is told RGB"}),
+    "foreign weights": (
+        _foreign_weights,
+        {"teacher's weights": "of another shape", "the run": "misshapen"},
+    ),
+    "a learning rate for another batch": (_fast, {"learning rate": "1 of SGD at 2 images"}),
+    "broken images and boxes": (
+        _bad_data,
+        {"train images": "1 of 6 cannot be used", "train data, boxes": "1 boxes lie outside"},
+    ),
+    "a teacher of other classes": (
+        _other_classes,
+        {"class map": f"{CLASSES} of the student, {CLASSES + 2} of the teacher"},
+    ),
+    "classes in another order": (_another_order, {"teacher's classes": "class 0 is class 1"}),
+    "a student of other classes": (_too_many_classes, {"classes": f"{CLASSES + 1} of the student"}),
+    "a run that diverges": (_diverging, {"losses": "within 2 iterations"}),
+    "a missing image": (_no_data, {"train data": "3.png: missing"}),
+}
+
+
+@pytest.mark.parametrize("spoil, expected", SPOILED.values(), ids=SPOILED.keys())
+def test_a_spoiled_run(config, tmp_path, spoil, expected):
+    spoil(config, tmp_path)
+    findings = examined(config, iterations=2 if spoil is _diverging else 0)
+    found = errors(findings)
+    for subject, text in expected.items():
+        assert text in found.get(subject, ""), table(findings)
+    assert all(f.advice for f in findings if f.state == "error")
+    assert exit_code(findings) == 2
+
+
+def test_a_teacher_that_knows_nothing(config, monkeypatch):
+    blind = Instances((64, 64), pred_boxes=Boxes(torch.zeros(0, 4)))
+    blind.scores, blind.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    monkeypatch.setattr(Teacher, "detect", lambda _, batch: [{"instances": blind} for _ in batch])
+    findings = examined(config, iterations=0, images=3)
+    assert "on 3 of 6 test images" in errors(findings)["teacher"]
+
+
+def test_a_plain_recipe_of_a_dense_detector(tmp_path):
+    draw_data(tmp_path / "data")
+    config = recipe(tmp_path / "data", tmp_path / "out", tiny_retinanet(), max_iter=10)
+    config.optimizer.lr = 0.1  # 80 times a dense detector's at this batch
+    found = errors(examined(config, iterations=1))
+    assert list(found) == ["learning rate"]
+
+
+def test_what_trains_the_losses_own_parts_alone(config):
+    config.model.losses = L(DistillLosses)(icd=L(ICDLoss)(priors=None, start=0.0))
+    findings = {f.subject: f for f in examined(config)}
+    assert "what the loss owns" in findings["distill/loss_icd_identification"].found
+    assert findings["distill/loss_icd_distillation"].advice.startswith("for 1: model.losses.icd.")
+
+
+def test_pixels_of_another_range(config):
+    trainer = Trainer(config)
+    (finding,) = look_at_inputs(trainer, [[{"image": torch.rand(3, 32, 32)}]])
+    assert finding.state == "error" and "0 to 255" in finding.advice
+    (finding,) = look_at_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
+    assert finding.state == "warning"
+
+
+def test_statistics_of_the_other_order(config):
+    trainer = Trainer(config)
+    student = trainer.model.student
+    student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
+    (finding,) = (f for f in first_look(trainer.config, trainer.model) if f.state != "ok")
+    assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
+
+
+def test_the_first_look_draws_and_changes_nothing(config, caplog):
+    config.optimizer.lr = 1.0
+    trainer = Trainer(config)
+    before, state = random_state(), {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    hook = FirstLook()
+    hook.trainer = trainer
+    with caplog.at_level("INFO", logger="d2kd.doctor"):
+        hook.before_train()
+    after = random_state()
+    assert torch.equal(before.pop("torch"), after.pop("torch")) and before == after
+    assert all(torch.equal(v, state[k]) for k, v in trainer.model.state_dict().items())
+    (said,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "learning rate: 1 of SGD" in said.getMessage() and "optimizer.lr=" in said.getMessage()
+
+
+def test_the_table():
+    findings = [Finding("a", "ok", "fine"), Finding("longer", "warning", "odd", "look")]
+    lines = table(findings).splitlines()
+    assert lines == [
+        "ok       a       fine",
+        "warning  longer  odd",
+        "                 -> look",
+    ]
+    assert [exit_code(findings[:n]) for n in (0, 1, 2)] == [0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools/doctor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECIPE = """
+from pathlib import Path
+
+from tests.tiny_run import recipe
+
+_here = Path(__file__).parent
+_cfg = recipe(_here / "data", _here / "out")
+model, dataloader, optimizer, lr_multiplier, train = (
+    _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.lr_multiplier, _cfg.train
+)
+"""
+
+
+def test_the_command(tool, tmp_path, capsys):
+    draw_data(tmp_path / "data")
+    (tmp_path / "plain.py").write_text(RECIPE)
+    words = ["--config-file", tmp_path / "plain.py", "--json", tmp_path / "found.json"]
+    with pytest.raises(SystemExit) as exit:
+        tool.main([*map(str, words), "--iterations", "0", "optimizer.lr=9.0"])
+    assert exit.value.code == 2 and "error    learning rate" in capsys.readouterr().out
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert content["schema"] == 1 and {"subject", "state", "found", "advice"} == set(
+        content["rows"][0]
+    )
+
+
+REFUSED = {
+    "missing recipe": ("--config-file {folder}/gone.py", "gone.py: no such config"),
+    "images": ("--images -1", "--images: -1"),
+    "iterations": ("--iterations -1", "--iterations: -1"),
+    "target": ("--target 0", "--target: 0"),
+    "a folder for a file": ("--json {folder}", "--json: "),
+}
+
+
+@pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line(tool, tmp_path, capfd, arguments, complaint):
+    (tmp_path / "plain.py").write_text(RECIPE)
+    words = ["--config-file", f"{tmp_path}/plain.py", *arguments.format(folder=tmp_path).split()]
+    with pytest.raises(SystemExit) as exit:
+        tool.main(words)
+    assert exit.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert complaint in error

@@ -1,0 +1,267 @@
+"""What is handed on detects as the detector does, in another runtime, in any size of image."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.cbook
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from d2kd import deployment, export
+from d2kd.errors import InputError
+from d2kd.export import Exportable, ExportedDetector, best, strangers, write
+from d2kd.modeling import TorchvisionBackbone
+from d2kd.testing import tiny_cascade_rcnn, tiny_mask_rcnn
+
+from .common import CLASSES, DETECTORS, build
+from .tiny_run import distiller, draw_data, recipe, teacher_weights
+
+pytest.importorskip("onnxruntime")
+ROOT = Path(__file__).parent.parent
+NAMES = [f"class {k}" for k in range(CLASSES)]
+ABOUT = {"classes": json.dumps(NAMES), "image_format": "BGR"}
+FAMILIES = ("retinanet", "fcos", "gfl", "faster_rcnn", "mobilenet_v3")
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def lively(family, threshold=None):
+    """A detector whose untrained scores pass, so that there is something to compare."""
+    if family == "mobilenet_v3":
+        node = DETECTORS["retinanet"]()
+        node.backbone.bottom_up = L(TorchvisionBackbone)(
+            name="mobilenet_v3_small", norm_momentum=1.0, out_features=["res3", "res4", "res5"]
+        )
+    else:
+        node = DETECTORS[family]()
+    detector = build(node).eval()
+    if family == "mobilenet_v3":  # statistics of an image, or its last features are all alike
+        pixels = detector.preprocess_image([{"image": images()[0]}]).tensor
+        with torch.no_grad():
+            detector.backbone.train()(pixels)
+        detector.eval()
+    if family == "faster_rcnn":
+        detector.roi_heads.box_predictor.test_score_thresh = 0.2 if threshold is None else threshold
+    else:
+        detector.test_score_thresh = 0.0 if threshold is None else threshold
+        with torch.no_grad():  # far apart, or rounding decides which of two is the better
+            detector.head.cls_score.weight *= 10 if family == "mobilenet_v3" else 100
+    return detector
+
+
+def images():
+    """A photograph, whose sides are no multiples of anything, and noise of odd and small sizes."""
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photograph = Image.open(file).convert("RGB").resize((171, 203))
+    generator = seeded(1)
+    noise = [torch.rand(3, *size, generator=generator) * 255 for size in ((33, 65), (17, 90))]
+    return [torch.from_numpy(np.asarray(photograph).transpose(2, 0, 1).copy()), *noise]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Each family's files, written once."""
+    folder, written = tmp_path_factory.mktemp("exported"), {}
+
+    def of(family, form):
+        path = folder / f"{family}{export.FORMATS[form]}"
+        if path not in written:
+            written[path] = lively(family)
+            write(Exportable(lively(family)), path, ABOUT)
+        return written[path], ExportedDetector(path)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "family, form",
+    [(family, "onnx") for family in FAMILIES]
+    + [(family, "torchscript") for family in ("gfl", "faster_rcnn")],
+)
+def test_a_file_detects_what_its_detector_does(files, family, form):
+    detector, exported = files(family, form)
+    for image in images():
+        height, width = image.shape[-2:]
+        # As from a picture twice as high, so that boxes are scaled back.
+        batch = [{"image": image, "height": 2 * height, "width": width}]
+        with torch.no_grad():
+            (wanted,), (found,) = detector(batch), exported(batch)
+        wanted, found = wanted["instances"], found["instances"]
+        assert found.image_size == (2 * height, width)
+        assert len(wanted) > 1
+        assert strangers(found, wanted) == 0
+        assert (found.scores.diff() <= 1e-6).all()
+    assert exported.classes == NAMES and exported.metadata["image_format"] == "BGR"
+
+
+@pytest.mark.parametrize("family, name", [("gfl", "model.ts"), ("faster_rcnn", "model.onnx")])
+def test_nothing_found_is_no_error(family, name, tmp_path):
+    write(Exportable(lively(family, threshold=1.0)), tmp_path / name, ABOUT)
+    boxes, scores, classes = ExportedDetector(tmp_path / name).detect(images()[1])
+    assert boxes.shape == (0, 4) and scores.shape == classes.shape == (0,)
+
+
+def test_classes_do_not_suppress_each_other():
+    boxes = torch.tensor([[-50.0, 0, 10, 10], [-50, 0, 10, 10], [-50, 0, 10, 11], [0, 0, 5, 5]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1])
+    found = best(boxes, scores, classes, 0.5, 100)
+    assert found[1].tolist() == [0.9, 0.8, 0.6] or torch.equal(found[1], scores[[0, 1, 3]])
+    assert torch.equal(found[0], boxes[[0, 1, 3]]) and found[2].tolist() == [0, 1, 1]
+    assert len(best(boxes, scores, classes, 0.5, 1)[0]) == 1
+    assert len(best(boxes, scores, classes, 0.5, -1)[0]) == 3
+    assert len(best(boxes[:0], scores[:0], classes[:0], 0.5, 5)[0]) == 0
+
+
+def instances(boxes, scores, classes):
+    return Instances(
+        (50, 50),
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes),
+    )
+
+
+def test_strangers_are_told_from_acquaintances():
+    one = instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 1])
+    turned = instances([[5, 5, 20, 20], [0, 0, 9, 9.05]], [0.5, 0.9005], [1, 0])
+    assert strangers(one, turned) == 0
+    assert strangers(one, instances([[0, 0, 9, 9]], [0.9], [0])) == 1
+    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 2])) == 2
+    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 21]], [0.9, 0.5], [0, 1])) == 2
+    nothing = instances([], [], [])
+    assert strangers(one, nothing) == 2 and strangers(nothing, nothing) == 0
+
+
+@pytest.mark.parametrize("node, what", [(tiny_mask_rcnn, "masks"), (tiny_cascade_rcnn, "stages")])
+def test_other_heads_are_refused(node, what):
+    with pytest.raises(InputError, match=f"{what}; expected a Faster R-CNN"):
+        Exportable(build(node()))
+
+
+def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    (tmp_path / "broken.ts").write_bytes(b"no graph")
+    for name in ("broken.onnx", "broken.ts", "gone.onnx"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read"):
+            ExportedDetector(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match="onnx: cannot be imported.*d2kd.export"):
+        write(Exportable(lively("fcos")), tmp_path / "model.onnx", ABOUT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "broken.ts"]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools/export_student.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECIPE = """
+from pathlib import Path
+
+from tests.tiny_run import distiller, recipe
+
+_here = Path(__file__).parent
+_cfg = recipe(_here / "data", _here / "out", distiller(str(_here / "teacher.pth")))
+model, dataloader, optimizer, lr_multiplier, train = (
+    _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.lr_multiplier, _cfg.train
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, a recipe with a teacher, and weights of both detectors."""
+    folder = tmp_path_factory.mktemp("handing")
+    draw_data(folder / "data")
+    teacher_weights(folder)
+    node = recipe(folder / "data", folder / "out", distiller()).model.student
+    torch.save({"model": build(node).state_dict()}, folder / "student.pth")
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "unmeasured.py").write_text(RECIPE + "\ndel dataloader.evaluator\n")
+    return folder
+
+
+def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
+    words = ["--config-file", folder / "recipe.py", "--weights", folder / "student.pth", "--table"]
+    words += ["--output", tmp_path, "--images", "2", "--baseline", folder / "student.pth"]
+    tool.main([*map(str, words), "model.student.roi_heads.box_predictor.test_score_thresh=0.2"])
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "table.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["teacher", "baseline", "student", "exported, onnx"]
+    assert result["schema"] == 1 and result["images_timed"] == 2
+    student, exported, teacher = rows["student"], rows["exported, onnx"], rows["teacher"]
+    assert student["AP"] == pytest.approx(exported["AP"], abs=0.01)
+    assert student["gflops"] == pytest.approx(exported["gflops"], rel=0.02)
+    assert teacher["gflops"] > student["gflops"] > 0 and teacher["megabytes"] > student["megabytes"]
+    size = (tmp_path / "model.onnx").stat().st_size
+    assert exported["megabytes"] == size / 1e6
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
+    assert ExportedDetector(tmp_path / "model.onnx").classes == NAMES  # by the test data
+
+
+REFUSED = {
+    "missing recipe": ("--config-file {folder}/gone.py", "gone.py: no such config"),
+    "missing weights": ("--weights {folder}/gone.pth", "gone.pth: no such file"),
+    "the teacher's weights": ("--weights {folder}/teacher.pth", "teacher.pth: "),
+    "baseline without table": ("--baseline {folder}/student.pth", "--baseline: given without"),
+    "a file for a folder": ("--output {folder}/recipe.py", "--output: "),
+    "no images": ("--images 0 --table", "--images: 0"),
+    "nameless classes": ("--images 0 dataloader.test=null", "student.pth: 0 names of 3 classes"),
+    "no data": ("--config-file {folder}/unmeasured.py", "--images 0"),
+}
+
+
+@pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line(tool, folder, tmp_path, capfd, arguments, complaint):
+    words = ["--config-file", "{folder}/recipe.py", "--weights", "{folder}/student.pth"]
+    words += ["--output", str(tmp_path / "out"), *arguments.split()]
+    with pytest.raises(SystemExit) as exit:
+        tool.main([word.format(folder=folder) for word in words])
+    assert exit.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert complaint in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_stock_detectron2_loads_the_checkpoint_strictly(tmp_path):
+    """The README's lines, in a process that cannot import d2kd."""
+    text = (ROOT / "README.md").read_text()
+    lines = text.split("<!-- stock Detectron2 -->\n```python\n")[1].split("```")[0]
+    node = 'model_zoo.get_config("common/models/retinanet.py").model'
+    prepare = f"""
+import sys
+sys.modules["d2kd"] = None
+import numpy, torch
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+node = {node}
+node.backbone.bottom_up.stages.depth, node.backbone.top_block.in_channels = 18, 512
+node.backbone.bottom_up.stages.pop("stride_in_1x1")
+torch.save({{"model": instantiate(node).state_dict()}}, "model_final.pth")
+LazyConfig.save(OmegaConf.create({{"model": {{"student": node}}}}), "config.yaml")
+Image.fromarray(numpy.zeros((40, 60, 3), numpy.uint8)).save("photo.jpg")
+"""
+    script = prepare + lines.replace("output/mine/", "") + "print(instances.image_size)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("(40, 60)\n")
