@@ -19,6 +19,7 @@ import torch
 from ..benchmark import growth
 from ..data import build_test_loader
 from ..engine.run_info import config_hash, written_whole
+from ..visualization import spread
 from .detections import Report, Say
 from .detectors import Data, Ready, test_reader
 from .features import FeatureSimilarity
@@ -35,11 +36,13 @@ class Observation:
     """What the detectors did.
 
     Attributes:
+        images: how many they looked at.
         regions: of :meth:`RegionCounts.table`; None where ``why_no_regions`` says why.
         features: of :meth:`FeatureSimilarity.table`.
         costs: of each detector ``seconds`` and ``memory_mib`` for an image.
     """
 
+    images: int
     regions: dict[str, Any] | None
     why_no_regions: str | None
     features: dict[str, Any]
@@ -54,6 +57,7 @@ def observe(
     file: Path,
     report: Report,
     say: Say,
+    number: int | None = None,
 ) -> Observation:
     """Look at the data set with all detectors at once.
 
@@ -65,7 +69,9 @@ def observe(
         file: where the counts are kept.
         report: told the images done.
         say: told what could not be used.
+        number: of images, spread evenly over the data set; None: all.
     """
+    records = data.records if number is None else spread(data.records, number)
     why = why_not(detectors)
     parts: dict[str, Any] = {
         "features": FeatureSimilarity(
@@ -80,19 +86,20 @@ def observe(
         "detectors": [{"name": r.detector.name, **r.detector.key} for r in detectors],
         "thresholds": [float(t) for t in thresholds] if why is None and not parts["regions"].two_stage else [],
         "classes": [int(k) for k in classes],
+        "images": len(records),
     }
     done, costs = _continue(file, key, parts, say)
     if costs is None:
         costs = [cost(ready, data) for ready in detectors]
-    report(done, len(data.records))
-    for image, inputs in _images(detectors, data, done):
+    report(done, len(records))
+    for image, inputs in _images(detectors, records, done):
         with torch.no_grad():
-            _see(parts, data, detectors, data.records[image], inputs)
-        if (image + 1) % OFTEN == 0 or image + 1 == len(data.records):
+            _see(parts, data, detectors, records[image], inputs)
+        if (image + 1) % OFTEN == 0 or image + 1 == len(records):
             _keep(file, key, parts, image + 1, costs)
-        report(image + 1, len(data.records))
+        report(image + 1, len(records))
     regions = parts["regions"].table() if why is None else None
-    return Observation(regions, why, parts["features"].table(), costs)
+    return Observation(len(records), regions, why, parts["features"].table(), costs)
 
 
 def _channels(ready: Ready) -> dict[str, int]:
@@ -100,17 +107,17 @@ def _channels(ready: Ready) -> dict[str, int]:
 
 
 def _images(
-    detectors: Sequence[Ready], data: Data, begin: int
+    detectors: Sequence[Ready], records: list[dict], begin: int
 ) -> Iterator[tuple[int, list[list[dict]]]]:
     """Each image as each detector reads it; read once by those that read alike."""
-    if begin == len(data.records):
+    if begin == len(records):
         return
     alike = [config_hash(ready.detector.mapper) for ready in detectors]
     loaders = {
         key: build_test_loader(
-            data.records,
+            records,
             mapper=test_reader(detectors[alike.index(key)].detector),
-            sampler=range(begin, len(data.records)),
+            sampler=range(begin, len(records)),
             num_workers=1,
         )
         for key in dict.fromkeys(alike)
