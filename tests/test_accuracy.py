@@ -35,7 +35,12 @@ def nothing(truth):
     "options",
     [
         {},
-        {"images": 6, "objects": 60, "classes": 2, "crowds": 0.3},  # crowded, and more than 100 of one
+        {
+            "images": 6,
+            "objects": 60,
+            "classes": 2,
+            "crowds": 0.3,
+        },  # crowded, and more than 100 of one
         {"images": 30, "classes": 300},
         {"images": 1, "objects": 0},
     ],
@@ -114,14 +119,18 @@ def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
         for name in METRICS:
             value = expected.metrics[name]
             # Copies of an image have equal scores: COCO reads precision between them, too.
-            assert found[name][row] == pytest.approx(np.nan if value is None else value, abs=0.6, nan_ok=True)
+            assert found[name][row] == pytest.approx(
+                np.nan if value is None else value, abs=0.6, nan_ok=True
+            )
     once = bootstrap(truth, match(truth, detections), range(4), np.ones((1, 12), np.int32))
     exact = accuracy(truth, match(truth, detections), range(4), 0.5)
     for name in METRICS:
         assert once[name][0] == pytest.approx(exact.metrics[name], abs=1e-4)
     for k, name in enumerate(truth.classes):
         value = exact.per_class[name]
-        assert once["per_class"][0, k] == pytest.approx(np.nan if value is None else value, abs=1e-4, nan_ok=True)
+        assert once["per_class"][0, k] == pytest.approx(
+            np.nan if value is None else value, abs=1e-4, nan_ok=True
+        )
 
 
 def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
@@ -149,7 +158,9 @@ def test_precision_and_recall_at_a_threshold_by_hand():
     truth = Truth((0,), ("a",), np.zeros(2, int), np.zeros(2, int), np.array([[0, 0, 10, 10], [50, 50, 10, 10.0]]),
                   np.full(2, 100.0), np.zeros(2, bool))  # fmt: skip
     boxes = np.array([[0, 0, 10, 10], [90, 0, 10, 10], [50, 50, 10, 10], [70, 0, 5, 5.0]])
-    detections = Detections(np.zeros(4, int), np.zeros(4, int), boxes, np.array([0.9, 0.8, 0.7, 0.6]))
+    detections = Detections(
+        np.zeros(4, int), np.zeros(4, int), boxes, np.array([0.9, 0.8, 0.7, 0.6])
+    )
     measured = accuracy(truth, match(truth, detections), [0], 0.85)
     assert measured.best["threshold"] == 0.7 and measured.best["recall"] == 100
     assert measured.best["precision"] == pytest.approx(200 / 3)

@@ -80,9 +80,7 @@ def mean_precision(values: np.ndarray) -> float | None:
     return float(np.mean(defined) * 100) if len(defined) else None
 
 
-def accuracy(
-    truth: Truth, matches: Matches, classes: Sequence[int], threshold: float
-) -> Accuracy:
+def accuracy(truth: Truth, matches: Matches, classes: Sequence[int], threshold: float) -> Accuracy:
     """What a detector reached.
 
     Args:
@@ -251,7 +249,9 @@ def _interpolated(tp: np.ndarray, counted: np.ndarray, objects: np.ndarray) -> n
     precision = tp / np.maximum(counted, 1, dtype=np.float32)
     np.maximum.accumulate(precision[:, ::-1], axis=1, out=precision[:, ::-1])
     # How many of the 101 recalls each place has reached; those it adds are read from it.
-    reached = (100 * tp.astype(np.float64) / np.maximum(objects, 1)[:, None] + 1e-9).astype(np.int32)
+    reached = (100 * tp.astype(np.float64) / np.maximum(objects, 1)[:, None] + 1e-9).astype(
+        np.int32
+    )
     added = np.diff(reached, axis=1, prepend=-1)
     return 100 * np.einsum("bn,bn->b", precision, added.astype(np.float32)) / len(RECALLS)
 

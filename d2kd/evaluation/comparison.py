@@ -77,7 +77,8 @@ class Comparison:
     """The whole comparison.
 
     Attributes:
-        dataset: ``name``, ``images``, ``objects``, ``crowds``, ``sha256`` and ``classes``.
+        dataset: ``name``, ``sha256``, ``images``, ``objects``, ``crowds``, ``classes``, ``objects_of`` each, and those
+            ``without_objects``.
         compared_classes: those that all detectors know, over which means are taken.
         detectors: the reference first.
         baseline, featured: names of the two whose difference is asked for.
@@ -294,6 +295,7 @@ def assemble(
     over = [(name, baseline) for name in names if name != baseline]
     over += [(n, names[0]) for n in names[1:] if (n, names[0]) not in over]
     thresholds = {name: one.accuracy.best["threshold"] for name, one in found.items()}
+    objects = np.bincount(truth.label[~truth.crowd], minlength=len(truth.classes))
     return Comparison(
         dataset={
             "name": data.name,
@@ -302,11 +304,8 @@ def assemble(
             "objects": int((~truth.crowd).sum()),
             "crowds": int(truth.crowd.sum()),
             "classes": list(truth.classes),
-            "without_objects": [
-                name
-                for k, name in enumerate(truth.classes)
-                if not (~truth.crowd & (truth.label == k)).any()
-            ],
+            "objects_of": (of := dict(zip(truth.classes, objects.tolist()))),
+            "without_objects": [name for name, number in of.items() if not number],
         },
         compared_classes=[truth.classes[k] for k in classes],
         detectors=[
@@ -332,7 +331,12 @@ def assemble(
             for a, b in over
         ],
         objects=objects_found(
-            data, {n: one.matches for n, one in found.items()}, thresholds, classes, baseline, featured
+            data,
+            {n: one.matches for n, one in found.items()},
+            thresholds,
+            classes,
+            baseline,
+            featured,
         ),
         observation=observation,
         resamples=options.resamples,
@@ -355,7 +359,9 @@ def _check_names(names: Sequence[str]) -> None:
         if not name.strip("."):
             raise InputError("--detector", repr(name), "a name")
         if _folder(name) in folders:
-            raise InputError("--detector", f"{folders[_folder(name)]!r} and {name!r}", "other names")
+            raise InputError(
+                "--detector", f"{folders[_folder(name)]!r} and {name!r}", "other names"
+            )
         folders[_folder(name)] = name
 
 

@@ -191,7 +191,9 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
         raise InputError(f"detector {detector.name!r}", found, expected)
     class_map = ClassMap.by_name(data.truth.classes, tuple(names))
     if not class_map.pairs:
-        raise InputError(f"detector {detector.name!r}", "none of the classes", f"some of {data.name}")
+        raise InputError(
+            f"detector {detector.name!r}", "none of the classes", f"some of {data.name}"
+        )
     table = torch.full((count,), -1)
     table[class_map.of_teacher] = torch.tensor(class_map.of_student)
     teacher.detector.to(device)
@@ -228,8 +230,23 @@ def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
         return None  # data that is not here any more: the checkpoint may name its classes
 
 
-def detectors_of_run(folder: Path) -> tuple[list[Detector], str]:
-    """Teacher, if there was one, and what was trained; and the data set it was measured on.
+def study_of(folder: Path) -> dict[str, Any] | None:
+    """The content of a study's ``results.json``; None for the folder of anything else.
+
+    Raises:
+        InputError: there is one that cannot be read.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        return None
+    content = _json(file)
+    if not content.get("rows") or "dataset" not in content:
+        raise InputError(file, "no rows or no data set", "the results.json of a study")
+    return content
+
+
+def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Detector], str]:
+    """Teacher, if there was one, and what was trained; and the data set, by default the one it was measured on.
 
     Raises:
         InputError: the folder holds no finished run.
@@ -246,13 +263,20 @@ def detectors_of_run(folder: Path) -> tuple[list[Detector], str]:
         if node.get("classes") is not None:
             classes = renamed(class_names(instantiate(node.classes)), node.get("aliases") or {})
         mapper = test_mapper(recipe)
-        found.append(Detector("teacher", str(config), node.weights, node.detector, mapper, classes))
+        weights_of = str(_moved(folder, node.weights))
+        found.append(Detector("teacher", str(config), weights_of, node.detector, mapper, classes))
     name = "distilled" if is_distiller(recipe.model) else "detector"
     found.append(from_config(name, str(config), str(weights)))
     names = OmegaConf.select(recipe, "dataloader.test.dataset.names", default=None)
-    if names is None:
+    if dataset is None and names is None:
         raise InputError(config, "no dataloader.test.dataset.names", "--dataset NAME")
-    return found, check_dataset(names)[0]
+    return found, dataset or check_dataset(names)[0]
+
+
+def _moved(folder: Path, weights: str) -> str | Path:
+    """Weights that a recipe names, or what is beside the run's folder now that both have moved."""
+    beside = folder.parent / Path(weights).parent.name / Path(weights).name
+    return beside if not Path(weights).exists() and beside.is_file() else weights
 
 
 def detectors_of_study(
@@ -268,20 +292,29 @@ def detectors_of_study(
     Raises:
         InputError: no run was distilled, or its baseline or teacher is missing.
     """
-    recipes = {row["name"]: LazyConfig.load(str(folder / row["name"] / "config.yaml")) for row in rows}
+    recipes = {}
+    for row in rows:
+        file = folder / row["name"] / "config.yaml"
+        if not file.is_file():
+            raise InputError(file, "no such file", "the folder of a study with all its runs")
+        recipes[row["name"]] = LazyConfig.load(str(file))
     distilled = [
         row for row in rows if is_distiller(recipes[row["name"]].model) and row["AP"] is not None
     ]
     of_seed = {row["seed"]: row for row in rows if row["method"] == baseline}
     distilled = [row for row in distilled if row["seed"] in of_seed]
     if not distilled:
-        raise InputError(folder, f"no distilled run beside a {baseline!r}", "a study of distillation")
+        raise InputError(
+            folder, f"no distilled run beside a {baseline!r}", "a study of distillation"
+        )
     seed = min(row["seed"] for row in distilled)
     best = max((row for row in distilled if row["seed"] == seed), key=lambda row: row["AP"])
     hashes = {row["weights_sha256"]: row for row in rows}
     record = _json(folder / best["name"] / "run.json").get("teacher") or {}
     teacher = hashes.get(record.get("weights_sha256"))
-    if teacher is None:  # a teacher that was not measured before the run, or has been trained elsewhere
+    if (
+        teacher is None
+    ):  # a teacher that was not measured before the run, or has been trained elsewhere
         named = Path(recipes[best["name"]].model.teacher.weights).parent.name
         teacher = next((row for row in rows if row["name"] == named), None)
     shown = [row for row in (teacher, of_seed[seed], best) if row is not None]

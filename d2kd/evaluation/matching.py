@@ -162,9 +162,7 @@ def match(truth: Truth, detections: Detections) -> Matches:
     return Matches(detections, starts, found, ignored, ignored_objects)
 
 
-def _in_order(
-    detections: Detections, classes: int, images: int
-) -> tuple[Detections, np.ndarray]:
+def _in_order(detections: Detections, classes: int, images: int) -> tuple[Detections, np.ndarray]:
     """Class by class, best first; ties as COCO breaks them, by image and by place. And each one's rank in its image."""
     order = np.lexsort((-detections.score, detections.image, detections.label))
     key = (detections.label * images + detections.image)[order]

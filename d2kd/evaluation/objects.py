@@ -180,7 +180,11 @@ def _picture(
         file_name=str(record["file_name"]),
         image_id=record["image_id"],
         truth=[
-            {"box": _xyxy(truth.box[g]), "label": int(truth.label[g]), "crowd": bool(truth.crowd[g])}
+            {
+                "box": _xyxy(truth.box[g]),
+                "label": int(truth.label[g]),
+                "crowd": bool(truth.crowd[g]),
+            }
             for g in mine
         ],
         seen=seen,

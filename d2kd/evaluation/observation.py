@@ -84,7 +84,9 @@ def observe(
         "schema": SCHEMA,
         "dataset_sha256": data.sha256,
         "detectors": [{"name": r.detector.name, **r.detector.key} for r in detectors],
-        "thresholds": [float(t) for t in thresholds] if why is None and not parts["regions"].two_stage else [],
+        "thresholds": [float(t) for t in thresholds]
+        if why is None and not parts["regions"].two_stage
+        else [],
         "classes": [int(k) for k in classes],
         "images": len(records),
     }
@@ -103,7 +105,9 @@ def observe(
 
 
 def _channels(ready: Ready) -> dict[str, int]:
-    return {p: shape.channels for p, shape in ready.teacher.detector.backbone.output_shape().items()}
+    return {
+        p: shape.channels for p, shape in ready.teacher.detector.backbone.output_shape().items()
+    }
 
 
 def _images(

@@ -27,6 +27,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
+from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..losses.base import check_anchors
 from ..losses.functional import paired_iou
@@ -52,12 +53,14 @@ def why_not(detectors: Sequence[Ready]) -> str | None:
         ]
         return f"the detectors are of different families: {', '.join(names)}"
     if kinds == {DenseOutputs}:
-        first, *others = (ready.teacher.detector for ready in detectors)
-        for ready, other in zip(detectors[1:], others):
+        first, *others = detectors
+        for other in others:
             try:
-                check_anchors(first, other)
+                check_anchors(first.teacher.detector, other.teacher.detector)
             except InputError as error:
-                return f"{ready.detector.name} has other anchors ({error.found})"
+                return f"{other.detector.name} has other anchors ({error.found})"
+            if config_hash(first.detector.mapper) != config_hash(other.detector.mapper):
+                return f"{other.detector.name} reads images otherwise, and so has other anchors"
     return None
 
 
@@ -306,7 +309,9 @@ class RegionCounts:
         def part(at: Any) -> dict[str, Any]:
             rows = int(counts["rows"][at].sum())
             four = {
-                name: dict(zip(OUTCOMES, counts[name][at].reshape(-1, 4).sum(axis=0).astype(int).tolist()))
+                name: dict(
+                    zip(OUTCOMES, counts[name][at].reshape(-1, 4).sum(axis=0).astype(int).tolist())
+                )
                 for name in ("class", "box")
             }
             return {"rows": rows, **four, "agreement": _share(counts["agree"][at].sum(), rows)}
@@ -322,9 +327,7 @@ class RegionCounts:
             "by_class": {
                 name: part(k) for k, name in enumerate(names[:-1]) if counts["rows"][k].sum()
             },
-            "by_size": {
-                size: part((slice(0, -1), s)) for s, size in enumerate(SIZES[:-1])
-            },
+            "by_size": {size: part((slice(0, -1), s)) for s, size in enumerate(SIZES[:-1])},
         }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..classes import ClassMap, class_names
 from ..errors import InputError
+from .agreement import agreement
 from .outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
 from .teacher import Teacher
 
@@ -140,8 +141,12 @@ class Distiller(nn.Module):
             losses = self.student(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.share(student.shared)
-        progress = get_event_storage().iter / self.max_iter
-        return {**losses, **self.losses(student, teacher, progress=progress)}
+        storage = get_event_storage()
+        taught = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+        agreed = agreement(student, teacher, self.class_map)
+        if agreed is not None:
+            storage.put_scalar("distill/agreement", agreed)
+        return {**losses, **taught}
 
 
 def _class_map(
