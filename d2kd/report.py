@@ -243,7 +243,7 @@ def _curves(c: Comparison, color: dict[str, str]) -> Markup:
     if not drawn:
         return Markup("")
     width, height, left, bottom = 440, 300, 40, 34
-    w, h = width - left - 8, height - bottom - 8
+    w, h = width - left - 16, height - bottom - 8
 
     def xy(recall: float, precision: float) -> str:
         return f"{left + w * recall:.1f},{8 + h * (1 - precision):.1f}"

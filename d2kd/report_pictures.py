@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .evaluation.comparison import Comparison
 from .evaluation.objects import Change, Picture
 
 WON, LOST = "#12915f", "#d1433f"
-RIGHT, WRONG, TRUTH = "#5b6675", "#c9ced6", "#ffffff"
+RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"
+LIGHT = {WON: "#6be3b3", LOST: "#ff9d99"}
+"""Text on black."""
 PANEL, TILE = 560, 220
 """Longer side of a gallery's panel and of a tile, in pixels."""
 QUALITY = 82
@@ -53,12 +55,19 @@ class Pictures:
         target = picture.truth[change.object]["box"]
         window = _around(target, image.shape[1], image.shape[0])
         crop = image[window[1] : window[3], window[0] : window[2]]
-        marks = [_Mark(target, TRUTH, width=1.5, style=":")]
-        for seen in picture.seen[name]:
-            if seen["object"] == change.object:
-                color = WON if change.object in picture.won else LOST
-                marks.append(_Mark(seen["box"], color, width=2.5))
-        return _draw(crop, marks, TILE, window[:2])
+        color = WON if change.object in picture.won else LOST
+        found = [s["box"] for s in picture.seen[name] if s["object"] == change.object]
+        scale = TILE / max(crop.shape[:2])
+        size = [max(1, round(side * scale)) for side in crop.shape[1::-1]]
+        drawn = Image.fromarray(crop).resize(size, _resampling(scale))
+        draw = ImageDraw.Draw(drawn)
+        # So small a picture needs no more than two rectangles.
+        for box, ink, width in [(target, TRUTH, 2), *((box, color, 6) for box in found)]:
+            x0, y0, x1, y1 = ((np.asarray(box) - np.tile(window[:2], 2)) * scale).tolist()
+            if ink == TRUTH and found:
+                continue  # the detection lies over it
+            draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=ink, width=width)
+        return _data_uri(drawn)
 
     def gallery(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
         """For each image ground truth and every detector, side by side."""
@@ -91,17 +100,18 @@ class Pictures:
         for seen in sorted(picture.seen[name], key=lambda s: s["object"] is not None):
             text = f"{self.classes[seen['label']]} {seen['score']:.0%}"
             if seen["object"] is None:
-                marks.append(_Mark(seen["box"], WRONG, width=1, text=text))
+                marks.append(_Mark(seen["box"], WRONG, width=1))
             elif name == self.c.featured and seen["object"] in picture.won:
-                marks.append(_Mark(seen["box"], WON, width=2.5, text=f"won: {text}"))
+                marks.append(_Mark(seen["box"], WON, width=4, text=f"won: {text}"))
             elif name == self.c.baseline and seen["object"] in picture.lost:
-                marks.append(_Mark(seen["box"], LOST, width=2.5, text=text))
+                marks.append(_Mark(seen["box"], LOST, width=4, text=text))
             else:
-                marks.append(_Mark(seen["box"], RIGHT, text=text))
+                marks.append(_Mark(seen["box"], RIGHT, width=2, text=text))
         if name == self.c.featured:
             for place in picture.lost:
                 label = f"lost: {self.classes[picture.truth[place]['label']]}"
-                marks.append(_Mark(picture.truth[place]["box"], LOST, style="--", text=label))
+                box = picture.truth[place]["box"]
+                marks.append(_Mark(box, LOST, width=3, style="--", text=label))
         return marks
 
 
@@ -110,9 +120,7 @@ class _Mark:
         self.box, self.color, self.width, self.style, self.text = box, color, width, style, text
 
 
-def _draw(
-    image: np.ndarray, marks: Sequence[_Mark], side: int, corner: tuple[int, int] = (0, 0)
-) -> str:
+def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
     """The image with its marks, its longer side as given, as a data URI."""
     # Late: it brings matplotlib, which takes a second.
     from detectron2.utils.visualizer import Visualizer
@@ -120,34 +128,40 @@ def _draw(
     height, width = image.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # Nearest for what is much enlarged: detectors were shown these pixels, not smooth ones.
-    resampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    visualizer = Visualizer(np.asarray(Image.fromarray(image).resize(size, resampling)))
-    visualizer._default_font_size = 11
+    visualizer = Visualizer(np.asarray(Image.fromarray(image).resize(size, _resampling(scale))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script the font lacks
         for mark in marks:
-            box = (np.asarray(mark.box) - np.tile(corner, 2)) * scale
+            box = np.asarray(mark.box) * scale
             visualizer.draw_box(box, alpha=1, edge_color=mark.color, line_style=mark.style)
             visualizer.output.ax.patches[-1].set_linewidth(mark.width)
             if mark.text:
-                dark = mark.color in (TRUTH, WRONG)
+                corner = (max(box[0], 0), max(box[1], 0))
                 visualizer.draw_text(
                     mark.text,
-                    (max(box[0], 0), max(box[1], 0)),
-                    font_size=8,
-                    color="#ffffff" if dark else mark.color,
+                    corner,
+                    font_size=9,
+                    color=LIGHT.get(mark.color, "#ffffff"),
                     horizontal_alignment="left",
                 )
         drawn = visualizer.get_output().get_image()
+    return _data_uri(Image.fromarray(drawn))
+
+
+def _resampling(scale: float) -> Image.Resampling:
+    """Nearest for what is much enlarged: detectors were shown these pixels, not smooth ones."""
+    return Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+
+
+def _data_uri(picture: Image.Image) -> str:
     stream = io.BytesIO()
-    Image.fromarray(drawn).save(stream, "JPEG", quality=QUALITY, optimize=True)
+    picture.save(stream, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _around(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """A square window around an object, within the image: three times its size, at least an eighth of the image's."""
-    side = max(3 * max(box[2] - box[0], box[3] - box[1]), max(width, height) / 8)
+    """A square window around an object, within the image: over twice its size, at least an eighth of the image's."""
+    side = max(2.4 * max(box[2] - box[0], box[3] - box[1]), max(width, height) / 8)
     side = int(min(side, width, height))
     x = int(np.clip((box[0] + box[2] - side) / 2, 0, width - side))
     y = int(np.clip((box[1] + box[3] - side) / 2, 0, height - side))

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
     from d2kd.study.report import compare_and_report
 
     for name, least in (("resamples", 1), ("observe", 1)):
-        given = getattr(args, name)
-        if given is not None and given < least:
-            raise InputError(f"--{name}", given, f"at least {least}")
+        number = getattr(args, name)
+        if number is not None and number < least:
+            raise InputError(f"--{name}", number, f"at least {least}")
     if bool(args.folder) == bool(args.detector):
         found = "both a folder and detectors" if args.folder else "neither a folder nor a detector"
         raise InputError("what to compare", found, "FOLDER, or --detector NAME=CONFIG,WEIGHTS …")
@@ -75,7 +75,12 @@ def run(args: argparse.Namespace) -> None:
     if output is None:
         raise InputError("--output", "nothing", "a folder for the report")
     detectors, dataset = found_in(args.folder, args.dataset) if args.folder else given(args)
-    options = Options(args.threshold, args.resamples, 0, args.observe, args.device)
+    options = Options(
+        threshold=args.threshold,
+        resamples=args.resamples,
+        observed=args.observe,
+        device=args.device,
+    )
     page = compare_and_report(detectors, load_data(dataset), output, options)
     print(f"\nOpen {page}")
 

@@ -166,6 +166,7 @@ class Options:
     Args:
         threshold: the fixed score at which precision and recall are also given.
         resamples, seed: of the bootstrap.
+        pictures: images in the gallery.
         observed: images to compare regions and features on, spread over the data set; None: all.
         device: for the detectors.
     """
@@ -173,6 +174,7 @@ class Options:
     threshold: float = 0.5
     resamples: int = 1000
     seed: int = 0
+    pictures: int = 6
     observed: int | None = None
     device: str = "auto"
 
@@ -337,6 +339,7 @@ def assemble(
             classes,
             baseline,
             featured,
+            options.pictures,
         ),
         observation=observation,
         resamples=options.resamples,

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import build_test_loader
 from ..engine.run_info import written_whole
 from ..errors import InputError
 from .accuracy import accuracy
-from .detectors import Data, Detector, Ready, read_results, test_reader
+from .detectors import Data, Detector, Ready, loader_of, read_results
 from .matching import Detections, match
 
 PART = 200
@@ -104,9 +103,7 @@ def joined(parts: Sequence[Detections]) -> Detections:
 def _detect(
     ready: Ready, data: Data, records: list[dict], report: Callable[[int], None]
 ) -> Detections:
-    loader = build_test_loader(
-        records, mapper=test_reader(ready.detector), sampler=range(len(records)), num_workers=1
-    )
+    loader = loader_of(ready.detector, records)
     images, labels, boxes, scores = [], [], [], []
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
@@ -21,12 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..config import detector as model_of
 from ..config import is_distiller, recipe_of, student_of, test_mapper
-from ..data import check_dataset
+from ..data import build_test_loader, check_dataset
 from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
 from .matching import Detections, Truth
+
+
+FEW = 32
+"""Images for which no other process is worth starting."""
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,11 @@ def same_mapper(detectors: Iterable[Detector]) -> None:
             detector.mapper = said
 
 
-def test_reader(detector: Detector) -> DatasetMapper:
-    """What makes an input of a dataset dict."""
-    return instantiate(detector.mapper)
+def loader_of(detector: Detector, records: list[dict], begin: int = 0) -> Iterable[list[dict]]:
+    """Batches of one image each, from a place on, as a detector reads them."""
+    return build_test_loader(
+        records,
+        mapper=instantiate(detector.mapper),
+        sampler=range(begin, len(records)),
+        num_workers=int(len(records) - begin > FEW),
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class Matches:
     ignored: np.ndarray
     objects_ignored: np.ndarray
 
-    @property
+    @cached_property
     def right(self) -> np.ndarray:
         """(T, A, D) whether a detection finds an object."""
         return (self.object >= 0) & ~self.ignored

@@ -16,7 +16,7 @@ from .detectors import Data
 from .matching import Matches
 
 NUMBER = 6
-"""Objects shown on each side, and images in the gallery."""
+"""Objects shown on each side, and images in the gallery unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def objects_found(
     classes: Sequence[int],
     baseline: str,
     featured: str,
-    number: int = NUMBER,
+    images: int = NUMBER,
 ) -> Objects:
     """Count, and choose what to show.
 
@@ -90,7 +90,7 @@ def objects_found(
         matches, thresholds: of each detector.
         classes: that all know; others do not count.
         baseline, featured: the two whose difference is asked for.
-        number: of objects on each side, and of images.
+        images: in the gallery.
     """
     truth = data.truth
     counted = ~truth.crowd & np.isin(truth.label, list(classes))
@@ -110,7 +110,7 @@ def objects_found(
     shown: dict[int, int] = {}  # image -> its place among the pictures
 
     def changes(which: np.ndarray, score: np.ndarray) -> list[Change]:
-        picked = _of_different_images(np.flatnonzero(which), score, truth.image, number)
+        picked = _of_different_images(np.flatnonzero(which), score, truth.image, NUMBER)
         return [
             Change(shown.setdefault(int(truth.image[g]), len(shown)), int(g), float(score[g]))
             for g in picked
@@ -119,7 +119,7 @@ def objects_found(
     won_objects = changes(won, scores[featured])
     lost_objects = changes(lost, scores[baseline])
     moved = np.bincount(truth.image[won | lost], minlength=len(truth.image_ids))
-    most = [int(i) for i in np.argsort(-moved, kind="stable")[:number] if moved[i]]
+    most = [int(i) for i in np.argsort(-moved, kind="stable")[:images] if moved[i]]
     gallery = [shown.setdefault(i, len(shown)) for i in most]
     pictures = [_picture(i, data, matches, thresholds, won, lost) for i in shown]
     place = {g: n for i in shown for n, g in enumerate(np.flatnonzero(truth.image == i).tolist())}

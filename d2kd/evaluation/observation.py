@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from ..benchmark import growth
-from ..data import build_test_loader
 from ..engine.run_info import config_hash, written_whole
 from ..visualization import spread
 from .detections import Report, Say
-from .detectors import Data, Ready, test_reader
+from .detectors import Data, Ready, loader_of
 from .features import FeatureSimilarity
 from .regions import RegionCounts, why_not
 
@@ -118,12 +117,7 @@ def _images(
         return
     alike = [config_hash(ready.detector.mapper) for ready in detectors]
     loaders = {
-        key: build_test_loader(
-            records,
-            mapper=test_reader(detectors[alike.index(key)].detector),
-            sampler=range(begin, len(records)),
-            num_workers=1,
-        )
+        key: loader_of(detectors[alike.index(key)].detector, records, begin)
         for key in dict.fromkeys(alike)
     }
     for image, batches in enumerate(zip(*loaders.values()), begin):
@@ -175,11 +169,7 @@ def _continue(file: Path, key: dict, parts: dict[str, Any], say: Say):
 
 def cost(ready: Ready, data: Data) -> dict[str, float | None]:
     """Seconds and memory of detection in one image: the median, and the largest growth above the weights."""
-    number = min(TIMED, len(data.records))
-    loader = build_test_loader(
-        data.records, mapper=test_reader(ready.detector), sampler=range(number)
-    )
-    batches = list(loader)
+    batches = list(loader_of(ready.detector, data.records[:TIMED]))
     device = ready.teacher.detector.device
 
     def detect(batch: list[dict]) -> None:

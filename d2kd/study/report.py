@@ -17,8 +17,9 @@ from .plan import Study
 
 KEPT = "comparison"
 """Folder beside the page: detections and counts, for another time."""
-OBSERVED = 24
-"""Images whose regions and features a study's report tells: a study has other things to spend its time on."""
+OBSERVED, PICTURES = 16, 4
+"""Images whose regions and features a study's report tells, and images it shows: a study has other things to spend its
+time on."""
 
 
 def compare_and_report(
@@ -70,4 +71,6 @@ def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) 
         detectors = detectors_of_study(output, rows, study.baseline)
     except InputError:
         return None
-    return compare_and_report(detectors, load_data(study.test), output, Options(observed=OBSERVED))
+    return compare_and_report(
+        detectors, load_data(study.test), output, Options(observed=OBSERVED, pictures=PICTURES)
+    )
