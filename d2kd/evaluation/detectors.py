@@ -28,7 +28,6 @@ from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
 from .matching import Detections, Truth
 
-
 FEW = 32
 """Images for which no other process is worth starting."""
 
