@@ -146,7 +146,9 @@ class Detector:
             record = json.loads(Path(self.weights).with_name("run.json").read_text())
             rows, teacher = record["rows"], record.get("teacher") or {}
             kept = {key: rows[-1].get(key) for key in ("started", "seed", "device", "iterations")}
-            kept |= {"seconds": rows[-1].get("seconds"), "command": record.get("command")}
+            seconds = rows[-1].get("seconds")
+            kept["seconds"] = None if seconds is None else round(seconds, 1)
+            kept["command"] = record.get("command")
             return kept | {"teacher_sha256": teacher.get("weights_sha256")}
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return {}
