@@ -1,4 +1,4 @@
-"""Run a study: train what is missing, then one table, curves and pictures.
+"""Run a study: train what is missing, then one table, curves, pictures and the comparison report.
 
     tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
 

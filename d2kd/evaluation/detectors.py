@@ -300,9 +300,9 @@ def detectors_of_study(
     recipes = {}
     for row in rows:
         file = folder / row["name"] / "config.yaml"
-        if not file.is_file():
-            raise InputError(file, "no such file", "the folder of a study with all its runs")
-        recipes[row["name"]] = LazyConfig.load(str(file))
+        if file.is_file():  # a run's folder may have gone
+            recipes[row["name"]] = LazyConfig.load(str(file))
+    rows = [row for row in rows if row["name"] in recipes]
     distilled = [
         row for row in rows if is_distiller(recipes[row["name"]].model) and row["AP"] is not None
     ]
