@@ -9,13 +9,12 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2kd.config import distill  # noqa: F401  (registers what a Distiller needs)
 from d2kd.evaluation.features import FeatureSimilarity
 from d2kd.evaluation.matching import Truth
 from d2kd.evaluation.regions import RegionCounts
 from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.modeling.outputs import RCNNOutputs
+from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs
 
 from .common import DETECTORS, batch, build, tiny_faster_rcnn
 
@@ -143,6 +142,46 @@ def test_an_image_without_objects_or_proposals():
     empty.classes = []
     counts.see(0, [given, given], [empty, empty])
     assert counts.table()["rows"] == 5
+
+
+class Dense:
+    """A one-stage detector's outputs, made by hand: logits of each anchor, and which it labels foreground."""
+
+    anchors = [Boxes(torch.tensor([OBJECT, [60, 5, 80, 25], [5, 60, 25, 80], [30, 60, 50, 80]]))]
+    images = SimpleNamespace(image_sizes=[(100, 100)])
+    predictions = (None, None)
+
+    def __init__(self, scores, foreground):
+        self.pred_logits = [torch.tensor(scores).logit()[None]]
+        self.pred_anchor_deltas = [torch.zeros(1, 4, 4)]
+        labels = torch.where(torch.tensor(foreground), 1, 2)
+        self.detector = SimpleNamespace(
+            device=torch.device("cpu"),
+            num_classes=2,
+            box2box_transform=CODER,
+            label_anchors=lambda _, given: ([labels], [given[0].gt_boxes.tensor[[0] * 4]]),
+        )
+
+
+def test_anchors_by_hand(monkeypatch):
+    monkeypatch.setattr("d2kd.evaluation.regions.BEST", 1)
+    low = [0.1, 0.1]
+    first = Dense([[0.6, 0.1], [0.1, 0.9], low, low], [True, False, False, False])
+    second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)
+    detectors = [ready("t"), ready("s")]
+    for one, said in zip(detectors, (first, second)):
+        one.teacher = SimpleNamespace(kind=DenseOutputs, detector=said.detector)
+    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
+    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
+    counts.see(0, [given, given], [first, second])
+    table = counts.table()
+    # Labelled by the first; the first's best; the second's best. The fourth anchor matters to nobody.
+    assert (table["kind"], table["rows"], table["foreground"]) == ("anchors", 3, 1)
+    [pair] = table["pairs"]
+    # The second says background of the object, for its class does not reach 0.8.
+    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
+    assert pair["background"]["class"] == {"both": 0, "first": 1, "second": 1, "neither": 0}
+    assert pair["foreground"]["box"] == {"both": 1, "first": 0, "second": 0, "neither": 0}
 
 
 def test_features_by_hand():

@@ -67,7 +67,7 @@ class Truth:
             image=np.array([place[a["image_id"]] for a in found], dtype=np.int64),
             label=np.array([label_of[a["category_id"]] for a in found], dtype=np.int64),
             box=np.array([a["bbox"] for a in found], dtype=np.float64).reshape(-1, 4),
-            area=np.array([a["area"] for a in found], dtype=np.float64),
+            area=np.array([_area(a) for a in found], dtype=np.float64),
             crowd=np.array([bool(a.get("iscrowd", 0)) for a in found], dtype=bool),
         )
 
@@ -78,6 +78,12 @@ class Truth:
     def size(self) -> np.ndarray:
         """(G,) 0, 1, 2: small, medium, large."""
         return np.searchsorted([AREAS["small"][1], AREAS["medium"][1]], self.area, side="left")
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    """Its own, else its box's."""
+    _, _, width, height = annotation["bbox"]
+    return annotation.get("area", width * height)
 
 
 @dataclass(frozen=True)
