@@ -273,7 +273,8 @@ def study(data, tmp_path):
 
 def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     content = study_of(study)
-    detectors = detectors_of_study(study, content["rows"])
+    assert content["baseline"] == "baseline"
+    detectors = detectors_of_study(study, content["rows"], content["baseline"])
     assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
     test = study / "tar_seed0" / "test"
     test.mkdir()
@@ -282,6 +283,8 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     assert "AP 0.000; expected 3.000, as the study found" in found.notes[0]
     with pytest.raises(InputError, match="no distilled run"):
         detectors_of_study(study, content["rows"][:2])
+    write_json(study / "gains.json", {"schema": 1, "rows": [{"reference": "weak"}]})
+    assert study_of(study)["baseline"] == "weak"
 
 
 def test_some_images_are_enough_for_regions(data, tmp_path):

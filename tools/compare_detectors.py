@@ -118,7 +118,7 @@ def found_in(folder: Path, dataset: str | None) -> tuple:
     if study is None:
         detectors, measured_on = detectors_of_run(folder, dataset)
     else:
-        detectors = detectors_of_study(folder, study["rows"], study.get("baseline", "baseline"))
+        detectors = detectors_of_study(folder, study["rows"], study["baseline"])
         measured_on = study["dataset"]
     for detector in detectors:
         register_described(LazyConfig.load(detector.config), dataset or measured_on)

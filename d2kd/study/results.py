@@ -142,7 +142,6 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
         "command": shlex.join(sys.argv),
         "versions": versions(),
         "dataset": study.test,
-        "baseline": study.baseline,
         "rows": list(rows),
         "summary": gains_over(rows, study.baseline, study.paired),
     }
