@@ -19,7 +19,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["d2kd", "d2kd.*"]) + list(RECIPES),
     package_dir=RECIPES,
-    package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES},
+    package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES}
+    | {"d2kd": ["templates/*.html"]},
     # Detectron2 itself is not named: it is not on PyPI. tools/install_detectron2.py installs it,
     # and `import d2kd` says so where it is missing.
     install_requires=[
@@ -39,6 +40,7 @@ setup(
     extras_require={
         "plots": [
             "matplotlib>=3.7",  # curves of a study (Detectron2's Visualizer needs it too)
+            "jinja2>=3",  # the comparison report
             "tensorboard>=1.15",  # a run's scalars and pictures; the oldest that torch writes for
         ],
         "export": [

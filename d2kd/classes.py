@@ -131,10 +131,15 @@ def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]
     return tuple(aliases.get(name, name) for name in names)
 
 
+def class_key(name: str) -> str:
+    """What of a class's name tells it from others."""
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
 def _by_key(culprit: str, names: Sequence[str]) -> dict[str, int]:
     keys: dict[str, int] = {}
     for k, name in enumerate(names):
-        key = "".join(c for c in name.casefold() if c.isalnum())
+        key = class_key(name)
         if key in keys:
             raise InputError(culprit, f"both {names[keys[key]]!r} and {name!r}", "a name once")
         keys[key] = k

@@ -12,6 +12,8 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -198,6 +200,40 @@ def detector(path: str) -> DictConfig:
     if "model" not in config:
         raise InputError(path, "defines no model", "a LazyConfig with a model")
     return student_of(config.model)
+
+
+def recipe_of(path: str) -> DictConfig | None:
+    """The LazyConfig of a file with more than a model in it; None for a yacs config or a model alone."""
+    file = _find(path)
+    if _is_yacs(file):
+        return None
+    config = LazyConfig.load(str(file))
+    return config if "model" in config and "dataloader" in config else None
+
+
+def test_mapper(config: str | DictConfig) -> DictConfig | None:
+    """The node of what reads a detector's test images.
+
+    Args:
+        config: a recipe, whose ``dataloader.test.mapper`` it is, or the path of a yacs config, whose ``INPUT``
+            says it.
+
+    Returns:
+        None where neither tells.
+    """
+    if OmegaConf.is_config(config):
+        return OmegaConf.select(config, "dataloader.test.mapper", default=None)
+    file = _find(config)
+    if not _is_yacs(file):
+        return None
+    cfg = get_cfg()
+    add_d2kd_config(cfg)
+    cfg.merge_from_file(str(file))
+    size = cfg.INPUT.MIN_SIZE_TEST
+    resize = L(T.ResizeShortestEdge)(short_edge_length=size, max_size=cfg.INPUT.MAX_SIZE_TEST)
+    return L(DatasetMapper)(
+        is_train=False, augmentations=[resize] if size else [], image_format=cfg.INPUT.FORMAT
+    )
 
 
 def student_of(model: DictConfig) -> DictConfig:

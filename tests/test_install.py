@@ -218,7 +218,8 @@ def installed(tmp_path_factory):
 @pytest.mark.parametrize("folder", ["d2kd", "configs", "projects"])
 def test_the_wheel_holds_every_module_and_recipe(installed, folder):
     target = installed / "d2kd" / ("" if folder == "d2kd" else folder)
-    files = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
+    found = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.html")]
+    files = {path.relative_to(ROOT / folder) for path in found}
     assert files
     assert not [file for file in files if not (target / file).is_file()]
 

@@ -1,4 +1,4 @@
-"""Run a study: train what is missing, then one table, curves and pictures.
+"""Run a study: train what is missing, then one table, curves, pictures and the comparison report.
 
     tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
 
     from d2kd.study import load, run_study, show_results
+    from d2kd.study.report import study_report
 
     study = load(args.study)
     runs = study.plan(args.seeds, args.runs, args.fast)
@@ -52,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
     rows, failed = run_study(study, runs, output)
     if rows:
-        print("\n" + show_results(output, study, runs, rows))
+        print("\n" + show_results(output, study, runs, rows) + "\n", flush=True)
+        page = study_report(output, study, rows)
+        if page is not None:
+            print(f"  {page}  what distillation changed")
     if args.fast:
         print("\n--fast: a few steps on a few images. Everything runs; the figures mean nothing.")
     for error in failed.values():

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     from d2kd.attention_maps import draw_attention
     from d2kd.config import load, student_of
+    from d2kd.data.catalog import register_described
     from d2kd.errors import InputError
     from d2kd.selection import draw_selection
     from d2kd.visualization import draw_detections
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     config = load(args.config_file, args.opts)
     if OmegaConf.select(config, "dataloader.test.mapper") is None:
         raise InputError(args.config_file, "no dataloader.test.mapper", "how images are read")
-    register(config, args.dataset)
+    register_described(config, args.dataset)
     mapper = instantiate(config.dataloader.test.mapper)
     if args.what == "attention":
         loss, teacher = icd_of(config, weights)
@@ -85,19 +86,6 @@ def run(args: argparse.Namespace) -> None:
         )
         shown = " | ".join(["ground truth", *detectors])
     print(f"{shown}: {len(written)} pictures in {args.output}")
-
-
-def register(config, dataset: str) -> None:
-    """Register the data set if the recipe describes it: ``names=L(coco_dataset)(name=…)``."""
-    from detectron2.config import instantiate
-    from omegaconf import OmegaConf
-
-    for part in ("train", "test"):
-        names = OmegaConf.select(config, f"dataloader.{part}.dataset.names")
-        for node in names if OmegaConf.is_list(names) else [names]:
-            # A class step is called what its parts are called.
-            if OmegaConf.is_dict(node) and node.get("name", dataset) == dataset:
-                instantiate(node)
 
 
 def left_by_training(config, weights: dict[str, str]) -> str:

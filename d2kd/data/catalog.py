@@ -6,8 +6,10 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
+from omegaconf import OmegaConf
 
 from d2kd.errors import InputError
 
@@ -25,6 +27,16 @@ def is_registered(name: str, given: tuple) -> bool:
         found = f"already registered as {known[0]} in {known[1]}" if known else "already registered"
         raise InputError(f"data set {name!r}", found, f"a name not yet taken for {given[0]}")
     return True
+
+
+def register_described(recipe, dataset: str) -> None:
+    """Register a data set if a recipe describes it: ``names=L(coco_dataset)(name=…)``."""
+    for part in ("train", "test"):
+        names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
+        for node in names if OmegaConf.is_list(names) else [names]:
+            # A class step is called what its parts are called.
+            if OmegaConf.is_dict(node) and node.get("name", dataset) == dataset:
+                instantiate(node)
 
 
 def check_files(names: Iterable[str], root: str, expected: str) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ..classes import ClassMap, class_names
 from ..errors import InputError
 from ..processes import anywhere
+from .agreement import agreement
 from .outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
 from .teacher import Teacher
 
@@ -143,8 +144,12 @@ class Distiller(nn.Module):
             losses = self._own_losses(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.share(student.shared)
-        progress = get_event_storage().iter / self.max_iter
-        return {**losses, **self.losses(student, teacher, progress=progress)}
+        storage = get_event_storage()
+        taught = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+        agreed = agreement(student, teacher, self.class_map)
+        if agreed is not None:
+            storage.put_scalar("distill/agreement", agreed)
+        return {**losses, **taught}
 
     def _own_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         """The student's; where its predictions are not finite in one process, all raise what that one raises."""

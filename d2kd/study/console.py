@@ -35,10 +35,17 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """A run's line on the screen: step i/n, elapsed, left. Into a pipe, a new line every half minute."""
+    """A line on the screen: step i/n, elapsed, left. Into a pipe, a new line every half minute.
 
-    def __init__(self, label: str, console: TextIO):
+    Args:
+        label: what is under way.
+        console: where.
+        last: what follows the last step.
+    """
+
+    def __init__(self, label: str, console: TextIO, last: str = "now testing"):
         self.label, self.console, self.live = label, console, console.isatty()
+        self.last = last
         self.start: tuple[float, int] | None = None
         self.shown = 0.0
         if self.live:
@@ -53,7 +60,7 @@ class Progress:
         self.shown = now
         elapsed, done = now - self.start[0], step - self.start[1]
         rest = f"{_clock(elapsed / done * (steps - step))} left" if done else ""
-        rest = "now testing" if step == steps else rest
+        rest = self.last if step == steps else rest
         self._say(
             f"step {step}/{steps}  {_clock(elapsed)} elapsed  {rest}", "" if self.live else "\n"
         )

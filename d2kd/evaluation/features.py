@@ -1,0 +1,104 @@
+"""How alike the feature maps of two detectors are: the cosine between their channels, cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers.masks import valid_cells
+
+
+class FeatureSimilarity:
+    """Streaming means over the images of a data set, of every detector against the first.
+
+    Args:
+        names: of the detectors.
+        channels: of each detector by level.
+
+    Attributes:
+        levels: those that all have.
+        left_out: level -> why its maps cannot be compared with the first's, by detector.
+    """
+
+    def __init__(self, names: Sequence[str], channels: Sequence[Mapping[str, int]]):
+        self.names = list(names)
+        self.levels = [p for p in channels[0] if all(p in others for others in channels)]
+        self.left_out: dict[str, str] = {}
+        self.compared: list[int] = []
+        for e in range(1, len(names)):
+            pairs = [(channels[0][p], channels[e][p]) for p in self.levels]
+            if not pairs:
+                self.left_out[names[e]] = "no level in common"
+            elif different := [(a, b) for a, b in pairs if a != b]:
+                self.left_out[names[e]] = "{} channels beside {}".format(*different[0][::-1])
+            else:
+                self.compared.append(e)
+        # Of each detector and level: sum and number of cells, everywhere and in objects.
+        self.counts: dict[str, np.ndarray] = {
+            "cosine": np.zeros((len(names), len(self.levels), 2, 2))
+        }
+
+    def see(
+        self,
+        features: Sequence[Mapping[str, Tensor]],
+        image_size: tuple[int, int],
+        padded: tuple[int, int],
+        boxes: Tensor,
+    ) -> None:
+        """Add an image.
+
+        Args:
+            features: of each detector, maps (1, C, H, W).
+            image_size, padded: of the first detector's input, (height, width).
+            boxes: (G, 4) objects, XYXY in pixels of the first detector's input.
+        """
+        for level, name in enumerate(self.levels):
+            reference = features[0][name]
+            size = tuple(reference.shape[-2:])
+            counted = valid_cells([image_size], padded, size)[0]
+            inside = counted & _in_boxes(boxes, padded, size)
+            for e in self.compared:
+                other = features[e][name]
+                if other.shape[-2:] != reference.shape[-2:]:
+                    other = F.interpolate(other, size, mode="bilinear", align_corners=False)
+                cosine = F.cosine_similarity(reference.float(), other.float(), dim=1)[0].cpu()
+                for where, cells in enumerate((counted, inside)):
+                    self.counts["cosine"][e, level, where] += (
+                        float(cosine[cells].sum()),
+                        int(cells.sum()),
+                    )
+
+    def table(self) -> dict[str, Any]:
+        """Means as plain data."""
+        rows = []
+        for e in self.compared:
+            for level, name in enumerate(self.levels):
+                everywhere, inside = (
+                    float(total / count) if count else None
+                    for total, count in self.counts["cosine"][e, level]
+                )
+                rows.append(
+                    {
+                        "first": self.names[0],
+                        "second": self.names[e],
+                        "level": name,
+                        "everywhere": everywhere,
+                        "in_objects": inside,
+                    }
+                )
+        return {"rows": rows, "left_out": self.left_out}
+
+
+def _in_boxes(boxes: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(H, W) the cells whose centre lies in a box."""
+    rows, columns = (
+        (torch.arange(cells) + 0.5) * (side / cells) for cells, side in zip(size, padded)
+    )
+    in_row = (boxes[:, 1, None] <= rows) & (rows < boxes[:, 3, None])
+    in_column = (boxes[:, 0, None] <= columns) & (columns < boxes[:, 2, None])
+    return (in_row[:, :, None] & in_column[:, None, :]).any(dim=0)

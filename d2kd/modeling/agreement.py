@@ -1,0 +1,60 @@
+"""Do teacher and student say the same class? Told while the student trains, of what both have computed anyway."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..classes import ClassMap
+from .outputs import DetectorOutputs
+
+BEST = 100
+
+
+@torch.no_grad()
+def agreement(
+    student: DetectorOutputs, teacher: DetectorOutputs, class_map: ClassMap | None = None
+) -> float | None:
+    """The share of a batch's regions, or anchors, whose top class is the same for both.
+
+    Of regions the background is a class like any other, and all stages count; of anchors those count that the teacher is
+    surest of, 100 of each image. The teacher is asked nothing: where no loss has read its predictions, or the two are of
+    different families, there is no answer.
+
+    Args:
+        student: what was captured.
+        teacher: what was asked so far.
+        class_map: where the classes differ; the shared ones are compared.
+
+    Returns:
+        in [0, 1]; None where nothing can be compared.
+    """
+    if class_map is not None and not class_map.pairs:
+        return None
+    for name, same in (("regions", _of_regions), ("predictions", _of_anchors)):
+        if name in vars(student) and name in vars(teacher):
+            agreed = same(student, teacher, class_map)
+            return agreed.float().mean().item() if len(agreed) else None
+    return None
+
+
+def _of_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
+    agreed = []
+    for ours, theirs in zip(student.regions, teacher.regions):
+        ours, theirs = ours.pred_class_logits, theirs.pred_class_logits
+        if class_map is not None:
+            ours = ours[:, [*class_map.of_student, ours.shape[1] - 1]]
+            theirs = theirs[:, [*class_map.of_teacher, theirs.shape[1] - 1]]
+        agreed.append(ours.argmax(dim=1) == theirs.argmax(dim=1))
+    return torch.cat(agreed)
+
+
+def _of_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
+    ours, theirs = (torch.cat(outputs.pred_logits, dim=1) for outputs in (student, teacher))
+    if class_map is not None:
+        ours, theirs = ours[..., class_map.of_student], theirs[..., class_map.of_teacher]
+    if ours.shape != theirs.shape:
+        return ours.new_zeros(0)  # other anchors: no row is the same for both
+    score, said = theirs.max(dim=2)
+    best = score.topk(min(BEST, score.shape[1]), dim=1).indices
+    return (ours.argmax(dim=2).gather(1, best) == said.gather(1, best)).flatten()

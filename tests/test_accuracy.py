@@ -1,0 +1,168 @@
+"""AP, its intervals and the scores where precision and recall are read, against COCO's own code and plain loops."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from d2kd.evaluation.accuracy import METRICS, accuracy, bootstrap, difference, precisions, resamples
+from d2kd.evaluation.matching import Detections, Truth, match
+
+from .generated_detections import coco_of, generated_detections, generated_truth, results_of
+
+
+def cocoeval(truth, detections):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = coco_of(truth)
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results_of(truth, detections)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def nothing(truth):
+    empty = np.zeros(0, dtype=np.int64)
+    return Detections(empty, empty, np.zeros((0, 4)), np.zeros(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "images": 6,
+            "objects": 60,
+            "classes": 2,
+            "crowds": 0.3,
+        },  # crowded, and more than 100 of one
+        {"images": 30, "classes": 300},
+        {"images": 1, "objects": 0},
+    ],
+    ids=["ordinary", "crowds", "300 classes", "no object"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_precision_is_cocos(options, seed):
+    truth = generated_truth(**options, seed=seed)
+    dense = 80 if options.get("crowds") else 4
+    detections = generated_detections(truth, quality=0.3 * seed, background=dense, seed=seed)
+    if not len(detections):
+        pytest.skip("COCO refuses an empty file")
+    expected = cocoeval(truth, detections)
+    found = precisions(truth, match(truth, detections))
+    np.testing.assert_array_equal(found, expected.eval["precision"][..., -1])
+    measured = accuracy(truth, match(truth, detections), range(len(truth.classes)), 0.5)
+    for name, theirs in zip(METRICS, expected.stats):
+        assert measured.metrics[name] == (None if theirs == -1 else 100 * theirs)
+
+
+def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
+    truth = generated_truth(images=8, objects=3, seed=1)
+    detections = generated_detections(truth, seed=1)
+    twice = Detections(*(np.concatenate([x, x]) for x in vars(detections).values()))
+    twice.score[:] = 0.5
+    expected = cocoeval(truth, twice).eval["precision"][..., -1]
+    np.testing.assert_array_equal(precisions(truth, match(truth, twice)), expected)
+
+
+def test_without_detections_ap_is_zero_and_without_objects_undefined():
+    truth = generated_truth()
+    measured = accuracy(truth, match(truth, nothing(truth)), range(len(truth.classes)), 0.5)
+    assert measured.metrics["AP"] == 0 and measured.per_class["class 3"] is None
+    assert measured.best["precision"] is None and measured.best["recall"] == 0
+    nobody = Truth(truth.image_ids, truth.classes, *(x[:0] for x in list(vars(truth).values())[2:]))
+    assert set(accuracy(nobody, match(nobody, nothing(truth)), [0], 0.5).metrics.values()) == {None}
+
+
+def test_means_are_over_the_classes_asked_for():
+    truth = generated_truth()
+    matches = match(truth, generated_detections(truth))
+    some = accuracy(truth, matches, [0, 2], 0.5)
+    assert some.metrics["AP"] == pytest.approx(
+        (some.per_class["class 0"] + some.per_class["class 2"]) / 2
+    )
+
+
+def repeated(truth, detections, counts):
+    """The resampled data set written out: every image as often as it was drawn."""
+    parts_t, parts_d, new = [], [], 0
+    for image, count in enumerate(counts):
+        for _ in range(count):
+            g, d = np.flatnonzero(truth.image == image), np.flatnonzero(detections.image == image)
+            parts_t.append((g, np.full(len(g), new)))
+            parts_d.append((d, np.full(len(d), new)))
+            new += 1
+    (g, gi), (d, di) = (map(np.concatenate, zip(*parts)) for parts in (parts_t, parts_d))
+    whole = Truth(
+        tuple(range(new)), truth.classes, gi, *(x[g] for x in list(vars(truth).values())[3:])
+    )
+    return whole, Detections(di, *(x[d] for x in list(vars(detections).values())[1:]))
+
+
+@pytest.mark.parametrize("cells", [8_000_000, 50])
+def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
+    monkeypatch.setattr("d2kd.evaluation.accuracy.CELLS", cells)
+    truth = generated_truth(images=12, objects=6, crowds=0.1)
+    detections = generated_detections(truth, background=6)
+    # Equal scores in different images are ordered by image, which is another order once images are repeated.
+    detections.score[:] += np.random.default_rng(0).uniform(0, 1e-3, len(detections))
+    counts = resamples(12, 6)
+    found = bootstrap(truth, match(truth, detections), range(4), counts)
+    for row, count in enumerate(counts):
+        whole = repeated(truth, detections, count)
+        expected = accuracy(whole[0], match(*whole), range(4), 0.5)
+        for name in METRICS:
+            value = expected.metrics[name]
+            # Copies of an image have equal scores: COCO reads precision between them, too.
+            assert found[name][row] == pytest.approx(
+                np.nan if value is None else value, abs=0.6, nan_ok=True
+            )
+    once = bootstrap(truth, match(truth, detections), range(4), np.ones((1, 12), np.int32))
+    exact = accuracy(truth, match(truth, detections), range(4), 0.5)
+    for name in METRICS:
+        assert once[name][0] == pytest.approx(exact.metrics[name], abs=1e-4)
+    for k, name in enumerate(truth.classes):
+        value = exact.per_class[name]
+        assert once["per_class"][0, k] == pytest.approx(
+            np.nan if value is None else value, abs=1e-4, nan_ok=True
+        )
+
+
+def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
+    truth = generated_truth(images=30)
+    counts = resamples(30, 200)
+    better, worse = (generated_detections(truth, quality=q) for q in (0.9, 0.2))
+    seen = [(accuracy(truth, m, range(4), 0.5), bootstrap(truth, m, range(4), counts)) for m in
+            (match(truth, d) for d in (better, worse))]  # fmt: skip
+    (a, of_a), (b, of_b) = seen
+    gain = difference(of_a, of_b, a, b)["metrics"]["AP"]
+    assert gain["interval"][0] < gain["gain"] < gain["interval"][1] and gain["interval"][0] > 0
+    same = difference(of_a, of_a, a, a)
+    assert same["metrics"]["AP"] == {"gain": 0.0, "interval": [0.0, 0.0]}
+    assert same["per_class"]["class 3"] == {"gain": None, "interval": None}
+
+
+def test_resamples_draw_as_many_images_as_there_are_and_repeat():
+    counts = resamples(17, 50)
+    assert (counts.sum(axis=1) == 17).all() and (counts == resamples(17, 50)).all()
+    assert not (counts == resamples(17, 50, seed=1)).all()
+
+
+def test_precision_and_recall_at_a_threshold_by_hand():
+    # Two objects; scores 0.9 right, 0.8 wrong, 0.7 right, 0.6 wrong.
+    truth = Truth((0,), ("a",), np.zeros(2, int), np.zeros(2, int), np.array([[0, 0, 10, 10], [50, 50, 10, 10.0]]),
+                  np.full(2, 100.0), np.zeros(2, bool))  # fmt: skip
+    boxes = np.array([[0, 0, 10, 10], [90, 0, 10, 10], [50, 50, 10, 10], [70, 0, 5, 5.0]])
+    detections = Detections(
+        np.zeros(4, int), np.zeros(4, int), boxes, np.array([0.9, 0.8, 0.7, 0.6])
+    )
+    measured = accuracy(truth, match(truth, detections), [0], 0.85)
+    assert measured.best["threshold"] == 0.7 and measured.best["recall"] == 100
+    assert measured.best["precision"] == pytest.approx(200 / 3)
+    assert (measured.fixed["precision"], measured.fixed["recall"]) == (100, 50)
+    assert match(truth, detections).found_at().tolist() == [0.9, 0.7]

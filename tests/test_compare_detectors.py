@@ -1,0 +1,90 @@
+"""The command line of the comparison, and the report that ends a study."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2kd.study.plan import Study
+from d2kd.study.report import study_report
+
+from .common import tiny_faster_rcnn
+from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)
+
+TOOL = Path(__file__).parents[1] / "tools" / "compare_detectors.py"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    spec = importlib.util.spec_from_file_location("compare_detectors", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["compare_detectors.py", *map(str, words)])
+        tool.main()
+
+    return run
+
+
+def test_detectors_by_config_and_weights(command, data, tmp_path, capsys):  # noqa: F811
+    words = []
+    for seed, name in enumerate(("teacher", "student")):
+        config, weights = saved(tmp_path / name, data, tiny_faster_rcnn(), seed)
+        words += ["--detector", f"{name}={config},{weights}"]
+    output = tmp_path / "report"
+    command(*words, "--dataset", named(data), "--output", output, "--resamples", 5)
+    assert str(output / "report.html") in capsys.readouterr().out
+    content = json.loads((output / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["teacher", "student"]
+    assert content["resamples"] == 5
+
+
+def test_a_study_alone_is_enough(command, study):  # noqa: F811
+    command(study, "--resamples", 5, "--observe", 2)
+    content = json.loads((study / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["teacher", "baseline", "tar"]
+    assert (study / "report.html").is_file()
+
+
+def test_a_study_ends_with_it(study, data, capsys):  # noqa: F811
+    rows = json.loads((study / "results.json").read_text())["rows"]
+    asked = Study(runs={}, test=named(data), baseline="baseline")
+    assert study_report(study, asked, rows) == study / "report.html"
+    assert "regions and features" in capsys.readouterr().out
+    assert study_report(study, asked, rows[:2]) is None  # nothing was distilled
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ([], "neither a folder nor a detector"),
+        (["somewhere", "--detector", "a=b,c"], "both a folder and detectors"),
+        (["--detector", "a=b,c"], "--output"),
+        (["--detector", "a=b,c", "--output", "x"], "--dataset"),
+        (["--detector", "a=b", "--output", "x", "--dataset", "d"], "--detector: a=b;"),
+        (["--detector", "a=no.py,w", "--output", "x", "--dataset", "d"], "no.py: no such config"),
+        (["no/folder"], "config.yaml: no such file"),
+        (["somewhere", "--resamples", "0"], "--resamples: 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line(command, words, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command(*words)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and line in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_data_set_and_a_broken_study_are_named(command, study, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        command(study, "--dataset", "nowhere")
+    assert "'nowhere'" in capsys.readouterr().err
+    (study / "results.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        command(study)
+    assert "results.json: no rows" in capsys.readouterr().err

@@ -1,0 +1,295 @@
+"""A comparison from beginning to end, on detectors of a second and images drawn at random."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2kd.data import coco_dataset
+from d2kd.engine.run_info import save_config, write_json
+from d2kd.errors import InputError
+from d2kd.evaluation import detections as kept
+from d2kd.evaluation.comparison import Comparison, Options, compare
+from d2kd.evaluation.detectors import (
+    Detector,
+    detectors_of_run,
+    detectors_of_study,
+    from_config,
+    load_data,
+    study_of,
+)
+from d2kd.modeling import Teacher
+from d2kd.modeling.weights import sha256
+from d2kd.report import write_report
+from d2kd.testing import DETECTORS
+
+from .common import build, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import distiller, draw_data, recipe, teacher_weights
+
+QUICK = Options(resamples=20)
+NAMES = ("teacher", "baseline", "distilled")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six images: one without objects, a crowd, a class without objects, a name that is not ASCII."""
+    folder = tmp_path_factory.mktemp("data")
+    draw_data(folder)
+    content = json.loads((folder / "data.json").read_text())
+    for a in content["annotations"]:
+        a["category_id"] = a["category_id"] % 2 + 1
+    content["annotations"][0]["iscrowd"] = 1
+    content["categories"][0]["name"] = "čaša <b>"
+    (folder / "data.json").write_text(json.dumps(content))
+    return folder
+
+
+def named(folder: Path) -> str:
+    return coco_dataset(
+        name=f"tiny_{folder}", json_file=str(folder / "data.json"), image_root=str(folder)
+    )
+
+
+def saved(folder: Path, data: Path, node, seed: int, classes=None) -> tuple[str, str]:
+    """A config and weights of a detector."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(recipe(data, folder, node), folder / "config.yaml")
+    state = {"model": build(node, seed).state_dict()} | ({"classes": classes} if classes else {})
+    torch.save(state, folder / "model_final.pth")
+    return str(folder / "config.yaml"), str(folder / "model_final.pth")
+
+
+def three(folder: Path, data: Path, make=tiny_faster_rcnn) -> list[Detector]:
+    return [
+        from_config(name, *saved(folder / name, data, make(), seed))
+        for seed, name in enumerate(NAMES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def compared(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
+
+
+def test_who_is_who_and_everything_is_there(compared):
+    _, found = compared
+    assert (found.reference, found.baseline, found.featured) == NAMES
+    over = {("teacher", "baseline"), ("distilled", "baseline"), ("distilled", "teacher")}
+    assert {(g.of, g.over) for g in found.gains} == over | {("baseline", "teacher")}
+    assert found.dataset["crowds"] == 1 and found.dataset["without_objects"] == ["class 2"]
+    assert found.observation.regions["of"] == "teacher" and found.observation.images == 6
+    assert all(d.cost["seconds"] > 0 and d.parameters > 0 for d in found.detectors)
+    assert sum(row["objects"] for row in found.objects.together) == found.dataset["objects"]
+
+
+def test_it_is_read_back_as_it_was_written(compared):
+    folder, found = compared
+    page = write_report(found, folder / "page")
+    assert Comparison.load(page.with_name("report.json")) == found
+    assert json.loads(page.with_name("report.json").read_text())["schema"] == 1
+    (folder / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="other.json"):
+        Comparison.load(folder / "other.json")
+
+
+def test_what_is_known_is_not_computed_again(compared, data, monkeypatch):
+    folder, found = compared
+
+    def never(*_):
+        raise AssertionError("detected, or looked, once more")
+
+    monkeypatch.setattr(Teacher, "detect", never)
+    monkeypatch.setattr(Teacher, "ask", never)
+    again = compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
+    assert again == found and not again.notes
+
+
+def test_a_broken_file_is_named_and_computed_anew(compared, data, tmp_path):
+    folder, found = compared
+    for name in ("teacher/000000.npz", "observation.npz"):
+        (folder / "kept" / name).write_bytes(b"PK broken")
+    again = compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
+    assert [d.accuracy for d in again.detectors] == [d.accuracy for d in found.detectors]
+    assert again.observation.regions == found.observation.regions
+    assert len(again.notes) == 2 and all(".npz: cannot be read" in note for note in again.notes)
+
+
+def test_files_of_other_weights_or_data_are_computed_anew(data, tmp_path):
+    detectors = three(tmp_path, data)[:1]
+    compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
+    detectors = [from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))]
+    again = compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
+    assert "of another weights" in again.notes[0]
+    other = tmp_path / "other"
+    draw_data(other, objects=(1, 1, 1))
+    again = compare(detectors, load_data(named(other)), tmp_path / "kept", QUICK)
+    assert "of another dataset" in again.notes[0]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "PART", 2)
+    calls, detect = [], Teacher.detect
+
+    def counted(self, batch):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(batch[0]["image_id"])
+        return detect(self, batch)
+
+    detectors = three(tmp_path, data)[:1]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Teacher, "detect", counted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
+    seen = []
+    monkeypatch.setattr(kept, "_detect", _listening(kept._detect, seen))
+    compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
+    assert seen == [[2, 3], [4, 5]]
+
+
+def _listening(function, seen):
+    def listened(ready, data, records, report):
+        seen.append([record["image_id"] for record in records])
+        return function(ready, data, records, report)
+
+    return listened
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl", "cascade_rcnn", "mask_rcnn"])
+def test_a_detector_agrees_with_itself(family, data, tmp_path):
+    one = from_config("one", *saved(tmp_path / "a", data, DETECTORS[family](), 0))
+    same = from_config("same", *saved(tmp_path / "b", data, DETECTORS[family](), 0))
+    found = compare([one, same], load_data(named(data)), tmp_path / "kept", QUICK)
+    gain = found.gain("same", "one").metrics["AP"]
+    assert gain["gain"] == 0 and gain["interval"] == [0, 0]
+    assert found.objects.won == found.objects.lost == 0
+    assert all(row["everywhere"] == pytest.approx(1) for row in found.observation.features["rows"])
+    table = found.observation.regions
+    [pair] = table["pairs"]
+    assert table["kind"] == ("regions" if "rcnn" in family else "anchors")
+    assert table["rows"] > 0 and pair["all"]["agreement"] == 1
+    for what in ("class", "box"):
+        assert pair["all"][what]["first"] == pair["all"][what]["second"] == 0
+    assert sum(pair["all"]["class"].values()) == table["rows"]
+    assert sum(pair["all"]["box"].values()) == table["foreground"]
+    assert sum(part["rows"] for part in pair["by_size"].values()) == table["foreground"]
+    if "rcnn" not in family:  # whose random proposals lie on nothing
+        assert table["foreground"] > 0
+        assert (table["detectors"][0]["iou_before"] is None) == (family in ("fcos", "gfl"))
+
+
+def test_families_that_share_no_regions(data, tmp_path):
+    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
+    other = from_config("other", *saved(tmp_path / "b", data, tiny_retinanet(channels=24), 0))
+    found = compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    assert found.observation.regions is None and "families" in found.observation.why_no_regions
+    assert found.observation.features["left_out"] == {"other": "24 channels beside 16"}
+    assert "different families" in write_report(found, tmp_path).read_text()
+
+
+def test_classes_are_compared_by_name(data, tmp_path):
+    ours = ["class 1", "class 2", "čaša <b>"]
+    theirs = ["zebra", "Class_1", "crab"]
+    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0, ours))
+    other = from_config("other", *saved(tmp_path / "b", data, tiny_faster_rcnn(), 0, theirs))
+    for detector in (one, other):
+        detector.classes = None  # as of a config that does not tell; its checkpoint does
+    found = compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    assert found.compared_classes == ["class 1"]
+    assert found["other"].lacks == ["čaša <b>", "class 2"]
+    assert found["other"].only == ["zebra", "crab"] and found["one"].only == []
+    text = write_report(found, tmp_path).read_text()
+    assert "zebra" in text and "unknown" in text
+
+
+def test_detectors_that_share_no_class_are_refused(data, tmp_path):
+    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
+    other = from_config("other", *saved(tmp_path / "b", data, tiny_faster_rcnn(), 0))
+    other.classes = ("a", "b", "c")
+    with pytest.raises(InputError, match="'other'.*none of the classes"):
+        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    one.classes, other.classes = ("class 1", "x", "y"), ("class 2", "x", "y")
+    with pytest.raises(InputError, match="one, other"):
+        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+
+
+def test_names_that_cannot_be_told_apart_are_refused(data, tmp_path):
+    one, other, _ = three(tmp_path, data)
+    other.name = one.name
+    with pytest.raises(InputError, match="--detector"):
+        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
+    results = tmp_path / "results.json"
+    row = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+    results.write_text(json.dumps([row]))
+    config, weights = saved(tmp_path / "a", data, tiny_faster_rcnn(), 0)
+    detector = from_config("one", config, weights, str(results))
+    found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    assert found["one"].accuracy.fixed["wrong"] == 1
+    for content in ([row | {"image_id": 99}], [row | {"category_id": 9}], [{}], {"a": 1}):
+        results.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="results.json"):
+            compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+
+
+def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
+    run = tmp_path / "run"
+    weights = teacher_weights(tmp_path / "taught")
+    save_config(recipe(data, run, distiller(weights)), run / "config.yaml")
+    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    detectors, dataset = detectors_of_run(run)
+    assert [d.name for d in detectors] == ["teacher", "distilled"] and dataset == named(data)
+    found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
+    assert found.observation.features["left_out"]  # 24 channels and 16
+    with pytest.raises(InputError, match="config.yaml: no such file"):
+        detectors_of_run(tmp_path)
+
+
+@pytest.fixture
+def study(data, tmp_path):
+    """A study's folder that has moved since: a teacher, a baseline, two distilled students."""
+    rows = []
+    for seed, (name, ap) in enumerate(
+        [("teacher", 9.0), ("baseline_seed0", 1.0), ("weak_seed0", 2.0), ("tar_seed0", 3.0)]
+    ):
+        folder = tmp_path / name
+        node = tiny_faster_rcnn()
+        config, weights = saved(folder, data, node, seed)
+        if name.startswith(("weak", "tar")):
+            taught = distiller("gone/teacher/model_final.pth")
+            save_config(recipe(data, folder, taught), folder / "config.yaml")
+            torch.save({"model": build(node, seed).state_dict()}, weights)
+        method = name.removesuffix("_seed0")
+        row = {"name": name, "method": method, "seed": 0, "AP": ap}
+        rows.append(row | {"weights_sha256": sha256(weights)})
+    write_json(tmp_path / "results.json", {"schema": 1, "dataset": named(data), "rows": rows})
+    return tmp_path
+
+
+def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
+    content = study_of(study)
+    assert content["baseline"] == "baseline"
+    detectors = detectors_of_study(study, content["rows"], content["baseline"])
+    assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
+    test = study / "tar_seed0" / "test"
+    test.mkdir()
+    (test / "coco_instances_results.json").write_text("[]")
+    found = compare(detectors, load_data(content["dataset"]), study / "kept", QUICK)
+    assert "AP 0.000; expected 3.000, as the study found" in found.notes[0]
+    with pytest.raises(InputError, match="no distilled run"):
+        detectors_of_study(study, content["rows"][:2])
+    write_json(study / "gains.json", {"schema": 1, "rows": [{"reference": "weak"}]})
+    assert study_of(study)["baseline"] == "weak"
+
+
+def test_some_images_are_enough_for_regions(data, tmp_path):
+    detectors = three(tmp_path, data)
+    options = Options(resamples=5, observed=2)
+    found = compare(detectors, load_data(named(data)), tmp_path / "kept", options)
+    assert found.observation.images == 2 and found.dataset["images"] == 6
+    assert "2 of 6" in write_report(found, tmp_path).read_text()

@@ -1,0 +1,126 @@
+"""Error kinds where each is known by construction, and what mending them must and must not do."""
+
+import numpy as np
+import pytest
+
+from d2kd.evaluation.accuracy import accuracy
+from d2kd.evaluation.error_kinds import KINDS, error_kinds, find_errors
+from d2kd.evaluation.matching import Detections, Truth, match
+
+from .generated_detections import generated_detections, generated_truth
+
+OBJECT = [0, 0, 20, 20]
+SHIFTED = [0, 10, 20, 20]  # IoU 1/3
+ELSEWHERE = [200, 200, 20, 20]
+
+
+def scene(objects, detections, classes=("a", "b")):
+    """One image: objects as (label, box[, crowd]), detections as (label, box, score)."""
+    truth = Truth(
+        (7,),
+        classes,
+        np.zeros(len(objects), int),
+        np.array([o[0] for o in objects], int),
+        np.array([o[1] for o in objects], float).reshape(-1, 4),
+        np.array([o[1][2] * o[1][3] for o in objects], float),
+        np.array([len(o) > 2 for o in objects], bool),
+    )
+    found = Detections(
+        np.zeros(len(detections), int),
+        np.array([d[0] for d in detections], int),
+        np.array([d[1] for d in detections], float).reshape(-1, 4),
+        np.array([d[2] for d in detections], float),
+    )
+    return truth, match(truth, found)
+
+
+def kinds(objects, detections):
+    truth, matches = scene(objects, detections)
+    found = error_kinds(truth, matches, range(len(truth.classes)))
+    return {k: n for k, n in found.count.items() if n}, found
+
+
+@pytest.mark.parametrize(
+    "detections, expected",
+    [
+        ([(0, OBJECT, 0.9)], {}),
+        ([(1, OBJECT, 0.9)], {"classification": 1}),
+        ([(0, SHIFTED, 0.9)], {"localization": 1}),
+        ([(1, SHIFTED, 0.9)], {"both": 1, "missed": 1}),
+        ([(0, OBJECT, 0.9), (0, OBJECT, 0.8)], {"duplicate": 1}),
+        ([(0, ELSEWHERE, 0.9)], {"background": 1, "missed": 1}),
+        ([], {"missed": 1}),
+        ([(0, SHIFTED, 0.9), (1, OBJECT, 0.5)], {"classification": 1, "localization": 1}),
+        # A duplicate that overlaps too little is a localization error, as TIDE's order of tests has it.
+        ([(0, OBJECT, 0.9), (0, SHIFTED, 0.8)], {"localization": 1}),
+    ],
+)
+def test_each_kind_alone(detections, expected):
+    assert kinds([(0, OBJECT)], detections)[0] == expected
+
+
+def test_without_objects_everything_is_background():
+    count, found = kinds([], [(0, OBJECT, 0.9)])
+    assert count == {"background": 1} and found.AP50 is None and set(found.cost.values()) == {None}
+
+
+def test_in_a_crowd_nothing_is_wrong_and_nobody_need_find_it():
+    count, _ = kinds([(0, OBJECT, "crowd")], [(0, OBJECT, 0.9), (0, OBJECT, 0.8)])
+    assert count == {}
+
+
+@pytest.mark.parametrize(
+    "detections, kind",
+    [
+        ([(1, OBJECT, 0.9)], "classification"),
+        ([(0, SHIFTED, 0.9)], "localization"),
+        ([], "missed"),
+    ],
+)
+def test_mending_the_only_error_costs_all_there_is(detections, kind):
+    # Class b has an object that is found, so that the mean over classes is known: 50 before, 100 after.
+    other = (1, [100, 100, 20, 20])
+    _, found = kinds([(0, OBJECT), other], [*detections, (*other, 0.95)])
+    assert found.AP50 == pytest.approx(50)
+    if kind == "missed":  # none of class a is left to find, which is no AP of 100
+        assert found.cost["missed"] == pytest.approx(0)
+    else:
+        assert found.cost[kind] == pytest.approx(50)
+    assert all(found.cost[other] == 0 for other in KINDS if other != kind)
+
+
+def test_an_object_is_mended_once_by_the_best_that_means_it():
+    truth, matches = scene([(0, OBJECT)], [(0, SHIFTED, 0.5), (0, SHIFTED, 0.9), (1, OBJECT, 0.7)])
+    errors = find_errors(truth, matches)
+    assert matches.detections.score[errors.mends].tolist() == [0.9]
+    # Mending classification drops the detection of b: its object is the better one's to mend.
+    assert error_kinds(truth, matches, [0, 1]).cost["classification"] == 0
+    assert error_kinds(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
+
+
+def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
+    truth = generated_truth(objects=10, crowds=0.1)
+    matches = match(truth, generated_detections(truth, background=8))
+    errors = find_errors(truth, matches)
+    wrong = ~matches.right[0, 0] & ~matches.ignored[0, 0]
+    assert ((errors.kind >= 0) == wrong).all() and len(set(errors.kind[wrong])) == 5
+    found = np.zeros(len(truth), bool)
+    found[matches.object[0, 0, matches.right[0, 0]]] = True
+    reason = errors.missed.copy()
+    reason[errors.meant[errors.mends]] = True
+    assert (reason == (~found & ~truth.crowd)).all()
+
+
+def test_ap50_is_the_reported_one_and_costs_are_gains():
+    truth = generated_truth(objects=10)
+    matches = match(truth, generated_detections(truth, quality=0.2, background=8))
+    found = error_kinds(truth, matches, range(4))
+    assert found.AP50 == pytest.approx(accuracy(truth, matches, range(4), 0.5).metrics["AP50"])
+    assert all(0 <= cost <= 100 - found.AP50 for cost in found.cost.values())
+    assert found.cost["localization"] > 0 and found.cost["missed"] > 0
+
+
+def test_classes_that_are_not_compared_do_not_count():
+    truth, matches = scene([(0, OBJECT), (1, ELSEWHERE)], [(1, OBJECT, 0.9)])
+    found = error_kinds(truth, matches, [0])
+    assert found.count["classification"] == 0 and found.AP50 == 0

@@ -1,0 +1,228 @@
+"""Region tables where who is right is known by construction, and the agreement that training logs."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from d2kd.evaluation.features import FeatureSimilarity
+from d2kd.evaluation.matching import Truth
+from d2kd.evaluation.regions import RegionCounts
+from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs
+
+from .common import DETECTORS, batch, build, tiny_faster_rcnn
+
+CODER = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
+OBJECT, CROWD = [10.0, 10, 30, 30], [60.0, 60, 90, 90]
+PROPOSALS = torch.tensor(
+    [
+        OBJECT,
+        [10, 10, 30, 24],  # IoU 0.7
+        [10, 10, 30, 50],  # IoU 0.5: still on the object
+        [60, 5, 80, 25],  # on nothing
+        [65, 65, 85, 85],  # in the crowd
+    ]
+)
+
+
+def truth(label=0):
+    boxes = np.array([OBJECT, CROWD])
+    boxes[:, 2:] -= boxes[:, :2]
+    return Truth(
+        (0,),
+        ("a", "b"),
+        np.zeros(2, int),
+        np.array([label, 0]),
+        boxes,
+        boxes[:, 2] * boxes[:, 3],
+        np.array([False, True]),
+    )
+
+
+class Said:
+    """A detector's outputs, made by hand; classes and shifts of each proposal, in the input's pixels."""
+
+    def __init__(self, classes, shift=0.0, scale=1.0):
+        instances = Instances((100, 100))
+        instances.proposal_boxes = Boxes(PROPOSALS * scale)
+        self.proposals = [instances]
+        self.detector = SimpleNamespace(device=torch.device("cpu"))
+        self.classes, self.shift, self.asked = classes, shift, None
+
+    def share(self, shared):
+        self.asked = shared["region_boxes"][0][0].tensor
+
+    @property
+    def regions(self):
+        mine = self.proposals[0].proposal_boxes.tensor
+        equal = (self.asked[:, None] == mine[None]).all(dim=2)
+        asked = equal.nonzero()[:, 1]
+        said = torch.tensor(self.classes, dtype=torch.int64)[asked]
+        logits = torch.nn.functional.one_hot(said, 3).float()
+        deltas = torch.zeros(len(logits), 8)
+        deltas[:, 0::4] = self.shift  # in widths of the proposal
+        return [
+            SimpleNamespace(
+                pred_class_logits=logits, pred_proposal_deltas=deltas, box2box_transform=CODER
+            )
+        ]
+
+
+def ready(name, own=None):
+    return SimpleNamespace(
+        detector=SimpleNamespace(name=name),
+        teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
+        label_to_own=own or {0: 0, 1: 1},
+    )
+
+
+def seen(first, second, scale=1.0, **options):
+    counts = RegionCounts([ready("t"), ready("s")], truth(**options), [0, 1], [0, 0])
+    size = (3, 100, 100), (3, round(100 * scale), round(100 * scale))
+    inputs = [{"image": torch.zeros(s), "height": 100, "width": 100} for s in size]
+    counts.see(0, inputs, [first, second])
+    return counts.table()
+
+
+def test_rows_by_hand():
+    #           0: both right, 1: first alone, 2: second alone, 3: neither; 4 lies in the crowd
+    first, second = Said([0, 0, 1, 0, 1]), Said([0, 2, 0, 1, 0])
+    table = seen(first, second)
+    assert (table["rows"], table["foreground"]) == (4, 3)
+    [pair] = table["pairs"]
+    assert pair["all"]["class"] == {"both": 1, "first": 1, "second": 1, "neither": 1}
+    assert pair["background"]["class"] == {"both": 0, "first": 0, "second": 0, "neither": 1}
+    assert pair["by_class"]["a"]["rows"] == 3 and "b" not in pair["by_class"]
+    assert pair["by_size"]["small"]["rows"] == 3
+    assert pair["all"]["agreement"] == 1 / 4
+    assert table["detectors"][0]["class_right_foreground"] == pytest.approx(2 / 3)
+
+
+def test_boxes_by_hand():
+    # Shifted by half their width, all boxes overlap too little; unshifted, all overlap by 0.5 or more.
+    table = seen(Said([0] * 5), Said([0] * 5, shift=0.5))
+    [pair] = table["pairs"]
+    assert pair["all"]["box"] == {"both": 0, "first": 3, "second": 0, "neither": 0}
+    first, second = table["detectors"]
+    assert first["iou_before"] == pytest.approx((1 + 0.7 + 0.5) / 3) and first[
+        "iou_gained"
+    ] == pytest.approx(0)
+    assert second["iou_gained"] < -0.3
+
+
+def test_a_detector_that_sees_the_image_larger_is_asked_about_the_same_places():
+    said = Said([0] * 5, scale=2)
+    table = seen(Said([0] * 5), said, scale=2)
+    # The crowd's row is asked about, too; it is left out of the counts.
+    torch.testing.assert_close(said.asked, PROPOSALS * 2)
+    assert table["detectors"][1]["iou_after"] == pytest.approx(table["detectors"][0]["iou_after"])
+
+
+def test_an_object_whose_class_not_all_know_has_no_row():
+    counts = RegionCounts([ready("t"), ready("s", {0: 1})], truth(label=1), [0], [0, 0])
+    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
+    counts.see(0, [given, given], [Said([0] * 5), Said([1] * 5)])
+    assert (counts.table()["rows"], counts.table()["foreground"]) == (1, 0)
+
+
+def test_an_image_without_objects_or_proposals():
+    nothing = Truth((0,), ("a", "b"), *(x[:0] for x in list(vars(truth()).values())[2:]))
+    counts = RegionCounts([ready("t"), ready("s")], nothing, [0, 1], [0, 0])
+    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
+    counts.see(0, [given, given], [Said([2] * 5), Said([2] * 5)])
+    assert counts.table()["rows"] == 5 and counts.table()["pairs"][0]["all"]["class"]["both"] == 5
+    empty = Said([2] * 5)
+    empty.proposals[0] = empty.proposals[0][:0]
+    empty.classes = []
+    counts.see(0, [given, given], [empty, empty])
+    assert counts.table()["rows"] == 5
+
+
+class Dense:
+    """A one-stage detector's outputs, made by hand: logits of each anchor, and which it labels foreground."""
+
+    anchors = [Boxes(torch.tensor([OBJECT, [60, 5, 80, 25], [5, 60, 25, 80], [30, 60, 50, 80]]))]
+    images = SimpleNamespace(image_sizes=[(100, 100)])
+    predictions = (None, None)
+
+    def __init__(self, scores, foreground):
+        self.pred_logits = [torch.tensor(scores).logit()[None]]
+        self.pred_anchor_deltas = [torch.zeros(1, 4, 4)]
+        labels = torch.where(torch.tensor(foreground), 1, 2)
+        self.detector = SimpleNamespace(
+            device=torch.device("cpu"),
+            num_classes=2,
+            box2box_transform=CODER,
+            label_anchors=lambda _, given: ([labels], [given[0].gt_boxes.tensor[[0] * 4]]),
+        )
+
+
+def test_anchors_by_hand(monkeypatch):
+    monkeypatch.setattr("d2kd.evaluation.regions.BEST", 1)
+    low = [0.1, 0.1]
+    first = Dense([[0.6, 0.1], [0.1, 0.9], low, low], [True, False, False, False])
+    second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)
+    detectors = [ready("t"), ready("s")]
+    for one, said in zip(detectors, (first, second)):
+        one.teacher = SimpleNamespace(kind=DenseOutputs, detector=said.detector)
+    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
+    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
+    counts.see(0, [given, given], [first, second])
+    table = counts.table()
+    # Labelled by the first; the first's best; the second's best. The fourth anchor matters to nobody.
+    assert (table["kind"], table["rows"], table["foreground"]) == ("anchors", 3, 1)
+    [pair] = table["pairs"]
+    # The second says background of the object, for its class does not reach 0.8.
+    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
+    assert pair["background"]["class"] == {"both": 0, "first": 1, "second": 1, "neither": 0}
+    assert pair["foreground"]["box"] == {"both": 1, "first": 0, "second": 0, "neither": 0}
+
+
+def test_features_by_hand():
+    similarity = FeatureSimilarity(["t", "s", "u"], [{"p3": 2}, {"p3": 2}, {"p3": 4}])
+    ours = torch.zeros(1, 2, 4, 4)
+    ours[:, 0] = 1
+    theirs = ours.clone()
+    theirs[:, :, :2, :2] = -1  # cosine -1/sqrt(2) in the upper left quarter
+    features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 4)}]
+    similarity.see(features, (32, 32), (32, 32), torch.tensor([[0.0, 0, 16, 16]]))
+    [row] = similarity.table()["rows"]
+    assert row["in_objects"] == pytest.approx(-(0.5**0.5))
+    assert row["everywhere"] == pytest.approx((12 - 4 * 0.5**0.5) / 16)
+    assert similarity.table()["left_out"] == {"u": "4 channels beside 2"}
+
+
+def taught(node, losses, same=False):
+    student = build(node, 0)
+    return Distiller(
+        student=student,
+        teacher=Teacher(build(node, 0 if same else 1), weights=None),
+        losses=losses,
+        max_iter=10,
+    ).train()
+
+
+@pytest.mark.parametrize("family", list(DETECTORS))
+def test_agreement_is_logged_and_complete_with_a_copy(family):
+    for same in (True, False):
+        model = taught(DETECTORS[family](), DistillLosses(tar=TARLoss()), same)
+        with EventStorage() as storage:
+            model(batch())
+        value = storage.latest()["distill/agreement"][0]
+        assert value == 1 if same else 0 <= value < 1
+
+
+def test_agreement_never_asks_the_teacher():
+    model = taught(tiny_faster_rcnn(), DistillLosses(imitation=ImitationLoss()))
+    model.teacher.detector.roi_heads.box_head.register_forward_hook(
+        lambda *_: pytest.fail("asked for nothing but a scalar")
+    )
+    with EventStorage() as storage:
+        model(batch())
+    assert "distill/agreement" not in storage.latest()
