@@ -27,14 +27,14 @@ def wide(baseline, steps):
     recipe = get_config(baseline)
     recipe.model.backbone.bottom_up.width = 32
     recipe.model.backbone.bottom_up.blocks = [2, 2, 2, 2]
-    recipe.train.max_iter = steps
+    recipe.train.max_iter, recipe.train.eval_period = steps, steps // 2
     return recipe
 
 
 def thin(baseline, steps):
     """A student's recipe."""
     recipe = get_config(baseline)
-    recipe.train.max_iter = steps
+    recipe.train.max_iter, recipe.train.eval_period = steps, steps // 2
     return recipe
 
 
