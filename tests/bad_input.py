@@ -19,16 +19,19 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from d2kd import attention_maps, benchmark, classes, config, deployment, export
-from d2kd.data import InstancePriors, catalog, estimate_priors, loader, shapes, steps
+from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loader, shapes, steps
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
 from d2kd.engine import checkpoint, launch, optimizer, step, trainer
+from d2kd.engine.run_info import save_config
 from d2kd.errors import InputError
+from d2kd.evaluation import comparison, detections, detectors
 from d2kd.layers import adapter, attention, masks
 from d2kd.losses import (
     DistillLoss,
@@ -41,7 +44,7 @@ from d2kd.losses import (
     erd,
 )
 from d2kd.losses.icd import _width
-from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, weights
+from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
 from d2kd.modeling.distiller import _class_map
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
@@ -436,6 +439,7 @@ def _overridden(text: str) -> Case:
 
 
 ENGINE: dict[str, Case] = {
+    "engine/checkpoint plain": call(checkpoint.plain, {"it": object()}),
     "engine/checkpoint StudentCheckpointer.load_initial": saved(
         {"model": {"foreign": torch.zeros(1)}},
         lambda path: checkpoint.StudentCheckpointer(nn.Linear(1, 1)).load_initial(path),
@@ -445,7 +449,7 @@ ENGINE: dict[str, Case] = {
     "engine/launch pick_device: name, 'auto": call(launch.pick_device, "abacus"),
     "engine/launch pick_device: no CUDA here": call(_no_cuda),
     "engine/launch pick_device: found": call(_cuda, "cuda:7"),
-    "engine/launch launch": call(
+    "engine/launch launch: '--num-gpus'": call(
         launch.launch, print, argparse.Namespace(num_gpus=99, num_machines=1)
     ),
     "engine/launch _input_error": call(_of_another_process),
@@ -481,11 +485,16 @@ ENGINE: dict[str, Case] = {
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
     "attention_maps draw_attention": _nothing_to_ask_about,
-    "benchmark Setup.__post_init__": call(benchmark.Setup, "none", image_size=0),
-    "benchmark Setup.recipe": call(
-        lambda: benchmark.Setup("baselines/retinanet_small_shapes.py").recipe()
+    "benchmark/bench Setup.__post_init__": call(benchmark.Setup, "it", "none", image_size=0),
+    "benchmark/bench Setup.recipe": call(
+        lambda: benchmark.Setup("it", "baselines/retinanet_small_shapes.py").recipe()
     ),
-    "benchmark benchmark": lambda folder: lambda: benchmark.benchmark(benchmark.Setup("none"), 0),
+    "benchmark/costs benchmark: 'rounds'": call(
+        benchmark.benchmark, [benchmark.Setup("it", "none")], rounds=0
+    ),
+    "benchmark/costs benchmark: 'label'": call(
+        benchmark.benchmark, [benchmark.Setup("it", "none"), benchmark.Setup("it", "other")]
+    ),
     "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
     "classes class_names: 'no class'": call(classes.class_names, []),
     "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),
@@ -578,7 +587,35 @@ def _grown() -> None:
     build(node)
 
 
+def _across(scale: int, **changes) -> Distiller:
+    return Distiller(
+        student=build(tiny_faster_rcnn()),
+        teacher=Teacher(build(tiny_faster_rcnn()), None, scale=scale),
+        losses=DistillLosses(),
+        max_iter=1,
+        **changes,
+    )
+
+
+def _bitmaps() -> None:
+    instances = Instances((4, 4))
+    instances.gt_masks = BitMasks(torch.ones(1, 4, 4))
+    TwoScales(lambda _: {"image": torch.ones(3, 4, 4), "instances": instances}, 2)({})
+
+
 MODELS: dict[str, Case] = {
+    "data/scales TwoScales.__init__": call(TwoScales, None, 1),
+    "data/scales reduce_instances": call(_bitmaps),
+    "losses/base check_anchors: times larger": call(base.check_anchors, Like(), Like(), 2),
+    "modeling/distiller Distiller.__init__: times the size": call(lambda: _across(2, share="both")),
+    "modeling/speed quicken": call(
+        speed.quicken, Like(device=torch.device("cpu")), {"channels_last": True}
+    ),
+    "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
+    "modeling/teacher Teacher.__init__: 'teacher.scale'": call(lambda: _across(0)),
+    "modeling/teacher Teacher.own_inputs": call(
+        lambda: _across(2).teacher.ask([{"image": torch.ones(3, 4, 4)}])
+    ),
     "layers/adapter match_levels: 'levels', found": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4)
     ),
@@ -666,6 +703,106 @@ MODELS: dict[str, Case] = {
         weights.check_names, {"classes": ["a"]}, "weights.pth", ["b"]
     ),
     "modeling/weights fit": call(weights.fit, nn.Linear(1, 1), {"model": {}}, "weights.pth"),
+}
+
+
+# ---------------------------------------------------------------------------- d2kd/evaluation
+
+
+def _data(folder: Path) -> detectors.Data:
+    return detectors.load_data(drawn(folder / "data"))
+
+
+def _results(content: str) -> Case:
+    def case(folder):
+        data = _data(folder)
+        (folder / "results.json").write_text(content)
+        return lambda: detectors.read_results(folder / "results.json", data)
+
+    return case
+
+
+def _other_ap(folder):
+    data = _data(folder)
+    (folder / "results.json").write_text("[]")
+    detector = detectors.Detector("it", "none", "none", DictConfig({}), expected_AP=50.0)
+    return lambda: detections._known(folder / "results.json", detector, data)
+
+
+def _with_classes(*names: str) -> Case:
+    """A detector of three classes, by these names."""
+
+    def case(folder):
+        data = _data(folder)
+        path = folder / "weights.pth"
+        torch.save({"model": build(tiny_faster_rcnn()).state_dict()}, path)
+        detector = detectors.Detector("it", "none", str(path), tiny_faster_rcnn(), classes=names)
+        return lambda: detectors.build(detector, data, torch.device("cpu"))
+
+    return case
+
+
+def _knows(name: str, own: int) -> Like:
+    return Like(detector=Like(name=name), map=Like(of_student=[own]))
+
+
+def _unmeasured(folder):
+    node = plain_recipe(folder)
+    del node.dataloader["test"]
+    save_config(node, folder / "config.yaml")
+    torch.save({"model": {}}, folder / "model_final.pth")
+    return lambda: detectors.detectors_of_run(folder)
+
+
+def _comparing(*words: str) -> Case:
+    def act():
+        with mock.patch("sys.argv", ["compare_detectors.py", *words, "--debug"]):
+            tool("compare_detectors").main()
+
+    return call(act)
+
+
+EVALUATION: dict[str, Case] = {
+    "evaluation/comparison Comparison.load": file_with(
+        "{}", "report.json", comparison.Comparison.load
+    ),
+    "evaluation/comparison _check_names: 'none'": call(comparison._check_names, []),
+    "evaluation/comparison _check_names: 'a name'": call(comparison._check_names, ["."]),
+    "evaluation/comparison _check_names: 'other names'": call(
+        comparison._check_names, ["it", "it"]
+    ),
+    "evaluation/comparison _shared": call(
+        comparison._shared, [_knows("one", 0), _knows("other", 1)], Like(name="some data")
+    ),
+    "evaluation/detections _known": _other_ap,
+    "evaluation/detectors read_results: detections on": _results(
+        '[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
+    ),
+    "evaluation/detectors read_results: a COCO results file": _results("[1"),
+    "evaluation/detectors build: found, expected": _with_classes("one"),
+    "evaluation/detectors build: none of the classes": _with_classes("x", "y", "z"),
+    "evaluation/detectors study_of": file_with(
+        "{}", "results.json", lambda path: detectors.study_of(Path(path).parent)
+    ),
+    "evaluation/detectors detectors_of_run: no such file": call(
+        detectors.detectors_of_run, Path("nowhere")
+    ),
+    "evaluation/detectors detectors_of_run: --dataset NAME": _unmeasured,
+    "evaluation/detectors detectors_of_study": call(
+        detectors.detectors_of_study, Path("nowhere"), []
+    ),
+    "evaluation/detectors same_mapper": call(
+        detectors.same_mapper, [detectors.Detector("it", "none", "none", DictConfig({}))]
+    ),
+    "tools/compare_detectors run: f'--{name}'": _comparing("nowhere", "--observe", "0"),
+    "tools/compare_detectors run: 'what to compare'": _comparing(),
+    "tools/compare_detectors run: '--output'": _comparing("--detector", "a=b,c"),
+    "tools/compare_detectors given: '--dataset'": _comparing(
+        "--detector", "a=b,c", "--output", "nowhere"
+    ),
+    "tools/compare_detectors given: '--detector'": _comparing(
+        "--detector", "a", "--output", "nowhere", "--dataset", "some"
+    ),
 }
 
 
@@ -763,12 +900,16 @@ TOOLS: dict[str, Case] = {
     "tools/visualize detectors_of": _seeing("detectors_of", {}, {"student": "x", "teacher": "y"}),
 }
 
-CASES = DATA | ENGINE | MODELS | TOOLS
+CASES = DATA | ENGINE | MODELS | EVALUATION | TOOLS
 
 ELSEWHERE = {
     "attention_maps load_icd: no losses.": "test_attention_maps.test_what_is_no_run_with_icd",
-    "benchmark Bench._training.step": "test_benchmark.test_a_loss_that_is_not_finite",
-    "benchmark Bench.__init__": "test_bad_input.test_an_untrained_detector_that_explodes",
+    "benchmark/bench Bench._training.step": "test_benchmark.test_a_loss_that_is_not_finite",
+    "benchmark/bench Bench.__init__": "test_bad_input.test_an_untrained_detector_that_explodes",
+    "engine/checkpoint StudentCheckpointer.read_last": "test_resume.test_a_truncated_last_checkpoint_is_named_and_the_one_before_used",
+    "engine/launch explaining_lost_process": "test_processes.test_a_process_that_dies_ends_the_other_with_a_clear_message",
+    "engine/launch launch: ended by": "test_processes.test_launch_ends_all_and_says_why",
+    "engine/run_info explaining_full_disk": "test_resume.test_a_full_disk_is_the_users_to_mend",
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL.label_anchors": "test_erd.test_old_objects_are_refused",

@@ -78,8 +78,8 @@ def test_an_untrained_detector_that_explodes(monkeypatch):
     def explode(*_):
         raise FloatingPointError("boxes are not finite")
 
-    monkeypatch.setattr(benchmark, "measure_statistics", explode)
+    monkeypatch.setattr(benchmark.bench, "measure_statistics", explode)
     with pytest.raises(InputError, match="boxes are not finite; expected untrained detectors"):
         benchmark.Bench(
-            benchmark.Setup("projects/TAR/configs/tar_shapes.py", image_size=64, device="cpu")
+            benchmark.Setup("it", "projects/TAR/configs/tar_shapes.py", image_size=64, device="cpu")
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..benchmark import growth
+from ..engine.memory import Peak
 from ..engine.run_info import config_hash, written_whole
 from ..visualization import spread
 from .detections import Report, Say
@@ -186,13 +186,9 @@ def cost(ready: Ready, data: Data) -> dict[str, float | None]:
         seconds.append(time.perf_counter() - start)
     memory = []
     for batch in batches[:WEIGHED]:
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            detect(batch)
-            memory.append(torch.cuda.max_memory_allocated(device) - before)
-        else:
-            memory.append(growth(lambda batch=batch: detect(batch)))
+        peak = Peak(device)
+        detect(batch)
+        memory.append(peak.growth)
     known = [m for m in memory if m is not None]
     return {
         "seconds": float(np.median(seconds)),
