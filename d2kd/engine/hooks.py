@@ -128,8 +128,9 @@ class Checkpoints(hooks.PeriodicCheckpointer):
             last = self.checkpointer.get_checkpoint_file()
             self.recent_checkpoints = [*reversed(self.checkpointer.before(last)), last]
         if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
-            with self.trainer.as_of(self.max_iter - 1):
-                self.checkpointer.save(f"{self.file_prefix}_final")
+            last = self.max_iter - 1
+            with self.trainer.as_of(last):
+                self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
 
 
 class Evaluate(hooks.EvalHook):
