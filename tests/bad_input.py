@@ -390,7 +390,8 @@ def _restored(content: dict) -> Case:
         torch.save(state, folder / "weights.pth")
         other = Like(load_state_dict=lambda state: {}[state], state_dict=dict)
         keeper = checkpoint.StudentCheckpointer(module, trainer=other)
-        return lambda: keeper.restore(str(folder / "weights.pth"))
+        path = str(folder / "weights.pth")
+        return lambda: keeper.restore(path, weights.read(path))
 
     return case
 
