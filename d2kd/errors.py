@@ -7,6 +7,7 @@ Library code raises :class:`InputError`; command lines run inside :func:`reporti
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 
@@ -43,3 +44,18 @@ def reporting(debug: bool = False) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def need(extra: str, *modules: str) -> None:
+    """Refuse to begin what would end without a package that is no requirement of the core.
+
+    Args:
+        extra: of ``setup.py``, that has them.
+        modules: by the names they are imported by.
+
+    Raises:
+        InputError: one is missing.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise InputError(module, "not installed", f'pip install "d2kd[{extra}]"')

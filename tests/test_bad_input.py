@@ -8,7 +8,7 @@ import pytest
 
 from d2kd import benchmark
 from d2kd.engine.run_info import LOGGERS
-from d2kd.errors import InputError, reporting
+from d2kd.errors import InputError, need, reporting
 
 from .bad_input import CASES, ELSEWHERE, forgotten
 from .raise_sites import recorded, sites
@@ -83,3 +83,10 @@ def test_an_untrained_detector_that_explodes(monkeypatch):
         benchmark.Bench(
             benchmark.Setup("it", "projects/TAR/configs/tar_shapes.py", image_size=64, device="cpu")
         )
+
+
+def test_a_package_of_an_extra_is_asked_for_before_work_starts():
+    need("plots", "json", "torch")
+    with pytest.raises(InputError) as error:
+        need("plots", "json", "no_such_package")
+    assert str(error.value) == 'no_such_package: not installed; expected pip install "d2kd[plots]"'

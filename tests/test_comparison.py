@@ -276,6 +276,9 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     assert content["baseline"] == "baseline"
     detectors = detectors_of_study(study, content["rows"], content["baseline"])
     assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
+    for featured, last in (("weak", "weak"), ("gone", "tar")):
+        asked = detectors_of_study(study, content["rows"], content["baseline"], featured)
+        assert [d.name for d in asked] == ["teacher", "baseline", last]
     test = study / "tar_seed0" / "test"
     test.mkdir()
     (test / "coco_instances_results.json").write_text("[]")

@@ -59,7 +59,9 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd.errors import InputError
+    from d2kd.errors import InputError, need
+
+    need("plots", "matplotlib", "jinja2")
     from d2kd.evaluation.comparison import Options
     from d2kd.evaluation.detectors import load_data
     from d2kd.study.report import compare_and_report

@@ -41,6 +41,9 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
 
+    from d2kd.errors import need
+
+    need("plots", "matplotlib", "jinja2")
     from d2kd.study import load, run_study, show_results
     from d2kd.study.report import study_report
 

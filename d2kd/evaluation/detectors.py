@@ -287,14 +287,18 @@ def _moved(folder: Path, weights: str) -> str | Path:
 
 
 def detectors_of_study(
-    folder: Path, rows: Sequence[dict[str, Any]], baseline: str = "baseline"
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    baseline: str = "baseline",
+    featured: str | None = None,
 ) -> list[Detector]:
-    """Teacher, baseline, and the distilled student with the highest AP, under the study's first seed with all.
+    """Teacher, baseline, and the student that the study is about, under the study's first seed with all.
 
     Args:
         folder: of the study; each run has one in it.
         rows: of its ``results.json``.
         baseline: the method that the others are paired with.
+        featured: the method asked about. None, or where it has no run: the distilled one with the highest AP.
 
     Raises:
         InputError: no run was distilled, or its baseline or teacher is missing.
@@ -310,6 +314,7 @@ def detectors_of_study(
     ]
     of_seed = {row["seed"]: row for row in rows if row["method"] == baseline}
     distilled = [row for row in distilled if row["seed"] in of_seed]
+    distilled = [row for row in distilled if row["method"] == featured] or distilled
     if not distilled:
         raise InputError(
             folder, f"no distilled run beside a {baseline!r}", "a study of distillation"

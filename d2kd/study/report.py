@@ -55,7 +55,7 @@ def compare_and_report(
 
 
 def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> Path | None:
-    """``report.html`` of a study: its teacher, its baseline and its best distilled student under one seed.
+    """``report.html`` of a study: its teacher, its baseline and the student it is about, under one seed.
 
     Args:
         output: the study's folder.
@@ -68,7 +68,7 @@ def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) 
     if study.steps:
         return None
     try:
-        detectors = detectors_of_study(output, rows, study.baseline)
+        detectors = detectors_of_study(output, rows, study.baseline, study.featured)
     except InputError:
         return None
     return compare_and_report(
