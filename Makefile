@@ -28,7 +28,7 @@ demo-incremental: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
 
 # torch comes first, because reading the Detectron2 archive's metadata imports it.
 .venv/ready: setup.py constraints.txt tools/install_detectron2.py

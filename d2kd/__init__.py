@@ -17,3 +17,4 @@ if importlib.util.find_spec("detectron2") is None:
 warnings.filterwarnings("ignore", "`torch.jit.script", category=FutureWarning)
 warnings.filterwarnings("ignore", "`torch.jit.script", category=DeprecationWarning)
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", category=UserWarning)
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", category=FutureWarning)
