@@ -32,10 +32,12 @@ class InputError(Exception):
 
 
 @contextlib.contextmanager
-def reporting(debug: bool = False) -> Iterator[None]:
+def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
     """Report an :class:`InputError` raised inside in one line and exit with code 2.
 
-    With ``debug`` the error passes through with its traceback.
+    Args:
+        debug: the error passes through with its traceback.
+        interrupted: what to say to a user who interrupts, for work that goes on where it stopped; exit code 130.
     """
     try:
         yield
@@ -44,6 +46,11 @@ def reporting(debug: bool = False) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        print(f"\n{interrupted}")
+        raise SystemExit(130) from None
 
 
 def need(extra: str, *modules: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +48,10 @@ from d2kd.modeling.distiller import _class_map
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
-from .common import CLASSES, build, tiny_faster_rcnn
+from .common import CLASSES, ROOT, build, load_tool, tiny_faster_rcnn
 from .test_voc import gone, text, write_voc, written
 from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
-ROOT = Path(__file__).parent.parent
 NAMES = [f"class {k}" for k in range(CLASSES)]
 Case = Callable[[Path], Callable[[], object]]
 
@@ -137,10 +135,7 @@ def refused(error: InputError | None) -> None:
 
 
 def tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"bad_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(name)
 
 
 def command(name: str, words: str) -> Case:

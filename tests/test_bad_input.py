@@ -90,3 +90,11 @@ def test_a_package_of_an_extra_is_asked_for_before_work_starts():
     with pytest.raises(InputError) as error:
         need("plots", "json", "no_such_package")
     assert str(error.value) == 'no_such_package: not installed; expected pip install "d2kd[plots]"'
+
+
+def test_an_interruption_says_what_goes_on(capsys):
+    with pytest.raises(SystemExit) as exit, reporting(interrupted="the same command continues"):
+        raise KeyboardInterrupt
+    assert exit.value.code == 130 and "the same command continues" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt), reporting():
+        raise KeyboardInterrupt

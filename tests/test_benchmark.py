@@ -1,8 +1,6 @@
 """The benchmark measures what it says: which work, on which batches, and how sure it is."""
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,9 +22,8 @@ from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
 
-from .common import batch, build, tiny_faster_rcnn
+from .common import ROOT, batch, build, load_tool, tiny_faster_rcnn
 
-ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
 
@@ -379,10 +376,7 @@ def test_memory_is_measured_in_another_process(folder):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools/benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark")
 
 
 def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):

@@ -1,26 +1,20 @@
 """The command line of the comparison, and the report that ends a study."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
 
-from .common import tiny_faster_rcnn
+from .common import load_tool, tiny_faster_rcnn
 from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)
-
-TOOL = Path(__file__).parents[1] / "tools" / "compare_detectors.py"
 
 
 @pytest.fixture
 def command(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare_detectors", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("compare_detectors")
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["compare_detectors.py", *map(str, words)])

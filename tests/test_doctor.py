@@ -1,6 +1,5 @@
 """The doctor finds nothing in a good run, and in a spoiled one what was spoiled; it leaves no trace."""
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -19,10 +18,9 @@ from d2kd.engine.run_info import LOGGERS
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Teacher
 
-from .common import CLASSES, tiny_faster_rcnn, tiny_retinanet
+from .common import CLASSES, load_tool, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
-ROOT = Path(__file__).parent.parent
 LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
 
 
@@ -251,10 +249,7 @@ def test_the_table():
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools/doctor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("doctor")
 
 
 RECIPE = """

@@ -1,10 +1,8 @@
 """What is handed on detects as the detector does, in another runtime, in any size of image."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.cbook
 import numpy as np
@@ -20,11 +18,10 @@ from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_cascade_rcnn, tiny_mask_rcnn
 
-from .common import CLASSES, DETECTORS, build
+from .common import CLASSES, DETECTORS, ROOT, build, load_tool
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 pytest.importorskip("onnxruntime")
-ROOT = Path(__file__).parent.parent
 NAMES = [f"class {k}" for k in range(CLASSES)]
 ABOUT = {"classes": json.dumps(NAMES), "image_format": "BGR"}
 FAMILIES = ("retinanet", "fcos", "gfl", "faster_rcnn", "mobilenet_v3")
@@ -161,10 +158,7 @@ def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools/export_student.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("export_student")
 
 
 RECIPE = """

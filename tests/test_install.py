@@ -1,7 +1,6 @@
 """Set-up: the Detectron2 installer on small stand-in archives, the packaged recipes, the first message."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import shutil
@@ -13,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from .common import load_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "pb1-detectron2-0.6"
@@ -51,10 +52,7 @@ SOURCES = {
 @pytest.fixture
 def installer():
     """A fresh copy of the script as a module, so that a test may change its constants."""
-    spec = importlib.util.spec_from_file_location("installer", ROOT / "tools/install_detectron2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("install_detectron2")
 
 
 @pytest.fixture

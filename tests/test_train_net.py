@@ -16,10 +16,9 @@ from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 
-from .common import build, tiny_faster_rcnn
+from .common import ROOT, build, load_tool, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights
 
-ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
 
@@ -35,10 +34,7 @@ model, dataloader, optimizer, lr_multiplier, train = (
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools" / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_net")
 
 
 @pytest.fixture(autouse=True)

@@ -50,12 +50,8 @@ def main() -> None:
     # Late, so that --help and a mistyped option answer at once.
     from d2kd.errors import reporting
 
-    with reporting(args.debug):
-        try:
-            run(args)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command continues")
-            raise SystemExit(130) from None
+    with reporting(args.debug, "interrupted; the same command continues"):
+        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
