@@ -39,10 +39,15 @@ def _collect(node: ast.AST, file: str, inside: tuple[str, ...], found: list[Site
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Call) and getattr(child.func, "id", None) == "InputError":
             words = ", ".join(ast.unparse(argument) for argument in child.args)
-            key = f"{file} {'.'.join(inside)}: {words}"
+            key = plain_quotes(f"{file} {'.'.join(inside)}: {words}")
             found.append(Site(file, child.lineno, child.end_lineno or child.lineno, key))
         named = isinstance(child, ast.FunctionDef | ast.ClassDef)
         _collect(child, file, (*inside, child.name) if named else inside, found)
+
+
+def plain_quotes(words: str) -> str:
+    """Source with one kind of quotes: which of them stand in an f-string depends on Python's version."""
+    return words.replace('"', "'")
 
 
 def site_at(file: str, line: int) -> str | None:

@@ -11,7 +11,7 @@ from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError, need, reporting
 
 from .bad_input import CASES, ELSEWHERE, forgotten
-from .raise_sites import recorded, sites
+from .raise_sites import plain_quotes, recorded, sites
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,7 @@ def quiet():
 
 def places(name: str) -> list[str]:
     """The keys of the sites that a name of the table means."""
-    where, _, words = name.partition(": ")
+    where, _, words = plain_quotes(name).partition(": ")
     module, function = where.split(" ")
     module = module if module.startswith("tools/") else f"d2kd/{module}"
     head = f"{module}.py {function}: "
