@@ -112,6 +112,20 @@ class ClassMap:
         table[len(self.student)] = len(self.pairs)
         return table[labels]  # -1 finds the last entry, which is -1
 
+    def shared_logits(
+        self, student: Tensor, teacher: Tensor, background: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides' logits of the shared classes, in the same order.
+
+        Args:
+            student, teacher: ``(..., K_S)`` and ``(..., K_T)``, or one more each where the background is last.
+            background: whether it is; it is shared, too, and last again.
+        """
+        both = []
+        for logits, classes in ((student, self.of_student), (teacher, self.of_teacher)):
+            both.append(logits[..., [*classes, logits.shape[-1] - 1] if background else classes])
+        return both[0], both[1]
+
     def __str__(self) -> str:
         lacking = [name for k, name in enumerate(self.student) if k not in self.of_student]
         text = f"{len(self.pairs)} of the student's {len(self.student)} classes are known to the teacher"

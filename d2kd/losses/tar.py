@@ -207,8 +207,7 @@ class TARLoss(DistillLoss):
         labels = student.gt_classes
         if self.class_map is not None:
             labels = self.class_map.shared_labels(labels)
-            ours = ours[:, [*self.class_map.of_student, ours.shape[1] - 1]]
-            theirs = theirs[:, [*self.class_map.of_teacher, theirs.shape[1] - 1]]
+            ours, theirs = self.class_map.shared_logits(ours, theirs, background=True)
         (normalizer,) = self.normalizer((labels >= 0).sum())
         return classification_term(
             ours,
@@ -240,8 +239,7 @@ class TARLoss(DistillLoss):
         labels = student.gt_labels.flatten()
         if self.class_map is not None:
             labels = self.class_map.shared_labels(labels)
-            ours = ours[:, self.class_map.of_student]
-            theirs = theirs[:, self.class_map.of_teacher]
+            ours, theirs = self.class_map.shared_logits(ours, theirs)
         (normalizer,) = self.normalizer(is_foreground(labels, ours.shape[1]).sum())
         return dense_classification_term(
             ours,

@@ -43,8 +43,7 @@ def _of_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
     for ours, theirs in zip(student.regions, teacher.regions):
         ours, theirs = ours.pred_class_logits, theirs.pred_class_logits
         if class_map is not None:
-            ours = ours[:, [*class_map.of_student, ours.shape[1] - 1]]
-            theirs = theirs[:, [*class_map.of_teacher, theirs.shape[1] - 1]]
+            ours, theirs = class_map.shared_logits(ours, theirs, background=True)
         agreed.append(ours.argmax(dim=1) == theirs.argmax(dim=1))
     return torch.cat(agreed)
 
@@ -52,9 +51,9 @@ def _of_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
 def _of_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
     ours, theirs = (torch.cat(outputs.pred_logits, dim=1) for outputs in (student, teacher))
     if class_map is not None:
-        ours, theirs = ours[..., class_map.of_student], theirs[..., class_map.of_teacher]
+        ours, theirs = class_map.shared_logits(ours, theirs)
     if ours.shape != theirs.shape:
         return ours.new_zeros(0)  # other anchors: no row is the same for both
-    score, said = theirs.max(dim=2)
-    best = score.topk(min(BEST, score.shape[1]), dim=1).indices
-    return (ours.argmax(dim=2).gather(1, best) == said.gather(1, best)).flatten()
+    best = theirs.amax(dim=2).topk(min(BEST, theirs.shape[1]), dim=1).indices[..., None]
+    ours, theirs = (logits.take_along_dim(best, dim=1) for logits in (ours, theirs))
+    return (ours.argmax(dim=2) == theirs.argmax(dim=2)).flatten()
