@@ -11,15 +11,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .engine.run_info import written_whole
-from .evaluation.accuracy import METRICS
+from .engine.run_info import write_text
+from .evaluation.accuracy import LABELS, METRICS
 from .evaluation.comparison import Comparison, Gain
 from .evaluation.error_kinds import KINDS
 from .report_pictures import LOST, WON, Pictures
 
 COLORS = ("#4b5668", "#d18b1f", "#0f8577", "#7a5bb0", "#c0496b", "#2f6fb5", "#7c8a2c")
 """Of the detectors, in their order; the featured one has the third."""
-LABELS = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
 MEANINGS = {
     "classification": "right place, wrong class",
     "localization": "right class, overlap 0.1 to 0.5",
@@ -43,9 +42,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     comparison.save(folder / "report.json")
     page = folder / "report.html"
-    text = render(comparison)
-    with written_whole(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(page, render(comparison))
     return page
 
 

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from d2kd.benchmark import HEADLINE, Setup, benchmark, table
-    from d2kd.engine.run_info import write_json, written_whole
+    from d2kd.engine.run_info import write_json, write_text
     from d2kd.errors import InputError
 
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, result)
     if args.markdown:
-        with written_whole(args.markdown) as temporary:
-            temporary.write_text(f"{table(result, 'github')}\n")
+        write_text(args.markdown, f"{table(result, 'github')}\n")
     if args.bound is None:
         return
     print()

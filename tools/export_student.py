@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     from d2kd import deployment
     from d2kd.config import load
-    from d2kd.engine.run_info import write_json, written_whole
+    from d2kd.engine.run_info import write_json, write_text
     from d2kd.engine.trainer import complete
     from d2kd.errors import InputError
     from d2kd.export import (
@@ -95,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if args.table:
         result = deployment.compare(config, rows, batches, args.output)
         text = deployment.table(result)
-        with written_whole(args.output / "table.txt") as temporary:
-            temporary.write_text(text + "\n")
+        write_text(args.output / "table.txt", text + "\n")
         write_json(args.output / "table.json", result)
         print(f"\n{text}")
     if differ:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.weights import CLASSES, check_names, local_path, read
 from .random_state import random_state
-from .run_info import explaining_full_disk, written_whole
+from .run_info import explaining_full_disk, write_text, written_whole
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -100,8 +100,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         return state
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with written_whole(Path(self.save_dir, "last_checkpoint")) as temporary:
-            temporary.write_text(last_filename_basename)
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load_initial(self, weights: str) -> None:
         """Start the student from whatever fits by name and shape: a backbone, another detector.

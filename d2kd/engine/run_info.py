@@ -96,10 +96,15 @@ def explaining_full_disk(path: str | Path) -> Iterator[None]:
         raise InputError(path, f"cannot be written ({said})", expected) from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON whole or not at all; what is not a number there is ``null``."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -170,8 +175,7 @@ def keep_metrics_before(path: str | Path, iteration: int) -> None:
         with contextlib.suppress(ValueError, KeyError):  # a line that a crash cut short
             if json.loads(line)["iteration"] < iteration:
                 kept.append(line + "\n")
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(kept))
+    write_text(path, "".join(kept))
 
 
 class RunLog:

@@ -16,6 +16,8 @@ from .matching import AREAS, IOUS, Matches, Truth
 RECALLS = np.linspace(0.0, 1.0, 101)
 """The recalls at which COCO reads precision."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+LABELS = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
+"""How a table writes those whose name does not say it."""
 CELLS = 8_000_000
 """Entries of the largest temporary array of the bootstrap; 4 bytes each, a few of them at a time."""
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.run_info import versions, write_json
+from ..engine.run_info import versions, write_json, write_text
+from ..evaluation.accuracy import LABELS, METRICS
 from ..visualization import draw_curves, draw_differences
 from .plan import Run, Study
 from .plots import draw_gains
@@ -22,10 +23,8 @@ from .steps import FILE as STEPS
 from .steps import steps_table, write_steps
 from .text import aligned, markdown, mean_text, t_interval
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PREDICTIONS = "test/coco_instances_results.json"
 """Where a run's folder has what its last weights said about the test split."""
-LABELS = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
 
 Row = Mapping[str, Any]
 
@@ -190,9 +189,9 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
     text = table(whole, study.test, study.references, study.paired)
     if study.steps:
         text = steps_table(study, rows) + (f"\n\n{text}" if whole else "")
-    (output / "table.txt").write_text(f"{study.title}\n\n{text}\n")
+    write_text(output / "table.txt", f"{study.title}\n\n{text}\n")
     written = table(whole, study.test, study.references, study.paired, markdown)
-    (output / "table.md").write_text(f"# {study.title}\n\n{written}\n\n{provenance(rows)}\n")
+    write_text(output / "table.md", f"# {study.title}\n\n{written}\n\n{provenance(rows)}\n")
     over = {name: gains_over(whole, name, study.paired) for name in study.references}
     curves: dict[str, list[Path]] = {}
     for row in rows:
