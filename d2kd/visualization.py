@@ -238,6 +238,8 @@ def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[
 
 def spread(records: Sequence[dict], number: int) -> list[dict]:
     """So many of the records, evenly, in their order; all where there are no more."""
+    if number >= len(records):
+        return list(records)
     places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
     return [records[place] for place in places]
 

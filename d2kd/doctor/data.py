@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..data import check_dataset
 from ..errors import InputError
+from ..visualization import spread
 from .findings import Finding
 
 SLACK = 1.0  # pixels that a box may lie outside the image: annotators round
@@ -82,11 +83,9 @@ def _annotations(
 
 
 def _files(subject: str, records: Sequence[dict], images: int) -> Finding:
-    count = len(records) if images == 0 else min(images, len(records))
-    chosen = np.linspace(0, len(records) - 1, count).round().astype(int)
+    chosen = spread(records, images or len(records))
     bad = []
-    for index in chosen:
-        record = records[index]
+    for record in chosen:
         try:
             image = detection_utils.read_image(record["file_name"], format="BGR")
             detection_utils.check_image_size(dict(record), image)
@@ -95,6 +94,6 @@ def _files(subject: str, records: Sequence[dict], images: int) -> Finding:
         except Exception as error:  # PIL has many
             bad.append(f"{record['file_name']} ({type(error).__name__})")
     if bad:
-        found = f"{len(bad)} of {count} cannot be used, such as {bad[0]}"
+        found = f"{len(bad)} of {len(chosen)} cannot be used, such as {bad[0]}"
         return Finding(subject, "error", found, "replace them, or leave them out")
-    return Finding(subject, "ok", f"{count} of {len(records)} decoded")
+    return Finding(subject, "ok", f"{len(chosen)} of {len(records)} decoded")

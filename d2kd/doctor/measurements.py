@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
@@ -23,6 +22,7 @@ from ..engine.step import NotFinite
 from ..modeling import Distiller, Teacher
 from ..modeling.outputs import capture
 from ..study.console import quiet
+from ..visualization import spread
 from .findings import Finding
 
 MEAN, DEVIATION = 1.5, (0.2, 100)
@@ -58,9 +58,7 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
 def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Finding:
     """The teacher's AP on some of the test data, spread over it; on all of it if ``images`` is 0."""
     dataset = instantiate(config.dataloader.test.dataset)
-    count = min(images or len(dataset), len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    records = [dataset[index] for index in chosen]
+    records = spread(dataset, images or len(dataset))
     loader = build_test_loader(records, mapper=instantiate(config.dataloader.test.mapper))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
         evaluator = build_evaluator(config, folder)
@@ -72,7 +70,7 @@ def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Findin
             options["img_ids"] = [record["image_id"] for record in records]
         found = evaluator.evaluate(**options) or {}
     value = found.get("bbox", {}).get("AP", math.nan)
-    text = f"AP {value:.1f} on {count} of {len(dataset)} test images"
+    text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
     if not value >= KNOWS_NOTHING:
         return Finding(
             "teacher", "error", text, "its weights, its config, its classes, their order"

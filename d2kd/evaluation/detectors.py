@@ -373,3 +373,13 @@ def loader_of(detector: Detector, records: list[dict], begin: int = 0) -> Iterab
         sampler=range(begin, len(records)),
         num_workers=int(len(records) - begin > FEW),
     )
+
+
+def input_scale(given: dict) -> torch.Tensor:
+    """(4,) what takes XYXY boxes of an image's file to those of the detector's input.
+
+    Args:
+        given: what a loader yields of it: "image", and the file's "height" and "width".
+    """
+    height, width = given["image"].shape[-2:]
+    return torch.tensor([width / given["width"], height / given["height"]]).repeat(2)

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.structures import BoxMode
 
 from ..engine.memory import Peak
 from ..engine.run_info import config_hash, written_whole
 from ..visualization import spread
 from .detections import Report, Say
-from .detectors import Data, Ready, loader_of
+from .detectors import Data, Ready, input_scale, loader_of
 from .features import FeatureSimilarity
 from .regions import RegionCounts, why_not
 
@@ -132,8 +133,7 @@ def _see(parts, data: Data, detectors: Sequence[Ready], record: dict, inputs) ->
     mine = (data.truth.image == place) & ~data.truth.crowd
     xywh = torch.as_tensor(data.truth.box[mine], dtype=torch.float32)
     height, width = first["image"].shape[-2:]
-    scale = torch.tensor([width / first["width"], height / first["height"]]).repeat(2)
-    boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1) * scale
+    boxes = BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) * input_scale(first)
     padded = tuple(said.images.tensor.shape[-2:])
     parts["features"].see([o.features for o in outputs], (height, width), padded, boxes)
     if "regions" in parts:

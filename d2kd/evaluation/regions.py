@@ -24,16 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
+from ..compat import box_tensors
 from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..losses.base import check_anchors
 from ..losses.functional import paired_iou
 from ..losses.tar import of_class
 from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs
-from .detectors import Ready
+from .detectors import Ready, input_scale
 from .matching import Truth
 
 OUTCOMES = ("both", "first", "second", "neither")
@@ -151,17 +152,13 @@ class RegionCounts:
         mine = np.flatnonzero(self.truth.image == place)
         xywh = torch.as_tensor(self.truth.box[mine], dtype=torch.float32)
         size = (inputs[0]["height"], inputs[0]["width"])
-        scales = []
-        for given in inputs:
-            height, width = given["image"].shape[-2:]
-            scales.append(torch.tensor([width / size[1], height / size[0]]).repeat(2))
         return _Image(
             size,
-            torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
+            BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
             torch.as_tensor(self.truth.label[mine]),
             torch.as_tensor(self.truth.size[mine]),
             torch.as_tensor(self.truth.crowd[mine]),
-            scales,
+            [input_scale(given) for given in inputs],
         )
 
     def _regions(self, image: _Image, outputs: Sequence[DetectorOutputs]) -> _Rows:
@@ -234,7 +231,7 @@ class RegionCounts:
         given.gt_classes = torch.full((len(single),), label, device=detector.device)
         [labels], [matched] = detector.label_anchors(anchors, [given])
         on = torch.nonzero(labels == label)[:, 0]
-        boxes = getattr(matched, "tensor", matched)[on]
+        boxes = box_tensors([matched])[0][on]
         # Labelling tells the box, not its number.
         equal = (boxes[:, None] == given.gt_boxes.tensor[None]).all(dim=2)
         objects = torch.full(labels.shape, -1)
