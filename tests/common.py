@@ -1,8 +1,12 @@
 """Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the tools as modules."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     CLASSES,
@@ -23,3 +27,39 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def refusal(command: Callable[..., object], words: list[str], capture) -> str:
+    """What a command says that refuses its input as all must: in one line, with exit code 2.
+
+    Args:
+        capture: pytest's ``capfd`` or ``capsys``.
+    """
+    with pytest.raises(SystemExit) as exit:
+        command(words)
+    assert exit.value.code == 2
+    error = capture.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def interrupted_in(method: str) -> Callable:
+    """Training as a study does it, interrupted after the first step of this method's runs."""
+    from d2kd.study import train
+
+    def train_a_step(config, test, report):
+        def stop(step, steps):
+            report(step, steps)
+            if step == 1 and method in config.train.output_dir:
+                raise KeyboardInterrupt
+
+        return train(config, test, stop)
+
+    return train_a_step
+
+
+def forget_class_steps() -> None:
+    """Take the class steps that a test registered out of Detectron2's catalogs."""
+    for name in [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("class_step")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

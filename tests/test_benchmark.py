@@ -22,7 +22,7 @@ from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
 
-from .common import ROOT, batch, build, load_tool, tiny_faster_rcnn
+from .common import ROOT, batch, build, load_tool, refusal, tiny_faster_rcnn
 
 RECIPE = """
 from pathlib import Path
@@ -455,12 +455,7 @@ REFUSED = {
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
 def test_refused_in_one_line(tool, folder, capfd, arguments, complaint):
     words = arguments.format(folder=folder, tar=f"--config-file {folder}/tar.py").split()
-    with pytest.raises(SystemExit) as exit:
-        tool.main(words)
-    assert exit.value.code == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert complaint in error
+    assert complaint in refusal(tool.main, words, capfd)
 
 
 def test_a_loss_that_is_not_finite(bench, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
 
-from .common import load_tool, tiny_faster_rcnn
+from .common import load_tool, refusal, tiny_faster_rcnn
 from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)
 
 
@@ -66,11 +66,7 @@ def test_a_study_ends_with_it(study, data, capsys):  # noqa: F811
 )
 def test_bad_input_ends_in_one_line(command, words, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        command(*words)
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and line in error and error.count("\n") == 1
+    assert line in refusal(lambda words: command(*words), words, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,6 @@
 """ERD: reference arrays, a slow restatement, how detectors grow, and what does not depend on processes."""
 
 import copy
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from .common import batch, build
 from .parity import Arrays
 from .parity.__main__ import main as parity
 from .parity.gfl_erd import detector
+from .two_processes import in_two
 
 REFERENCE = str(Path(__file__).with_name("parity") / "gfl_erd.npz")
 OLD, NEW = ["cat", "ox"], ["hen", "dog", "fox"]
@@ -246,10 +246,6 @@ DEALS = {"evenly": [[0, 1], [2, 3]], "unevenly": [[0], [1, 2, 3]]}
 
 
 def _process(rank, folder, deal, options):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     student, teacher = answers(images=4)
     student, teacher = rows_of(deal[rank], student), rows_of(deal[rank], teacher)
     loss = of(bound(student, teacher, **options), student, teacher)
@@ -257,7 +253,6 @@ def _process(rank, folder, deal, options):
     total.backward()
     gradients = [x.grad for kind in student.predictions for x in kind]
     torch.save((total.detach(), gradients), f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"class_pool": "image"}], ids=["batch", "image"])
@@ -265,15 +260,7 @@ def _process(rank, folder, deal, options):
 def test_two_processes_are_as_one(deal, options, tmp_path):
     """Means of losses and gradients, as DDP takes them, however the images are dealt."""
     deal = DEALS[deal]
-    context = multiprocessing.get_context("fork")
-    both = [
-        context.Process(target=_process, args=(rank, tmp_path, deal, options)) for rank in range(2)
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert in_two(_process, tmp_path, deal, options) == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
     student, teacher = answers(images=4)
     whole = sum(of(bound(student, teacher, **options), student, teacher).values())

@@ -1,7 +1,6 @@
 """GFL: its formulas restated slowly, its anchors' labels, odd input, precision, processes, reference arrays."""
 
 import math
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from d2kd.testing import odd_batches, step, tiny_gfl
 
 from .common import CLASSES, batch, build
 from .parity.gfl_erd import detector, outputs
+from .two_processes import in_two
 
 ARRAYS = Path(__file__).parent / "parity/gfl_erd.npz"
 
@@ -312,10 +312,6 @@ def test_a_sure_and_right_answer_costs_nothing():
 
 
 def _process(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
     torch.manual_seed(1)
     gfl, logits, edges = answers()
     mine = [[x[rank : rank + 1].detach().requires_grad_() for x in y] for y in (logits, edges)]
@@ -323,18 +319,11 @@ def _process(rank, folder):
     sum(losses.values()).backward()
     gradients = [x.grad for x in mine[0] + mine[1]]
     torch.save(({k: v.detach() for k, v in losses.items()}, gradients), f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_as_one(tmp_path):
     """An image each, one without an object: means of losses and of gradients, as DDP takes them."""
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_process, args=(rank, tmp_path)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert in_two(_process, tmp_path) == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
     torch.manual_seed(1)
     gfl, logits, edges = answers()

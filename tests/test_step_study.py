@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 
 from d2kd.config import increment, load
@@ -16,7 +15,8 @@ from d2kd.errors import InputError
 from d2kd.evaluation.coco import forgetting, gaps, old_new_all
 from d2kd.study import Measured, parse, run_study, show_results
 from d2kd.study import load as load_study
-from d2kd.study import train as really_train
+
+from .common import forget_class_steps, interrupted_in
 
 CLASSES = list(shapes.CLASSES)
 
@@ -26,9 +26,7 @@ def few_shapes(tmp_path):
     shapes.register(tmp_path / "shapes", train=8, val=4, test=6)
     yield
     shapes.register()
-    for name in [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("class_step")]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_class_steps()
 
 
 def test_means_and_gaps():
@@ -207,17 +205,8 @@ def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
     )))  # fmt: skip
     runs = study.plan(fast=True)
     assert len(runs) == 5
-
-    def interrupted(config, test, report):
-        def stop(step, steps):
-            report(step, steps)
-            if step == 1 and "erd" in config.train.output_dir:
-                raise KeyboardInterrupt
-
-        return really_train(config, test, stop)
-
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, interrupted, io.StringIO())
+        run_study(study, runs, tmp_path, interrupted_in("erd"), io.StringIO())
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and len(rows) == 5
     names = {

@@ -22,7 +22,7 @@ from d2kd.losses import DistillLosses, ERDLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import tiny_gfl
 
-from .common import build
+from .common import build, forget_class_steps
 from .test_voc import NAMES, write_voc
 from .tiny_run import draw_data, recipe, without_evaluation
 
@@ -36,9 +36,7 @@ def few_shapes(tmp_path):
     shapes.register(tmp_path / "shapes", train=20, val=8, test=3)
     yield
     shapes.register()
-    for name in [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("class_step")]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_class_steps()
 
 
 @pytest.mark.parametrize("split", PUBLISHED_SPLITS)

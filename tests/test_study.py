@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from d2kd.data import shapes
 from d2kd.errors import InputError
 from d2kd.study import Measured, load, parse, prepare, run_study, show_results
-from d2kd.study import train as really_train
 from d2kd.study.results import average_precision, gains, table
 from d2kd.study.text import markdown, t_interval
+
+from .common import interrupted_in
 
 CLASSES = list(shapes.CLASSES)
 
@@ -452,17 +453,8 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
               "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
     )))  # fmt: skip
     runs = study.plan(only=["baseline", "tar"], fast=True)
-
-    def interrupted(config, test, report):
-        def stop(step, steps):
-            report(step, steps)
-            if step == 1 and "tar" in config.train.output_dir:
-                raise KeyboardInterrupt
-
-        return really_train(config, test, stop)
-
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, interrupted, io.StringIO())
+        run_study(study, runs, tmp_path, interrupted_in("tar"), io.StringIO())
     assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and [row["name"] for row in rows] == [
