@@ -27,7 +27,7 @@ from d2kd import attention_maps, benchmark, classes, config, deployment, export
 from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loader, shapes, steps
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
-from d2kd.engine import checkpoint, launch, optimizer, step, trainer
+from d2kd.engine import checkpoint, launch, optimizer, recipe, step, trainer
 from d2kd.engine.run_info import save_config
 from d2kd.errors import InputError
 from d2kd.evaluation import comparison, detections, detectors
@@ -48,9 +48,10 @@ from d2kd.modeling.distiller import _class_map
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
+from . import tiny_run
 from .common import CLASSES, ROOT, build, load_tool, tiny_faster_rcnn
 from .test_voc import gone, text, write_voc, written
-from .tiny_run import distiller, draw_data, recipe, without_evaluation
+from .tiny_run import distiller, draw_data, without_evaluation
 
 NAMES = [f"class {k}" for k in range(CLASSES)]
 Case = Callable[[Path], Callable[[], object]]
@@ -156,7 +157,7 @@ def look(what: str = "detections", **changes) -> argparse.Namespace:
 
 
 def plain_recipe(folder: Path, **train):
-    return recipe(folder / "data", folder / "out", **train)
+    return tiny_run.recipe(folder / "data", folder / "out", **train)
 
 
 def shapes_of(**strides) -> Like:
@@ -413,7 +414,7 @@ def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
         change(node)
-        return lambda: trainer.complete(node)
+        return lambda: recipe.complete(node)
 
     return case
 
@@ -455,6 +456,19 @@ ENGINE: dict[str, Case] = {
     "engine/optimizer _build: 'nothing that": call(
         optimizer._build, "optimizer", OmegaConf.create({"params": {}}), nn.Identity()
     ),
+    "engine/recipe complete: 'the recipe'": call(recipe.complete, {"model": {}, "dataloader": {}}),
+    "engine/recipe complete: clip_type": _completed(
+        lambda node: node.train.clip_gradients.update(clip_type="hard")
+    ),
+    "engine/recipe complete: f'train.{key}'": _completed(
+        lambda node: node.train.update(draw_period=-1)
+    ),
+    "engine/recipe _check_distiller: 'no Distiller": _completed(
+        lambda node: node.train.update(distiller={"optimizer": {}})
+    ),
+    "engine/recipe _check_distiller: found or": _completed(
+        lambda node: [node.update(model=distiller()), node.train.update(distiller={})]
+    ),
     "engine/step precision: amp.dtype, ' or": call(
         step.precision, OmegaConf.create({"enabled": True, "dtype": "int8"}), torch.device("cpu")
     ),
@@ -462,21 +476,6 @@ ENGINE: dict[str, Case] = {
         step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
     ),
     "engine/trainer Trainer._draw_hook": _undrawable,
-    "engine/trainer complete: 'the recipe'": call(
-        trainer.complete, {"model": {}, "dataloader": {}}
-    ),
-    "engine/trainer complete: clip_type": _completed(
-        lambda node: node.train.clip_gradients.update(clip_type="hard")
-    ),
-    "engine/trainer complete: f'train.{key}'": _completed(
-        lambda node: node.train.update(draw_period=-1)
-    ),
-    "engine/trainer _check_distiller: 'no Distiller": _completed(
-        lambda node: node.train.update(distiller={"optimizer": {}})
-    ),
-    "engine/trainer _check_distiller: found or": _completed(
-        lambda node: [node.update(model=distiller()), node.train.update(distiller={})]
-    ),
     "attention_maps load_icd: 'no ICDLoss'": call(
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),

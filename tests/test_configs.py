@@ -24,7 +24,7 @@ from d2kd.config import (
     student_of,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
-from d2kd.engine.trainer import complete
+from d2kd.engine.recipe import complete
 from d2kd.errors import InputError
 from d2kd.modeling import Distiller, Teacher
 

@@ -17,8 +17,8 @@ from d2kd.config import get_config, override
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.optimizer import DistillerOptimizer
+from d2kd.engine.recipe import complete
 from d2kd.engine.step import Step
-from d2kd.engine.trainer import complete
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2kd.engine import do_test
 from d2kd.engine.launch import joined
-from d2kd.engine.trainer import complete
+from d2kd.engine.recipe import complete
 from d2kd.errors import reporting
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.testing import tiny_retinanet

@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     from d2kd import deployment
     from d2kd.config import load
+    from d2kd.engine.recipe import complete
     from d2kd.engine.run_info import write_json, write_text
-    from d2kd.engine.trainer import complete
     from d2kd.errors import InputError
     from d2kd.export import (
         BOX_TOLERANCE,

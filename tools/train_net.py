@@ -19,7 +19,7 @@ from d2kd.doctor import FirstLook
 from d2kd.engine import Trainer, do_test
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.engine.launch import joined, launch, pick_device
-from d2kd.engine.trainer import complete
+from d2kd.engine.recipe import complete
 from d2kd.errors import InputError, reporting
 from d2kd.modeling.weights import load_strict
 

@@ -30,8 +30,8 @@ from ..config import is_distiller, load, without_priors
 from ..engine.launch import pick_device
 from ..engine.memory import Peak
 from ..engine.optimizer import build_optimizer
+from ..engine.recipe import complete
 from ..engine.step import NotFinite, Step, precision
-from ..engine.trainer import complete
 from ..errors import InputError
 from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import is_distiller, student_of
 from ..engine import Trainer
 from ..engine.checkpoint import unwrapped
-from ..engine.trainer import complete
+from ..engine.recipe import complete
 from ..errors import InputError
 from ..modeling.weights import CLASSES, STATISTICS, read
 from ..study.console import quiet

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -35,7 +35,6 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import get_config, is_distiller
 from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_new_objects
@@ -56,6 +55,7 @@ from .hooks import BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Eva
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
+from .recipe import complete, run_card
 from .run_info import (
     RunLog,
     RunRecord,
@@ -70,7 +70,6 @@ from .step import NotFinite, Step, distributed, precision
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
-CLIP_TYPES = ("full_model", "norm", "value")
 
 
 class Trainer(DefaultTrainer):
@@ -422,50 +421,6 @@ class Trainer(DefaultTrainer):
             )
 
 
-def complete(cfg: Any) -> DictConfig:
-    """A copy of a recipe, a config, a mapping or what ``d2kd.config.distill`` gave, with a full ``train``.
-
-    Raises:
-        InputError: a part of the recipe is missing.
-    """
-    if not OmegaConf.is_config(cfg):
-        parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
-        cfg = DictConfig(parts, flags={"allow_objects": True})
-    missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
-    if missing or "train" not in cfg.dataloader:
-        found = f"no {', '.join(missing or ['dataloader.train'])}"
-        raise InputError("the recipe", found, "model, dataloader.train, optimizer and train")
-    config = copy.deepcopy(cfg)
-    defaults = get_config("common/train.py").train
-    config.train = OmegaConf.merge(defaults, config.train)
-    clips = {"train.clip_gradients": config.train.clip_gradients}
-    if config.train.get("distiller") is not None:
-        distiller = config.train.distiller
-        _check_distiller(config.model, distiller)
-        distiller.clip_gradients = OmegaConf.merge(
-            defaults.clip_gradients, distiller.get("clip_gradients", {})
-        )
-        clips["train.distiller.clip_gradients"] = distiller.clip_gradients
-    for key, clip in clips.items():
-        if clip.clip_type not in CLIP_TYPES:
-            raise InputError(f"{key}.clip_type", clip.clip_type, " or ".join(CLIP_TYPES))
-    for key, least in (("draw_period", 0), ("draw_images", 1)):
-        if not isinstance(config.train[key], int) or config.train[key] < least:
-            found = config.train[key]
-            raise InputError(f"train.{key}", found, f"an integer, at least {least}")
-    return config
-
-
-def _check_distiller(model: DictConfig, distiller: DictConfig) -> None:
-    expected = "optimizer, lr_multiplier and clip_gradients of what a Distiller's losses own"
-    if not is_distiller(model):
-        raise InputError("train.distiller", "no Distiller in the recipe", expected)
-    keys = {"optimizer", "lr_multiplier", "clip_gradients"}
-    if not OmegaConf.is_dict(distiller) or "optimizer" not in distiller or set(distiller) - keys:
-        found = ", ".join(distiller) if OmegaConf.is_dict(distiller) else distiller
-        raise InputError("train.distiller", found or "nothing", expected)
-
-
 def has_tensorboard() -> bool:
     """Whether Detectron2's writer for it can work; tensorboard is no requirement of ours."""
     try:
@@ -473,20 +428,6 @@ def has_tensorboard() -> bool:
     except ImportError:
         return False
     return True
-
-
-def run_card(config: DictConfig) -> CfgNode:
-    """The values that DefaultTrainer and hooks written for it look up in a yacs config."""
-    train, card = config.train, get_cfg()
-    card.OUTPUT_DIR = str(train.output_dir)
-    card.SEED = train.seed
-    card.MODEL.WEIGHTS = train.init_checkpoint or ""
-    card.SOLVER.MAX_ITER = train.max_iter
-    card.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
-    card.SOLVER.AMP.ENABLED = train.amp.enabled
-    card.SOLVER.CLIP_GRADIENTS.ENABLED = train.clip_gradients.enabled
-    card.TEST.EVAL_PERIOD = train.eval_period
-    return card
 
 
 def finite(results: dict) -> dict:
