@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import get_cfg, instantiate
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
 
-from d2kd.data import coco_dataset
+from d2kd.data import coco_dataset, register_voc
 from d2kd.engine.run_info import save_config, write_json
 from d2kd.errors import InputError
 from d2kd.evaluation import detections as kept
@@ -19,12 +23,16 @@ from d2kd.evaluation.detectors import (
     load_data,
     study_of,
 )
+from d2kd.evaluation.detectors import build as build_detector
+from d2kd.evaluation.regions import why_not
 from d2kd.modeling import Teacher
 from d2kd.modeling.weights import sha256
 from d2kd.report import write_report
 from d2kd.testing import DETECTORS
 
 from .common import build, tiny_faster_rcnn, tiny_retinanet
+from .test_voc import NAMES as NAMES_OF_VOC
+from .test_voc import write_voc
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 QUICK = Options(resamples=20)
@@ -250,6 +258,23 @@ def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
         detectors_of_run(tmp_path)
 
 
+def test_a_run_says_where_its_detectors_come_from(data, tmp_path):
+    """The teacher's classes by the student's names, and what the training left beside the weights."""
+    run = tmp_path / "run"
+    config = recipe(data, run, distiller(teacher_weights(tmp_path / "taught")))
+    config.model.teacher.update(classes=["cup", "b", "c"], aliases={"cup": "class 0"})
+    save_config(config, run / "config.yaml")
+    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    starts = [{"seconds": 1.0}, {"seconds": 12.34, "seed": 3, "iterations": 9}]
+    write_json(run / "run.json", {"command": "train", "rows": starts, "teacher": {}})
+    (teacher, student), _ = detectors_of_run(run)
+    assert teacher.classes == ("class 0", "b", "c") and teacher.provenance == {}
+    assert student.provenance == {
+        **{"started": None, "seed": 3, "device": None, "iterations": 9, "seconds": 12.3},
+        **{"command": "train", "teacher_sha256": None},
+    }
+
+
 @pytest.fixture
 def study(data, tmp_path):
     """A study's folder that has moved since: a teacher, a baseline, two distilled students."""
@@ -296,3 +321,40 @@ def test_some_images_are_enough_for_regions(data, tmp_path):
     found = compare(detectors, load_data(named(data)), tmp_path / "kept", options)
     assert found.observation.images == 2 and found.dataset["images"] == 6
     assert "2 of 6" in write_report(found, tmp_path).read_text()
+
+
+def test_a_yacs_detector_and_data_in_vocs_format(tmp_path):
+    """A config of Detectron2's older kind, and annotations that are in no file of COCO's format."""
+    write_voc(tmp_path / "voc")
+    name = register_voc(f"voc_{tmp_path}", tmp_path / "voc", "val", NAMES_OF_VOC)
+    truth = load_data(name).truth
+    assert truth.classes == tuple(NAMES_OF_VOC) and truth.label.tolist() == [1, 0, 2]
+    assert truth.box[2].tolist() == [0, 0, 20, 20]  # from 1, 1, 20, 20, counted from 1
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = (
+        "RetinaNet",
+        "build_retinanet_resnet_fpn_backbone",
+    )
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.DEVICE = len(NAMES_OF_VOC), "cpu"
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 128
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
+    found = [from_config("teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth"))]
+    resize = instantiate(found[0].mapper).augmentations.augs[0]
+    assert resize.short_edge_length == (64, 64) and resize.max_size == 128
+    comparison = compare(found, load_data(name), tmp_path / "kept", QUICK)
+    assert comparison.detectors[0].name == "teacher"
+
+
+def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
+    detectors = three(tmp_path, data, tiny_retinanet)[:2]
+    detectors[1].node.anchor_generator.sizes = [[x] for x in (8, 16, 32, 64, 128)]
+    detectors[1].weights = detectors[0].weights
+    ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
+    assert "baseline has other anchors" in why_not(ready)
+    detectors[1].node = detectors[0].node
+    detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
+    ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
+    assert "baseline reads images otherwise" in why_not(ready)

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
 from d2kd.doctor.measurements import look_at_inputs, look_at_losses
 from d2kd.engine import Trainer
 from d2kd.engine.random_state import random_state
+from d2kd.engine.recipe import complete
 from d2kd.engine.run_info import LOGGERS
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Teacher
@@ -135,6 +138,28 @@ def _another_order(config, folder):
     torch.save(torch.load(file) | {"classes": names}, file)
 
 
+def _two_orders(config, folder):
+    config.dataloader.test.mapper.image_format = "RGB"
+
+
+def _students_order(config, folder):
+    config.model.student.input_format = "RGB"
+
+
+def _no_objects(config, folder):
+    file = folder / "data/data.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": []}))
+
+
+def _another_size(config, folder):
+    Image.new("RGB", (32, 64)).save(folder / "data/3.png")
+
+
+def _no_checkpoint(config, folder):
+    config.train.init_checkpoint = str(folder / "gone.pth")
+
+
 def _too_many_classes(config, folder):
     for detector in (config.model.student, config.model.teacher.detector):
         detector.roi_heads.num_classes = CLASSES + 1
@@ -165,6 +190,14 @@ SPOILED = {
         {"class map": f"{CLASSES} of the student, {CLASSES + 2} of the teacher"},
     ),
     "classes in another order": (_another_order, {"teacher's classes": "class 0 is class 1"}),
+    "another order for tests": (_two_orders, {"channel order": "training images are BGR, test"}),
+    "the student's own order": (
+        _students_order,
+        {"channel order": "the student's input_format is RGB"},
+    ),
+    "nothing to find": (_no_objects, {"train data": "6 images, 0 objects"}),
+    "an image of another size": (_another_size, {"train images": "another size than annotated"}),
+    "no weights to start from": (_no_checkpoint, {"student's weights": "gone.pth"}),
     "a student of other classes": (_too_many_classes, {"classes": f"{CLASSES + 1} of the student"}),
     "a run that diverges": (_diverging, {"losses": "within 2 iterations"}),
     "a missing image": (_no_data, {"train data": "3.png: missing"}),
@@ -196,6 +229,54 @@ def test_a_plain_recipe_of_a_dense_detector(tmp_path):
     config.optimizer.lr = 0.1  # 80 times a dense detector's at this batch
     found = errors(examined(config, iterations=1))
     assert list(found) == ["learning rate"]
+
+
+SAID = {
+    "a loader without an order": (
+        lambda c: c.dataloader.train.mapper.pop("image_format"),
+        ("channel order", "ok", "the loader does not say it"),
+    ),
+    "data without names": (
+        lambda c: c.dataloader.train.dataset.pop("names"),
+        ("classes", "ok", "the data do not name theirs"),
+    ),
+    "classes by name": (
+        lambda c: (
+            c.model.update(classes=list("abc")) or c.model.teacher.update(classes=list("cab"))
+        ),
+        ("class map", "ok", "3 of the student's 3 classes"),
+    ),
+    "no class in common": (
+        lambda c: (
+            c.model.update(classes=list("abc")) or c.model.teacher.update(classes=list("def"))
+        ),
+        ("class map", "warning", "0 of the student's 3 classes"),
+    ),
+    "Adam": (
+        lambda c: c.optimizer.update(_target_=torch.optim.AdamW, lr=1e-6),
+        ("learning rate", "warning", "1e-06 of AdamW at 2 images"),
+    ),
+    "no rate": (
+        lambda c: c.optimizer.pop("lr"),
+        ("learning rate", "ok", "SGD without a rate or batch size"),
+    ),
+    "an optimizer of which nothing is known": (
+        lambda c: c.optimizer.update(_target_=torch.optim.RMSprop),
+        ("learning rate", "ok", "0.005 of RMSprop at 2 images"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change, expected", SAID.values(), ids=SAID.keys())
+def test_the_first_look_says(config, change, expected):
+    subject, state, text = expected
+    config = complete(config)
+    change(config)
+    config.model.losses = L(DistillLosses)(plain=L(ImitationLoss)(levels=["p3"]))
+    config.model.teacher.weights = None
+    found = [f for f in first_look(config, instantiate(config.model)) if f.subject == subject]
+    assert found[0].state == state and text in found[0].found, found
+    assert bool(found[0].advice) == (state != "ok")
 
 
 def test_what_trains_the_losses_own_parts_alone(config):
