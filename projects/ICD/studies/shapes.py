@@ -8,7 +8,7 @@ uniform weights.
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
 
-STUDENT_STEPS, TEACHER_STEPS = 550, 1000
+STUDENT_STEPS, TEACHER_STEPS = 2000, 2000
 
 _baseline = "baselines/retinanet_small_shapes.py"
 runs = compared(

@@ -2,7 +2,9 @@
 
 from ....configs.common.study import thin, wide
 from .common import compared, study_of
-from .shapes import STUDENT_STEPS, TEACHER_STEPS
+from .shapes import TEACHER_STEPS
+
+STUDENT_STEPS = 2000
 
 runs = compared(
     thin("baselines/retinanet_small_shapes.py", STUDENT_STEPS),
