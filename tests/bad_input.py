@@ -135,17 +135,13 @@ def refused(error: InputError | None) -> None:
     raise error
 
 
-def tool(name: str):
-    return load_tool(name)
-
-
 def command(name: str, words: str) -> Case:
     """A command line; ``{folder}`` and ``{recipe}``, a plain one, stand for paths."""
 
     def case(folder):
         (folder / "recipe.py").write_text("model = dataloader = optimizer = train = {}\n")
         filled = words.format(folder=folder, recipe=folder / "recipe.py").split()
-        act = tool(name)
+        act = load_tool(name)
         return lambda: act.main([*filled, "--debug"])
 
     return case
@@ -752,7 +748,7 @@ def _unmeasured(folder):
 def _comparing(*words: str) -> Case:
     def act():
         with mock.patch("sys.argv", ["compare_detectors.py", *words, "--debug"]):
-            tool("compare_detectors").main()
+            load_tool("compare_detectors").main()
 
     return call(act)
 
@@ -816,7 +812,7 @@ def _seeing(act: str, model, given=None, **train) -> Case:
             {"model": model, "train": {"device": "cpu", "output_dir": str(folder), **train}},
             flags={"allow_objects": True},
         )
-        module = tool("visualize")
+        module = load_tool("visualize")
         return lambda: getattr(module, act)(node, dict(given or {}))
 
     return case
@@ -825,7 +821,7 @@ def _seeing(act: str, model, given=None, **train) -> Case:
 def _no_mapper(folder):
     lines = "model = optimizer = train = {}\ndataloader = {'test': {}}\n"
     (folder / "recipe.py").write_text(lines)
-    module = tool("visualize")
+    module = load_tool("visualize")
     return lambda: module.run(look(config_file=str(folder / "recipe.py")))
 
 
@@ -835,19 +831,19 @@ def _selecting(folder):
         flags={"allow_objects": True},
     )
     torch.save({"model": build(tiny_faster_rcnn(channels=24)).state_dict()}, folder / "t.pth")
-    module = tool("visualize")
+    module = load_tool("visualize")
     return lambda: module.erd_of(node, {"teacher": str(folder / "t.pth")})
 
 
 def _evaluated(folder):
     node = plain_recipe(folder)
-    module = tool("train_net")
+    module = load_tool("train_net")
     return lambda: module.evaluate(node, resume=False)
 
 
 def _trained(words: str) -> Case:
     def case(folder):
-        module = tool("train_net")
+        module = load_tool("train_net")
         return lambda: module.recipe(module.parse(words.split()))
 
     return case
@@ -883,8 +879,8 @@ TOOLS: dict[str, Case] = {
     "tools/train_net recipe: '--config-file'": _trained(""),
     "tools/train_net recipe: '--distill METHOD": _trained("--config-file none --distill tar"),
     "tools/train_net evaluate": _evaluated,
-    "tools/visualize run: given": call(lambda: tool("visualize").run(look(weights=["me=x"]))),
-    "tools/visualize run: '--number'": call(lambda: tool("visualize").run(look(number=0))),
+    "tools/visualize run: given": call(lambda: load_tool("visualize").run(look(weights=["me=x"]))),
+    "tools/visualize run: '--number'": call(lambda: load_tool("visualize").run(look(number=0))),
     "tools/visualize run: args.config_file": _no_mapper,
     "tools/visualize left_by_training": _seeing("left_by_training", {}),
     "tools/visualize icd_of: '--what attention'": _seeing("icd_of", {}),
