@@ -130,11 +130,11 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     cells = tokens(maps.values())
     positions = tokens(sine_positions(v, cells.shape[-1]).movedim(-1, 1) for v in valid)
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
-    queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0)
-    asked, rows = loss.query_encoder(queries.descriptors.to(cells.device)), []
+    queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
+    (asked, places), rows = loss.encoded(queries), []
     for layer in loss.decoder:
-        rows.append(layer.logits(asked, cells, positions, valid)[0].softmax(-1))
-        asked = layer(asked, cells, positions, valid).queries
+        rows.append(layer.logits(asked, cells, positions, valid, places)[0].softmax(-1))
+        asked = layer(asked, cells, positions, valid, query_positions=places).queries
     sizes = [x.shape[-2:] for x in maps.values()]
     split = torch.cat(rows).transpose(0, 1).split([h * w for h, w in sizes], dim=-1)
     levels = {

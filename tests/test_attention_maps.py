@@ -41,9 +41,16 @@ def truth(boxes, size, classes=None):
     return gt
 
 
-@pytest.mark.parametrize("node", [tiny_retinanet, tiny_faster_rcnn])
-def test_it_is_what_the_distillation_is_weighted_by(node, monkeypatch):
-    model = model_of(node, layers=2, jitter=0.0, fakes_per_object=0)
+@pytest.mark.parametrize(
+    "node, options",
+    [
+        (tiny_retinanet, {}),
+        (tiny_faster_rcnn, {}),
+        (tiny_retinanet, {"query_positions": True, "normalize_keys": True}),
+    ],
+)
+def test_it_is_what_the_distillation_is_weighted_by(node, options, monkeypatch):
+    model = model_of(node, layers=2, jitter=0.0, fakes_per_object=0, **options)
     [example] = batch(sizes=((40, 90),), objects=(3,))
     loss, gt = model.losses.by_name["loss"], example["instances"]
     found = attention_of(loss, model.teacher, [example], gt)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from d2kd.engine.run_info import write_json
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
 
@@ -41,6 +42,13 @@ def test_a_study_alone_is_enough(command, study):  # noqa: F811
     content = json.loads((study / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "baseline", "tar"]
     assert (study / "report.html").is_file()
+    write_json(
+        study / "results.json",
+        json.loads((study / "results.json").read_text()) | {"featured": "weak"},
+    )
+    command(study, "--resamples", 5, "--observe", 2)
+    rows = json.loads((study / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "baseline", "weak"]
 
 
 def test_a_study_ends_with_it(study, data, capsys):  # noqa: F811

@@ -292,7 +292,8 @@ def study(data, tmp_path):
         method = name.removesuffix("_seed0")
         row = {"name": name, "method": method, "seed": 0, "AP": ap}
         rows.append(row | {"weights_sha256": sha256(weights)})
-    write_json(tmp_path / "results.json", {"schema": 1, "dataset": named(data), "rows": rows})
+    about = {"dataset": named(data), "baseline": "baseline", "featured": None}
+    write_json(tmp_path / "results.json", {"schema": 1, **about, "rows": rows})
     return tmp_path
 
 
@@ -311,8 +312,10 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     assert "AP 0.000; expected 3.000, as the study found" in found.notes[0]
     with pytest.raises(InputError, match="no distilled run"):
         detectors_of_study(study, content["rows"][:2])
-    write_json(study / "gains.json", {"schema": 1, "rows": [{"reference": "weak"}]})
-    assert study_of(study)["baseline"] == "weak"
+    content.pop("featured")
+    write_json(study / "results.json", content)
+    with pytest.raises(InputError, match="results.json: no rows, or not what they are about"):
+        study_of(study)
 
 
 def test_some_images_are_enough_for_regions(data, tmp_path):

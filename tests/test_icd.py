@@ -19,7 +19,7 @@ from d2kd.data import InstancePriors, coco_dataset, estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS, write_json
 from d2kd.errors import InputError
-from d2kd.layers.attention import InstanceDecoderLayer, sine_positions
+from d2kd.layers.attention import InstanceDecoderLayer, point_positions, sine_positions
 from d2kd.layers.masks import valid_cells
 from d2kd.layers.queries import describe, make_queries, query_count, sample_fakes
 from d2kd.losses import DistillLosses, ICDLoss
@@ -54,6 +54,7 @@ def test_properties(family):
 
 def test_properties_of_the_options():
     check_loss(icd(layers=2, weights="uniform", normalizer="instance"), ["retinanet"])
+    check_loss(icd(layers=2, query_positions=True, normalize_keys=True), ["retinanet"])
 
 
 # The parity check, and a second, slow statement of the method that it also holds against.
@@ -433,6 +434,41 @@ def test_positions_and_valid_cells_of_odd_images():
     positions = sine_positions(valid, 7)
     assert positions.shape == (3, 2, 3, 7) and torch.isfinite(positions).all()
     assert torch.equal(positions[1], positions[2])
+
+
+@pytest.mark.parametrize("channels", [8, 7])
+def test_points_are_told_as_cells_are(channels):
+    cells = sine_positions(torch.ones(1, 4, 5, dtype=torch.bool), channels)[0]
+    rows, columns = torch.meshgrid(torch.arange(1, 5) / 4, torch.arange(1, 6) / 5, indexing="ij")
+    points = point_positions(torch.stack([columns, rows], dim=-1), channels)
+    torch.testing.assert_close(points, cells, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_queries_with_positions_begin_by_looking_around_their_points(seed):
+    torch.manual_seed(seed)
+    valid = torch.ones(1, 6, 6, dtype=torch.bool)
+    places = sine_positions(valid, 16).flatten(1, 2)
+    nothing = torch.zeros_like(places)
+    layer = InstanceDecoderLayer(16, 2, query_positions=True)
+    [logits] = layer.logits(nothing, nothing, places, valid.flatten(1), places)
+    near = logits.diagonal(dim1=1, dim2=2)
+    assert (near.mean(1) > logits.mean((1, 2))).all()
+    torch.testing.assert_close(logits, logits.transpose(1, 2))
+    without = layer.logits(nothing, nothing, places, valid.flatten(1))
+    assert float(without.std(2).max()) < float(logits.std(2).max()) / 2
+
+
+def test_normalized_keys_hide_the_scale_of_a_level_and_values_do_not():
+    for normalize in (False, True):
+        torch.manual_seed(0)
+        layer = InstanceDecoderLayer(8, 2, normalize_keys=normalize)
+        _, (queries, cells, positions, valid), _ = layer_and_inputs()
+        large = torch.cat([cells[:, :15], 100 * cells[:, 15:]], dim=1)
+        one, other = (layer.logits(queries, x, positions, valid) for x in (cells, large))
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3) == normalize
+        one, other = (layer(queries, x, positions, valid).values for x in (cells, large))
+        torch.testing.assert_close(other[:, :, 15:], 100 * one[:, :, 15:])
 
 
 # The questions.

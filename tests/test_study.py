@@ -166,8 +166,10 @@ def test_results_have_the_promised_form(tmp_path):
     train = FakeTraining(ap=dict(tar=15.0, equal_time=math.nan))
     run(study_of(), tmp_path, train, seeds=[0, 1])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["schema", "command", "versions", "dataset", "rows", "summary"]
-    assert results["schema"] == 1 and results["dataset"] == "shapes_test"
+    about = ["dataset", "baseline", "featured"]
+    assert list(results) == ["schema", "command", "versions", *about, "rows", "summary"]
+    assert [results[key] for key in about] == ["shapes_test", "baseline", "tar"]
+    assert results["schema"] == 1
     row = next(row for row in results["rows"] if row["name"] == "tar_seed1")
     assert list(row) == [
         "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",

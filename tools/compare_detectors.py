@@ -2,7 +2,7 @@
 
     tools/compare_detectors.py --dataset mine_val --output DIR --detector teacher=CONFIG,WEIGHTS \\
         --detector baseline=CONFIG,WEIGHTS --detector distilled=CONFIG,WEIGHTS
-    tools/compare_detectors.py output/shapes        # of a study: teacher, baseline, the best distilled student
+    tools/compare_detectors.py output/shapes        # of a study: teacher, baseline, the student it is about
     tools/compare_detectors.py output/mine          # of a run: teacher and student
 
 CONFIG is a recipe (of one that distils, its student), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS, names
@@ -116,7 +116,7 @@ def found_in(folder: Path, dataset: str | None) -> tuple:
     if study is None:
         detectors, measured_on = detectors_of_run(folder, dataset)
     else:
-        detectors = detectors_of_study(folder, study["rows"], study["baseline"])
+        detectors = detectors_of_study(folder, study["rows"], study["baseline"], study["featured"])
         measured_on = study["dataset"]
     for detector in detectors:
         register_described(LazyConfig.load(detector.config), dataset or measured_on)

@@ -22,7 +22,7 @@ from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..config import detector as model_of
 from ..config import is_distiller, recipe_of, student_of, test_mapper
 from ..data import build_test_loader, check_dataset
-from ..engine.run_info import config_hash, read_rows
+from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
@@ -236,7 +236,7 @@ def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
 
 
 def study_of(folder: Path) -> dict[str, Any] | None:
-    """``rows`` and ``dataset`` of a study's ``results.json``, and its ``baseline``; None for another folder.
+    """A study's ``results.json``: ``rows``, ``dataset``, ``baseline``, ``featured``; None for another folder.
 
     Raises:
         InputError: there is one that cannot be read.
@@ -245,10 +245,8 @@ def study_of(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     content = _json(file)
-    if not content.get("rows") or "dataset" not in content:
-        raise InputError(file, "no rows or no data set", "the results.json of a study")
-    gains = read_rows(folder / "gains.json")  # over the baseline first
-    content["baseline"] = gains[0].get("reference") if gains else "baseline"
+    if not content.get("rows") or not {"dataset", "baseline", "featured"} <= content.keys():
+        raise InputError(file, "no rows, or not what they are about", "the results.json of a study")
     return content
 
 

@@ -28,13 +28,33 @@ def sine_positions(valid: Tensor, channels: int) -> Tensor:
     Returns:
         ``(N, H, W, channels)`` float32.
     """
-    halves = []
-    for axis, width in ((1, channels // 2), (2, channels - channels // 2)):
+
+    def place(axis: int) -> Tensor:
         count = valid.cumsum(axis, dtype=torch.float32)
         last = count.narrow(axis, count.shape[axis] - 1, 1)
-        index = torch.arange(width, device=valid.device)
+        return count / (last + 1e-6)
+
+    return _sines(place(1), place(2), channels)
+
+
+def point_positions(points: Tensor, channels: int) -> Tensor:
+    """Where a point lies in its image, told as :func:`sine_positions` tells it of cells.
+
+    Args:
+        points: ``(..., 2)``, x and y as parts of the image's width and height.
+
+    Returns:
+        ``(..., channels)`` float32.
+    """
+    return _sines(*points.float().flip(-1).unbind(-1), channels)
+
+
+def _sines(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
+    halves = []
+    for place, width in ((rows, channels // 2), (columns, channels - channels // 2)):
+        index = torch.arange(width, device=place.device)
         period = 10000 ** (2 * index.div(2, rounding_mode="floor") / width)
-        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / period
+        angle = (place * 2 * math.pi)[..., None] / period
         halves.append(torch.where(index % 2 == 0, angle.sin(), angle.cos()))
     return torch.cat(halves, dim=-1)
 
@@ -61,22 +81,35 @@ class Decoded:
 class InstanceDecoderLayer(nn.Module):
     """Cross-attention and a two-layer perceptron, each added to its input and then normalised.
 
-    Queries do not see each other. Positions are projected and added to the keys alone.
+    Queries do not see each other. Positions are projected and added to the keys alone, unless queries have
+    some, too.
 
     Args:
         channels: C.
         heads: M.
         hidden: of the perceptron; None: 4 C.
+        query_positions: whether queries have positions (as in Conditional DETR, arXiv 2108.06152). They pass
+            the keys' own position projection, and the query projection begins as a copy of the key projection:
+            from the first step on, a query looks most at cells whose positions are like its own.
+        normalize_keys: whether tokens are normalised over their channels where they become keys.
 
     Raises:
         InputError: the heads do not divide the channels.
     """
 
-    def __init__(self, channels: int, heads: int, hidden: int | None = None):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        hidden: int | None = None,
+        *,
+        query_positions: bool = False,
+        normalize_keys: bool = False,
+    ):
         super().__init__()
         if heads < 1 or channels % heads:
             raise InputError("heads", heads, f"a divisor of {channels} channels")
-        self.heads = heads
+        self.heads, self.normalize_keys = heads, normalize_keys
         self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.value, self.out = value_projection(channels, channels), nn.Linear(channels, channels)
         self.position = nn.Linear(channels, channels)
@@ -88,6 +121,11 @@ class InstanceDecoderLayer(nn.Module):
         self.perceptron_norm = nn.LayerNorm(channels)
         for projection in (self.query, self.key):
             _init_projection(projection)
+        if query_positions:
+            self.query.load_state_dict(self.key.state_dict())
+            # Sines have a mean square of 1/2: positions begin as strong as normalised features.
+            nn.init.orthogonal_(self.position.weight, 2**0.5)
+            nn.init.zeros_(self.position.bias)
         nn.init.zeros_(self.out.bias)
 
     def forward(
@@ -98,6 +136,7 @@ class InstanceDecoderLayer(nn.Module):
         valid: Tensor,
         chosen: Tensor | None = None,
         mebibytes: float = 64,
+        query_positions: Tensor | None = None,
     ) -> Decoded:
         """Ask a pyramid.
 
@@ -110,8 +149,10 @@ class InstanceDecoderLayer(nn.Module):
             valid: ``(N, S)`` bool, which cells may be read; at least one of each image.
             chosen: ``(N, K)`` bool, queries whose attention is wanted.
             mebibytes: what that may hold at a time, see :func:`summed_attention`.
+            query_positions: ``(N, K, C)``.
         """
-        query, key, value = self._query(queries), self._key(tokens, positions), self._value(tokens)
+        query, key = self._query(queries, query_positions), self._key(tokens, positions)
+        value = by_head(self.value(tokens), self.heads)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None])
         decoded = self.attention_norm(queries + self.out(read.transpose(1, 2).flatten(2)))
         decoded = Decoded(self.perceptron_norm(decoded + self.perceptron(decoded)), value)
@@ -122,19 +163,27 @@ class InstanceDecoderLayer(nn.Module):
         return decoded
 
     @torch.no_grad()
-    def logits(self, queries: Tensor, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    def logits(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
         """Attention before the softmax, of every query at once: ``(N, M, K, S)``, -inf in invalid cells."""
-        query, key = self._query(queries), self._key(tokens, positions)
+        query, key = self._query(queries, query_positions), self._key(tokens, positions)
         return _logits(query, key, valid[:, None, None])
 
-    def _query(self, queries: Tensor) -> Tensor:
+    def _query(self, queries: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is not None:
+            queries = queries + self.position(positions)
         return by_head(self.query(queries), self.heads)
 
     def _key(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.normalize_keys:
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])
         return by_head(self.key(tokens + self.position(positions)), self.heads)
-
-    def _value(self, tokens: Tensor) -> Tensor:
-        return by_head(self.value(tokens), self.heads)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

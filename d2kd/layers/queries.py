@@ -55,12 +55,14 @@ class InstanceQueries:
 
     Attributes:
         descriptors: ``(N, K, C + 266)``, see :func:`describe`; 0 in empty slots.
+        centers: ``(N, K, 2)``, x and y of the told centre; 0 in empty slots.
         edge_distances: ``(N, K, 4)``, from the told centre to the left, top, right and bottom of the box.
         is_real: ``(N, K)`` bool, whether the slot holds an object; fakes and empty slots do not.
         is_used: ``(N, K)`` bool.
     """
 
     descriptors: Tensor
+    centers: Tensor
     edge_distances: Tensor
     is_real: Tensor
     is_used: Tensor
@@ -120,7 +122,7 @@ def make_queries(
         centers = (low + high) / 2 + offset * sides
         descriptors = describe(classes, centers, sides * size, num_classes)
         distances = torch.cat([centers - low, high - centers], dim=1)
-        images.append((descriptors, distances, real, torch.ones_like(real)))
+        images.append((descriptors, centers, distances, real, torch.ones_like(real)))
     return InstanceQueries(*(pad_sequence(list(x), batch_first=True) for x in zip(*images)))
 
 

@@ -28,6 +28,7 @@ from ..layers.attention import (
     Decoded,
     InstanceDecoderLayer,
     by_head,
+    point_positions,
     sine_positions,
     value_projection,
 )
@@ -71,6 +72,12 @@ class ICDLoss(DistillLoss):
         fakes_per_object: how many fakes an object brings.
         max_queries: of an image, unless it has more objects; None: 100 for two-stage students, 300 for others.
         jitter: how far the told point is from the centre, at most, in widths and heights of the box.
+        query_positions: whether a query knows from the start where its point is, as cells know where they are;
+            ours, see :class:`d2kd.layers.attention.InstanceDecoderLayer`. As published, the decoder must learn
+            from the descriptor where to look, which takes many thousands of iterations.
+        normalize_keys: whether cells are looked for by their features normalised over channels; ours, for
+            teachers whose levels differ much in scale, of which a softmax sees the largest alone. What is read
+            there, and compared, stays as it is.
         aux_warmup: fraction of the run in which the auxiliary terms are alone. The published counts suit
             90k iterations; of a run under 20k or so the decoder needs some 0.3.
         start: fraction of the run, after that, in which distillation trains the student's value projection
@@ -103,6 +110,8 @@ class ICDLoss(DistillLoss):
         fakes_per_object: float = 5.0,
         max_queries: int | None = None,
         jitter: float = 0.3,
+        query_positions: bool = False,
+        normalize_keys: bool = False,
         aux_warmup: float = 0.0,
         start: float = 1000 / 90000,
         weights: str = "attention",
@@ -137,6 +146,7 @@ class ICDLoss(DistillLoss):
         self.localization_weight = localization_weight
         self.heads, self.layers = heads, layers
         self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
+        self.query_positions, self.normalize_keys = query_positions, normalize_keys
         self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
@@ -173,7 +183,14 @@ class ICDLoss(DistillLoss):
             raise InputError("priors", found, f"{num_classes}, the student's classes")
         self.query_encoder = MLP(descriptor_size(num_classes), [channels] * 3)
         self.decoder = nn.ModuleList(
-            InstanceDecoderLayer(channels, self.heads, hidden) for _ in range(self.layers)
+            InstanceDecoderLayer(
+                channels,
+                self.heads,
+                hidden,
+                query_positions=self.query_positions,
+                normalize_keys=self.normalize_keys,
+            )
+            for _ in range(self.layers)
         )
         self.auxiliary_head = MLP(channels, [channels, channels, 5])
         # Of a decoder of the student's own nothing else would ever be used.
@@ -244,7 +261,8 @@ class ICDLoss(DistillLoss):
             queries.is_real.sum(),
             valid.new_tensor(len(valid), dtype=torch.float32),
         )
-        readings, asked = [], self.query_encoder(queries.descriptors)
+        asked, places = self.encoded(queries)
+        readings = []
         for layer, student_value in zip(self.decoder, self.student_values):
             decoded = layer(
                 asked,
@@ -253,6 +271,7 @@ class ICDLoss(DistillLoss):
                 valid,
                 queries.is_real if attends else None,
                 self.attention_mebibytes,
+                places,
             )
             answers = self.auxiliary_head(decoded.queries)
             reading = Reading(
@@ -277,6 +296,13 @@ class ICDLoss(DistillLoss):
             readings.append(reading)
             asked = decoded.queries
         return readings
+
+    def encoded(self, queries: InstanceQueries) -> tuple[Tensor, Tensor | None]:
+        """What the decoder is asked: ``(N, K, C)``, and its positions ``(N, K, C)`` if queries have any."""
+        asked = self.query_encoder(queries.descriptors)
+        if not self.query_positions:
+            return asked, None
+        return asked, point_positions(queries.centers, asked.shape[-1])
 
     def terms(self, readings: list[Reading]) -> dict[str, Tensor]:
         """Weighted terms by name; those that are off are left out."""

@@ -169,6 +169,8 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
         "command": shlex.join(sys.argv),
         "versions": versions(),
         "dataset": study.test,
+        "baseline": study.baseline,
+        "featured": study.featured,
         "rows": list(rows),
         "summary": gains_over(rows, study.baseline, study.paired),
     }

@@ -36,6 +36,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
     valid = torch.cat([x.flatten(1) for x in valid], dim=1)
     queries = InstanceQueries(
         descriptors=arrays.tensor("descriptor").transpose(0, 1),
+        centers=arrays.tensor("query_centers"),
         edge_distances=arrays.tensor("edge_distances"),
         is_real=arrays.tensor("query_is_real") > 0,
         is_used=~arrays.tensor("query_is_padding"),
@@ -71,7 +72,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
 def unread(images: int) -> list[str]:
     """What a whole file has besides: ``descriptor`` is taken as given, and these were its origin."""
     truth = [f"image{i}/{part}" for i in range(images) for part in ("gt_boxes_xyxy", "gt_classes")]
-    return [*truth, "query_classes", "query_centers"]
+    return [*truth, "query_classes"]
 
 
 def trained(arrays: Arrays) -> ICDLoss:
