@@ -8,7 +8,7 @@ to fit one seed into twenty minutes on two cores.
 from ....configs.common.study import fast_shapes
 from .common import in_steps, study_of
 
-STEPS = 600
+STEPS = 1400
 
 runs = in_steps("baselines/gfl_small_shapes.py", "4+4", 2, STEPS)
 study = study_of(

@@ -15,7 +15,7 @@ def compared(student, teacher, inherit):
 
     ``inherit`` starts from the teacher's weights and learns alone; ``icd_inherit`` does both. ``icd_uniform``
     compares the same values, but in all cells alike: what ICD gains over it is what the decoder's attention
-    earns.
+    earns. ``icd_published`` has the published decoder, which must learn where to look.
 
     Args:
         student, teacher: whole recipes.
@@ -23,14 +23,16 @@ def compared(student, teacher, inherit):
     """
     recipe = get_config("projects/ICD/configs/icd_shapes.py")
     icd = dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
-    uniform = copy.deepcopy(icd)
+    uniform, published = copy.deepcopy(icd), copy.deepcopy(icd)
     uniform["losses"].icd.weights = "uniform"
+    published["losses"].icd.query_positions = published["losses"].icd.normalize_keys = False
     return dict(
         controls(student, teacher, steps_like="icd"),
         icd=taught(student, teacher, **icd),
         inherit=taught(student, teacher, inherit, losses=L(DistillLosses)()),
         icd_inherit=taught(student, teacher, inherit, **icd),
         icd_uniform=taught(student, teacher, **uniform),
+        icd_published=taught(student, teacher, **published),
     )
 
 
