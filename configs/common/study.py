@@ -22,9 +22,10 @@ fast_shapes = dict(
 )
 
 
-def wide(baseline, steps):
-    """A thin detector's recipe as its teacher's: four times the width, twice the blocks."""
+def wide(baseline, steps, lr=None):
+    """A thin detector's recipe as its teacher's: four times the width, twice the blocks; its rate, too, unless given."""
     recipe = get_config(baseline)
+    recipe.optimizer.lr = lr or recipe.optimizer.lr
     recipe.model.backbone.bottom_up.width = 32
     recipe.model.backbone.bottom_up.blocks = [2, 2, 2, 2]
     recipe.train.max_iter, recipe.train.eval_period = steps, steps // 2

@@ -8,7 +8,7 @@ TEACHER_STEPS = 2000
 
 runs = compared(
     thin("baselines/faster_rcnn_small_shapes.py", STUDENT_STEPS),
-    wide("baselines/retinanet_small_shapes.py", TEACHER_STEPS),
+    wide("baselines/retinanet_small_shapes.py", TEACHER_STEPS, lr=2e-3),
     tar=False,
 )
 study = study_of(
