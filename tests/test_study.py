@@ -389,7 +389,7 @@ def test_icd_is_set_beside_its_parts(path):
     rows = {run.method: run.config for run in study.plan(seeds=[0])}
     assert list(rows) == [
         "teacher", "baseline", "icd", "baseline_equal_time", "imitation", "inherit", "icd_inherit",
-        "icd_uniform",
+        "icd_uniform", "icd_published",
     ]  # fmt: skip
     plain = {key: OmegaConf.to_container(value, resolve=False) for key, value in rows.items()}
     icd = plain["icd"]["model"]
@@ -398,7 +398,12 @@ def test_icd_is_set_beside_its_parts(path):
     assert set(plain["inherit"]["model"]["losses"]) == {"_target_"}
     uniform = plain["icd_uniform"]["model"]
     assert uniform["losses"]["icd"].pop("weights") == "uniform" and uniform == icd
-    for method in ("icd", "icd_inherit", "icd_uniform"):
+    published = plain["icd_published"]["model"]
+    added = ("query_positions", "normalize_keys")
+    assert [published["losses"]["icd"].pop(option) for option in added] == [False, False]
+    assert [plain["icd"]["model"]["losses"]["icd"].pop(option) for option in added] == [True, True]
+    assert published == plain["icd"]["model"]
+    for method in ("icd", "icd_inherit", "icd_uniform", "icd_published"):
         assert (
             plain[method]["train"] == plain["icd"]["train"] and "distiller" in plain["icd"]["train"]
         )
