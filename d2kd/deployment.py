@@ -121,7 +121,7 @@ def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:
 
 
 def first_images(config: DictConfig, count: int) -> list[list[dict]]:
-    """The first batches of the test data.
+    """The first images of the test data, each a batch of its own.
 
     Raises:
         InputError: the recipe has no test data or no evaluator.
@@ -130,7 +130,7 @@ def first_images(config: DictConfig, count: int) -> list[list[dict]]:
     if loader is None:
         found = "no dataloader.test or no dataloader.evaluator"
         raise InputError("the recipe", found, "data to compare on, or --images 0")
-    return list(itertools.islice(loader, count))
+    return [[image] for image in itertools.islice(itertools.chain.from_iterable(loader), count)]
 
 
 @torch.no_grad()

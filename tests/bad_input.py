@@ -314,7 +314,10 @@ DATA: dict[str, Case] = {
     'data/datasets _read: f"id {': coco(first("annotations", id=2)),
     "data/loader build_train_loader: total_batch_size": call(_loaded, [{}], total_batch_size=0),
     "data/loader build_train_loader: 'no image'": call(_loaded, []),
-    "data/loader build_test_loader": call(loader.build_test_loader, [], mapper=None),
+    "data/loader build_test_loader: 'no image'": call(loader.build_test_loader, [], mapper=None),
+    "data/loader build_test_loader: batch_size": call(
+        loader.build_test_loader, [{}], mapper=None, batch_size=0
+    ),
     "data/loader _Mapped.__getitem__": call(_unmapped),
     "data/loader _blame_image: 'another size'": _record(_gone_meanwhile),
     "data/loader _blame_image: f'{width}": _record(_other_size),

@@ -323,17 +323,25 @@ def test_the_shapes_config(registered):
     batch = next(iter(instantiate(cfg.dataloader.train)))
     assert [one["image"].shape for one in batch] == [(3, 160, 160)] * 8
     tests = list(instantiate(cfg.dataloader.test))
-    assert [one[0]["image_id"] for one in tests] == [1, 2]
-    assert len(instantiate(cfg.dataloader.test)) == 2
+    assert [[one["image_id"] for one in batch] for batch in tests] == [[1, 2]]
     evaluator = instantiate(cfg.dataloader.evaluator)
     evaluator.reset()
-    for batch in tests:  # the ground truth as predictions: every AP is 100
+    for image in sum(tests, []):  # the ground truth as predictions: every AP is 100
         target = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
-        found = target(DatasetCatalog.get("shapes_val")[batch[0]["image_id"] - 1])["instances"]
+        found = target(DatasetCatalog.get("shapes_val")[image["image_id"] - 1])["instances"]
         found.pred_boxes, found.pred_classes = found.gt_boxes, found.gt_classes
         found.scores = torch.ones(len(found))
-        evaluator.process(batch, [{"instances": found}])
+        evaluator.process([image], [{"instances": found}])
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 9])
+def test_a_test_loader_gives_every_image_once_and_in_order(batch_size):
+    data = [{"image_id": k} for k in range(7)]
+    loader = build_test_loader(data, mapper=lambda record: record, batch_size=batch_size)
+    batches = [[one["image_id"] for one in batch] for batch in loader]
+    assert sum(batches, []) == list(range(7)) and len(loader) == len(batches)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
 
 
 def test_detectron2s_loaders_become_ours(registered):

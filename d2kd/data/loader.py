@@ -87,20 +87,26 @@ def build_test_loader(
     *,
     mapper: Callable[[dict], dict],
     sampler: Iterable[int] | None = None,
+    batch_size: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Every image once, one per batch, dealt to the processes as by Detectron2's own test loader.
+    """Every image once, dealt to the processes as by Detectron2's own test loader.
 
     Args:
         sampler: the indices that this process gets, instead of its share.
+        batch_size: images of a batch, at most. Several suit small detectors and images of one size; images of
+            different sizes are padded to the largest of their batch, which may change what is detected in them.
     """
     if len(dataset) == 0:
         raise InputError("the test set", "no image", "at least one")
+    if batch_size < 1:
+        raise InputError("batch_size", batch_size, "at least 1")
+    indices = InferenceSampler(len(dataset)) if sampler is None else sampler
+    positions = [(index, index) for index in indices]
     return _Loader(
         _Mapped(dataset, mapper, seed=0),
         batch_sampler=[
-            [(index, index)]
-            for index in (InferenceSampler(len(dataset)) if sampler is None else sampler)
+            positions[first : first + batch_size] for first in range(0, len(positions), batch_size)
         ],
         num_workers=num_workers,
         collate_fn=_as_it_is,

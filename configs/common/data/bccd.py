@@ -48,6 +48,7 @@ dataloader.test = L(build_test_loader)(
         augmentations=["${....train.mapper.augmentations.0}"],
         image_format="${...train.mapper.image_format}",
     ),
+    batch_size=8,
     num_workers=2,
 )
 

@@ -31,6 +31,7 @@ dataloader.test = L(build_test_loader)(
         augmentations=[],
         image_format="${...train.mapper.image_format}",
     ),
+    batch_size=8,
     num_workers=2,
 )
 
