@@ -15,7 +15,10 @@ from d2kd.data import estimate_priors
 from d2kd.losses import DistillLosses, ICDLoss
 
 losses = L(DistillLosses)(
-    icd=L(ICDLoss)(priors=L(estimate_priors)(names="${dataloader.train.dataset.names}"))
+    icd=L(ICDLoss)(
+        priors=L(estimate_priors)(names="${dataloader.train.dataset.names}"),
+        seed="${train.seed}",
+    )
 )
 
 distiller = dict(

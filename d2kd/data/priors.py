@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from d2kd.classes import class_names
 from d2kd.data.datasets import check_dataset
 from d2kd.errors import InputError
 
@@ -97,17 +98,19 @@ def estimate_priors(names: Any, num_classes: int | None = None) -> InstancePrior
 
     Args:
         names: names of registered data sets, or what :func:`check_dataset` takes.
-        num_classes: None: as many as the first data set has class names.
+        num_classes: None: as many as the first data set has class names, see :func:`d2kd.classes.class_names`.
 
     Raises:
         InputError: a data set cannot be used, has no objects, or has objects of other classes.
     """
     names = check_dataset(names)
     label = ", ".join(names)
+    # Some data sets know their classes only once they were loaded.
+    records = [record for name in names for record in DatasetCatalog.get(name)]
     if num_classes is None:
-        num_classes = len(MetadataCatalog.get(names[0]).get("thing_classes", ()))
+        num_classes = len(class_names(names))
     classes, sides = [], []
-    for record in (record for name in names for record in DatasetCatalog.get(name)):
+    for record in records:
         for one in record.get("annotations", ()):
             if one.get("iscrowd", 0):
                 continue

@@ -226,10 +226,16 @@ def summed_attention(
     for i, wanted in enumerate(chosen):
         even = valid[i].sum().clamp(min=2).log()
         for some in query[i, :, wanted].split(rows, dim=1):
-            attention = _logits(some, key[i], valid[i]).softmax(dim=-1)
-            summed[i] += attention.sum(dim=1)
-            scattered += torch.special.entr(attention).sum() / even
+            attention, entropy = _attended(some, key[i], valid[i])
+            summed[i] += attention
+            scattered += entropy / even
     return summed, scattered / (heads * chosen.sum())
+
+
+def _attended(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention ``(M, S)`` and entropy, summed over queries; on return all that is as large as these is free."""
+    attention = _logits(query, key, valid).softmax(dim=-1)
+    return attention.sum(dim=1), torch.special.entr(attention).sum()
 
 
 def _logits(query: Tensor, key: Tensor, valid: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -82,13 +83,13 @@ class ICDLoss(DistillLoss):
             90k iterations; of a run under 20k or so the decoder needs some 0.3.
         start: fraction of the run, after that, in which distillation trains the student's value projection
             alone: the student's features are detached. 1000 iterations of a 90k schedule.
-        weights: "attention", or "uniform": every valid cell counts the same.
+        weights: "attention", or "uniform": every valid cell of an image counts the same.
         normalizer: "image", as the authors' code: an image with few objects counts as much as a crowded one,
             and one without any counts as 0; or "instance", as the paper: every object of the batch counts the
             same.
         attention_mebibytes: memory for the objects' attention, see :func:`d2kd.layers.attention.summed_attention`.
         seed: of the loss's own generator, which leaves all others alone; its place in the sequence is part
-            of ``state_dict()``.
+            of ``state_dict()``. Negative: drawn anew, as ``train.seed``.
         weight: of all terms together.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
@@ -135,7 +136,6 @@ class ICDLoss(DistillLoss):
             ("jitter", jitter, 0 <= jitter < 0.5, "from 0 to less than 0.5, to stay in the box"),
             ("aux_warmup", aux_warmup, 0 <= aux_warmup < 1, "a fraction of the run, less than 1"),
             ("start", start, 0 <= start < 1 - aux_warmup, "a fraction of what aux_warmup leaves"),
-            ("seed", seed, seed >= 0, "0 or more"),
         ):
             if not fits:
                 raise InputError(culprit, given, expected)
@@ -150,7 +150,7 @@ class ICDLoss(DistillLoss):
         self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
-        self.seed = seed
+        self.seed = seed if seed >= 0 else secrets.randbits(31)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self._waits = False
 
@@ -280,8 +280,12 @@ class ICDLoss(DistillLoss):
                 localization_loss(answers[..., 1:], queries.edge_distances, queries.is_real, real),
             )
             if student is not None:
-                weights = valid[:, None] / valid.sum(-1)[:, None, None]
-                weights = decoded.attention if attends else weights.expand(-1, self.heads, -1)
+                if attends:
+                    weights = decoded.attention
+                else:  # summed over the objects of an image, as attention is: without any it counts as 0
+                    objects = queries.is_real.sum(-1)[:, None, None]
+                    weights = objects * valid[:, None] / valid.sum(-1)[:, None, None]
+                    weights = weights.expand(-1, self.heads, -1)
                 if self.normalize_by == "instance":
                     (total,) = self.normalizer(weights.float().sum(), least=1e-6)
                 else:
