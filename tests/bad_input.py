@@ -502,15 +502,14 @@ ENGINE: dict[str, Case] = {
     "config config_file": call(config.config_file, "nowhere.py"),
     "config _find": call(config.load, "nowhere.py"),
     "config load: 'a yacs config'": call(config.load, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-    "config load: does not load": file_with("model = (", "r.py", config.load),
+    "config _read: does not load": file_with("model = (", "r.py", config.recipe_of),
+    "config _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
     "config load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
     "config override": _overridden("train.max_iter=[3"),
     "config _check_override: 'no value'": _overridden("train.max_iter"),
     "config _check_override: has no keys": _overridden("train.max_iter.a=1"),
     "config _check_override: no {part": _overridden("train.maxiter=1"),
-    "config detector: does not load ({error})": file_with("MODEL: [1", "d.yaml", config.detector),
-    "config detector: type(error)": file_with("model = (", "d.py", config.detector),
-    "config detector: defines no": file_with("other = dict(a=1)", "d.py", config.detector),
+    "config detector": file_with("MODEL: [1", "d.yaml", config.detector),
     "config method": call(config.method, "magic"),
     "config increment: 'increment'": lambda folder: (
         lambda: config.increment(plain_recipe(folder), split="2+1", step=1)

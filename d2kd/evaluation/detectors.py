@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..config import detector as model_of
-from ..config import is_distiller, recipe_of, student_of, test_mapper
+from ..config import is_distiller, load, recipe_of, student_of, test_mapper
 from ..data import build_test_loader, check_dataset
 from ..engine.run_info import config_hash
 from ..errors import InputError
@@ -254,13 +254,13 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
     """Teacher, if there was one, and what was trained; and the data set, by default the one it was measured on.
 
     Raises:
-        InputError: the folder holds no finished run.
+        InputError: the folder holds no finished run, or its config cannot be read.
     """
     config, weights = folder / "config.yaml", folder / "model_final.pth"
     for file in (config, weights):
         if not file.is_file():
             raise InputError(file, "no such file", "the output folder of a finished run or study")
-    recipe = LazyConfig.load(str(config))
+    recipe = load(str(config))
     found = []
     if is_distiller(recipe.model) and recipe.model.teacher.weights:
         node = recipe.model.teacher
@@ -299,13 +299,13 @@ def detectors_of_study(
         featured: the method asked about. None, or where it has no run: the distilled one with the highest AP.
 
     Raises:
-        InputError: no run was distilled, or its baseline or teacher is missing.
+        InputError: a run's config cannot be read, no run was distilled, or its baseline or teacher is missing.
     """
     recipes = {}
     for row in rows:
         file = folder / row["name"] / "config.yaml"
         if file.is_file():  # a run's folder may have gone
-            recipes[row["name"]] = LazyConfig.load(str(file))
+            recipes[row["name"]] = load(str(file))
     rows = [row for row in rows if row["name"] in recipes]
     distilled = [
         row for row in rows if is_distiller(recipes[row["name"]].model) and row["AP"] is not None
@@ -338,10 +338,12 @@ def detectors_of_study(
 
 
 def _json(path: Path) -> dict:
+    """What a file holds; {} if that is no dict, or cannot be read."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def same_mapper(detectors: Iterable[Detector]) -> None:
