@@ -390,7 +390,8 @@ class Trainer(DefaultTrainer):
         self.seconds += time.perf_counter() - start
 
     def _keep_last_good_state(self, error: NotFinite) -> None:
-        failed_at, self.iter = self.iter, self.iter - 1
+        failed_at = self.iter
+        self.iter = self._trainer.iter = failed_at - 1
         self.checkpointer.save("model_last_good", iteration=self.iter)
         self.iter = failed_at
         kept = Path(self.config.train.output_dir, "model_last_good.pth")
