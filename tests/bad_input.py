@@ -765,10 +765,16 @@ EVALUATION: dict[str, Case] = {
         comparison._shared, [_knows("one", 0), _knows("other", 1)], Like(name="some data")
     ),
     "evaluation/detections _known": _other_ap,
-    "evaluation/detectors read_results: detections on": _results(
+    "evaluation/detectors read_results: found, f'detections on": _results(
         '[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
     ),
-    "evaluation/detectors read_results: a COCO results file": _results("[1"),
+    "evaluation/detectors read_results: found, 'a COCO results file": _results("[1"),
+    "evaluation/detectors read_results: not finite": _results(
+        '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, NaN], "score": 1}]'
+    ),
+    "evaluation/detectors read_results: boxes outside": _results(
+        '[{"image_id": 1, "category_id": 1, "bbox": [65, 0, 1, 1], "score": 1}]'
+    ),
     "evaluation/detectors build: found, expected": _with_classes("one"),
     "evaluation/detectors build: none of the classes": _with_classes("x", "y", "z"),
     "evaluation/detectors study_of": file_with(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,7 +42,7 @@ class Data:
         records: Detectron2's dataset dicts.
         truth: their objects.
         category_ids: of its classes, in their order.
-        sha256: of all that detections depend on: names of images, objects, classes.
+        sha256: of all that detections depend on: names, sizes and times of the images' files, objects, classes.
     """
 
     name: str
@@ -78,8 +79,17 @@ def load_data(name: str) -> Data:
     digest = hashlib.sha256(repr((truth.classes, truth.image_ids)).encode())
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
-    digest.update("\n".join(str(record["file_name"]) for record in records).encode())
+    digest.update("\n".join(_version(str(record["file_name"])) for record in records).encode())
     return Data(name, records, truth, category_ids, digest.hexdigest())
+
+
+def _version(file: str) -> str:
+    """An image by its name, and by what tells that another has taken its place."""
+    try:
+        stat = os.stat(file)
+    except OSError:  # not on this machine, or not there: who reads it says so
+        return file
+    return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def read_results(path: str | Path, data: Data) -> Detections:
@@ -96,15 +106,29 @@ def read_results(path: str | Path, data: Data) -> Detections:
         if strange or strange_class:
             found = f"{len(strange)} detections of images, {len(strange_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
-        return Detections(
+        detections = Detections(
             image=np.array([data.place[row["image_id"]] for row in rows], dtype=np.int64),
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
-            box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4),
+            box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read ({type(error).__name__})"
         raise InputError(path, found, "a COCO results file") from error
+    if not (np.isfinite(detections.box).all() and np.isfinite(detections.score).all()):
+        raise InputError(path, "boxes or scores that are not finite", "a COCO results file")
+    size = {record["image_id"]: (record["width"], record["height"]) for record in data.records}
+    size = np.array([size[row["image_id"]] for row in rows]).reshape(len(rows), 2)
+    near = detections.box[:, :2]
+    far = near + detections.box[:, 2:]
+    outside = ((near > size) | (far < 0)).any(axis=1)
+    if outside.any():
+        raise InputError(
+            path,
+            f"{outside.sum()} of {len(rows)} boxes outside their image",
+            f"detections on {data.name}",
+        )
+    return detections
 
 
 @dataclass
