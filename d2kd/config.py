@@ -383,12 +383,19 @@ def increment(
         the whole recipe; ``base`` is left as it was.
 
     Raises:
-        InputError: the split does not fit the data's classes, or the detector is no GFL.
+        InputError: the split does not fit the data's classes, the data are several sets, or the detector is no GFL.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     model, data = student_of(base.model), base.dataloader
     if "num_classes" not in model or model.get("_target_") not in (GFL, f"{GFL.__module__}.GFL"):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
+    for part in ("train", "test"):
+        names = data[part].dataset.names
+        if OmegaConf.is_list(names):
+            if len(names) != 1:
+                key = f"dataloader.{part}.dataset.names"
+                raise InputError(key, f"{len(names)} data sets", "one alone")
+            data[part].dataset.names = names[0]
     names = data.train.dataset.names
     if OmegaConf.is_dict(names):  # what registers the data may tell its classes without them
         names = list(names.get("classes") or class_names(instantiate(names)))

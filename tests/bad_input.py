@@ -431,6 +431,12 @@ def _overridden(text: str) -> Case:
     return call(config.override, OmegaConf.create({"train": {"max_iter": 1}}), [text])
 
 
+def _two_sets(folder):
+    base = config.load("baselines/gfl_small_shapes.py")
+    base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
+    return lambda: config.increment(base, split="4+4", step=1)
+
+
 ENGINE: dict[str, Case] = {
     "engine/checkpoint plain": call(checkpoint.plain, {"it": object()}),
     "engine/checkpoint StudentCheckpointer.load_initial": saved(
@@ -514,6 +520,7 @@ ENGINE: dict[str, Case] = {
     "config increment: 'increment'": lambda folder: (
         lambda: config.increment(plain_recipe(folder), split="2+1", step=1)
     ),
+    "config increment: data sets": _two_sets,
     "config increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
