@@ -2,17 +2,19 @@
 
 Tried on 0.6 without compiled operators. Later official builds were read, not run: there evaluation is compiled,
 processes of one machine are grouped by a function of its own, FCOS labels with tensors, ``DefaultTrainer`` saves its
-optimizer itself (our trainer's state has the same keys), and ``detectron2.export`` imports without caffe2 (we import
-neither). What d2kd listens to and reads of a detector is asserted by ``tests/test_compat.py``: run it on yours.
+optimizer itself (our trainer's state has the same keys), files are read inside ``DetectionCheckpointer.load`` alone, and
+``detectron2.export`` imports without caffe2 (we import neither). What d2kd listens to and reads of a detector is asserted by ``tests/test_compat.py``: run it on yours.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from detectron2 import _C
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def has_compiled_operators() -> bool:
@@ -35,3 +37,22 @@ def make_local_process_group(size: int) -> None:
 def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
     """Boxes as ``(R, 4)`` tensors: FCOS labels with ``Boxes`` up to 0.6, as RetinaNet never did."""
     return [getattr(one, "tensor", one) for one in boxes]
+
+
+class _Reader(DetectionCheckpointer):
+    """Loads what it reads into nothing."""
+
+    def _load_model(self, checkpoint: dict) -> None:
+        pass  # so that load() has all of it to return
+
+
+def read_checkpoint(file: str) -> dict:
+    """The content of a checkpoint on this machine, its tensors under "model".
+
+    Formats of other projects are for Detectron2 to tell; a ``.pkl`` is a pickle, which may run code. All else is
+    torch's own format, of tensors and Python's scalars: nothing else is unpickled, whatever the version's default.
+    """
+    if file.endswith((".pkl", ".pyth")):
+        return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    return content if "model" in content else {"model": content}

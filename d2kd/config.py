@@ -86,7 +86,26 @@ def _is_yacs(path: Path) -> bool:
     """Whether a file is a yacs config; a YAML with a model is a LazyConfig that was saved, as runs do."""
     if path.suffix not in (".yaml", ".yml"):
         return False
-    return not re.search(r"^model:", path.read_text(), flags=re.MULTILINE)
+    return not re.search(r"^model:", path.read_text(errors="replace"), flags=re.MULTILINE)
+
+
+def _read(path: str) -> DictConfig:
+    """What a LazyConfig defines, a model and maybe more.
+
+    Raises:
+        InputError: the file is missing or fails to load, or defines no model.
+    """
+    try:
+        config = LazyConfig.load(str(_find(path)))
+    except InputError:
+        raise
+    except Exception as error:  # a config is code, and may fail in any way
+        raise InputError(
+            path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
+        ) from error
+    if not OmegaConf.is_dict(config) or config.get("model") is None:
+        raise InputError(path, "defines no model", "a LazyConfig with a model")
+    return config
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -105,15 +124,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             "a yacs config",
             "a LazyConfig (.py); a YAML can be a detector, not a whole recipe",
         )
-    try:
-        config = LazyConfig.load(str(file))
-    except InputError:
-        raise
-    except Exception as error:  # a config is code, and may fail in any way
-        raise InputError(
-            path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
-        ) from error
-    missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in config]
+    config = _read(path)
+    missing = [key for key in ("dataloader", "optimizer", "train") if key not in config]
     if missing:
         raise InputError(path, f"defines no {', '.join(missing)}", "a whole training recipe")
     if Path(model_zoo.__file__).parent in file.parents:
@@ -189,26 +201,19 @@ def detector(path: str) -> DictConfig:
                 path, f"does not load ({error})", "a Detectron2 yacs config"
             ) from error
         return L(from_yacs)(config=yaml.safe_load(cfg.dump()))
-    try:
-        config = LazyConfig.load(str(file))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
-        ) from error
-    if "model" not in config:
-        raise InputError(path, "defines no model", "a LazyConfig with a model")
-    return student_of(config.model)
+    return student_of(_read(path).model)
 
 
 def recipe_of(path: str) -> DictConfig | None:
-    """The LazyConfig of a file with more than a model in it; None for a yacs config or a model alone."""
-    file = _find(path)
-    if _is_yacs(file):
+    """The LazyConfig of a file with more than a model in it; None for a yacs config or a model alone.
+
+    Raises:
+        InputError: there is no such config, or it does not load or holds no model.
+    """
+    if _is_yacs(_find(path)):
         return None
-    config = LazyConfig.load(str(file))
-    return config if "model" in config and "dataloader" in config else None
+    config = _read(path)
+    return config if "dataloader" in config else None
 
 
 def test_mapper(config: str | DictConfig) -> DictConfig | None:
@@ -378,12 +383,19 @@ def increment(
         the whole recipe; ``base`` is left as it was.
 
     Raises:
-        InputError: the split does not fit the data's classes, or the detector is no GFL.
+        InputError: the split does not fit the data's classes, the data are several sets, or the detector is no GFL.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     model, data = student_of(base.model), base.dataloader
     if "num_classes" not in model or model.get("_target_") not in (GFL, f"{GFL.__module__}.GFL"):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
+    for part in ("train", "test"):
+        names = data[part].dataset.names
+        if OmegaConf.is_list(names):
+            if len(names) != 1:
+                key = f"dataloader.{part}.dataset.names"
+                raise InputError(key, f"{len(names)} data sets", "one alone")
+            data[part].dataset.names = names[0]
     names = data.train.dataset.names
     if OmegaConf.is_dict(names):  # what registers the data may tell its classes without them
         names = list(names.get("classes") or class_names(instantiate(names)))

@@ -434,6 +434,12 @@ def _overridden(text: str) -> Case:
     return call(config.override, OmegaConf.create({"train": {"max_iter": 1}}), [text])
 
 
+def _two_sets(folder):
+    base = config.load("baselines/gfl_small_shapes.py")
+    base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
+    return lambda: config.increment(base, split="4+4", step=1)
+
+
 ENGINE: dict[str, Case] = {
     "engine/checkpoint plain": call(checkpoint.plain, {"it": object()}),
     "engine/checkpoint StudentCheckpointer.load_initial": saved(
@@ -505,19 +511,19 @@ ENGINE: dict[str, Case] = {
     "config config_file": call(config.config_file, "nowhere.py"),
     "config _find": call(config.load, "nowhere.py"),
     "config load: 'a yacs config'": call(config.load, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-    "config load: does not load": file_with("model = (", "r.py", config.load),
+    "config _read: does not load": file_with("model = (", "r.py", config.recipe_of),
+    "config _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
     "config load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
     "config override": _overridden("train.max_iter=[3"),
     "config _check_override: 'no value'": _overridden("train.max_iter"),
     "config _check_override: has no keys": _overridden("train.max_iter.a=1"),
     "config _check_override: no {part": _overridden("train.maxiter=1"),
-    "config detector: does not load ({error})": file_with("MODEL: [1", "d.yaml", config.detector),
-    "config detector: type(error)": file_with("model = (", "d.py", config.detector),
-    "config detector: defines no": file_with("other = dict(a=1)", "d.py", config.detector),
+    "config detector": file_with("MODEL: [1", "d.yaml", config.detector),
     "config method": call(config.method, "magic"),
     "config increment: 'increment'": lambda folder: (
         lambda: config.increment(plain_recipe(folder), split="2+1", step=1)
     ),
+    "config increment: data sets": _two_sets,
     "config increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
@@ -769,10 +775,16 @@ EVALUATION: dict[str, Case] = {
         comparison._shared, [_knows("one", 0), _knows("other", 1)], Like(name="some data")
     ),
     "evaluation/detections _known": _other_ap,
-    "evaluation/detectors read_results: detections on": _results(
+    "evaluation/detectors read_results: found, f'detections on": _results(
         '[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
     ),
-    "evaluation/detectors read_results: a COCO results file": _results("[1"),
+    "evaluation/detectors read_results: found, 'a COCO results file": _results("[1"),
+    "evaluation/detectors read_results: not finite": _results(
+        '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, NaN], "score": 1}]'
+    ),
+    "evaluation/detectors read_results: boxes outside": _results(
+        '[{"image_id": 1, "category_id": 1, "bbox": [65, 0, 1, 1], "score": 1}]'
+    ),
     "evaluation/detectors build: found, expected": _with_classes("one"),
     "evaluation/detectors build: none of the classes": _with_classes("x", "y", "z"),
     "evaluation/detectors study_of": file_with(

@@ -79,10 +79,21 @@ def test_bad_input_ends_in_one_line(command, words, line, capsys, tmp_path, monk
 
 
 def test_an_unknown_data_set_and_a_broken_study_are_named(command, study, capsys):  # noqa: F811
-    with pytest.raises(SystemExit):
-        command(study, "--dataset", "nowhere")
-    assert "'nowhere'" in capsys.readouterr().err
-    (study / "results.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        command(study)
-    assert "results.json: no rows" in capsys.readouterr().err
+    asked = lambda *words: refusal(lambda words: command(*words), words, capsys)  # noqa: E731
+    assert "'nowhere'" in asked(study, "--dataset", "nowhere")
+    whole = (study / "tar_seed0/config.yaml").read_text()
+    for content in (whole[: len(whole) // 2], "model: [", "model:", "- model", "", "\0"):
+        (study / "tar_seed0/config.yaml").write_text(content)
+        assert "tar_seed0/config.yaml: " in asked(study)
+        assert "tar_seed0/config.yaml: " in asked(study / "tar_seed0")
+    for content in ("{}", "[]", "[", '"rows"'):
+        (study / "results.json").write_text(content)
+        assert "results.json: no rows" in asked(study)
+
+
+def test_a_broken_recipe_is_named(command, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("model = nope")
+    detector = f"a={tmp_path / 'broken.py'},weights.pth"
+    words = ["--detector", detector, "--output", tmp_path / "report", "--dataset", "some"]
+    said = refusal(lambda words: command(*words), words, capsys)
+    assert "broken.py: does not load (NameError: name 'nope' is not defined)" in said

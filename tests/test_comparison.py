@@ -9,6 +9,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
+from PIL import Image
 
 from d2kd.data import coco_dataset, register_voc
 from d2kd.engine.run_info import save_config, write_json
@@ -21,6 +22,7 @@ from d2kd.evaluation.detectors import (
     detectors_of_study,
     from_config,
     load_data,
+    read_results,
     study_of,
 )
 from d2kd.evaluation.detectors import build as build_detector
@@ -239,10 +241,34 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     detector = from_config("one", config, weights, str(results))
     found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
     assert found["one"].accuracy.fixed["wrong"] == 1
-    for content in ([row | {"image_id": 99}], [row | {"category_id": 9}], [{}], {"a": 1}):
+    assert found.notes == [f"{results}: detections on 1 of 6 images alone"]
+    faults = ({"image_id": 99}, {"category_id": 9}, {"bbox": [1] * 8}, {"bbox": [1, 2]})
+    faults += ({"bbox": [1, 2, 3, float("nan")]}, {"score": float("inf")})
+    faults += ({"bbox": [70, 2, 3, 4]}, {"bbox": [1, 70, 3, 4]}, {"bbox": [-5, 2, 3, 4]})
+    for content in (*([row, row | fault] for fault in faults), [{}], {"a": 1}):
         results.write_text(json.dumps(content))
         with pytest.raises(InputError, match="results.json"):
             compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+
+
+def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):
+    """Not every project clips."""
+    boxes = [[-5, -5, 10, 10], [60, 60, 10, 10], [-9, -9, 99, 99], [64, 64, 0, 0]]
+    rows = [{"image_id": 1, "category_id": 2, "bbox": box, "score": 0.5} for box in boxes]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    found = read_results(tmp_path / "results.json", load_data(named(data)))
+    assert found.box.tolist() == boxes
+    (tmp_path / "results.json").write_text("[]")
+    assert len(read_results(tmp_path / "results.json", load_data(named(data)))) == 0
+
+
+def test_an_image_that_was_replaced_is_looked_at_again(tmp_path):
+    draw_data(tmp_path / "data")
+    detectors, kept = three(tmp_path, tmp_path / "data")[:1], tmp_path / "kept"
+    compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "data/1.png")
+    again = compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
+    assert any("of another dataset; detected anew" in note for note in again.notes)
 
 
 def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):

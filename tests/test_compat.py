@@ -1,21 +1,30 @@
 """What d2kd needs of Detectron2, name by name: where a version differs, this says what, before a training does."""
 
 import inspect
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from detectron2 import _C
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import detection_utils
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from d2kd import compat
+from d2kd.engine.checkpoint import NORMALIZER
 from d2kd.modeling import capture, outputs_of
+from d2kd.modeling.weights import read
 
 from .common import CLASSES, DETECTORS, batch, build
 
@@ -45,6 +54,7 @@ OF_DENSE = OF_ALL + [
     *("num_classes", "head_in_features", "anchor_generator.cell_anchors", "label_anchors"),
     *("box2box_transform.apply_deltas", "test_score_thresh", "test_topk_candidates"),
     *("test_nms_thresh", "max_detections_per_image"),
+    *("_transpose_dense_predictions", "_decode_multi_level_predictions"),
 ]
 READ = {
     "faster_rcnn": OF_RCNN + [f"roi_heads.box_predictor.{name}" for name in OF_PREDICTOR],
@@ -76,6 +86,9 @@ def test_every_name_that_is_listened_to_and_read(family):
         losses = detector(batch())
     assert {name: len(heard) for name, heard in calls.items()} == LISTENED[family]
     assert all(isinstance(value, torch.Tensor) for value in losses.values())
+
+    # Where it has another name, a resumed run would silently start it anew.
+    assert hasattr(detector, NORMALIZER) == (family in ("retinanet", "fcos"))
 
     ((images,), features), *_ = calls["backbone"]
     assert isinstance(images, torch.Tensor) and isinstance(features, dict)
@@ -109,6 +122,84 @@ def test_what_the_trainer_stands_on():
     assert "img_ids" in inspect.signature(COCOEvaluator.evaluate).parameters
     assert "use_fast_impl" in inspect.signature(COCOEvaluator.__init__).parameters
     assert issubclass(detection_utils.SizeMismatchError, ValueError)
+
+
+def test_what_the_hooks_stand_on(tmp_path):
+    assert hooks.EvalHook(2, dict)._period == 2 and callable(hooks.EvalHook._do_eval)
+    trainer, hook = TrainerBase(), hooks.HookBase()
+    trainer.register_hooks([hook])
+    assert trainer._hooks == [hook]
+    checkpointer = DetectionCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    periodic = hooks.PeriodicCheckpointer(checkpointer, 1, max_iter=9, max_to_keep=2)
+    assert periodic.recent_checkpoints == [] and periodic.file_prefix == "model"
+    periodic.step(0)
+    assert periodic.recent_checkpoints == [str(tmp_path / "model_0000000.pth")]
+
+
+def test_what_checkpoints_stand_on():
+    checkpointer = DetectionCheckpointer(nn.Linear(1, 2), save_to_disk=False)
+    assert callable(checkpointer._log_incompatible_keys)
+    state = {"weight": torch.ones(1, 1), "more": torch.ones(1)}
+    found = checkpointer._load_model({"model": state})
+    assert (found.missing_keys, found.unexpected_keys) == (["weight", "bias"], ["more"])
+    assert found.incorrect_shapes == [("weight", (1, 1), (2, 1))]
+
+
+def _as_it_is(monkeypatch):
+    """0.6, or what is installed."""
+
+
+def _later(monkeypatch):
+    """Where Detectron2 reads files inside ``load`` alone."""
+    cls, inside = DetectionCheckpointer, []
+    load, load_file = cls.load, cls._load_file
+
+    def loading(self, *args, **kwargs):
+        inside.append(self)
+        try:
+            return load(self, *args, **kwargs)
+        finally:
+            inside.remove(self)
+
+    def reading(self, file):
+        assert self in inside, "`_load_file` must be called inside `load`"
+        return load_file(self, file)
+
+    monkeypatch.setattr(cls, "load", loading)
+    monkeypatch.setattr(cls, "_load_file", reading)
+
+
+@pytest.mark.parametrize("version", [_as_it_is, _later])
+def test_checkpoints_are_read_by_either(version, tmp_path, monkeypatch):
+    """Our own, bare tensors as torch saves them, and the model zoo's."""
+    version(monkeypatch)
+    state = nn.Linear(2, 3).state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    torch.save({"model": state, "iteration": 4}, tmp_path / "ours.pth")
+    torch.save(state, tmp_path / "bare.pth")
+    zoo = {"model": arrays, "__author__": "Detectron2"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo))
+    (tmp_path / "caffe.pkl").write_bytes(pickle.dumps(arrays | {"weight_momentum": 0}))
+    for name, rest in {
+        "ours.pth": {"iteration": 4},
+        "bare.pth": {},
+        "zoo.pkl": {"__author__": "Detectron2"},
+        "caffe.pkl": {"__author__": "Caffe2", "matching_heuristics": True},
+    }.items():
+        found = read(str(tmp_path / name))
+        model = found.pop("model")
+        assert found == rest and model.keys() == state.keys()
+        assert all(np.array_equal(model[key], arrays[key]) for key in arrays)
+
+
+def test_what_a_backbone_of_ours_and_pictures_stand_on():
+    backbone = type("Ours", (Backbone,), {"forward": None})()
+    backbone._out_features = ["p3"]
+    backbone._out_feature_channels, backbone._out_feature_strides = {"p3": 4}, {"p3": 8}
+    assert backbone.output_shape() == {"p3": ShapeSpec(channels=4, stride=8)}
+    visualizer = Visualizer(np.zeros((8, 8, 3), np.uint8))
+    visualizer.draw_box((1, 1, 5, 5))
+    assert len(visualizer.output.ax.patches) == 1
 
 
 def test_compiled_or_not(monkeypatch):

@@ -61,7 +61,9 @@ def test_parity_can_fail(tmp_path, capsys):
         assert out == [name]
 
 
-@pytest.mark.parametrize("name", ["erd/old_box_logits/p6", "gfl/anchors_xyxy", "erd/loss_dfl"])
+@pytest.mark.parametrize(
+    "name", ["erd/old_box_logits/p6", "gfl/anchors_xyxy", "erd/loss_dfl", "image2/size_hw"]
+)
 def test_parity_names_a_missing_array(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parity(["--method", "erd", altered(tmp_path / "less.npz", **{name: None})])

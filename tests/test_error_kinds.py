@@ -82,11 +82,22 @@ def test_mending_the_only_error_costs_all_there_is(detections, kind):
     other = (1, [100, 100, 20, 20])
     _, found = kinds([(0, OBJECT), other], [*detections, (*other, 0.95)])
     assert found.AP50 == pytest.approx(50)
-    if kind == "missed":  # none of class a is left to find, which is no AP of 100
-        assert found.cost["missed"] == pytest.approx(0)
-    else:
-        assert found.cost[kind] == pytest.approx(50)
+    assert found.cost[kind] == pytest.approx(50)
     assert all(found.cost[other] == 0 for other in KINDS if other != kind)
+
+
+def test_what_is_missed_costs_less_the_more_is_found():
+    objects = [(0, [40 * i, 0, 20, 20]) for i in range(10)] + [(1, [0, 100, 20, 20])]
+    costs = []
+    for count in range(11):
+        right = [(*one, 0.9) for one in [*objects[:count], objects[-1]]]
+        costs.append(kinds(objects, right)[1].cost["missed"])
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == pytest.approx(50) and costs[1] > 40 and costs[10] == 0
+    # Where nothing was said at all, nobody knows; what was said of class a alone was wrong.
+    assert kinds(objects[:10], [])[1].cost["missed"] is None
+    wrong = [(0, [0, 200, 20, 20], 0.9), (*objects[-1], 0.9)]
+    assert kinds(objects, wrong)[1].cost["missed"] == 0
 
 
 def test_an_object_is_mended_once_by_the_best_that_means_it():

@@ -19,7 +19,7 @@ from torch import nn
 import d2kd.engine.trainer as trainer_module
 from d2kd.config import get_config
 from d2kd.data import build_train_loader
-from d2kd.engine.checkpoint import StudentCheckpointer, plain
+from d2kd.engine.checkpoint import NORMALIZER, StudentCheckpointer, plain
 from d2kd.engine.run_info import LOGGERS, explaining_full_disk
 from d2kd.engine.step import Step
 from d2kd.errors import InputError, reporting
@@ -27,6 +27,7 @@ from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling.weights import read
 
 from . import resume_runs
+from .common import tiny_retinanet
 from .kill_runs import kill
 from .resume_runs import OBJECTS, Stopped, compare, differences, in_a_process, run, saved
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
@@ -207,6 +208,35 @@ def test_old_checkpoints_are_still_counted_after_a_resume(data, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("model_*")) == names[1:3]
     run(config, resume=True)
     assert sorted(p.name for p in tmp_path.glob("model_*")) == [*names[2:], "model_final.pth"]
+
+
+def test_an_unreadable_checkpoint_takes_no_place_of_a_whole_one(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    config.train.checkpointer.max_to_keep = 2
+    run(config, stop=3)
+    os.truncate(tmp_path / "model_0000002.pth", 1000)
+    for stop, kept in ((3, ["0000001", "0000002"]), (None, ["0000002", "0000003", "final"])):
+        run(config, resume=True, stop=stop)
+        files = sorted(tmp_path.glob("model_*.pth"))
+        assert [file.stem.removeprefix("model_") for file in files] == kept
+        assert all(saved(file) for file in files)
+
+
+def test_a_dense_detector_goes_on_in_another_number_of_processes(data, tmp_path, caplog):
+    """Together they divide by what they did: one keeps the mean of what two counted in its images."""
+    config = plain_recipe(data, tmp_path)
+    config.model = tiny_retinanet()
+    trainer, _ = run(config, stop=1)
+    alone = trainer.model.loss_normalizer
+    file = tmp_path / "model_0000000.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    [state] = checkpoint["processes"]
+    checkpoint["processes"] = [state | {NORMALIZER: share * alone} for share in (0.25, 0.75)]
+    torch.save(checkpoint, file)
+    trainer = trainer_module.Trainer(config)
+    trainer.resume_or_load()
+    assert trainer.start_iter == 1 and trainer.model.loss_normalizer == pytest.approx(alone)
+    assert "no random state for this many processes; its loss_normalizer is" in caplog.text
 
 
 class Parameter(nn.Module):

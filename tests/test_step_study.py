@@ -1,5 +1,6 @@
 """Studies of class steps: what runs are measured on, and the figures after each step."""
 
+import copy
 import io
 import json
 import math
@@ -10,13 +11,14 @@ import torch
 from omegaconf import OmegaConf
 
 from d2kd.config import increment, load
-from d2kd.data import shapes
+from d2kd.data import coco_dataset, shapes
 from d2kd.errors import InputError
 from d2kd.evaluation.coco import forgetting, gaps, old_new_all
 from d2kd.study import Measured, parse, run_study, show_results
 from d2kd.study import load as load_study
 
 from .common import forget_class_steps, interrupted_in
+from .tiny_run import draw_data
 
 CLASSES = list(shapes.CLASSES)
 
@@ -115,6 +117,19 @@ def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
     assert record["dataset"] == "shapes_test_4+2+2_seen2"
 
 
+def test_a_test_split_without_a_steps_objects_is_found_before_training(tmp_path):
+    draw_data(tmp_path / "data")
+    file = tmp_path / "data" / "data.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 1]
+    file.write_text(json.dumps(content))
+    test = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path / "data"))
+    study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
+    with pytest.raises(InputError, match="_seen1': no object of class 0; expected at least one"):
+        run_study(study, study.plan((0,)), tmp_path / "out", FakeTraining({}), io.StringIO())
+    assert not (tmp_path / "out").exists()
+
+
 def test_figures_after_each_step(tmp_path):
     """Forgetting is against the run that learned the class, two steps back as well as one."""
     run(study_of(), tmp_path)
@@ -184,6 +199,10 @@ def test_an_increment_is_a_recipe_of_its_own():
     assert model.teacher.detector.num_classes == 4 and list(model.classes) == CLASSES[:6]
     assert list(model.teacher.classes) == CLASSES[:4] and list(model.inherit) == [""]
     assert increment(base, split="4+2+2", step=1).model.num_classes == 4
+    listed = copy.deepcopy(base)
+    for part in (listed.dataloader.train, listed.dataloader.test):
+        part.dataset.names = [part.dataset.names]
+    assert increment(listed, split="4+2+2", step=2) == recipe
     with pytest.raises(
         InputError, match="increment: a recipe of another detector; expected one of"
     ):

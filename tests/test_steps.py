@@ -127,6 +127,16 @@ def test_any_order_of_names():
         assert named == [c for c in original if c in metadata.thing_classes]
 
 
+def test_splits_of_equal_counts_are_data_sets_of_their_own():
+    splits = [[ORDER[:4], ORDER[4:]], [ORDER[4:], ORDER[:4]], [ORDER[3::-1], ORDER[4:]]]
+    names = [class_step("shapes_val", split, 1) for split in splits]
+    assert len(set(names)) == 3
+    for split, name in zip(splits, names):
+        assert class_names(name) == tuple(split[0]) == MetadataCatalog.get(name).class_step.classes
+        assert class_step("shapes_val", split, 1) == name
+    assert class_step("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_step1"
+
+
 def perfect(evaluator, name):
     """What an evaluator says of a detector that sees every annotation of a data set."""
     evaluator.reset()

@@ -107,8 +107,7 @@ def given(args: argparse.Namespace) -> tuple:
 
 def found_in(folder: Path, dataset: str | None) -> tuple:
     """The detectors of an output folder, and the data set they were measured on unless another is given."""
-    from detectron2.config import LazyConfig
-
+    from d2kd.config import load
     from d2kd.data.catalog import register_described
     from d2kd.evaluation.detectors import detectors_of_run, detectors_of_study, study_of
 
@@ -119,7 +118,7 @@ def found_in(folder: Path, dataset: str | None) -> tuple:
         detectors = detectors_of_study(folder, study["rows"], study["baseline"], study["featured"])
         measured_on = study["dataset"]
     for detector in detectors:
-        register_described(LazyConfig.load(detector.config), dataset or measured_on)
+        register_described(load(detector.config), dataset or measured_on)
     return detectors, dataset or measured_on
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -93,7 +94,7 @@ def class_step(
         split: see :func:`split_classes`.
         step: from 1.
         seen: all classes up to this step, to measure a detector with. At the last step no image is left out.
-        name: to register; of data set, split and step by default.
+        name: to register; of data set, split and step by default; of a split in another order, a hash, too.
 
     Raises:
         InputError: there is no such data set, class or step, or the name is taken; when it is loaded, no image
@@ -102,8 +103,10 @@ def class_step(
     steps = split_classes(dataset, split)
     if not 1 <= step <= len(steps):
         raise InputError("step", step, f"from 1 to {len(steps)}")
-    counts = "+".join(str(len(classes)) for classes in steps)
-    name = name or f"{dataset}_{counts}_{'seen' if seen else 'step'}{step}"
+    parts = "+".join(str(len(classes)) for classes in steps)
+    if tuple(chain(*steps)) != class_names(dataset):  # their counts alone could be another split's
+        parts += f"_{hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:8]}"
+    name = name or f"{dataset}_{parts}_{'seen' if seen else 'step'}{step}"
     given = (f"step {step} of {steps}{', seen' if seen else ''}", dataset)
     if is_registered(name, given):
         return name

@@ -126,7 +126,10 @@ class Checkpoints(hooks.PeriodicCheckpointer):
         super().before_train()
         if self.max_to_keep is not None and self.trainer.start_iter > 0:
             last = self.checkpointer.get_checkpoint_file()
-            self.recent_checkpoints = [*reversed(self.checkpointer.before(last)), last]
+            written = [*reversed(self.checkpointer.before(last)), last]
+            # What is still to be written does not count yet: it could not be read, or was an earlier run's.
+            unwritten = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
+            self.recent_checkpoints = [file for file in written if Path(file).name < unwritten]
         if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
             last = self.max_iter - 1
             with self.trainer.as_of(last):

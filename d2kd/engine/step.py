@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from .checkpoint import NORMALIZER, student_of
 from .optimizer import clipping
+from .random_state import random_state, set_random_state
 
 
 class NotFinite(Exception):
@@ -32,7 +34,7 @@ class Step(SimpleTrainer):
     """One training step in any precision on any device.
 
     With precision full and clipping off it is ``SimpleTrainer``'s, bit for bit. A loss or gradient that is
-    not finite stops it, in all processes alike, before anything is updated.
+    not finite stops it, in all processes alike, and leaves all as it was before.
 
     Args:
         optimizer: what :func:`d2kd.engine.optimizer.build_optimizer` gives; the student's gradients and those
@@ -54,11 +56,13 @@ class Step(SimpleTrainer):
         self._autocast, self.grad_scaler = precision
         self._clipping = clipping(optimizer, train)
         self._device = next(model.parameters()).device
-        self._statistics = [
-            statistic
+        # Statistics and counters.
+        self._running = [
+            buffer
             for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-            for statistic in module.buffers(recurse=False)
+            for buffer in module.buffers(recurse=False)
+            if not buffer.is_floating_point()
+            or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats)
         ]
 
     def feed(self, data_loader: Iterable) -> None:
@@ -67,12 +71,10 @@ class Step(SimpleTrainer):
 
     def run_step(self) -> None:
         assert self.model.training, "the model was put in eval mode"
+        put_back = self._what_a_forward_moves()
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
-
-        # The forward pass updates them before it is known to be good.
-        statistics = [statistic.clone() for statistic in self._statistics]
         try:
             losses = self._forward(batch)
             self._record(losses, data_time)
@@ -81,11 +83,27 @@ class Step(SimpleTrainer):
             self.grad_scaler.unscale_(self.optimizer)
             self._clip_gradients()
         except NotFinite:
-            for statistic, before in zip(self._statistics, statistics):
-                statistic.copy_(before)
+            put_back()
             raise
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _what_a_forward_moves(self) -> Callable[[], None]:
+        """Keep what changes before a step is known to be good; called, what it returns puts it back."""
+        student = student_of(self.model)
+        running, random = [buffer.clone() for buffer in self._running], random_state()
+        normalizer = getattr(student, NORMALIZER, None)
+
+        def put_back() -> None:
+            for buffer, before in zip(self._running, running):
+                buffer.copy_(before)
+            set_random_state(random)
+            if normalizer is not None:
+                setattr(student, NORMALIZER, normalizer)
+            elif hasattr(student, NORMALIZER):  # it was the first step
+                delattr(student, NORMALIZER)
+
+        return put_back
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:

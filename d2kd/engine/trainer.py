@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +284,16 @@ class Trainer(DefaultTrainer):
         rest = self.checkpointer.restore(file, checkpoint)
         self.start_iter = self.iter + 1
         self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL
-        states = rest.get("processes", ())
-        if len(states) == comm.get_world_size():
+        states, processes = rest.get("processes", ()), comm.get_world_size()
+        if len(states) == processes:
             own = states[comm.get_rank()]
             self._random = own["random"]
-            if NORMALIZER in own:
-                setattr(student_of(self.model), NORMALIZER, own[NORMALIZER])
         else:
-            logger.warning("%s has no random state for this many processes", file)
+            own = _dealt_anew(states, processes)
+            dealt = f"; its {NORMALIZER} is dealt to them anew" if own else ""
+            logger.warning("%s has no random state for this many processes%s", file, dealt)
+        if NORMALIZER in own:
+            setattr(student_of(self.model), NORMALIZER, own[NORMALIZER])
         self._trainer.feed(self.build_train_loader(self.cfg))
         self.record.load()
         logger.info("Going on from %s, at iteration %d", file, self.start_iter)
@@ -388,7 +390,8 @@ class Trainer(DefaultTrainer):
         self.seconds += time.perf_counter() - start
 
     def _keep_last_good_state(self, error: NotFinite) -> None:
-        failed_at, self.iter = self.iter, self.iter - 1
+        failed_at = self.iter
+        self.iter = self._trainer.iter = failed_at - 1
         self.checkpointer.save("model_last_good", iteration=self.iter)
         self.iter = failed_at
         kept = Path(self.config.train.output_dir, "model_last_good.pth")
@@ -419,6 +422,15 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "train.seed is %d and was %d: the data go on in another order", seed, former
             )
+
+
+def _dealt_anew(states: Sequence[dict], processes: int) -> dict[str, Any]:
+    """What each of another number of processes goes on with; a batch has as many images in all as before.
+
+    A normalizer counts the foreground of its process's share of them, so it is their sum that stays.
+    """
+    known = [state[NORMALIZER] for state in states if NORMALIZER in state]
+    return {NORMALIZER: sum(known) / processes} if known else {}
 
 
 def has_tensorboard() -> bool:

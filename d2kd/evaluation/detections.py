@@ -51,12 +51,17 @@ def detections_of(
     detector = ready.detector
     for path in detector.results:
         try:
-            return _known(path, detector, data)
+            known = _known(path, detector, data)
         except InputError as error:
             if detector.must_fit:
                 raise
             if path.exists():
                 say(f"{error}; detected anew")
+            continue
+        images = len(np.unique(known.image))
+        if 2 * images < len(data.records):
+            say(f"{path}: detections on {images} of {len(data.records)} images alone")
+        return known
     key = {"schema": SCHEMA, "dataset": data.name, "dataset_sha256": data.sha256, **detector.key}
     begins = range(0, len(data.records), PART)
     parts, missing = {}, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..config import detector as model_of
-from ..config import is_distiller, recipe_of, student_of, test_mapper
+from ..config import is_distiller, load, recipe_of, student_of, test_mapper
 from ..data import build_test_loader, check_dataset
 from ..engine.run_info import config_hash
 from ..errors import InputError
@@ -41,7 +42,7 @@ class Data:
         records: Detectron2's dataset dicts.
         truth: their objects.
         category_ids: of its classes, in their order.
-        sha256: of all that detections depend on: names of images, objects, classes.
+        sha256: of all that detections depend on: names, sizes and times of the images' files, objects, classes.
     """
 
     name: str
@@ -78,8 +79,17 @@ def load_data(name: str) -> Data:
     digest = hashlib.sha256(repr((truth.classes, truth.image_ids)).encode())
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
-    digest.update("\n".join(str(record["file_name"]) for record in records).encode())
+    digest.update("\n".join(_version(str(record["file_name"])) for record in records).encode())
     return Data(name, records, truth, category_ids, digest.hexdigest())
+
+
+def _version(file: str) -> str:
+    """An image by its name, and by what tells that another has taken its place."""
+    try:
+        stat = os.stat(file)
+    except OSError:  # not on this machine, or not there: who reads it says so
+        return file
+    return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def read_results(path: str | Path, data: Data) -> Detections:
@@ -96,15 +106,29 @@ def read_results(path: str | Path, data: Data) -> Detections:
         if strange or strange_class:
             found = f"{len(strange)} detections of images, {len(strange_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
-        return Detections(
+        detections = Detections(
             image=np.array([data.place[row["image_id"]] for row in rows], dtype=np.int64),
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
-            box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4),
+            box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read ({type(error).__name__})"
         raise InputError(path, found, "a COCO results file") from error
+    if not (np.isfinite(detections.box).all() and np.isfinite(detections.score).all()):
+        raise InputError(path, "boxes or scores that are not finite", "a COCO results file")
+    size = {record["image_id"]: (record["width"], record["height"]) for record in data.records}
+    size = np.array([size[row["image_id"]] for row in rows]).reshape(len(rows), 2)
+    near = detections.box[:, :2]
+    far = near + detections.box[:, 2:]
+    outside = ((near > size) | (far < 0)).any(axis=1)
+    if outside.any():
+        raise InputError(
+            path,
+            f"{outside.sum()} of {len(rows)} boxes outside their image",
+            f"detections on {data.name}",
+        )
+    return detections
 
 
 @dataclass
@@ -254,13 +278,13 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
     """Teacher, if there was one, and what was trained; and the data set, by default the one it was measured on.
 
     Raises:
-        InputError: the folder holds no finished run.
+        InputError: the folder holds no finished run, or its config cannot be read.
     """
     config, weights = folder / "config.yaml", folder / "model_final.pth"
     for file in (config, weights):
         if not file.is_file():
             raise InputError(file, "no such file", "the output folder of a finished run or study")
-    recipe = LazyConfig.load(str(config))
+    recipe = load(str(config))
     found = []
     if is_distiller(recipe.model) and recipe.model.teacher.weights:
         node = recipe.model.teacher
@@ -299,13 +323,13 @@ def detectors_of_study(
         featured: the method asked about. None, or where it has no run: the distilled one with the highest AP.
 
     Raises:
-        InputError: no run was distilled, or its baseline or teacher is missing.
+        InputError: a run's config cannot be read, no run was distilled, or its baseline or teacher is missing.
     """
     recipes = {}
     for row in rows:
         file = folder / row["name"] / "config.yaml"
         if file.is_file():  # a run's folder may have gone
-            recipes[row["name"]] = LazyConfig.load(str(file))
+            recipes[row["name"]] = load(str(file))
     rows = [row for row in rows if row["name"] in recipes]
     distilled = [
         row for row in rows if is_distiller(recipes[row["name"]].model) and row["AP"] is not None
@@ -338,10 +362,12 @@ def detectors_of_study(
 
 
 def _json(path: Path) -> dict:
+    """What a file holds; {} if that is no dict, or cannot be read."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def same_mapper(detectors: Iterable[Detector]) -> None:

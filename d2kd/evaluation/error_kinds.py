@@ -12,10 +12,12 @@ for a match and 0.1 for the background. Every wrong detection is of one kind, th
 and an object that is not found, nor would be by mending a classification or a localization, is *missed*. What a kind
 costs is the AP50 gained by mending that kind alone: a classification or localization error is turned into the object
 it meant, the best one where there are several, and dropped where the object is found already; other wrong detections
-are dropped; missed objects are taken from those to be found. The gains do not add up to what AP lacks.
+are dropped; missed objects are taken from those to be found, as if the detector were as precise on them as on the rest.
+Where a class has no rest, that tells nothing: it is left out of the mean, unless it has wrong detections, which make it 0.
+The gains do not add up to what AP lacks.
 
 The published tool (tidecv 1.0.1, of 2020) wants pandas and seaborn only to be imported, and counts one detection at a
-time. Its order of tests is kept. Other here: detections that COCO ignores (in a crowd) are no errors, and a class without
+time. Its order of tests and its means after mending are kept. Other here: detections that COCO ignores (in a crowd) are no errors, and a class without
 objects is left out of the mean, as everywhere in COCO's AP; so that AP50 is the one reported.
 """
 
@@ -41,7 +43,7 @@ class ErrorKinds:
     Attributes:
         AP50: as it is.
         count: kind -> detections, of "missed" objects, of that kind.
-        cost: kind -> AP50, in points, that mending it would give; at least 0.
+        cost: kind -> AP50, in points, that mending it would give; at least 0; None where no class is left to tell.
     """
 
     AP50: float | None
@@ -156,6 +158,6 @@ def _ap50(
         at = right[None, starts[k] : starts[k + 1]]
         if objects[k]:
             values[k] = curve(at, ~at, int(objects[k])).mean()
-        elif had_any[k]:
-            values[k] = 0.0  # every object was missed; none is left to find
+        elif had_any[k] and at.size:
+            values[k] = 0.0  # every object was missed: what was detected is wrong
     return mean_precision(values[list(classes)])

@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..compat import read_checkpoint
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def read(weights: str) -> dict:
     """
     path = local_path(weights)
     try:
-        checkpoint = DetectionCheckpointer(nn.Module(), save_to_disk=False)._load_file(path)
+        checkpoint = read_checkpoint(path)
     except Exception as error:  # zip, pickle and torch each fail in their own way
         raise InputError(
             weights,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
 from omegaconf import DictConfig
 
@@ -103,7 +103,8 @@ def run_study(
         InputError: the test split cannot be read; it is looked at first, and drawn if it is generated.
     """
     for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
-        check_dataset(test)
+        for name in check_dataset(test):
+            DatasetCatalog.get(name)  # a class step is known to have objects once it is loaded
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
     rows: list[dict[str, Any]] = []

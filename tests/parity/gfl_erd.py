@@ -69,6 +69,11 @@ def truth(arrays: Arrays, image: int) -> Instances:
     return instances
 
 
+def unread(images: int) -> list[str]:
+    """What a whole file has of its batch besides, for one of the two methods."""
+    return ["num_old_classes", *(f"image{i}/size_hw" for i in range(images))]
+
+
 def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     """Every output ``gfl/*`` by name, from the inputs among the arrays.
 
@@ -79,6 +84,8 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     logits = maps(arrays, "gfl/class_logits", levels)
     edges = maps(arrays, "gfl/box_logits", levels)
     first = edges[levels[0]]
+    for name in unread(len(first)):
+        arrays[name]
     gfl = detector(levels, int(arrays["num_new_classes"]), first.shape[1] // 4 - 1)
     predictions = [list(logits.values()), list(edges.values())]
 
@@ -121,6 +128,8 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     answers = [list(given[name].values()) for name in names]
     images, channels = answers[1][0].shape[:2]
     reg_max = channels // 4 - 1
+    for name in unread(images):
+        arrays[name]
     anchors = tensor(arrays, "gfl/anchors_xyxy").float()
     anchors = list(map(Boxes, anchors.split([x.shape[-2] * x.shape[-1] for x in answers[1]])))
 
