@@ -236,6 +236,13 @@ def test_mapper(config: str | DictConfig) -> DictConfig | None:
     )
 
 
+def reading_mapper(mapper: DictConfig | None) -> DictConfig:
+    """The node of the mapper that reads the file, which a :class:`TwoScales` holds; an empty one for None."""
+    while mapper is not None and builds(mapper, TwoScales):
+        mapper = mapper.mapper
+    return OmegaConf.create() if mapper is None else mapper
+
+
 def student_of(model: DictConfig) -> DictConfig:
     """The detector inside a model node: a Distiller's student, or the node itself."""
     return model.student if is_distiller(model) else model
@@ -315,8 +322,8 @@ def distill(
     if not isinstance(teacher, DictConfig):
         config, weights = teacher
         teacher = L(Teacher)(detector=detector(config), weights=weights)
-    mapper = base.dataloader.train.get("mapper") or {}
     if "image_format" not in teacher:
+        mapper = reading_mapper(base.dataloader.train.get("mapper"))
         teacher.image_format = mapper.get("image_format", "BGR")
     if scale != 1:
         teacher.scale = scale

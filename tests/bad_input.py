@@ -779,6 +779,9 @@ EVALUATION: dict[str, Case] = {
         detectors.detectors_of_run, Path("nowhere")
     ),
     "evaluation/detectors detectors_of_run: --dataset NAME": _unmeasured,
+    "evaluation/detectors _full_images": call(
+        detectors._full_images, DictConfig({"_target_": "a.Mapper"}), 2, Path("config.yaml")
+    ),
     "evaluation/detectors detectors_of_study": call(
         detectors.detectors_of_study, Path("nowhere"), []
     ),

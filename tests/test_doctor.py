@@ -10,8 +10,10 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 from PIL import Image
 
+from d2kd.config import distill
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
 from d2kd.doctor.measurements import look_at_inputs, look_at_losses
 from d2kd.engine import Trainer
@@ -277,6 +279,19 @@ def test_the_first_look_says(config, change, expected):
     found = [f for f in first_look(config, instantiate(config.model)) if f.subject == subject]
     assert found[0].state == state and text in found[0].found, found
     assert bool(found[0].advice) == (state != "ok")
+
+
+def test_the_first_look_at_two_scales(config):
+    """A reduced recipe's channel order is that of the mapper inside, and its levels match by stride."""
+    whole = distill(config, teacher=config.model.teacher, losses=L(DistillLosses)(), scale=2)
+    config = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
+    config.model.teacher.weights = None
+    config.dataloader.train.mapper.mapper.image_format = "RGB"
+    findings = first_look(config, instantiate(config.model))
+    said = "dataloader.test.mapper.mapper.image_format=RGB"
+    assert said in [f.advice for f in findings if f.subject == "channel order"]
+    (levels,) = (f for f in findings if f.subject == "levels")
+    assert levels.state == "ok" and "p3 with p4 (stride 8" in levels.found
 
 
 def test_what_trains_the_losses_own_parts_alone(config):

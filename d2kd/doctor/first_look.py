@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..classes import class_names, num_classes_of
+from ..config import reading_mapper
 from ..data import check_dataset
 from ..engine.checkpoint import student_of, unwrapped
 from ..errors import InputError
@@ -61,22 +62,24 @@ class FirstLook(HookBase):
 
 
 def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
-    key = "dataloader.{}.mapper.image_format"
-    train, test = (
-        OmegaConf.select(config, key.format(part), default=None) for part in ("train", "test")
-    )
+    readers = [
+        reading_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
+        for part in ("train", "test")
+    ]
+    train, test = (reader.get("image_format") for reader in readers)
+    train_key, test_key = (reader._get_full_key("image_format") for reader in readers)
     if train is None:
         yield Finding("channel order", "ok", "the loader does not say it: not looked at")
         return
     if test is not None and test != train:
         found = f"training images are {train}, test images {test}"
-        yield Finding("channel order", "error", found, f"{key.format('test')}={train}")
+        yield Finding("channel order", "error", found, f"{test_key}={train}")
     student = student_of(model)
     wanted = getattr(student, "input_format", None) or train
     if wanted != train:
         found = f"images are {train}, the student's input_format is {wanted}"
-        yield Finding("channel order", "error", found, f"{key.format('train')}={wanted}")
-    yield _statistics("student", student, train, key.format("train"))
+        yield Finding("channel order", "error", found, f"{train_key}={wanted}")
+    yield _statistics("student", student, train, train_key)
     if not isinstance(model, Distiller):
         return
     told = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
@@ -143,7 +146,7 @@ def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
         return
     backbones = model.student.backbone, model.teacher.detector.backbone
     try:
-        matches = match_levels(*backbones)
+        matches = match_levels(*backbones, scale=model.teacher.scale)
     except InputError as error:
         yield Finding("levels", "warning", error.found, "losses that do not compare features")
         return
