@@ -367,6 +367,7 @@ DATA: dict[str, Case] = {
     "data/voc _names: 'no image'": voc(written("ImageSets/Main/train.txt", b"")),
     "data/voc _names: twice": voc(written("ImageSets/Main/train.txt", b"train0\ntrain0\n")),
     "data/voc _check_xml: broken XML": voc(written("Annotations/train0.xml", b"<")),
+    "data/voc _check_xml: at least 1 pixel": voc(text("size/height", "0")),
     "data/voc _check_xml: culprit, found": voc(text("object[2]/name", "bird")),
     "data/voc _check_number": voc(text("size/width", "wide")),
 }
