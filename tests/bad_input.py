@@ -609,7 +609,7 @@ MODELS: dict[str, Case] = {
         lambda: _across(2).teacher.ask([{"image": torch.ones(3, 4, 4)}])
     ),
     "layers/adapter match_levels: 'levels', found": call(
-        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4)
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4), ["p3"]
     ),
     "layers/adapter match_levels: backbone has no": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=8), ["p9"]
