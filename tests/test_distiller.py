@@ -29,8 +29,9 @@ def make(student=None, teacher=None, losses=None, **options):
     )
 
 
-def other_anchors(node):
-    node.anchor_generator.sizes = [[x, 2 * x] for x in (12, 24, 48, 96, 192)]
+def with_anchors(**changes):
+    node = tiny_retinanet()
+    node.anchor_generator.update(changes)
     return node
 
 
@@ -130,8 +131,20 @@ def test_taps_listen_to_any_module_of_the_student():
         (
             TARLoss,
             tiny_retinanet,
-            lambda: other_anchors(tiny_retinanet()),
+            lambda: with_anchors(sizes=[[x, 2 * x] for x in (12, 24, 48, 96, 192)]),
             r"losses.it.anchors: sizes of anchors: student one set, teacher another",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            lambda: with_anchors(offset=0.25),
+            r"losses.it.anchors: offset of anchors: student 0.0, teacher 0.25",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            lambda: with_anchors(strides=[8, 16, 32, 64, 100]),
+            r"losses.it.anchors: strides of anchors: student \[8, .*, teacher \[8, .*100\]",
         ),
         (
             TARLoss,

@@ -193,10 +193,13 @@ def check_anchors(
             [d.backbone.output_shape()[level].stride for level in d.head_in_features],
             [cell.tolist() for cell in d.anchor_generator.cell_anchors],
             d.backbone.size_divisibility,
+            list(getattr(d.anchor_generator, "strides", ())),
+            getattr(d.anchor_generator, "offset", None),
         )
         for d in (student, teacher)
     )
-    for what, a, b in zip(("strides", "anchors of a cell", "padding"), ours, theirs, strict=True):
+    compared = "strides", "anchors of a cell", "padding", "strides of anchors", "offset of anchors"
+    for what, a, b in zip(compared, ours, theirs, strict=True):
         if a != b:
             if what == "anchors of a cell":
                 a, b = ([len(cell) for cell in side] for side in (a, b))
