@@ -16,8 +16,10 @@ from unittest import mock
 
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
@@ -554,6 +556,18 @@ def _unloaded() -> None:
         backbone._checkpoint("resnet18", "DEFAULT")
 
 
+def _two_orders(folder):
+    recipe = tiny_run.distiller()
+    recipe.max_iter = 1
+    recipe.teacher.image_format = "RGB"
+    save_config(DictConfig({"model": recipe}, flags={"allow_objects": True}), folder / "it.yaml")
+    cfg = get_cfg()
+    config.add_d2kd_config(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "Distiller"
+    cfg.MODEL.DISTILLER.CONFIG = str(folder / "it.yaml")
+    return lambda: build_model(cfg)
+
+
 def _both() -> None:
     detector = build(tiny_fcos())
     Distiller(
@@ -681,6 +695,7 @@ MODELS: dict[str, Case] = {
     ),
     "modeling/distiller Distiller.__init__: both, of": call(_both),
     "modeling/distiller Distiller._tap": call(_tapped),
+    "modeling/distiller Distiller.from_config": _two_orders,
     "modeling/distiller _class_map": call(_class_map, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
