@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -63,6 +63,9 @@ class DistillLoss(nn.Module):
 
     taps: tuple[str, ...] = ()
     """Names of further student modules to listen to, found as ``student.taps[name]``."""
+
+    term_weights: Mapping[str, str] = {}
+    """By term the argument that multiplies it alone, where that is not called ``<term>_weight``."""
 
     class_map: ClassMap | None = None
     """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
