@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from . import __version__
 from .classes import num_classes_of
-from .config import builds, is_distiller, reading_mapper, student_of
+from .config import (
+    builds,
+    is_distiller,
+    reading_mapper,
+    student_of,
+    teacher_of,
+    without_weights,
+)
 from .data import TwoScales
 from .engine.checkpoint import learned_classes
 from .engine.evaluation import build_test_loader, do_test
@@ -66,7 +73,7 @@ def built(config: DictConfig, weights: str) -> nn.Module:
     Raises:
         InputError: the weights cannot be read or do not fit.
     """
-    detector = instantiate(student_of(config.model))
+    detector = instantiate(without_weights(student_of(config.model)))
     load_strict(detector, weights)
     return detector.eval().cpu()
 
@@ -84,7 +91,7 @@ def teacher_row(config: DictConfig) -> Row | None:
     """A line for the recipe's teacher, if it has one."""
     if not is_distiller(config.model):
         return None
-    teacher = instantiate(config.model.teacher)
+    teacher = instantiate(teacher_of(config.model))
     teacher.detector.cpu()
     size = _weights(teacher.detector)
     return Row("teacher", teacher.detect, teacher.detector, size, teacher.own_inputs)

@@ -551,9 +551,9 @@ def _unfetched() -> None:
 
 
 def _unloaded() -> None:
-    known = {"DEFAULT": Like(get_state_dict=mock.Mock(side_effect=OSError("no route")))}
-    with mock.patch("torchvision.models.get_model_weights", return_value=Like(__members__=known)):
-        backbone._checkpoint("resnet18", "DEFAULT")
+    fetch = "torchvision.models.WeightsEnum.get_state_dict"
+    with mock.patch(fetch, side_effect=OSError("no route")):
+        TorchvisionBackbone("resnet18", weights="DEFAULT")
 
 
 def _two_orders(folder):
@@ -678,11 +678,11 @@ MODELS: dict[str, Case] = {
     "modeling/backbone TorchvisionBackbone.__init__: gives": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"classifier.0": "res3"}
     ),
-    "modeling/backbone _classifier": call(TorchvisionBackbone, "none"),
+    "modeling/backbone _classifier: no such classifier": call(TorchvisionBackbone, "none"),
+    "modeling/backbone _classifier: cannot be fetched": call(_unloaded),
     "modeling/backbone _checkpoint: error.found": call(
         backbone._checkpoint, "resnet18", "nowhere.pth"
     ),
-    "modeling/backbone _checkpoint: cannot be fetched": call(_unloaded),
     "modeling/backbone _last_blocks": call(backbone._last_blocks, nn.Linear(5, 5), "linear"),
     "modeling/backbone _extractor": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"features.99": "res3"}

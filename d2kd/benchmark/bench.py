@@ -26,7 +26,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, load, without_priors
+from ..config import is_distiller, load, without_priors, without_weights
 from ..data import TwoScales
 from ..engine.launch import pick_device
 from ..engine.memory import Peak
@@ -83,6 +83,7 @@ class Setup:
             raise InputError(
                 self.config_file, "a plain recipe", "a distilled one, whose model is a Distiller"
             )
+        config.model = without_weights(config.model)
         config.model.teacher.weights = None
         without_priors(config.model.losses)
         thaw_norms(config.model)

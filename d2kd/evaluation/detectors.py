@@ -19,7 +19,15 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
-from ..config import builds, is_distiller, reading_mapper, recipe_of, student_of, test_mapper
+from ..config import (
+    builds,
+    is_distiller,
+    reading_mapper,
+    recipe_of,
+    student_of,
+    test_mapper,
+    without_weights,
+)
 from ..config import detector as model_of
 from ..data import TwoScales, build_test_loader, check_dataset
 from ..engine.run_info import config_hash
@@ -185,7 +193,8 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
         InputError: the weights cannot be read or do not fit, or its classes have no names.
     """
     image_format = reading_mapper(detector.mapper).get("image_format", "BGR")
-    teacher = Teacher(instantiate(detector.node), detector.weights, image_format=image_format)
+    node = without_weights(detector.node)
+    teacher = Teacher(instantiate(node), detector.weights, image_format=image_format)
     count = num_classes_of(teacher.detector)
     names = detector.classes or read(detector.weights).get(CLASSES)
     if names is None and count == len(data.truth.classes):

@@ -14,6 +14,7 @@ from detectron2.modeling.backbone import BasicStem, ResNet, build_resnet_backbon
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ..errors import InputError
@@ -102,7 +103,7 @@ class TorchvisionBackbone(Backbone):
         super().__init__()
         if norm not in ("BN", "FrozenBN"):
             raise InputError("norm", norm, "BN or FrozenBN")
-        model = _classifier(name)
+        model = _classifier(name, weights)
         wanted = list(out_features or (nodes or STAGES).values())
         nodes = dict(nodes or _last_blocks(model, name))
         for feature in wanted:
@@ -128,7 +129,7 @@ class TorchvisionBackbone(Backbone):
         self._out_feature_channels = {key: x.shape[1] for key, x in features.items()}
         self._out_features = sorted(features, key=self._out_feature_strides.get)
 
-        if weights:
+        if weights and weights not in _known(name):
             fit(self, _checkpoint(name, weights), weights, whole=False)
         if norm_momentum is not None:
             for module in self.modules():
@@ -145,30 +146,36 @@ class TorchvisionBackbone(Backbone):
         return self._forward[self.training](self, images)
 
 
-def _classifier(name: str) -> nn.Module:
-    """A torchvision classifier with random weights."""
+def _known(name: str) -> Mapping[str, WeightsEnum]:
+    """torchvision's weights of a classifier, by name."""
+    return torchvision.models.get_model_weights(name).__members__
+
+
+def _classifier(name: str, weights: str | None = None) -> nn.Module:
+    """A torchvision classifier with the weights of that name; random ones if it is none of torchvision's."""
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, cutoff=0.4) or ["resnet18"]
         raise InputError(name, "torchvision has no such classifier", f"such as {', '.join(near)}")
-    return torchvision.models.get_model(name, weights=None)
-
-
-def _checkpoint(name: str, weights: str) -> dict:
-    """The weights of a classifier, by torchvision's name or out of a file."""
-    known = torchvision.models.get_model_weights(name).__members__
-    if weights not in known:
-        try:
-            return read(weights)
-        except InputError as error:
-            expected = f"{error.expected}, or {' or '.join(known)}"
-            raise InputError(weights, error.found, expected) from error
+    if weights not in _known(name):
+        return torchvision.models.get_model(name, weights=None)
     try:
-        return {"model": known[weights].get_state_dict(progress=False, check_hash=True)}
+        # Its own builder: some files name parameters as they were once called, and some weights want
+        # their input turned first.
+        return torchvision.models.get_model(name, weights=_known(name)[weights], progress=False)
     except Exception as error:  # no network, no such address, a damaged file
         raise InputError(
             weights, f"cannot be fetched ({error})", "reachable weights, or a file"
         ) from error
+
+
+def _checkpoint(name: str, weights: str) -> dict:
+    """The weights of a classifier out of a file."""
+    try:
+        return read(weights)
+    except InputError as error:
+        expected = f"{error.expected}, or {' or '.join(_known(name))}"
+        raise InputError(weights, error.found, expected) from error
 
 
 def _image(module: nn.Module) -> Tensor:
