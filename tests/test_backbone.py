@@ -29,7 +29,12 @@ from d2kd.evaluation.detectors import build as build_detector
 from d2kd.evaluation.detectors import detectors_of_run, load_data
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone
-from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD, _last_blocks
+from d2kd.modeling.backbone import (
+    TORCHVISION_PIXEL_MEAN,
+    TORCHVISION_PIXEL_STD,
+    _last_blocks,
+    build_torchvision_fpn_backbone,
+)
 from d2kd.testing import step
 
 from .common import CLASSES, batch, build, load_tool, tiny_faster_rcnn
@@ -356,6 +361,12 @@ def test_yacs_weights_and_norm(tmp_path):
     add_d2kd_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(["MODEL.TORCHVISION.NAME", SMALL, "MODEL.TORCHVISION.WEIGHTS", path])
+    momentum = copy.deepcopy(cfg)
+    momentum.merge_from_list(["MODEL.TORCHVISION.NORM_MOMENTUM", "0.1"])
+    for given, wanted in ((cfg, 0.01), (momentum, 0.1)):
+        bottom_up = build_torchvision_fpn_backbone(given, None).bottom_up
+        norms = [m for m in bottom_up.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and all(norm.momentum == wanted for norm in norms)
     cfg.merge_from_list(
         ["MODEL.TORCHVISION.NORM", "FrozenBN", "MODEL.META_ARCHITECTURE", "RetinaNet"]
     )

@@ -31,6 +31,7 @@ from d2kd.losses import (
     TARLoss,
 )
 from d2kd.modeling import Teacher
+from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 from d2kd.testing import tiny_gfl
 
 from .common import CLASSES, load_tool, refusal, tiny_faster_rcnn, tiny_retinanet
@@ -349,6 +350,27 @@ def test_the_first_look_says(config, change, expected):
     found = [f for f in first_look(config, instantiate(config.model)) if f.subject == subject]
     assert found[0].state == state and text in found[0].found, found
     assert bool(found[0].advice) == (state != "ok")
+
+
+def test_statistics_of_torchvisions_weights(config):
+    """They are wanted where a backbone began with these weights, and there alone."""
+    trainer = Trainer(config)
+    mapper, student = trainer.config.dataloader.train.mapper, trainer.model.student
+    mapper.image_format = trainer.config.dataloader.test.mapper.image_format = "RGB"
+    trainer.config.model.teacher.image_format = student.input_format = "RGB"
+
+    def said():
+        found = first_look(trainer.config, trainer.model)
+        return [f.found for f in found if f.state == "warning" and "torchvision" in f.found]
+
+    assert not said()
+    student.backbone.bottom_up.pretrained = True
+    assert said()
+    student.pixel_mean.copy_(torch.tensor(TORCHVISION_PIXEL_MEAN).view(-1, 1, 1))
+    student.pixel_std.copy_(torch.tensor(TORCHVISION_PIXEL_STD).view(-1, 1, 1))
+    assert not said()
+    student.pixel_std.fill_(1.0)
+    assert said()
 
 
 def test_the_first_look_at_two_scales(config):

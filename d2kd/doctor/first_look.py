@@ -19,6 +19,7 @@ from ..engine.checkpoint import student_of, unwrapped
 from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
+from ..modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 from .findings import Finding
 
 logger = logging.getLogger("d2kd.doctor")
@@ -92,17 +93,31 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
 
 
 def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
-    """Whether a detector's mean is that of images in the order it sees."""
-    mean = detector.pixel_mean.flatten().tolist()
+    """Whether a detector's mean is that of images in the order it sees, and its statistics its weights'."""
+    mean, std = (x.flatten().tolist() for x in (detector.pixel_mean, detector.pixel_std))
     for order, known in IMAGENET_MEAN.items():
-        if order != seen and all(abs(a - b) < 1 for a, b in zip(mean, known, strict=True)):
+        if order != seen and _near(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
+    wanted = seen == "RGB" and _near(mean, TORCHVISION_PIXEL_MEAN)
+    wanted = wanted and _near(std, TORCHVISION_PIXEL_STD)
+    if getattr(getattr(detector.backbone, "bottom_up", None), "pretrained", False) and not wanted:
+        found = (
+            f"the {who} sees {seen}, its torchvision weights want RGB and statistics of their own"
+        )
+        advice = (
+            f"{key}=RGB, and its input_format, TORCHVISION_PIXEL_MEAN and TORCHVISION_PIXEL_STD"
+        )
+        return Finding("channel order", "warning", found, advice)
     return Finding(
         "channel order",
         "ok",
         f"the {who} sees {seen}, mean {', '.join(f'{value:.4g}' for value in mean)}",
     )
+
+
+def _near(values: Sequence[float], known: Sequence[float]) -> bool:
+    return all(abs(a - b) < 1 for a, b in zip(values, known, strict=True))
 
 
 def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:

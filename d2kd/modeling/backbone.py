@@ -86,6 +86,9 @@ class TorchvisionBackbone(Backbone):
         nodes: features by node of torchvision's graph, such as ``{"features.3": "res3"}``, instead of
             "res2" to "res5" at strides 4 to 32. Names are as ``create_feature_extractor`` has them.
 
+    Attributes:
+        pretrained: whether its weights are torchvision's own.
+
     Raises:
         InputError: no such classifier, norm, feature or node; a node gives no feature map; the classifier
             has none at some stride; the weights cannot be read or do not fit.
@@ -104,6 +107,7 @@ class TorchvisionBackbone(Backbone):
         if norm not in ("BN", "FrozenBN"):
             raise InputError("norm", norm, "BN or FrozenBN")
         model = _classifier(name, weights)
+        self.pretrained = weights in _known(name)
         wanted = list(out_features or (nodes or STAGES).values())
         nodes = dict(nodes or _last_blocks(model, name))
         for feature in wanted:
@@ -129,7 +133,7 @@ class TorchvisionBackbone(Backbone):
         self._out_feature_channels = {key: x.shape[1] for key, x in features.items()}
         self._out_features = sorted(features, key=self._out_feature_strides.get)
 
-        if weights and weights not in _known(name):
+        if weights and not self.pretrained:
             fit(self, _checkpoint(name, weights), weights, whole=False)
         if norm_momentum is not None:
             for module in self.modules():
@@ -243,11 +247,12 @@ def _extractor(model: nn.Module, nodes: Mapping[str, str]) -> nn.Module:
 
 
 def add_torchvision_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.TORCHVISION`` to a yacs config: name, weights and norm of a :class:`TorchvisionBackbone`."""
+    """Add ``MODEL.TORCHVISION`` to a yacs config: what a :class:`TorchvisionBackbone` is built of."""
     cfg.MODEL.TORCHVISION = CfgNode()
     cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.MODEL.TORCHVISION.NORM = "BN"
+    cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's own
 
 
 class LinearP6P7(LastLevelP6P7):
@@ -305,7 +310,11 @@ def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpe
 def _fpn(cfg: CfgNode, in_features: Sequence[str], top_block: Callable) -> FPN:
     node = cfg.MODEL.TORCHVISION
     bottom_up = TorchvisionBackbone(
-        node.NAME, weights=node.WEIGHTS, norm=node.NORM, out_features=in_features
+        node.NAME,
+        weights=node.WEIGHTS,
+        norm=node.NORM,
+        norm_momentum=node.NORM_MOMENTUM,
+        out_features=in_features,
     )
     return FPN(
         bottom_up=bottom_up,
