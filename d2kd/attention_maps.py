@@ -60,6 +60,7 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
     loss = instantiate(node)
     # Of what fakes are drawn does not matter here, where there are none.
     loss.priors = InstancePriors.unknown(num_classes_of(student))
+    loss.scale = teacher.scale
     loss.bind(student, teacher.detector)
     prefix = f"by_name.{named[0]}."
     state = read(weights).get("losses", {})
@@ -82,6 +83,10 @@ class Attention:
 
     levels: dict[str, np.ndarray]
     extent: tuple[float, float]
+
+    def of_object(self, k: int) -> Attention:
+        """That of object k alone, K = 1."""
+        return Attention({level: x[k : k + 1] for level, x in self.levels.items()}, self.extent)
 
     def shares(self, k: int) -> dict[str, float]:
         """Level -> how much of object k's attention is there, on average over the rows."""
@@ -110,18 +115,18 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     """The attention of an image's objects, asked without jitter.
 
     Args:
-        batch: one image as the teacher is given it.
+        batch: one image as the student's loader gives it.
         truth: its objects, at least one: ``gt_boxes`` in pixels of ``truth.image_size``, and ``gt_classes``.
 
     Raises:
         InputError: an object's class is none of the student's.
     """
-    height, width = batch[0]["image"].shape[-2:]
+    said = teacher.ask(batch)
+    height, width = said.images.image_sizes[0]  # the teacher's own, which may be larger
     gt = Instances((height, width))
     gt.gt_boxes = Boxes(truth.gt_boxes.tensor.clone())
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
     gt.gt_classes = truth.gt_classes
-    said = teacher.ask(batch)
     maps = {level: said.features[match].float() for level, match in loss.levels.items()}
     padded = said.images.tensor.shape[-2:]
     valid = [
@@ -162,12 +167,15 @@ def attention_panel(
     scale = TILE / max(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
     gray = np.asarray(Image.fromarray(image).convert("L").resize(size[::-1]))[..., None] * 0.5
-    levels = [attention.on_picture(level, size)[k] for level in attention.levels]
-    shown = np.stack([attention.density(size)[k], *levels], axis=1)  # (R, 1 + levels, *size)
+    attention = attention.of_object(
+        k
+    )  # each has a panel: of all objects it would be K times the work
+    levels = [attention.on_picture(level, size)[0] for level in attention.levels]
+    shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
     shown = np.concatenate([shown.mean(0, keepdims=True), shown])
     # The largest of all cells, also of those that so small a picture leaves out.
-    cells = np.stack([x[k].max((-1, -2)) for x in attention.levels.values()])
-    mean = max(x[k].mean(0).max() for x in attention.levels.values())
+    cells = np.stack([x[0].max((-1, -2)) for x in attention.levels.values()])
+    mean = max(x[0].mean(0).max() for x in attention.levels.values())
     brightest = np.concatenate([[mean], cells.max(0)])
     rows = ["mean", *(f"head {r + 1}" for r in range(len(shown) - 1))]
     tiles = []
@@ -181,7 +189,7 @@ def attention_panel(
             line.append(np.asarray(tile))
         tiles.append(np.hstack(line))
     body = np.vstack(tiles)
-    shares = ", ".join(f"{level} {share:.0%}" for level, share in attention.shares(k).items())
+    shares = ", ".join(f"{level} {share:.0%}" for level, share in attention.shares(0).items())
     return np.vstack([title_strip(f"{title}: {shares}", body.shape[1]), body])
 
 

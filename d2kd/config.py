@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from .classes import class_names
@@ -27,6 +27,7 @@ from .modeling import (
     GFL,
     Distiller,
     Teacher,
+    TorchvisionBackbone,
     add_distiller_config,
     add_gfl_config,
     add_torchvision_config,
@@ -241,6 +242,13 @@ def test_mapper(config: str | DictConfig) -> DictConfig | None:
     )
 
 
+def reading_mapper(mapper: DictConfig | None) -> DictConfig:
+    """The node of the mapper that reads the file, which a :class:`TwoScales` holds; an empty one for None."""
+    while mapper is not None and builds(mapper, TwoScales):
+        mapper = mapper.mapper
+    return OmegaConf.create() if mapper is None else mapper
+
+
 def student_of(model: DictConfig) -> DictConfig:
     """The detector inside a model node: a Distiller's student, or the node itself."""
     return model.student if is_distiller(model) else model
@@ -277,6 +285,36 @@ def without_priors(losses: DictConfig) -> DictConfig:
         if OmegaConf.is_dict(loss) and "priors" in loss:
             loss.priors = None
     return losses
+
+
+def without_weights(model: DictConfig) -> DictConfig:
+    """A copy of a model node that fetches no classifier's weights while it is built: a checkpoint brings all."""
+    model = copy.deepcopy(model)
+    for node in _mappings(model):
+        if builds(node, TorchvisionBackbone):
+            node.weights = None
+        if "TORCHVISION" in node:  # of a yacs config
+            node.TORCHVISION.WEIGHTS = ""
+    return model
+
+
+def _mappings(node: DictConfig | ListConfig) -> Iterator[DictConfig]:
+    """Every mapping in a node, itself included; what is taken from elsewhere aside."""
+    if OmegaConf.is_dict(node):
+        yield node
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            yield from _mappings(node[key])
+
+
+def teacher_of(model: DictConfig) -> DictConfig:
+    """The node of a Distiller's :class:`Teacher`, as it is built: all it is to know is in its own weights, if it has any."""
+    teacher = copy.deepcopy(model.teacher)
+    if teacher.get("weights"):
+        teacher.detector = without_weights(teacher.detector)
+    return teacher
 
 
 class Recipe(NamedTuple):
@@ -320,8 +358,8 @@ def distill(
     if not isinstance(teacher, DictConfig):
         config, weights = teacher
         teacher = L(Teacher)(detector=detector(config), weights=weights)
-    mapper = base.dataloader.train.get("mapper") or {}
     if "image_format" not in teacher:
+        mapper = reading_mapper(base.dataloader.train.get("mapper"))
         teacher.image_format = mapper.get("image_format", "BGR")
     if scale != 1:
         teacher.scale = scale

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from . import __version__
 from .classes import num_classes_of
-from .config import is_distiller, student_of
+from .config import (
+    builds,
+    is_distiller,
+    reading_mapper,
+    student_of,
+    teacher_of,
+    without_weights,
+)
+from .data import TwoScales
 from .engine.checkpoint import learned_classes
 from .engine.evaluation import build_test_loader, do_test
 from .engine.run_info import versions
@@ -49,12 +57,14 @@ class Row:
         detect: gives detections of Detectron2's batches.
         module: whose operations are counted.
         size: bytes of its weights; of a file, all of it.
+        inputs: gives what the module sees of Detectron2's batches.
     """
 
     name: str
     detect: Callable[[list[dict]], list[dict]]
     module: nn.Module
     size: int
+    inputs: Callable[[list[dict]], list[dict]] = list
 
 
 def built(config: DictConfig, weights: str) -> nn.Module:
@@ -63,24 +73,28 @@ def built(config: DictConfig, weights: str) -> nn.Module:
     Raises:
         InputError: the weights cannot be read or do not fit.
     """
-    detector = instantiate(student_of(config.model))
+    detector = instantiate(without_weights(student_of(config.model)))
     load_strict(detector, weights)
     return detector.eval().cpu()
 
 
-def detector_row(name: str, detector: nn.Module, detect: Callable | None = None) -> Row:
-    """A line for a detector; ``detect`` instead of its own call, as of a teacher with other channels."""
-    size = sum(value.nbytes for value in detector.state_dict().values())
-    return Row(name, detect or detector, detector, size)
+def detector_row(name: str, detector: nn.Module) -> Row:
+    """A line for a detector."""
+    return Row(name, detector, detector, _weights(detector))
+
+
+def _weights(detector: nn.Module) -> int:
+    return sum(value.nbytes for value in detector.state_dict().values())
 
 
 def teacher_row(config: DictConfig) -> Row | None:
     """A line for the recipe's teacher, if it has one."""
     if not is_distiller(config.model):
         return None
-    teacher = instantiate(config.model.teacher)
+    teacher = instantiate(teacher_of(config.model))
     teacher.detector.cpu()
-    return detector_row("teacher", teacher.detector, teacher.detect)
+    size = _weights(teacher.detector)
+    return Row("teacher", teacher.detect, teacher.detector, size, teacher.own_inputs)
 
 
 def exported_row(name: str, exported: ExportedDetector, source: Exportable) -> Row:
@@ -94,12 +108,16 @@ def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str,
     Raises:
         InputError: neither the weights nor the data tell the classes' names.
     """
-    mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None) or {}
+    mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None)
+    reading = reading_mapper(mapper)
     own = getattr(detector, "input_format", "BGR")
-    resizing = [str(instantiate(one)) for one in mapper.get("augmentations", ())]
+    resizing = [str(instantiate(one)) for one in reading.get("augmentations", ())]
+    while mapper is not None and builds(mapper, TwoScales):
+        resizing.append(f"1/{mapper.scale} (means of {mapper.scale} x {mapper.scale} pixels)")
+        mapper = mapper.mapper
     return {
         "classes": json.dumps(_names(config, detector, weights)),
-        "image_format": mapper.get("image_format", own),
+        "image_format": reading.get("image_format", own),
         "pixel_range": "0 to 255",
         "resizing": " ".join(resizing) or "none",
         "detector": type(detector).__name__,
@@ -172,10 +190,10 @@ class _OnPixels(nn.Module):
 
 @torch.no_grad()
 def gflops(module: nn.Module, batches: Sequence[list[dict]]) -> float:
-    """Multiply-adds of an image, as fvcore counts them, in 10^9; the mean over a few images."""
+    """Multiply-adds of an image, as fvcore counts them, in 10^9; the mean over the batches' first."""
     traced = module if isinstance(module, Exportable) else _OnPixels(module).eval()
     counts = []
-    for batch in batches[:FLOP_IMAGES]:
+    for batch in batches:
         with quiet_tracing(), quiet():
             counter = FlopCountAnalysis(traced, (batch[0]["image"].float(),))
             counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -211,7 +229,7 @@ def compare(
                 "AP50": box.get("AP50"),
                 "milliseconds": spent,
                 "megabytes": row.size / MEGABYTE,
-                "gflops": gflops(row.module, batches),
+                "gflops": gflops(row.module, [row.inputs(b) for b in batches[:FLOP_IMAGES]]),
             }
         )
     return {

@@ -16,8 +16,10 @@ from unittest import mock
 
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
@@ -370,6 +372,7 @@ DATA: dict[str, Case] = {
     "data/voc _names: 'no image'": voc(written("ImageSets/Main/train.txt", b"")),
     "data/voc _names: twice": voc(written("ImageSets/Main/train.txt", b"train0\ntrain0\n")),
     "data/voc _check_xml: broken XML": voc(written("Annotations/train0.xml", b"<")),
+    "data/voc _check_xml: at least 1 pixel": voc(text("size/height", "0")),
     "data/voc _check_xml: culprit, found": voc(text("object[2]/name", "bird")),
     "data/voc _check_number": voc(text("size/width", "wide")),
 }
@@ -557,9 +560,21 @@ def _unfetched() -> None:
 
 
 def _unloaded() -> None:
-    known = {"DEFAULT": Like(get_state_dict=mock.Mock(side_effect=OSError("no route")))}
-    with mock.patch("torchvision.models.get_model_weights", return_value=Like(__members__=known)):
-        backbone._checkpoint("resnet18", "DEFAULT")
+    fetch = "torchvision.models.WeightsEnum.get_state_dict"
+    with mock.patch(fetch, side_effect=OSError("no route")):
+        TorchvisionBackbone("resnet18", weights="DEFAULT")
+
+
+def _two_orders(folder):
+    recipe = tiny_run.distiller()
+    recipe.max_iter = 1
+    recipe.teacher.image_format = "RGB"
+    save_config(DictConfig({"model": recipe}, flags={"allow_objects": True}), folder / "it.yaml")
+    cfg = get_cfg()
+    config.add_d2kd_config(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "Distiller"
+    cfg.MODEL.DISTILLER.CONFIG = str(folder / "it.yaml")
+    return lambda: build_model(cfg)
 
 
 def _both() -> None:
@@ -617,7 +632,7 @@ MODELS: dict[str, Case] = {
         lambda: _across(2).teacher.ask([{"image": torch.ones(3, 4, 4)}])
     ),
     "layers/adapter match_levels: 'levels', found": call(
-        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4)
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4), ["p3"]
     ),
     "layers/adapter match_levels: backbone has no": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=8), ["p9"]
@@ -672,11 +687,11 @@ MODELS: dict[str, Case] = {
     "modeling/backbone TorchvisionBackbone.__init__: gives": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"classifier.0": "res3"}
     ),
-    "modeling/backbone _classifier": call(TorchvisionBackbone, "none"),
+    "modeling/backbone _classifier: no such classifier": call(TorchvisionBackbone, "none"),
+    "modeling/backbone _classifier: cannot be fetched": call(_unloaded),
     "modeling/backbone _checkpoint: error.found": call(
         backbone._checkpoint, "resnet18", "nowhere.pth"
     ),
-    "modeling/backbone _checkpoint: cannot be fetched": call(_unloaded),
     "modeling/backbone _last_blocks": call(backbone._last_blocks, nn.Linear(5, 5), "linear"),
     "modeling/backbone _extractor": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"features.99": "res3"}
@@ -689,6 +704,7 @@ MODELS: dict[str, Case] = {
     ),
     "modeling/distiller Distiller.__init__: both, of": call(_both),
     "modeling/distiller Distiller._tap": call(_tapped),
+    "modeling/distiller Distiller.from_config": _two_orders,
     "modeling/distiller _class_map": call(_class_map, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
@@ -794,6 +810,9 @@ EVALUATION: dict[str, Case] = {
         detectors.detectors_of_run, Path("nowhere")
     ),
     "evaluation/detectors detectors_of_run: --dataset NAME": _unmeasured,
+    "evaluation/detectors _full_images": call(
+        detectors._full_images, DictConfig({"_target_": "a.Mapper"}), 2, Path("config.yaml")
+    ),
     "evaluation/detectors detectors_of_study": call(
         detectors.detectors_of_study, Path("nowhere"), []
     ),

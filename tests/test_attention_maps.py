@@ -21,11 +21,12 @@ from d2kd.attention_maps import (
 from d2kd.data import coco_dataset
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
-from d2kd.modeling import Distiller
+from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import distiller
 from d2kd.visualization import STRIP
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .test_scales import two_scales
 from .tiny_run import draw_data
 
 
@@ -146,6 +147,36 @@ def test_the_loss_comes_back_from_a_runs_checkpoint(tmp_path):
     assert all(torch.equal(value, trained[key]) for key, value in loss.state_dict().items())
     node.losses.mine._target_ = "d2kd.losses.icd.ICDLoss"  # as a saved recipe says it
     load_icd(node, build(tiny_faster_rcnn()), model.teacher, file)
+
+
+def test_a_teacher_of_larger_images(tmp_path):
+    """Its levels are those that were trained, and lie on the picture as they do for images of one size."""
+    model, node, file = saved_run(tmp_path)
+    teacher, [full] = Teacher(model.teacher.detector, None, scale=2), batch(((64, 96),), (2,))
+    loss = load_icd(node, build(tiny_faster_rcnn()), teacher, file)
+    assert loss.levels == {f"p{k}": f"p{k + 1}" for k in (2, 3, 4)}
+    [small] = two_scales([full])
+    found = attention_of(loss, teacher, [small], full["instances"])
+    loss.levels = {match: match for match in loss.levels.values()}
+    wanted = attention_of(loss, model.teacher, [full], full["instances"])
+    assert found.extent == wanted.extent
+    for level, same in zip(found.levels, wanted.levels, strict=True):
+        np.testing.assert_allclose(found.levels[level], wanted.levels[same], rtol=1e-5)
+
+
+def test_a_panel_is_of_one_object_alone(monkeypatch):
+    """So that all panels of a picture take time in proportion to its objects, not to their square."""
+    levels, drawn = {"p3": np.full((5, 2, 4, 4), 0.01)}, []
+    on_picture = Attention.on_picture
+
+    def counted(self, level, size):
+        drawn.append(len(self.levels[level]))
+        return on_picture(self, level, size)
+
+    monkeypatch.setattr(Attention, "on_picture", counted)
+    image = np.zeros((8, 8, 3), np.uint8)
+    attention_panel(image, Attention(levels, (1.0, 1.0)), 3, np.zeros(4), "it")
+    assert set(drawn) == {1}
 
 
 def test_what_is_no_run_with_icd(tmp_path):

@@ -2,25 +2,43 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import FPN, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
+from torchvision.models import WeightsEnum
 
-from d2kd.config import add_d2kd_config, get_config, load
+from d2kd import deployment
+from d2kd.benchmark import Setup
+from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
+from d2kd.engine import Trainer
+from d2kd.engine.run_info import save_config
 from d2kd.errors import InputError
+from d2kd.evaluation.detectors import build as build_detector
+from d2kd.evaluation.detectors import detectors_of_run, load_data
+from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone
-from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from d2kd.modeling.backbone import (
+    TORCHVISION_PIXEL_MEAN,
+    TORCHVISION_PIXEL_STD,
+    _last_blocks,
+    build_torchvision_fpn_backbone,
+)
 from d2kd.testing import step
 
-from .common import CLASSES, batch, build, tiny_faster_rcnn
+from .common import CLASSES, batch, build, load_tool, tiny_faster_rcnn
+from .tiny_run import draw_data, recipe
 
 # The last block of each stride by torchvision's names, and its channels.
 BLOCKS = {
@@ -249,6 +267,37 @@ def test_weights_by_torchvisions_name(tmp_path, monkeypatch):
         TorchvisionBackbone(SMALL, weights="DEFAULT")
 
 
+def published(name):
+    """Random weights as torchvision's file has them: densenet's under names from before modules had any with dots."""
+    options = {"init_weights": False} if name == "googlenet" else {}
+    torch.manual_seed(0)
+    state = torchvision.models.get_model(name, weights=None, **options).state_dict()
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))(\d)")
+    return {dotted.sub(r"\1.\2", k): v for k, v in state.items() if "num_batches_tracked" not in k}
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet"])
+def test_weights_are_read_as_torchvision_reads_them(name, monkeypatch):
+    """Names of old files are renamed, and what the weights want done to their images is done."""
+    state = published(name)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
+    model = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    expected = {}
+    for path, feature in _last_blocks(model, name).items():
+
+        def keep(module, args, output, key=feature):
+            expected[key] = output.clone()  # the next module may write into it
+
+        model.get_submodule(path).register_forward_hook(keep)
+    backbone = TorchvisionBackbone(name, weights="DEFAULT").eval()
+    with torch.no_grad():
+        model(images(64, 96))
+        found = backbone(images(64, 96))
+    assert found.keys() == expected.keys() == set(FEATURES)
+    for key in FEATURES:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
 def test_the_statistics_are_those_of_torchvisions_weights():
     transforms = torchvision.models.get_model_weights(SMALL).DEFAULT.transforms()
     assert TORCHVISION_PIXEL_MEAN == pytest.approx([255 * x for x in transforms.mean])
@@ -312,6 +361,12 @@ def test_yacs_weights_and_norm(tmp_path):
     add_d2kd_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(["MODEL.TORCHVISION.NAME", SMALL, "MODEL.TORCHVISION.WEIGHTS", path])
+    momentum = copy.deepcopy(cfg)
+    momentum.merge_from_list(["MODEL.TORCHVISION.NORM_MOMENTUM", "0.1"])
+    for given, wanted in ((cfg, 0.01), (momentum, 0.1)):
+        bottom_up = build_torchvision_fpn_backbone(given, None).bottom_up
+        norms = [m for m in bottom_up.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and all(norm.momentum == wanted for norm in norms)
     cfg.merge_from_list(
         ["MODEL.TORCHVISION.NORM", "FrozenBN", "MODEL.META_ARCHITECTURE", "RetinaNet"]
     )
@@ -323,3 +378,77 @@ def test_yacs_weights_and_norm(tmp_path):
     assert torch.equal(bottom_up.state_dict()[KEY], model.state_dict()[KEY])
     assert any(isinstance(m, FrozenBatchNorm2d) for m in bottom_up.modules())
     assert list(bottom_up.output_shape()) == ["res4", "res5"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a finished run whose detectors began with torchvision's weights, which cannot be fetched now."""
+    node = tiny_faster_rcnn()
+    node.backbone.bottom_up = L(TorchvisionBackbone)(
+        name=SMALL, weights="DEFAULT", out_features=list(FEATURES)
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"model": build(without_weights(node)).state_dict()}, folder / "model_final.pth")
+    teacher = L(Teacher)(detector=node, weights=str(folder / "model_final.pth"))
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)())
+    model = L(Distiller)(student=node, teacher=teacher, losses=losses, max_iter=4)
+    draw_data(tmp_path / "data")
+    save_config(recipe(tmp_path / "data", folder, model), folder / "config.yaml")
+
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
+    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def trained_on(config):
+    config.model.student = tiny_faster_rcnn()
+    return Trainer(config)
+
+
+def compared(config):
+    detectors, dataset = detectors_of_run(Path(config.train.output_dir))
+    return [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
+
+
+def evaluated(config):
+    config.train.init_checkpoint = f"{config.train.output_dir}/model_final.pth"
+    return load_tool("train_net").evaluate(config, resume=False)
+
+
+def benched(config):
+    file = Path(config.train.output_dir, "config.yaml")
+    return instantiate(Setup("it", str(file), image_size=64, device="cpu").recipe().model)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        trained_on,
+        compared,
+        benched,
+        evaluated,
+        lambda config: load_tool("visualize").detectors_of(config, {}),
+        lambda config: deployment.built(config, f"{config.train.output_dir}/model_final.pth"),
+        deployment.teacher_row,
+    ],
+    ids="trained compared benched evaluated drawn exported measured".split(),
+)
+def test_where_a_checkpoint_brings_all_weights_none_are_fetched(run, use):
+    config = load(str(run / "config.yaml"))
+    assert use(config)
+    assert config.model.teacher.detector.backbone.bottom_up.weights == "DEFAULT"
+    with pytest.raises(InputError, match="no route"):
+        instantiate(config.model.teacher)
+
+
+def test_a_yacs_detector_without_weights():
+    cfg = get_cfg()
+    add_d2kd_config(cfg)
+    cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
+    node = L(from_yacs)(config=yaml.safe_load(cfg.dump()))
+    assert without_weights(node).config.MODEL.TORCHVISION.WEIGHTS == ""
+    assert node.config.MODEL.TORCHVISION.WEIGHTS == "DEFAULT"

@@ -9,8 +9,10 @@ from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from PIL import Image
 
+from d2kd.config import distill
 from d2kd.data import coco_dataset, register_voc
 from d2kd.engine.run_info import save_config, write_json
 from d2kd.errors import InputError
@@ -22,11 +24,13 @@ from d2kd.evaluation.detectors import (
     detectors_of_study,
     from_config,
     load_data,
+    loader_of,
     read_results,
     study_of,
 )
 from d2kd.evaluation.detectors import build as build_detector
 from d2kd.evaluation.regions import why_not
+from d2kd.losses import DistillLosses
 from d2kd.modeling import Teacher
 from d2kd.modeling.weights import sha256
 from d2kd.report import write_report
@@ -282,6 +286,37 @@ def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
     assert found.observation.features["left_out"]  # 24 channels and 16
     with pytest.raises(InputError, match="config.yaml: no such file"):
         detectors_of_run(tmp_path)
+
+
+def test_a_run_at_two_scales(data, tmp_path):
+    """Its teacher is compared on the images that taught: the full ones, in the channel order they have."""
+    base = recipe(data, tmp_path / "run")
+    for part in ("train", "test"):
+        base.dataloader[part].mapper.image_format = "RGB"
+    weights = teacher_weights(tmp_path / "taught")
+    base.model.input_format = "RGB"
+    node = L(Teacher)(detector=tiny_faster_rcnn(channels=24), weights=weights)  # which wants BGR
+    whole = distill(base, teacher=node, losses=L(DistillLosses)(), scale=2)
+    config = OmegaConf.create(whole._asdict(), flags={"allow_objects": True})
+    save_config(config, tmp_path / "run/config.yaml")
+    torch.save(
+        {"model": build(tiny_faster_rcnn(), 3).state_dict()}, tmp_path / "run/model_final.pth"
+    )
+    detectors, dataset = detectors_of_run(tmp_path / "run")
+    ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
+    assert [r.teacher.flip_channels for r in ready] == [True, False]
+    asked, records = instantiate(config.model.teacher), load_data(dataset).records
+    for ours, theirs in zip(
+        loader_of(detectors[0], records), instantiate(config.dataloader.test), strict=True
+    ):
+        with torch.no_grad():
+            (found,), (wanted,) = ready[0].teacher.detect(ours), asked.detect(theirs)
+        assert len(wanted["instances"]) > 0
+        assert found["instances"].pred_boxes.tensor.equal(wanted["instances"].pred_boxes.tensor)
+    shapes = [next(iter(loader_of(d, records)))[0]["image"].shape for d in detectors]
+    assert shapes == [(3, 64, 64), (3, 32, 32)]
+    found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
+    assert found.observation.regions["of"] == "teacher"
 
 
 def test_a_run_says_where_its_detectors_come_from(data, tmp_path):

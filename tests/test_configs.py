@@ -21,6 +21,7 @@ from d2kd.config import (
     load,
     method,
     override,
+    reduced,
     student_of,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
@@ -160,6 +161,8 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
     base = load("baselines/faster_rcnn_small_shapes.py")
     base.dataloader.train.mapper.image_format = "RGB"
     before = copy.deepcopy(base)
+    given = dict(teacher=("common/models/faster_rcnn_small.py", "weights.pth"), **method("tar"))
+    assert distill(reduced(base, 2), **given).model.teacher.image_format == "RGB"
     recipe = distill(
         base, teacher=("common/models/faster_rcnn_small.py", "weights.pth"), **method("tar")
     )

@@ -1,5 +1,6 @@
 """The meta-architecture: an ordinary student outside, a teacher nobody sees, inherit, taps, yacs."""
 
+import contextlib
 import copy
 import io
 
@@ -29,8 +30,9 @@ def make(student=None, teacher=None, losses=None, **options):
     )
 
 
-def other_anchors(node):
-    node.anchor_generator.sizes = [[x, 2 * x] for x in (12, 24, 48, 96, 192)]
+def with_anchors(**changes):
+    node = tiny_retinanet()
+    node.anchor_generator.update(changes)
     return node
 
 
@@ -130,8 +132,20 @@ def test_taps_listen_to_any_module_of_the_student():
         (
             TARLoss,
             tiny_retinanet,
-            lambda: other_anchors(tiny_retinanet()),
+            lambda: with_anchors(sizes=[[x, 2 * x] for x in (12, 24, 48, 96, 192)]),
             r"losses.it.anchors: sizes of anchors: student one set, teacher another",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            lambda: with_anchors(offset=0.25),
+            r"losses.it.anchors: offset of anchors: student 0.0, teacher 0.25",
+        ),
+        (
+            TARLoss,
+            tiny_retinanet,
+            lambda: with_anchors(strides=[8, 16, 32, 64, 100]),
+            r"losses.it.anchors: strides of anchors: student \[8, .*, teacher \[8, .*100\]",
         ),
         (
             TARLoss,
@@ -175,9 +189,10 @@ def test_features_join_two_families(student, teacher):
     assert step(wanted, batch())["distill/loss_it"] > 0
 
 
-def test_the_proposals_of_both():
+@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "cascade_rcnn"])
+def test_the_proposals_of_both(family):
     """The student's heads choose among twice the proposals; both then judge the same boxes."""
-    student, teacher = build(tiny_faster_rcnn()), build(tiny_faster_rcnn(), 1)
+    student, teacher = build(DETECTORS[family]()), build(DETECTORS[family](), 1)
     losses = DistillLosses(tar=TARLoss())
     model = make(student, teacher, losses, share="both").train()
     examples = batch(objects=(2, 0))
@@ -189,6 +204,7 @@ def test_the_proposals_of_both():
     )
     both = step(model, examples)
     assert any(not torch.equal(own[key], both[key]) for key in own)
+    assert all(torch.isfinite(value) for value in both.values())
     assert [key for key in own if key.startswith("loss_rpn")]
     assert all(torch.equal(own[key], both[key]) for key in own if "rpn" in key), "RPN disturbed"
     asked = model.teacher.ask(examples).proposals
@@ -218,9 +234,9 @@ model = dict(
 """
 
 
-def test_yacs_users_build_it_by_name(tmp_path):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE)
+def yacs(folder, recipe=RECIPE):
+    """A small Faster R-CNN beside the recipe's teacher."""
+    (folder / "recipe.py").write_text(recipe)
     cfg = get_cfg()
     add_d2kd_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -240,10 +256,28 @@ def test_yacs_users_build_it_by_name(tmp_path):
     cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-    cfg.MODEL.DISTILLER.CONFIG = str(recipe)
+    cfg.MODEL.DISTILLER.CONFIG = str(folder / "recipe.py")
+    return cfg
+
+
+def test_yacs_users_build_it_by_name(tmp_path):
+    cfg = yacs(tmp_path)
     assert "Distiller" in META_ARCH_REGISTRY
     model = build_model(cfg)
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
     loss = step(model.train(), batch())["distill/loss_imitation"]
     assert torch.isfinite(loss) and isinstance(model.student, nn.Module)
+
+
+@pytest.mark.parametrize("images, flipped", [("BGR", False), ("RGB", True)])
+def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
+    cfg = yacs(tmp_path)
+    cfg.INPUT.FORMAT = images  # the teacher wants BGR
+    assert build_model(cfg).teacher.flip_channels == flipped
+    told = RECIPE.replace("weights=None", "weights=None, image_format='BGR'")
+    cfg = yacs(tmp_path, told)
+    cfg.INPUT.FORMAT = images
+    refused = pytest.raises(InputError, match="image_format=BGR, beside INPUT.FORMAT RGB")
+    with refused if flipped else contextlib.nullcontext():
+        build_model(cfg)

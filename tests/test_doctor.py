@@ -9,17 +9,30 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 from PIL import Image
 
+from d2kd.config import distill, override
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.measurements import look_at_inputs, look_at_losses
+from d2kd.doctor.measurements import look_at_inputs, look_at_losses, look_at_teacher
 from d2kd.engine import Trainer
 from d2kd.engine.random_state import random_state
 from d2kd.engine.recipe import complete
 from d2kd.engine.run_info import LOGGERS
-from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
+from d2kd.losses import (
+    DistillLoss,
+    DistillLosses,
+    ERDLoss,
+    ICDLoss,
+    ImitationLoss,
+    LwFLoss,
+    TARLoss,
+)
 from d2kd.modeling import Teacher
+from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from d2kd.testing import tiny_gfl
 
 from .common import CLASSES, load_tool, refusal, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
@@ -90,19 +103,57 @@ def test_a_good_run(config, capfd):
     assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
 
 
-def test_its_overrides_bring_a_term_to_the_target(config):
-    """What is proposed for a ratio of gradients gives that ratio."""
+class TwoTerms(DistillLoss):
+    """Both terms have the loss's weight alone."""
 
-    def look():
-        trainer = Trainer(config)
-        torch.manual_seed(0)
-        (term,) = (f for f in look_at_losses(trainer, 0, 0.5) if f.subject.endswith("_feature"))
-        return float(term.found.split("gradient ")[1].split()[0]), term.advice
+    def forward(self, student, teacher):
+        features = student.features["p3"]
+        return {"first": features.square().mean(), "second": features.abs().mean()}
 
-    key, value = look()[1].removeprefix("for 0.5: ").split("=")
-    assert key == "model.losses.tar.feature_weight"
-    config.model.losses.tar.feature_weight = float(value)
-    assert look()[0] == pytest.approx(0.5, rel=0.05)
+
+def with_loss(config, node, loss):
+    """The recipe with another pair of detectors and a single loss."""
+    config.model = distiller(losses=L(DistillLosses)(it=loss))
+    config.model.student, config.model.teacher.detector = node(), node(channels=24)
+    return complete(config)
+
+
+def pulls(config):
+    """Of each term its gradient relative to the task losses', and what is advised for 0.5."""
+    trainer = Trainer(config)
+    torch.manual_seed(0)
+    findings = list(look_at_losses(trainer, 0, 0.5))
+    found = {f.subject: f for f in findings if "gradient" in f.found and f.subject[:7] == "distill"}
+    ratio = {k: float(f.found.split("gradient ")[1].split()[0]) for k, f in found.items()}
+    return ratio, {k: f.advice.removeprefix("for 0.5: ") for k, f in found.items()}
+
+
+@pytest.mark.parametrize(
+    "node, loss",
+    [
+        (tiny_faster_rcnn, L(ImitationLoss)()),
+        (tiny_faster_rcnn, L(TARLoss)(weight=2.0, reg_gate="none")),
+        (tiny_retinanet, L(ICDLoss)(priors=None)),
+        (tiny_gfl, L(ERDLoss)(weight=0.3)),
+        (tiny_gfl, L(LwFLoss)()),
+    ],
+)
+def test_its_overrides_bring_all_terms_to_the_target(config, node, loss):
+    """What is proposed for a ratio of gradients gives that ratio; one proposal undoes no other."""
+    config = with_loss(config, node, loss)
+    before, advice = pulls(config)
+    assert advice.keys() == before.keys() and all(advice.values())
+    values = dict(text.split("=") for words in advice.values() for text in words.split())
+    assert len(values) == len(before)
+    assert len({text for words in advice.values() for text in words.split()}) == len(values)
+    after, _ = pulls(override(config, [f"{key}={value}" for key, value in values.items()]))
+    assert after == pytest.approx(dict.fromkeys(before, 0.5), rel=0.05)
+
+
+def test_terms_that_share_their_weight_say_so(config):
+    _, advice = pulls(with_loss(config, tiny_retinanet, L(TwoTerms)(weight=1.0)))
+    assert advice["distill/loss_it_first"].endswith(", which multiplies second as well")
+    assert advice["distill/loss_it_second"].endswith(", which multiplies first as well")
 
 
 def _wrong_channels(config, folder):
@@ -223,6 +274,28 @@ def test_a_teacher_that_knows_nothing(config, monkeypatch):
     assert "on 3 of 6 test images" in errors(findings)["teacher"]
 
 
+class Counting(DatasetEvaluator):
+    """An evaluator that takes no image ids, as most do."""
+
+    def reset(self):
+        self.seen = 0
+
+    def process(self, inputs, outputs):
+        self.seen += len(inputs)
+
+    def evaluate(self):
+        return {"seen": {"images": self.seen}}
+
+
+def test_several_evaluators(config):
+    trainer = Trainer(config)
+    one = look_at_teacher(trainer.config, trainer.model.teacher, 3)
+    config.dataloader.evaluator = [L(Counting)(), config.dataloader.evaluator]
+    trainer = Trainer(config)
+    assert look_at_teacher(trainer.config, trainer.model.teacher, 3) == one
+    assert "AP 100.0 on 3 of 6" in one.found
+
+
 def test_a_plain_recipe_of_a_dense_detector(tmp_path):
     draw_data(tmp_path / "data")
     config = recipe(tmp_path / "data", tmp_path / "out", tiny_retinanet(), max_iter=10)
@@ -277,6 +350,40 @@ def test_the_first_look_says(config, change, expected):
     found = [f for f in first_look(config, instantiate(config.model)) if f.subject == subject]
     assert found[0].state == state and text in found[0].found, found
     assert bool(found[0].advice) == (state != "ok")
+
+
+def test_statistics_of_torchvisions_weights(config):
+    """They are wanted where a backbone began with these weights, and there alone."""
+    trainer = Trainer(config)
+    mapper, student = trainer.config.dataloader.train.mapper, trainer.model.student
+    mapper.image_format = trainer.config.dataloader.test.mapper.image_format = "RGB"
+    trainer.config.model.teacher.image_format = student.input_format = "RGB"
+
+    def said():
+        found = first_look(trainer.config, trainer.model)
+        return [f.found for f in found if f.state == "warning" and "torchvision" in f.found]
+
+    assert not said()
+    student.backbone.bottom_up.pretrained = True
+    assert said()
+    student.pixel_mean.copy_(torch.tensor(TORCHVISION_PIXEL_MEAN).view(-1, 1, 1))
+    student.pixel_std.copy_(torch.tensor(TORCHVISION_PIXEL_STD).view(-1, 1, 1))
+    assert not said()
+    student.pixel_std.fill_(1.0)
+    assert said()
+
+
+def test_the_first_look_at_two_scales(config):
+    """A reduced recipe's channel order is that of the mapper inside, and its levels match by stride."""
+    whole = distill(config, teacher=config.model.teacher, losses=L(DistillLosses)(), scale=2)
+    config = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
+    config.model.teacher.weights = None
+    config.dataloader.train.mapper.mapper.image_format = "RGB"
+    findings = first_look(config, instantiate(config.model))
+    said = "dataloader.test.mapper.mapper.image_format=RGB"
+    assert said in [f.advice for f in findings if f.subject == "channel order"]
+    (levels,) = (f for f in findings if f.subject == "levels")
+    assert levels.state == "ok" and "p3 with p4 (stride 8" in levels.found
 
 
 def test_what_trains_the_losses_own_parts_alone(config):

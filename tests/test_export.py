@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.data.transforms import Resize
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd import deployment, export
+from d2kd.config import distill, load, reduced
+from d2kd.engine.recipe import complete
 from d2kd.errors import InputError
 from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
@@ -206,6 +210,32 @@ def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
     assert ExportedDetector(tmp_path / "model.onnx").classes == NAMES  # by the test data
+
+
+def test_how_a_reduced_image_was_made(folder):
+    config = load(str(folder / "recipe.py"))
+    for part in ("train", "test"):
+        mapper = config.dataloader[part].mapper
+        mapper.image_format, mapper.augmentations = "RGB", [L(Resize)(shape=(48, 64))]
+    student = build(config.model.student)
+    weights = str(folder / "student.pth")
+    plain = deployment.metadata(config, student, weights)
+    small = deployment.metadata(reduced(config, 2), student, weights)
+    assert plain["image_format"] == small["image_format"] == "RGB"
+    assert "48" in plain["resizing"] and small["resizing"].startswith(plain["resizing"])
+    assert small["resizing"].removeprefix(plain["resizing"]) == " 1/2 (means of 2 x 2 pixels)"
+
+
+def test_a_teacher_of_larger_images_computes_more(folder):
+    config = load(str(folder / "recipe.py"))
+    whole = distill(config, teacher=config.model.teacher, losses=config.model.losses, scale=2)
+    config, gflops = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})), {}
+    [batch] = deployment.first_images(config, 1)
+    for scale in (1, 2):
+        config.model.teacher.scale = scale
+        row = deployment.teacher_row(config)
+        gflops[scale] = deployment.gflops(row.module, [row.inputs(batch)])
+    assert gflops[2] > 2 * gflops[1] > 0
 
 
 REFUSED = {

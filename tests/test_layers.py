@@ -82,6 +82,17 @@ def test_levels_match_by_name_else_by_stride():
     assert matched(shapes(4), other, ["p5"]) == {"p5": "res5"}
 
 
+def test_names_that_mean_other_strides():
+    """They hinder neither the levels whose names agree nor a match by stride."""
+    ours = shapes(4, (3, 4))
+    theirs = ours | {"p4": ShapeSpec(channels=8, stride=32)}
+    assert matched(ours, theirs) == matched(ours, theirs, ["p3"]) == {"p3": "p3"}
+    assert matched(shapes(4), shapes(8, shift=1)) == {"p4": "p3", "p5": "p4"}
+    ours = {"f0": ShapeSpec(channels=4, stride=8), "f1": ShapeSpec(channels=4, stride=16)}
+    theirs = {f"f{k}": ShapeSpec(channels=4, stride=4 * 2**k) for k in range(3)}
+    assert matched(ours, theirs) == {"f0": "f1", "f1": "f2"}
+
+
 def test_levels_made_in_other_ways_on_top_are_left_out_unless_wanted():
     pooled = Backbone(shapes(4, (3, 4, 5, 6)), LastLevelMaxPool())
     convolved = Backbone(shapes(4, (3, 4, 5, 6, 7)), LastLevelP6P7(4, 4))
@@ -101,7 +112,8 @@ def test_levels_made_in_other_ways_on_top_are_left_out_unless_wanted():
             "the teacher's backbone has no 'p3'; expected of p4",
         ),
         (shapes(4), shapes(4, (6,)), None, r"student p3 \(stride 8\), .* share none"),
-        (shapes(4), shapes(4, shift=1), None, "'p3' has stride 8 here and 16 there"),
+        (shapes(4), shapes(4, shift=1), ["p3"], "'p3' has stride 8 here and 16 there"),
+        (shapes(4, (3,)), shapes(4, (3,), shift=1), None, "share none"),
         (shapes(4), shapes(4), [], "share none"),
     ],
 )

@@ -4,10 +4,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2kd.classes import ClassMap, class_names, renamed
 from d2kd.config import is_distiller, load
+from d2kd.data.shapes import CLASSES
+from d2kd.engine.recipe import complete
+
+from .test_voc import write_voc
+from .tiny_run import draw_data
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, flags=re.DOTALL))
 
 
@@ -33,6 +45,71 @@ def test_the_recipe(tmp_path):
     path.write_text(FILES["recipe.py"])
     config = load(str(path))
     assert is_distiller(config.model) and config.model.teacher.weights == "teacher.pkl"
+
+
+def lines(phrase):
+    """The one example that has these words."""
+    (found,) = (block for block in BLOCKS if phrase in block)
+    return found
+
+
+def recipe_with(phrase, base="baselines/faster_rcnn_R_50_FPN_1x.py"):
+    """A recipe's parts by name, after an example's lines."""
+    parts = dict(load(base).items())
+    exec(lines(phrase), parts)
+    return SimpleNamespace(**parts)
+
+
+def test_a_student_on_a_torchvision_network():
+    """The lines make of the ResNet's recipe what the one that is shipped is."""
+    made = recipe_with("L(TorchvisionBackbone)")
+    shipped = load("baselines/faster_rcnn_mobilenet_v3_FPN_1x.py")
+    shipped.model.backbone.bottom_up.name = made.model.backbone.bottom_up.name
+    assert made.model == shipped.model
+    assert made.dataloader == shipped.dataloader
+    assert made.train.init_checkpoint == shipped.train.init_checkpoint == ""
+
+
+@pytest.fixture
+def registered():
+    """What an example registers is gone after it."""
+    names = set(DatasetCatalog.list())
+    yield lambda: set(DatasetCatalog.list()) - names
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_data_in_cocos_format(tmp_path, monkeypatch, registered):
+    draw_data(tmp_path / "images")
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_bytes((tmp_path / "images/data.json").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    made = recipe_with("L(coco_dataset)")
+    for part in ("train", "test"):
+        assert len(DatasetCatalog.get(instantiate(made.dataloader[part].dataset.names))) == 6
+    assert registered() == {"mine_train", "mine_val"}
+
+
+def test_data_in_vocs_format(tmp_path, monkeypatch, registered):
+    write_voc(tmp_path, {"train": [[(0, 1, 1, 20, 20)], [(1, 5, 5, 30, 30)]]}, ["cat", "dog"])
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    made = recipe_with("L(register_voc)")
+    assert len(DatasetCatalog.get(instantiate(made.dataloader.train.dataset.names))) == 2
+    assert registered() == {"mine_train"}
+
+
+def test_a_teacher_of_other_classes():
+    made = recipe_with("aliases=")
+    teacher = made.model.teacher
+    names = renamed(class_names(teacher.classes), teacher.aliases)
+    assert ClassMap.by_name(CLASSES, names).pairs and teacher.weights == "teacher.pkl"
+
+
+def test_an_optimizer_of_the_losses_own():
+    made = recipe_with("train.distiller = dict(", "projects/ICD/configs/icd_shapes.py")
+    parts = {key: vars(made)[key] for key in ("model", "dataloader", "optimizer", "train")}
+    assert complete(parts).train.distiller.clip_gradients.clip_value == 0.01
 
 
 def test_every_path_it_names_is_there():

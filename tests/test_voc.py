@@ -115,7 +115,19 @@ def test_boxes_without_area_are_dropped_and_counted_once(tmp_path, caplog):
         check_dataset("own")
         shifted = [[9, 9, 11, 11], [0, 0, 64, 48]]
         assert boxes() == [shifted, [], shifted]
-    assert [r.getMessage() for r in caplog.records] == ["own: 5 of 9 boxes left out: no area"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "own: 5 of 9 boxes left out: no area in the image"
+    ]
+
+
+def test_boxes_outside_their_image_are_dropped_and_counted(tmp_path, caplog):
+    edge = [(0, 64, 48, 70, 60), (0, -9, -9, 1, 1)]  # a pixel of each is in the image
+    outside = [(0, 65, 1, 70, 9), (1, 1, 49, 9, 60), (2, -9, 1, 0, 9), (0, 1, -9, 9, 0)]
+    root = write_voc(tmp_path / "voc", {"train": [edge + outside]})
+    with caplog.at_level(logging.WARNING):
+        register(root, "train")
+    assert boxes() == [[[63, 47, 70, 60], [-10, -10, 1, 1]]]
+    assert "own: 4 of 6 boxes left out" in caplog.text
 
 
 def test_no_warning_without_reason(voc, caplog):
@@ -216,6 +228,8 @@ SPLIT, XML, SECOND = "ImageSets/Main/train.txt", "Annotations/train0.xml", "obje
         (written(XML, b"<annotation/>"), f"{XML}: no size/width; expected a whole number"),
         (without("size", "height"), f"{XML}: no size/height"),
         (text("size/width", "wide"), f"{XML}: size/width 'wide'"),
+        (text("size/width", "0"), f"{XML}: size/width 0; expected at least 1 pixel"),
+        (text("size/height", "-48"), f"{XML}: size/height -48; expected at least 1 pixel"),
         (text("size/width", None), f"{XML}: size/width ''"),
         (text(f"{SECOND}/name", "cat"), f"{XML}: object 2: class 'cat'; expected one of class 0"),
         (without(SECOND, "name"), f"{XML}: object 2: class None"),

@@ -28,7 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("NAME", "KEY=VALUE"),
         help="each recipe once more, with these overrides",
     )
-    parser.add_argument("--image-size", type=int, default=320, help="sides in pixels")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=320,
+        help="sides in pixels; the teacher's where it sees larger ones",
+    )
     parser.add_argument("--batch-size", type=int, default=2, help="images in a batch")
     parser.add_argument("--device", help="instead of the recipe's: auto, cpu or cuda")
     parser.add_argument("--rounds", type=int, default=15, help="how often each row is timed")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 # First, because it keeps torch's remarks on Detectron2's code from the user's terminal.
-from d2kd.config import METHODS, distill, load, method, override, student_of
+from d2kd.config import METHODS, distill, load, method, override, student_of, without_weights
 from d2kd.doctor import FirstLook
 from d2kd.engine import Trainer, do_test
 from d2kd.engine.checkpoint import StudentCheckpointer
@@ -58,7 +58,8 @@ def recipe(args: argparse.Namespace) -> DictConfig:
 def evaluate(config: DictConfig, resume: bool) -> dict:
     """Measure the student alone: of ``train.init_checkpoint``, or of the run's last checkpoint."""
     config = complete(config)
-    model = instantiate(student_of(config.model)).to(pick_device(config.train.device))
+    model = instantiate(without_weights(student_of(config.model)))
+    model.to(pick_device(config.train.device))
     last = StudentCheckpointer(model, config.train.output_dir).last()
     weights = (resume and last) or config.train.init_checkpoint or last
     if not weights:

@@ -103,7 +103,7 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     from detectron2.config import instantiate
 
     from d2kd.attention_maps import load_icd
-    from d2kd.config import is_distiller
+    from d2kd.config import is_distiller, teacher_of, without_weights
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
 
@@ -114,8 +114,9 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     model.teacher.weights = weights.get("teacher", model.teacher.weights)
     if not model.teacher.weights:
         raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
-    teacher = instantiate(model.teacher)
-    loss = load_icd(model, instantiate(model.student), teacher, checkpoint)
+    teacher = instantiate(teacher_of(model))
+    student = instantiate(without_weights(model.student))
+    loss = load_icd(model, student, teacher, checkpoint)
     teacher.detector.to(device)
     return loss.to(device), teacher
 
@@ -124,7 +125,7 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ERD loss and its teacher."""
     from detectron2.config import instantiate
 
-    from d2kd.config import is_distiller
+    from d2kd.config import is_distiller, without_weights
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
     from d2kd.losses import ERDLoss
@@ -135,7 +136,7 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     node.weights = weights.get("teacher", node.weights)
     if not node.weights:
         raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
-    model = instantiate(config.model).to(pick_device(config.train.device))
+    model = instantiate(without_weights(config.model)).to(pick_device(config.train.device))
     losses = [loss for loss in model.losses.by_name.values() if isinstance(loss, ERDLoss)]
     if not losses:
         raise InputError("--what selection", "a recipe without it", "one that distils by ERD")
@@ -147,7 +148,7 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
     from detectron2.config import instantiate
 
     from d2kd.classes import num_classes_of
-    from d2kd.config import is_distiller, student_of
+    from d2kd.config import is_distiller, student_of, teacher_of, without_weights
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
     from d2kd.modeling.weights import load_strict
@@ -159,12 +160,12 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
         node = config.model.teacher
         node.weights = weights.get("teacher", node.weights)
         if node.weights:
-            teacher = instantiate(node)
+            teacher = instantiate(teacher_of(config.model))
             teacher.detector.to(device)
             detectors["teacher"] = teacher.detect, num_classes_of(teacher.detector)
     elif "teacher" in weights:
         raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
-    student = instantiate(student_of(config.model)).to(device).eval()
+    student = instantiate(without_weights(student_of(config.model))).to(device).eval()
     load_strict(student, checkpoint)
     detectors["student"] = student, num_classes_of(student)
     return detectors

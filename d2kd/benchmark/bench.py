@@ -26,7 +26,8 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, load, without_priors
+from ..config import is_distiller, load, without_priors, without_weights
+from ..data import TwoScales
 from ..engine.launch import pick_device
 from ..engine.memory import Peak
 from ..engine.optimizer import build_optimizer
@@ -55,7 +56,7 @@ class Setup:
         label: what it is called.
         config_file: a distilled recipe, see :func:`d2kd.config.load`.
         overrides: such as ``model.losses.tar.weight=1.0``.
-        image_size: sides of the square images, in pixels.
+        image_size: sides of the square images, in pixels; the teacher's where it sees larger ones.
         batch_size: images in a batch.
         device: instead of the recipe's ``train.device``.
 
@@ -82,6 +83,7 @@ class Setup:
             raise InputError(
                 self.config_file, "a plain recipe", "a distilled one, whose model is a Distiller"
             )
+        config.model = without_weights(config.model)
         config.model.teacher.weights = None
         without_priors(config.model.losses)
         thaw_norms(config.model)
@@ -113,7 +115,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked of a teacher in a step: what the student shared, and what the losses read, in order."""
+    """What was asked of a teacher in a step.
+
+    Attributes:
+        shared: what the student shared, in pixels of the teacher's images.
+        read: what the losses read, in order.
+    """
 
     shared: dict[str, Any]
     read: tuple[str, ...]
@@ -149,15 +156,16 @@ class Bench:
         model = instantiate(config.model).to(self.device).train()
         student, teacher = model.student, model.teacher
         quicken(student, config.train)
-        plain = [config.model.student, config.optimizer, config.train, self.sizes]
+        shown = *self.sizes, teacher.scale
+        plain = [config.model.student, config.optimizer, config.train, shown]
         self.plain = repr(plain)
         self._start_iter = model.max_iter // 2
-        self.batches = self._draw(student)
+        self.batches = self._draw(student, teacher.scale)
         try:
             measure_statistics(student, self.batches)
-            # With objects of its own: it may know other classes.
-            theirs = self._draw(teacher.detector)
-            measure_statistics(teacher.detector, [teacher.own_inputs(batch) for batch in theirs])
+            # With objects of its own: it may know other classes, and be shown larger images.
+            theirs = [_in_full(teacher, batch) for batch in self._draw(teacher.detector)]
+            measure_statistics(teacher.detector, theirs)
             heard = [self._listen(model, batch) for batch in self.batches]
         except FloatingPointError as error:  # Detectron2's, of proposals
             raise InputError(
@@ -174,8 +182,12 @@ class Bench:
         if config.train.amp.enabled and config.train.amp.dtype != "float16":
             del self.rows[STOCK]  # Detectron2 knows no other
 
-    def _draw(self, detector: nn.Module) -> list[list[dict]]:
-        return [draw_batch(detector, *self.sizes, seed=SEED + i) for i in range(BATCHES)]
+    def _draw(self, detector: nn.Module, scale: int = 1) -> list[list[dict]]:
+        drawn = [draw_batch(detector, *self.sizes, seed=SEED + i) for i in range(BATCHES)]
+        if scale == 1:
+            return drawn
+        reduced = TwoScales(lambda sample: sample, scale)
+        return [[reduced(sample) for sample in batch] for batch in drawn]
 
     @contextlib.contextmanager
     def _half_way(self) -> Iterator[None]:
@@ -230,7 +242,8 @@ class Bench:
         def step(number: int) -> None:
             question = self.questions[number]
             with self._precision[0]():
-                outputs = teacher.ask(self.batches[number], **question.shared)
+                outputs = teacher.ask(self.batches[number])
+                vars(outputs).update(question.shared)  # share() would scale the boxes once more
                 for name in question.read:
                     getattr(outputs, name)
 
@@ -268,6 +281,12 @@ class Bench:
         if self.device.type == "cuda":
             return row.weights, peak.bytes
         return row.weights, None if peak.growth is None else row.weights + peak.growth
+
+
+def _in_full(teacher: Teacher, batch: list[dict]) -> list[dict]:
+    """A batch at the size and in the channel order of the teacher's images, with its objects."""
+    own = teacher.own_inputs([{**x, "teacher_image": x["image"]} for x in batch])
+    return [{**x, "image": y["image"]} for x, y in zip(batch, own, strict=True)]
 
 
 def peak_memory(setup: Setup, name: str) -> tuple[int, int | None]:

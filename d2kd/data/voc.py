@@ -37,8 +37,8 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
             name="birds_train", root="birds", split="train", classes=["robin", "wren"]
         )
 
-    Coordinates count from 1 in the files and from 0 after loading. Boxes without area are left out,
-    and one warning says how many. Evaluate with ``COCOEvaluator``.
+    Coordinates count from 1 in the files and from 0 after loading. Boxes without area in their
+    image are left out, and one warning says how many. Evaluate with ``COCOEvaluator``.
 
     Args:
         root: the folder of Annotations, ImageSets and JPEGImages. It may begin with an environment
@@ -69,7 +69,9 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
     coco = convert_to_coco_dict(name)
     metadata.json_file = _write(coco, root)
     if dropped := total - len(coco.get("annotations", ())):
-        logging.getLogger(__name__).warning(f"{name}: {dropped} of {total} boxes left out: no area")
+        logging.getLogger(__name__).warning(
+            f"{name}: {dropped} of {total} boxes left out: no area in the image"
+        )
     return name
 
 
@@ -135,7 +137,8 @@ def _check_xml(file: str, classes: tuple[str, ...]) -> int:
     except (ET.ParseError, ValueError, LookupError, OSError) as error:
         raise InputError(file, f"broken XML: {error}", "an annotation in VOC's format") from error
     for key in ("size/width", "size/height"):
-        _check_number(tree.findtext(key), int, file, key)
+        if _check_number(tree.findtext(key), int, file, key) < 1:
+            raise InputError(file, f"{key} {tree.findtext(key)}", "at least 1 pixel")
     objects = tree.findall("object")
     for position, one in enumerate(objects, 1):
         culprit = f"{file}: object {position}"
@@ -147,16 +150,16 @@ def _check_xml(file: str, classes: tuple[str, ...]) -> int:
     return len(objects)
 
 
-def _check_number(text: str | None, kind: Callable, culprit: str, key: str) -> None:
+def _check_number(text: str | None, kind: Callable, culprit: str, key: str) -> float:
     with contextlib.suppress(ValueError):
         if text is not None and math.isfinite(kind(text)):
-            return
+            return kind(text)
     found = f"no {key}" if text is None else f"{key} {text!r}"
     raise InputError(culprit, found, f"a {'whole ' if kind is int else ''}number of pixels")
 
 
 def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
-    """Detectron2's dataset dicts, without the boxes that have no area."""
+    """Detectron2's dataset dicts, without the boxes that have no area in their image."""
     names = _names(root, split)
     if len(names) > 1:
         records = load_voc_instances(root, split, classes)
@@ -166,13 +169,15 @@ def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
             Path(folder, "twice.txt").write_text(f"{names[0]}\n" * 2)
             records = load_voc_instances(root, os.path.join(folder, "twice"), classes)[:1]
     for record in records:
-        record["annotations"] = [a for a in record["annotations"] if _has_area(*a["bbox"])]
+        size = record["width"], record["height"]
+        record["annotations"] = [a for a in record["annotations"] if _has_area(*a["bbox"], *size)]
     return records
 
 
-def _has_area(x0: float, y0: float, x1: float, y1: float) -> bool:
-    """In the file's coordinates: the loader has taken 1 from xmin and ymin, and so given a line width."""
-    return x0 < x1 - 1 and y0 < y1 - 1
+def _has_area(x0: float, y0: float, x1: float, y1: float, width: float, height: float) -> bool:
+    """In the file's coordinates, and in the image: the loader has taken 1 from xmin and ymin, and so given a line width."""
+    meets = x0 < width and y0 < height and x1 > 0 and y1 > 0
+    return meets and x0 < x1 - 1 and y0 < y1 - 1
 
 
 def _write(coco: dict, root: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, student_of
+from ..config import is_distiller, student_of, without_weights
 from ..engine import Trainer
 from ..engine.checkpoint import unwrapped
 from ..engine.recipe import complete
@@ -96,7 +95,7 @@ def _weights(config: DictConfig) -> Iterator[Finding]:
 def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
     try:
         with quiet():
-            detector: nn.Module = instantiate(copy.deepcopy(node))
+            detector: nn.Module = instantiate(without_weights(node))
         checkpoint = read(file)
         given = set(checkpoint["model"])
         with quiet():

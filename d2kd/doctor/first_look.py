@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..classes import class_names, num_classes_of
+from ..config import reading_mapper
 from ..data import check_dataset
 from ..engine.checkpoint import student_of, unwrapped
 from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
+from ..modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 from .findings import Finding
 
 logger = logging.getLogger("d2kd.doctor")
@@ -61,22 +63,24 @@ class FirstLook(HookBase):
 
 
 def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
-    key = "dataloader.{}.mapper.image_format"
-    train, test = (
-        OmegaConf.select(config, key.format(part), default=None) for part in ("train", "test")
-    )
+    readers = [
+        reading_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
+        for part in ("train", "test")
+    ]
+    train, test = (reader.get("image_format") for reader in readers)
+    train_key, test_key = (reader._get_full_key("image_format") for reader in readers)
     if train is None:
         yield Finding("channel order", "ok", "the loader does not say it: not looked at")
         return
     if test is not None and test != train:
         found = f"training images are {train}, test images {test}"
-        yield Finding("channel order", "error", found, f"{key.format('test')}={train}")
+        yield Finding("channel order", "error", found, f"{test_key}={train}")
     student = student_of(model)
     wanted = getattr(student, "input_format", None) or train
     if wanted != train:
         found = f"images are {train}, the student's input_format is {wanted}"
-        yield Finding("channel order", "error", found, f"{key.format('train')}={wanted}")
-    yield _statistics("student", student, train, key.format("train"))
+        yield Finding("channel order", "error", found, f"{train_key}={wanted}")
+    yield _statistics("student", student, train, train_key)
     if not isinstance(model, Distiller):
         return
     told = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
@@ -89,17 +93,31 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
 
 
 def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
-    """Whether a detector's mean is that of images in the order it sees."""
-    mean = detector.pixel_mean.flatten().tolist()
+    """Whether a detector's mean is that of images in the order it sees, and its statistics its weights'."""
+    mean, std = (x.flatten().tolist() for x in (detector.pixel_mean, detector.pixel_std))
     for order, known in IMAGENET_MEAN.items():
-        if order != seen and all(abs(a - b) < 1 for a, b in zip(mean, known, strict=True)):
+        if order != seen and _near(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
+    wanted = seen == "RGB" and _near(mean, TORCHVISION_PIXEL_MEAN)
+    wanted = wanted and _near(std, TORCHVISION_PIXEL_STD)
+    if getattr(getattr(detector.backbone, "bottom_up", None), "pretrained", False) and not wanted:
+        found = (
+            f"the {who} sees {seen}, its torchvision weights want RGB and statistics of their own"
+        )
+        advice = (
+            f"{key}=RGB, and its input_format, TORCHVISION_PIXEL_MEAN and TORCHVISION_PIXEL_STD"
+        )
+        return Finding("channel order", "warning", found, advice)
     return Finding(
         "channel order",
         "ok",
         f"the {who} sees {seen}, mean {', '.join(f'{value:.4g}' for value in mean)}",
     )
+
+
+def _near(values: Sequence[float], known: Sequence[float]) -> bool:
+    return all(abs(a - b) < 1 for a, b in zip(values, known, strict=True))
 
 
 def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
@@ -143,7 +161,7 @@ def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
         return
     backbones = model.student.backbone, model.teacher.detector.backbone
     try:
-        matches = match_levels(*backbones)
+        matches = match_levels(*backbones, scale=model.teacher.scale)
     except InputError as error:
         yield Finding("levels", "warning", error.found, "losses that do not compare features")
         return

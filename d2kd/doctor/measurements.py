@@ -6,11 +6,12 @@ import inspect
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableSequence
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -61,14 +62,18 @@ def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Findin
     records = spread(dataset, images or len(dataset))
     loader = build_test_loader(records, mapper=instantiate(config.dataloader.test.mapper))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
-        evaluator = build_evaluator(config, folder)
+        evaluators = build_evaluator(config, folder)
+        evaluators = list(evaluators) if isinstance(evaluators, MutableSequence) else [evaluators]
+        evaluator = DatasetEvaluators(evaluators)
         evaluator.reset()
         for batch in loader:
             evaluator.process(batch, teacher.detect(batch))
-        options: dict[str, Any] = {}
-        if "img_ids" in inspect.signature(evaluator.evaluate).parameters:
-            options["img_ids"] = [record["image_id"] for record in records]
-        found = evaluator.evaluate(**options) or {}
+        found: dict[str, Any] = {}
+        for one in evaluators:
+            options: dict[str, Any] = {}
+            if "img_ids" in inspect.signature(one.evaluate).parameters:
+                options["img_ids"] = [record["image_id"] for record in records]
+            found |= one.evaluate(**options) or {}
     value = found.get("bbox", {}).get("AP", math.nan)
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
     if not value >= KNOWS_NOTHING:
@@ -105,18 +110,26 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
         return
     task = rows.pop("task losses")
     yield Finding("task losses", "ok", f"{task[0]:.3g} after {iterations} iterations, gradient 1")
+    ratios = {
+        name: norm / task[1] if task[1] else math.inf
+        for name, (_, norm) in rows.items()
+        if norm is not None
+    }
+    usable = {name: ratio for name, ratio in ratios.items() if ratio and math.isfinite(ratio)}
+    factors = {name: target / ratio for name, ratio in usable.items()}
+    advice = _overrides(trainer.config, model, factors)
     for name, (value, norm) in rows.items():
         if norm is None:
             yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")
             continue
-        ratio = norm / task[1] if task[1] else math.inf
+        ratio = ratios[name]
         state = "ok" if RATIO[0] <= ratio <= RATIO[1] else "warning"
         if not math.isfinite(value) or not math.isfinite(norm):
             yield Finding(name, "error", f"{value}, gradient {norm}", "a smaller weight")
             continue
-        advice = _override(trainer.config, model, name, target / ratio if ratio else None)
         found = f"{value:.3g}, gradient {ratio:.2g} of the task losses'"
-        yield Finding(name, state, found, f"for {target:g}: {advice}" if advice else "")
+        said = f"for {target:g}: {advice[name]}" if name in advice else ""
+        yield Finding(name, state, found, said)
 
 
 def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
@@ -142,24 +155,56 @@ def _pull(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
     return loss.item(), torch.stack(found).norm().item() if found else None
 
 
-def _override(config: DictConfig, model: nn.Module, key: str, factor: float | None) -> str | None:
-    """What multiplies a term by a factor: ``model.losses.tar.feature_weight=0.03``."""
-    if factor is None or not isinstance(model, Distiller):
-        return None
-    said = key.removeprefix("distill/loss_")
-    name = max((n for n in model.losses.by_name if said.startswith(n)), key=len)
-    term = said.removeprefix(name).removeprefix("_")
-    node, loss = config.model.losses[name], model.losses.by_name[name]
-    known = inspect.signature(type(loss)).parameters
-    weight = f"{term}_weight" if term and f"{term}_weight" in known else "weight"
-    value = _current(node, loss, weight, known)
+def _overrides(
+    config: DictConfig, model: nn.Module, factors: Mapping[str, float]
+) -> dict[str, str]:
+    """What multiplies each term by its factor: ``model.losses.tar.feature_weight=0.03``.
+
+    A term without a weight of its own is multiplied by its loss's, which multiplies the others, too: such a
+    loss has one advice for all its terms, in which the others make up for it.
+    """
+    if not isinstance(model, Distiller):
+        return {}
+    keys: dict[str, dict[str, str]] = {}  # of each loss, by term
+    for key in factors:
+        said = key.removeprefix("distill/loss_")
+        name = max((n for n in model.losses.by_name if said.startswith(n)), key=len)
+        keys.setdefault(name, {})[said.removeprefix(name).removeprefix("_")] = key
+    advice = {}
+    for name, key_of in keys.items():
+        loss = model.losses.by_name[name]
+        weights = {term: _weight_of(loss, term) for term in key_of}
+        sharing = [term for term, weight in weights.items() if weight == "weight"]
+        solvable = len(sharing) == 1
+        change = {term: factors[key] for term, key in key_of.items()}
+        if solvable:
+            common = change[sharing[0]]
+            change |= {t: factor / common for t, factor in change.items() if t not in sharing}
+        said = {t: _times(config, name, loss, weights[t], factor) for t, factor in change.items()}
+        for term, key in key_of.items():
+            if solvable:
+                advice[key] = " ".join(said.values())
+            elif term in sharing:
+                others = ", ".join(other for other in key_of if other != term)
+                advice[key] = f"{said[term]}, which multiplies {others} as well"
+            else:
+                advice[key] = said[term]
+    return advice
+
+
+def _weight_of(loss: nn.Module, term: str) -> str:
+    """The argument that multiplies a term of a loss: its own, or that of the whole loss."""
+    own = loss.term_weights.get(term, f"{term}_weight")
+    return own if own in inspect.signature(type(loss)).parameters else "weight"
+
+
+def _times(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
+    value = config.model.losses[name].get(weight)
+    if value is None:
+        default = inspect.signature(type(loss)).parameters.get(weight)
+        value = None if default is None else default.default
+    if value is None:
+        value = getattr(loss, weight, None)
     if isinstance(value, int | float):
         return f"model.losses.{name}.{weight}={value * factor:.3g}"
     return f"model.losses.{name}.{weight}, a schedule, times {factor:.3g}"
-
-
-def _current(node: Mapping, loss: nn.Module, weight: str, known: Mapping) -> Any:
-    if node.get(weight) is not None:
-        return node[weight]
-    default = known[weight].default if weight in known else None
-    return getattr(loss, weight, None) if default is None else default

@@ -35,6 +35,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..config import is_distiller, teacher_of
 from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_new_objects
@@ -164,7 +165,10 @@ class Trainer(DefaultTrainer):
     # What DefaultTrainer lets a subclass build.
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
-        model = instantiate(self.config.model).to(self.device)
+        node = copy.deepcopy(self.config.model)
+        if is_distiller(node):
+            node.teacher = teacher_of(node)
+        model = instantiate(node).to(self.device)
         quicken(student_of(model), self.config.train)
         logger.info("Model:\n%s", model)
         return model

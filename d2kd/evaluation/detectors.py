@@ -20,9 +20,18 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
+from ..config import (
+    builds,
+    is_distiller,
+    load,
+    reading_mapper,
+    recipe_of,
+    student_of,
+    test_mapper,
+    without_weights,
+)
 from ..config import detector as model_of
-from ..config import is_distiller, load, recipe_of, student_of, test_mapper
-from ..data import build_test_loader, check_dataset
+from ..data import TwoScales, build_test_loader, check_dataset
 from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..modeling import Teacher
@@ -208,8 +217,9 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
     Raises:
         InputError: the weights cannot be read or do not fit, or its classes have no names.
     """
-    image_format = (detector.mapper or {}).get("image_format", "BGR")
-    teacher = Teacher(instantiate(detector.node), detector.weights, image_format=image_format)
+    image_format = reading_mapper(detector.mapper).get("image_format", "BGR")
+    node = without_weights(detector.node)
+    teacher = Teacher(instantiate(node), detector.weights, image_format=image_format)
     count = num_classes_of(teacher.detector)
     names = detector.classes or read(detector.weights).get(CLASSES)
     if names is None and count == len(data.truth.classes):
@@ -278,7 +288,8 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
     """Teacher, if there was one, and what was trained; and the data set, by default the one it was measured on.
 
     Raises:
-        InputError: the folder holds no finished run, or its config cannot be read.
+        InputError: the folder holds no finished run, its config cannot be read, or its teacher's larger images
+            cannot be had.
     """
     config, weights = folder / "config.yaml", folder / "model_final.pth"
     for file in (config, weights):
@@ -291,7 +302,7 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
         classes = None
         if node.get("classes") is not None:
             classes = renamed(class_names(instantiate(node.classes)), node.get("aliases") or {})
-        mapper = test_mapper(recipe)
+        mapper = _full_images(test_mapper(recipe), node.get("scale", 1), config)
         weights_of = str(_moved(folder, node.weights))
         found.append(Detector("teacher", str(config), weights_of, node.detector, mapper, classes))
     name = "distilled" if is_distiller(recipe.model) else "detector"
@@ -300,6 +311,18 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
     if dataset is None and names is None:
         raise InputError(config, "no dataloader.test.dataset.names", "--dataset NAME")
     return found, dataset or check_dataset(names)[0]
+
+
+def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictConfig | None:
+    """The node that reads a teacher's images: of larger ones that which makes them, inside the student's."""
+    if scale == 1 or mapper is None:
+        return mapper
+    if not builds(mapper, TwoScales):
+        found = (
+            f"a teacher of images {scale} times larger, and dataloader.test.mapper is no TwoScales"
+        )
+        raise InputError(config, found, "the mappers of distill(…, scale=…)")
+    return mapper.mapper
 
 
 def _moved(folder: Path, weights: str) -> str | Path:

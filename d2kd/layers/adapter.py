@@ -23,7 +23,7 @@ def match_levels(
 ) -> dict[str, str]:
     """Which level of the student's backbone is which of the teacher's, in order of stride.
 
-    Levels match by name, else by stride. Left out unless wanted are levels on top of the pyramid that both
+    Levels match by name where their strides are equal, else by stride. Left out unless wanted are levels on top of the pyramid that both
     make in their own ways, as R-CNNs pool p6 and dense detectors convolve it.
 
     Args:
@@ -33,36 +33,37 @@ def match_levels(
             sides, and levels match by their stride in the student's pixels alone.
 
     Raises:
-        InputError: a wanted level is missing on one side, strides differ, or nothing matches.
+        InputError: a wanted level is missing on one side or has a stride of its own, or nothing matches.
     """
     ours, theirs = student.output_shape(), teacher.output_shape()
     same_size = scale == 1
+    by_name = {
+        name
+        for name in ours.keys() & theirs.keys()
+        if same_size and ours[name].stride == theirs[name].stride
+    }
     by_stride = {
-        shape.stride / scale: name
-        for name, shape in theirs.items()
-        if not (same_size and name in ours)
+        shape.stride / scale: name for name, shape in theirs.items() if name not in by_name
     }
     matches = {}
     for name in sorted(ours, key=lambda name: ours[name].stride):
-        stride = ours[name].stride
-        if same_size and name in theirs:
-            if theirs[name].stride != stride:
-                found = f"{name!r} has stride {stride} here and {theirs[name].stride} there"
-                raise InputError("levels", found, "equal strides")
+        if name in by_name:
             matches[name] = name
-        elif stride in by_stride:
-            matches[name] = by_stride[stride]
+        elif ours[name].stride in by_stride:
+            matches[name] = by_stride[ours[name].stride]
     if wanted is None:
         tops, other = _top_levels(student), _top_levels(teacher)
         matches = {
             name: match for name, match in matches.items() if tops.get(name) == other.get(match)
         }
     for name in wanted or ():
-        if name not in matches:
-            side, has = ("student", ours) if name not in ours else ("teacher", theirs)
-            raise InputError(
-                "levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}"
-            )
+        if name in matches:
+            continue
+        if same_size and name in ours and name in theirs:
+            found = f"{name!r} has stride {ours[name].stride} here and {theirs[name].stride} there"
+            raise InputError("levels", found, "equal strides")
+        side, has = ("student", ours) if name not in ours else ("teacher", theirs)
+        raise InputError("levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}")
     if not matches or (wanted is not None and not wanted):
         raise InputError(
             "levels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -63,6 +63,9 @@ class DistillLoss(nn.Module):
 
     taps: tuple[str, ...] = ()
     """Names of further student modules to listen to, found as ``student.taps[name]``."""
+
+    term_weights: Mapping[str, str] = {}
+    """By term the argument that multiplies it alone, where that is not called ``<term>_weight``."""
 
     class_map: ClassMap | None = None
     """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
@@ -193,10 +196,13 @@ def check_anchors(
             [d.backbone.output_shape()[level].stride for level in d.head_in_features],
             [cell.tolist() for cell in d.anchor_generator.cell_anchors],
             d.backbone.size_divisibility,
+            list(getattr(d.anchor_generator, "strides", ())),
+            getattr(d.anchor_generator, "offset", None),
         )
         for d in (student, teacher)
     )
-    for what, a, b in zip(("strides", "anchors of a cell", "padding"), ours, theirs, strict=True):
+    compared = "strides", "anchors of a cell", "padding", "strides of anchors", "offset of anchors"
+    for what, a, b in zip(compared, ours, theirs, strict=True):
         if a != b:
             if what == "anchors of a cell":
                 a, b = ([len(cell) for cell in side] for side in (a, b))

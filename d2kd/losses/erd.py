@@ -93,6 +93,8 @@ class ERDLoss(DistillLoss):
             that have no class in common.
     """
 
+    term_weights = {"box": "ld_weight"}
+
     def __init__(
         self,
         *,

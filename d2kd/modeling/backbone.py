@@ -14,6 +14,7 @@ from detectron2.modeling.backbone import BasicStem, ResNet, build_resnet_backbon
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ..errors import InputError
@@ -85,6 +86,9 @@ class TorchvisionBackbone(Backbone):
         nodes: features by node of torchvision's graph, such as ``{"features.3": "res3"}``, instead of
             "res2" to "res5" at strides 4 to 32. Names are as ``create_feature_extractor`` has them.
 
+    Attributes:
+        pretrained: whether its weights are torchvision's own.
+
     Raises:
         InputError: no such classifier, norm, feature or node; a node gives no feature map; the classifier
             has none at some stride; the weights cannot be read or do not fit.
@@ -102,7 +106,8 @@ class TorchvisionBackbone(Backbone):
         super().__init__()
         if norm not in ("BN", "FrozenBN"):
             raise InputError("norm", norm, "BN or FrozenBN")
-        model = _classifier(name)
+        model = _classifier(name, weights)
+        self.pretrained = weights in _known(name)
         wanted = list(out_features or (nodes or STAGES).values())
         nodes = dict(nodes or _last_blocks(model, name))
         for feature in wanted:
@@ -128,7 +133,7 @@ class TorchvisionBackbone(Backbone):
         self._out_feature_channels = {key: x.shape[1] for key, x in features.items()}
         self._out_features = sorted(features, key=self._out_feature_strides.get)
 
-        if weights:
+        if weights and not self.pretrained:
             fit(self, _checkpoint(name, weights), weights, whole=False)
         if norm_momentum is not None:
             for module in self.modules():
@@ -145,30 +150,36 @@ class TorchvisionBackbone(Backbone):
         return self._forward[self.training](self, images)
 
 
-def _classifier(name: str) -> nn.Module:
-    """A torchvision classifier with random weights."""
+def _known(name: str) -> Mapping[str, WeightsEnum]:
+    """torchvision's weights of a classifier, by name."""
+    return torchvision.models.get_model_weights(name).__members__
+
+
+def _classifier(name: str, weights: str | None = None) -> nn.Module:
+    """A torchvision classifier with the weights of that name; random ones if it is none of torchvision's."""
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, cutoff=0.4) or ["resnet18"]
         raise InputError(name, "torchvision has no such classifier", f"such as {', '.join(near)}")
-    return torchvision.models.get_model(name, weights=None)
-
-
-def _checkpoint(name: str, weights: str) -> dict:
-    """The weights of a classifier, by torchvision's name or out of a file."""
-    known = torchvision.models.get_model_weights(name).__members__
-    if weights not in known:
-        try:
-            return read(weights)
-        except InputError as error:
-            expected = f"{error.expected}, or {' or '.join(known)}"
-            raise InputError(weights, error.found, expected) from error
+    if weights not in _known(name):
+        return torchvision.models.get_model(name, weights=None)
     try:
-        return {"model": known[weights].get_state_dict(progress=False, check_hash=True)}
+        # Its own builder: some files name parameters as they were once called, and some weights want
+        # their input turned first.
+        return torchvision.models.get_model(name, weights=_known(name)[weights], progress=False)
     except Exception as error:  # no network, no such address, a damaged file
         raise InputError(
             weights, f"cannot be fetched ({error})", "reachable weights, or a file"
         ) from error
+
+
+def _checkpoint(name: str, weights: str) -> dict:
+    """The weights of a classifier out of a file."""
+    try:
+        return read(weights)
+    except InputError as error:
+        expected = f"{error.expected}, or {' or '.join(_known(name))}"
+        raise InputError(weights, error.found, expected) from error
 
 
 def _image(module: nn.Module) -> Tensor:
@@ -236,11 +247,12 @@ def _extractor(model: nn.Module, nodes: Mapping[str, str]) -> nn.Module:
 
 
 def add_torchvision_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.TORCHVISION`` to a yacs config: name, weights and norm of a :class:`TorchvisionBackbone`."""
+    """Add ``MODEL.TORCHVISION`` to a yacs config: what a :class:`TorchvisionBackbone` is built of."""
     cfg.MODEL.TORCHVISION = CfgNode()
     cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.MODEL.TORCHVISION.NORM = "BN"
+    cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's own
 
 
 class LinearP6P7(LastLevelP6P7):
@@ -298,7 +310,11 @@ def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpe
 def _fpn(cfg: CfgNode, in_features: Sequence[str], top_block: Callable) -> FPN:
     node = cfg.MODEL.TORCHVISION
     bottom_up = TorchvisionBackbone(
-        node.NAME, weights=node.WEIGHTS, norm=node.NORM, out_features=in_features
+        node.NAME,
+        weights=node.WEIGHTS,
+        norm=node.NORM,
+        norm_momentum=node.NORM_MOMENTUM,
+        out_features=in_features,
     )
     return FPN(
         bottom_up=bottom_up,

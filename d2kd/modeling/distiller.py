@@ -104,12 +104,23 @@ class Distiller(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The student from the yacs config itself; teacher and losses from the LazyConfig it names."""
+        """The student from the yacs config itself; teacher and losses from the LazyConfig it names.
+
+        The teacher is told the channel order of the yacs config's images.
+
+        Raises:
+            InputError: the LazyConfig tells it another.
+        """
         node = cfg.MODEL.DISTILLER
         student_cfg = cfg.clone()
         student_cfg.defrost()
         student_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
         recipe = LazyConfig.load(node.CONFIG).model
+        images, told = cfg.INPUT.FORMAT, recipe.teacher.get("image_format")
+        if told not in (None, images):
+            found = f"model.teacher.image_format={told}, beside INPUT.FORMAT {images}"
+            raise InputError(node.CONFIG, found, "the same, or no image_format")
+        recipe.teacher.image_format = images
         return {
             "student": META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(student_cfg),
             "teacher": instantiate(recipe.teacher),
