@@ -640,6 +640,12 @@ MODELS: dict[str, Case] = {
         erd.check_old_classes, Like(class_map=None), Like(num_classes=2), Like(num_classes=3)
     ),
     "losses/erd check_old_classes: 'classes'": call(_unrelated),
+    "losses/erd check_old_classes: 'num_old_classes'": call(
+        erd.check_old_classes,
+        Like(class_map=None),
+        Like(num_classes=3, num_old_classes=2),
+        Like(num_classes=1),
+    ),
     "losses/icd ICDLoss.__init__: known": call(ICDLoss, weights="none"),
     "losses/icd ICDLoss.__init__: culprit, given, expected": call(ICDLoss, layers=0),
     "losses/icd ICDLoss.build": call(

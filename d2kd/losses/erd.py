@@ -89,8 +89,8 @@ class ERDLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors, or
-            that have no class in common.
+        InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors,
+            that have no class in common, or whose old classes are not the teacher's.
     """
 
     def __init__(
@@ -230,7 +230,8 @@ def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module)
     """Tell a loss how many classes were there before.
 
     Raises:
-        InputError: the student has fewer, or shares none by name.
+        InputError: the student has fewer, or shares none by name; or those that its own losses leave aside as old
+            are not the ones that this teacher knows.
     """
     ours, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
     if loss.class_map is None and ours < loss.num_old_classes:
@@ -240,3 +241,8 @@ def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module)
         raise InputError(
             "classes", "none is the student's and the teacher's", "the old ones in both"
         )
+    known = range(loss.num_old_classes) if loss.class_map is None else loss.class_map.of_student
+    old = getattr(student, "num_old_classes", 0)
+    if old and set(known) != set(range(old)):
+        found = f"{old}, and the teacher knows the student's {', '.join(map(str, sorted(known)))}"
+        raise InputError("num_old_classes", found, "the old classes first, and all that it knows")
