@@ -96,6 +96,11 @@ class ClassMap:
         return len(self.student) == len(self.teacher) and list(self.pairs) == same
 
     @property
+    def share(self) -> float:
+        """How much of the student's classes the teacher knows, in [0, 1]."""
+        return len(self.pairs) / len(self.student)
+
+    @property
     def of_student(self) -> list[int]:
         """The shared classes by the student's numbers."""
         return [ours for ours, _ in self.pairs]
@@ -118,6 +123,16 @@ class ClassMap:
         table[self.of_student] = torch.arange(len(self.pairs)).to(table)
         table[len(self.student)] = len(self.pairs)
         return table[labels]  # -1 finds the last entry, which is -1
+
+    def student_labels(self, labels: Tensor) -> Tensor:
+        """The teacher's labels by the student's numbers; -1 for what the student does not know.
+
+        Args:
+            labels: any shape, in ``{0, …, K_T - 1}``.
+        """
+        table = torch.full((len(self.teacher),), -1, dtype=labels.dtype, device=labels.device)
+        table[self.of_teacher] = torch.tensor(self.of_student).to(table)
+        return table[labels]
 
     def shared_logits(
         self, student: Tensor, teacher: Tensor, background: bool = False

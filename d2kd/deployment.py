@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .engine.evaluation import build_test_loader, do_test
 from .engine.run_info import versions
 from .errors import InputError
 from .export import Exportable, ExportedDetector, quiet_tracing, strangers
+from .modeling.distiller import class_map_of
 from .modeling.weights import CLASSES, load_strict, read
 from .study.console import quiet
 
@@ -49,12 +50,14 @@ class Row:
         detect: gives detections of Detectron2's batches.
         module: whose operations are counted.
         size: bytes of its weights; of a file, all of it.
+        measurable: whether its detections are in the data's classes, so that they have an AP.
     """
 
     name: str
     detect: Callable[[list[dict]], list[dict]]
     module: nn.Module
     size: int
+    measurable: bool = True
 
 
 def built(config: DictConfig, weights: str) -> nn.Module:
@@ -74,13 +77,16 @@ def detector_row(name: str, detector: nn.Module, detect: Callable | None = None)
     return Row(name, detect or detector, detector, size)
 
 
-def teacher_row(config: DictConfig) -> Row | None:
-    """A line for the recipe's teacher, if it has one."""
+def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
+    """A line for the recipe's teacher, if it has one; its AP is that of the classes it shares with the student."""
     if not is_distiller(config.model):
         return None
     teacher = instantiate(config.model.teacher)
     teacher.detector.cpu()
-    return detector_row("teacher", teacher.detector, teacher.detect)
+    class_map = class_map_of(student, teacher, instantiate(config.model.get("classes")))
+    detect = teacher.as_student(num_classes_of(student), class_map)
+    row = detector_row("teacher", teacher.detector, detect or teacher.detect)
+    return replace(row, measurable=detect is not None)
 
 
 def exported_row(name: str, exported: ExportedDetector, source: Exportable) -> Row:
@@ -201,8 +207,10 @@ def compare(
     times = milliseconds(rows, batches)
     measured = []
     for row, spent in zip(rows, times, strict=True):
-        with quiet():
-            found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
+        found = {}
+        if row.measurable:
+            with quiet():
+                found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
         box = found.get("bbox", {})
         measured.append(
             {

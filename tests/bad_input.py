@@ -44,7 +44,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import _class_map
+from d2kd.modeling.distiller import class_map_of
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
@@ -686,7 +686,7 @@ MODELS: dict[str, Case] = {
     ),
     "modeling/distiller Distiller.__init__: both, of": call(_both),
     "modeling/distiller Distiller._tap": call(_tapped),
-    "modeling/distiller _class_map": call(_class_map, None, Like(classes=("a",)), None),
+    "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
         outputs.check_classes, "student", Like(num_classes=2), ["a"]

@@ -215,6 +215,25 @@ def test_a_spoiled_run(config, tmp_path, spoil, expected):
     assert exit_code(findings) == 2
 
 
+def test_a_teacher_that_counts_otherwise(config, monkeypatch):
+    """It is measured in the student's classes; one of which none is known, not at all."""
+    names, detect = [f"class {k}" for k in range(CLASSES)], Teacher.detect
+    config.model.classes, config.model.teacher.classes = names, names[::-1]
+
+    def turned(teacher, batch):
+        found = detect(teacher, batch)
+        for one in found:
+            one["instances"].pred_classes = CLASSES - 1 - one["instances"].pred_classes
+        return found
+
+    monkeypatch.setattr(Teacher, "detect", turned)
+    findings = {f.subject: f for f in examined(config, iterations=0)}
+    assert "AP 100.0" in findings["teacher"].found
+    config.model.teacher.classes = ["x", "y", "z"]
+    findings = {f.subject: f for f in examined(config, iterations=0)}
+    assert "teacher" not in findings and findings["class map"].state == "warning"
+
+
 def test_a_teacher_that_knows_nothing(config, monkeypatch):
     blind = Instances((64, 64), pred_boxes=Boxes(torch.zeros(0, 4)))
     blind.scores, blind.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.long)

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from d2kd import deployment, export
+from d2kd.config import load
 from d2kd.errors import InputError
 from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
@@ -206,6 +207,21 @@ def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
     assert ExportedDetector(tmp_path / "model.onnx").classes == NAMES  # by the test data
+
+
+def test_a_teachers_row_is_in_the_students_classes(folder):
+    config = load(str(folder / "recipe.py"))
+    student = deployment.built(config, str(folder / "student.pth"))
+    plain = deployment.teacher_row(config, student)
+    config.model.classes = NAMES
+    (batch,) = deployment.first_images(config, 1)
+    expected = plain.detect(batch)[0]["instances"].pred_classes
+    for turn, known in ((NAMES[::-1], len(expected)), (["x", "y", "z"], 0)):
+        config.model.teacher.classes = turn
+        row = deployment.teacher_row(config, student)
+        found = row.detect(batch)[0]["instances"].pred_classes
+        assert row.measurable == bool(known)
+        assert torch.equal(found, 2 - expected if known else expected)
 
 
 REFUSED = {

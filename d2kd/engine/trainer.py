@@ -215,7 +215,7 @@ class Trainer(DefaultTrainer):
             return None
         folder = Path(self.config.train.output_dir, "inference", "teacher")
         return EvalTeacher(
-            model.teacher,
+            model,
             self.config,
             lambda detector: self.test(
                 self.config, detector, loader=self._test_loader, output_dir=folder

@@ -80,7 +80,7 @@ class Distiller(nn.Module):
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
         if share == "both" and teacher.scale != 1:
             raise InputError("share", f"both, at {teacher.scale} times the size", "student")
-        self.class_map = _class_map(student, teacher, classes)
+        self.class_map = class_map_of(student, teacher, classes)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
@@ -166,9 +166,19 @@ class Distiller(nn.Module):
         return losses
 
 
-def _class_map(
+def class_map_of(
     student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
 ) -> ClassMap | None:
+    """What a student and its teacher share; None where the teacher's classes have no names.
+
+    Args:
+        student: the detector.
+        teacher: its teacher.
+        classes: as of :class:`Distiller`.
+
+    Raises:
+        InputError: the teacher's classes have names and the student's have none, or not as many as there are.
+    """
     if teacher.classes is None:
         return None
     if classes is None:
