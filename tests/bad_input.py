@@ -812,14 +812,14 @@ def _circle() -> None:
     plan.parse(content).plan(seeds=[0])
 
 
-def _seeing(act: str, model, given=None, **train) -> Case:
+def _seeing(act: str, model, given=None, *more: str) -> Case:
     def case(folder):
         node = OmegaConf.create(
-            {"model": model, "train": {"device": "cpu", "output_dir": str(folder), **train}},
+            {"model": model, "train": {"device": "cpu", "output_dir": str(folder)}},
             flags={"allow_objects": True},
         )
         module = load_tool("visualize")
-        return lambda: getattr(module, act)(node, dict(given or {}))
+        return lambda: getattr(module, act)(node, dict(given or {}), *more)
 
     return case
 
@@ -894,7 +894,9 @@ TOOLS: dict[str, Case] = {
     "tools/visualize erd_of: '--what selection', 'a plain": _seeing("erd_of", {}),
     "tools/visualize erd_of: 'no teacher": _seeing("erd_of", distiller()),
     "tools/visualize erd_of: 'a recipe without it'": _selecting,
-    "tools/visualize detectors_of": _seeing("detectors_of", {}, {"student": "x", "teacher": "y"}),
+    "tools/visualize detectors_of": _seeing(
+        "detectors_of", {}, {"student": "x", "teacher": "y"}, "none"
+    ),
 }
 
 CASES = DATA | ENGINE | MODELS | EVALUATION | TOOLS

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -22,7 +22,7 @@ from ..data import check_dataset
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
 from ..visualization import Scene, described, side_by_side
-from .checkpoint import StudentCheckpointer
+from .checkpoint import StudentCheckpointer, teacher_classes
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
 
@@ -240,6 +240,7 @@ class DrawDetections(HookBase):
         scenes: the images.
         metadata: of their data set, for the names of the classes.
         student: the detector inside DDP, whose own forward would wait for the other processes.
+        classes: names of the student's classes in its order, if they are known.
         teacher: None where there is none, and no panel of it.
     """
 
@@ -249,15 +250,15 @@ class DrawDetections(HookBase):
         scenes: Iterable[Scene],
         metadata,
         student: nn.Module,
+        classes: Sequence[str] | None,
         teacher: Teacher | None = None,
     ):
         self._period, self._scenes = period, list(scenes)
         self._student, self._teacher = student, teacher
-        classes = {"student": num_classes_of(student)}
+        names = {"student": classes}
         if teacher is not None:
-            classes["teacher"] = num_classes_of(teacher.detector)
-        old_classes = getattr(student, "num_old_classes", 0)
-        self._metadata = described(metadata, classes, old_classes)
+            names["teacher"] = teacher_classes(teacher, classes)
+        self._metadata = described(metadata, names, getattr(student, "num_old_classes", 0))
 
     def before_train(self) -> None:
         teacher = self._teacher

@@ -136,11 +136,12 @@ class Trainer(DefaultTrainer):
             config.train,
         )
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
+        self._classes = learned_classes(student_of(model), self._data)
         losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
         self.checkpointer = StudentCheckpointer(
             model,
             config.train.output_dir,
-            learned_classes(student_of(model), self._data),
+            self._classes,
             trainer=weakref.proxy(self),
             **losses,
         )
@@ -245,6 +246,7 @@ class Trainer(DefaultTrainer):
             scenes(records, instantiate(test.mapper)),
             MetadataCatalog.get(names[0]),
             student_of(model),
+            self._classes or learned_classes(student_of(model), names),
             model.teacher if isinstance(model, Distiller) else None,
         )
 

@@ -227,15 +227,15 @@ def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
 
 
 def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:
-    """Tell a loss how many classes were there before.
+    """Tell a loss how many classes there are, and were before.
 
     Raises:
         InputError: the student has fewer, or shares none by name; or those that its own losses leave aside as old
             are not the ones that this teacher knows.
     """
-    ours, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
-    if loss.class_map is None and ours < loss.num_old_classes:
-        found = f"student {ours}, teacher {loss.num_old_classes}"
+    loss.num_classes, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
+    if loss.class_map is None and loss.num_classes < loss.num_old_classes:
+        found = f"student {loss.num_classes}, teacher {loss.num_old_classes}"
         raise InputError("num_classes", found, "the teacher's classes first, then new ones")
     if loss.class_map is not None and not loss.class_map.pairs:
         raise InputError(
