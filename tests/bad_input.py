@@ -279,12 +279,17 @@ def _empty_step(folder):
 
 def _old_step(folder):
     name = steps.class_step(drawn(folder), "2+1", 1)
-    return lambda: steps.check_new_objects([name], 1)
+    return lambda: steps.check_objects([name], CLASSES, 1)
 
 
 def _old_objects(folder):
     name = drawn(folder)
-    return lambda: steps.check_new_objects([name], CLASSES)
+    return lambda: steps.check_objects([name], CLASSES, CLASSES)
+
+
+def _other_count(folder):
+    name = drawn(folder)
+    return lambda: steps.check_objects([name], CLASSES + 1)
 
 
 def _no_step(folder):
@@ -356,8 +361,9 @@ DATA: dict[str, Case] = {
     "data/steps split_classes: in step": call(steps.split_classes, NAMES, [NAMES, NAMES]),
     "data/steps class_step": _no_step,
     "data/steps ClassStep.load": _empty_step,
-    "data/steps check_new_objects: known[0]": _old_step,
-    "data/steps check_new_objects: file_name": _old_objects,
+    "data/steps check_objects: {c!r}": _old_step,
+    "data/steps check_objects: file_name": _old_objects,
+    "data/steps check_count": _other_count,
     "data/voc register_voc": voc(names=["a", "a"]),
     "data/voc check_voc": voc(gone("JPEGImages")),
     "data/voc _expanded": call(register_voc, "bad", "$D2KD_NO_SUCH/x", "train", NAMES),

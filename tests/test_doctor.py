@@ -198,7 +198,7 @@ SPOILED = {
     "nothing to find": (_no_objects, {"train data": "6 images, 0 objects"}),
     "an image of another size": (_another_size, {"train images": "another size than annotated"}),
     "no weights to start from": (_no_checkpoint, {"student's weights": "gone.pth"}),
-    "a student of other classes": (_too_many_classes, {"classes": f"{CLASSES + 1} of the student"}),
+    "a student of other classes": (_too_many_classes, {"the run": f"{CLASSES + 1} of the student"}),
     "a run that diverges": (_diverging, {"losses": "within 2 iterations"}),
     "a missing image": (_no_data, {"train data": "3.png: missing"}),
 }

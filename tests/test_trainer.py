@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.solver import LRMultiplier
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -19,7 +20,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 
 import d2kd.engine.trainer as trainer_module
 from d2kd.classes import ClassMap
-from d2kd.data import register_voc
+from d2kd.data import coco_dataset, register_voc
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
@@ -438,6 +439,36 @@ def test_bad_input(data, tmp_path):
     refused("cannot be read", init_checkpoint=str(tmp_path / "half.pth"))
     with pytest.raises(InputError, match="no optimizer"):
         Trainer({"model": {}, "dataloader": {}, "train": {}})
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("student", [tiny_faster_rcnn, tiny_retinanet])
+def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
+    """One too few would be learned as background, one too many be found and fail the evaluation."""
+
+    def refused(train, test, count, line):
+        config = recipe(data, tmp_path / "out", student(classes=count))
+        config.dataloader.train.dataset.names = train
+        config.dataloader.test.dataset.names = config.dataloader.evaluator.dataset_name = test
+        with pytest.raises(InputError, match=line):
+            Trainer(config)
+        assert not (tmp_path / "out").exists()
+
+    whole = f"tiny_{data}"
+    coco_dataset(whole, str(data / "data.json"), str(data))
+    if lazily:  # Detectron2's own, whose names are known when it is loaded
+        whole = f"lazily_{tmp_path}"
+        register_coco_instances(whole, {}, str(data / "data.json"), str(data))
+    for count in (CLASSES - 1, CLASSES + 1):
+        line = f"num_classes: {count} of the student; expected {CLASSES}, as data set '{whole}'"
+        refused(whole, whole, count, line)
+    few = tmp_path / "few"
+    draw_data(few)
+    content = json.loads((few / "data.json").read_text())
+    content |= {"annotations": [], "categories": content["categories"][:1]}
+    (few / "data.json").write_text(json.dumps(content))
+    name = coco_dataset(f"few_{tmp_path}", str(few / "data.json"), str(few))
+    refused(whole, name, CLASSES, f"{CLASSES} of the student; expected 1, as data set '{name}'")
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):

@@ -35,9 +35,9 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import student_of as recipe_student
+from ..classes import num_classes_of
 from ..data import check_dataset, use_seeded_loaders
-from ..data.steps import check_new_objects
+from ..data.steps import check_count, check_objects
 from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.speed import quicken
@@ -128,6 +128,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(self.cfg, model)
         self._seed()
         loader = self.build_train_loader(self.cfg)
+        self._check_classes(student_of(model))
         self._trainer = Step(
             distributed(model, self.device, config.train.ddp),
             loader,
@@ -154,10 +155,18 @@ class Trainer(DefaultTrainer):
             key = f"dataloader.{part}.dataset.names"
             names = OmegaConf.select(self.config, key, default=None)
             found[part] = [] if names is None else check_dataset(names)
-        self._data = found["train"]
-        old_classes = recipe_student(self.config.model).get("num_old_classes") or 0
-        if old_classes:
-            check_new_objects(self._data, old_classes)
+        self._data, self._test_data = found["train"], found["test"]
+
+    def _check_classes(self, student: nn.Module) -> None:
+        """Whether the data are about the student's classes; of loaded data, since some have names only then."""
+        try:
+            num_classes = num_classes_of(student)
+        except AttributeError:  # a detector of another kind
+            return
+        check_objects(self._data, num_classes, getattr(student, "num_old_classes", 0))
+        if self._test_loader is not None:
+            for name in self._test_data:  # which may have classes that come later
+                check_count(name, num_classes, least=1)
 
     def _seed(self) -> None:
         seed_all_rng(self.config.train.seed + comm.get_rank())
