@@ -197,6 +197,13 @@ def test_anchors_by_hand(monkeypatch):
     assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
     assert pair["background"]["class"] == {"both": 0, "first": 1, "second": 1, "neither": 0}
     assert pair["foreground"]["box"] == {"both": 1, "first": 0, "second": 0, "neither": 0}
+    # Nor does it say "a" where it says "zebra" more surely.
+    second.pred_logits = [torch.tensor([[0.9, 0.1, 0.95], *[[0.1, 0.1, 0.1]] * 3]).logit()[None]]
+    detectors[1] = ready("s", ("a", "b", "zebra"))
+    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
+    counts.see(0, [given, given], [first, second])
+    [pair] = counts.table()["pairs"]
+    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
 
 
 def test_features_by_hand():
