@@ -61,7 +61,8 @@ class EvalTeacher(HookBase):
     def before_train(self) -> None:
         key = self._key()
         if self._detect is None:
-            self.trainer.record.set(teacher={**key, "AP": None})
+            if comm.is_main_process():
+                self.trainer.record.set(teacher={**key, "AP": None})
             return
         # One process looks and all believe it: evaluating is a matter of all of them.
         known = comm.all_gather(self._remembered(key))[0]
