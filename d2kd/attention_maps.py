@@ -167,9 +167,7 @@ def attention_panel(
     scale = TILE / max(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
     gray = np.asarray(Image.fromarray(image).convert("L").resize(size[::-1]))[..., None] * 0.5
-    attention = attention.of_object(
-        k
-    )  # each has a panel: of all objects it would be K times the work
+    attention = attention.of_object(k)  # or each of K panels would cost what all do
     levels = [attention.on_picture(level, size)[0] for level in attention.levels]
     shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
     shown = np.concatenate([shown.mean(0, keepdims=True), shown])

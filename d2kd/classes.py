@@ -1,12 +1,16 @@
 """Which class of a student is which class of its teacher.
 
-Classes are the same if their names are: letters and digits count, case, spaces, hyphens and underscores do not
-("traffic light" is "Traffic_Light"). What only one side knows is not compared.
+Classes are the same if their names are. A name without its equal is the one that differs from it in case, or in spaces,
+hyphens and underscores between characters ("traffic light" is "Traffic_Light"), if there is just one. What only one side
+knows is not compared.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,22 +75,30 @@ class ClassMap:
 
     @classmethod
     def by_name(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
-        """Match two lists by name.
+        """Match two lists by name; a list and its equal have every class at its place.
 
         Raises:
-            InputError: a list has two names that are the same.
+            InputError: a list has a name twice.
         """
-        theirs = _by_key("teacher.classes", teacher)
-        pairs = [
-            (k, theirs[key]) for key, k in _by_key("classes", student).items() if key in theirs
-        ]
-        return cls(tuple(student), tuple(teacher), tuple(pairs))
+        student, teacher = tuple(student), tuple(teacher)
+        if student == teacher:
+            return cls(student, teacher, tuple((k, k) for k in range(len(student))))
+        ours, theirs = _numbers("classes", student), _numbers("teacher.classes", teacher)
+        pairs = [(ours.pop(name), theirs.pop(name)) for name in student if name in theirs]
+        ours, theirs = _by_key(ours), _by_key(theirs)
+        pairs += [(k, theirs[key]) for key, k in ours.items() if key in theirs]
+        return cls(student, teacher, tuple(sorted(pairs)))
 
     @property
     def is_identity(self) -> bool:
         """Whether every class has the same number on both sides, so that nothing needs translating."""
         same = [(k, k) for k in range(len(self.student))]
         return len(self.student) == len(self.teacher) and list(self.pairs) == same
+
+    @property
+    def share(self) -> float:
+        """How much of the student's classes the teacher knows, in [0, 1]."""
+        return len(self.pairs) / len(self.student)
 
     @property
     def of_student(self) -> list[int]:
@@ -111,6 +123,16 @@ class ClassMap:
         table[self.of_student] = torch.arange(len(self.pairs)).to(table)
         table[len(self.student)] = len(self.pairs)
         return table[labels]  # -1 finds the last entry, which is -1
+
+    def student_labels(self, labels: Tensor) -> Tensor:
+        """The teacher's labels by the student's numbers; -1 for what the student does not know.
+
+        Args:
+            labels: any shape, in ``{0, …, K_T - 1}``.
+        """
+        table = torch.full((len(self.teacher),), -1, dtype=labels.dtype, device=labels.device)
+        table[self.of_teacher] = torch.tensor(self.of_student).to(table)
+        return table[labels]
 
     def shared_logits(
         self, student: Tensor, teacher: Tensor, background: bool = False
@@ -145,16 +167,21 @@ def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]
     return tuple(aliases.get(name, name) for name in names)
 
 
-def class_key(name: str) -> str:
-    """What of a class's name tells it from others."""
-    return "".join(c for c in name.casefold() if c.isalnum())
+def _numbers(culprit: str, names: Sequence[str]) -> dict[str, int]:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise InputError(culprit, f"{name!r} {times} times", "a name once")
+    return {name: k for k, name in enumerate(names)}
 
 
-def _by_key(culprit: str, names: Sequence[str]) -> dict[str, int]:
-    keys: dict[str, int] = {}
-    for k, name in enumerate(names):
-        key = class_key(name)
-        if key in keys:
-            raise InputError(culprit, f"both {names[keys[key]]!r} and {name!r}", "a name once")
-        keys[key] = k
-    return keys
+def _by_key(numbers: Mapping[str, int]) -> dict[str, int]:
+    """The numbers by what remains of each name without its spelling; none where two names have that in common."""
+    keys = {name: _without_spelling(name) for name in numbers}
+    times = Counter(keys.values())
+    return {key: numbers[name] for name, key in keys.items() if times[key] == 1}
+
+
+def _without_spelling(name: str) -> str:
+    # Between characters alone, for a sign in front or at the end is part of a name: "A-" is not "A".
+    name = unicodedata.normalize("NFC", name.strip()).casefold()
+    return re.sub(r"(?<=[^\s_-])[\s_-]+(?=[^\s_-])", "", name)

@@ -2,8 +2,9 @@
 
 Tried on 0.6 without compiled operators. Later official builds were read, not run: there evaluation is compiled,
 processes of one machine are grouped by a function of its own, FCOS labels with tensors, ``DefaultTrainer`` saves its
-optimizer itself (our trainer's state has the same keys), files are read inside ``DetectionCheckpointer.load`` alone, and
-``detectron2.export`` imports without caffe2 (we import neither). What d2kd listens to and reads of a detector is asserted by ``tests/test_compat.py``: run it on yours.
+optimizer itself (our trainer's state has the same keys), files are read inside ``DetectionCheckpointer.load`` alone,
+and ``detectron2.export`` imports without caffe2 (we import neither). What d2kd listens to and reads of a detector is
+asserted by ``tests/test_compat.py``: run it on yours.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from .engine.evaluation import build_test_loader, do_test
 from .engine.run_info import versions
 from .errors import InputError
 from .export import Exportable, ExportedDetector, quiet_tracing, strangers
+from .modeling.distiller import class_map_of
 from .modeling.weights import CLASSES, load_strict, read
 from .study.console import quiet
 
@@ -58,6 +59,7 @@ class Row:
         module: whose operations are counted.
         size: bytes of its weights; of a file, all of it.
         inputs: gives what the module sees of Detectron2's batches.
+        measurable: whether its detections are in the data's classes, so that they have an AP.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Row:
     module: nn.Module
     size: int
     inputs: Callable[[list[dict]], list[dict]] = list
+    measurable: bool = True
 
 
 def built(config: DictConfig, weights: str) -> nn.Module:
@@ -87,14 +90,22 @@ def _weights(detector: nn.Module) -> int:
     return sum(value.nbytes for value in detector.state_dict().values())
 
 
-def teacher_row(config: DictConfig) -> Row | None:
-    """A line for the recipe's teacher, if it has one."""
+def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
+    """A line for the recipe's teacher, if it has one; its AP is that of the classes it shares with the student."""
     if not is_distiller(config.model):
         return None
     teacher = instantiate(teacher_of(config.model))
     teacher.detector.cpu()
-    size = _weights(teacher.detector)
-    return Row("teacher", teacher.detect, teacher.detector, size, teacher.own_inputs)
+    class_map = class_map_of(student, teacher, instantiate(config.model.get("classes")))
+    detect = teacher.as_student(num_classes_of(student), class_map)
+    return Row(
+        "teacher",
+        detect or teacher.detect,
+        teacher.detector,
+        _weights(teacher.detector),
+        teacher.own_inputs,
+        measurable=detect is not None,
+    )
 
 
 def exported_row(name: str, exported: ExportedDetector, source: Exportable) -> Row:
@@ -219,8 +230,10 @@ def compare(
     times = milliseconds(rows, batches)
     measured = []
     for row, spent in zip(rows, times, strict=True):
-        with quiet():
-            found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
+        found = {}
+        if row.measurable:
+            with quiet():
+                found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
         box = found.get("bbox", {})
         measured.append(
             {

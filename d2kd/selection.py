@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,8 @@ def draw_selection(
     """
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
-    metadata = marked(MetadataCatalog.get(dataset), loss.num_old_classes)
+    names = MetadataCatalog.get(dataset).get("thing_classes")
+    metadata = marked(names, *_old_and_new(loss, names or ()))
     drawn = {}
     for scene in scenes(spread(records, number), mapper):
         add_selection(scene, loss, teacher)
@@ -54,6 +55,16 @@ def draw_selection(
     for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / name)
     return [folder / name for name in drawn]
+
+
+def _old_and_new(loss: ERDLoss, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The student's classes that the teacher knows, and the others; without names it has the data set's first ones."""
+    known: Sequence[int] = range(loss.num_old_classes)
+    names = names[: loss.num_classes]
+    if loss.class_map is not None:
+        names, known = loss.class_map.student, loss.class_map.of_student
+    old = [name for k, name in enumerate(names) if k in known]
+    return old, [name for name in names if name not in old]
 
 
 def add_selection(scene: Scene, loss: ERDLoss, teacher: Teacher) -> None:

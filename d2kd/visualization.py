@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ LEGIBLE_SIDE = 480
 STRIP = 30  # height of the title strip
 GAP = 6  # between two panels
 
-# Ten hues that stay apart on textures and for most colour-blind eyes; a class keeps its colour in every panel.
+# Ten hues that stay apart on textures and for most colour-blind eyes; class k has the same in every panel.
 COLORS = np.array(
     [
         [230, 159, 0],
@@ -244,34 +244,39 @@ def spread(records: Sequence[dict], number: int) -> list[dict]:
     return [records[place] for place in places]
 
 
-def described(metadata, classes: Mapping[str, int], num_old_classes: int = 0) -> dict[str, Any]:
-    """Metadata by panel: a detector with other classes than the data set's is drawn with their numbers.
+def described(
+    metadata, classes: Mapping[str, Sequence[str] | None], num_old_classes: int = 0
+) -> dict[str, Metadata | None]:
+    """Metadata by panel: the data set's for the ground truth, for each detector its own.
 
     Args:
         metadata: the data set's.
-        classes: a detector's title -> how many it tells apart.
+        classes: a detector's title -> names in its order; None where nothing tells them, and numbers are drawn.
         num_old_classes: of the student's, the first ones, which its teacher has, too.
     """
-    known = {len(metadata.get("thing_classes") or ())} | {num_old_classes} - {0}
-    metadata = marked(metadata, num_old_classes)
-    panels = {title: metadata if count in known else None for title, count in classes.items()}
-    return {"ground truth": metadata, **panels}
+    old: Sequence[str] = ()
+    new: Sequence[str] = ()
+    if num_old_classes:
+        learned = classes.get("student") or ()
+        old, new = learned[:num_old_classes], learned[num_old_classes:]
+    lists = {"ground truth": metadata.get("thing_classes"), **classes}
+    return {title: marked(names, old, new) for title, names in lists.items()}
 
 
-def marked(metadata, num_old_classes: int):
-    """The metadata with "old" or "new" after each class; as they are where no class is old."""
-    names = metadata.get("thing_classes")
-    if not num_old_classes or not names:
-        return metadata
-    old = [f"{name} (old)" for name in names[:num_old_classes]]
-    new = [f"{name} (new)" for name in names[num_old_classes:]]
-    return Metadata(thing_classes=old + new)
+def marked(
+    names: Sequence[str] | None, old: Collection[str], new: Collection[str]
+) -> Metadata | None:
+    """Metadata with "old" or "new" after the classes that a student learns in steps; None where there are no names."""
+    if not names:
+        return None
+    marks = dict.fromkeys(old, " (old)") | dict.fromkeys(new, " (new)")
+    return Metadata(thing_classes=[f"{name}{marks.get(name, '')}" for name in names])
 
 
 def draw_detections(
     folder: Path,
     dataset: str,
-    detectors: Mapping[str, tuple[Callable[[list[dict]], list[dict]], int]],
+    detectors: Mapping[str, tuple[Callable[[list[dict]], list[dict]], Sequence[str] | None]],
     mapper: Callable[[dict], dict],
     number: int,
     threshold: float,
@@ -282,8 +287,8 @@ def draw_detections(
     Args:
         folder: where to write them.
         dataset: a registered data set.
-        detectors: title -> a function of batches, such as a detector in ``eval()``, and its number of classes. One with
-            other classes than the data set's is drawn with their numbers.
+        detectors: title -> a function of batches, such as a detector in ``eval()``, and the names of its classes, see
+            :func:`described`.
         mapper: makes an input of a dataset dict, as for evaluation.
         number: of images.
         threshold: lowest score to draw.
@@ -294,7 +299,7 @@ def draw_detections(
     """
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
-    classes = {title: count for title, (_, count) in detectors.items()}
+    classes = {title: names for title, (_, names) in detectors.items()}
     metadata = described(MetadataCatalog.get(dataset), classes, num_old_classes)
     drawn = {}
     for scene in scenes(spread(records, number), mapper):

@@ -46,7 +46,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import _class_map
+from d2kd.modeling.distiller import class_map_of
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
@@ -281,12 +281,17 @@ def _empty_step(folder):
 
 def _old_step(folder):
     name = steps.class_step(drawn(folder), "2+1", 1)
-    return lambda: steps.check_new_objects([name], 1)
+    return lambda: steps.check_objects([name], CLASSES, 1)
 
 
 def _old_objects(folder):
     name = drawn(folder)
-    return lambda: steps.check_new_objects([name], CLASSES)
+    return lambda: steps.check_objects([name], CLASSES, CLASSES)
+
+
+def _other_count(folder):
+    name = drawn(folder)
+    return lambda: steps.check_objects([name], CLASSES + 1)
 
 
 def _no_step(folder):
@@ -361,8 +366,9 @@ DATA: dict[str, Case] = {
     "data/steps split_classes: in step": call(steps.split_classes, NAMES, [NAMES, NAMES]),
     "data/steps class_step": _no_step,
     "data/steps ClassStep.load": _empty_step,
-    "data/steps check_new_objects: known[0]": _old_step,
-    "data/steps check_new_objects: file_name": _old_objects,
+    "data/steps check_objects: {c!r}": _old_step,
+    "data/steps check_objects: file_name": _old_objects,
+    "data/steps check_count": _other_count,
     "data/voc register_voc": voc(names=["a", "a"]),
     "data/voc check_voc": voc(gone("JPEGImages")),
     "data/voc _expanded": call(register_voc, "bad", "$D2KD_NO_SUCH/x", "train", NAMES),
@@ -501,7 +507,7 @@ ENGINE: dict[str, Case] = {
     "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
     "classes class_names: 'no class'": call(classes.class_names, []),
     "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),
-    "classes _by_key": call(classes.ClassMap.by_name, ["A b", "a-B"], ["a"]),
+    "classes _numbers": call(classes.ClassMap.by_name, ["a", "a"], ["a"]),
     "deployment _names": saved(
         {"model": {}},
         lambda path: deployment._names(
@@ -664,6 +670,12 @@ MODELS: dict[str, Case] = {
         erd.check_old_classes, Like(class_map=None), Like(num_classes=2), Like(num_classes=3)
     ),
     "losses/erd check_old_classes: 'classes'": call(_unrelated),
+    "losses/erd check_old_classes: 'num_old_classes'": call(
+        erd.check_old_classes,
+        Like(class_map=None),
+        Like(num_classes=3, num_old_classes=2),
+        Like(num_classes=1),
+    ),
     "losses/icd ICDLoss.__init__: known": call(ICDLoss, weights="none"),
     "losses/icd ICDLoss.__init__: culprit, given, expected": call(ICDLoss, layers=0),
     "losses/icd ICDLoss.build": call(
@@ -705,7 +717,7 @@ MODELS: dict[str, Case] = {
     "modeling/distiller Distiller.__init__: both, of": call(_both),
     "modeling/distiller Distiller._tap": call(_tapped),
     "modeling/distiller Distiller.from_config": _two_orders,
-    "modeling/distiller _class_map": call(_class_map, None, Like(classes=("a",)), None),
+    "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
         outputs.check_classes, "student", Like(num_classes=2), ["a"]
@@ -840,14 +852,14 @@ def _circle() -> None:
     plan.parse(content).plan(seeds=[0])
 
 
-def _seeing(act: str, model, given=None, **train) -> Case:
+def _seeing(act: str, model, given=None, *more: str) -> Case:
     def case(folder):
         node = OmegaConf.create(
-            {"model": model, "train": {"device": "cpu", "output_dir": str(folder), **train}},
+            {"model": model, "train": {"device": "cpu", "output_dir": str(folder)}},
             flags={"allow_objects": True},
         )
         module = load_tool("visualize")
-        return lambda: getattr(module, act)(node, dict(given or {}))
+        return lambda: getattr(module, act)(node, dict(given or {}), *more)
 
     return case
 
@@ -922,7 +934,9 @@ TOOLS: dict[str, Case] = {
     "tools/visualize erd_of: '--what selection', 'a plain": _seeing("erd_of", {}),
     "tools/visualize erd_of: 'no teacher": _seeing("erd_of", distiller()),
     "tools/visualize erd_of: 'a recipe without it'": _selecting,
-    "tools/visualize detectors_of": _seeing("detectors_of", {}, {"student": "x", "teacher": "y"}),
+    "tools/visualize detectors_of": _seeing(
+        "detectors_of", {}, {"student": "x", "teacher": "y"}, "none"
+    ),
 }
 
 CASES = DATA | ENGINE | MODELS | EVALUATION | TOOLS

@@ -86,6 +86,45 @@ def test_inherit_copies_what_fits_and_names_the_rest(caplog):
     assert value.requires_grad and value.data_ptr() != next(teacher.parameters()).data_ptr()
 
 
+@pytest.mark.parametrize("family", DETECTORS)
+def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(family, caplog):
+    """A class starts from its own weights or as it was made, never from another's."""
+    names = ["a", "b", "c"]
+    student, teacher = build(DETECTORS[family]()), build(DETECTORS[family](), 1)
+    made = {key: value.clone() for key, value in student.state_dict().items()}
+    source = teacher.state_dict()
+    # What depends on the number of classes has rows for each of them.
+    wider = build(DETECTORS[family](classes=5)).state_dict()
+    rows = {key for key, value in wider.items() if value.shape != made[key].shape}
+
+    def inherited(classes):
+        student.load_state_dict(made)
+        caplog.clear()
+        Distiller(
+            student=student,
+            teacher=Teacher(teacher, None, classes=classes),
+            losses=DistillLosses(),
+            max_iter=1,
+            inherit=[""],
+            classes=names,
+        )
+        return student.state_dict()
+
+    with caplog.at_level("INFO", logger="d2kd"):
+        same = inherited(names)
+        assert all(torch.equal(same[key], source[key]) for key in source)
+        assert "not inherited" not in caplog.text
+        turned = inherited(["c", "a", "b"])
+    for key, value in turned.items():
+        if key not in rows:
+            assert torch.equal(value, source[key]), key
+        elif family == "gfl":
+            assert torch.equal(value, source[key][[1, 2, 0]]), key
+        else:
+            assert torch.equal(value, made[key]) and key in caplog.text, key
+    assert rows
+
+
 class Tapped(DistillLoss):
     taps = ("head.cls_subnet.0",)
 

@@ -249,7 +249,7 @@ SPOILED = {
     "nothing to find": (_no_objects, {"train data": "6 images, 0 objects"}),
     "an image of another size": (_another_size, {"train images": "another size than annotated"}),
     "no weights to start from": (_no_checkpoint, {"student's weights": "gone.pth"}),
-    "a student of other classes": (_too_many_classes, {"classes": f"{CLASSES + 1} of the student"}),
+    "a student of other classes": (_too_many_classes, {"the run": f"{CLASSES + 1} of the student"}),
     "a run that diverges": (_diverging, {"losses": "within 2 iterations"}),
     "a missing image": (_no_data, {"train data": "3.png: missing"}),
 }
@@ -264,6 +264,25 @@ def test_a_spoiled_run(config, tmp_path, spoil, expected):
         assert text in found.get(subject, ""), table(findings)
     assert all(f.advice for f in findings if f.state == "error")
     assert exit_code(findings) == 2
+
+
+def test_a_teacher_that_counts_otherwise(config, monkeypatch):
+    """It is measured in the student's classes; one of which none is known, not at all."""
+    names, detect = [f"class {k}" for k in range(CLASSES)], Teacher.detect
+    config.model.classes, config.model.teacher.classes = names, names[::-1]
+
+    def turned(teacher, batch):
+        found = detect(teacher, batch)
+        for one in found:
+            one["instances"].pred_classes = CLASSES - 1 - one["instances"].pred_classes
+        return found
+
+    monkeypatch.setattr(Teacher, "detect", turned)
+    findings = {f.subject: f for f in examined(config, iterations=0)}
+    assert "AP 100.0" in findings["teacher"].found
+    config.model.teacher.classes = ["x", "y", "z"]
+    findings = {f.subject: f for f in examined(config, iterations=0)}
+    assert "teacher" not in findings and findings["class map"].state == "warning"
 
 
 def test_a_teacher_that_knows_nothing(config, monkeypatch):

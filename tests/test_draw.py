@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 import sys
 from types import SimpleNamespace
 
@@ -115,11 +116,11 @@ class Sees(nn.Module):
         return [{"instances": seen}]
 
 
-def draw_once(records, student, teacher=None, metadata=None):
+def draw_once(records, student, teacher=None, metadata=None, names=None):
     """The pictures of a run of one step."""
     mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
     metadata = metadata or Metadata(thing_classes=["a", "b", "c"])
-    hook = DrawDetections(1, scenes(records, mapper), metadata, student, teacher)
+    hook = DrawDetections(1, scenes(records, mapper), metadata, student, names, teacher)
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(iter=0, max_iter=1, storage=storage)
         hook.before_train()
@@ -178,6 +179,46 @@ def test_a_run_is_the_same_with_and_without(data, tmp_path, album):
     assert_same(without, drawn)  # with it the random state of the run's end
 
 
+def labels_of(monkeypatch):
+    """What the labels of the next pictures will be, in the order in which they are drawn."""
+    said = []
+    label = visualization._label
+
+    def keep(*arguments):
+        said.append(re.sub(r" \d+%$", "", label(*arguments)))  # without the score
+        return label(*arguments)
+
+    monkeypatch.setattr(visualization, "_label", keep)
+    return said
+
+
+@pytest.mark.parametrize("named", ["given", "in its file", "in the student's order"])
+def test_each_panel_has_its_own_names(records, monkeypatch, tmp_path, named):
+    """As many classes are not the same classes: every detector is drawn with what it calls them."""
+    teacher = SimpleNamespace(detector=Sees(2), detect=Sees(2), classes=None, weights=None)
+    if named == "given":
+        teacher.classes = ("c", "a", "b")
+    elif named == "in its file":
+        teacher.weights = str(tmp_path / "teacher.pth")
+        torch.save({"model": {}, "classes": ["c", "a", "b"]}, teacher.weights)
+    said = labels_of(monkeypatch)
+    draw_once([{**records[0], "annotations": []}], Sees(1), teacher, names=["a", "c", "b"])
+    assert said == ["b", "c"]
+
+
+def test_a_student_of_some_of_the_classes(records, monkeypatch):
+    """Two of four were learned, one before: the last one is of a step to come."""
+    student = Sees(1, 2)
+    student.num_old_classes = 1
+    old = SimpleNamespace(detector=Sees(0, 1), detect=Sees(0, 1), classes=None, weights=None)
+    said = labels_of(monkeypatch)
+    boxes = records[0]["annotations"][0]
+    truth = [{**boxes, "category_id": k} for k in range(4)]
+    metadata = Metadata(thing_classes=["d", "b", "c", "a"])
+    draw_once([{**records[0], "annotations": truth}], student, old, metadata, ["a", "b"])
+    assert said == ["d", "b (new)", "c", "a (old)", "a (old)", "b (new)"]
+
+
 def test_it_only_looks(records):
     def state():
         weights = {name: value.clone() for name, value in student.state_dict().items()}
@@ -185,7 +226,7 @@ def test_it_only_looks(records):
 
     student, frozen = Sees().train(), Sees().eval()
     student.frozen.eval()  # and is not to be woken
-    teacher = SimpleNamespace(detector=frozen, detect=frozen)
+    teacher = SimpleNamespace(detector=frozen, detect=frozen, classes=None, weights=None)
     before = state()
     pictures = draw_once(records, student, teacher)
     assert_same(before, state())
@@ -215,7 +256,9 @@ def test_the_mode_comes_back_from_an_error_too(records):
     ],
 )
 def test_a_class_without_a_name(records, metadata, index, count):
-    pictures = draw_once(records, Sees(index, count), metadata=metadata)
+    names = metadata.get("thing_classes")
+    names = names if len(names or ()) == count else None
+    pictures = draw_once(records, Sees(index, count), metadata=metadata, names=names)
     assert list(pictures) == NAMES
     empty, seen = panels_of(pictures[NAMES[2]], 2)
     assert not np.array_equal(empty, seen)

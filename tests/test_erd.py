@@ -396,6 +396,19 @@ def test_rows_go_by_name():
     assert torch.equal(model.student.head.cls_score.weight[1], old.head.cls_score.weight[1])
 
 
+@pytest.mark.parametrize("loss", [ERDLoss, LwFLoss])
+@pytest.mark.parametrize(
+    "classes", [("hen", "ox", "dog", "cat", "fox"), ("ox", "hen", "cat", "dog", "fox")]
+)
+def test_what_is_kept_is_what_the_task_leaves_aside(loss, classes):
+    """Old classes are the first ones, in any order; others would be learned by nobody, or twice."""
+    grown(old_detector(), {"it": loss()}, classes=("ox", "cat", "hen", "dog", "fox"))
+    known = ", ".join(str(k) for k, name in enumerate(classes) if name in OLD)
+    line = f"num_old_classes: 2, and the teacher knows the student's {known}; expected the old"
+    with pytest.raises(InputError, match=line):
+        grown(old_detector(), {"it": loss()}, classes=classes)
+
+
 def test_old_rows_learn_nothing_from_the_task():
     model = grown(old_detector()).train()
     losses = step(model, new_batch())

@@ -230,12 +230,28 @@ def test_a_teacher_of_larger_images_computes_more(folder):
     config = load(str(folder / "recipe.py"))
     whole = distill(config, teacher=config.model.teacher, losses=config.model.losses, scale=2)
     config, gflops = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})), {}
+    student = build(config.model.student)
     [batch] = deployment.first_images(config, 1)
     for scale in (1, 2):
         config.model.teacher.scale = scale
-        row = deployment.teacher_row(config)
+        row = deployment.teacher_row(config, student)
         gflops[scale] = deployment.gflops(row.module, [row.inputs(batch)])
     assert gflops[2] > 2 * gflops[1] > 0
+
+
+def test_a_teachers_row_is_in_the_students_classes(folder):
+    config = load(str(folder / "recipe.py"))
+    student = deployment.built(config, str(folder / "student.pth"))
+    plain = deployment.teacher_row(config, student)
+    config.model.classes = NAMES
+    (batch,) = deployment.first_images(config, 1)
+    expected = plain.detect(batch)[0]["instances"].pred_classes
+    for turn, known in ((NAMES[::-1], len(expected)), (["x", "y", "z"], 0)):
+        config.model.teacher.classes = turn
+        row = deployment.teacher_row(config, student)
+        found = row.detect(batch)[0]["instances"].pred_classes
+        assert row.measurable == bool(known)
+        assert torch.equal(found, 2 - expected if known else expected)
 
 
 REFUSED = {

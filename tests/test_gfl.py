@@ -13,6 +13,7 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 
 from d2kd.config import add_d2kd_config, load
+from d2kd.errors import InputError
 from d2kd.modeling import GFL, LinearP6P7, Teacher
 from d2kd.modeling.gfl import (
     StrideTransform,
@@ -465,3 +466,12 @@ def test_the_published_recipe():
     assert isinstance(same, GFL) and same.input_format == cfg.INPUT.FORMAT
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
     assert shapes[0] == shapes[1]
+
+
+def test_an_object_of_no_class_is_refused():
+    """It would be learned as background, and without a word."""
+    examples = batch()
+    for wrong in (CLASSES, CLASSES + 2, -1):
+        examples[0]["instances"].gt_classes[0] = wrong
+        with pytest.raises(InputError, match=f"ground truth: an object of class {wrong}, which is"):
+            step(build(tiny_gfl()).train(), examples)

@@ -9,6 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from d2kd.classes import ClassMap
 from d2kd.evaluation.features import FeatureSimilarity
 from d2kd.evaluation.matching import Truth
 from d2kd.evaluation.regions import RegionCounts
@@ -48,12 +49,13 @@ def truth(label=0):
 class Said:
     """A detector's outputs, made by hand; classes and shifts of each proposal, in the input's pixels."""
 
-    def __init__(self, classes, shift=0.0, scale=1.0):
+    def __init__(self, classes, shift=0.0, scale=1.0, num_classes=2):
         instances = Instances((100, 100))
         instances.proposal_boxes = Boxes(PROPOSALS * scale)
         self.proposals = [instances]
         self.detector = SimpleNamespace(device=torch.device("cpu"))
         self.classes, self.shift, self.asked = classes, shift, None
+        self.num_classes = num_classes
 
     def share(self, shared):
         self.asked = shared["region_boxes"][0][0].tensor
@@ -64,8 +66,8 @@ class Said:
         equal = (self.asked[:, None] == mine[None]).all(dim=2)
         asked = equal.nonzero()[:, 1]
         said = torch.tensor(self.classes, dtype=torch.int64)[asked]
-        logits = torch.nn.functional.one_hot(said, 3).float()
-        deltas = torch.zeros(len(logits), 8)
+        logits = torch.nn.functional.one_hot(said, self.num_classes + 1).float()
+        deltas = torch.zeros(len(logits), 4 * self.num_classes)
         deltas[:, 0::4] = self.shift  # in widths of the proposal
         return [
             SimpleNamespace(
@@ -74,11 +76,13 @@ class Said:
         ]
 
 
-def ready(name, own=None):
+def ready(name, classes=("a", "b")):
+    class_map = ClassMap.by_name(("a", "b"), classes)
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
         teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
-        label_to_own=own or {0: 0, 1: 1},
+        map=class_map,
+        label_to_own=dict(class_map.pairs),
     )
 
 
@@ -104,6 +108,17 @@ def test_rows_by_hand():
     assert table["detectors"][0]["class_right_foreground"] == pytest.approx(2 / 3)
 
 
+def test_a_class_that_the_data_set_lacks_is_none_of_its_own():
+    """What a detector takes for something else it has not recognised, however near it was."""
+    strange = Said([1, 0, 2, 1, 1], num_classes=3)  # zebra, a, b, zebra, zebra
+    counts = RegionCounts([ready("t"), ready("s", ("a", "zebra", "b"))], truth(), [0, 1], [0, 0])
+    inputs = [{"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}] * 2
+    counts.see(0, inputs, [Said([0] * 5), strange])
+    [pair] = counts.table()["pairs"]
+    assert pair["all"]["class"] == {"both": 1, "first": 2, "second": 1, "neither": 0}
+    assert pair["background"]["class"] == {"both": 0, "first": 0, "second": 1, "neither": 0}
+
+
 def test_boxes_by_hand():
     # Shifted by half their width, all boxes overlap too little; unshifted, all overlap by 0.5 or more.
     table = seen(Said([0] * 5), Said([0] * 5, shift=0.5))
@@ -125,7 +140,7 @@ def test_a_detector_that_sees_the_image_larger_is_asked_about_the_same_places():
 
 
 def test_an_object_whose_class_not_all_know_has_no_row():
-    counts = RegionCounts([ready("t"), ready("s", {0: 1})], truth(label=1), [0], [0, 0])
+    counts = RegionCounts([ready("t"), ready("s", ("x", "a"))], truth(label=1), [0], [0, 0])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
     counts.see(0, [given, given], [Said([0] * 5), Said([1] * 5)])
     assert (counts.table()["rows"], counts.table()["foreground"]) == (1, 0)
@@ -182,6 +197,13 @@ def test_anchors_by_hand(monkeypatch):
     assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
     assert pair["background"]["class"] == {"both": 0, "first": 1, "second": 1, "neither": 0}
     assert pair["foreground"]["box"] == {"both": 1, "first": 0, "second": 0, "neither": 0}
+    # Nor does it say "a" where it says "zebra" more surely.
+    second.pred_logits = [torch.tensor([[0.9, 0.1, 0.95], *[[0.1, 0.1, 0.1]] * 3]).logit()[None]]
+    detectors[1] = ready("s", ("a", "b", "zebra"))
+    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
+    counts.see(0, [given, given], [first, second])
+    [pair] = counts.table()["pairs"]
+    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
 
 
 def test_features_by_hand():

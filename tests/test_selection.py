@@ -14,8 +14,10 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from PIL import Image
 
+from d2kd import selection
+from d2kd.classes import ClassMap
 from d2kd.selection import TITLES, draw_selection
-from d2kd.visualization import COLORS, described, marked, side_by_side
+from d2kd.visualization import COLORS, described, side_by_side
 
 from .test_steps import increment
 from .tiny_run import draw_data
@@ -33,14 +35,18 @@ model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimize
 
 def test_names_say_what_is_old():
     metadata = Metadata(thing_classes=["a", "b", "c"])
-    assert marked(metadata, 0) is metadata
-    assert marked(metadata, 1).thing_classes == ["a (old)", "b (new)", "c (new)"]
-    assert marked(Metadata(), 1).get("thing_classes") is None
-    panels = described(metadata, {"teacher": 1, "student": 3, "stranger": 2}, 1)
-    assert panels["stranger"] is None
-    for title in ("ground truth", "teacher", "student"):
-        assert panels[title].thing_classes[0] == "a (old)"
-    assert described(metadata, {"teacher": 1, "student": 3})["teacher"] is None
+    student = ["b", "c"]  # of "a" it will learn in a later step
+    panels = described(metadata, {"teacher": ["b"], "student": student, "stranger": None}, 1)
+    said = {title: panel and panel.thing_classes for title, panel in panels.items()}
+    assert said == {
+        "ground truth": ["a", "b (old)", "c (new)"],
+        "teacher": ["b (old)"],
+        "student": ["b (old)", "c (new)"],
+        "stranger": None,
+    }
+    panels = described(metadata, {"student": student})
+    assert [panel.thing_classes for panel in panels.values()] == [["a", "b", "c"], ["b", "c"]]
+    assert described(Metadata(), {"student": None}, 1)["ground truth"] is None
 
 
 def test_locations_are_dots_in_their_places():
@@ -58,10 +64,15 @@ def test_locations_are_dots_in_their_places():
     assert touched.sum() == touched[40:61, 90:111].sum() + touched[290:311, 390:411].sum()
 
 
-def test_the_selection_is_drawn(tmp_path):
+def test_the_selection_is_drawn(tmp_path, monkeypatch):
     config = increment(tmp_path)
+    config.model.classes = ["class 0", "class 2", "class 1"]  # not the data set's order
     names = instantiate(config.dataloader.test.dataset.names)
     model = instantiate(config.model)
+    shown = []
+    monkeypatch.setattr(
+        selection, "side_by_side", lambda *drawn: shown.append(drawn[2]) or side_by_side(*drawn)
+    )
     mapper = instantiate(config.dataloader.test.mapper)
     loss = model.losses.by_name["erd"]
     assert len(TITLES) == 3 and MetadataCatalog.get(names).thing_classes
@@ -70,6 +81,14 @@ def test_the_selection_is_drawn(tmp_path):
     with Image.open(written[0]) as picture:
         width = picture.size[0]
     assert width > 4 * 480
+    assert shown[0].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2 (new)"]
+    # A class of a step to come is neither.
+    loss.class_map = ClassMap.by_name(["class 2", "class 0"], ["class 0"])
+    draw_selection(tmp_path / "pictures", names, loss, model.teacher, mapper, 1)
+    assert shown[-1].thing_classes == ["class 0 (old)", "class 1", "class 2 (new)"]
+    loss.class_map, loss.num_classes = None, 2
+    draw_selection(tmp_path / "pictures", names, loss, model.teacher, mapper, 1)
+    assert shown[-1].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2"]
 
 
 @pytest.mark.parametrize("plain", [False, True])

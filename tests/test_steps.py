@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2kd.classes import class_names
 from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
-from d2kd.data.steps import PUBLISHED_SPLITS, check_new_objects
+from d2kd.data.steps import PUBLISHED_SPLITS, check_objects
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
@@ -312,7 +312,48 @@ def test_crowds_and_unlabelled_data_are_no_old_objects():
     )
     MetadataCatalog.get(name).thing_classes = ["a", "b"]
     try:
-        check_new_objects([name], 1)
+        check_objects([name], 2, 1)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_objects_of_classes_that_a_detector_lacks(tmp_path):
+    """What it cannot learn, it would learn as background."""
+    draw_data(tmp_path)
+    whole = coco_dataset(f"all_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
+    split = [["class 1"], ["class 0"], ["class 2"]]
+    for step, counts in ((1, [1, 2, 3]), (2, [2, 3]), (3, [3])):
+        part = class_step(whole, split, step)
+        for count in range(1, 5):
+            if count in counts:
+                check_objects([part], count)
+            else:
+                expected = "3" if counts == [3] else f"from {counts[0]} to 3"
+                with pytest.raises(
+                    InputError, match=f"{count} of the student; expected {expected}"
+                ):
+                    check_objects([part], count)
+    check_objects([whole], 3)
+    for count in (2, 4):
+        with pytest.raises(
+            InputError, match=f"num_classes: {count} of the student; expected 3, as"
+        ):
+            check_objects([whole], count)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_objects_of_data_without_a_file(named):
+    name = "d2kd_test_listed"
+    objects = [{"file_name": "a", "annotations": [{"category_id": k} for k in (0, 2, 3)]}]
+    DatasetCatalog.register(name, lambda: objects)
+    if named:
+        MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
+    try:
+        with pytest.raises(InputError, match="a: an object of class 3, which the detector lacks"):
+            check_objects([name], 3)
+        del objects[0]["annotations"][2]
+        check_objects([name], 3)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -16,7 +16,7 @@ from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 
-from .common import ROOT, build, load_tool, refusal, tiny_faster_rcnn
+from .common import CLASSES, ROOT, build, load_tool, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights
 
 RECIPE = """
@@ -81,6 +81,25 @@ def test_train_resume_evaluate(tool, folder, monkeypatch):
     best = folder / "out/model_best.pth"
     weights = best if best.exists() else folder / "out/model_final.pth"
     tool.run(["--config-file", recipe, "--eval-only", f"train.init_checkpoint={weights}"])
+    assert len(measured) == 2
+
+
+def test_a_checkpoint_of_other_classes_is_not_measured(tool, folder, capfd, monkeypatch):
+    """As many classes are not the same: by the test data class k of the file would be another."""
+    names = [f"class {k}" for k in range(CLASSES)]
+    measured = []
+    monkeypatch.setattr(tool, "do_test", lambda *args: measured.append(args))
+    words = ["--config-file", str(folder / "plain.py"), "--eval-only"]
+    words += [f"train.init_checkpoint={folder / 'weights.pth'}"]
+    content = {"model": build(tiny_faster_rcnn()).state_dict()}
+    for named in ({}, {"classes": names}):
+        torch.save(content | named, folder / "weights.pth")
+        tool.run(words)
+    assert len(measured) == 2
+    torch.save(content | {"classes": names[::-1]}, folder / "weights.pth")
+    capfd.readouterr()
+    error = refusal(tool.run, words, capfd)
+    assert "its classes are class 2, class 1, class 0; expected the classes class 0" in error
     assert len(measured) == 2
 
 

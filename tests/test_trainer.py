@@ -10,20 +10,26 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.solver import LRMultiplier
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
 
 import d2kd.engine.trainer as trainer_module
-from d2kd.data import estimate_priors
+from d2kd.classes import ClassMap
+from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses.base import DistillLoss
+from d2kd.modeling import Teacher
 
-from .common import batch, build, tiny_faster_rcnn, tiny_retinanet
+from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .test_voc import write_voc
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
 
@@ -300,6 +306,105 @@ def test_the_teacher_is_measured_once(data, tmp_path, monkeypatch):
     assert evaluations("fourth") == 1
 
 
+NAMES = [f"class {k}" for k in range(CLASSES)]
+STRANGE = ["zebra", "class 2", "class 0", "okapi", "Class_1"]
+
+
+def knowing_everything(detector_classes, data):
+    """A teacher's ``detect``: every object of the data, in the teacher's own classes, and a zebra if it knows one."""
+    number = ClassMap.by_name(NAMES, detector_classes)
+    own = dict(number.pairs)
+    records = {}
+
+    def detect(teacher, examples):
+        if not records:
+            records.update({r["image_id"]: r for r in DatasetCatalog.get(data)})
+        found = []
+        for example in examples:
+            objects = [
+                (
+                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS),
+                    own[a["category_id"]],
+                )
+                for a in records[example["image_id"]]["annotations"]
+                if a["category_id"] in own
+            ]
+            if "zebra" in detector_classes:
+                objects.append(([0.0, 0.0, 9.0, 9.0], detector_classes.index("zebra")))
+            seen = Instances((example["height"], example["width"]))
+            seen.pred_boxes = Boxes(torch.tensor([box for box, _ in objects]).reshape(-1, 4))
+            seen.pred_classes = torch.tensor([label for _, label in objects], dtype=torch.int64)
+            seen.scores = torch.ones(len(objects))
+            found.append({"instances": seen})
+        return found
+
+    return detect
+
+
+@pytest.mark.parametrize("format", ["coco", "voc"])
+@pytest.mark.parametrize(
+    "classes", [NAMES, NAMES[::-1], STRANGE], ids=["same", "turned", "strange"]
+)
+def test_a_teacher_is_measured_in_the_students_classes(
+    data, tmp_path, monkeypatch, format, classes
+):
+    """One that knows everything has an AP of 100, whatever else it knows and however it counts."""
+    teacher = tiny_faster_rcnn(channels=24, classes=len(classes))
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": build(teacher, 7).state_dict()}, weights)
+    model = distiller(str(weights))
+    model.classes = NAMES
+    model.teacher.update(detector=teacher, classes=classes)
+    config = recipe(data, tmp_path / "out", model, max_iter=1)
+    name = f"tiny_{data}"
+    if format == "voc":
+        name, root = f"tiny_voc_{tmp_path}", write_voc(tmp_path / "voc", names=NAMES)
+        names = L(register_voc)(name=name, root=str(root), split="train", classes=NAMES)
+        for node in (config.dataloader.train.dataset, config.dataloader.test.dataset):
+            node.names = names
+        config.dataloader.evaluator.dataset_name = names
+    monkeypatch.setattr(Teacher, "detect", knowing_everything(classes, name))
+    run(config)
+    record = json.loads((tmp_path / "out/run.json").read_text())["teacher"]
+    assert record["AP"] == pytest.approx(100)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "The teacher's AP is 100.00" in log and "knows nothing" not in log
+
+    # Another map is another measurement.
+    model.teacher.classes = [*classes[1:], classes[0]]
+    again = recipe(data, tmp_path / "again", model, max_iter=1)
+    again.dataloader = config.dataloader
+    run(again)
+    other = json.loads((tmp_path / "again/run.json").read_text())["teacher"]
+    assert other["config_sha256"] != record["config_sha256"] and other["AP"] < 100
+
+
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        (["x", "y", "z", "zebra"], "none of its classes is the student's"),
+        (None, "it has 4 classes, the student 3, and no names"),
+    ],
+)
+def test_a_teacher_of_which_no_class_is_known_is_not_measured(data, tmp_path, names, reason):
+    model = distiller()
+    model.teacher.detector = tiny_faster_rcnn(channels=24, classes=4)
+    if names:
+        model.classes, model.teacher.classes = NAMES, names
+    run(recipe(data, tmp_path / "out", model, max_iter=1))
+    log = (tmp_path / "out/log.txt").read_text()
+    assert f"The teacher's AP is not measured: {reason}" in log and "knows nothing" not in log
+    assert json.loads((tmp_path / "out/run.json").read_text())["teacher"]["AP"] is None
+
+
+def test_few_known_classes_are_no_ignorance(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": 0.5}})
+    model = distiller()
+    model.classes, model.teacher.classes = NAMES, ["class 1", "x", "y"]
+    run(recipe(data, tmp_path / "out", model, max_iter=1))
+    assert "AP is 0.50; it knows 33% of the classes" in (tmp_path / "out/log.txt").read_text()
+
+
 def test_the_best_state_is_kept(data, tmp_path, monkeypatch):
     # The fifth is the fourth once more: what a longer run would have at that iteration, too.
     scores = iter([10.0, 30.0, math.nan, 20.0, 20.0, 20.0, 40.0])
@@ -352,6 +457,36 @@ def test_bad_input(data, tmp_path):
     refused("cannot be read", init_checkpoint=str(tmp_path / "half.pth"))
     with pytest.raises(InputError, match="no optimizer"):
         Trainer({"model": {}, "dataloader": {}, "train": {}})
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("student", [tiny_faster_rcnn, tiny_retinanet])
+def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
+    """One too few would be learned as background, one too many be found and fail the evaluation."""
+
+    def refused(train, test, count, line):
+        config = recipe(data, tmp_path / "out", student(classes=count))
+        config.dataloader.train.dataset.names = train
+        config.dataloader.test.dataset.names = config.dataloader.evaluator.dataset_name = test
+        with pytest.raises(InputError, match=line):
+            Trainer(config)
+        assert not (tmp_path / "out").exists()
+
+    whole = f"tiny_{data}"
+    coco_dataset(whole, str(data / "data.json"), str(data))
+    if lazily:  # Detectron2's own, whose names are known when it is loaded
+        whole = f"lazily_{tmp_path}"
+        register_coco_instances(whole, {}, str(data / "data.json"), str(data))
+    for count in (CLASSES - 1, CLASSES + 1):
+        line = f"num_classes: {count} of the student; expected {CLASSES}, as data set '{whole}'"
+        refused(whole, whole, count, line)
+    few = tmp_path / "few"
+    draw_data(few)
+    content = json.loads((few / "data.json").read_text())
+    content |= {"annotations": [], "categories": content["categories"][:1]}
+    (few / "data.json").write_text(json.dumps(content))
+    name = coco_dataset(f"few_{tmp_path}", str(few / "data.json"), str(few))
+    refused(whole, name, CLASSES, f"{CLASSES} of the student; expected 1, as data set '{name}'")
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):

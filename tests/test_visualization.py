@@ -174,7 +174,7 @@ def test_detections_of_any_function_of_batches(tmp_path, dataset):
     def see(batch):
         return [{"instances": predicted((1, 0.9, (5, 5, 25, 25)))} for _ in batch]
 
-    detectors = {"teacher": (see, 80), "student": (see, 2)}
+    detectors = {"teacher": (see, None), "student": (see, ["cat", "dog"])}
     written = draw_detections(tmp_path / "p", dataset, detectors, lambda record: record, 9, 0.5)
     assert [p.name for p in written] == ["01_0.png", "02_1.png", "03_2.png"]
 

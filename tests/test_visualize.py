@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import instantiate
 
-from .common import build, tiny_faster_rcnn
+from d2kd.config import load
+
+from .common import build, load_tool, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +53,23 @@ def test_data_of_the_recipe_is_found_by_its_name(folder):
     assert done.returncode == 0, done.stderr
     assert "ground truth | teacher | student: 2 pictures" in done.stdout
     assert len(list((folder / "pictures").glob("*.png"))) == 2
+
+
+def test_a_detector_is_drawn_with_the_names_in_its_file(folder, tmp_path):
+    """Else with those of the recipe, else with the data's."""
+    config = load(str(folder / "recipe.py"), ["train.device=cpu"])
+    instantiate(config.dataloader.test.dataset.names)
+    files = {"student": f"{tmp_path}/student.pth", "teacher": f"{folder}/teacher.pth"}
+    content = torch.load(folder / "student.pth")
+    own, its, data = ["x", "y", "z"], ["u", "v", "w"], [f"class {k}" for k in range(3)]
+    for named, recipes, expected in ((own, its, own), (None, its, its), (None, None, data)):
+        torch.save(content | ({"classes": named} if named else {}), files["student"])
+        config.model.classes = recipes
+        found = load_tool("visualize").detectors_of(config, files, "mine_val")
+        assert {who: list(names) for who, (_, names) in found.items()} == {
+            "teacher": expected,
+            "student": expected,
+        }
 
 
 def test_other_data_is_refused_in_one_line(folder):

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     batches = deployment.first_images(config, args.images) if args.images else []
     rows = []
     if args.table:
-        rows.append(deployment.teacher_row(config))
+        rows.append(deployment.teacher_row(config, student))
         if args.baseline:
             baseline = deployment.built(config, args.baseline)
             rows.append(deployment.detector_row("baseline", baseline))

@@ -15,9 +15,10 @@ import argparse
 
 # First, because it keeps torch's remarks on Detectron2's code from the user's terminal.
 from d2kd.config import METHODS, distill, load, method, override, student_of, without_weights
+from d2kd.data import check_dataset
 from d2kd.doctor import FirstLook
 from d2kd.engine import Trainer, do_test
-from d2kd.engine.checkpoint import StudentCheckpointer
+from d2kd.engine.checkpoint import StudentCheckpointer, learned_classes
 from d2kd.engine.launch import joined, launch, pick_device
 from d2kd.engine.recipe import complete
 from d2kd.errors import InputError, reporting
@@ -26,7 +27,7 @@ from d2kd.modeling.weights import load_strict
 # isort: split
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +57,11 @@ def recipe(args: argparse.Namespace) -> DictConfig:
 
 
 def evaluate(config: DictConfig, resume: bool) -> dict:
-    """Measure the student alone: of ``train.init_checkpoint``, or of the run's last checkpoint."""
+    """Measure the student alone: of ``train.init_checkpoint``, or of the run's last checkpoint.
+
+    Raises:
+        InputError: there is no checkpoint, or it does not fit; or its classes are not those of the test data.
+    """
     config = complete(config)
     model = instantiate(without_weights(student_of(config.model)))
     model.to(pick_device(config.train.device))
@@ -68,7 +73,10 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
             f"no checkpoint in {config.train.output_dir}",
             "one there, or train.init_checkpoint=WEIGHTS",
         )
-    load_strict(model, weights)
+    names = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
+    load_strict(
+        model, weights, None if names is None else learned_classes(model, check_dataset(names))
+    )
     return do_test(config, model)
 
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         written = draw_selection(args.output, args.dataset, loss, teacher, mapper, args.number)
         shown = "selected locations"
     else:
-        detectors = detectors_of(config, weights)
+        detectors = detectors_of(config, weights, args.dataset)
         written = draw_detections(
             args.output,
             args.dataset,
@@ -143,18 +143,30 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     return losses[0], model.teacher
 
 
-def detectors_of(config, weights: dict[str, str]) -> dict:
-    """Teacher, if the recipe has one with weights, and student: title -> (function of batches, classes)."""
+def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
+    """Teacher, if the recipe has one with weights, and student: title -> (function of batches, names of its classes).
+
+    The student's are those in its file, else the recipe's, else the data set's.
+    """
     from detectron2.config import instantiate
 
-    from d2kd.classes import num_classes_of
+    from d2kd.classes import class_names
     from d2kd.config import is_distiller, student_of, teacher_of, without_weights
+    from d2kd.engine.checkpoint import learned_classes, teacher_classes
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
-    from d2kd.modeling.weights import load_strict
+    from d2kd.modeling.weights import CLASSES, load_strict, read
 
     device = pick_device(config.train.device)
     checkpoint = left_by_training(config, weights)
+    if "teacher" in weights and not is_distiller(config.model):
+        raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
+    student = instantiate(without_weights(student_of(config.model))).to(device).eval()
+    load_strict(student, checkpoint)
+    names = read(checkpoint).get(CLASSES)
+    if names is None and config.model.get("classes") is not None:
+        names = class_names(instantiate(config.model.classes))
+    names = names or learned_classes(student, [dataset])
     detectors = {}
     if is_distiller(config.model):
         node = config.model.teacher
@@ -162,13 +174,8 @@ def detectors_of(config, weights: dict[str, str]) -> dict:
         if node.weights:
             teacher = instantiate(teacher_of(config.model))
             teacher.detector.to(device)
-            detectors["teacher"] = teacher.detect, num_classes_of(teacher.detector)
-    elif "teacher" in weights:
-        raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
-    student = instantiate(without_weights(student_of(config.model))).to(device).eval()
-    load_strict(student, checkpoint)
-    detectors["student"] = student, num_classes_of(student)
-    return detectors
+            detectors["teacher"] = teacher.detect, teacher_classes(teacher, names)
+    return detectors | {"student": (student, names)}
 
 
 if __name__ == "__main__":

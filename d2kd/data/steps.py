@@ -235,34 +235,60 @@ class ClassStep:
         }
 
 
-def check_new_objects(names: Sequence[str], num_old_classes: int) -> None:
-    """Look for objects of old classes in what a detector is to learn new ones from.
+def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int = 0) -> None:
+    """Look whether the objects that a detector is to learn are of its classes, and of new ones alone.
 
-    Of a class step its list of classes is enough; other data sets are read.
+    Classes are counted where the data name them. Where that leaves a doubt, objects are read, too: where some classes
+    are old, and where no file of annotations says that there are no others.
+
+    Args:
+        names: of data sets.
+        num_classes: the detector's.
+        num_old_classes: how many of them, the first ones, it has learned before.
 
     Raises:
-        InputError: naming the data set, or the image, and the class.
+        InputError: naming the data set, or the image, and the class; or how many classes there are.
     """
     for name in names:
         metadata = MetadataCatalog.get(name)
-        part = metadata.get("class_step")
+        part, classes = metadata.get("class_step"), metadata.get("thing_classes")
         if part is not None:
-            known = [c for c in part.classes if part.order.index(c) < num_old_classes]
-            if known:
-                raise InputError(
-                    f"data set {name!r}",
-                    f"has {known[0]!r}, an old class",
-                    f"new ones alone: {', '.join(part.order[num_old_classes:])}",
-                )
+            numbers = {c: part.order.index(c) for c in part.classes}
+            for c, k in numbers.items():
+                if k < num_old_classes:
+                    expected = f"new ones alone: {', '.join(part.order[num_old_classes:])}"
+                    raise InputError(f"data set {name!r}", f"has {c!r}, an old class", expected)
+            check_count(name, num_classes, least=max(numbers.values()) + 1)
             continue
+        if classes:
+            check_count(name, num_classes, least=len(classes))
+            file = metadata.get("json_file") or metadata.get("dirname")
+            if file is not None and not num_old_classes:
+                continue
         for record in DatasetCatalog.get(name):
             for one in record.get("annotations", ()):
-                if one["category_id"] < num_old_classes and not one.get("iscrowd", 0):
-                    raise InputError(
-                        f"data set {name!r}: {record['file_name']}",
-                        f"an object of {metadata.thing_classes[one['category_id']]!r}, an old class",
-                        f"new ones alone: {', '.join(metadata.thing_classes[num_old_classes:])}",
-                    )
+                k = one["category_id"]
+                if num_old_classes <= k < num_classes or one.get("iscrowd", 0):
+                    continue
+                called = repr(classes[k]) if classes and k < len(classes) else f"class {k}"
+                raise InputError(
+                    f"data set {name!r}: {record['file_name']}",
+                    f"an object of {called}, "
+                    + ("an old class" if k < num_old_classes else "which the detector lacks"),
+                    f"classes from {num_old_classes} to {num_classes - 1}",
+                )
+
+
+def check_count(name: str, num_classes: int, least: int) -> None:
+    """Raise InputError unless a detector has at least so many classes, and no more than the data set names.
+
+    A data set that names none takes any.
+    """
+    most = len(MetadataCatalog.get(name).get("thing_classes") or ()) or num_classes
+    if not least <= num_classes <= most:
+        count = f"{most}" if least == most else f"from {least} to {most}"
+        expected = f"{count}, as data set {name!r} has"
+        raise InputError("num_classes", f"{num_classes} of the student", expected)
 
 
 STEP_KEY = "d2kd_step"

@@ -69,7 +69,7 @@ def _all(config: DictConfig, images: int, iterations: int, target: float) -> Ite
         yield from look_at_inputs(trainer, list(itertools.islice(loader, STATISTIC_BATCHES)))
         model = unwrapped(trainer.model)
         if is_distiller(config.model) and "evaluator" in config.dataloader:
-            yield look_at_teacher(trainer.config, model.teacher, images)
+            yield from look_at_teacher(trainer.config, model, images)
         if iterations:
             yield from look_at_losses(trainer, iterations, target)
     except InputError as error:

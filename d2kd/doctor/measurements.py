@@ -16,11 +16,12 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ..classes import num_classes_of
 from ..data import build_test_loader
 from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import student_of, unwrapped
 from ..engine.step import NotFinite
-from ..modeling import Distiller, Teacher
+from ..modeling import Distiller
 from ..modeling.outputs import capture
 from ..study.console import quiet
 from ..visualization import spread
@@ -56,8 +57,16 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
     yield Finding("inputs", "ok" if usual else "warning", found, advice)
 
 
-def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Finding:
-    """The teacher's AP on some of the test data, spread over it; on all of it if ``images`` is 0."""
+def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator[Finding]:
+    """The teacher's AP on some of the test data, spread over it; on all of it if ``images`` is 0.
+
+    Nothing of one that shares no class, or has more of them without names: the class map says so.
+    """
+    class_map = model.class_map
+    with quiet():
+        detect = model.teacher.as_student(num_classes_of(model.student), class_map)
+    if detect is None:
+        return
     dataset = instantiate(config.dataloader.test.dataset)
     records = spread(dataset, images or len(dataset))
     loader = build_test_loader(records, mapper=instantiate(config.dataloader.test.mapper))
@@ -67,7 +76,7 @@ def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Findin
         evaluator = DatasetEvaluators(evaluators)
         evaluator.reset()
         for batch in loader:
-            evaluator.process(batch, teacher.detect(batch))
+            evaluator.process(batch, detect(batch))
         found: dict[str, Any] = {}
         for one in evaluators:
             options: dict[str, Any] = {}
@@ -76,13 +85,15 @@ def look_at_teacher(config: DictConfig, teacher: Teacher, images: int) -> Findin
             found |= one.evaluate(**options) or {}
     value = found.get("bbox", {}).get("AP", math.nan)
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
-    if not value >= KNOWS_NOTHING:
-        return Finding(
-            "teacher", "error", text, "its weights, its config, its classes, their order"
-        )
-    if value < KNOWS_LITTLE:
-        return Finding("teacher", "warning", text, "a better teacher, if there is one")
-    return Finding("teacher", "ok", text)
+    # A class that it does not know counts as an AP of 0.
+    share = 1.0 if class_map is None else class_map.share
+    if not value >= KNOWS_NOTHING * share:
+        advice = "its weights, its config, its classes, their order"
+        yield Finding("teacher", "error", text, advice)
+    elif value < KNOWS_LITTLE * share:
+        yield Finding("teacher", "warning", text, "a better teacher, if there is one")
+    else:
+        yield Finding("teacher", "ok", text)
 
 
 def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:

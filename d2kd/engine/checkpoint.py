@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..classes import class_names, num_classes_of
 from ..errors import InputError
-from ..modeling import Distiller
+from ..modeling import Distiller, Teacher
 from ..modeling.weights import CLASSES, check_names, local_path, read
 from .random_state import random_state
 from .run_info import explaining_full_disk, write_text, written_whole
@@ -42,6 +42,20 @@ def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | N
         if len(classes) == num_classes_of(student):
             return classes
     return None
+
+
+def teacher_classes(teacher: Teacher, student: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of a teacher's classes in its order: those it was given, those in its file, or the student's first ones.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    if teacher.classes is not None:
+        return teacher.classes
+    count = num_classes_of(teacher.detector)
+    names = None if teacher.weights is None else read(teacher.weights).get(CLASSES)
+    names = names or (student or ())[:count]
+    return tuple(names) if len(names) == count else None
 
 
 class StudentCheckpointer(DetectionCheckpointer):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -19,10 +19,10 @@ from torch import nn
 
 from ..classes import num_classes_of
 from ..data import check_dataset
-from ..modeling import Teacher
+from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
 from ..visualization import Scene, described, side_by_side
-from .checkpoint import StudentCheckpointer
+from .checkpoint import StudentCheckpointer, teacher_classes
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
 
@@ -44,19 +44,26 @@ class EvalTeacher(HookBase):
     """Measures the teacher before the first step, with the evaluator that will measure the student.
 
     It costs minutes, once for a teacher, and catches the worst mistake there is: a teacher that knows
-    nothing. The AP is remembered by the weights' hash, the data and the model's config.
+    nothing. The AP is remembered by the weights' hash, the data, the model's config and which class is which.
+    A teacher whose classes cannot be told to be the student's is not measured, and a warning says so.
 
     Args:
-        teacher: the run's teacher.
+        model: the teacher and its student.
         config: the whole recipe.
         evaluate: measures a detector given as a callable on batches.
     """
 
-    def __init__(self, teacher: Teacher, config: DictConfig, evaluate: Callable[[Callable], dict]):
-        self._teacher, self._config, self._evaluate = teacher, config, evaluate
+    def __init__(self, model: Distiller, config: DictConfig, evaluate: Callable[[Callable], dict]):
+        self._teacher, self._class_map = model.teacher, model.class_map
+        self._config, self._evaluate = config, evaluate
+        self._detect = self._teacher.as_student(num_classes_of(model.student), self._class_map)
 
     def before_train(self) -> None:
         key = self._key()
+        if self._detect is None:
+            if comm.is_main_process():
+                self.trainer.record.set(teacher={**key, "AP": None})
+            return
         # One process looks and all believe it: evaluating is a matter of all of them.
         known = comm.all_gather(self._remembered(key))[0]
         average_precision = self._measure() if known is None else known["AP"]
@@ -73,12 +80,15 @@ class EvalTeacher(HookBase):
         # A name says little: the annotations behind it may have been edited since.
         files = [MetadataCatalog.get(name).get("json_file") for name in names]
         model = {k: v for k, v in self._config.model.teacher.items() if k != "weights"}
+        content = {"model": model, "data": self._config.dataloader.test}
+        if self._class_map is not None:
+            content["classes"] = self._class_map.pairs
         return {
             "weights": self._teacher.weights,
             "weights_sha256": self._teacher.weights_sha256,
             "dataset": names,
             "dataset_sha256": [sha256(f) if f and PathManager.isfile(f) else None for f in files],
-            "config_sha256": config_hash({"model": model, "data": self._config.dataloader.test}),
+            "config_sha256": config_hash(content),
         }
 
     def _remembered(self, key: dict) -> dict | None:
@@ -99,14 +109,16 @@ class EvalTeacher(HookBase):
 
     def _measure(self) -> float | None:
         logger.info("Evaluating the teacher")
-        results = self._evaluate(self._teacher.detect)
+        results = self._evaluate(self._detect)
         value = results.get("bbox", {}).get("AP")
         return None if value is None or not math.isfinite(value) else float(value)
 
-    @staticmethod
-    def _say(average_precision: float | None) -> None:
-        if average_precision is not None and average_precision >= 1:
-            logger.info("The teacher's AP is %.2f", average_precision)
+    def _say(self, average_precision: float | None) -> None:
+        share = 1.0 if self._class_map is None else self._class_map.share
+        # A class that it does not know counts as an AP of 0.
+        if average_precision is not None and average_precision >= share:
+            of = "" if share == 1 else f"; it knows {share:.0%} of the classes"
+            logger.info("The teacher's AP is %.2f%s", average_precision, of)
             return
         found = "undefined" if average_precision is None else f"{average_precision:.3f}"
         bar = "!" * 78
@@ -232,6 +244,7 @@ class DrawDetections(HookBase):
         scenes: the images.
         metadata: of their data set, for the names of the classes.
         student: the detector inside DDP, whose own forward would wait for the other processes.
+        classes: names of the student's classes in its order, if they are known.
         teacher: None where there is none, and no panel of it.
     """
 
@@ -241,15 +254,15 @@ class DrawDetections(HookBase):
         scenes: Iterable[Scene],
         metadata,
         student: nn.Module,
+        classes: Sequence[str] | None,
         teacher: Teacher | None = None,
     ):
         self._period, self._scenes = period, list(scenes)
         self._student, self._teacher = student, teacher
-        classes = {"student": num_classes_of(student)}
+        names = {"student": classes}
         if teacher is not None:
-            classes["teacher"] = num_classes_of(teacher.detector)
-        old_classes = getattr(student, "num_old_classes", 0)
-        self._metadata = described(metadata, classes, old_classes)
+            names["teacher"] = teacher_classes(teacher, classes)
+        self._metadata = described(metadata, names, getattr(student, "num_old_classes", 0))
 
     def before_train(self) -> None:
         teacher = self._teacher

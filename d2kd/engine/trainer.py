@@ -35,10 +35,10 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..classes import num_classes_of
 from ..config import is_distiller, teacher_of
-from ..config import student_of as recipe_student
 from ..data import check_dataset, use_seeded_loaders
-from ..data.steps import check_new_objects
+from ..data.steps import check_count, check_objects
 from ..errors import InputError
 from ..modeling import Distiller
 from ..modeling.speed import quicken
@@ -129,6 +129,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(self.cfg, model)
         self._seed()
         loader = self.build_train_loader(self.cfg)
+        self._check_classes(student_of(model))
         self._trainer = Step(
             distributed(model, self.device, config.train.ddp),
             loader,
@@ -137,11 +138,12 @@ class Trainer(DefaultTrainer):
             config.train,
         )
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
+        self._classes = learned_classes(student_of(model), self._data)
         losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
         self.checkpointer = StudentCheckpointer(
             model,
             config.train.output_dir,
-            learned_classes(student_of(model), self._data),
+            self._classes,
             trainer=weakref.proxy(self),
             **losses,
         )
@@ -154,10 +156,18 @@ class Trainer(DefaultTrainer):
             key = f"dataloader.{part}.dataset.names"
             names = OmegaConf.select(self.config, key, default=None)
             found[part] = [] if names is None else check_dataset(names)
-        self._data = found["train"]
-        old_classes = recipe_student(self.config.model).get("num_old_classes") or 0
-        if old_classes:
-            check_new_objects(self._data, old_classes)
+        self._data, self._test_data = found["train"], found["test"]
+
+    def _check_classes(self, student: nn.Module) -> None:
+        """Whether the data are about the student's classes; of loaded data, since some have names only then."""
+        try:
+            num_classes = num_classes_of(student)
+        except AttributeError:  # a detector of another kind
+            return
+        check_objects(self._data, num_classes, getattr(student, "num_old_classes", 0))
+        if self._test_loader is not None:
+            for name in self._test_data:  # which may have classes that come later
+                check_count(name, num_classes, least=1)
 
     def _seed(self) -> None:
         seed_all_rng(self.config.train.seed + comm.get_rank())
@@ -219,7 +229,7 @@ class Trainer(DefaultTrainer):
             return None
         folder = Path(self.config.train.output_dir, "inference", "teacher")
         return EvalTeacher(
-            model.teacher,
+            model,
             self.config,
             lambda detector: self.test(
                 self.config, detector, loader=self._test_loader, output_dir=folder
@@ -249,6 +259,7 @@ class Trainer(DefaultTrainer):
             scenes(records, instantiate(test.mapper)),
             MetadataCatalog.get(names[0]),
             student_of(model),
+            self._classes or learned_classes(student_of(model), names),
             model.teacher if isinstance(model, Distiller) else None,
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..classes import class_key
+from ..classes import ClassMap
 from ..engine.launch import pick_device
 from ..engine.run_info import versions, write_json
 from ..errors import InputError
@@ -383,10 +383,10 @@ def _lacking(ready: Ready) -> list[int]:
 
 def _only(ready: Sequence[Ready], data: Data) -> dict[str, list[str]]:
     """For each detector the classes that nobody else and not the data set knows."""
-    known = {r.detector.name: set(map(class_key, r.map.teacher)) for r in ready}
-    theirs = set(map(class_key, data.truth.classes))
     only = {}
     for r in ready:
-        others = theirs.union(*(k for name, k in known.items() if name != r.detector.name))
-        only[r.detector.name] = [c for c in r.map.teacher if class_key(c) not in others]
+        others = [other.map.teacher for other in ready if other is not r]
+        maps = [ClassMap.by_name(names, r.map.teacher) for names in (data.truth.classes, *others)]
+        known = {k for one in maps for k in one.of_teacher}
+        only[r.detector.name] = [c for k, c in enumerate(r.map.teacher) if k not in known]
     return only

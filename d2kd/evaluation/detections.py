@@ -15,6 +15,7 @@ import torch
 
 from ..engine.run_info import written_whole
 from ..errors import InputError
+from ..modeling.teacher import in_students_classes
 from .accuracy import accuracy
 from .detectors import Data, Detector, Ready, loader_of, read_results
 from .matching import Detections, match
@@ -113,14 +114,12 @@ def _detect(
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         with torch.no_grad():
             [seen] = ready.teacher.detect(batch)
-        instances = seen["instances"].to("cpu")
-        label = ready.table[instances.pred_classes]
-        known = label >= 0
-        xyxy = instances.pred_boxes.tensor[known].numpy()
+        found = in_students_classes(seen["instances"].to("cpu"), ready.map)
+        xyxy = found.pred_boxes.tensor.numpy()
         # XYWH in single precision, as COCOEvaluator writes it.
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))
-        labels.append(label[known].numpy())
-        scores.append(instances.scores[known].numpy())
+        labels.append(found.pred_classes.numpy())
+        scores.append(found.scores.numpy())
         images.append(np.full(len(labels[-1]), data.place[record["image_id"]], dtype=np.int64))
         report(number)
     return Detections(

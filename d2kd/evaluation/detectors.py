@@ -194,13 +194,11 @@ class Ready:
     Attributes:
         teacher: frozen, asked and never trained: so is every detector of a comparison.
         map: the data set's classes ("student") beside the detector's own ("teacher").
-        table: (K',) the data set's number of each of its classes, -1 for one the data set lacks.
     """
 
     detector: Detector
     teacher: Teacher
     map: ClassMap
-    table: torch.Tensor
 
     @property
     def parameters(self) -> int:
@@ -233,10 +231,8 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
         raise InputError(
             f"detector {detector.name!r}", "none of the classes", f"some of {data.name}"
         )
-    table = torch.full((count,), -1)
-    table[class_map.of_teacher] = torch.tensor(class_map.of_student)
     teacher.detector.to(device)
-    return Ready(detector, teacher, class_map, table)
+    return Ready(detector, teacher, class_map)
 
 
 def from_config(name: str, config: str, weights: str, results: str | None = None) -> Detector:

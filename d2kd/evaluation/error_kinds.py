@@ -17,8 +17,9 @@ Where a class has no rest, that tells nothing: it is left out of the mean, unles
 The gains do not add up to what AP lacks.
 
 The published tool (tidecv 1.0.1, of 2020) wants pandas and seaborn only to be imported, and counts one detection at a
-time. Its order of tests and its means after mending are kept. Other here: detections that COCO ignores (in a crowd) are no errors, and a class without
-objects is left out of the mean, as everywhere in COCO's AP; so that AP50 is the one reported.
+time. Its order of tests and its means after mending are kept. Other here: detections that COCO ignores (in a crowd)
+are no errors, and a class without objects is left out of the mean, as everywhere in COCO's AP; so that AP50 is the
+one reported.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ that objects none of its proposals lies on have no row. Of a cascade the first s
 proposals. One-stage detectors judge the same anchors: those labelled foreground for any of them, by its own rule, and
 each one's 100 best. Nothing is kept but counts.
 
-Right in class: the top class, background included, is the label. A region has the class of the object it overlaps by 0.5
-or more, an anchor that of the object it was labelled with. A one-stage detector says background where no class reaches
-the score at which its F1 is best. Right in box, of foreground rows: the box of the label's class overlaps the object
+Right in class: the top of all the detector's classes, background included, is the label; one that the data set lacks says
+background, as it gives no detection. A region has the class of the object it overlaps by 0.5 or more, an anchor that of
+the object it was labelled with. A one-stage detector says background where no class reaches the score at which its F1 is
+best. Right in box, of foreground rows: the box of the label's class overlaps the object
 by 0.5 or more. Background rows that lie in a crowd, and rows of objects whose class not all detectors know, do not count.
 
 Letters: E detectors, P = E (E - 1) / 2 pairs of them, K classes of the data set, M rows of an image.
@@ -27,6 +28,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
+from ..classes import ClassMap
 from ..compat import box_tensors
 from ..engine.run_info import config_hash
 from ..errors import InputError
@@ -112,6 +114,7 @@ class RegionCounts:
         self.own = torch.full((len(detectors), self.background + 1), -1)
         for own, columns in zip(self.own, self.columns):
             own[self.classes] = columns
+        self.said = [self._said(ready.map) for ready in detectors]
         self.pairs = list(combinations(range(len(detectors)), 2))
         self.two_stage = detectors[0].teacher.kind is RCNNOutputs
         # FCOS and GFL start from points, which overlap nothing by themselves.
@@ -127,6 +130,12 @@ class RegionCounts:
             "iou_before": np.zeros(cells),
             "iou_after": np.zeros((e, *cells)),
         }
+
+    def _said(self, classes: ClassMap) -> Tensor:
+        """(K' + 1,) which of the data set's classes each of a detector's own, and its background, stands for."""
+        said = classes.student_labels(torch.arange(len(classes.teacher)))
+        said = torch.cat([said, said.new_tensor([-1])])
+        return said.where(said >= 0, self.background)
 
     def see(self, place: int, inputs: Sequence[dict], outputs: Sequence[DetectorOutputs]) -> None:
         """Add an image.
@@ -172,14 +181,12 @@ class RegionCounts:
         proposals, objects = proposals[kept], objects[kept]
         on = objects >= 0
         rows = _Rows(proposals, objects, [], [])
-        labels = torch.cat([self.classes, torch.tensor([self.background])])
         for e, said in enumerate(outputs):
             device = said.detector.device
             boxes = (proposals * image.scales[e]).to(device)
             said.share({"region_boxes": [[Boxes(boxes)]]})
             stage = said.regions[0]
-            columns = torch.cat([self.columns[e], torch.tensor([-1])]).to(device)
-            rows.top.append(labels[stage.pred_class_logits[:, columns].argmax(dim=1).cpu()])
+            rows.top.append(self.said[e][stage.pred_class_logits.argmax(dim=1).cpu()])
             wanted = self.own[e][image.labels[objects[on]]].to(device)
             deltas = of_class(stage.pred_proposal_deltas[on.to(device)], wanted)
             refined = stage.box2box_transform.apply_deltas(deltas.float(), boxes[on.to(device)])
@@ -188,20 +195,21 @@ class RegionCounts:
 
     def _anchors(self, image: _Image, outputs: Sequence[DetectorOutputs]) -> _Rows:
         anchors = Boxes.cat(outputs[0].anchors).tensor.cpu() / image.scales[0]
-        scores = [self._scores(e, said) for e, said in enumerate(outputs)]
+        scores = [self._scores(said) for said in outputs]
         objects = torch.full((len(anchors),), -1)
         for e, said in reversed(list(enumerate(outputs))):  # the first detector has the last word
             of_its = self._labelled(image, e, said)
             objects = torch.where(of_its >= 0, of_its, objects)
         chosen = objects >= 0
-        for score in scores:
-            chosen[score.amax(dim=1).topk(min(BEST, len(score))).indices] = True
+        for score, columns in zip(scores, self.columns):
+            best = score[:, columns].amax(dim=1)
+            chosen[best.topk(min(BEST, len(best))).indices] = True
         kept = torch.nonzero(chosen & self._known(image, objects))[:, 0]
         rows = _Rows(anchors[kept], objects[kept], [], [])
         on = kept[rows.objects >= 0]
         for e, said in enumerate(outputs):
             best, which = scores[e][kept].max(dim=1)
-            said_class = self.classes[which]
+            said_class = self.said[e][which]
             rows.top.append(torch.where(best >= self.thresholds[e], said_class, self.background))
             deltas = torch.cat(said.pred_anchor_deltas, dim=1)[0].float().cpu()[on]
             own = Boxes.cat(said.anchors).tensor.cpu()[on]
@@ -209,9 +217,10 @@ class RegionCounts:
             rows.refined.append(_clipped(refined, image, e))
         return rows
 
-    def _scores(self, e: int, said: DetectorOutputs) -> Tensor:
-        """(anchors, classes) as the detector scores its detections."""
-        score = torch.cat(said.pred_logits, dim=1)[0].float().sigmoid().cpu()[:, self.columns[e]]
+    @staticmethod
+    def _scores(said: DetectorOutputs) -> Tensor:
+        """(anchors, K') as the detector scores its detections."""
+        score = torch.cat(said.pred_logits, dim=1)[0].float().sigmoid().cpu()
         if len(said.predictions) > 2:
             centerness = torch.cat(said.pred_centerness, dim=1)[0].float().sigmoid().cpu()
             score = (score * centerness).sqrt()

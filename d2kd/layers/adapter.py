@@ -23,8 +23,8 @@ def match_levels(
 ) -> dict[str, str]:
     """Which level of the student's backbone is which of the teacher's, in order of stride.
 
-    Levels match by name where their strides are equal, else by stride. Left out unless wanted are levels on top of the pyramid that both
-    make in their own ways, as R-CNNs pool p6 and dense detectors convolve it.
+    Levels match by name where their strides are equal, else by stride. Left out unless wanted are levels on top of
+    the pyramid that both make in their own ways, as R-CNNs pool p6 and dense detectors convolve it.
 
     Args:
         student, teacher: Detectron2 backbones.

@@ -89,8 +89,8 @@ class ERDLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors, or
-            that have no class in common.
+        InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors,
+            that have no class in common, or whose old classes are not the teacher's.
     """
 
     term_weights = {"box": "ld_weight"}
@@ -229,16 +229,22 @@ def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
 
 
 def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:
-    """Tell a loss how many classes were there before.
+    """Tell a loss how many classes there are, and were before.
 
     Raises:
-        InputError: the student has fewer, or shares none by name.
+        InputError: the student has fewer, or shares none by name; or those that its own losses leave aside as old
+            are not the ones that this teacher knows.
     """
-    ours, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
-    if loss.class_map is None and ours < loss.num_old_classes:
-        found = f"student {ours}, teacher {loss.num_old_classes}"
+    loss.num_classes, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
+    if loss.class_map is None and loss.num_classes < loss.num_old_classes:
+        found = f"student {loss.num_classes}, teacher {loss.num_old_classes}"
         raise InputError("num_classes", found, "the teacher's classes first, then new ones")
     if loss.class_map is not None and not loss.class_map.pairs:
         raise InputError(
             "classes", "none is the student's and the teacher's", "the old ones in both"
         )
+    known = range(loss.num_old_classes) if loss.class_map is None else loss.class_map.of_student
+    old = getattr(student, "num_old_classes", 0)
+    if old and set(known) != set(range(old)):
+        found = f"{old}, and the teacher knows the student's {', '.join(map(str, sorted(known)))}"
+        raise InputError("num_old_classes", found, "the old classes first, and all that it knows")

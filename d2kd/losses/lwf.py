@@ -23,7 +23,8 @@ class LwFLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: on ``bind``, detectors without equal anchors, or that have no class in common.
+        InputError: on ``bind``, detectors without equal anchors, that have no class in common, or whose old classes
+            are not the teacher's.
     """
 
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):

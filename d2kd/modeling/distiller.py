@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ class Distiller(nn.Module):
             optional ``taps`` names further modules of the student to listen to.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names to start from the teacher's weights; ``[""]`` is all of them. With
-            other classes the rows of a GFL's classifier go by name, and so a detector grows.
+            other classes, or these in another order, the rows of a GFL's classifier go by name, and so a detector
+            grows; of other detectors the layers with rows for each class are left out.
         share: whose proposals the RoI heads judge. "student": its sampler's choice among its own, as it
             would be alone. "both": among its own and the teacher's, so its training is no longer the plain one.
         classes: names of the student's classes, or a data set that has them; needed where the teacher's
@@ -78,7 +80,7 @@ class Distiller(nn.Module):
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
         if share == "both" and teacher.scale != 1:
             raise InputError("share", f"both, at {teacher.scale} times the size", "student")
-        self.class_map = _class_map(student, teacher, classes)
+        self.class_map = class_map_of(student, teacher, classes)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
@@ -175,9 +177,19 @@ class Distiller(nn.Module):
         return losses
 
 
-def _class_map(
+def class_map_of(
     student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
 ) -> ClassMap | None:
+    """What a student and its teacher share; None where the teacher's classes have no names.
+
+    Args:
+        student: the detector.
+        teacher: its teacher.
+        classes: as of :class:`Distiller`.
+
+    Raises:
+        InputError: the teacher's classes have names and the student's have none, or not as many as there are.
+    """
     if teacher.classes is None:
         return None
     if classes is None:
@@ -198,13 +210,15 @@ def inherit_weights(
 ) -> list[str]:
     """Copy the teacher's weights of equal name and shape under the prefixes; returns the names copied.
 
-    What the student has under a prefix and the teacher lacks, or has in another shape, is logged and kept.
+    What the student has under a prefix and the teacher lacks, or has in another shape or for other classes, is
+    logged and kept.
 
     Args:
         student, teacher: the detectors.
         prefixes: of parameter names.
         class_map: of two detectors whose classes differ. The layer that a student names as its ``classifier``
-            is then copied row by row: a shared class's from the teacher, the others stay as they were made.
+            is then copied row by row: a shared class's from the teacher, the others stay as they were made. Other
+            layers with rows for each class, see :func:`has_class_rows`, are kept as they were made.
     """
     source = teacher.state_dict()
     own = {k: v for k, v in student.state_dict().items() if k.startswith(tuple(prefixes))}
@@ -215,6 +229,9 @@ def inherit_weights(
             k for k in rows if k in own and k in source and source[k][0].shape == own[k][0].shape
         ]
     whole = [k for k, v in own.items() if k in source and source[k].shape == v.shape]
+    if class_map is not None and not class_map.is_identity:
+        count = len(class_map.student)
+        whole = [k for k in whole if not has_class_rows(k, own[k].shape[:1].numel(), count)]
     whole = [k for k in whole if k not in rows]
     for key in whole:
         own[key].copy_(source[key])
@@ -230,8 +247,17 @@ def inherit_weights(
             student.classifier,
         )
     if kept:
-        logger.warning("not inherited, absent or of another shape: %s", ", ".join(kept))
+        logger.warning("not inherited, absent, of another shape or class: %s", ", ".join(kept))
     return whole + rows
+
+
+def has_class_rows(name: str, rows: int, num_classes: int) -> bool:
+    """Whether a weight of one of Detectron2's detectors has rows for each class: class scores have, and the boxes
+    and masks of RoI heads unless they are the same for all classes."""
+    layer = re.match(r"(head|roi_heads\..*)\.(cls_score|bbox_pred|predictor)\.", name)
+    if layer is None or layer[2] == "cls_score":
+        return layer is not None
+    return layer[1] != "head" and rows == {"bbox_pred": 4, "predictor": 1}[layer[2]] * num_classes
 
 
 def add_distiller_config(cfg: CfgNode) -> None:

@@ -58,7 +58,7 @@ class GFL(DenseDetector):
         input_format: channel order of the images it wants.
 
     Raises:
-        InputError: no class is new; or, in training, an object is of an old class.
+        InputError: no class is new; or, in training, an object is of an old class, or of none.
     """
 
     classifier = "head.cls_score"
@@ -188,11 +188,15 @@ class GFL(DenseDetector):
         sizes = [len(level) for level in anchors]
         labels, boxes = [], []
         for truth in gt_instances:
-            if self.num_old_classes and (truth.gt_classes < self.num_old_classes).any():
+            classes, new = truth.gt_classes, range(self.num_old_classes, self.num_classes)
+            # One beyond the last would be learned as background.
+            if (wrong := classes[(classes < new.start) | (classes >= new.stop)]).numel():
+                first = int(wrong[0])
+                why = "which is an old one" if 0 <= first < new.start else "which is none"
                 raise InputError(
                     "ground truth",
-                    f"an object of class {int(truth.gt_classes.min())}, which is an old one",
-                    f"new classes alone, from {self.num_old_classes}",
+                    f"an object of class {first}, {why}",
+                    f"classes from {new.start} to {new.stop - 1}",
                 )
             height, width = (math.ceil(side / divisor) * divisor for side in truth.image_size)
             valid = (centers < centers.new_tensor([width, height])).all(dim=1)

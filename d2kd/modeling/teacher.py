@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from detectron2.structures import Instances
 from torch import nn
 
-from ..classes import class_names, renamed
+from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..errors import InputError
 from .outputs import DetectorOutputs, check_classes, outputs_of
 from .speed import compile_parts, fuse_norms
 from .weights import load_strict, sha256
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -114,6 +118,33 @@ class Teacher:
         """What the teacher detects in the student's batch, as a detector in ``eval()`` returns it."""
         return self.detector(self.own_inputs(batched_inputs))
 
+    def as_student(
+        self, num_classes: int, class_map: ClassMap | None
+    ) -> Callable[[list[dict]], list[dict]] | None:
+        """:meth:`detect` in the student's classes, to be measured as the student is.
+
+        Args:
+            num_classes: the student's.
+            class_map: None: the teacher's classes are the student's first ones.
+
+        Returns:
+            a function of batches, whose detections of other classes are left out; None, which is logged, where there
+            is no telling which of the student's classes it knows.
+        """
+        if class_map is None:
+            if (theirs := num_classes_of(self.detector)) <= num_classes:
+                return self.detect
+            reason = f"it has {theirs} classes, the student {num_classes}, and no names"
+        elif class_map.pairs:
+            return lambda batched_inputs: [
+                {**seen, "instances": in_students_classes(seen["instances"], class_map)}
+                for seen in self.detect(batched_inputs)
+            ]
+        else:
+            reason = "none of its classes is the student's"
+        logger.warning("The teacher's AP is not measured: %s", reason)
+        return None
+
     def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
         """Outputs that compute themselves, without gradient, when they are read; nothing runs yet.
 
@@ -136,3 +167,11 @@ class Teacher:
             self.detector.to(memory_format=torch.channels_last)
         if self._to_do.pop("compile", False):
             compile_parts(self.detector)
+
+
+def in_students_classes(detections: Instances, class_map: ClassMap) -> Instances:
+    """A teacher's detections by the student's numbers, without those of classes that the student does not know."""
+    labels = class_map.student_labels(detections.pred_classes)
+    known = detections[labels >= 0]
+    known.pred_classes = labels[labels >= 0]
+    return known
