@@ -22,6 +22,7 @@ from torchvision.models import WeightsEnum
 from d2kd import deployment
 from d2kd.benchmark import Setup
 from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
+from d2kd.data import check_dataset
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import save_config
 from d2kd.errors import InputError
@@ -419,6 +420,15 @@ def evaluated(config):
     return load_tool("train_net").evaluate(config, resume=False)
 
 
+def drawn(config):
+    [dataset] = check_dataset(config.dataloader.test.dataset.names)
+    return load_tool("visualize").detectors_of(config, {}, dataset)
+
+
+def measured(config):
+    return deployment.teacher_row(config, build(tiny_faster_rcnn()))
+
+
 def benched(config):
     file = Path(config.train.output_dir, "config.yaml")
     return instantiate(Setup("it", str(file), image_size=64, device="cpu").recipe().model)
@@ -431,9 +441,9 @@ def benched(config):
         compared,
         benched,
         evaluated,
-        lambda config: load_tool("visualize").detectors_of(config, {}),
+        drawn,
         lambda config: deployment.built(config, f"{config.train.output_dir}/model_final.pth"),
-        deployment.teacher_row,
+        measured,
     ],
     ids="trained compared benched evaluated drawn exported measured".split(),
 )
