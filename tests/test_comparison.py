@@ -1,6 +1,7 @@
 """A comparison from beginning to end, on detectors of a second and images drawn at random."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,19 @@ def test_a_run_at_two_scales(data, tmp_path):
     assert shapes == [(3, 64, 64), (3, 32, 32)]
     found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
     assert found.observation.regions["of"] == "teacher"
+
+
+def test_a_teacher_that_was_told_its_channel_order_keeps_it(data, tmp_path):
+    run = tmp_path / "run"
+    config = recipe(data, run, distiller(teacher_weights(tmp_path / "taught")))
+    config.model.teacher.input_format = "RGB"
+    save_config(config, run / "config.yaml")
+    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    detectors, dataset = detectors_of_run(run)
+    ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
+    assert [r.teacher.flip_channels for r in ready] == [True, False]
+    plain = replace(detectors[0], input_format=None)
+    assert plain.key != detectors[0].key
 
 
 def test_a_run_says_where_its_detectors_come_from(data, tmp_path):

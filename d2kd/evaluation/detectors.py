@@ -151,6 +151,7 @@ class Detector:
         node: LazyConfig node of the detector itself.
         mapper: node of what reads its test images; None: the same as another's.
         classes: names in its order; None: the checkpoint's, else the data set's.
+        input_format: channel order it wants; None: its own ``input_format``, else that of its images.
         results: COCO results files that may hold its detections, the first that fits is taken.
         expected_AP: the AP that these must have, where it is known, else they are of something else.
         must_fit: whether results that do not fit are an error, and not just computed anew.
@@ -162,6 +163,7 @@ class Detector:
     node: DictConfig = field(repr=False)
     mapper: DictConfig | None = field(default=None, repr=False)
     classes: tuple[str, ...] | None = None
+    input_format: str | None = None
     results: tuple[Path, ...] = ()
     expected_AP: float | None = None
     must_fit: bool = False
@@ -170,6 +172,8 @@ class Detector:
     def key(self) -> dict[str, str]:
         """What its detections depend on, besides the data set."""
         content = {"model": self.node, "mapper": self.mapper, "classes": self.classes}
+        if self.input_format is not None:
+            content["input_format"] = self.input_format
         return {"weights_sha256": sha256(self.weights), "config_sha256": config_hash(content)}
 
     @cached_property
@@ -217,7 +221,12 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
     """
     image_format = reading_mapper(detector.mapper).get("image_format", "BGR")
     node = without_weights(detector.node)
-    teacher = Teacher(instantiate(node), detector.weights, image_format=image_format)
+    teacher = Teacher(
+        instantiate(node),
+        detector.weights,
+        image_format=image_format,
+        input_format=detector.input_format,
+    )
     count = num_classes_of(teacher.detector)
     names = detector.classes or read(detector.weights).get(CLASSES)
     if names is None and count == len(data.truth.classes):
@@ -300,7 +309,10 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
             classes = renamed(class_names(instantiate(node.classes)), node.get("aliases") or {})
         mapper = _full_images(test_mapper(recipe), node.get("scale", 1), config)
         weights_of = str(_moved(folder, node.weights))
-        found.append(Detector("teacher", str(config), weights_of, node.detector, mapper, classes))
+        order = node.get("input_format")
+        found.append(
+            Detector("teacher", str(config), weights_of, node.detector, mapper, classes, order)
+        )
     name = "distilled" if is_distiller(recipe.model) else "detector"
     found.append(from_config(name, str(config), str(weights)))
     names = OmegaConf.select(recipe, "dataloader.test.dataset.names", default=None)
