@@ -1,8 +1,8 @@
 """Which class of a student is which class of its teacher.
 
 Classes are the same if their names are. A name without its equal is the one that differs from it in case, or in spaces,
-hyphens and underscores between characters ("traffic light" is "Traffic_Light"), if there is just one. What only one side
-knows is not compared.
+hyphens and underscores between characters ("traffic light" is "Traffic_Light"), if there is just one. What only one
+side knows is not compared.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def _read(path: str) -> DictConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig recipe with overrides such as ``train.max_iter=100`` applied.
 
-    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` take their values from ``common/train.py``.
+    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` take their values from
+    ``common/train.py``.
 
     Raises:
         InputError: the file is missing, is no LazyConfig, or fails to load; an override names a key that

@@ -172,8 +172,9 @@ def check_loss(
     """Check a loss against each family of detectors.
 
     Silent on itself, once every part that has a ``make_identity()`` has been told to compare a detector with
-    its copy as equal and to leave out what trains only such parts; student undisturbed; teacher invisible; only what is read runs; gradients where they
-    belong; finite on empty and odd input, with one class and under autocast; silent at weight 0.
+    its copy as equal and to leave out what trains only such parts; student undisturbed; teacher invisible; only what
+    is read runs; gradients where they belong; finite on empty and odd input, with one class and under autocast;
+    silent at weight 0.
 
     Args:
         factory: makes the loss, anew at each call.

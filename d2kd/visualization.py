@@ -57,8 +57,8 @@ def side_by_side(
 
     Args:
         image: (H, W, 3) RGB, or gray as (H, W) or (H, W, 1); uint8, or anything whose values are in 0..255.
-        panels: title -> instances in pixels of ``image``: ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``, ``pred_classes``
-            and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots.
+        panels: title -> instances in pixels of ``image``: ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``,
+            ``pred_classes`` and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots.
         metadata: Detectron2's metadata of the data set, for ``thing_classes``; or a mapping title -> metadata where a
             detector has a class list of its own. A class without a name is drawn as its number.
         threshold: predictions below this score are left out; ground truth has no score and is always drawn.

@@ -5,9 +5,10 @@
     tools/compare_detectors.py output/shapes        # of a study: teacher, baseline, the student it is about
     tools/compare_detectors.py output/mine          # of a run: teacher and student
 
-CONFIG is a recipe (of one that distils, its student), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS, names
-a COCO results file of that detector. The first detector is the reference, normally the teacher, the second the baseline,
-the last is the one asked about. Detections and counts are kept in DIR/comparison; interrupted, the same command goes on.
+CONFIG is a recipe (of one that distils, its student), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS,
+names a COCO results file of that detector. The first detector is the reference, normally the teacher, the second the
+baseline, the last is the one asked about. Detections and counts are kept in DIR/comparison; interrupted, the same
+command goes on.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     found.detectors[-1].accuracy.metrics["AP"], found.gain("distilled", "baseline").metrics["AP"]
     found.save("report.json"); found = Comparison.load("report.json")
 
-The first detector is the reference, normally the teacher; the second is the baseline where there are three or more, else
-the reference is; the last is featured. Everything is plain data, so a notebook can go on with it.
+The first detector is the reference, normally the teacher; the second is the baseline where there are three or more,
+else the reference is; the last is featured. Everything is plain data, so a notebook can go on with it.
 """
 
 from __future__ import annotations

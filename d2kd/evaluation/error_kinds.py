@@ -13,8 +13,8 @@ and an object that is not found, nor would be by mending a classification or a l
 costs is the AP50 gained by mending that kind alone: a classification or localization error is turned into the object
 it meant, the best one where there are several, and dropped where the object is found already; other wrong detections
 are dropped; missed objects are taken from those to be found, as if the detector were as precise on them as on the rest.
-Where a class has no rest, that tells nothing: it is left out of the mean, unless it has wrong detections, which make it 0.
-The gains do not add up to what AP lacks.
+Where a class has no rest, that tells nothing: it is left out of the mean, unless it has wrong detections, which make
+it 0. The gains do not add up to what AP lacks.
 
 The published tool (tidecv 1.0.1, of 2020) wants pandas and seaborn only to be imported, and counts one detection at a
 time. Its order of tests and its means after mending are kept. Other here: detections that COCO ignores (in a crowd)

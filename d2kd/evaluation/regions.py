@@ -6,11 +6,12 @@ that objects none of its proposals lies on have no row. Of a cascade the first s
 proposals. One-stage detectors judge the same anchors: those labelled foreground for any of them, by its own rule, and
 each one's 100 best. Nothing is kept but counts.
 
-Right in class: the top of all the detector's classes, background included, is the label; one that the data set lacks says
-background, as it gives no detection. A region has the class of the object it overlaps by 0.5 or more, an anchor that of
-the object it was labelled with. A one-stage detector says background where no class reaches the score at which its F1 is
-best. Right in box, of foreground rows: the box of the label's class overlaps the object
-by 0.5 or more. Background rows that lie in a crowd, and rows of objects whose class not all detectors know, do not count.
+Right in class: the top of all the detector's classes, background included, is the label; one that the data set lacks
+says background, as it gives no detection. A region has the class of the object it overlaps by 0.5 or more, an anchor
+that of the object it was labelled with. A one-stage detector says background where no class reaches the score at
+which its F1 is best. Right in box, of foreground rows: the box of the label's class overlaps the object
+by 0.5 or more. Background rows that lie in a crowd, and rows of objects whose class not all detectors know, do not
+count.
 
 Letters: E detectors, P = E (E - 1) / 2 pairs of them, K classes of the data set, M rows of an image.
 """

@@ -56,8 +56,8 @@ class ERDLoss(DistillLoss):
 
     The box term is a sum: the more stands out, the more it weighs. An empty selection gives 0.
 
-    The mean over processes, as DDP takes it, does not depend on how a batch is dealt to them. The published code instead has two images in a process and
-    adds up its box terms; ``reference_images_per_process`` is that two.
+    The mean over processes, as DDP takes it, does not depend on how a batch is dealt to them. The published code
+    instead has two images in a process and adds up its box terms; ``reference_images_per_process`` is that two.
 
     What the settings say, all other defaults being those of both releases:
 

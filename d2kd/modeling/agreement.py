@@ -17,9 +17,9 @@ def agreement(
 ) -> float | None:
     """The share of a batch's regions, or anchors, whose top class is the same for both.
 
-    Of regions the background is a class like any other, and all stages count; of anchors those count that the teacher is
-    surest of, 100 of each image. The teacher is asked nothing: where no loss has read its predictions, or the two are of
-    different families, there is no answer.
+    Of regions the background is a class like any other, and all stages count; of anchors those count that the teacher
+    is surest of, 100 of each image. The teacher is asked nothing: where no loss has read its predictions, or the two
+    are of different families, there is no answer.
 
     Args:
         student: what was captured.

@@ -22,9 +22,10 @@ the classes learned by then, and the run it starts from has learned those before
         everything=dict(config=…),                      # all classes at once
     )
 
-``config`` is a whole recipe: model, dataloader, optimizer, lr_multiplier, train. A run is finished when its folder holds
-weights and a row that were made from the same recipe and the same sources. Anything else is continued, and a folder
-made from another recipe is moved aside, not deleted. A change of *code* is not seen: it wants another output folder.
+``config`` is a whole recipe: model, dataloader, optimizer, lr_multiplier, train. A run is finished when its folder
+holds weights and a row that were made from the same recipe and the same sources. Anything else is continued, and a
+folder made from another recipe is moved aside, not deleted. A change of *code* is not seen: it wants another output
+folder.
 
 The figures are those of the last weights on the test split, looked at once. ``seconds`` is the time inside training
 steps, loading included, evaluation and checkpoints not. It is saved with the weights, so steps that an interruption

@@ -1,6 +1,6 @@
 """Blood cells in two steps: platelets after red and white cells. D2KD_BCCD names the folder of the data.
 
-Every choice is made on ``val``; ``test`` is read once, by a run's last weights.
+Nothing is chosen on ``test``, which is read once, by a run's last weights.
 """
 
 from d2kd.config import get_config

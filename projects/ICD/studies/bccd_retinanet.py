@@ -1,7 +1,7 @@
 """Does ICD help a small RetinaNet on photographs: blood cells, with real annotations and their faults?
 
-The runs of ``shapes.py``, on data that D2KD_BCCD points to. Every choice is made on ``val``; ``test`` is read once,
-by a run's last weights.
+The runs of ``shapes.py``, on data that D2KD_BCCD points to. Nothing is chosen on ``test``, which is read once,
+by a run's last weights: learning rates were on ``val`` with another seed, ICD's settings are those of ``shapes.py``.
 """
 
 from ....configs.common.study import blood_cells

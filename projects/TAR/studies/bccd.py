@@ -1,7 +1,8 @@
 """Does TAR help a small Faster R-CNN on photographs: blood cells, with real annotations and their faults?
 
-The runs of ``shapes.py``, on data that D2KD_BCCD points to. Every choice is made on ``val``; ``test`` is read once,
-by a run's last weights. Its 72 images are few, and a gain is to be believed over several seeds only.
+The runs of ``shapes.py``, on data that D2KD_BCCD points to. Nothing is chosen on ``test``, which is read once, by a
+run's last weights: learning rates were on ``val`` with another seed, the losses' weights are those of ``shapes.py``.
+Its 72 images are few, and a gain is to be believed over several seeds only.
 """
 
 from ....configs.common.study import blood_cells
