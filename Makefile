@@ -3,8 +3,8 @@
 # make demo-incremental [FAST=1]   classes learned in two steps, and what is forgotten
 # make test          lint, format check, tests
 #
-# Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in
-# which d2kd's requirements and Detectron2 are installed:  make test PYTHON=/path/to/python
+# Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in which Detectron2
+# and what d2kd requires, its extras plots, export and test too, are installed:  make test PYTHON=/path/to/python
 
 .PHONY: demo demo-incremental test setup
 

@@ -85,18 +85,23 @@ def test_data_in_cocos_format(tmp_path, monkeypatch, registered):
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_bytes((tmp_path / "images/data.json").read_bytes())
     monkeypatch.chdir(tmp_path)
-    made = recipe_with("L(coco_dataset)")
+    (tmp_path / "mine.py").write_text(FILES["mine.py"])
+    made = load("mine.py")
     for part in ("train", "test"):
         assert len(DatasetCatalog.get(instantiate(made.dataloader[part].dataset.names))) == 6
     assert registered() == {"mine_train", "mine_val"}
+    assert made.model.student.roi_heads.num_classes == 2
+    assert made.model.teacher.classes == "coco_2017_val"
 
 
 def test_data_in_vocs_format(tmp_path, monkeypatch, registered):
-    write_voc(tmp_path, {"train": [[(0, 1, 1, 20, 20)], [(1, 5, 5, 30, 30)]]}, ["cat", "dog"])
+    images = [[(0, 1, 1, 20, 20)], [(1, 5, 5, 30, 30)]]
+    write_voc(tmp_path, {"train": images, "val": images[:1]}, ["cat", "dog"])
     monkeypatch.setenv("MY_DATA", str(tmp_path))
     made = recipe_with("L(register_voc)")
-    assert len(DatasetCatalog.get(instantiate(made.dataloader.train.dataset.names))) == 2
-    assert registered() == {"mine_train"}
+    for part, count in (("train", 2), ("test", 1)):
+        assert len(DatasetCatalog.get(instantiate(made.dataloader[part].dataset.names))) == count
+    assert registered() == {"mine_train", "mine_val"}
 
 
 def test_a_teacher_of_other_classes():

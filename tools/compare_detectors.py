@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """See what distillation changed: one page about several detectors on one data set.
 
     tools/compare_detectors.py --dataset mine_val --output DIR --detector teacher=CONFIG,WEIGHTS \\

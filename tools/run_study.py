@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Run a study: train what is missing, then one table, curves, pictures and the comparison report.
 
     tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2

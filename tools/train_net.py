@@ -2,7 +2,7 @@
 """Train or evaluate what a recipe says.
 
     train_net.py --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
-    train_net.py --config-file RECIPE --eval-only [train.init_checkpoint=WEIGHTS]
+    train_net.py --config-file RECIPE --eval-only (--resume | train.init_checkpoint=WEIGHTS)
     train_net.py --config-file PLAIN --distill METHOD --teacher CONFIG WEIGHTS [KEY=VALUE …]
 
 RECIPE is a LazyConfig, on disk or by its name in d2kd or in Detectron2's model zoo. The third form makes a

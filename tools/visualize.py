@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Pictures of what a recipe's detectors see: ground truth | teacher | student; and of where ICD looks.
 
     tools/visualize.py --what detections --config-file RECIPE --dataset shapes_test --output DIR \\

@@ -1,6 +1,6 @@
 """What a MobileNetV3 student learns from a ResNet teacher, on the generated shapes."""
 
-from ....configs.common.study import thin, wide
+from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
@@ -13,4 +13,5 @@ study = study_of(
     title="MobileNetV3-Small from a ResNet, on generated shapes",
     test="shapes_test",
     seeds=[0],
+    **fast_shapes,
 )

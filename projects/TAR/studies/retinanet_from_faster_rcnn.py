@@ -1,6 +1,6 @@
 """What a RetinaNet learns from the features of a Faster R-CNN, on the generated shapes."""
 
-from ....configs.common.study import thin, wide
+from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
 from .shapes import TEACHER_STEPS
 
@@ -12,5 +12,9 @@ runs = compared(
     tar=False,
 )
 study = study_of(
-    runs, title="RetinaNet from Faster R-CNN, on generated shapes", test="shapes_test", seeds=[0]
+    runs,
+    title="RetinaNet from Faster R-CNN, on generated shapes",
+    test="shapes_test",
+    seeds=[0],
+    **fast_shapes,
 )
