@@ -2,7 +2,8 @@
 
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
-from .shapes import STUDENT_STEPS, TEACHER_STEPS
+
+STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 runs = compared(
     thin("baselines/faster_rcnn_mobilenet_v3_shapes.py", STUDENT_STEPS),

@@ -2,9 +2,8 @@
 
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
-from .shapes import TEACHER_STEPS
 
-STUDENT_STEPS = 2000
+STUDENT_STEPS, TEACHER_STEPS = 2000, 1000
 
 runs = compared(
     thin("baselines/retinanet_small_shapes.py", STUDENT_STEPS),
