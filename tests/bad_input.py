@@ -517,23 +517,25 @@ ENGINE: dict[str, Case] = {
     "deployment first_images": call(
         deployment.first_images, OmegaConf.create({"dataloader": {}}), 1
     ),
-    "config config_file": call(config.config_file, "nowhere.py"),
-    "config _find": call(config.load, "nowhere.py"),
-    "config load: 'a yacs config'": call(config.load, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-    "config _read: does not load": file_with("model = (", "r.py", config.recipe_of),
-    "config _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
-    "config load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
-    "config override": _overridden("train.max_iter=[3"),
-    "config _check_override: 'no value'": _overridden("train.max_iter"),
-    "config _check_override: has no keys": _overridden("train.max_iter.a=1"),
-    "config _check_override: no {part": _overridden("train.maxiter=1"),
-    "config detector": file_with("MODEL: [1", "d.yaml", config.detector),
-    "config method": call(config.method, "magic"),
-    "config increment: 'increment'": lambda folder: (
+    "config/files config_file": call(config.config_file, "nowhere.py"),
+    "config/files _find": call(config.load, "nowhere.py"),
+    "config/files load: 'a yacs config'": call(
+        config.load, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    ),
+    "config/files _read: does not load": file_with("model = (", "r.py", config.recipe_of),
+    "config/files _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
+    "config/files load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
+    "config/files override": _overridden("train.max_iter=[3"),
+    "config/files _check_override: 'no value'": _overridden("train.max_iter"),
+    "config/files _check_override: has no keys": _overridden("train.max_iter.a=1"),
+    "config/files _check_override: no {part": _overridden("train.maxiter=1"),
+    "config/files detector": file_with("MODEL: [1", "d.yaml", config.detector),
+    "config/recipes method": call(config.method, "magic"),
+    "config/recipes increment: 'increment'": lambda folder: (
         lambda: config.increment(plain_recipe(folder), split="2+1", step=1)
     ),
-    "config increment: data sets": _two_sets,
-    "config increment: step": call(
+    "config/recipes increment: data sets": _two_sets,
+    "config/recipes increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
     "export Exportable.__init__": call(lambda: export.Exportable(build(tiny_mask_rcnn()))),
@@ -929,10 +931,8 @@ TOOLS: dict[str, Case] = {
     "tools/visualize run: '--number'": call(lambda: load_tool("visualize").run(look(number=0))),
     "tools/visualize run: args.config_file": _no_mapper,
     "tools/visualize left_by_training": _seeing("left_by_training", {}),
-    "tools/visualize icd_of: '--what attention'": _seeing("icd_of", {}),
-    "tools/visualize icd_of: 'no teacher": _seeing("icd_of", distiller(), {"student": "none"}),
-    "tools/visualize erd_of: '--what selection', 'a plain": _seeing("erd_of", {}),
-    "tools/visualize erd_of: 'no teacher": _seeing("erd_of", distiller()),
+    "tools/visualize give_teacher: 'a plain recipe'": _seeing("icd_of", {}),
+    "tools/visualize give_teacher: 'no teacher": _seeing("erd_of", distiller()),
     "tools/visualize erd_of: 'a recipe without it'": _selecting,
     "tools/visualize detectors_of": _seeing(
         "detectors_of", {}, {"student": "x", "teacher": "y"}, "none"

@@ -99,22 +99,30 @@ def left_by_training(config, weights: dict[str, str]) -> str:
     return weights.get("student", str(left))
 
 
+def give_teacher(config, weights: dict[str, str], what: str, method: str) -> None:
+    """Give the recipe's teacher the weights asked for; refuse a recipe without a teacher, or one without weights."""
+    from d2kd.config import is_distiller
+    from d2kd.errors import InputError
+
+    if not is_distiller(config.model):
+        raise InputError(f"--what {what}", "a plain recipe", f"one that distils by {method}")
+    node = config.model.teacher
+    node.weights = weights.get("teacher", node.weights)
+    if not node.weights:
+        raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
+
+
 def icd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ICD loss, as trained, and the teacher it looks at."""
     from detectron2.config import instantiate
 
     from d2kd.attention_maps import load_icd
-    from d2kd.config import is_distiller, teacher_of, without_weights
+    from d2kd.config import teacher_of, without_weights
     from d2kd.engine.launch import pick_device
-    from d2kd.errors import InputError
 
+    give_teacher(config, weights, "attention", "ICD")
     device, model = pick_device(config.train.device), config.model
-    if not is_distiller(model):
-        raise InputError("--what attention", "a plain recipe", "one that distils by ICD")
     checkpoint = left_by_training(config, weights)
-    model.teacher.weights = weights.get("teacher", model.teacher.weights)
-    if not model.teacher.weights:
-        raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
     teacher = instantiate(teacher_of(model))
     student = instantiate(without_weights(model.student))
     loss = load_icd(model, student, teacher, checkpoint)
@@ -126,17 +134,12 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ERD loss and its teacher."""
     from detectron2.config import instantiate
 
-    from d2kd.config import is_distiller, without_weights
+    from d2kd.config import without_weights
     from d2kd.engine.launch import pick_device
     from d2kd.errors import InputError
     from d2kd.losses import ERDLoss
 
-    if not is_distiller(config.model):
-        raise InputError("--what selection", "a plain recipe", "one that distils by ERD")
-    node = config.model.teacher
-    node.weights = weights.get("teacher", node.weights)
-    if not node.weights:
-        raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
+    give_teacher(config, weights, "selection", "ERD")
     model = instantiate(without_weights(config.model)).to(pick_device(config.train.device))
     losses = [loss for loss in model.losses.by_name.values() if isinstance(loss, ERDLoss)]
     if not losses:

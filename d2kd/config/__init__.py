@@ -1,0 +1,48 @@
+"""Configs by name, detectors out of any of Detectron2's config kinds, and whole recipes in a few lines."""
+
+from .files import (
+    add_d2kd_config,
+    config_file,
+    detector,
+    from_yacs,
+    get_config,
+    load,
+    override,
+    recipe_of,
+    test_mapper,
+)
+from .nodes import (
+    builds,
+    is_distiller,
+    reading_mapper,
+    student_of,
+    teacher_of,
+    without_priors,
+    without_weights,
+)
+from .recipes import METHODS, Recipe, distill, increment, method, reduced
+
+__all__ = [
+    "METHODS",
+    "Recipe",
+    "add_d2kd_config",
+    "builds",
+    "config_file",
+    "detector",
+    "distill",
+    "from_yacs",
+    "get_config",
+    "increment",
+    "is_distiller",
+    "load",
+    "method",
+    "override",
+    "reading_mapper",
+    "recipe_of",
+    "reduced",
+    "student_of",
+    "teacher_of",
+    "test_mapper",
+    "without_priors",
+    "without_weights",
+]

@@ -1,0 +1,126 @@
+"""The parity command: our losses give the reference arrays, and it would say so if they did not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .parity import Arrays, compare
+from .parity.__main__ import main as parity
+
+FOLDER = Path(__file__).with_name("parity")
+ICD, GFL_ERD = str(FOLDER / "icd.npz"), str(FOLDER / "gfl_erd.npz")
+
+
+def altered(path, reference, **changes):
+    """A copy of a file with other arrays, or without those that are None."""
+    arrays = {**Arrays(reference), **changes}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return str(path)
+
+
+def refused(method, file, capsys):
+    """What the command says of a file that it does not take."""
+    with pytest.raises(SystemExit) as stop:
+        parity(["--method", method, file])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and not captured.out
+    return captured.err
+
+
+def outputs_of(prefix, inputs):
+    """Names in the reference that are no inputs."""
+    names = {name for name in Arrays(GFL_ERD) if name.startswith(prefix)}
+    return {name for name in names if name.split("/")[1] not in inputs}
+
+
+def test_icd_agrees(capsys):
+    assert parity(["--method", "icd", ICD]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 14 and all(line.endswith(" ok") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "method, inputs, count",
+    [
+        ("gfl", ["class_logits", "box_logits"], 25),
+        ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
+    ],
+)
+def test_gfl_and_erd_agree(method, inputs, count, capsys):
+    """Labels, losses, gradients, detections and selections are those of the published implementation."""
+    assert parity(["--method", method, GFL_ERD]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    wanted = outputs_of(f"{method}/", inputs)
+    assert {line.split()[0] for line in lines} == wanted and len(wanted) == count
+    assert all(line.endswith(" ok") for line in lines)
+
+
+def scaled(value):
+    return value * np.float32(1.001)
+
+
+def minus_infinity_as_a_number(logits):
+    return np.where(logits == -np.inf, np.float32(-1e9), logits)
+
+
+@pytest.mark.parametrize(
+    "method, name, change",
+    [
+        ("icd", "loss/distill", scaled),
+        ("icd", "position_embedding", lambda value: value[:-1]),
+        ("icd", "layer0/attention_logits", minus_infinity_as_a_number),
+        ("icd", "key_is_padding", np.logical_not),
+        ("icd", "student_feature_grad/p5", lambda value: value * np.float32(np.nan)),
+        ("gfl", "gfl/loss_bbox", scaled),
+        ("gfl", "gfl/atss_labels", lambda value: value[:, 1:]),
+        ("gfl", "gfl/class_logits_grad/p4", np.negative),
+        ("erd", "erd/loss_dist_bbox", scaled),
+        ("erd", "erd/kept_box_locations/image1", lambda value: value[:-1]),
+        ("erd", "erd/distill_grad_box_logits/p4", np.negative),
+    ],
+)
+def test_it_can_fail(method, name, change, tmp_path, capsys):
+    reference = ICD if method == "icd" else GFL_ERD
+    value = change(Arrays(reference)[name])
+    assert (
+        parity(["--method", method, altered(tmp_path / "a.npz", reference, **{name: value})]) == 1
+    )
+    out = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "OUT" in line]
+    assert out == [name]
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("icd", "teacher_feature/p6"),
+        ("icd", "loss/distill"),
+        ("icd", "query_centers"),
+        ("gfl", "gfl/box_logits/p6"),
+        ("gfl", "gfl/loss_dfl"),
+        ("gfl", "num_old_classes"),
+        ("gfl", "image1/gt_boxes_xyxy"),
+        ("erd", "erd/old_box_logits/p6"),
+        ("erd", "gfl/anchors_xyxy"),
+        ("erd", "erd/loss_dfl"),
+        ("erd", "image2/size_hw"),
+    ],
+)
+def test_it_names_a_missing_array(method, name, tmp_path, capsys):
+    reference = ICD if method == "icd" else GFL_ERD
+    file = altered(tmp_path / "less.npz", reference, **{name: None})
+    assert f"no array '{name}'" in refused(method, file, capsys)
+
+
+def test_it_refuses_what_is_no_such_file(tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("text")
+    small = altered(tmp_path / "small.npz", ICD, descriptor=np.zeros((1, 2, 3), np.float32))
+    for file in (str(tmp_path / "text.npz"), str(tmp_path / "none.npz"), small):
+        assert file in refused("icd", file, capsys)
+
+
+def test_comparison_follows_its_tolerance():
+    ones = np.ones(3, np.float32)
+    assert compare(ones * (1 + 9e-5), ones)[2] and not compare(ones * (1 + 2e-4), ones)[2]
+    assert compare(np.zeros(0), np.zeros(0, np.float32)) == (0, 0, True)
+    assert not compare(np.array([1, 2]), np.array([1, 3]))[2]
