@@ -19,11 +19,11 @@ setup: .venv/ready
 endif
 
 demo: setup
-	$(PY) tools/run_study.py projects/TAR/studies/shapes.py $(if $(FAST),--fast)
+	$(PY) tools/run_study.py projects/TAR/studies/shapes.py --jobs 2 $(if $(FAST),--fast)
 
 demo-incremental: setup
-	$(PY) tools/run_study.py projects/ERD/studies/shapes.py --output output/$(if $(FAST),incremental_fast,incremental) \
-	    $(if $(FAST),--fast)
+	$(PY) tools/run_study.py projects/ERD/studies/shapes.py --jobs 2 $(if $(FAST),--fast) \
+	    --output output/$(if $(FAST),incremental_fast,incremental)
 
 test: setup
 	$(PY) -m ruff check .

@@ -924,6 +924,7 @@ TOOLS: dict[str, Case] = {
     "tools/export_student run: '--baseline'": command(
         "export_student", "--config-file {recipe} --weights none --output {folder} --baseline x"
     ),
+    "tools/run_study run": command("run_study", "none.py --jobs 0"),
     "tools/train_net recipe: '--config-file'": _trained(""),
     "tools/train_net recipe: '--distill METHOD": _trained("--config-file none --distill tar"),
     "tools/train_net evaluate": _evaluated,
@@ -952,6 +953,7 @@ ELSEWHERE = {
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL.label_anchors": "test_erd.test_old_objects_are_refused",
+    "study/schedule SideBySide.first_done": "test_schedule.test_a_process_that_dies_is_told_from_an_error",
 }
 """Places whose case needs a whole run or a whole detector, and has a test of its own."""
 

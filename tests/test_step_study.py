@@ -14,7 +14,7 @@ from d2kd.config import increment, load
 from d2kd.data import coco_dataset, shapes
 from d2kd.errors import InputError
 from d2kd.evaluation.coco import forgetting, gaps, old_new_all
-from d2kd.study import Measured, parse, run_study, show_results
+from d2kd.study import Measured, OneByOne, parse, run_study, show_results
 from d2kd.study import load as load_study
 
 from .common import forget_class_steps, interrupted_in
@@ -100,7 +100,7 @@ def run(study, output, aps=APS, seeds=(0,)):
         {f"{m}_seed{s}": [ap + s for ap in v] for m, v in aps.items() for s in seeds}
     )
     runs = study.plan(seeds)
-    rows, failed = run_study(study, runs, output, train, io.StringIO())
+    rows, failed = run_study(study, runs, output, OneByOne(train), io.StringIO())
     assert not failed
     return train, rows, show_results(output, study, runs, rows)
 
@@ -126,7 +126,9 @@ def test_a_test_split_without_a_steps_objects_is_found_before_training(tmp_path)
     test = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path / "data"))
     study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
     with pytest.raises(InputError, match="_seen1': no object of class 0; expected at least one"):
-        run_study(study, study.plan((0,)), tmp_path / "out", FakeTraining({}), io.StringIO())
+        run_study(
+            study, study.plan((0,)), tmp_path / "out", OneByOne(FakeTraining({})), io.StringIO()
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +227,7 @@ def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
     runs = study.plan(fast=True)
     assert len(runs) == 5
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, interrupted_in("erd"), io.StringIO())
+        run_study(study, runs, tmp_path, OneByOne(interrupted_in("erd")), io.StringIO())
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and len(rows) == 5
     names = {

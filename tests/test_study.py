@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from d2kd.data import shapes
 from d2kd.errors import InputError
-from d2kd.study import Measured, load, parse, prepare, run_study, show_results
+from d2kd.study import Measured, OneByOne, load, parse, prepare, run_study, show_results
 from d2kd.study.results import average_precision, gains, table
 from d2kd.study.text import markdown, t_interval
 
@@ -83,7 +83,7 @@ class FakeTraining:
 def run(study, output, train, seeds=(), only=(), fast=False):
     console = io.StringIO()
     runs = study.plan(seeds, only, fast)
-    rows, failed = run_study(study, runs, output, train, console)
+    rows, failed = run_study(study, runs, output, OneByOne(train), console)
     return rows, failed, console.getvalue()
 
 
@@ -356,7 +356,7 @@ def test_closing_words_name_what_to_open(tmp_path):
     train = FakeTraining()
     study = study_of(pictures=2)
     runs = study.plan([0])
-    rows, _ = run_study(study, runs, tmp_path, train, io.StringIO())
+    rows, _ = run_study(study, runs, tmp_path, OneByOne(train), io.StringIO())
     words = show_results(tmp_path, study, runs, rows)
     for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
@@ -461,7 +461,7 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     )))  # fmt: skip
     runs = study.plan(only=["baseline", "tar"], fast=True)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, interrupted_in("tar"), io.StringIO())
+        run_study(study, runs, tmp_path, OneByOne(interrupted_in("tar")), io.StringIO())
     assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and [row["name"] for row in rows] == [

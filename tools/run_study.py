@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", help="a study file, such as projects/TAR/studies/shapes.py")
     parser.add_argument(
@@ -25,8 +25,15 @@ def main() -> None:
     parser.add_argument(
         "--fast", action="store_true", help="a few steps on a few images, to see that it runs"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train so many runs at a time, each in a process of its own with its share of the cores",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     # Late, so that --help and a mistyped option answer at once.
     from d2kd.errors import reporting
@@ -38,10 +45,12 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
 
-    from d2kd.errors import need
+    from d2kd.errors import InputError, need
 
+    if args.jobs < 1:
+        raise InputError("--jobs", args.jobs, "1 or more")
     need("plots", "matplotlib", "jinja2")
-    from d2kd.study import load, run_study, show_results
+    from d2kd.study import OneByOne, SideBySide, load, run_study, show_results
     from d2kd.study.report import study_report
 
     study = load(args.study)
@@ -51,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
     if args.fast and study.fast_setup is not None:
         instantiate(study.fast_setup)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
-    rows, failed = run_study(study, runs, output)
+    several = args.jobs, args.study, args.seeds, args.runs, args.fast
+    with SideBySide(*several) if args.jobs > 1 else OneByOne() as trainer:
+        rows, failed = run_study(study, runs, output, trainer)
     if rows:
         print("\n" + show_results(output, study, runs, rows) + "\n", flush=True)
         page = study_report(output, study, rows)

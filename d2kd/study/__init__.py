@@ -34,11 +34,14 @@ threw away do not count.
 
 from .plan import Run, Study, load, parse, prepare
 from .results import show_results, write_results
-from .run import Measured, run_study, train
+from .run import Measured, train
+from .schedule import OneByOne, SideBySide, run_study
 
 __all__ = [
     "Measured",
+    "OneByOne",
     "Run",
+    "SideBySide",
     "Study",
     "load",
     "parse",

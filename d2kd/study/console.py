@@ -41,10 +41,11 @@ class Progress:
         label: what is under way.
         console: where.
         last: what follows the last step.
+        live: False where other lines are written meanwhile; then it is as into a pipe.
     """
 
-    def __init__(self, label: str, console: TextIO, last: str = "now testing"):
-        self.label, self.console, self.live = label, console, console.isatty()
+    def __init__(self, label: str, console: TextIO, last: str = "now testing", live: bool = True):
+        self.label, self.console, self.live = label, console, live and console.isatty()
         self.last = last
         self.start: tuple[float, int] | None = None
         self.shown = 0.0

@@ -40,6 +40,11 @@ class Run:
     baseline: str | None = None
 
     @property
+    def once(self) -> bool:
+        """Whether it is one for all seeds."""
+        return self.name == self.method
+
+    @property
     def needs(self) -> list[str]:
         return [n for n in (self.teacher, self.starts_from, self.steps_like, self.baseline) if n]
 

@@ -1,4 +1,4 @@
-"""Trains what a study lacks, and continues where it stopped."""
+"""Trains one run of a study, or continues it, and leaves a record of what it was made from."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import contextlib
 import copy
 import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
 from omegaconf import DictConfig
 
-from ..data import check_dataset
 from ..engine import Trainer, do_test
 from ..engine.memory import Peak
 from ..engine.run_info import write_json
 from ..errors import InputError
 from ..modeling.weights import sha256
-from .console import Progress, quiet
-from .plan import Run, Study, prepare
-from .results import PREDICTIONS, average_precision, write_results
+from .console import quiet
+from .plan import Run
+from .results import PREDICTIONS, average_precision
 
 RECORD = "study.json"  # in a run's folder: what it was made from, and its row once it is finished
 
@@ -76,66 +74,6 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
         weights=folder / "model_final.pth",
         peak_memory=peak,
     )
-
-
-def run_study(
-    study: Study,
-    runs: Sequence[Run],
-    output: Path,
-    train: Callable[[DictConfig, str, Report], Measured] = train,
-    console: TextIO | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
-    """Train what is missing, one run after another; after each, write what all have reached.
-
-    A run that cannot go on, say for a non-finite loss, takes along those that need it; the others go on.
-
-    Args:
-        study: whose runs these are.
-        runs: of :meth:`Study.plan`.
-        output: the study's folder; each run has one of its own in it.
-        train: how; the tests have a quicker way.
-        console: where progress is shown; stdout by default.
-
-    Returns:
-        the rows of ``results.json``, method by method, and the errors of the runs that failed, by name.
-
-    Raises:
-        InputError: the test split cannot be read; it is looked at first, and drawn if it is generated.
-    """
-    for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
-        for name in check_dataset(test):
-            DatasetCatalog.get(name)  # a class step is known to have objects once it is loaded
-    finished: dict[str, dict[str, Any]] = {}
-    failed: dict[str, InputError] = {}
-    rows: list[dict[str, Any]] = []
-    width = max(len(run.name) for run in runs)
-    for run in runs:
-        line = Progress(f"  {run.name:<{width}}", console or sys.stdout)
-        if missing := [need for need in run.needs if need not in finished]:
-            line.close(f"left out, for it needs {missing[0]}")
-            continue
-        folder = output / run.name
-        config, key = prepare(run, finished, folder)
-        row = finished_row(folder, key, run.test)
-        if row:
-            line.close(f"finished before: {_outcome(row)}")
-        else:
-            try:
-                row = train_into(folder, run, config, key, train, line)
-            except InputError as error:
-                failed[run.name] = error
-                line.close(f"failed: {error}")
-                continue
-            line.close(_outcome(row))
-        finished[run.name] = row
-        rows = sorted(finished.values(), key=lambda row: list(study.runs).index(row["method"]))
-        write_results(output, study, rows)
-    return rows, failed
-
-
-def _outcome(row: Mapping[str, Any]) -> str:
-    ap = "undefined" if row["AP"] is None else f"{row['AP']:.1f}"
-    return f"AP {ap}, trained for {row['seconds']:.0f} s"
 
 
 def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:

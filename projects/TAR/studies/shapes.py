@@ -8,7 +8,7 @@ flatter every method.
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of
 
-STUDENT_STEPS, TEACHER_STEPS = 450, 700
+STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
 runs = compared(
