@@ -29,7 +29,8 @@ folder.
 
 The figures are those of the last weights on the test split, looked at once. ``seconds`` is the time inside training
 steps, loading included, evaluation and checkpoints not. It is saved with the weights, so steps that an interruption
-threw away do not count.
+threw away do not count. Runs that are trained side by side share the machine, and their seconds show it: an equal-time
+run is given the ratio of two runs' seconds, which the others on the machine should have slowed alike.
 """
 
 from .plan import Run, Study, load, parse, prepare

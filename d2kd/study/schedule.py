@@ -157,7 +157,18 @@ class SideBySide(OneByOne):
         self._messages = context.Queue()
         threads = max(1, torch.get_num_threads() // jobs)
         self._pool = ProcessPoolExecutor(
-            jobs, context, _begin, (str(path), seeds, only, fast, threads, self._messages)
+            jobs,
+            context,
+            _begin,
+            (
+                str(path),
+                seeds,
+                only,
+                fast,
+                threads,
+                multiprocessing.get_start_method(),
+                self._messages,
+            ),
         )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -216,12 +227,15 @@ def _begin(
     only: Sequence[str],
     fast: bool,
     threads: int,
+    start_method: str,
     messages: multiprocessing.Queue,
 ) -> None:
     """What a process does first."""
     global _tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the first process gets, too
     torch.set_num_threads(threads)
+    # A spawned process would spawn its loaders' workers, too, and each would import everything anew.
+    multiprocessing.set_start_method(start_method, force=True)
     study = load(path)
     if fast and study.fast_setup is not None:
         instantiate(study.fast_setup)
