@@ -83,6 +83,13 @@ def test_side_by_side_is_one_by_one(file, tmp_path):
     assert again.getvalue().count("finished before") == 4
 
 
+def test_its_processes_start_others_as_this_one_does(file):
+    """Loaders' workers, which would each import everything anew if they were spawned."""
+    with SideBySide(2, file, [], [], False) as trainer:
+        started = trainer._pool.submit(multiprocessing.get_start_method).result()
+    assert started == multiprocessing.get_start_method()
+
+
 def test_a_failing_run_takes_along_only_what_needs_it(file, tmp_path):
     said = io.StringIO()
     rows, failed = run(file, tmp_path / "out", [0], ["baseline", "needy", "longer"], console=said)
