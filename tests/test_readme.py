@@ -1,5 +1,8 @@
 """What the README shows works as it stands there."""
 
+import json
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -11,14 +14,15 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.classes import ClassMap, class_names, renamed
-from d2kd.config import is_distiller, load
+from d2kd.config import detector, is_distiller, load
 from d2kd.data.shapes import CLASSES
 from d2kd.engine.recipe import complete
 
 from .test_voc import write_voc
 from .tiny_run import draw_data
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, flags=re.DOTALL))
 
@@ -109,6 +113,34 @@ def test_a_teacher_of_other_classes():
     teacher = made.model.teacher
     names = renamed(class_names(teacher.classes), teacher.aliases)
     assert ClassMap.by_name(CLASSES, names).pairs and teacher.weights == "teacher.pkl"
+
+
+def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
+    """Its lines for such data and for such a teacher, put together, train."""
+    objects = [[(0, 10, 10, 60, 60), (1, 20, 30, 90, 80)], [(1, 5, 5, 70, 70)]]
+    write_voc(tmp_path, {"train": objects, "val": objects[:1]}, ["cat", "dog"])
+    plain = "from d2kd.config import load\nglobals().update(load('baselines/faster_rcnn_small_shapes.py'))\n"
+    (tmp_path / "plain.py").write_text(plain + lines("L(register_voc)"))
+    whole = lines("aliases=").replace("baselines/faster_rcnn_small_shapes.py", "plain.py")
+    (tmp_path / "mine.py").write_text(whole)
+    teacher = instantiate(detector("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"))
+    arrays = {key: value.numpy() for key, value in teacher.state_dict().items()}
+    (tmp_path / "teacher.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "a test"}))
+    words = ["--config-file", "mine.py", "train.output_dir=out", "train.max_iter=2", "train.device=cpu",
+             "train.eval_period=0", "train.eval_teacher=False", "dataloader.train.total_batch_size=2",
+             "dataloader.train.num_workers=0", "train.log_period=1"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/train_net.py", *words],
+        cwd=tmp_path,
+        env={**os.environ, "MY_DATA": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of the student's 2 classes" in done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
+    compared = [row[key] for row in rows if (key := "distill/loss_tar_classification") in row]
+    assert compared and all(value > 0 for value in compared), rows
 
 
 def test_an_optimizer_of_the_losses_own():
