@@ -18,7 +18,7 @@ from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from .config import METHODS, get_config, method, without_priors
@@ -377,7 +377,10 @@ def main() -> int:
     for name in METHODS:
         print(f"{name:>14}", end="", flush=True)
         for family in DETECTORS:
-            (loss,) = instantiate(without_priors(method(name)["losses"])).by_name.values()
+            # As in a recipe, from which a loss may take its seed.
+            recipe = {"losses": without_priors(method(name)["losses"]), "train": {"seed": 0}}
+            recipe = OmegaConf.create(recipe, flags={"allow_objects": True})
+            (loss,) = instantiate(recipe.losses).by_name.values()
             try:
                 kept = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
                 cell = f"{len(kept)} of {len(PROPERTIES)}"

@@ -116,6 +116,17 @@ def test_the_check_can_fail(fault, message):
         check_loss(factory, ["retinanet"])
 
 
+def test_the_table_of_all_methods(monkeypatch, capsys):
+    monkeypatch.setattr(testing, "DETECTORS", {"retinanet": DETECTORS["retinanet"]})
+    assert testing.main() == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["kept", "retinanet"]
+    whole = len(testing.PROPERTIES)
+    assert [row.split() for row in rows] == [
+        [name, str(whole), "of", str(whole)] for name in testing.METHODS
+    ]
+
+
 def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, capsys):
     class Elsewhere(ImitationLoss):
         def bind(self, student, teacher):
