@@ -11,6 +11,7 @@ Everything runs on the CPU, seeded, without downloads, and leaves the caller's r
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -397,4 +398,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # What a loss has to say of a real run would stand between the columns.
+    logging.getLogger("d2kd").setLevel(logging.ERROR)
     raise SystemExit(main())
