@@ -377,11 +377,11 @@ def main() -> int:
     print("".join(f"{head:>14}" for head in ("kept", *DETECTORS)))
     for name in METHODS:
         print(f"{name:>14}", end="", flush=True)
+        # As in a recipe, from which a loss may take its seed.
+        recipe = {"losses": without_priors(method(name)["losses"]), "train": {"seed": 0}}
+        recipe = OmegaConf.create(recipe, flags={"allow_objects": True})
+        (loss,) = instantiate(recipe.losses).by_name.values()
         for family in DETECTORS:
-            # As in a recipe, from which a loss may take its seed.
-            recipe = {"losses": without_priors(method(name)["losses"]), "train": {"seed": 0}}
-            recipe = OmegaConf.create(recipe, flags={"allow_objects": True})
-            (loss,) = instantiate(recipe.losses).by_name.values()
             try:
                 kept = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
                 cell = f"{len(kept)} of {len(PROPERTIES)}"

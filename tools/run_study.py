@@ -43,25 +43,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from detectron2.config import instantiate
-
     from d2kd.errors import InputError, need
 
     if args.jobs < 1:
         raise InputError("--jobs", args.jobs, "1 or more")
     need("plots", "matplotlib", "jinja2")
-    from d2kd.study import OneByOne, SideBySide, load, run_study, show_results
+    from d2kd.study import OneByOne, SideBySide, planned, run_study, show_results
     from d2kd.study.report import study_report
 
-    study = load(args.study)
-    runs = study.plan(args.seeds, args.runs, args.fast)
+    given = args.study, args.seeds, args.runs, args.fast
+    study, runs = planned(*given)
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
-    if args.fast and study.fast_setup is not None:
-        instantiate(study.fast_setup)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
-    several = args.jobs, args.study, args.seeds, args.runs, args.fast
-    with SideBySide(*several) if args.jobs > 1 else OneByOne() as trainer:
+    with SideBySide(args.jobs, *given) if args.jobs > 1 else OneByOne() as trainer:
         rows, failed = run_study(study, runs, output, trainer)
     if rows:
         print("\n" + show_results(output, study, runs, rows) + "\n", flush=True)

@@ -33,7 +33,7 @@ threw away do not count. Runs that are trained side by side share the machine, a
 run is given the ratio of two runs' seconds, which the others on the machine should have slowed alike.
 """
 
-from .plan import Run, Study, load, parse, prepare
+from .plan import Run, Study, load, parse, planned, prepare
 from .results import show_results, write_results
 from .run import Measured, train
 from .schedule import OneByOne, SideBySide, run_study
@@ -46,6 +46,7 @@ __all__ = [
     "Study",
     "load",
     "parse",
+    "planned",
     "prepare",
     "run_study",
     "show_results",

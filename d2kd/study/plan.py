@@ -173,6 +173,21 @@ def load(path: str | Path) -> Study:
         raise InputError(path, found, "a study, a LazyConfig (.py)") from error
 
 
+def planned(
+    path: str | Path, seeds: Sequence[int], only: Sequence[str], fast: bool
+) -> tuple[Study, list[Run]]:
+    """A study from its file, and its runs, ready to be trained; the arguments are those of :meth:`Study.plan`.
+
+    Raises:
+        InputError: as of :func:`load` and :meth:`Study.plan`.
+    """
+    study = load(path)
+    runs = study.plan(seeds, only, fast)
+    if fast and study.fast_setup is not None:
+        instantiate(study.fast_setup)
+    return study, runs
+
+
 def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
     """:func:`load` for a file's content."""
     for key in ("study", "runs"):

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 
 from ..data import check_dataset
 from ..errors import InputError
 from .console import Progress
-from .plan import Run, Study, load, prepare
+from .plan import Run, Study, planned, prepare
 from .results import write_results
 from .run import Report, finished_row, train, train_into
 
@@ -29,7 +28,7 @@ def run_study(
     study: Study,
     runs: Sequence[Run],
     output: Path,
-    trainer: OneByOne | SideBySide | None = None,
+    trainer: OneByOne | None = None,
     console: TextIO | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
     """Train what is missing; after each run, write what all have reached.
@@ -236,10 +235,8 @@ def _begin(
     torch.set_num_threads(threads)
     # A spawned process would spawn its loaders' workers, too, and each would import everything anew.
     multiprocessing.set_start_method(start_method, force=True)
-    study = load(path)
-    if fast and study.fast_setup is not None:
-        instantiate(study.fast_setup)
-    _runs.update((run.name, run) for run in study.plan(seeds, only, fast))
+    _, runs = planned(path, seeds, only, fast)
+    _runs.update((run.name, run) for run in runs)
     _tell = messages.put
 
 
