@@ -498,7 +498,7 @@ ENGINE: dict[str, Case] = {
     "benchmark/bench Setup.recipe": call(
         lambda: benchmark.Setup("it", "baselines/retinanet_small_shapes.py").recipe()
     ),
-    "benchmark/costs benchmark: 'rounds'": call(
+    "benchmark/costs benchmark: at least": call(
         benchmark.benchmark, [benchmark.Setup("it", "none")], rounds=0
     ),
     "benchmark/costs benchmark: 'label'": call(

@@ -15,6 +15,7 @@ from torch import nn
 from d2kd.benchmark import DISTILLED, HEADLINE, STOCK, STUDENT, TEACHER, Bench, Setup, costs
 from d2kd.benchmark.bench import BATCHES, peak_memory
 from d2kd.benchmark.costs import difference, measure, median_interval, ratios
+from d2kd.benchmark.feeding import covered, feeding
 from d2kd.benchmark.phases import PHASES, Stopwatch
 from d2kd.benchmark.untrained import draw_batch, measure_statistics, thaw_norms
 from d2kd.config import load
@@ -23,6 +24,7 @@ from d2kd.errors import InputError
 from d2kd.modeling import capture
 
 from .common import ROOT, batch, build, load_tool, refusal, tiny_faster_rcnn
+from .tiny_run import draw_data
 
 RECIPE = """
 from pathlib import Path
@@ -222,7 +224,7 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
 def test_every_step_starts_alike(bench):
     seen = []
     for _ in range(2):
-        with bench("tar")._half_way():
+        with bench("tar").half_way():
             seen.append((torch.rand(3).tolist(), np.random.rand(), get_event_storage().iter))
     assert seen[0] == seen[1]
     assert seen[0][2] == 2  # of 4
@@ -297,6 +299,35 @@ def test_phases_make_up_the_step(bench):
     model, optimizer = one.rows[DISTILLED].trained
     left = [vars(owner) for owner in (model.student, model.losses, model.teacher, optimizer)]
     assert not any({"forward", "ask"} & set(names) for names in left), "a watch is still worn"
+
+
+def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
+    draw_data(folder / "data")
+    one, told, shown = bench("imitation"), [], []
+    model, optimizer = one.rows[DISTILLED].trained
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, batch: shown.append(batch) or forward(self, batch)
+    )
+    found = feeding(one, batch_size=3, steps=2, report=lambda *steps: told.append(steps))
+    assert told == [(k, 10) for k in range(10)]  # three and two, twice
+    assert [len(batch) for batch in shown] == [3] * 5
+    names = {image["file_name"] for batch in shown for image in batch}
+    assert names == {str(folder / f"data/{k}.png") for k in range(6)}
+    assert found["workers"] == 0 and found["idle"] is None  # of a GPU
+    assert 0 < found["waiting_seconds"] < found["median_seconds"]
+    assert found["images_per_second"] == pytest.approx(3 / found["median_seconds"])
+    assert found["loader_images_per_second"] > 0
+    assert any(not value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "intervals, length",
+    [([], 0), ([(1, 3)], 2), ([(4, 5), (1, 3)], 3), ([(1, 4), (2, 3), (3, 6)], 5)],
+)
+def test_what_intervals_cover_together(intervals, length):
+    assert covered(intervals) == length
 
 
 def test_the_interval_covers_the_median():
@@ -394,7 +425,8 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
     words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
     words += ["--image-size", "64", "--device", "cpu", "--rounds", "2"]
     words += ["--json", str(tmp_path / "new/result.json")]
-    words += ["--markdown", str(tmp_path / "table.md")]
+    words += ["--markdown", str(tmp_path / "table.md"), "--data", "2"]
+    draw_data(folder / "data")
     words += ["--variant", "fused", "model.teacher.fuse_norms=true"]
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
     tool.main([*words, "--bound", "1e6", "train.max_iter=6"])
@@ -427,6 +459,8 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
         assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
         assert min(row["seconds"]) > 0
         assert (row["phases"] is None) == (row["name"] == TEACHER)
+    assert [row["recipe"] for row in result["data"]] == labels
+    assert said.count("fed by its loader") == 1 and "GPU idle" in said
     compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
     assert ("tar, fused", "distilled / that of tar") in compared
     markdown = (tmp_path / "table.md").read_text()
@@ -435,17 +469,22 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
         assert f"{ratio['median']:.3f}" in markdown
     assert "| recipe" in markdown
 
-    monkeypatch.setattr("d2kd.benchmark.benchmark", lambda *_: result)
+    monkeypatch.setattr("d2kd.benchmark.benchmark", lambda *_, **__: result)
     with pytest.raises(SystemExit, match="1"):
         tool.main([*words, "--bound", "1e-6"])
     assert "bound 1e-06 exceeded" in capsys.readouterr().out
 
 
+NOWHERE = " ".join(
+    f"dataloader.train.dataset.names.{key}=gone.json" for key in ("name", "json_file")
+)
 REFUSED = {
     "plain recipe": ("--config-file {folder}/plain.py", "plain.py: a plain recipe"),
     "missing recipe": ("--config-file {folder}/gone.py", "gone.py: no such config"),
     "unknown key": ("{tar} train.max_itr=3", "train.max_itr: no 'max_itr'"),
     "no rounds": ("{tar} --rounds 0", "rounds: 0"),
+    "no steps": ("{tar} --data -1", "data steps: -1"),
+    "no data": ("{tar} --rounds 1 --data 1 {nowhere}", "gone.json: "),
     "no pixels": ("{tar} --image-size 0", "image size: 0"),
     "no images": ("{tar} --batch-size -1", "batch size: -1"),
     "one twice": ("{tar} {tar}", "label: 'tar' 2 times"),
@@ -458,7 +497,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
 def test_refused_in_one_line(tool, folder, capfd, arguments, complaint):
-    words = arguments.format(folder=folder, tar=f"--config-file {folder}/tar.py").split()
+    words = arguments.format(
+        folder=folder, tar=f"--config-file {folder}/tar.py", nowhere=NOWHERE
+    ).split()
     assert complaint in refusal(tool.main, words, capfd)
 
 

@@ -2,9 +2,9 @@
 """Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
 
     tools/benchmark.py --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
-                       [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
+                       [--data STEPS] [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
-RECIPE is a LazyConfig with a teacher; neither weights nor data are read. Several are measured in turn on the same
+RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in turn on the same
 batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower end of the 95 %
 interval of distilled / (student + teacher) is not above it; otherwise the exit code is 1.
 """
@@ -37,6 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="images in a batch")
     parser.add_argument("--device", help="instead of the recipe's: auto, cpu or cuda")
     parser.add_argument("--rounds", type=int, default=15, help="how often each row is timed")
+    parser.add_argument(
+        "--data",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="also read the recipe's training data, in its own sizes: its loader alone, then feeding so many steps",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables")
     parser.add_argument("--bound", type=float, help="what the ratio shall not exceed, such as 1.05")
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         for name, *overrides in args.variant:
             variant_of[f"{label}, {name}"] = label
             setups.append(Setup(f"{label}, {name}", config, (*args.opts, *overrides), **common))
-    result = benchmark(setups, variant_of, args.rounds)
+    result = benchmark(setups, variant_of, args.rounds, data_steps=args.data)
     print(f"\n{table(result)}")
     if args.json:
         write_json(args.json, result)

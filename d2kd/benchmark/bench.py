@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +135,8 @@ class Bench:
 
     Attributes:
         device: where it runs.
+        clock: seconds, after all that was asked of the device is done.
+        dataloader: the recipe's.
         batches: five, drawn from a fixed seed.
         questions: for each batch, what is asked of the teacher.
         losses: of distillation, by name, for the first batch.
@@ -147,10 +149,11 @@ class Bench:
 
     def __init__(self, setup: Setup):
         config = setup.recipe()
+        self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
         self.sizes = setup.image_size, setup.batch_size
         self._precision = precision(config.train.amp, self.device)
-        self._clock, self._number = clock(self.device), 0
+        self.clock, self._number = clock(self.device), 0
         self._feed = iter(lambda: self.batches[self._number], None)  # whatever the number is then
         seed_all_rng(SEED)
         model = instantiate(config.model).to(self.device).train()
@@ -190,7 +193,7 @@ class Bench:
         return [[reduced(sample) for sample in batch] for batch in drawn]
 
     @contextlib.contextmanager
-    def _half_way(self) -> Iterator[None]:
+    def half_way(self) -> Iterator[None]:
         """Half-way through the run, with random draws that are the same for every row."""
         seed_all_rng(SEED)
         with EventStorage(start_iter=self._start_iter):
@@ -201,7 +204,7 @@ class Bench:
         ask = model.teacher.ask
         model.teacher.ask = lambda *args, **kwargs: heard.append(ask(*args, **kwargs)) or heard[-1]
         try:
-            with self._half_way(), self._precision[0]():
+            with self.half_way(), self._precision[0]():
                 losses = model(batch)
         finally:
             del model.teacher.ask
@@ -251,17 +254,22 @@ class Bench:
 
     def seconds(self, name: str, number: int) -> float:
         """Seconds of one step of a row on one of the batches."""
-        with self._half_way():
-            start = self._clock()
+        with self.half_way():
+            start = self.clock()
             self.rows[name].step(number)
-            return self._clock() - start
+            return self.clock() - start
+
+    def fed(self, name: str, batches: Iterable[list[dict]]) -> Step:
+        """Our training step of a row, to be run :meth:`half_way`, on other batches than :attr:`batches`."""
+        model, optimizer = self.rows[name].trained
+        return Step(model, batches, optimizer, self._precision, self._train)
 
     def phases(self, name: str, number: int) -> dict[str, float] | None:
         """Where the time of one training step of a row goes; None for a row that trains nothing."""
         row = self.rows[name]
         if row.trained is None:
             return None
-        with self._half_way():
+        with self.half_way():
             return phases(lambda: row.step(number), *row.trained, self.device)
 
     def peak(self, name: str) -> tuple[int, int | None]:

@@ -28,6 +28,7 @@ from .bench import (
     Setup,
     peak_memory,
 )
+from .feeding import check_data, feeding
 from .phases import PHASES
 from .untrained import OBJECTS
 
@@ -138,27 +139,31 @@ def benchmark(
     variant_of: Mapping[str, str] | None = None,
     rounds: int = 15,
     console: TextIO | None = None,
+    data_steps: int = 0,
 ) -> dict[str, Any]:
-    """Measure time, all rows in this process, then memory, each row in one of its own.
+    """Measure time, all rows in this process, then whether data keep up, then memory, each row in a process of its own.
 
     Args:
         setups: what to measure, by different labels. Where the plain step is the same, it is measured once.
         variant_of: {label: that of the setup it is a variant of}.
         rounds: how often each row is timed.
         console: where progress is shown; stdout by default.
+        data_steps: how many distilled steps each recipe's own loader feeds; 0: no data are read.
 
     Returns:
         what the JSON file holds: the circumstances; ``recipes`` with ``asked`` (what the losses read of the
         teacher), ``losses`` on the first batch and ``difference`` (relative, from what it is a variant of);
         ``rows`` of ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
         ``seconds`` by round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (of weights and
-        steps; None if unknown) and ``weights_mib``; and ``ratios``.
+        steps; None if unknown) and ``weights_mib``; ``ratios``; and ``data``, of each recipe what
+        :func:`~d2kd.benchmark.feeding.feeding` returns.
 
     Raises:
-        InputError: see :class:`Bench`; no rounds, or two setups of one label.
+        InputError: see :class:`Bench`; no rounds, two setups of one label, or data that cannot be read.
     """
-    if rounds < 1:
-        raise InputError("rounds", rounds, "at least 1")
+    for culprit, count, least in (("rounds", rounds, 1), ("data steps", data_steps, 0)):
+        if count < least:
+            raise InputError(culprit, count, f"at least {least}")
     labels = [setup.label for setup in setups]
     for label, count in ((label, labels.count(label)) for label in labels):
         if count > 1:
@@ -169,6 +174,8 @@ def benchmark(
         setup.recipe()  # so that one that cannot be used is all there is to say
     print(f"building, and statistics of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
+    for bench in benches.values() if data_steps else ():
+        check_data(bench)
     firsts: dict[str, str] = {}
     plain = {label: firsts.setdefault(bench.plain, label) for label, bench in benches.items()}
     for label, bench in benches.items():
@@ -182,6 +189,12 @@ def benchmark(
     line.close(f"{rounds} rounds, after {WARM_UPS} to warm up")
     phases = {(label, name): mean_phases(benches[label], name) for label, name in seconds}
     recipes = [_recipe(setup, benches, variant_of) for setup in setups]
+    data = []
+    for setup in setups if data_steps else ():
+        line = Progress(f"data of {setup.label}", console)
+        fed = feeding(benches[setup.label], setup.batch_size, data_steps, line)
+        line.close(f"{data_steps} batches alone, {data_steps} steps")
+        data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
     benches.clear()
     gc.collect()  # their rows refer to them
@@ -219,6 +232,7 @@ def benchmark(
         "recipes": recipes,
         "rows": rows,
         "ratios": ratios(seconds, plain, variant_of),
+        "data": data,
     }
 
 
@@ -274,6 +288,11 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
         if row["phases"] is not None
     ]
     compared = [list(ratio.values()) for ratio in result["ratios"]]
+    fed = [
+        [row["recipe"], DISTILLED, row["workers"], row["loader_images_per_second"]]
+        + [row[key] for key in ("images_per_second", "median_seconds", "waiting_seconds", "idle")]
+        for row in result["data"]
+    ]
 
     def block(body: list[list], headers: list[str], form: Sequence[str]) -> list[str]:
         text = tabulate(body, headers, tablefmt=style, floatfmt=("", "", *form), missingval="-")
@@ -283,4 +302,7 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
     lines += block(steps, headers, [".4f"] * 3 + [".2f", ".0f", ".0f"])
     lines += block(where, ["recipe", "seconds go to", *PHASES], [".4f"] * len(PHASES))
     lines += block(compared, ["recipe", "ratio", "median", "95 % from", "to"], [".3f"] * 3)
+    if fed:
+        headers = ["recipe", "fed by its loader", "workers", "loader alone, images/s", "images/s", "median s", "waiting s", "GPU idle"]  # fmt: skip
+        lines += block(fed, headers, [".0f", ".1f", ".2f", ".4f", ".4f", ".1%"])
     return "\n".join(lines)

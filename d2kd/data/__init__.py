@@ -3,6 +3,7 @@
 from d2kd.data import shapes
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.loader import build_test_loader, build_train_loader, use_seeded_loaders
+from d2kd.data.mapper import QuickMapper
 from d2kd.data.priors import InstancePriors, estimate_priors
 from d2kd.data.scales import TwoScales
 from d2kd.data.steps import class_step, split_classes
@@ -10,6 +11,7 @@ from d2kd.data.voc import register_voc
 
 __all__ = [
     "InstancePriors",
+    "QuickMapper",
     "TwoScales",
     "build_test_loader",
     "build_train_loader",

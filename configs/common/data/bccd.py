@@ -5,11 +5,11 @@ The data is not part of this project: D2KD_BCCD names its folder, ``BCCD`` in gi
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
-from d2kd.data import build_test_loader, build_train_loader, register_voc
+from d2kd.data import QuickMapper, build_test_loader, build_train_loader, register_voc
 
 
 def _split(split):
@@ -25,7 +25,7 @@ dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=_split("train"), filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(QuickMapper)(  # DatasetMapper's samples, the same pixels
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(short_edge_length=240),
@@ -43,7 +43,7 @@ dataloader.train = L(build_train_loader)(
 
 dataloader.test = L(build_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names=_split("val"), filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(QuickMapper)(
         is_train=False,
         augmentations=["${....train.mapper.augmentations.0}"],
         image_format="${...train.mapper.image_format}",

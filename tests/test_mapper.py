@@ -1,0 +1,165 @@
+"""QuickMapper gives DatasetMapper's samples, sooner."""
+
+import cv2
+import detectron2.data.transforms as T
+import numpy as np
+import pytest
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from d2kd.data import QuickMapper, build_train_loader
+from d2kd.data.mapper import read_image
+from d2kd.errors import InputError
+
+SIZE = 60, 90
+
+
+def picture(height, width, seed=0):
+    """Smooth colours with some noise, as photographs have them."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(256, size=(4, 5, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth + random.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def record(tmp_path):
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(picture(*SIZE)).save(file, quality=90)
+    polygon = [10, 5, 50, 5, 50, 40, 10, 40]
+    annotation = {
+        "bbox": [10, 5, 50, 40],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": 1,
+        "segmentation": [polygon],
+    }
+    return {
+        "file_name": str(file),
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "image_id": 7,
+        "annotations": [annotation, {**annotation, "bbox": [0, 0, 5, 5], "iscrowd": 1}],
+    }
+
+
+def both(record, augmentations, **options):
+    """What either mapper makes of a record, from the same random state."""
+    options = {"is_train": True, "image_format": "BGR"} | options
+    samples = []
+    for mapper in (DatasetMapper, QuickMapper):
+        np.random.seed(3)
+        samples.append(mapper(augmentations=augmentations, **options)(record))
+    return samples
+
+
+def assert_alike(theirs, ours, tolerance):
+    assert theirs.keys() == ours.keys()
+    assert theirs["image"].dtype == ours["image"].dtype and ours["image"].is_contiguous()
+    difference = (theirs["image"].int() - ours["image"].int()).abs().max()
+    assert difference <= tolerance
+    for key in ("file_name", "height", "width", "image_id"):
+        assert theirs[key] == ours[key]
+    if "instances" in theirs:
+        a, b = theirs["instances"], ours["instances"]
+        assert a.image_size == b.image_size and len(a) == len(b) == 1
+        assert a.gt_boxes.tensor.equal(b.gt_boxes.tensor) and a.gt_classes.equal(b.gt_classes)
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "tolerance"),
+    [
+        ([], 0),
+        ([T.RandomFlip(1.0)], 0),
+        ([T.ResizeShortestEdge(30)], 1),
+        ([T.ResizeShortestEdge([31, 47, 80, 133], sample_style="choice"), T.RandomFlip()], 1),
+        ([T.RandomFlip(1.0), T.Resize((45, 140))], 1),
+        ([T.RandomCrop("relative_range", (0.5, 0.5)), T.ResizeShortestEdge(100)], 1),
+        ([T.ResizeShortestEdge(30, interp=Image.NEAREST)], 0),
+        ([T.RandomApply(T.Resize((45, 140)), 1.0)], 0),  # inside another: as it is
+        ([T.RandomBrightness(0.9, 1.1), T.Resize((45, 140))], 1),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_samples_are_detectron2s(record, augmentations, tolerance, image_format):
+    theirs, ours = both(record, augmentations, image_format=image_format)
+    assert_alike(theirs, ours, tolerance)
+    assert ours["image"].float().std() > 10
+
+
+def test_masks_and_annotations_follow(record):
+    augmentations = [T.Resize((30, 45)), T.RandomFlip(1.0)]
+    theirs, ours = both(record, augmentations, use_instance_mask=True)
+    assert_alike(theirs, ours, 1)
+    (a,), (b,) = theirs["instances"].gt_masks.polygons, ours["instances"].gt_masks.polygons
+    assert np.array_equal(a, b)
+    theirs, ours = both(record, augmentations, is_train=False)
+    assert_alike(theirs, ours, 1)
+    assert "instances" not in ours and "annotations" not in ours
+
+
+def test_an_image_without_objects_and_one_without_annotations(record):
+    _, ours = both({**record, "annotations": []}, [T.Resize((30, 45))])
+    assert len(ours["instances"]) == 0
+    _, ours = both({k: v for k, v in record.items() if k != "annotations"}, [])
+    assert "instances" not in ours
+
+
+def test_the_record_is_not_changed(record):
+    before = repr(record)
+    both(record, [T.RandomFlip(1.0)])
+    assert repr(record) == before
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_they_say(tmp_path, orientation):
+    image, exif = Image.fromarray(picture(40, 56)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    file = str(tmp_path / "turned.jpg")
+    expected = detection_utils.read_image(file, "BGR")
+    assert expected.shape[:2] == ((40, 56) if orientation < 5 else (56, 40))
+    assert np.array_equal(read_image(file, "BGR"), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "L"])
+def test_images_of_other_kinds_become_what_is_asked_for(tmp_path, mode, image_format):
+    file = str(tmp_path / "image.png")
+    Image.fromarray(picture(20, 30)).convert(mode).save(file)
+    expected = detection_utils.read_image(file, image_format)
+    assert np.array_equal(read_image(file, image_format), expected)
+
+
+def test_maps_for_semantic_segmentation_come_along(tmp_path, record):
+    labels = np.arange(SIZE[0] * SIZE[1], dtype=np.uint8).reshape(SIZE)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    theirs, ours = both(record, [T.Resize((30, 45))])
+    assert theirs["sem_seg"].equal(ours["sem_seg"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_what_cannot_be_decoded_is_refused_like_any_other(tmp_path, record, content):
+    broken = tmp_path / "broken.jpg"
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    record["file_name"] = str(broken)
+    mapper = QuickMapper(is_train=True, augmentations=[], image_format="BGR")
+    batches = build_train_loader(
+        [record], mapper=mapper, total_batch_size=1, aspect_ratio_grouping=False
+    )
+    with pytest.raises(InputError, match="cannot be decoded") as refused:
+        next(iter(batches))
+    assert refused.value.culprit == str(broken)
+
+
+def test_a_recipe_names_it(record):
+    node = L(DatasetMapper)(
+        is_train=True, augmentations=[L(T.Resize)(shape=(30, 45))], image_format="BGR"
+    )
+    node["_target_"] = "d2kd.data.QuickMapper"
+    assert instantiate(node)(record)["image"].shape == (3, 30, 45)
