@@ -5,7 +5,7 @@ import detectron2.data.transforms as T
 import numpy as np
 import pytest
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -163,3 +163,11 @@ def test_a_recipe_names_it(record):
     )
     node["_target_"] = "d2kd.data.QuickMapper"
     assert instantiate(node)(record)["image"].shape == (3, 30, 45)
+
+
+def test_a_yacs_config_configures_it(record):
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (45,)
+    for is_train in (True, False):
+        sample = QuickMapper(cfg, is_train=is_train)(record)
+        assert sample["image"].shape[0] == 3 and ("instances" in sample) == is_train
