@@ -1,7 +1,9 @@
 """Runs of a study side by side: the same results as one by one, and nothing left running when one fails."""
 
 import io
-import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 
 import pytest
 import torch
@@ -116,3 +118,41 @@ def test_an_interruption_leaves_nothing_running(file, tmp_path):
     assert not multiprocessing.active_children()
     rows, failed = run(file, tmp_path / "out", [0], ["baseline"])
     assert not failed and rows[0]["AP"] is not None
+
+
+def _begin_and_wait(file, told):
+    with SideBySide(2, file, [], [], False) as trainer:
+        told.send(trainer._pool.submit(os.getpid).result())
+        trainer._pool.submit(signal.pause).result()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "pidfd_open"), reason="the end of a grandchild is seen on Linux"
+)
+def test_a_killed_study_leaves_nothing_running(file):
+    """Or the command that continues it would train beside what still trains."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    study = context.Process(target=_begin_and_wait, args=(str(file), there))
+    study.start()
+    running = os.pidfd_open(here.recv())
+    study.kill()
+    assert multiprocessing.connection.wait([running], timeout=60)
+    study.join()
+    os.close(running)
+
+
+def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path):
+    class Two(OneByOne):
+        jobs, busy = 2, []
+
+        def first_done(self, futures):
+            self.busy.append(len(futures))
+            return super().first_done(futures)
+
+    run(file, tmp_path / "out", [0], ["baseline"], jobs=1)
+    study = load(file)
+    runs = study.plan([0], ["baseline", "imitation", "longer"])
+    rows, failed = run_study(study, runs, tmp_path / "out", Two(), io.StringIO())
+    assert not failed and len(rows) == len(runs) == 4
+    assert Two.busy[0] == 2  # the teacher, and what starts from the finished baseline

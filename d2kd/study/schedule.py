@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import multiprocessing.connection
+import os
 import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,7 +72,8 @@ def run_study(
     while waiting or busy:
         unknown = {run.name for run in (*waiting, *(run for run, _ in busy.values()))}
         ready = [run for run in waiting if unknown.isdisjoint(run.needs)]
-        for run in ready[: trainer.jobs - len(busy)]:
+        chosen = ready[: trainer.jobs - len(busy)]
+        for run in chosen:
             waiting.remove(run)
             line = Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
             if missing := [need for need in run.needs if need not in finished]:
@@ -81,6 +85,8 @@ def run_study(
                 close(run, line, row, "finished before: ")
             else:
                 busy[trainer.submit(run, finished, folder, line)] = run, line
+        if chosen and len(busy) < trainer.jobs:
+            continue  # what was finished before may have made others ready
         for future in trainer.first_done(busy) if busy else ():
             run, line = busy.pop(future)
             try:
@@ -232,12 +238,19 @@ def _begin(
     """What a process does first."""
     global _tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the first process gets, too
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     torch.set_num_threads(threads)
     # A spawned process would spawn its loaders' workers, too, and each would import everything anew.
     multiprocessing.set_start_method(start_method, force=True)
     _, runs = planned(path, seeds, only, fast)
     _runs.update((run.name, run) for run in runs)
     _tell = messages.put
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """End this process when that one does, or a killed study's run would go on beside the command that continues it."""
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _train(name: str, finished: Mapping[str, Mapping], folder: Path) -> dict[str, Any]:
