@@ -16,7 +16,12 @@ from PIL import Image
 
 from d2kd.config import distill, override
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.measurements import look_at_inputs, look_at_losses, look_at_teacher
+from d2kd.doctor.measurements import (
+    look_at_features,
+    look_at_inputs,
+    look_at_losses,
+    look_at_teacher,
+)
 from d2kd.engine import Trainer
 from d2kd.engine.random_state import random_state
 from d2kd.engine.recipe import complete
@@ -418,6 +423,38 @@ def test_pixels_of_another_range(config):
     assert finding.state == "error" and "0 to 255" in finding.advice
     (finding,) = look_at_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
     assert finding.state == "warning"
+
+
+def test_a_level_that_outweighs_the_others(config):
+    """As the coarsest of a RetinaNet may, on which no object of the data is large enough."""
+    trainer = Trainer(config)
+    model, batch = trainer.model, next(iter(trainer._trainer.data_loader))
+    (finding,) = look_at_features(model, [batch, batch])
+    assert finding.state == "ok" and finding.found.startswith("p2 ")
+    before = dict(part.split() for part in finding.found.split(", "))
+    backbone = model.teacher.detector.backbone
+    backbone.register_forward_hook(lambda module, given, maps: {**maps, "p4": 50 * maps["p4"]})
+    (finding,) = look_at_features(model, [batch, batch])
+    after = dict(part.split() for part in finding.found.split(":")[0].split(", "))
+    assert float(after.pop("p4")) == pytest.approx(50 * float(before.pop("p4")), rel=0.02)
+    assert after == before and finding.state == "warning"
+    rest = ",".join(before)
+    assert finding.advice == (
+        "if no objects are learned there, "
+        f"model.losses.tar.levels=[{rest}] model.losses.plain.levels=[{rest}]"
+    )
+    overridden = override(config, [word for word in finding.advice.split() if "=" in word])
+    (finding,) = look_at_features(Trainer(overridden).model, [batch])
+    assert "p4" not in finding.found
+
+
+def test_features_that_nothing_compares(config):
+    trainer = Trainer(config)
+    batch = next(iter(trainer._trainer.data_loader))
+    config.model.losses = L(DistillLosses)()
+    assert not list(look_at_features(Trainer(config).model, [batch]))
+    config.model.losses = L(DistillLosses)(it=L(ImitationLoss)(levels=["p3"]))
+    assert not list(look_at_features(Trainer(config).model, [batch]))
 
 
 def test_statistics_of_the_other_order(config):

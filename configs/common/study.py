@@ -68,10 +68,16 @@ def taught(student, teacher, inherit=(), **method):
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
-def controls(student, teacher, steps_like):
-    """The runs: teacher, baseline, the baseline given as many seconds as ``steps_like`` takes, imitation."""
+def controls(student, teacher, steps_like, levels=None):
+    """The runs: teacher, baseline, the baseline given as many seconds as ``steps_like`` takes, imitation.
+
+    Args:
+        student, teacher: whole recipes.
+        steps_like: name of a run.
+        levels: that imitation compares; all by default.
+    """
     # The weight was chosen on shapes_val.
-    losses = L(DistillLosses)(imitation=L(ImitationLoss)(weight=0.1))
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=levels, weight=0.1))
     return dict(
         teacher=dict(config=teacher, once=True),
         baseline=dict(config=student),

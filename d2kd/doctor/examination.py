@@ -21,7 +21,7 @@ from ..study.console import quiet
 from .data import look_at_data
 from .findings import Finding
 from .first_look import data_classes, first_look
-from .measurements import look_at_inputs, look_at_losses, look_at_teacher
+from .measurements import look_at_features, look_at_inputs, look_at_losses, look_at_teacher
 
 STATISTIC_BATCHES = 4
 
@@ -66,8 +66,11 @@ def _all(config: DictConfig, images: int, iterations: int, target: float) -> Ite
     yield from first_look(trainer.config, trainer.model)
     try:
         loader = trainer._trainer.data_loader
-        yield from look_at_inputs(trainer, list(itertools.islice(loader, STATISTIC_BATCHES)))
+        batches = list(itertools.islice(loader, STATISTIC_BATCHES))
+        yield from look_at_inputs(trainer, batches)
         model = unwrapped(trainer.model)
+        if is_distiller(config.model):
+            yield from look_at_features(model, batches)
         if is_distiller(config.model) and "evaluator" in config.dataloader:
             yield from look_at_teacher(trainer.config, model, images)
         if iterations:

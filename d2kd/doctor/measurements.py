@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, MutableSequence
 from typing import Any
@@ -31,6 +32,9 @@ MEAN, DEVIATION = 1.5, (0.2, 100)
 """Of normalised pixels: the largest mean, in deviations, and deviations that are usual (57 with a pixel_std of 1)."""
 
 KNOWS_NOTHING, KNOWS_LITTLE = 1.0, 10.0  # AP of 100
+STRENGTH = 4.0
+"""Of a level, relative to the others': from here on, squared differences there are nearly all that is imitated."""
+
 RATIO = (0.05, 5.0)
 """Of a distillation loss's gradient in the student's features to that of the task losses: what is usual."""
 
@@ -94,6 +98,41 @@ def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterat
         yield Finding("teacher", "warning", text, "a better teacher, if there is one")
     else:
         yield Finding("teacher", "ok", text)
+
+
+def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Finding]:
+    """How strong the teacher's levels are beside each other, of those that losses compare.
+
+    A level on which no object is learned has features that only say no, and often loudly.
+    """
+    levels: dict[str, Mapping[str, str]] = {}  # of each loss, the student's and the teacher's
+    for name, loss in model.losses.by_name.items():
+        for part in loss.modules():  # TAR's feature term is an ImitationLoss
+            if isinstance(compared := getattr(part, "levels", None), Mapping):
+                levels[name] = compared
+    pairs = {level: match for compared in levels.values() for level, match in compared.items()}
+    if len(pairs) < 2:
+        return
+    with torch.no_grad():
+        asked = [model.teacher.ask(batch).features for batch in batches]
+    strength = {
+        level: math.sqrt(statistics.fmean(m[match].float().square().mean().item() for m in asked))
+        for level, match in pairs.items()
+    }
+    loud = []
+    for level, value in strength.items():
+        usual = statistics.median(other for name, other in strength.items() if name != level)
+        if value > STRENGTH * usual:
+            loud.append(level)
+    found = ", ".join(f"{level} {value:.3g}" for level, value in strength.items())
+    if not loud:
+        yield Finding("teacher's features", "ok", found)
+        return
+    rest = {name: [x for x in compared if x not in loud] for name, compared in levels.items()}
+    overrides = [f"model.losses.{name}.levels=[{','.join(few)}]" for name, few in rest.items()]
+    found += f": {', '.join(loud)} outweighs the others"
+    advice = f"if no objects are learned there, {' '.join(overrides)}"
+    yield Finding("teacher's features", "warning", found, advice)
 
 
 def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from d2kd.losses import DistillLosses
 from ....configs.common.study import controls, taught
 
 
-def compared(student, teacher, inherit):
+def compared(student, teacher, inherit, levels=None):
     """The runs: teacher, baseline, the baseline given as many seconds, imitation, ICD, and ICD's parts.
 
     ``inherit`` starts from the teacher's weights and learns alone; ``icd_inherit`` does both. ``icd_uniform``
@@ -20,14 +20,16 @@ def compared(student, teacher, inherit):
     Args:
         student, teacher: whole recipes.
         inherit: prefixes of the weights to inherit.
+        levels: that ICD and imitation compare; all by default.
     """
     recipe = get_config("projects/ICD/configs/icd_shapes.py")
+    recipe.model.losses.icd.levels = levels
     icd = dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
     uniform, published = copy.deepcopy(icd), copy.deepcopy(icd)
     uniform["losses"].icd.weights = "uniform"
     published["losses"].icd.query_positions = published["losses"].icd.normalize_keys = False
     return dict(
-        controls(student, teacher, steps_like="icd"),
+        controls(student, teacher, "icd", levels),
         icd=taught(student, teacher, **icd),
         inherit=taught(student, teacher, inherit, losses=L(DistillLosses)()),
         icd_inherit=taught(student, teacher, inherit, **icd),
