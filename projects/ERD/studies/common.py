@@ -10,16 +10,20 @@ METHODS = {
     "lwf": lambda: L(DistillLosses)(lwf=L(LwFLoss)()),
     "erd": lambda: L(DistillLosses)(erd=L(ERDLoss)()),
 }
+# Ablations run where they are named.
+ABLATIONS = {
+    "erd_with_stride": lambda: L(DistillLosses)(erd=L(ERDLoss)(decode_with_stride=True)),
+}
 
 
-def in_steps(baseline, split, number, steps, methods=tuple(METHODS)):
+def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
     """The runs: the first step, each method's other steps, everything at once.
 
     Args:
         baseline: the recipe of all classes, by name.
         split, number: see :func:`d2kd.data.split_classes`, and how many steps that are.
         steps: of training, of each run.
-        methods: names of ``METHODS``.
+        methods: names of ``METHODS`` and ``ABLATIONS``.
     """
 
     def recipe(step=None, losses=None):
@@ -35,8 +39,9 @@ def in_steps(baseline, split, number, steps, methods=tuple(METHODS)):
         before = "first"
         for step in range(2, number + 1):
             name = method if number == 2 else f"{method}_step{step}"
-            config = recipe(step, METHODS[method]())
-            runs[name] = dict(config=config, step=step, teacher=before)
+            config = recipe(step, (METHODS | ABLATIONS)[method]())
+            optional = method in ABLATIONS
+            runs[name] = dict(config=config, step=step, teacher=before, optional=optional)
             before = name
     runs["everything"] = dict(config=recipe())
     return runs
