@@ -92,6 +92,30 @@ class Attention:
         """Level -> how much of object k's attention is there, on average over the rows."""
         return {level: float(x[k].sum((-1, -2)).mean()) for level, x in self.levels.items()}
 
+    def inside(self, box: np.ndarray) -> np.ndarray:
+        """How much of the attention is in a box, ``(K, R)``; a cell counts by the part of it that the box covers.
+
+        Args:
+            box: XYXY in widths and heights of the image.
+        """
+        x0, y0, x1, y1 = box
+
+        def covered(low: float, high: float, count: int, extent: float) -> np.ndarray:
+            edges = np.arange(count + 1) / count * extent
+            part = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+            return part.clip(0) * count / extent
+
+        height, width = self.extent
+        return sum(
+            np.einsum(
+                "krhw,h,w->kr",
+                cells,
+                covered(y0, y1, cells.shape[-2], height),
+                covered(x0, x1, cells.shape[-1], width),
+            )
+            for cells in self.levels.values()
+        )
+
     def on_picture(self, level: str, size: tuple[int, int]) -> np.ndarray:
         """The cells of a level under each pixel of a picture of the image: ``(K, R, *size)``."""
         cells = self.levels[level]
@@ -108,6 +132,21 @@ class Attention:
             self.on_picture(level, size) * (cells.shape[-2] * cells.shape[-1] / height / width)
             for level, cells in self.levels.items()
         )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn, and how well the attention points at the objects.
+
+    Attributes:
+        files: one for each image.
+        inside: the share of an object's attention that is in its box, on average over objects and rows.
+        by_chance: the same of attention that is even over the image: the share that a box covers.
+    """
+
+    files: list[Path]
+    inside: float
+    by_chance: float
 
 
 @torch.no_grad()
@@ -159,7 +198,7 @@ def attention_panel(
     Args:
         image: (H, W, 3) uint8 RGB.
         box: of the object, XYXY in pixels of ``image``.
-        title: what to call it; the levels' shares are written behind it.
+        title: what to call it; the levels' shares and the box's are written behind it.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -188,7 +227,11 @@ def attention_panel(
         tiles.append(np.hstack(line))
     body = np.vstack(tiles)
     shares = ", ".join(f"{level} {share:.0%}" for level, share in attention.shares(0).items())
-    return np.vstack([title_strip(f"{title}: {shares}", body.shape[1]), body])
+    width, height = image.shape[1], image.shape[0]
+    inside = attention.inside(box / [width, height, width, height]).mean()
+    return np.vstack(
+        [title_strip(f"{title}: {shares}; in the box {inside:.0%}", body.shape[1]), body]
+    )
 
 
 def _annotate(tile: Image.Image, text: str, box: np.ndarray) -> None:
@@ -207,7 +250,7 @@ def draw_attention(
     teacher: Teacher,
     mapper: Callable[[dict], dict],
     number: int,
-) -> list[Path]:
+) -> Drawn:
     """A picture for each of some images with objects, spread evenly over a data set: a panel for each object.
 
     Args:
@@ -226,11 +269,15 @@ def draw_attention(
     records = [record for record in DatasetCatalog.get(dataset) if _has_objects(record)]
     if not records:
         raise InputError(dataset, "no annotated object", "images with objects to ask about")
-    names, drawn = metadata.get("thing_classes"), {}
+    names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
     for scene in scenes(spread(records, number), mapper):
         truth = scene.panels["ground truth"]
         attention = attention_of(loss, teacher, scene.batch, truth)
         boxes = truth.gt_boxes.tensor.numpy()
+        height, width = scene.image.shape[:2]
+        relative = boxes / [width, height, width, height]
+        inside += [attention.of_object(k).inside(box).mean() for k, box in enumerate(relative)]
+        by_chance += ((relative[:, 2:] - relative[:, :2]).prod(1)).tolist()
         panels = [
             attention_panel(scene.image, attention, k, boxes[k], f"{k + 1} {names[label]}")
             for k, label in enumerate(truth.gt_classes.tolist())
@@ -239,7 +286,8 @@ def draw_attention(
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / name)
-    return [folder / name for name in drawn]
+    files = [folder / name for name in drawn]
+    return Drawn(files, float(np.mean(inside)), float(np.mean(by_chance)))
 
 
 def _has_objects(record: Mapping) -> bool:

@@ -112,6 +112,25 @@ def test_density_is_of_pixels_and_not_of_cells():
     assert found.sum() == pytest.approx(4 * 4 + 16 * 3)
 
 
+def test_how_much_is_in_a_box():
+    fine, coarse = np.zeros((2, 1, 4, 4)), np.zeros((2, 1, 2, 2))
+    fine[:, 0, 0, 0], coarse[:, 0, 0, 1] = [0.25, 1], [0.75, 0]
+    found = Attention({"p3": fine, "p4": coarse}, (1.0, 1.0))
+    assert found.inside(np.array([0, 0, 1, 1])).tolist() == [[1], [1]]
+    assert found.inside(np.array([0, 0, 0.25, 0.125])).tolist() == [[0.125], [0.5]]
+    assert found.inside(np.array([0.25, 0, 0.75, 1])).tolist() == [[0.375], [0]]
+    assert found.inside(np.array([0.9, 0.9, 0.9, 0.9])).tolist() == [[0], [0]]
+    # Where half of the cells are padding, the image's right half is in the second quarter of the columns.
+    padded = Attention({"p3": np.full((1, 1, 2, 4), 0.125)}, (1.0, 2.0))
+    assert padded.inside(np.array([0.5, 0, 1, 1])).tolist() == [[0.25]]
+
+
+def test_even_attention_is_in_a_box_by_chance():
+    even = {"p3": np.full((1, 3, 5, 7), 1 / 70), "p4": np.full((1, 3, 1, 2), 1 / 4)}
+    box = np.array([0.1, 0.3, 0.4, 0.9])
+    np.testing.assert_allclose(Attention(even, (1.0, 1.0)).inside(box), 0.3 * 0.6)
+
+
 def test_a_panel_shows_rows_and_levels():
     p3, p4 = np.full((2, 3, 4, 4), 0.01), np.full((2, 3, 2, 2), 0.01)
     p3[1, 2, 3, 0] = 0.5
@@ -206,12 +225,14 @@ def test_pictures_of_images_with_objects(tmp_path, mapper):
     name = coco_dataset(f"seen_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
     model = model_of()
     loss = model.losses.by_name["loss"]
-    written = draw_attention(tmp_path / "out", name, loss, model.teacher, mapper, number=8)
+    drawn = draw_attention(tmp_path / "out", name, loss, model.teacher, mapper, number=8)
+    written = drawn.files
+    assert 0 < drawn.inside < 1 and 0 < drawn.by_chance < 1
     assert [file.name for file in written] == ["01_1.png", "02_2.png"]
     height, width = STRIP + 5 * TILE, 6 * TILE  # four heads and their mean; five levels and all
     two, five = (np.asarray(Image.open(file)).shape[:2] for file in written)
     assert two == (height, 2 * width + 6) and five == (2 * height + 6, 3 * width + 12)
-    [one] = draw_attention(tmp_path / "one", name, loss, model.teacher, mapper, number=1)
+    [one] = draw_attention(tmp_path / "one", name, loss, model.teacher, mapper, number=1).files
     assert one.name == "01_1.png"
 
 

@@ -1,5 +1,6 @@
 """The command line that draws: teacher and student on data that a recipe describes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_attention_of_a_run(folder):
 
     done = attention(folder / "out/config.yaml")
     assert done.returncode == 0, done.stderr
-    assert "attention: 2 pictures" in done.stdout
+    assert re.search(r"attention, \d+% of it in boxes that cover \d+%: 2 pictures", done.stdout)
     assert len(list((folder / "attention").glob("*.png"))) == 2
     for config, words, complaint in (
         ("out/config.yaml", ["--weights", f"student={folder}/student.pth"], "no losses.icd"),

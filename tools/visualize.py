@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
     mapper = instantiate(config.dataloader.test.mapper)
     if args.what == "attention":
         loss, teacher = icd_of(config, weights)
-        written = draw_attention(args.output, args.dataset, loss, teacher, mapper, args.number)
-        shown = "attention"
+        drawn = draw_attention(args.output, args.dataset, loss, teacher, mapper, args.number)
+        written = drawn.files
+        shown = f"attention, {drawn.inside:.0%} of it in boxes that cover {drawn.by_chance:.0%}"
     elif args.what == "selection":
         loss, teacher = erd_of(config, weights)
         written = draw_selection(args.output, args.dataset, loss, teacher, mapper, args.number)
