@@ -68,20 +68,24 @@ def assert_alike(theirs, ours, tolerance):
         assert a.gt_boxes.tensor.equal(b.gt_boxes.tensor) and a.gt_classes.equal(b.gt_classes)
 
 
+AUGMENTATIONS = {  # and by how much pixels may differ
+    "none": ([], 0),
+    "flip": ([T.RandomFlip(1.0)], 0),
+    "smaller": ([T.ResizeShortestEdge(30)], 1),
+    "some": (
+        [T.ResizeShortestEdge([31, 47, 80, 133], sample_style="choice"), T.RandomFlip()],
+        1,
+    ),
+    "flipped, larger": ([T.RandomFlip(1.0), T.Resize((45, 140))], 1),
+    "cropped": ([T.RandomCrop("relative_range", (0.5, 0.5)), T.ResizeShortestEdge(100)], 1),
+    "nearest": ([T.ResizeShortestEdge(30, interp=Image.NEAREST)], 0),
+    "inside another": ([T.RandomApply(T.Resize((45, 140)), 1.0)], 0),
+    "of floats": ([T.RandomBrightness(0.9, 1.1), T.Resize((45, 140))], 1),
+}
+
+
 @pytest.mark.parametrize(
-    ("augmentations", "tolerance"),
-    [
-        ([], 0),
-        ([T.RandomFlip(1.0)], 0),
-        ([T.ResizeShortestEdge(30)], 1),
-        ([T.ResizeShortestEdge([31, 47, 80, 133], sample_style="choice"), T.RandomFlip()], 1),
-        ([T.RandomFlip(1.0), T.Resize((45, 140))], 1),
-        ([T.RandomCrop("relative_range", (0.5, 0.5)), T.ResizeShortestEdge(100)], 1),
-        ([T.ResizeShortestEdge(30, interp=Image.NEAREST)], 0),
-        ([T.RandomApply(T.Resize((45, 140)), 1.0)], 0),  # inside another: as it is
-        ([T.RandomBrightness(0.9, 1.1), T.Resize((45, 140))], 1),
-    ],
-    ids=repr,
+    ("augmentations", "tolerance"), AUGMENTATIONS.values(), ids=AUGMENTATIONS.keys()
 )
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
 def test_samples_are_detectron2s(record, augmentations, tolerance, image_format):
