@@ -189,16 +189,16 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
 
 
 def attention_panel(
-    image: np.ndarray, attention: Attention, k: int, box: np.ndarray, title: str
+    image: np.ndarray, attention: Attention, box: np.ndarray, title: str
 ) -> np.ndarray:
-    """What object k is recognised by: from above the mean of all rows, then each; from the left all levels, then each.
+    """What an object is recognised by: from above the mean of all rows, then each; from the left all levels, then each.
 
     The brightest cell of a row is its largest over all levels; the first column has a scale of its own.
 
     Args:
         image: (H, W, 3) uint8 RGB.
+        attention: of that object alone.
         box: of the object, XYXY in pixels of ``image``.
-        title: what to call it; the levels' shares and the box's are written behind it.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -206,7 +206,6 @@ def attention_panel(
     scale = TILE / max(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
     gray = np.asarray(Image.fromarray(image).convert("L").resize(size[::-1]))[..., None] * 0.5
-    attention = attention.of_object(k)  # or each of K panels would cost what all do
     levels = [attention.on_picture(level, size)[0] for level in attention.levels]
     shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
     shown = np.concatenate([shown.mean(0, keepdims=True), shown])
@@ -226,12 +225,7 @@ def attention_panel(
             line.append(np.asarray(tile))
         tiles.append(np.hstack(line))
     body = np.vstack(tiles)
-    shares = ", ".join(f"{level} {share:.0%}" for level, share in attention.shares(0).items())
-    width, height = image.shape[1], image.shape[0]
-    inside = attention.inside(box / [width, height, width, height]).mean()
-    return np.vstack(
-        [title_strip(f"{title}: {shares}; in the box {inside:.0%}", body.shape[1]), body]
-    )
+    return np.vstack([title_strip(title, body.shape[1]), body])
 
 
 def _annotate(tile: Image.Image, text: str, box: np.ndarray) -> None:
@@ -273,15 +267,15 @@ def draw_attention(
     for scene in scenes(spread(records, number), mapper):
         truth = scene.panels["ground truth"]
         attention = attention_of(loss, teacher, scene.batch, truth)
-        boxes = truth.gt_boxes.tensor.numpy()
         height, width = scene.image.shape[:2]
-        relative = boxes / [width, height, width, height]
-        inside += [attention.of_object(k).inside(box).mean() for k, box in enumerate(relative)]
-        by_chance += ((relative[:, 2:] - relative[:, :2]).prod(1)).tolist()
-        panels = [
-            attention_panel(scene.image, attention, k, boxes[k], f"{k + 1} {names[label]}")
-            for k, label in enumerate(truth.gt_classes.tolist())
-        ]
+        panels = []
+        for k, (box, label) in enumerate(zip(truth.gt_boxes.tensor.numpy(), truth.gt_classes)):
+            own, relative = attention.of_object(k), box / [width, height, width, height]
+            inside.append(own.inside(relative).mean())
+            by_chance.append((relative[2:] - relative[:2]).prod())
+            shares = ", ".join(f"{level} {share:.0%}" for level, share in own.shares(0).items())
+            title = f"{k + 1} {names[label]}: {shares}; in the box {inside[-1]:.0%}"
+            panels.append(attention_panel(scene.image, own, box, title))
         drawn[f"{scene.name}.png"] = _grid(panels)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():

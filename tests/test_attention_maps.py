@@ -136,7 +136,7 @@ def test_a_panel_shows_rows_and_levels():
     p3[1, 2, 3, 0] = 0.5
     image = np.zeros((80, 80, 3), np.uint8)
     attention = Attention({"p3": p3, "p4": p4}, (1.0, 1.0))
-    panel = attention_panel(image, attention, 1, np.array([0, 0, 8, 8]), "a thing")
+    panel = attention_panel(image, attention.of_object(1), np.array([0, 0, 8, 8]), "a thing")
     assert panel.shape == (STRIP + 4 * TILE, 3 * TILE, 3) and panel.dtype == np.uint8
     rows = panel[STRIP:].reshape(4, TILE, 3, TILE, 3).transpose(0, 2, 1, 3, 4)
     corner = (slice(TILE - TILE // 4 + 2, TILE - 2), slice(2, TILE // 4 - 2))
@@ -181,21 +181,6 @@ def test_a_teacher_of_larger_images(tmp_path):
     assert found.extent == wanted.extent
     for level, same in zip(found.levels, wanted.levels, strict=True):
         np.testing.assert_allclose(found.levels[level], wanted.levels[same], rtol=1e-5)
-
-
-def test_a_panel_is_of_one_object_alone(monkeypatch):
-    """So that all panels of a picture take time in proportion to its objects, not to their square."""
-    levels, drawn = {"p3": np.full((5, 2, 4, 4), 0.01)}, []
-    on_picture = Attention.on_picture
-
-    def counted(self, level, size):
-        drawn.append(len(self.levels[level]))
-        return on_picture(self, level, size)
-
-    monkeypatch.setattr(Attention, "on_picture", counted)
-    image = np.zeros((8, 8, 3), np.uint8)
-    attention_panel(image, Attention(levels, (1.0, 1.0)), 3, np.zeros(4), "it")
-    assert set(drawn) == {1}
 
 
 def test_what_is_no_run_with_icd(tmp_path):

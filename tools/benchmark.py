@@ -4,9 +4,9 @@
     tools/benchmark.py --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
                        [--data STEPS] [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
-RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in turn on the same
-batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower end of the 95 %
-interval of distilled / (student + teacher) is not above it; otherwise the exit code is 1.
+RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in
+turn on the same batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower
+end of the 95 % interval of distilled / (student + teacher) is not above it; otherwise the exit code is 1.
 """
 
 import argparse
