@@ -24,7 +24,7 @@ from .classes import num_classes_of
 from .config import builds
 from .data import InstancePriors, check_dataset
 from .errors import InputError
-from .layers.attention import sine_positions
+from .layers.attention import CellPositions
 from .layers.masks import valid_cells
 from .layers.queries import make_queries
 from .losses import ICDLoss
@@ -172,7 +172,7 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
         valid_cells(said.images.image_sizes, padded, x.shape[-2:], x.device) for x in maps.values()
     ]
     cells = tokens(maps.values())
-    positions = tokens(sine_positions(v, cells.shape[-1]).movedim(-1, 1) for v in valid)
+    positions = CellPositions.of(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
     queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
     (asked, places), rows = loss.encoded(queries), []

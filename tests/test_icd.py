@@ -21,6 +21,7 @@ from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS, write_json
 from d2kd.errors import InputError
 from d2kd.layers.attention import (
+    CellPositions,
     InstanceDecoderLayer,
     point_positions,
     sine_positions,
@@ -294,8 +295,10 @@ def layer_and_inputs(queries=6, cells=20, channels=8, heads=2, images=2):
     torch.manual_seed(0)
     layer = InstanceDecoderLayer(channels, heads)
     valid = torch.arange(cells)[None] < torch.tensor([cells, cells - 7])[:images, None]
-    inputs = [torch.randn(images, n, channels) for n in (queries, cells, cells)]
-    return layer, (*inputs, valid), torch.rand(images, queries) < 0.5
+    asked, read = (torch.randn(images, n, channels) for n in (queries, cells))
+    places = (torch.randn(images, n, channels // 2) for n in (cells, 1))
+    positions = CellPositions(*([x] for x in places))
+    return layer, (asked, read, positions, valid), torch.rand(images, queries) < 0.5
 
 
 def test_summed_attention_is_the_softmax_of_the_logits_in_any_chunk():
@@ -335,7 +338,7 @@ def test_even_logits_give_a_plain_mean_over_valid_cells():
 def test_what_lies_in_the_padding_is_never_read():
     layer, (queries, cells, positions, valid), chosen = layer_and_inputs()
     before = layer(queries, cells, positions, valid, chosen)
-    cells[~valid], positions[~valid] = 1e6, -1e6
+    cells[~valid], positions.rows[0][~valid] = 1e6, -1e6
     after = layer(queries, cells, positions, valid, chosen)
     assert torch.equal(before.queries, after.queries)
     assert torch.equal(before.attention, after.attention)
@@ -399,6 +402,18 @@ def test_positions_and_valid_cells_of_odd_images():
 
 
 @pytest.mark.parametrize("channels", [8, 7])
+def test_rows_and_columns_say_what_all_cells_would(channels):
+    torch.manual_seed(0)
+    sizes, padded = [(1, 1), (33, 65), (64, 96)], (64, 96)
+    valid = [valid_cells(sizes, padded, size) for size in ((8, 12), (2, 3), (1, 1))]
+    linear = torch.nn.Linear(channels, 6)
+    whole = linear(torch.cat([sine_positions(x, channels).flatten(1, 2) for x in valid], dim=1))
+    found = CellPositions.of(valid, channels).mapped(linear.weight, linear.bias)
+    valid = torch.cat([x.flatten(1) for x in valid], dim=1)
+    torch.testing.assert_close(found[valid], whole[valid])
+
+
+@pytest.mark.parametrize("channels", [8, 7])
 def test_points_are_told_as_cells_are(channels):
     cells = sine_positions(torch.ones(1, 4, 5, dtype=torch.bool), channels)[0]
     rows, columns = torch.meshgrid(torch.arange(1, 5) / 4, torch.arange(1, 6) / 5, indexing="ij")
@@ -410,14 +425,14 @@ def test_points_are_told_as_cells_are(channels):
 def test_queries_with_positions_begin_by_looking_around_their_points(seed):
     torch.manual_seed(seed)
     valid = torch.ones(1, 6, 6, dtype=torch.bool)
-    places = sine_positions(valid, 16).flatten(1, 2)
+    places, cells = sine_positions(valid, 16).flatten(1, 2), CellPositions.of([valid], 16)
     nothing = torch.zeros_like(places)
     layer = InstanceDecoderLayer(16, 2, query_positions=True)
-    [logits] = layer.logits(nothing, nothing, places, valid.flatten(1), places)
+    [logits] = layer.logits(nothing, nothing, cells, valid.flatten(1), places)
     near = logits.diagonal(dim1=1, dim2=2)
     assert (near.mean(1) > logits.mean((1, 2))).all()
     torch.testing.assert_close(logits, logits.transpose(1, 2))
-    without = layer.logits(nothing, nothing, places, valid.flatten(1))
+    without = layer.logits(nothing, nothing, cells, valid.flatten(1))
     assert float(without.std(2).max()) < float(logits.std(2).max()) / 2
 
 

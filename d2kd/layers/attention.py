@@ -7,6 +7,7 @@ channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,8 @@ def sine_positions(valid: Tensor, channels: int) -> Tensor:
     Returns:
         ``(N, H, W, channels)`` float32.
     """
-
-    def place(axis: int) -> Tensor:
-        count = valid.cumsum(axis, dtype=torch.float32)
-        last = count.narrow(axis, count.shape[axis] - 1, 1)
-        return count / (last + 1e-6)
-
-    return _sines(place(1), place(2), channels)
+    rows, columns = _places(valid)
+    return torch.cat([*_sines(rows, columns, channels)], dim=-1)
 
 
 def point_positions(points: Tensor, channels: int) -> Tensor:
@@ -46,17 +42,60 @@ def point_positions(points: Tensor, channels: int) -> Tensor:
     Returns:
         ``(..., channels)`` float32.
     """
-    return _sines(*points.float().flip(-1).unbind(-1), channels)
+    return torch.cat([*_sines(*points.float().flip(-1).unbind(-1), channels)], dim=-1)
 
 
-def _sines(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
-    halves = []
+@dataclass
+class CellPositions:
+    """:func:`sine_positions` of the valid cells of all levels, by row and by column.
+
+    A cell is told by its row and its column: H + W vectors say what H W would.
+
+    Attributes:
+        rows, columns: of each level ``(N, H, C // 2)`` and ``(N, W, C - C // 2)``.
+    """
+
+    rows: list[Tensor]
+    columns: list[Tensor]
+
+    @classmethod
+    def of(cls, valid: Iterable[Tensor], channels: int) -> CellPositions:
+        """Of levels ``(N, H, W)`` bool, whose valid cells are in the first rows and columns; C = channels."""
+        positions = cls([], [])
+        for rows, columns in map(_places, valid):
+            rows, columns = _sines(rows[:, :, 0], columns[:, 0], channels)
+            positions.rows.append(rows)
+            positions.columns.append(columns)
+        return positions
+
+    def mapped(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """A linear map of each cell's position: ``(N, S, C')``, of weight ``(C', C)`` and bias ``(C',)``.
+
+        In the padding it is another than that of :func:`sine_positions`.
+        """
+        of_row, of_column = weight.split([x[0].shape[-1] for x in (self.rows, self.columns)], dim=1)
+        levels = (
+            F.linear(rows, of_row, bias)[:, :, None] + F.linear(columns, of_column)[:, None]
+            for rows, columns in zip(self.rows, self.columns, strict=True)
+        )
+        return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
+
+
+def _places(valid: Tensor) -> Iterable[Tensor]:
+    """How far down and how far right a cell lies, ``(N, H, W)`` each, 1 in the last valid row and column."""
+    for axis in (1, 2):
+        count = valid.cumsum(axis, dtype=torch.float32)
+        last = count.narrow(axis, count.shape[axis] - 1, 1)
+        yield count / (last + 1e-6)
+
+
+def _sines(rows: Tensor, columns: Tensor, channels: int) -> Iterable[Tensor]:
+    """The channels that tell the row and those that tell the column, behind the dimensions of either."""
     for place, width in ((rows, channels // 2), (columns, channels - channels // 2)):
         index = torch.arange(width, device=place.device)
         period = 10000 ** (2 * index.div(2, rounding_mode="floor") / width)
         angle = (place * 2 * math.pi)[..., None] / period
-        halves.append(torch.where(index % 2 == 0, angle.sin(), angle.cos()))
-    return torch.cat(halves, dim=-1)
+        yield torch.where(index % 2 == 0, angle.sin(), angle.cos())
 
 
 @dataclass
@@ -132,7 +171,7 @@ class InstanceDecoderLayer(nn.Module):
         self,
         queries: Tensor,
         tokens: Tensor,
-        positions: Tensor,
+        positions: CellPositions,
         valid: Tensor,
         chosen: Tensor | None = None,
         mebibytes: float = 64,
@@ -145,7 +184,7 @@ class InstanceDecoderLayer(nn.Module):
         Args:
             queries: ``(N, K, C)``.
             tokens: ``(N, S, C)``, cells of all levels.
-            positions: ``(N, S, C)``.
+            positions: theirs, C channels long.
             valid: ``(N, S)`` bool, which cells may be read; at least one of each image.
             chosen: ``(N, K)`` bool, queries whose attention is wanted.
             mebibytes: what that may hold at a time, see :func:`summed_attention`.
@@ -167,7 +206,7 @@ class InstanceDecoderLayer(nn.Module):
         self,
         queries: Tensor,
         tokens: Tensor,
-        positions: Tensor,
+        positions: CellPositions,
         valid: Tensor,
         query_positions: Tensor | None = None,
     ) -> Tensor:
@@ -180,10 +219,13 @@ class InstanceDecoderLayer(nn.Module):
             queries = queries + self.position(positions)
         return by_head(self.query(queries), self.heads)
 
-    def _key(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _key(self, tokens: Tensor, positions: CellPositions) -> Tensor:
         if self.normalize_keys:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        return by_head(self.key(tokens + self.position(positions)), self.heads)
+        # K (x + P y + b) is K x + (K P) y + K b, whose second part takes rows and columns alone.
+        weight = self.key.weight @ self.position.weight
+        bias = self.key.weight @ self.position.bias
+        return by_head(self.key(tokens) + positions.mapped(weight, bias), self.heads)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

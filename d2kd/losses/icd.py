@@ -26,11 +26,11 @@ from ..data.priors import InstancePriors
 from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..layers.attention import (
+    CellPositions,
     Decoded,
     InstanceDecoderLayer,
     by_head,
     point_positions,
-    sine_positions,
     value_projection,
 )
 from ..layers.masks import valid_cells
@@ -229,7 +229,7 @@ class ICDLoss(DistillLoss):
             None if self.progress < self.aux_warmup else tokens(ours),
             tokens(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
-            tokens(sine_positions(x, other.shape[1]).movedim(-1, 1) for x in valid),
+            CellPositions.of(valid, other.shape[1]),
             queries.to(other.device),
         )
         self._watch(readings, queries)
@@ -241,7 +241,7 @@ class ICDLoss(DistillLoss):
         student: Tensor | None,
         teacher: Tensor,
         valid: Tensor,
-        positions: Tensor,
+        positions: CellPositions,
         queries: InstanceQueries,
     ) -> list[Reading]:
         """What each layer of the decoder makes of one batch.
@@ -250,7 +250,7 @@ class ICDLoss(DistillLoss):
             student, teacher: ``(N, S, C)`` of either's width, cells of all levels; no student, no distance.
                 Before distillation begins the student receives no gradient.
             valid: ``(N, S)`` bool, which cells are of the image.
-            positions: ``(N, S, C)``.
+            positions: of these cells, as long as the teacher's width.
             queries: for K slots of each image.
         """
         if student is not None and self.progress < self.begin:
@@ -462,8 +462,11 @@ def value_distance(
             all.
         normalizer: in place of the number of images and heads, or of the sum of all weights.
     """
-    size = student.shape[-1:]
-    cells = (F.layer_norm(student, size) - F.layer_norm(teacher, size)).square().mean(dim=-1)
+    # Heads behind cells, as they lie in memory: normalising copies nothing. One operation squares the difference,
+    # and a sum's gradient, unlike a mean's, is not written out.
+    ours, theirs = (F.layer_norm(x.transpose(1, 2), x.shape[-1:]) for x in (student, teacher))
+    cells = F.mse_loss(ours, theirs, reduction="none").sum(dim=-1).transpose(1, 2)
+    cells = cells / student.shape[-1]
     weights = weights.expand_as(cells)
     distance, total = (cells * weights).sum(dim=-1), weights.sum(dim=-1)
     if normalize_by == "instance":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2kd.data import InstancePriors
-from d2kd.layers.attention import sine_positions
+from d2kd.layers.attention import CellPositions, sine_positions
 from d2kd.layers.masks import valid_cells
 from d2kd.layers.queries import InstanceQueries
 from d2kd.losses.icd import ICDLoss, tokens
@@ -32,7 +32,9 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
         arrays[name]
     padded = tuple(arrays["padded_hw"].tolist())
     valid = [valid_cells(sizes, padded, x.shape[-2:]) for x in teacher]
-    positions = tokens(sine_positions(x, teacher[0].shape[1]).movedim(-1, 1) for x in valid)
+    channels = teacher[0].shape[1]
+    embedding = tokens(sine_positions(x, channels).movedim(-1, 1) for x in valid)
+    positions = CellPositions.of(valid, channels)
     valid = torch.cat([x.flatten(1) for x in valid], dim=1)
     queries = InstanceQueries(
         descriptors=arrays.tensor("descriptor").transpose(0, 1),
@@ -49,7 +51,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
 
     asked = loss.query_encoder(queries.descriptors)
     found = {
-        "position_embedding": positions.transpose(0, 1),
+        "position_embedding": embedding.transpose(0, 1),
         "key_is_padding": ~valid,
         "encoded_queries": asked.transpose(0, 1),
     }
