@@ -35,6 +35,12 @@ def make_local_process_group(size: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def forget_process_groups() -> None:
+    """Let go of the groups that Detectron2 keeps for as long as the process lives."""
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+
+
 def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
     """Boxes as ``(R, 4)`` tensors: FCOS labels with ``Boxes`` up to 0.6, as RetinaNet never did."""
     return [getattr(one, "tensor", one) for one in boxes]

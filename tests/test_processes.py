@@ -4,13 +4,16 @@ import argparse
 import os
 import signal
 import sys
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.utils import comm
 from torch.multiprocessing import start_processes
 
 from d2kd.engine import launch as launch_module
-from d2kd.engine.launch import explaining_lost_process, launch
+from d2kd.engine.launch import explaining_lost_process, joined, launch
 from d2kd.errors import InputError
 from d2kd.losses import ImitationLoss
 from d2kd.processes import anywhere, over_processes
@@ -51,6 +54,27 @@ def test_a_process_that_dies_ends_the_other_with_a_clear_message(tmp_path):
 def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="size mismatch"), explaining_lost_process():
         raise RuntimeError("size mismatch")
+
+
+def _use_everything_that_keeps_a_group():
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself = [model]  # as a trainer and its hooks hold each other
+    model(torch.ones(1, 2)).sum().backward()
+    assert comm.all_gather("all") == ["all"] and comm.get_local_rank() == 0
+    comm._get_global_gloo_group()
+    return [weakref.ref(group) for group in (dist.group.WORLD, comm._LOCAL_PROCESS_GROUP)]
+
+
+def test_no_group_lives_until_python_ends(monkeypatch):
+    """Its threads might then be killed in the middle of an operation, and the process with them."""
+    address = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")  # any that is free
+    with joined("cpu"):
+        groups = _use_everything_that_keeps_a_group()
+    assert [group() for group in groups] == [None, None]
+    assert not dist.is_initialized()
 
 
 def _ends(rank, how):

@@ -80,16 +80,17 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
     return do_test(config, model)
 
 
+def train(config: DictConfig, resume: bool) -> None:
+    trainer = Trainer(config)
+    trainer.register_hooks([FirstLook()])
+    trainer.resume_or_load(resume)
+    trainer.train()
+
+
 def main(args: argparse.Namespace) -> None:
     config = recipe(args)
     with joined(config.train.device):
-        if args.eval_only:
-            evaluate(config, args.resume)
-            return
-        trainer = Trainer(config)
-        trainer.register_hooks([FirstLook()])
-        trainer.resume_or_load(args.resume)
-        trainer.train()
+        (evaluate if args.eval_only else train)(config, args.resume)
 
 
 def run(arguments: list[str] | None = None) -> None:

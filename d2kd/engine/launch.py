@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from ..compat import make_local_process_group
+from ..compat import forget_process_groups, make_local_process_group
 from ..errors import InputError
 
 
@@ -48,7 +49,10 @@ def under_torchrun() -> bool:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on the CPU."""
+    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on the CPU.
+
+    What is made inside and holds on to the group, such as a trainer, should be out of reach at the end.
+    """
     if not under_torchrun() or dist.is_initialized():
         yield
         return
@@ -61,6 +65,9 @@ def joined(device: str) -> Iterator[None]:
         with explaining_lost_process():
             yield
     finally:
+        # Groups join their threads when nothing holds them any more. One that lives on until Python ends may abort it.
+        forget_process_groups()
+        gc.collect()
         dist.destroy_process_group()
 
 
