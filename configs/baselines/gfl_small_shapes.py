@@ -1,6 +1,7 @@
 """A thin GFL on the generated shapes, alone.
 
-The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and at twice the rate, as a dense detector wants it.
+The schedule is that of ``faster_rcnn_small_shapes.py``, but longer; the rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 on
+``shapes_val`` in 2000 steps, with another seed than the studies'.
 """
 
 from ..common.models.gfl_small import model
@@ -14,5 +15,5 @@ from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]
 
-optimizer.lr = 4e-3
+optimizer.lr = 8e-3
 train.max_iter, train.eval_period = 1400, 700
