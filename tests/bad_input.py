@@ -408,6 +408,11 @@ def _cuda(name: str) -> None:
         launch.pick_device(name)
 
 
+def _apart() -> None:
+    with mock.patch.object(trainer.comm, "all_gather", lambda own: [own, "model_0000009.pth"]):
+        trainer._check_agreed(None)
+
+
 def _no_cuda() -> None:
     with mock.patch("torch.cuda.is_available", return_value=False):
         launch.pick_device("cuda")
@@ -490,6 +495,7 @@ ENGINE: dict[str, Case] = {
         step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
     ),
     "engine/trainer Trainer._draw_hook": _undrawable,
+    "engine/trainer _check_agreed": call(_apart),
     "attention_maps load_icd: 'no ICDLoss'": call(
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),

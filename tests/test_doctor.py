@@ -83,7 +83,7 @@ def as_detections(record):
 def examined(config, **options):
     folder = Path(config.train.output_dir).parent
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    findings = diagnose(config, **{"iterations": 2, **options})
+    findings = list(diagnose(config, **{"iterations": 2, **options}))
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before
     return findings
@@ -106,6 +106,32 @@ def test_a_good_run(config, capfd):
     assert by_subject["learning rate"].state == "ok"  # 0.005 at 2 images: 2 times the usual
     assert by_subject["distill/loss_plain"].state in ("ok", "warning")
     assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
+
+
+def test_few_weights_that_fit_are_told(config, tmp_path):
+    whole = instantiate(config.model.student).state_dict()
+    head = {key: value for key, value in whole.items() if not key.startswith("backbone.")}
+    config.train.init_checkpoint = str(tmp_path / "some.pth")
+    for given, state in ((whole, "ok"), (whole | {"more": torch.ones(1)}, "ok"), (head, "warning")):
+        torch.save({"model": given}, tmp_path / "some.pth")
+        found = {f.subject: f for f in examined(config, iterations=0, images=1)}
+        assert found["student's weights"].state == state
+
+
+def test_what_was_found_before_a_failure_is_shown(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        yield Finding("train data", "ok", "6 images")
+        raise MemoryError("no room\nfor it")
+
+    tool = load_tool("doctor")
+    monkeypatch.setattr("d2kd.doctor.diagnose", fails)
+    arguments = ["--config-file", "baselines/retinanet_small_shapes.py"]
+    with pytest.raises(SystemExit) as ended:
+        tool.main(arguments)
+    said = capsys.readouterr().out
+    assert ended.value.code == 2 and "6 images" in said and "MemoryError: no room" in said
+    with pytest.raises(MemoryError):
+        tool.main([*arguments, "--debug"])
 
 
 class TwoTerms(DistillLoss):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -22,6 +24,7 @@ from d2kd.data import build_train_loader
 from d2kd.engine.checkpoint import NORMALIZER, StudentCheckpointer, plain
 from d2kd.engine.run_info import LOGGERS, explaining_full_disk
 from d2kd.engine.step import Step
+from d2kd.engine.trainer import Trainer
 from d2kd.errors import InputError, reporting
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling.weights import read
@@ -90,6 +93,91 @@ def test_a_truncated_last_checkpoint_is_named_and_the_one_before_used(data, tmp_
         InputError, match="model_final.pth: cannot be read, nor is there one before"
     ):
         run(config, resume=True)
+
+
+def test_a_run_that_begins_anew_does_not_go_on_from_a_former_one(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    run(config)
+    (tmp_path / "model_best.json").write_text("{}")
+    config.train.seed = 5
+    config.train.checkpointer.period = 2
+    run(config, stop=1)  # before its first checkpoint
+    assert not (tmp_path / "model_best.json").exists()
+    assert (tmp_path / "model_final.pth").exists()  # weights are not ours to delete
+    trainer, _ = run(config, resume=True, stop=2)
+    assert trainer.start_iter == 0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    written = (tmp_path / "model_0000001.pth").stat().st_mtime_ns
+    os.truncate(tmp_path / "model_0000001.pth", 1000)
+    os.utime(tmp_path / "model_0000001.pth", ns=(written, written))
+    # Of the former run there are whole ones, one with a lower number and two with higher ones.
+    with pytest.raises(InputError, match="model_0000001.pth: cannot be read, nor is there one"):
+        run(config, resume=True)
+
+
+def test_all_processes_go_on_from_one_checkpoint(data, tmp_path, monkeypatch):
+    config = plain_recipe(data, tmp_path)
+    run(config, stop=2)
+    seen = ["model_0000000.pth", "no checkpoint"]
+    for other in seen:
+        monkeypatch.setattr(comm, "all_gather", lambda mine, other=other: [mine, other])
+        with pytest.raises(InputError, match=f"model_0000001.pth in process 0, {other} in"):
+            Trainer(config).resume_or_load(True)
+
+
+def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
+    scores = iter([30.0, 20.0, 10.0, 25.0])
+    monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": next(scores)}})
+    config = recipe(data, tmp_path / "old", max_iter=4, eval_period=1)
+    config.train.checkpointer.period = 1
+    run(config, stop=3)
+    (tmp_path / "new").mkdir()
+    for name in ("model_0000002.pth", "last_checkpoint", "metrics.json"):
+        shutil.copy(tmp_path / "old" / name, tmp_path / "new" / name)
+    config.train.output_dir = str(tmp_path / "new")
+    run(config, resume=True)
+    assert not (tmp_path / "new/model_best.pth").exists()  # 25 is less than 30
+
+
+def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, caplog):
+    def images(config, resume):
+        heard = []
+        trainer = Trainer(config)
+        trainer.resume_or_load(resume)
+        forward = trainer.model.forward
+        trainer.model.forward = lambda batch: (
+            heard.extend(x["image_id"] for x in batch) or forward(batch)
+        )
+        trainer.train()
+        return heard
+
+    config = plain_recipe(data, tmp_path / "whole")
+    config.dataloader.train.aspect_ratio_grouping = False
+    whole = images(config, False)
+    config.train.output_dir = str(tmp_path / "parts")
+    config.train.max_iter = 2
+    first = images(config, False)
+    config.train.max_iter, config.dataloader.train.total_batch_size = 6, 1
+    rest = images(config, True)
+    assert first + rest == whole and len(whole) == 8
+    assert "total_batch_size is 1 and was another: the data go on at image 4" in caplog.text
+    caplog.clear()
+    config.train.max_iter = 7  # what was said once is known
+    config.dataloader.train.total_batch_size = 2
+    images(config, True)
+    assert "the data go on at image 8" in caplog.text
+
+
+def test_another_teacher_is_named(data, tmp_path, caplog):
+    one, other = (teacher_weights(tmp_path / name, seed) for name, seed in (("1", 1), ("2", 2)))
+    config = without_evaluation(recipe(data, tmp_path / "out", distiller(one), max_iter=2))
+    run(config)
+    config.train.max_iter = 3
+    run(config, resume=True)
+    assert "the teacher's weights are" not in caplog.text
+    config.model.teacher.weights, config.train.max_iter = other, 4
+    run(config, resume=True)
+    assert "the teacher's weights are" in caplog.text
 
 
 def _with_little_room(config, said):

@@ -431,6 +431,13 @@ def test_the_best_state_is_kept(data, tmp_path, monkeypatch):
     assert trainer.start_iter == 4 and seen == [1, 1] and best() == 5
 
 
+def test_a_best_that_is_not_measured_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": 1.0}})
+    run(recipe(data, tmp_path, max_iter=1, best_checkpoint="bbox/Ap"))
+    assert "no bbox/Ap in the evaluation" in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "model_best.pth").exists()
+
+
 def test_how_often_it_is_evaluated_changes_nothing(data, tmp_path):
     for period in (0, 1):
         run(recipe(data, tmp_path / str(period), max_iter=3, eval_period=period))

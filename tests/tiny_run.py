@@ -97,9 +97,9 @@ def distiller(weights: str | None = None, losses: DictConfig | None = None) -> D
     )
 
 
-def teacher_weights(folder: Path) -> str:
+def teacher_weights(folder: Path, seed: int = 7) -> str:
     """A checkpoint of the distiller's teacher."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "teacher.pth"
-    torch.save({"model": build(tiny_faster_rcnn(channels=24), seed=7).state_dict()}, file)
+    torch.save({"model": build(tiny_faster_rcnn(channels=24), seed=seed).state_dict()}, file)
     return str(file)

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     from d2kd.config import load
-    from d2kd.doctor import diagnose, exit_code, table
+    from d2kd.doctor import Finding, diagnose, exit_code, table
     from d2kd.engine.run_info import versions, write_json
     from d2kd.errors import InputError
 
@@ -56,12 +56,22 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--target", args.target, "a positive ratio")
     if args.json and args.json.is_dir():
         raise InputError("--json", f"{args.json} is a folder", "a file")
-    findings = diagnose(
-        load(args.config_file, args.opts),
-        images=args.images,
-        iterations=args.iterations,
-        target=args.target,
-    )
+    findings = []
+    try:
+        for finding in diagnose(
+            load(args.config_file, args.opts),
+            images=args.images,
+            iterations=args.iterations,
+            target=args.target,
+        ):
+            findings.append(finding)
+    except InputError:
+        raise
+    except Exception as error:  # what was found before it is still worth its time
+        if args.debug:
+            raise
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        findings.append(Finding("looking", "error", found, "--debug shows the traceback"))
     print(table(findings))
     if args.json:
         rows = [dataclasses.asdict(finding) for finding in findings]

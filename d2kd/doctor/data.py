@@ -59,8 +59,8 @@ def _annotations(
         yield Finding(subject, "error", found, "annotations; without any nothing is learned")
         return
     state = "warning" if empty > MOSTLY * len(records) else "ok"
-    advice = "dataloader.train.dataset.filter_empty=True, if they are not meant" * (state != "ok")
-    yield Finding(subject, state, f"{found}, {empty} images without any", advice)
+    advice = "leave them out (of a dataset node: filter_empty=True), if they are not meant"
+    yield Finding(subject, state, f"{found}, {empty} images without any", advice * (state != "ok"))
 
     values = np.asarray(rows, dtype=float)
     box, size, category = values[:, :4], values[:, 4:6], values[:, 6].astype(int)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -32,8 +31,7 @@ def diagnose(
     images: int = 200,
     iterations: int = 20,
     target: float = 1.0,
-    told: Callable[[Finding], Any] = lambda finding: None,
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Build everything a recipe names, and look at it. Nothing is written.
 
     Args:
@@ -41,19 +39,14 @@ def diagnose(
         images: how many of each data set to decode, and to measure the teacher on; 0: all.
         iterations: steps of training before losses are compared; 0: they are not.
         target: see :func:`~d2kd.doctor.measurements.look_at_losses`.
-        told: hears each finding as it is made.
+
+    Yields:
+        each finding as it is made.
 
     Raises:
         InputError: a part of the recipe is missing.
     """
-    findings = []
-    for finding in _all(complete(config), images, iterations, target):
-        findings.append(finding)
-        told(finding)
-    return findings
-
-
-def _all(config: DictConfig, images: int, iterations: int, target: float) -> Iterator[Finding]:
+    config = complete(config)
     yield from look_at_data(config, images)
     yield from _weights(config)
     try:
@@ -116,8 +109,14 @@ def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iter
         f"{len(unexpected)} of {len(given)} unexpected, {len(misshapen)} of another shape"
     )
     examples = [*misshapen, *missing, *unexpected]
-    if not examples or (partly and matched):
+    # Least of all a student is given: a classifier's weights.
+    wanted = {key for key in own if key.startswith("backbone.bottom_up.")} or own
+    met = wanted.difference(missing, misshapen)
+    if not examples or (partly and 2 * len(met) > len(wanted)):
         yield Finding(subject, "ok", found)
+    elif partly and matched:
+        advice = f"weights of this backbone, unless so little is meant; see {examples[0]}"
+        yield Finding(subject, "warning", found, advice)
     else:
         advice = f"a checkpoint of this detector; see {examples[0]}"
         yield Finding(subject, "error", found, advice)

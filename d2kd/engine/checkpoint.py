@@ -70,6 +70,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         save_dir: where to write.
         classes: names of the student's classes in its order; None: the file does not tell.
         checkpointables: what else to save, by key.
+
+    Attributes:
+        begun: when the run began, as a file's time in ns: checkpoints that are older are another run's.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class StudentCheckpointer(DetectionCheckpointer):
     ):
         super().__init__(student_of(model), save_dir, **checkpointables)
         self.classes = None if classes is None else list(classes)
+        self.begun = 0
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write ``name.pth``. Every process must call this.
@@ -166,14 +170,17 @@ class StudentCheckpointer(DetectionCheckpointer):
 
     def before(self, last: str) -> list[str]:
         """This run's periodic checkpoints that are older than one, the newest first."""
-        # By time first, since an earlier run in this folder may have left others.
         ages = {
             (file.stat().st_mtime_ns, file.name): str(file)
             for file in Path(self.save_dir).glob("model_*.pth")
             if re.fullmatch(r"model_\d+", file.stem)
         }
         than = (Path(last).stat().st_mtime_ns, Path(last).name)
-        return [ages[age] for age in sorted(ages, reverse=True) if age < than]
+        return [ages[age] for age in sorted(ages, reverse=True) if (self.begun,) <= age < than]
+
+    def forget(self) -> None:
+        """A run that begins anew in this folder does not go on from what a former one has left there."""
+        Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
 
     def restore(self, weights: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Load a checkpoint of this very run: the student strictly, then the others' states.

@@ -184,11 +184,19 @@ class Evaluate(hooks.EvalHook):
             super().after_train()
 
 
+BEST = "model_best.json"
+
+
+def forget_best(folder: Path) -> None:
+    """What was best in a former run in this folder is nothing to one that begins anew."""
+    (folder / BEST).unlink(missing_ok=True)
+
+
 class BestCheckpoint(HookBase):
     """Keeps the state with the highest metric so far as ``model_best.pth``; follows the evaluation hook.
 
-    What is best stands in ``model_best.json`` beside it, so that a resumed run does not overwrite a better
-    state. It is never the state that ``--resume`` goes on from.
+    What is best stands in ``model_best.json`` beside it and in every checkpoint, so that a resumed run does not
+    overwrite a better state. It is never the state that ``--resume`` goes on from.
 
     Args:
         period: the evaluation hook's.
@@ -198,13 +206,20 @@ class BestCheckpoint(HookBase):
 
     def __init__(self, period: int, checkpointer: StudentCheckpointer, metric: str):
         self._period, self._checkpointer, self._metric = period, checkpointer, metric
-        self._file = Path(checkpointer.save_dir, "model_best.json")
+        self._file = Path(checkpointer.save_dir, BEST)
         self._best = -math.inf
+
+    def state_dict(self) -> dict:
+        return {"metric": self._metric, "value": self._best}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if state_dict["metric"] == self._metric:
+            self._best = state_dict["value"]
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0:
             rows = [row for row in read_rows(self._file) if row.get("metric") == self._metric]
-            self._best = max((row["value"] for row in rows), default=-math.inf)
+            self._best = max([self._best, *(row["value"] for row in rows)])
             last = self.trainer.start_iter - 1
             with self.trainer.as_of(last):  # if its evaluation was made up for
                 self._keep_if_best(last)
@@ -212,17 +227,21 @@ class BestCheckpoint(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
-            self._keep_if_best(self.trainer.iter)
+            self._judge(self.trainer.iter)
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # it came to its end
-            self._keep_if_best(self.trainer.max_iter - 1)
+            self._judge(self.trainer.max_iter - 1)
+
+    def _judge(self, iteration: int) -> None:
+        if comm.is_main_process() and self._metric not in self.trainer.storage.latest():
+            logger.warning("no %s in the evaluation: which state is best is unknown", self._metric)
+        self._keep_if_best(iteration)
 
     def _keep_if_best(self, iteration: int) -> None:
-        value = self.trainer.storage.latest().get(self._metric, (-math.inf,))[0]
         # Only the main process has results, and saving takes all of them.
-        value = comm.all_gather(value)[0]
-        if not value > self._best:
+        value = comm.all_gather(self.trainer.storage.latest().get(self._metric, (None,))[0])[0]
+        if value is None or not value > self._best:
             return
         self._best = value
         self._checkpointer.save("model_best", tag=False, iteration=iteration)

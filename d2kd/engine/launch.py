@@ -53,7 +53,11 @@ def joined(device: str) -> Iterator[None]:
 
     What is made inside and holds on to the group, such as a trainer, should be out of reach at the end.
     """
-    if not under_torchrun() or dist.is_initialized():
+    if dist.is_initialized():  # by Detectron2's launch
+        with explaining_lost_process():
+            yield
+        return
+    if not under_torchrun():
         yield
         return
     on_cuda = device != "cpu" and torch.cuda.is_available()

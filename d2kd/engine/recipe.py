@@ -12,6 +12,17 @@ from ..config import get_config, is_distiller
 from ..errors import InputError
 
 CLIP_TYPES = ("full_model", "norm", "value")
+# Keys of ``train`` that count something, and the least they may be.
+COUNTS = {
+    "max_iter": 0,
+    "checkpointer.period": 1,
+    "checkpointer.max_to_keep": 1,
+    "eval_period": 0,
+    "log_period": 1,
+    "draw_period": 0,
+    "draw_images": 1,
+}
+MAY_BE_NONE = ("checkpointer.max_to_keep",)
 
 
 def complete(cfg: Any) -> DictConfig:
@@ -41,9 +52,11 @@ def complete(cfg: Any) -> DictConfig:
     for key, clip in clips.items():
         if clip.clip_type not in CLIP_TYPES:
             raise InputError(f"{key}.clip_type", clip.clip_type, " or ".join(CLIP_TYPES))
-    for key, least in (("draw_period", 0), ("draw_images", 1)):
-        if not isinstance(config.train[key], int) or config.train[key] < least:
-            found = config.train[key]
+    for key, least in COUNTS.items():
+        found = OmegaConf.select(config.train, key)
+        if key in MAY_BE_NONE and found is None:
+            continue
+        if not isinstance(found, int) or found < least:
             raise InputError(f"train.{key}", found, f"an integer, at least {least}")
     return config
 

@@ -224,16 +224,27 @@ class RunRecord:
     def __init__(self, path: Path):
         self._path = path
         self.content = {"schema": 1, "command": " ".join(sys.argv), "versions": versions()}
-        self.content |= {"teacher": None, "rows": []}
+        self.content |= {"begun": 0, "teacher": None, "rows": []}
+
+    @property
+    def begun(self) -> int:
+        """When the run in the folder began, as a file's time in ns; 0 where that is not known."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads(self._path.read_text())["begun"])
+        return 0
 
     def load(self) -> None:
         """Go on with the record of the run that is resumed."""
         self.content["rows"] = read_rows(self._path)
+        self.content["begun"] = self.begun
         with contextlib.suppress(OSError, ValueError, KeyError):
             self.content["teacher"] = json.loads(self._path.read_text())["teacher"]
 
     def begin(self, **row: Any) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
+        if not self.content["rows"]:
+            self.set()  # a file's time is told by the clock that tells those of checkpoints
+            self.content["begun"] = self._path.stat().st_mtime_ns
         self.content["rows"].append({"started": started, **row})
         self.set()
 

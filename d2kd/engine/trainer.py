@@ -52,7 +52,14 @@ from .checkpoint import (
     unwrapped,
 )
 from .evaluation import build_test_loader, do_test
-from .hooks import BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Evaluate
+from .hooks import (
+    BestCheckpoint,
+    Checkpoints,
+    DrawDetections,
+    EvalTeacher,
+    Evaluate,
+    forget_best,
+)
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
@@ -118,6 +125,9 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, config.train.max_iter
         self.finished = False
         self._random: dict | None = None
+        self._images_before = 0  # of the stream, read before start_iter
+        node = config.dataloader.train
+        self._batch_size = (OmegaConf.is_dict(node) and node.get("total_batch_size")) or 0
 
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
         self._check_data()
@@ -190,9 +200,10 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(self.config, optimizer)
 
     def build_train_loader(self, cfg: CfgNode) -> Iterable:
-        """The training loader, from the iteration at which this run begins."""
+        """The training loader, from the image of the stream at which this run begins."""
         dataloader = copy.deepcopy(self.config).dataloader
-        use_seeded_loaders(dataloader, seed=self.config.train.seed, start=self.start_iter)
+        start = self._images_before // self._batch_size if self._batch_size else self.start_iter
+        use_seeded_loaders(dataloader, seed=self.config.train.seed, start=start)
         if self.start_iter > 0 and "start" not in dataloader.train:
             logger.warning("this data loader cannot go on where it was: its stream starts anew")
         return instantiate(dataloader.train)
@@ -287,7 +298,9 @@ class Trainer(DefaultTrainer):
             InputError: a file is missing or cannot be read, or does not fit.
         """
         with self._log.listening():
+            self.checkpointer.begun = self.record.begun
             last = self.checkpointer.read_last() if resume else None
+            _check_agreed(last)
             if last is not None:
                 self._resume(*last)
             elif self.config.train.init_checkpoint:
@@ -350,6 +363,9 @@ class Trainer(DefaultTrainer):
         folder = Path(self.config.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
+        if self.start_iter == 0:
+            self.checkpointer.forget()
+            forget_best(folder)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
         save_config(self.config, folder / "config.yaml")
@@ -424,18 +440,57 @@ class Trainer(DefaultTrainer):
             "_trainer": self._trainer.state_dict(),
             "seconds": self.seconds,
             "seed": self.config.train.seed,
+            "images": self._images_before + (self.iter + 1 - self.start_iter) * self._batch_size,
+            "teacher_sha256": self._teacher_sha256(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
+        self._images_before = self._images_read(state_dict.get("images"))
+        teacher, asked = self._teacher_sha256(), state_dict.get("teacher_sha256")
+        if asked not in (None, teacher):
+            logger.warning("the teacher's weights are %s and were %s (SHA-256)", teacher, asked)
         seed, former = self.config.train.seed, state_dict.get("seed")
         if self._seed_is_drawn and former is not None:
             self.config.train.seed = former
         elif former not in (None, seed):
             logger.warning(
                 "train.seed is %d and was %d: the data go on in another order", seed, former
+            )
+
+    def _images_read(self, images: int | None) -> int:
+        """Of the stream when :attr:`iter` was over, as a checkpoint says it, in whole batches of this run's size."""
+        size, expected = self._batch_size, (self.iter + 1) * self._batch_size
+        if images is None or images == expected or not size:
+            return expected
+        logger.warning(
+            "dataloader.train.total_batch_size is %d and was another: the data go on at image %d; with "
+            "aspect-ratio grouping some may come twice, or not at all",
+            size,
+            images - images % size,
+        )
+        return images - images % size
+
+    def _teacher_sha256(self) -> str | None:
+        model = unwrapped(self.model)
+        return model.teacher.weights_sha256 if isinstance(model, Distiller) else None
+
+
+def _check_agreed(last: tuple[str, dict] | None) -> None:
+    """Whether all processes go on from one checkpoint; or they would train different weights, and never say so.
+
+    Raises:
+        InputError: they do not.
+    """
+    found = "no checkpoint" if last is None else Path(last[0]).name
+    for rank, other in enumerate(comm.all_gather(found)):
+        if other != found:
+            raise InputError(
+                "--resume",
+                f"{found} in process {comm.get_rank()}, {other} in process {rank}",
+                "one output folder that all processes see",
             )
 
 
