@@ -46,7 +46,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import class_map_of
+from d2kd.modeling.distiller import class_map_of, grown_classes
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
@@ -408,6 +408,14 @@ def _cuda(name: str) -> None:
         launch.pick_device(name)
 
 
+def _other_names(folder):
+    """Classes that the recipe names otherwise than its data."""
+    draw_data(folder / "data")
+    node = without_evaluation(plain_recipe(folder, model=distiller()))
+    node.model.teacher.classes = node.model.classes = [NAMES[1], NAMES[0], *NAMES[2:]]
+    return lambda: trainer.Trainer(node)
+
+
 def _apart() -> None:
     with mock.patch.object(trainer.comm, "all_gather", lambda own: [own, "model_0000009.pth"]):
         trainer._check_agreed(None)
@@ -496,6 +504,7 @@ ENGINE: dict[str, Case] = {
     ),
     "engine/trainer Trainer._draw_hook": _undrawable,
     "engine/trainer _check_agreed": call(_apart),
+    "engine/trainer Trainer._check_classes": _other_names,
     "attention_maps load_icd: 'no ICDLoss'": call(
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
@@ -678,12 +687,6 @@ MODELS: dict[str, Case] = {
         erd.check_old_classes, Like(class_map=None), Like(num_classes=2), Like(num_classes=3)
     ),
     "losses/erd check_old_classes: 'classes'": call(_unrelated),
-    "losses/erd check_old_classes: 'num_old_classes'": call(
-        erd.check_old_classes,
-        Like(class_map=None),
-        Like(num_classes=3, num_old_classes=2),
-        Like(num_classes=1),
-    ),
     "losses/icd ICDLoss.__init__: known": call(ICDLoss, weights="none"),
     "losses/icd ICDLoss.__init__: culprit, given, expected": call(ICDLoss, layers=0),
     "losses/icd ICDLoss.build": call(
@@ -725,6 +728,9 @@ MODELS: dict[str, Case] = {
     "modeling/distiller Distiller.__init__: both, of": call(_both),
     "modeling/distiller Distiller._tap": call(_tapped),
     "modeling/distiller Distiller.from_config": _two_orders,
+    "modeling/distiller grown_classes": call(
+        grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
+    ),
     "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg, instantiate
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -411,6 +412,19 @@ def test_the_published_recipe():
     assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
     assert model.backbone.top_block.p6.in_channels == 256
     assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert model.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    bottom_up = model.backbone.bottom_up.modules()
+    norms = {type(m) for m in bottom_up if "BatchNorm" in type(m).__name__}
+    assert norms == {FrozenBatchNorm2d} and isinstance(model.backbone.top_block, LinearP6P7)
+    tests = (model.test_score_thresh, model.test_topk_candidates, model.test_nms_thresh)
+    assert (*tests, model.max_detections_per_image) == (0.05, 1000, 0.6, 100)
+    assert config.dataloader.test.mapper.image_format == "RGB"
+    assert config.dataloader.train.mapper.augmentations[0].short_edge_length == 800
+    assert config.train.init_checkpoint == "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    assert config.optimizer.lr == 0.01 and config.dataloader.train.total_batch_size == 16
+    scheduler = config.lr_multiplier.scheduler
+    ends = [end * config.train.max_iter / scheduler.milestones[-1] for end in scheduler.milestones]
+    assert ends == [60000, 80000, 90000]
     config.optimizer.params.model = model
     optimizer = instantiate(config.optimizer)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
@@ -420,7 +434,6 @@ def test_the_published_recipe():
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "GFL"
     cfg.MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     same = build_model(cfg)
     assert isinstance(same, GFL) and same.input_format == cfg.INPUT.FORMAT

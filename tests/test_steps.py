@@ -13,6 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2kd.classes import class_names
+from d2kd.config import load
 from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
 from d2kd.data.steps import PUBLISHED_SPLITS, check_objects
 from d2kd.engine import Trainer
@@ -357,3 +358,21 @@ def test_objects_of_data_without_a_file(named):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    "split, steps",
+    [("40_40", 2), ("50_30", 2), ("60_20", 2), ("70_10", 2), ("40_20_20", 3), ("40_10x4", 5)],
+)
+def test_published_steps_begin_where_the_one_before_ended(split, steps):
+    folder = "projects/ERD/configs"
+    before = load(f"{folder}/gfl_R_50_first_{split[:2]}_1x.py")
+    for step in range(2, steps + 1):
+        name = f"erd_gfl_R_50_{split}" + (f"_step{step}" if steps > 2 else "")
+        recipe = load(f"{folder}/{name}_1x.py")
+        assert recipe.model.teacher.weights == f"{before.train.output_dir}/model_final.pth"
+        before = recipe
+    for recipe, length in ((load(f"{folder}/gfl_R_50_first_40_1x.py"), 72890), (before, 40945)):
+        assert recipe.train.max_iter == length
+        assert recipe.lr_multiplier.warmup_length * length == pytest.approx(500)
+        assert list(recipe.lr_multiplier.scheduler.milestones) == [8, 11, 12]

@@ -34,7 +34,7 @@ SGD_MULTIPLES = (1 / 20, 4, 12)
 """Of these rates, scaled with the batch (arXiv 1706.02677): below the first or above the second a warning,
 above the third an error."""
 
-ADAM_RATES = (1e-5, 5e-3, 5e-2)
+ADAM_RATES = (1e-5, 1e-2, 5e-2)
 """Of Adam and AdamW, for any batch: below the first or above the second a warning, above the third an error."""
 
 

@@ -35,7 +35,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import num_classes_of
+from ..classes import ClassMap, num_classes_of
 from ..config import is_distiller, teacher_of
 from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_count, check_objects
@@ -139,7 +139,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(self.cfg, model)
         self._seed()
         loader = self.build_train_loader(self.cfg)
-        self._check_classes(student_of(model))
+        self._check_classes(model)
         self._trainer = Step(
             distributed(model, self.device, config.train.ddp),
             loader,
@@ -168,8 +168,9 @@ class Trainer(DefaultTrainer):
             found[part] = [] if names is None else check_dataset(names)
         self._data, self._test_data = found["train"], found["test"]
 
-    def _check_classes(self, student: nn.Module) -> None:
+    def _check_classes(self, model: nn.Module) -> None:
         """Whether the data are about the student's classes; of loaded data, since some have names only then."""
+        student = student_of(model)
         try:
             num_classes = num_classes_of(student)
         except AttributeError:  # a detector of another kind
@@ -178,6 +179,15 @@ class Trainer(DefaultTrainer):
         if self._test_loader is not None:
             for name in self._test_data:  # which may have classes that come later
                 check_count(name, num_classes, least=1)
+        names = learned_classes(student, self._data)
+        if names is None or not isinstance(model, Distiller) or model.class_map is None:
+            return
+        told = model.class_map.student
+        if not ClassMap.by_name(told, names).is_identity:
+            k = next(k for k, (a, b) in enumerate(zip(told, names)) if a != b)
+            raise InputError(
+                "model.classes", f"class {k} is {told[k]!r}", f"{names[k]!r}, as in the data"
+            )
 
     def _seed(self) -> None:
         seed_all_rng(self.config.train.seed + comm.get_rank())

@@ -274,11 +274,15 @@ class LinearP6P7(LastLevelP6P7):
 
 @BACKBONE_REGISTRY.register()
 def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, p6 and p7 made of p5."""
+    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, by default res3 to res5; p6 and p7 made of p5."""
+    in_features = cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"]
     channels = cfg.MODEL.FPN.OUT_CHANNELS
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(in_features)  # Detectron2's default is res4 alone
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        in_features=in_features,
         out_channels=channels,
         norm=cfg.MODEL.FPN.NORM,
         top_block=LinearP6P7(channels, channels),

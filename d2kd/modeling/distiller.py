@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..classes import ClassMap, class_names
+from ..classes import ClassMap, class_names, num_classes_of
 from ..errors import InputError
 from ..processes import anywhere
 from .agreement import agreement
@@ -81,6 +81,7 @@ class Distiller(nn.Module):
         if share == "both" and teacher.scale != 1:
             raise InputError("share", f"both, at {teacher.scale} times the size", "student")
         self.class_map = class_map_of(student, teacher, classes)
+        self._grown = grown_classes(student, teacher.detector, self.class_map)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
@@ -92,7 +93,8 @@ class Distiller(nn.Module):
     def inherit(self) -> None:
         """Take over the teacher's weights once more, after an initialization that has overwritten some."""
         if self.inherited:
-            inherit_weights(self.student, self.teacher.detector, self.inherited, self.class_map)
+            class_map = self.class_map or self._grown
+            inherit_weights(self.student, self.teacher.detector, self.inherited, class_map)
 
     def _tap(self, name: str) -> Callable:
         try:
@@ -199,6 +201,30 @@ def class_map_of(
     class_map = ClassMap.by_name(names, teacher.classes)
     logger.info("%s", class_map)
     return class_map
+
+
+def grown_classes(
+    student: nn.Module, teacher: nn.Module, class_map: ClassMap | None
+) -> ClassMap | None:
+    """Which of a growing student's classes its teacher knows: the first ones; None for any other student.
+
+    Args:
+        student: one with ``num_old_classes`` grows.
+        class_map: that of their names, None where there are none.
+
+    Raises:
+        InputError: the teacher knows others than the old classes, or not all of them.
+    """
+    old = getattr(student, "num_old_classes", 0)
+    if not old:
+        return None
+    count, new = num_classes_of(teacher), num_classes_of(student)
+    known = range(count) if class_map is None else class_map.of_student
+    if set(known) != set(range(old)):
+        found = f"{old}, and the teacher knows the student's {', '.join(map(str, sorted(known)))}"
+        raise InputError("num_old_classes", found, "the old classes first, and all that it knows")
+    names = tuple(map(str, range(new)))
+    return class_map or ClassMap(names, names[:old], tuple((k, k) for k in range(old)))
 
 
 @torch.no_grad()

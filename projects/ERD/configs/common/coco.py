@@ -1,8 +1,8 @@
 """A step of COCO, as the recipes here share it: 12 epochs of batches of 16 images, the rate falling after 8 and 11.
 
 Of 40+40 the lengths are known: 97.2 and 54.6 thousand images, as users of the published code have logged. The other
-splits are given the same ones. What a step's data holds stands in the run's log; 12 epochs of it are
-``train.max_iter=$((12 * images / 16))``, to which all else follows.
+splits are given the same ones, which are not 12 epochs of theirs. What a step's data holds stands in the run's log; 12
+epochs of it are ``train.max_iter=$((12 * images / 16))``, and its warm-up ``lr_multiplier.warmup_length=``, 500 by that.
 """
 
 from d2kd.config import increment
