@@ -441,6 +441,20 @@ def test_the_published_recipe():
     assert shapes[0] == shapes[1]
 
 
+def test_norms_of_which_scale_and_offset_learn():
+    """As published; the statistics are nobody's, and stem and res2 stay as they are."""
+    torch.manual_seed(0)
+    bottom_up = instantiate(load("baselines/gfl_R_50_FPN_1x_affine.py").model.backbone.bottom_up)
+    bottom_up.train()
+    learning = {n for n, p in bottom_up.named_parameters() if p.requires_grad and ".norm." in n}
+    assert learning and all(name.startswith(("res3", "res4", "res5")) for name in learning)
+    before = {n: b.clone() for n, b in bottom_up.named_buffers()}
+    sum(x.square().mean() for x in bottom_up(torch.randn(2, 3, 64, 64)).values()).backward()
+    parameters = dict(bottom_up.named_parameters())
+    assert all(parameters[name].grad is not None for name in learning)
+    assert all(torch.equal(b, before[n]) for n, b in bottom_up.named_buffers())
+
+
 def test_an_object_of_no_class_is_refused():
     """It would be learned as background, and without a word."""
     examples = batch()

@@ -1,6 +1,12 @@
 """Teacher, student and the distiller that joins them. This package knows no distillation loss."""
 
-from .backbone import LinearP6P7, TorchvisionBackbone, add_torchvision_config, basic_resnet
+from .backbone import (
+    LinearP6P7,
+    StaticBatchNorm2d,
+    TorchvisionBackbone,
+    add_torchvision_config,
+    basic_resnet,
+)
 from .distiller import Distiller, add_distiller_config
 from .gfl import GFL, GFLHead, add_gfl_config
 from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, outputs_of
@@ -15,6 +21,7 @@ __all__ = [
     "LinearP6P7",
     "RCNNOutputs",
     "Regions",
+    "StaticBatchNorm2d",
     "Teacher",
     "TorchvisionBackbone",
     "add_distiller_config",

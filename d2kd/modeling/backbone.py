@@ -255,6 +255,17 @@ def add_torchvision_config(cfg: CfgNode) -> None:
     cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's own
 
 
+class StaticBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm whose statistics stay as they were loaded, and whose scale and offset learn.
+
+    Between Detectron2's "BN" and "FrozenBN"; MMDetection's detectors train so (``norm_eval``). As a node's ``norm``:
+    ``L(locate)(name="d2kd.modeling.StaticBatchNorm2d")``, ``locate`` of ``detectron2.utils.registry``.
+    """
+
+    def train(self, mode: bool = True) -> StaticBatchNorm2d:
+        return super().train(False)
+
+
 class LinearP6P7(LastLevelP6P7):
     """Levels p6 and p7 from the pyramid's own p5; RetinaNet's come from res5, with a ReLU before p7.
 

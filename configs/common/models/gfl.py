@@ -1,7 +1,8 @@
 """GFL R-50 FPN as published; it wants ``dataloader.train.mapper.image_format="RGB"``.
 
 Its weights are torchvision's, ``detectron2://ImageNetPretrained/torchvision/R-50.pkl``, whose stages have their
-stride in the 3x3 convolution. FrozenBN freezes the norms' scales and offsets, which the authors train.
+stride in the 3x3 convolution. FrozenBN freezes the norms' scales and offsets, which the authors train:
+``baselines/gfl_R_50_FPN_1x_affine.py`` does.
 """
 
 from detectron2 import model_zoo
