@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
-from omegaconf import OmegaConf
 from torch import nn
 
 from d2kd.benchmark import DISTILLED, HEADLINE, STOCK, STUDENT, TEACHER, Bench, Setup, costs
@@ -17,8 +17,7 @@ from d2kd.benchmark.bench import BATCHES, peak_memory
 from d2kd.benchmark.costs import difference, measure, median_interval, ratios
 from d2kd.benchmark.feeding import covered, feeding
 from d2kd.benchmark.phases import PHASES, Stopwatch
-from d2kd.benchmark.untrained import draw_batch, measure_statistics, thaw_norms
-from d2kd.config import load
+from d2kd.benchmark.untrained import draw_batch, measure_statistics
 from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
@@ -73,32 +72,9 @@ def setup_of(folder, name):
     return Setup(name, str(folder / f"{name}.py"), image_size=64, device="cpu")
 
 
-def norms_named(node):
-    """Every value of a key "norm" in a node, whatever its case."""
-    if OmegaConf.is_list(node):
-        return [norm for value in node for norm in norms_named(value)]
-    if not OmegaConf.is_dict(node):
-        return []
-    own = [node[key] for key in node if str(key).lower() == "norm"]
-    return own + [norm for value in node.values() for norm in norms_named(value)]
-
-
-def test_frozen_norms_are_thawed_in_lazy_and_yacs_nodes():
-    model = load(str(ROOT / "projects/TAR/configs/tar_faster_rcnn_R_50_from_R_101_1x.py")).model
-    model.student.backbone.norm = "GN"
-    before = norms_named(model)
-    thaw_norms(model)
-    after = norms_named(model)
-    assert (
-        before.count("FrozenBN") >= 3
-    )  # the student's stem and stages, and the teacher's yacs key
-    assert after == ["BN" if norm == "FrozenBN" else norm for norm in before]
-    assert "GN" in after
-
-
 def test_frozen_stages_get_statistics_and_stay_frozen():
     node = tiny_faster_rcnn()
-    thaw_norms(node)
+    node.backbone.bottom_up.norm = "BN"
     detector = build(node)
     stem = detector.backbone.bottom_up.stem
     stem.freeze()
@@ -125,13 +101,22 @@ def test_frozen_stages_get_statistics_and_stay_frozen():
         assert ((values.var(1) - 1).abs() < 0.25).all(), (norm, values.var(1))
 
 
-def test_benched_detectors_have_live_norms_with_statistics(bench):
-    student, teacher = (bench("imitation").rows[name].modules[0] for name in (STUDENT, TEACHER))
-    for detector in (student, teacher):
-        norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert norms and not any(isinstance(m, FrozenBatchNorm2d) for m in detector.modules())
-        assert all(norm.running_mean.abs().max() > 0 for norm in norms)
-        assert all(norm.momentum == 0.1 for norm in norms)
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
+    def norms(detector):
+        found = dict(detector.named_modules()).items()
+        return {k: m for k, m in found if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
+
+    overrides = (f"model.student.backbone.bottom_up.norm={norm}",)
+    setup = Setup("it", str(folder / "imitation.py"), overrides, image_size=64, device="cpu")
+    rows, built = Bench(setup).rows, instantiate(setup.recipe().model)
+    student, teacher = (rows[name].modules[0] for name in (STUDENT, TEACHER))
+    for detector, own in ((student, built.student), (teacher, built.teacher.detector)):
+        found = norms(detector)
+        assert {k: type(m) for k, m in found.items()} == {k: type(m) for k, m in norms(own).items()}
+        assert all(m.running_mean.abs().max() > 0 for m in found.values())
+    learning = [m for m in norms(student).values() if isinstance(m, nn.BatchNorm2d)]
+    assert bool(learning) == (norm == "BN") and all(m.momentum == 0.1 for m in learning)
     assert student.training and not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
 

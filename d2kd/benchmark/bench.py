@@ -38,7 +38,7 @@ from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked
 from ..modeling.speed import quicken
 from .phases import clock, phases
-from .untrained import draw_batch, measure_statistics, thaw_norms
+from .untrained import draw_batch, measure_statistics
 
 STOCK = "Detectron2's plain step"
 STUDENT, TEACHER, DISTILLED = "student alone", "teacher's asked part alone", "distilled"
@@ -86,7 +86,6 @@ class Setup:
         config.model = without_weights(config.model)
         config.model.teacher.weights = None
         without_priors(config.model.losses)
-        thaw_norms(config.model)
         if self.device:
             config.train.device = self.device
         return config

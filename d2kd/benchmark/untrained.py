@@ -1,7 +1,7 @@
 """Detectors and batches to measure on without weights or data: nothing but a recipe is read.
 
-Batch norms live with statistics of the batches they see, for frozen ones at their initial values let an
-untrained net explode; the images are noise.
+Batch norms get the statistics of these batches, for with their initial ones an untrained net explodes; frozen ones
+stay frozen, as in the steps they are to stand for. The images are noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..classes import num_classes_of
@@ -21,23 +20,9 @@ from ..classes import num_classes_of
 OBJECTS = 7
 
 
-def thaw_norms(node: DictConfig | ListConfig) -> None:
-    """Write BN for FrozenBN wherever a model node, or a yacs config in it, names a norm."""
-    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
-        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-            continue
-        if OmegaConf.is_config(node[key]):
-            thaw_norms(node[key])
-        elif str(key).lower() == "norm" and node[key] == "FrozenBN":
-            node[key] = "BN"
-
-
 @torch.no_grad()
 def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
-    """Give every batch norm the mean statistics of these batches in train mode.
-
-    Those of stages that ``freeze_at`` froze take part and are frozen again.
-    """
+    """Give every batch norm the mean statistics of these batches in train mode; frozen ones stay frozen."""
     frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     for name, norm in frozen.items():
         live = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
