@@ -494,7 +494,12 @@ ENGINE: dict[str, Case] = {
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
     "attention_maps draw_attention": _nothing_to_ask_about,
-    "benchmark/bench Setup.__post_init__": call(benchmark.Setup, "it", "none", image_size=0),
+    "benchmark/bench Setup.__post_init__: 'image sizes'": call(
+        benchmark.Setup, "it", "none", image_sizes=()
+    ),
+    "benchmark/bench Setup.__post_init__: at least": call(
+        benchmark.Setup, "it", "none", image_sizes=((0, 9),)
+    ),
     "benchmark/bench Setup.recipe": call(
         lambda: benchmark.Setup("it", "baselines/retinanet_small_shapes.py").recipe()
     ),
@@ -912,6 +917,7 @@ TOOLS: dict[str, Case] = {
         plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
     ),
     "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
+    "tools/benchmark image_size": command("benchmark", "--config-file x --image-size 8x8x8"),
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
     "tools/doctor run: '--target'": command("doctor", "--config-file {recipe} --target 0"),
     "tools/doctor run: '--json'": command("doctor", "--config-file {recipe} --json {folder}"),

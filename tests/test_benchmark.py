@@ -69,7 +69,7 @@ def bench(folder):
 
 
 def setup_of(folder, name):
-    return Setup(name, str(folder / f"{name}.py"), image_size=64, device="cpu")
+    return Setup(name, str(folder / f"{name}.py"), image_sizes=((64, 64),), device="cpu")
 
 
 def test_frozen_stages_get_statistics_and_stay_frozen():
@@ -108,7 +108,9 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
         return {k: m for k, m in found if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
 
     overrides = (f"model.student.backbone.bottom_up.norm={norm}",)
-    setup = Setup("it", str(folder / "imitation.py"), overrides, image_size=64, device="cpu")
+    setup = Setup(
+        "it", str(folder / "imitation.py"), overrides, image_sizes=((64, 64),), device="cpu"
+    )
     rows, built = Bench(setup).rows, instantiate(setup.recipe().model)
     student, teacher = (rows[name].modules[0] for name in (STUDENT, TEACHER))
     for detector, own in ((student, built.student), (teacher, built.teacher.detector)):
@@ -124,12 +126,15 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
 @pytest.mark.parametrize("classes", [1, 3, 80])
 def test_batches_are_fixed_by_their_seed(classes):
     detector = SimpleNamespace(num_classes=classes)
-    one, same, other = (draw_batch(detector, 96, 2, seed) for seed in (0, 0, 1))
+    one, same, other = (draw_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
     for a, b, c in zip(one, same, other):
         assert torch.equal(a["image"], b["image"]) and not torch.equal(a["image"], c["image"])
         boxes = a["instances"].gt_boxes.tensor
         assert torch.equal(boxes, b["instances"].gt_boxes.tensor)
-        assert len(boxes) == 7 and (boxes >= 0).all() and (boxes <= 96).all()
+        assert a["image"].shape == (3, 96, 128) and a["instances"].image_size == (96, 128)
+        assert (a["height"], a["width"]) == (96, 128)
+        assert len(boxes) == 7 and (boxes >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor([128, 96])).all()
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
         assert sides.min() > 0 and sides.max() > 8 * sides.min()
         found = set(a["instances"].gt_classes.tolist())
@@ -141,7 +146,7 @@ def test_batches_are_fixed_by_their_seed(classes):
 
 def test_a_mask_head_gets_masks():
     detector = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3, mask_on=True))
-    for example in draw_batch(detector, 64, 2, seed=0):
+    for example in draw_batch(detector, (48, 64), 2, seed=0):
         instances = example["instances"]
         boxes = instances.gt_masks.get_bounding_boxes().tensor
         assert torch.allclose(boxes, instances.gt_boxes.tensor, atol=1e-4)
@@ -174,7 +179,7 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Setup("icd", recipe, image_size=64, device="cpu"))
+    one = Bench(Setup("icd", recipe, image_sizes=((64, 64),), device="cpu"))
     assert all(set(question.read) == {"images", "features"} for question in one.questions)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
@@ -191,7 +196,9 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
 def test_the_teacher_judges_the_students_regions(folder, scale):
     """At the same places of its images, also where these are larger."""
     recipe = str(folder / "tar.py")
-    one = Bench(Setup("it", recipe, (f"model.teacher.scale={scale}",), 64 * scale, device="cpu"))
+    one = Bench(
+        Setup("it", recipe, (f"model.teacher.scale={scale}",), ((64 * scale,) * 2,), device="cpu")
+    )
     assert one.batches[0][0]["image"].shape[-2:] == (64, 64)
     heads = {name: one.rows[name].modules[0].roi_heads for name in (STUDENT, TEACHER)}
     for number in range(BATCHES):
@@ -204,6 +211,18 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
         # Other draws would choose others; the steps taken so far moved these by next to nothing.
         same = (boxes[STUDENT] - boxes[TEACHER] / scale).abs().amax(1) < 0.5
         assert same.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_batches_take_the_sizes_in_turn(folder, scale):
+    sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
+    overrides = (f"model.teacher.scale={scale}",)
+    one = Bench(Setup("it", str(folder / "tar.py"), overrides, sizes, device="cpu"))
+    shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
+    assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]
+    for name in one.rows:
+        for number in range(2):
+            assert one.seconds(name, number) > 0
 
 
 def test_every_step_starts_alike(bench):
@@ -408,7 +427,7 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(costs, "peak_memory", peak)
     words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
-    words += ["--image-size", "64", "--device", "cpu", "--rounds", "2"]
+    words += ["--image-size", "64", "--image-size", "32x96", "--device", "cpu", "--rounds", "2"]
     words += ["--json", str(tmp_path / "new/result.json")]
     words += ["--markdown", str(tmp_path / "table.md"), "--data", "2"]
     draw_data(folder / "data")
@@ -418,9 +437,10 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.count("met") == 6 and "exceeded" not in said
     result = json.loads((tmp_path / "new/result.json").read_text())
-    assert result["schema"] == 1 and result["versions"]["torch"] == torch.__version__
-    told = [result[key] for key in ("device", "image_size", "batch_size", "rounds")]
-    assert told == ["cpu", 64, 2, 2]
+    assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
+    told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
+    assert told == ["cpu", [[64, 64], [32, 96]], 2, 2]
+    assert "\n64 x 64, 32 x 96 px, 2 images a batch" in said
 
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
@@ -471,6 +491,8 @@ REFUSED = {
     "no steps": ("{tar} --data -1", "data steps: -1"),
     "no data": ("{tar} --rounds 1 --data 1 {nowhere}", "gone.json: "),
     "no pixels": ("{tar} --image-size 0", "image size: 0"),
+    "no size": ("{tar} --image-size 64x", "--image-size: 64x; expected pixels such as 512"),
+    "too many sizes": ("{tar}" + 4 * " --image-size 64", "image sizes: 4; expected from 1 to 3"),
     "no images": ("{tar} --batch-size -1", "batch size: -1"),
     "one twice": ("{tar} {tar}", "label: 'tar' 2 times"),
     "device": ("{tar} --device abacus", "train.device: abacus"),

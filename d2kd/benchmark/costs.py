@@ -221,12 +221,12 @@ def benchmark(
         )
     line.close(f"{len(rows)} rows, each in a process of its own")
     return {
-        "schema": 1,
+        "schema": 2,
         "command": shlex.join(sys.argv),
         "versions": versions(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "image_size": setups[0].image_size,
+        "image_sizes": [list(size) for size in setups[0].image_sizes],
         "batch_size": setups[0].batch_size,
         "rounds": rounds,
         "recipes": recipes,
@@ -258,10 +258,10 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
         result: it.
         style: of tabulate, such as "simple" or "github" for markdown.
     """
-    size = result["image_size"]
+    sizes = ", ".join(f"{height} x {width}" for height, width in result["image_sizes"])
     threads = f", threads: {result['threads']}" if result["device"] == "cpu" else ""
     lines = [
-        f"{size} x {size} px, {result['batch_size']} images a batch, {OBJECTS} objects an image, "
+        f"{sizes} px, {result['batch_size']} images a batch, {OBJECTS} objects an image, "
         f"{result['device']}{threads}; half-way through the run; {result['rounds']} rounds"
     ]
     for recipe in result["recipes"]:

@@ -52,12 +52,15 @@ def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> No
         detector.set_submodule(name, norm)
 
 
-def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int) -> list[dict]:
-    """Detectron2's training batch for this detector: images of noise with seven objects each.
+def draw_batch(
+    detector: nn.Module, image_size: tuple[int, int], batch_size: int, seed: int
+) -> list[dict]:
+    """Detectron2's training batch for this detector: images of noise, (height, width), with seven objects each.
 
     The objects' sides go from a sixteenth to two thirds of the image's, their classes over all that the
     detector is to learn; with a mask head they have masks, their rectangles.
     """
+    height, width = image_size
     random = np.random.default_rng(seed)
     batch = []
     for _ in range(batch_size):
@@ -65,8 +68,8 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         stretch = np.exp(random.uniform(-0.3, 0.3, OBJECTS))
         extent = np.stack([side * stretch, side / stretch], axis=1)
         corner = random.uniform(size=(OBJECTS, 2)) * (1 - extent)
-        boxes = np.concatenate([corner, corner + extent], axis=1) * image_size
-        instances = Instances((image_size, image_size))
+        boxes = np.concatenate([corner, corner + extent], axis=1) * [width, height, width, height]
+        instances = Instances(image_size)
         instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
         first = getattr(detector, "num_old_classes", 0)
         classes = np.linspace(first, num_classes_of(detector) - 1, OBJECTS)
@@ -75,7 +78,7 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         if getattr(getattr(detector, "roi_heads", None), "mask_on", False):
             corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
             instances.gt_masks = PolygonMasks([[polygon] for polygon in corners])
-        image = random.integers(256, size=(3, image_size, image_size), dtype=np.uint8)
-        size = {"height": image_size, "width": image_size}
-        batch.append({"image": torch.from_numpy(image), "instances": instances, **size})
+        image = random.integers(256, size=(3, height, width), dtype=np.uint8)
+        sides = {"height": height, "width": width}
+        batch.append({"image": torch.from_numpy(image), "instances": instances, **sides})
     return batch
