@@ -1,6 +1,7 @@
 """The benchmark measures what it says: which work, on which batches, and how sure it is."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -419,12 +420,19 @@ def tool():
 
 
 def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
-    asked = []
+    asked, models = [], []
+
+    class Watched(Bench):
+        def __init__(self, setup):
+            super().__init__(setup)
+            models.append(weakref.ref(self.rows[DISTILLED].modules[0]))
 
     def peak(setup, name):
+        assert not any(model() for model in models), "there are two of it in memory"
         asked.append((setup.label, name))
         return 2**20, None if name == TEACHER else 3 * 2**20
 
+    monkeypatch.setattr(costs, "Bench", Watched)
     monkeypatch.setattr(costs, "peak_memory", peak)
     words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
     words += ["--image-size", "64", "--image-size", "32x96", "--device", "cpu", "--rounds", "2"]
@@ -435,7 +443,7 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
     tool.main([*words, "--bound", "1e6", "train.max_iter=6"])
     said = capsys.readouterr().out
-    assert said.count("met") == 6 and "exceeded" not in said
+    assert len(models) == 6 and said.count("met") == 6 and "exceeded" not in said
     result = json.loads((tmp_path / "new/result.json").read_text())
     assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
     told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]

@@ -196,8 +196,11 @@ def benchmark(
         line.close(f"{data_steps} batches alone, {data_steps} steps")
         data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
+    # The processes below shall have the whole machine.
     benches.clear()
+    del bench  # the loops' last one
     gc.collect()  # their rows refer to them
+    torch.cuda.empty_cache()
 
     line, by_label = Progress("memory", console), {setup.label: setup for setup in setups}
     rows = []
