@@ -509,6 +509,15 @@ ENGINE: dict[str, Case] = {
     "benchmark/costs benchmark: 'label'": call(
         benchmark.benchmark, [benchmark.Setup("it", "none"), benchmark.Setup("it", "other")]
     ),
+    "benchmark/costs benchmark: 'train.cudnn_benchmark'": call(
+        benchmark.benchmark,
+        [
+            benchmark.Setup(
+                value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",)
+            )
+            for value in ("true", "false")
+        ],
+    ),
     "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
     "classes class_names: 'no class'": call(classes.class_names, []),
     "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),

@@ -226,6 +226,22 @@ def test_batches_take_the_sizes_in_turn(folder, scale):
             assert one.seconds(name, number) > 0
 
 
+@pytest.mark.parametrize("choice", [True, False])
+def test_convolutions_choose_their_algorithms_as_in_training(folder, monkeypatch, choice):
+    """From the first on, those that the norms' statistics come from included."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not choice)
+    chosen = []
+
+    def measure(*arguments):
+        chosen.append(torch.backends.cudnn.benchmark)
+        measure_statistics(*arguments)
+
+    monkeypatch.setattr("d2kd.benchmark.bench.measure_statistics", measure)
+    override = f"train.cudnn_benchmark={choice}".lower()
+    Bench(Setup("it", str(folder / "silent.py"), (override,), ((64, 64),), device="cpu"))
+    assert chosen == [choice, choice] and torch.backends.cudnn.benchmark is choice
+
+
 def test_every_step_starts_alike(bench):
     seen = []
     for _ in range(2):

@@ -154,6 +154,8 @@ class Bench:
         config = setup.recipe()
         self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
+        # As the trainer does, and before the first convolution, for what that chooses is kept by the process.
+        torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
         self._shown = setup.image_sizes, setup.batch_size
         self._precision = precision(config.train.amp, self.device)
         self.clock, self._number = clock(self.device), 0

@@ -159,7 +159,8 @@ def benchmark(
         :func:`~d2kd.benchmark.feeding.feeding` returns.
 
     Raises:
-        InputError: see :class:`Bench`; no rounds, two setups of one label, or data that cannot be read.
+        InputError: see :class:`Bench`; no rounds, two setups of one label, data that cannot be read, or recipes that
+            differ in ``train.cudnn_benchmark``.
     """
     for culprit, count, least in (("rounds", rounds, 1), ("data steps", data_steps, 0)):
         if count < least:
@@ -170,8 +171,11 @@ def benchmark(
             raise InputError("label", f"{label!r} {count} times", "a label of its own for each")
     variant_of = variant_of or {}
     console = console or sys.stdout
-    for setup in setups:
-        setup.recipe()  # so that one that cannot be used is all there is to say
+    # First, so that a recipe that cannot be used is all there is to say.
+    chosen = {bool(setup.recipe().train.cudnn_benchmark) for setup in setups}
+    if len(chosen) > 1:
+        expected = "one for all recipes, for a process keeps the algorithms it chose first"
+        raise InputError("train.cudnn_benchmark", "true and false", expected)
     print(f"building, and statistics of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
     for bench in benches.values() if data_steps else ():
