@@ -509,7 +509,12 @@ ENGINE: dict[str, Case] = {
         attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
     "attention_maps draw_attention": _nothing_to_ask_about,
-    "benchmark/bench Setup.__post_init__": call(benchmark.Setup, "it", "none", image_size=0),
+    "benchmark/bench Setup.__post_init__: 'image sizes'": call(
+        benchmark.Setup, "it", "none", image_sizes=()
+    ),
+    "benchmark/bench Setup.__post_init__: at least": call(
+        benchmark.Setup, "it", "none", image_sizes=((0, 9),)
+    ),
     "benchmark/bench Setup.recipe": call(
         lambda: benchmark.Setup("it", "baselines/retinanet_small_shapes.py").recipe()
     ),
@@ -518,6 +523,15 @@ ENGINE: dict[str, Case] = {
     ),
     "benchmark/costs benchmark: 'label'": call(
         benchmark.benchmark, [benchmark.Setup("it", "none"), benchmark.Setup("it", "other")]
+    ),
+    "benchmark/costs benchmark: 'train.cudnn_benchmark'": call(
+        benchmark.benchmark,
+        [
+            benchmark.Setup(
+                value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",)
+            )
+            for value in ("true", "false")
+        ],
     ),
     "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
     "classes class_names: 'no class'": call(classes.class_names, []),
@@ -924,6 +938,7 @@ TOOLS: dict[str, Case] = {
         plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
     ),
     "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
+    "tools/benchmark image_size": command("benchmark", "--config-file x --image-size 8x8x8"),
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
     "tools/doctor run: '--target'": command("doctor", "--config-file {recipe} --target 0"),
     "tools/doctor run: '--json'": command("doctor", "--config-file {recipe} --json {folder}"),

@@ -431,7 +431,7 @@ def measured(config):
 
 def benched(config):
     file = Path(config.train.output_dir, "config.yaml")
-    return instantiate(Setup("it", str(file), image_size=64, device="cpu").recipe().model)
+    return instantiate(Setup("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,9 @@ def test_an_untrained_detector_that_explodes(monkeypatch):
     monkeypatch.setattr(benchmark.bench, "measure_statistics", explode)
     with pytest.raises(InputError, match="boxes are not finite; expected untrained detectors"):
         benchmark.Bench(
-            benchmark.Setup("it", "projects/TAR/configs/tar_shapes.py", image_size=64, device="cpu")
+            benchmark.Setup(
+                "it", "projects/TAR/configs/tar_shapes.py", image_sizes=((64, 64),), device="cpu"
+            )
         )
 
 

@@ -1,15 +1,16 @@
 """The benchmark measures what it says: which work, on which batches, and how sure it is."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
-from omegaconf import OmegaConf
 from torch import nn
 
 from d2kd.benchmark import DISTILLED, HEADLINE, STOCK, STUDENT, TEACHER, Bench, Setup, costs
@@ -17,8 +18,7 @@ from d2kd.benchmark.bench import BATCHES, peak_memory
 from d2kd.benchmark.costs import difference, measure, median_interval, ratios
 from d2kd.benchmark.feeding import covered, feeding
 from d2kd.benchmark.phases import PHASES, Stopwatch
-from d2kd.benchmark.untrained import draw_batch, measure_statistics, thaw_norms
-from d2kd.config import load
+from d2kd.benchmark.untrained import draw_batch, measure_statistics
 from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
@@ -70,35 +70,12 @@ def bench(folder):
 
 
 def setup_of(folder, name):
-    return Setup(name, str(folder / f"{name}.py"), image_size=64, device="cpu")
-
-
-def norms_named(node):
-    """Every value of a key "norm" in a node, whatever its case."""
-    if OmegaConf.is_list(node):
-        return [norm for value in node for norm in norms_named(value)]
-    if not OmegaConf.is_dict(node):
-        return []
-    own = [node[key] for key in node if str(key).lower() == "norm"]
-    return own + [norm for value in node.values() for norm in norms_named(value)]
-
-
-def test_frozen_norms_are_thawed_in_lazy_and_yacs_nodes():
-    model = load(str(ROOT / "projects/TAR/configs/tar_faster_rcnn_R_50_from_R_101_1x.py")).model
-    model.student.backbone.norm = "GN"
-    before = norms_named(model)
-    thaw_norms(model)
-    after = norms_named(model)
-    assert (
-        before.count("FrozenBN") >= 3
-    )  # the student's stem and stages, and the teacher's yacs key
-    assert after == ["BN" if norm == "FrozenBN" else norm for norm in before]
-    assert "GN" in after
+    return Setup(name, str(folder / f"{name}.py"), image_sizes=((64, 64),), device="cpu")
 
 
 def test_frozen_stages_get_statistics_and_stay_frozen():
     node = tiny_faster_rcnn()
-    thaw_norms(node)
+    node.backbone.bottom_up.norm = "BN"
     detector = build(node)
     stem = detector.backbone.bottom_up.stem
     stem.freeze()
@@ -125,13 +102,24 @@ def test_frozen_stages_get_statistics_and_stay_frozen():
         assert ((values.var(1) - 1).abs() < 0.25).all(), (norm, values.var(1))
 
 
-def test_benched_detectors_have_live_norms_with_statistics(bench):
-    student, teacher = (bench("imitation").rows[name].modules[0] for name in (STUDENT, TEACHER))
-    for detector in (student, teacher):
-        norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert norms and not any(isinstance(m, FrozenBatchNorm2d) for m in detector.modules())
-        assert all(norm.running_mean.abs().max() > 0 for norm in norms)
-        assert all(norm.momentum == 0.1 for norm in norms)
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
+    def norms(detector):
+        found = dict(detector.named_modules()).items()
+        return {k: m for k, m in found if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
+
+    overrides = (f"model.student.backbone.bottom_up.norm={norm}",)
+    setup = Setup(
+        "it", str(folder / "imitation.py"), overrides, image_sizes=((64, 64),), device="cpu"
+    )
+    rows, built = Bench(setup).rows, instantiate(setup.recipe().model)
+    student, teacher = (rows[name].modules[0] for name in (STUDENT, TEACHER))
+    for detector, own in ((student, built.student), (teacher, built.teacher.detector)):
+        found = norms(detector)
+        assert {k: type(m) for k, m in found.items()} == {k: type(m) for k, m in norms(own).items()}
+        assert all(m.running_mean.abs().max() > 0 for m in found.values())
+    learning = [m for m in norms(student).values() if isinstance(m, nn.BatchNorm2d)]
+    assert bool(learning) == (norm == "BN") and all(m.momentum == 0.1 for m in learning)
     assert student.training and not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -139,12 +127,15 @@ def test_benched_detectors_have_live_norms_with_statistics(bench):
 @pytest.mark.parametrize("classes", [1, 3, 80])
 def test_batches_are_fixed_by_their_seed(classes):
     detector = SimpleNamespace(num_classes=classes)
-    one, same, other = (draw_batch(detector, 96, 2, seed) for seed in (0, 0, 1))
+    one, same, other = (draw_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
     for a, b, c in zip(one, same, other):
         assert torch.equal(a["image"], b["image"]) and not torch.equal(a["image"], c["image"])
         boxes = a["instances"].gt_boxes.tensor
         assert torch.equal(boxes, b["instances"].gt_boxes.tensor)
-        assert len(boxes) == 7 and (boxes >= 0).all() and (boxes <= 96).all()
+        assert a["image"].shape == (3, 96, 128) and a["instances"].image_size == (96, 128)
+        assert (a["height"], a["width"]) == (96, 128)
+        assert len(boxes) == 7 and (boxes >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor([128, 96])).all()
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
         assert sides.min() > 0 and sides.max() > 8 * sides.min()
         found = set(a["instances"].gt_classes.tolist())
@@ -156,7 +147,7 @@ def test_batches_are_fixed_by_their_seed(classes):
 
 def test_a_mask_head_gets_masks():
     detector = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3, mask_on=True))
-    for example in draw_batch(detector, 64, 2, seed=0):
+    for example in draw_batch(detector, (48, 64), 2, seed=0):
         instances = example["instances"]
         boxes = instances.gt_masks.get_bounding_boxes().tensor
         assert torch.allclose(boxes, instances.gt_boxes.tensor, atol=1e-4)
@@ -189,7 +180,7 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Setup("icd", recipe, image_size=64, device="cpu"))
+    one = Bench(Setup("icd", recipe, image_sizes=((64, 64),), device="cpu"))
     assert all(set(question.read) == {"images", "features"} for question in one.questions)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
@@ -206,7 +197,9 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
 def test_the_teacher_judges_the_students_regions(folder, scale):
     """At the same places of its images, also where these are larger."""
     recipe = str(folder / "tar.py")
-    one = Bench(Setup("it", recipe, (f"model.teacher.scale={scale}",), 64 * scale, device="cpu"))
+    one = Bench(
+        Setup("it", recipe, (f"model.teacher.scale={scale}",), ((64 * scale,) * 2,), device="cpu")
+    )
     assert one.batches[0][0]["image"].shape[-2:] == (64, 64)
     heads = {name: one.rows[name].modules[0].roi_heads for name in (STUDENT, TEACHER)}
     for number in range(BATCHES):
@@ -219,6 +212,34 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
         # Other draws would choose others; the steps taken so far moved these by next to nothing.
         same = (boxes[STUDENT] - boxes[TEACHER] / scale).abs().amax(1) < 0.5
         assert same.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_batches_take_the_sizes_in_turn(folder, scale):
+    sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
+    overrides = (f"model.teacher.scale={scale}",)
+    one = Bench(Setup("it", str(folder / "tar.py"), overrides, sizes, device="cpu"))
+    shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
+    assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]
+    for name in one.rows:
+        for number in range(2):
+            assert one.seconds(name, number) > 0
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_convolutions_choose_their_algorithms_as_in_training(folder, monkeypatch, choice):
+    """From the first on, those that the norms' statistics come from included."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not choice)
+    chosen = []
+
+    def measure(*arguments):
+        chosen.append(torch.backends.cudnn.benchmark)
+        measure_statistics(*arguments)
+
+    monkeypatch.setattr("d2kd.benchmark.bench.measure_statistics", measure)
+    override = f"train.cudnn_benchmark={choice}".lower()
+    Bench(Setup("it", str(folder / "silent.py"), (override,), ((64, 64),), device="cpu"))
+    assert chosen == [choice, choice] and torch.backends.cudnn.benchmark is choice
 
 
 def test_every_step_starts_alike(bench):
@@ -415,15 +436,22 @@ def tool():
 
 
 def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
-    asked = []
+    asked, models = [], []
+
+    class Watched(Bench):
+        def __init__(self, setup):
+            super().__init__(setup)
+            models.append(weakref.ref(self.rows[DISTILLED].modules[0]))
 
     def peak(setup, name):
+        assert not any(model() for model in models), "there are two of it in memory"
         asked.append((setup.label, name))
         return 2**20, None if name == TEACHER else 3 * 2**20
 
+    monkeypatch.setattr(costs, "Bench", Watched)
     monkeypatch.setattr(costs, "peak_memory", peak)
     words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
-    words += ["--image-size", "64", "--device", "cpu", "--rounds", "2"]
+    words += ["--image-size", "64", "--image-size", "32x96", "--device", "cpu", "--rounds", "2"]
     words += ["--json", str(tmp_path / "new/result.json")]
     words += ["--markdown", str(tmp_path / "table.md"), "--data", "2"]
     draw_data(folder / "data")
@@ -431,11 +459,12 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
     tool.main([*words, "--bound", "1e6", "train.max_iter=6"])
     said = capsys.readouterr().out
-    assert said.count("met") == 6 and "exceeded" not in said
+    assert len(models) == 6 and said.count("met") == 6 and "exceeded" not in said
     result = json.loads((tmp_path / "new/result.json").read_text())
-    assert result["schema"] == 1 and result["versions"]["torch"] == torch.__version__
-    told = [result[key] for key in ("device", "image_size", "batch_size", "rounds")]
-    assert told == ["cpu", 64, 2, 2]
+    assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
+    told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
+    assert told == ["cpu", [[64, 64], [32, 96]], 2, 2]
+    assert "\n64 x 64, 32 x 96 px, 2 images a batch" in said
 
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
@@ -486,6 +515,8 @@ REFUSED = {
     "no steps": ("{tar} --data -1", "data steps: -1"),
     "no data": ("{tar} --rounds 1 --data 1 {nowhere}", "gone.json: "),
     "no pixels": ("{tar} --image-size 0", "image size: 0"),
+    "no size": ("{tar} --image-size 64x", "--image-size: 64x; expected pixels such as 512"),
+    "too many sizes": ("{tar}" + 4 * " --image-size 64", "image sizes: 4; expected from 1 to 3"),
     "no images": ("{tar} --batch-size -1", "batch size: -1"),
     "one twice": ("{tar} {tar}", "label: 'tar' 2 times"),
     "device": ("{tar} --device abacus", "train.device: abacus"),

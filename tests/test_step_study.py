@@ -162,6 +162,24 @@ def test_the_table(tmp_path):
     heading = next(line for line in lines if line[:3] == ["AP", "on", "shapes_test"])
     assert heading[3:] == ["third", "everything"]
     assert (tmp_path / "table.txt").read_text().count("AP after each step") == 1
+    written = (tmp_path / "table.md").read_text()
+    assert (
+        "| third | 3 | 25.5 ±0.7 | 75.5 ±0.7 | 38.0 ±0.7 | 13.3 ±0.0 | 15.0 ±0.0 | 28.3 ±0.4 |"
+        in written
+    )
+    assert f"| {CLASSES[0]} | 10.0 ±0.0 | 30.0 ±0.0 |" in written
+    assert "| AP on shapes_test | third | everything |" in written
+
+
+def test_the_tables_of_a_first_step_alone(tmp_path):
+    study = study_of()
+    runs = study.plan([0], ["first"])
+    train = FakeTraining({"first_seed0": APS["first"]})
+    rows, _ = run_study(study, runs, tmp_path, OneByOne(train), io.StringIO())
+    show_results(tmp_path, study, runs, rows)
+    for name in ("table.txt", "table.md"):
+        written = (tmp_path / name).read_text()
+        assert "AP after each step" in written and "AP on" not in written
 
 
 def test_what_found_nothing_is_undefined(tmp_path):

@@ -215,6 +215,44 @@ def test_an_interrupted_study_continues(tmp_path):
     assert len((tmp_path / "baseline_seed0" / "metrics.json").read_text().splitlines()) == 2
 
 
+def test_several_commands_add_up_to_one_table(tmp_path):
+    """Rows of other methods are kept while they are the study's own: same seeds, recipe and sources."""
+    train = FakeTraining()
+    run(study_of(), tmp_path, train, seeds=[0, 1], only=["equal_time", "term"])
+    train.calls.clear()
+
+    def again(study, only):
+        runs, every = study.plan([0], only), study.plan([0], list(study.runs))
+        console = io.StringIO()
+        rows, failed = run_study(study, runs, tmp_path, OneByOne(train), console, every)
+        assert not failed
+        written = json.loads((tmp_path / "results.json").read_text())["rows"]
+        assert [row["name"] for row in rows] == [row["name"] for row in written]
+        return [row["name"] for row in rows], console.getvalue()
+
+    found, said = again(study_of(), ["longer"])
+    assert train.calls == ["longer_seed0"]
+    first = ["tar_seed0", "teacher", "baseline_seed0", "equal_time_seed0"]
+    assert found == [*first, "longer_seed0", "term_seed0"]
+    assert said.count("finished before") == 5
+
+    other = study_of()
+    other.runs[
+        "teacher"
+    ].config.model.width = 16  # and so TAR's, and that of its seconds, are no longer its own
+    found, said = again(other, ["baseline"])
+    assert found == ["baseline_seed0", "longer_seed0", "term_seed0"]
+    assert "left out" not in said and "teacher" not in said
+    assert (tmp_path / "teacher" / "model_final.pth").is_file()  # nor is it moved aside
+
+    train.stop = "longer_seed0"
+    other.runs["longer"].config.model.width = 16
+    with pytest.raises(KeyboardInterrupt):
+        again(other, ["longer"])
+    written = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["name"] for row in written] == ["baseline_seed0", "term_seed0"]
+
+
 @pytest.mark.parametrize("harm", ["weights", "record"])
 def test_a_result_that_is_not_whole_does_not_count(tmp_path, harm):
     train = FakeTraining()

@@ -2,7 +2,8 @@
 """Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
 
     tools/benchmark.py --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
-                       [--data STEPS] [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
+                       [--image-size 800x1333 [--image-size …]] [--data STEPS]
+                       [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
 RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in
 turn on the same batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower
@@ -30,9 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--image-size",
-        type=int,
-        default=320,
-        help="sides in pixels; the teacher's where it sees larger ones",
+        action="append",
+        metavar="PIXELS",
+        help="512, or height x width as in 800x1333; the teacher's where it sees larger ones. "
+        "Several are taken in turn by the batches; 320 by default",
     )
     parser.add_argument("--batch-size", type=int, default=2, help="images in a batch")
     parser.add_argument("--device", help="instead of the recipe's: auto, cpu or cuda")
@@ -60,6 +62,20 @@ def main(arguments: list[str] | None = None) -> None:
         run(args)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width), of "800x1333" or, for a square, of "512".
+
+    Raises:
+        InputError: the text is neither.
+    """
+    from d2kd.errors import InputError
+
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError("--image-size", text, "pixels such as 512, or 800x1333")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(args: argparse.Namespace) -> None:
     from d2kd.benchmark import HEADLINE, Setup, benchmark, table
     from d2kd.engine.run_info import write_json, write_text
@@ -68,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
         if path and path.is_dir():
             raise InputError(option, f"{path} is a folder", "a file")
-    common = {"image_size": args.image_size, "batch_size": args.batch_size, "device": args.device}
+    sizes = tuple(map(image_size, args.image_size or ["320"]))
+    common = {"image_sizes": sizes, "batch_size": args.batch_size, "device": args.device}
     setups, variant_of = [], {}
     for config in args.config_file:
         label = Path(config).stem

@@ -3,7 +3,8 @@
 
     tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
 
-Interrupted, the same command continues. See d2kd/study for what a study file says.
+Interrupted, the same command continues. The table has all runs of these seeds that are finished in the folder, so
+that several commands with other --runs add up to one. See d2kd/study for what a study file says.
 """
 
 import argparse
@@ -20,7 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--seeds", type=int, nargs="+", default=[], help="instead of the study's own"
     )
     parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="METHOD", help="only these, and what they need"
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="train only these, and what they need",
     )
     parser.add_argument(
         "--fast", action="store_true", help="a few steps on a few images, to see that it runs"
@@ -53,13 +58,14 @@ def run(args: argparse.Namespace) -> None:
 
     given = args.study, args.seeds, args.runs, args.fast
     study, runs = planned(*given)
+    every_run = study.plan(args.seeds, list(study.runs), args.fast)
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
     with SideBySide(args.jobs, *given) if args.jobs > 1 else OneByOne() as trainer:
-        rows, failed = run_study(study, runs, output, trainer)
+        rows, failed = run_study(study, runs, output, trainer, others=every_run)
     if rows:
-        print("\n" + show_results(output, study, runs, rows) + "\n", flush=True)
+        print("\n" + show_results(output, study, every_run, rows) + "\n", flush=True)
         page = study_report(output, study, rows)
         if page is not None:
             print(f"  {page}  what distillation changed")

@@ -38,12 +38,12 @@ from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked
 from ..modeling.speed import quicken
 from .phases import clock, phases
-from .untrained import draw_batch, measure_statistics, thaw_norms
+from .untrained import draw_batch, measure_statistics
 
 STOCK = "Detectron2's plain step"
 STUDENT, TEACHER, DISTILLED = "student alone", "teacher's asked part alone", "distilled"
 BATCHES = 5  # the norms' statistics come from them, and the rounds go round them
-WARM_UPS = 3
+WARM_UPS = 3  # and as many sizes of images at most, so that each is warmed up
 LEARNING_RATE = 1e-6
 SEED = 0
 
@@ -56,23 +56,27 @@ class Setup:
         label: what it is called.
         config_file: a distilled recipe, see :func:`d2kd.config.load`.
         overrides: such as ``model.losses.tar.weight=1.0``.
-        image_size: sides of the square images, in pixels; the teacher's where it sees larger ones.
+        image_sizes: (height, width) of the images, in pixels; the teacher's where it sees larger ones. All images of
+            a batch are of one size, the batches take them in turn.
         batch_size: images in a batch.
         device: instead of the recipe's ``train.device``.
 
     Raises:
-        InputError: a size that is none; by :meth:`recipe` what cannot be loaded, or has no teacher.
+        InputError: a size that is none, or more than three; by :meth:`recipe` what cannot be loaded, or has no teacher.
     """
 
     label: str
     config_file: str
     overrides: tuple[str, ...] = ()
-    image_size: int = 320
+    image_sizes: tuple[tuple[int, int], ...] = ((320, 320),)
     batch_size: int = 2
     device: str | None = None
 
     def __post_init__(self):
-        for culprit, value in (("image size", self.image_size), ("batch size", self.batch_size)):
+        if not 1 <= len(self.image_sizes) <= WARM_UPS:
+            raise InputError("image sizes", len(self.image_sizes), f"from 1 to {WARM_UPS}")
+        smallest = min(min(size) for size in self.image_sizes)
+        for culprit, value in (("image size", smallest), ("batch size", self.batch_size)):
             if value < 1:
                 raise InputError(culprit, value, "at least 1")
 
@@ -86,7 +90,6 @@ class Setup:
         config.model = without_weights(config.model)
         config.model.teacher.weights = None
         without_priors(config.model.losses)
-        thaw_norms(config.model)
         if self.device:
             config.train.device = self.device
         return config
@@ -151,7 +154,9 @@ class Bench:
         config = setup.recipe()
         self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
-        self.sizes = setup.image_size, setup.batch_size
+        # As the trainer does, and before the first convolution, for what that chooses is kept by the process.
+        torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
+        self._shown = setup.image_sizes, setup.batch_size
         self._precision = precision(config.train.amp, self.device)
         self.clock, self._number = clock(self.device), 0
         self._feed = iter(lambda: self.batches[self._number], None)  # whatever the number is then
@@ -159,8 +164,7 @@ class Bench:
         model = instantiate(config.model).to(self.device).train()
         student, teacher = model.student, model.teacher
         quicken(student, config.train)
-        shown = *self.sizes, teacher.scale
-        plain = [config.model.student, config.optimizer, config.train, shown]
+        plain = [config.model.student, config.optimizer, config.train, self._shown, teacher.scale]
         self.plain = repr(plain)
         self._start_iter = model.max_iter // 2
         self.batches = self._draw(student, teacher.scale)
@@ -186,7 +190,11 @@ class Bench:
             del self.rows[STOCK]  # Detectron2 knows no other
 
     def _draw(self, detector: nn.Module, scale: int = 1) -> list[list[dict]]:
-        drawn = [draw_batch(detector, *self.sizes, seed=SEED + i) for i in range(BATCHES)]
+        sizes, count = self._shown
+        drawn = [
+            draw_batch(detector, sizes[i % len(sizes)], count, seed=SEED + i)
+            for i in range(BATCHES)
+        ]
         if scale == 1:
             return drawn
         reduced = TwoScales(lambda sample: sample, scale)

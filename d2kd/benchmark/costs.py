@@ -159,7 +159,8 @@ def benchmark(
         :func:`~d2kd.benchmark.feeding.feeding` returns.
 
     Raises:
-        InputError: see :class:`Bench`; no rounds, two setups of one label, or data that cannot be read.
+        InputError: see :class:`Bench`; no rounds, two setups of one label, data that cannot be read, or recipes that
+            differ in ``train.cudnn_benchmark``.
     """
     for culprit, count, least in (("rounds", rounds, 1), ("data steps", data_steps, 0)):
         if count < least:
@@ -170,8 +171,11 @@ def benchmark(
             raise InputError("label", f"{label!r} {count} times", "a label of its own for each")
     variant_of = variant_of or {}
     console = console or sys.stdout
-    for setup in setups:
-        setup.recipe()  # so that one that cannot be used is all there is to say
+    # First, so that a recipe that cannot be used is all there is to say.
+    chosen = {bool(setup.recipe().train.cudnn_benchmark) for setup in setups}
+    if len(chosen) > 1:
+        expected = "one for all recipes, for a process keeps the algorithms it chose first"
+        raise InputError("train.cudnn_benchmark", "true and false", expected)
     print(f"building, and statistics of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
     for bench in benches.values() if data_steps else ():
@@ -196,8 +200,11 @@ def benchmark(
         line.close(f"{data_steps} batches alone, {data_steps} steps")
         data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
+    # The processes below shall have the whole machine.
     benches.clear()
+    del bench  # the loops' last one
     gc.collect()  # their rows refer to them
+    torch.cuda.empty_cache()
 
     line, by_label = Progress("memory", console), {setup.label: setup for setup in setups}
     rows = []
@@ -221,12 +228,12 @@ def benchmark(
         )
     line.close(f"{len(rows)} rows, each in a process of its own")
     return {
-        "schema": 1,
+        "schema": 2,
         "command": shlex.join(sys.argv),
         "versions": versions(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "image_size": setups[0].image_size,
+        "image_sizes": [list(size) for size in setups[0].image_sizes],
         "batch_size": setups[0].batch_size,
         "rounds": rounds,
         "recipes": recipes,
@@ -258,10 +265,10 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
         result: it.
         style: of tabulate, such as "simple" or "github" for markdown.
     """
-    size = result["image_size"]
+    sizes = ", ".join(f"{height} x {width}" for height, width in result["image_sizes"])
     threads = f", threads: {result['threads']}" if result["device"] == "cpu" else ""
     lines = [
-        f"{size} x {size} px, {result['batch_size']} images a batch, {OBJECTS} objects an image, "
+        f"{sizes} px, {result['batch_size']} images a batch, {OBJECTS} objects an image, "
         f"{result['device']}{threads}; half-way through the run; {result['rounds']} rounds"
     ]
     for recipe in result["recipes"]:

@@ -1,7 +1,7 @@
 """Detectors and batches to measure on without weights or data: nothing but a recipe is read.
 
-Batch norms live with statistics of the batches they see, for frozen ones at their initial values let an
-untrained net explode; the images are noise.
+Batch norms get the statistics of these batches, for with their initial ones an untrained net explodes; frozen ones
+stay frozen, as in the steps they are to stand for. The images are noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..classes import num_classes_of
@@ -21,23 +20,9 @@ from ..classes import num_classes_of
 OBJECTS = 7
 
 
-def thaw_norms(node: DictConfig | ListConfig) -> None:
-    """Write BN for FrozenBN wherever a model node, or a yacs config in it, names a norm."""
-    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
-        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-            continue
-        if OmegaConf.is_config(node[key]):
-            thaw_norms(node[key])
-        elif str(key).lower() == "norm" and node[key] == "FrozenBN":
-            node[key] = "BN"
-
-
 @torch.no_grad()
 def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
-    """Give every batch norm the mean statistics of these batches in train mode.
-
-    Those of stages that ``freeze_at`` froze take part and are frozen again.
-    """
+    """Give every batch norm the mean statistics of these batches in train mode; frozen ones stay frozen."""
     frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     for name, norm in frozen.items():
         live = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
@@ -67,12 +52,15 @@ def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> No
         detector.set_submodule(name, norm)
 
 
-def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int) -> list[dict]:
-    """Detectron2's training batch for this detector: images of noise with seven objects each.
+def draw_batch(
+    detector: nn.Module, image_size: tuple[int, int], batch_size: int, seed: int
+) -> list[dict]:
+    """Detectron2's training batch for this detector: images of noise, (height, width), with seven objects each.
 
     The objects' sides go from a sixteenth to two thirds of the image's, their classes over all that the
     detector is to learn; with a mask head they have masks, their rectangles.
     """
+    height, width = image_size
     random = np.random.default_rng(seed)
     batch = []
     for _ in range(batch_size):
@@ -80,8 +68,8 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         stretch = np.exp(random.uniform(-0.3, 0.3, OBJECTS))
         extent = np.stack([side * stretch, side / stretch], axis=1)
         corner = random.uniform(size=(OBJECTS, 2)) * (1 - extent)
-        boxes = np.concatenate([corner, corner + extent], axis=1) * image_size
-        instances = Instances((image_size, image_size))
+        boxes = np.concatenate([corner, corner + extent], axis=1) * [width, height, width, height]
+        instances = Instances(image_size)
         instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
         first = getattr(detector, "num_old_classes", 0)
         classes = np.linspace(first, num_classes_of(detector) - 1, OBJECTS)
@@ -90,7 +78,7 @@ def draw_batch(detector: nn.Module, image_size: int, batch_size: int, seed: int)
         if getattr(getattr(detector, "roi_heads", None), "mask_on", False):
             corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
             instances.gt_masks = PolygonMasks([[polygon] for polygon in corners])
-        image = random.integers(256, size=(3, image_size, image_size), dtype=np.uint8)
-        size = {"height": image_size, "width": image_size}
-        batch.append({"image": torch.from_numpy(image), "instances": instances, **size})
+        image = random.integers(256, size=(3, height, width), dtype=np.uint8)
+        sides = {"height": height, "width": width}
+        batch.append({"image": torch.from_numpy(image), "instances": instances, **sides})
     return batch

@@ -188,11 +188,15 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
 def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
     """Draw the curves and the pictures; returns the closing words: the table, and what to open."""
     whole = [row for row in rows if study.knows_all_classes(row["method"])]
-    text = table(whole, study.test, study.references, study.paired)
-    if study.steps:
-        text = steps_table(study, rows) + (f"\n\n{text}" if whole else "")
+
+    def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
+        parts = [steps_table(study, rows, layout)] if study.steps else []
+        if whole:  # of a study of steps, perhaps only the first has been learned
+            parts.append(table(whole, study.test, study.references, study.paired, layout))
+        return "\n\n".join(parts)
+
+    text, written = tables(aligned), tables(markdown)
     write_text(output / "table.txt", f"{study.title}\n\n{text}\n")
-    written = table(whole, study.test, study.references, study.paired, markdown)
     write_text(output / "table.md", f"# {study.title}\n\n{written}\n\n{provenance(rows)}\n")
     over = {name: gains_over(whole, name, study.paired) for name in study.references}
     curves: dict[str, list[Path]] = {}

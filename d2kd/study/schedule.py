@@ -33,6 +33,7 @@ def run_study(
     output: Path,
     trainer: OneByOne | None = None,
     console: TextIO | None = None,
+    others: Sequence[Run] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
     """Train what is missing; after each run, write what all have reached.
 
@@ -44,6 +45,8 @@ def run_study(
         output: the study's folder; each run has one of its own in it.
         trainer: who trains them; one after another by default.
         console: where progress is shown; stdout by default.
+        others: further runs, whose rows count where they are finished; they are not trained. Those in ``runs``
+            may be among them.
 
     Returns:
         the rows of ``results.json``, method by method, and the errors of the runs that failed, by name.
@@ -58,7 +61,10 @@ def run_study(
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
     width = max(len(run.name) for run in runs)
-    waiting, busy = trainer.ordered(runs), {}
+    asked = {run.name for run in runs}
+    # First, so that also an interrupted command leaves their rows in the table.
+    waiting = [*(run for run in others if run.name not in asked), *trainer.ordered(runs)]
+    busy = {}
 
     def rows() -> list[dict[str, Any]]:
         return sorted(finished.values(), key=lambda row: list(study.runs).index(row["method"]))
@@ -75,13 +81,17 @@ def run_study(
         chosen = ready[: trainer.jobs - len(busy)]
         for run in chosen:
             waiting.remove(run)
-            line = Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
-            if missing := [need for need in run.needs if need not in finished]:
-                line.close(f"left out, for it needs {missing[0]}")
+            folder, row = output / run.name, None
+            missing = [need for need in run.needs if need not in finished]
+            if not missing:
+                _, key = prepare(run, finished, folder)
+                row = finished_row(folder, key, run.test)
+            if row is None and run.name not in asked:
                 continue
-            folder = output / run.name
-            _, key = prepare(run, finished, folder)
-            if row := finished_row(folder, key, run.test):
+            line = Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
+            if missing:
+                line.close(f"left out, for it needs {missing[0]}")
+            elif row:
                 close(run, line, row, "finished before: ")
             else:
                 busy[trainer.submit(run, finished, folder, line)] = run, line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,18 @@ def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dic
     return after
 
 
-def steps_table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Two tables as text: a line for each run, and what each old class lost; means, and deviations over seeds."""
+def steps_table(
+    study: Study,
+    rows: Sequence[Mapping[str, Any]],
+    layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
+) -> str:
+    """Two tables as text: a line for each run, and what each old class lost; means, and deviations over seeds.
+
+    Args:
+        study: whose classes are learned in steps.
+        rows: of all methods.
+        layout: makes text of lines of cells.
+    """
     of: dict[str, list[Mapping]] = {}
     for entry in after_each_step(study, rows):
         of.setdefault(entry["method"], []).append(entry)
@@ -76,7 +86,7 @@ def steps_table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
         values.append([e["abs_gap"] for e in entries])
         values.append([e["rel_gap"] and 100 * e["rel_gap"] for e in entries])
         lines.append([method, str(step or "all"), *(mean_text(column, 1) for column in values)])
-    text = aligned(lines)
+    text = layout(lines)
     learned = {m: entries for m, entries in of.items() if any(e["forgetting"] for e in entries)}
     if learned:
         lost = [["AP lost", *learned]]
@@ -84,7 +94,7 @@ def steps_table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
         for name in classes:
             columns = [[e["forgetting"].get(name) for e in found] for found in learned.values()]
             lost.append([f"  {name}", *(mean_text(column, 1) for column in columns)])
-        text += "\n\n" + aligned(lost)
+        text += "\n\n" + layout(lost)
     return text
 
 
