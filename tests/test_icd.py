@@ -394,18 +394,28 @@ def test_heads_must_divide_the_width():
 
 
 def test_positions_and_valid_cells_of_odd_images():
-    valid = valid_cells([(1, 1), (33, 65), (64, 96)], (64, 96), (2, 3))
+    [valid] = valid_cells([(1, 1), (33, 65), (64, 96)], (64, 96), [(2, 3)])
     assert valid.sum((1, 2)).tolist() == [1, 6, 6] and valid[0, 0, 0]
     positions = sine_positions(valid, 7)
     assert positions.shape == (3, 2, 3, 7) and torch.isfinite(positions).all()
     assert torch.equal(positions[1], positions[2])
 
 
+def test_valid_cells_of_all_levels_are_those_of_each():
+    images, padded, sizes = [(1, 1), (33, 65), (64, 96)], (64, 96), [(8, 12), (2, 3), (1, 1)]
+    for (h, w), valid in zip(sizes, valid_cells(images, padded, sizes), strict=True):
+        stride = (64 / h + 96 / w) / 2
+        for (height, width), found in zip(images, valid, strict=True):
+            expected = torch.zeros(h, w, dtype=torch.bool)
+            expected[: math.ceil(height / stride), : math.ceil(width / stride)] = True
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("channels", [8, 7])
 def test_rows_and_columns_say_what_all_cells_would(channels):
     torch.manual_seed(0)
     sizes, padded = [(1, 1), (33, 65), (64, 96)], (64, 96)
-    valid = [valid_cells(sizes, padded, size) for size in ((8, 12), (2, 3), (1, 1))]
+    valid = valid_cells(sizes, padded, [(8, 12), (2, 3), (1, 1)])
     linear = torch.nn.Linear(channels, 6)
     whole = linear(torch.cat([sine_positions(x, channels).flatten(1, 2) for x in valid], dim=1))
     found = CellPositions.of(valid, channels).mapped(linear.weight, linear.bias)

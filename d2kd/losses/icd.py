@@ -214,12 +214,12 @@ class ICDLoss(DistillLoss):
             generator=self._generator(),
         )
         images = teacher.images
+        sizes = [teacher.features[match].shape[-2:] for match in self.levels.values()]
+        device = images.tensor.device
+        covering = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
         ours, theirs, valid = [], [], []
-        for level, match in self.levels.items():
+        for (level, match), covered in zip(self.levels.items(), covering, strict=True):
             one, other = student.features[level], teacher.features[match]
-            covered = valid_cells(
-                images.image_sizes, images.tensor.shape[-2:], other.shape[-2:], other.device
-            )
             # Detectors that pad to other multiples differ only below and to the right of the images.
             h, w = (min(a, b) for a, b in zip(one.shape[-2:], other.shape[-2:]))
             ours.append(one[..., :h, :w])
@@ -230,7 +230,7 @@ class ICDLoss(DistillLoss):
             tokens(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.of(valid, other.shape[1]),
-            queries.to(other.device),
+            queries.to(device),
         )
         self._watch(readings, queries)
         return self.terms(readings)
