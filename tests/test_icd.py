@@ -316,6 +316,10 @@ def test_summed_attention_is_the_softmax_of_the_logits_in_any_chunk():
         torch.testing.assert_close(decoded.entropy, entropies.mean())
         assert not decoded.attention.requires_grad
     assert layer(*inputs).attention is None
+    everybody, one = torch.ones_like(chosen), torch.arange(chosen.shape[1]) == 4
+    for wanted in (everybody, one.expand_as(chosen), everybody & torch.tensor([[True], [False]])):
+        slow = torch.stack([a[:, c].sum(1) for a, c in zip(attention, wanted)])
+        torch.testing.assert_close(layer(*inputs, wanted).attention, slow)
     nobody = layer(*inputs, torch.zeros_like(chosen))
     assert not nobody.attention.any() and nobody.entropy.isnan()
 
@@ -516,6 +520,17 @@ def test_counts(objects, cap, count):
     assert queries.is_used.sum(1).tolist() == [count, 1]
     assert queries.is_real.sum(1).tolist() == [objects, 0]
     assert not queries.descriptors[1, 1:].any()
+
+
+def test_images_are_asked_about_together_as_alone():
+    gt = gt_of(batch(objects=(3, 0))) + gt_of(batch(objects=(1, 2)))
+    generator = torch.Generator().manual_seed(0)
+    alone = [make_queries([one], PRIORS, generator=generator) for one in gt]
+    together = make_queries(gt, PRIORS, generator=generator.manual_seed(0))
+    for name, value in vars(together).items():
+        for found, expected in zip(value, (getattr(one, name)[0] for one in alone), strict=True):
+            assert torch.equal(found[: len(expected)], expected)
+            assert not found[len(expected) :].any()
 
 
 def test_told_points_stay_inside_and_edges_are_the_box_s():
@@ -773,6 +788,19 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone():
     make_queries(gt_of(batch()), PRIORS, generator=loss._generator())
     assert torch.equal(before, torch.get_rng_state())
     assert (numpys == np.random.get_state()[1]).all()
+
+
+def test_the_count_of_draws_is_saved_as_a_number_and_restored():
+    model, other = (distiller(icd(), tiny_retinanet) for _ in range(2))
+    loss, restored = (x.losses.by_name["loss"] for x in (model, other))
+    drawn = [loss._generator().initial_seed() for _ in range(3)]
+    state = model.losses.state_dict()
+    assert torch.equal(state["by_name.loss.draws"], torch.tensor(3))
+    assert not other.losses.load_state_dict(state).missing_keys and restored.draws == 3
+    assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
+    del state["by_name.loss.draws"]
+    with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss.draws"'):
+        other.losses.load_state_dict(state)
 
 
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
