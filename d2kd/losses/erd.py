@@ -139,7 +139,7 @@ class ERDLoss(DistillLoss):
         boxes = self.box_terms(student, teacher, selection)
 
         n = len(boxes)
-        selected, images = self.normalizer(values.sum(), values.new_tensor(n))
+        selected, images = self.normalizer(values.sum(), values.new_full((), n))
         scale = 1.0
         if self.reference_images_per_process is not None:
             scale = self.reference_images_per_process / images

@@ -261,7 +261,7 @@ class ICDLoss(DistillLoss):
         used, real, images = self.normalizer(
             queries.is_used.sum(),
             queries.is_real.sum(),
-            valid.new_tensor(len(valid), dtype=torch.float32),
+            valid.new_full((), len(valid), dtype=torch.float32),
         )
         asked, places = self.encoded(queries)
         readings = []

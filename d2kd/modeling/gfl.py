@@ -199,7 +199,7 @@ class GFL(DenseDetector):
                     f"classes from {new.start} to {new.stop - 1}",
                 )
             height, width = (math.ceil(side / divisor) * divisor for side in truth.image_size)
-            valid = (centers < centers.new_tensor([width, height])).all(dim=1)
+            valid = (centers[:, 0] < width) & (centers[:, 1] < height)
             matches = torch.full_like(valid, -1, dtype=torch.long)
             matches[valid] = atss_matches(
                 [a[v] for a, v in zip(anchors, valid.split(sizes))],
@@ -207,8 +207,8 @@ class GFL(DenseDetector):
                 self.topk_anchors,
             )
             # Row -1, of no object, is the last one.
-            background = truth.gt_classes.new_tensor([self.num_classes])
-            label = torch.cat([truth.gt_classes, background])[matches]
+            background = classes.new_full((1,), self.num_classes)
+            label = torch.cat([classes, background])[matches]
             labels.append(torch.where(valid, label, -1))
             gt_boxes = truth.gt_boxes.tensor
             boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
