@@ -9,6 +9,7 @@ from torch import nn
 
 from d2kd.errors import InputError
 from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, outputs_of
+from d2kd.modeling import outputs as outputs_module
 from d2kd.modeling.outputs import Unreadable
 
 from .common import DETECTORS, batch, build
@@ -96,6 +97,20 @@ def test_a_cascade_labels_its_stages_itself(monkeypatch):
         first = len(proposals[0])
         assert torch.equal(proposals[0].gt_boxes.tensor, regions.gt_boxes[:first])
         assert torch.equal(regions.gt_boxes[first:], regions.boxes[1].tensor)
+
+
+def test_regions_are_labelled_when_they_are_read(monkeypatch):
+    detector = build(DETECTORS["cascade_rcnn"]())
+    labelled = []
+    match = outputs_module.match_labels
+    monkeypatch.setattr(
+        outputs_module, "match_labels", lambda *args: labelled.append(1) or match(*args)
+    )
+    said = listen(detector, batch())
+    assert len(said.region_boxes) == 3 and not labelled
+    for stage in said.regions:
+        assert stage.pred_class_logits.requires_grad and stage.box_features.requires_grad
+    assert said.regions is said.regions and len(labelled) == 2
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def agreement(
     if class_map is not None and not class_map.pairs:
         return None
     for name, same in (("regions", _of_regions), ("predictions", _of_anchors)):
-        if name in vars(student) and name in vars(teacher):
+        if name in vars(teacher) and hasattr(type(student), name):
             agreed = same(student, teacher, class_map)
             return agreed.float().mean().item() if len(agreed) else None
     return None

@@ -232,6 +232,9 @@ class RCNNOutputs(DetectorOutputs):
     region_boxes: list[list[Boxes]] | None = None
     """For each stage the regions' boxes by image: the student's own, and the ones a teacher is asked about."""
 
+    predictor_calls: list[Call] | None = None
+    """The calls of a student's box predictors while it trained, one for each stage."""
+
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         heads = detector.roi_heads
@@ -249,22 +252,33 @@ class RCNNOutputs(DetectorOutputs):
         detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
     ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
-        ((_, (proposals, _)),) = calls["roi_heads"]
-        heads = detector.roi_heads
-        regions = []
+        ((inputs, (proposals, _)),) = calls["roi_heads"]
         # The pooler's inputs and not the proposals: later stages of a cascade pool other boxes, and with
         # train_on_pred_boxes the proposals change afterwards.
-        for stage, ((_, predictor), ((_, pooled), _)) in enumerate(
-            zip(box_stages(heads), calls["box_pooler"], strict=True)
+        boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
+        captured = {
+            "features": features,
+            "proposals": proposals,
+            "region_boxes": boxes,
+            "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
+        }
+        if len(inputs) > 3:  # heads of another's own may be given them by name
+            captured["gt_instances"] = inputs[3]
+        return captured
+
+    def _captured_regions(self) -> list[Regions]:
+        """The student's own, with the labels that its loss gave them."""
+        heads, regions = self.detector.roi_heads, []
+        for stage, ((_, predictor), boxes, call) in enumerate(
+            zip(box_stages(heads), self.region_boxes, self.predictor_calls, strict=True)
         ):
-            boxes = list(pooled)
-            (((box_features, *_), (logits, deltas)),) = calls[f"box_predictor.{stage}"]
+            (box_features, *_), (logits, deltas) = call
             if stage == 0:
-                classes, matched = _sampled_labels(proposals, boxes)
+                classes, matched = _sampled_labels(self.proposals, boxes)
             else:
-                truth = [x["instances"].to(detector.device) for x in batched_inputs]
-                matcher = heads.proposal_matchers[stage]
-                classes, matched = match_labels(matcher, boxes, truth, heads.num_classes)
+                classes, matched = match_labels(
+                    heads.proposal_matchers[stage], boxes, self.gt_instances, heads.num_classes
+                )
             regions.append(
                 Regions(
                     boxes,
@@ -276,12 +290,7 @@ class RCNNOutputs(DetectorOutputs):
                     gt_boxes=matched,
                 )
             )
-        return {
-            "features": features,
-            "proposals": proposals,
-            "region_boxes": [stage.boxes for stage in regions],
-            "regions": regions,
-        }
+        return regions
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -307,7 +316,10 @@ class RCNNOutputs(DetectorOutputs):
         """One :class:`Regions` for each stage of shared boxes.
 
         Stage k is judged by stage k of this detector, or by its last one where it has fewer.
+        A student's are those it trained with.
         """
+        if self.predictor_calls is not None:
+            return self._captured_regions()
         if self.region_boxes is None:
             raise Unreadable(
                 f"no regions to ask a {type(self.detector).__name__} about: the student has none"
