@@ -168,10 +168,8 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     gt.gt_classes = truth.gt_classes
     maps = {level: said.features[match].float() for level, match in loss.levels.items()}
     padded = said.images.tensor.shape[-2:]
-    valid = [
-        valid_cells(said.images.image_sizes, padded, x.shape[-2:], x.device) for x in maps.values()
-    ]
-    cells = tokens(maps.values())
+    cells, sizes = tokens(maps.values()), [x.shape[-2:] for x in maps.values()]
+    valid = valid_cells(said.images.image_sizes, padded, sizes, cells.device)
     positions = CellPositions.of(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
     queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
@@ -179,7 +177,6 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     for layer in loss.decoder:
         rows.append(layer.logits(asked, cells, positions, valid, places)[0].softmax(-1))
         asked = layer(asked, cells, positions, valid, query_positions=places).queries
-    sizes = [x.shape[-2:] for x in maps.values()]
     split = torch.cat(rows).transpose(0, 1).split([h * w for h, w in sizes], dim=-1)
     levels = {
         level: part.unflatten(-1, size).cpu().numpy()

@@ -28,10 +28,10 @@ from d2kd.modeling.weights import read
 
 from .common import CLASSES, DETECTORS, batch, build
 
-# The modules that capture() listens to, and how often each is called in a training step.
+# The modules and methods that capture() listens to, and how often each is called in a training step.
 RCNN = {"backbone": 1, "roi_heads": 1, "box_pooler": 1, "box_predictor.0": 1}
 CASCADE = RCNN | {"box_pooler": 3, "box_predictor.1": 1, "box_predictor.2": 1}
-DENSE = {"backbone": 1, "head": 1}
+DENSE = {"backbone": 1, "head": 1, "anchor_generator": 1, "label_anchors": 1}
 LISTENED = {"faster_rcnn": RCNN, "mask_rcnn": RCNN, "cascade_rcnn": CASCADE} | dict.fromkeys(
     ("retinanet", "fcos", "gfl"), DENSE
 )
@@ -79,7 +79,8 @@ def test_every_name_that_is_listened_to_and_read(family):
     joints = kind.joints(detector)
     assert joints.keys() == LISTENED[family].keys()
     own = list(detector.modules())
-    assert all(any(module is one for one in own) for module in joints.values())
+    for joint in joints.values():
+        assert any(joint is one for one in own) or joint.__self__ is detector
     for name in READ[family]:
         named(detector, name)
     with EventStorage(), capture(joints) as calls:
@@ -96,11 +97,17 @@ def test_every_name_that_is_listened_to_and_read(family):
         ((inputs,), predictions), *_ = calls["head"]
         assert len(inputs) == len(detector.head_in_features) and len(predictions) in (2, 3)
         assert all(len(of_kind) == len(inputs) for of_kind in predictions)
+        _, anchors = calls["anchor_generator"][0]
+        assert len(anchors) == len(inputs) and all(isinstance(one, Boxes) for one in anchors)
+        (given, truth), (labels, boxes) = calls["label_anchors"][0]
+        assert given is anchors and all(isinstance(one, Instances) for one in truth)
+        count = sum(map(len, anchors))
+        assert [len(one) for one in (*labels, *boxes)] == [count] * 2 * len(truth)
         return
     (inputs, (proposals, _)), *_ = calls["roi_heads"]
-    image_list, given, before, *_ = inputs
+    image_list, given, before, truth = inputs
     assert isinstance(image_list, ImageList) and given.keys() == features.keys()
-    assert all(isinstance(one, Instances) for one in [*before, *proposals])
+    assert all(isinstance(one, Instances) for one in [*before, *proposals, *truth])
     for (maps, boxes), pooled in calls["box_pooler"]:
         assert isinstance(maps, list) and all(isinstance(one, Boxes) for one in boxes)
         assert pooled.shape[0] == sum(map(len, boxes))

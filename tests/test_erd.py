@@ -163,6 +163,38 @@ def test_what_stands_out():
     assert not elastic_selection(torch.ones(1, 2), 2.0).any()
 
 
+@pytest.mark.parametrize("old", [4, 1])
+@pytest.mark.parametrize("images", [3, 1])
+def test_images_are_selected_together_as_alone(images, old):
+    """The last of several says nothing that stands out."""
+    student, teacher = answers(images, old)
+    if images > 1:
+        for x in teacher.predictions[0] + teacher.predictions[1]:
+            x[-1] = 0.5
+    loss = bound(student, teacher, nms_thresh=0.3, decode_with_stride=True)
+    together = loss.select(teacher, loss.answers(student, teacher)[1])
+    for i in range(images):
+        ours, theirs = rows_of([i], student), rows_of([i], teacher)
+        alone = loss.select(theirs, loss.answers(ours, theirs)[1])
+        for name in ("classes", "boxes", "kept"):
+            assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
+        assert together.kept[i].any() == (images == 1 or i < images - 1)
+
+
+def test_what_is_said_is_put_together_once(monkeypatch):
+    student, teacher = answers()
+    read = []
+    for name in ("pred_logits", "pred_distributions"):
+        of_outputs = getattr(DenseOutputs, name).fget
+        monkeypatch.setattr(
+            DenseOutputs,
+            name,
+            property(lambda said, name=name, of=of_outputs: read.append((name, said)) or of(said)),
+        )
+    of(bound(student, teacher), student, teacher)
+    assert len(read) == 4
+
+
 def test_nothing_stands_out():
     """Equal answers everywhere select nothing: both terms are 0, and so are their gradients."""
     student, teacher = answers()
@@ -190,7 +222,7 @@ def test_what_is_selected_is_logged():
     with EventStorage() as storage:
         loss = bound(student, teacher)
         loss(student, teacher)
-        selection = loss.select(teacher)
+        selection = loss.select(teacher, loss.answers(student, teacher)[1])
         values = {k: v[0] for k, v in storage.latest().items()}
     for name in ("classes", "boxes", "kept"):
         count = getattr(selection, name).sum().item() / 3

@@ -11,6 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.config import add_d2kd_config, load
 from d2kd.errors import InputError
@@ -211,6 +212,47 @@ def test_the_padding_of_the_batch_is_ignored():
     inside = (centers < torch.tensor([96, 64])).all(dim=1)  # 65 x 33, each to a multiple of 32
     assert torch.equal(beside[inside], alone) and (beside[~inside] == -1).all()
     assert (alone >= 0).all() and (larger >= 0).all() and (~inside).any()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers read, and tensors as large as their content says."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, indices = function.overloadpacket.__name__, ()
+        if name in ("index", "index_put", "index_put_"):
+            indices = [x for x in args[1] if x is not None]
+        masks = any(x.dtype == torch.bool for x in indices)
+        self.count += masks or name in ("nonzero", "_local_scalar_dense")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_images_are_labelled_together_as_alone(classes):
+    """One without objects and one smaller than the others; a batch is waited for no more often than an image."""
+    sizes, objects = [(64, 96), (96, 64), (33, 20), (96, 96)], [3, 0, 2, 1]
+    truth = [x["instances"] for x in batch(sizes=sizes, objects=objects)]
+    for one in truth:
+        one.gt_classes %= classes
+    gfl = detector(["p3", "p4", "p5"], classes, 16)
+    anchors = gfl.anchor_generator([torch.zeros(1, 1, n, n) for n in (12, 6, 3)])
+    with Waits() as waits:
+        labels, boxes = gfl.label_anchors(anchors, truth)
+    with Waits() as waits_for_one:
+        gfl.label_anchors(anchors, truth[-1:])
+    assert waits.count == waits_for_one.count
+
+    divisor, centers = max(gfl.backbone.size_divisibility, 1), Boxes.cat(anchors).get_centers()
+    for one, label, box in zip(truth, labels, boxes, strict=True):
+        height, width = (math.ceil(side / divisor) * divisor for side in one.image_size)
+        valid = (centers < torch.tensor([width, height])).all(dim=1)
+        of_level = valid.split([len(level) for level in anchors])
+        matches = atss_matches([a[v] for a, v in zip(anchors, of_level)], one.gt_boxes)
+        expected = torch.cat([one.gt_classes, torch.tensor([classes])])[matches]
+        assert torch.equal(label[valid], expected) and (label[~valid] == -1).all()
+        assert torch.equal(box[valid][matches >= 0], one.gt_boxes.tensor[matches[matches >= 0]])
+    assert any(((0 <= x) & (x < classes)).any() for x in labels) and (labels[0] == -1).any()
 
 
 # Losses

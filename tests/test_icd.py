@@ -316,6 +316,10 @@ def test_summed_attention_is_the_softmax_of_the_logits_in_any_chunk():
         torch.testing.assert_close(decoded.entropy, entropies.mean())
         assert not decoded.attention.requires_grad
     assert layer(*inputs).attention is None
+    everybody, one = torch.ones_like(chosen), torch.arange(chosen.shape[1]) == 4
+    for wanted in (everybody, one.expand_as(chosen), everybody & torch.tensor([[True], [False]])):
+        slow = torch.stack([a[:, c].sum(1) for a, c in zip(attention, wanted)])
+        torch.testing.assert_close(layer(*inputs, wanted).attention, slow)
     nobody = layer(*inputs, torch.zeros_like(chosen))
     assert not nobody.attention.any() and nobody.entropy.isnan()
 
@@ -394,18 +398,28 @@ def test_heads_must_divide_the_width():
 
 
 def test_positions_and_valid_cells_of_odd_images():
-    valid = valid_cells([(1, 1), (33, 65), (64, 96)], (64, 96), (2, 3))
+    [valid] = valid_cells([(1, 1), (33, 65), (64, 96)], (64, 96), [(2, 3)])
     assert valid.sum((1, 2)).tolist() == [1, 6, 6] and valid[0, 0, 0]
     positions = sine_positions(valid, 7)
     assert positions.shape == (3, 2, 3, 7) and torch.isfinite(positions).all()
     assert torch.equal(positions[1], positions[2])
 
 
+def test_valid_cells_of_all_levels_are_those_of_each():
+    images, padded, sizes = [(1, 1), (33, 65), (64, 96)], (64, 96), [(8, 12), (2, 3), (1, 1)]
+    for (h, w), valid in zip(sizes, valid_cells(images, padded, sizes), strict=True):
+        stride = (64 / h + 96 / w) / 2
+        for (height, width), found in zip(images, valid, strict=True):
+            expected = torch.zeros(h, w, dtype=torch.bool)
+            expected[: math.ceil(height / stride), : math.ceil(width / stride)] = True
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("channels", [8, 7])
 def test_rows_and_columns_say_what_all_cells_would(channels):
     torch.manual_seed(0)
     sizes, padded = [(1, 1), (33, 65), (64, 96)], (64, 96)
-    valid = [valid_cells(sizes, padded, size) for size in ((8, 12), (2, 3), (1, 1))]
+    valid = valid_cells(sizes, padded, [(8, 12), (2, 3), (1, 1)])
     linear = torch.nn.Linear(channels, 6)
     whole = linear(torch.cat([sine_positions(x, channels).flatten(1, 2) for x in valid], dim=1))
     found = CellPositions.of(valid, channels).mapped(linear.weight, linear.bias)
@@ -506,6 +520,17 @@ def test_counts(objects, cap, count):
     assert queries.is_used.sum(1).tolist() == [count, 1]
     assert queries.is_real.sum(1).tolist() == [objects, 0]
     assert not queries.descriptors[1, 1:].any()
+
+
+def test_images_are_asked_about_together_as_alone():
+    gt = gt_of(batch(objects=(3, 0))) + gt_of(batch(objects=(1, 2)))
+    generator = torch.Generator().manual_seed(0)
+    alone = [make_queries([one], PRIORS, generator=generator) for one in gt]
+    together = make_queries(gt, PRIORS, generator=generator.manual_seed(0))
+    for name, value in vars(together).items():
+        for found, expected in zip(value, (getattr(one, name)[0] for one in alone), strict=True):
+            assert torch.equal(found[: len(expected)], expected)
+            assert not found[len(expected) :].any()
 
 
 def test_told_points_stay_inside_and_edges_are_the_box_s():
@@ -763,6 +788,19 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone():
     make_queries(gt_of(batch()), PRIORS, generator=loss._generator())
     assert torch.equal(before, torch.get_rng_state())
     assert (numpys == np.random.get_state()[1]).all()
+
+
+def test_the_count_of_draws_is_saved_as_a_number_and_restored():
+    model, other = (distiller(icd(), tiny_retinanet) for _ in range(2))
+    loss, restored = (x.losses.by_name["loss"] for x in (model, other))
+    drawn = [loss._generator().initial_seed() for _ in range(3)]
+    state = model.losses.state_dict()
+    assert torch.equal(state["by_name.loss.draws"], torch.tensor(3))
+    assert not other.losses.load_state_dict(state).missing_keys and restored.draws == 3
+    assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
+    del state["by_name.loss.draws"]
+    with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss.draws"'):
+        other.losses.load_state_dict(state)
 
 
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from d2kd.errors import InputError
+from d2kd.layers import masks
 from d2kd.layers.adapter import FeatureAdapter, match_levels
-from d2kd.layers.masks import paint
+from d2kd.layers.masks import pad_boxes, paint
 
 
 def box(*xyxy):
@@ -18,7 +19,7 @@ def box(*xyxy):
 
 def test_gaussian_values_at_centre_edge_corner_and_outside():
     # stride 2: cell centres at 1, 3, 5 …; the box from 1 to 9 has its centre at 5
-    (mask,) = paint([box(1, 1, 9, 9)], (6, 6), 2)
+    (mask,) = paint(pad_boxes([box(1, 1, 9, 9)]), (6, 6), 2)
     assert float(mask[2, 2]) == 1
     assert float(mask[2, 0]) == pytest.approx(math.exp(-0.5)) == pytest.approx(0.6065, abs=1e-4)
     assert float(mask[0, 0]) == pytest.approx(math.exp(-1.0)) == pytest.approx(0.3679, abs=1e-4)
@@ -29,28 +30,46 @@ def test_gaussian_values_at_centre_edge_corner_and_outside():
 @pytest.mark.parametrize("kind", ["gaussian", "box"])
 def test_overlap_is_the_largest_and_not_the_sum(kind):
     a, b = box(0, 0, 10, 10), box(4, 4, 20, 16)
-    both = paint([torch.cat([a, b])], (8, 12), 2, kind)
-    single = torch.maximum(paint([a], (8, 12), 2, kind), paint([b], (8, 12), 2, kind))
+    both = paint(torch.cat([a, b])[None], (8, 12), 2, kind)
+    single = torch.maximum(*paint(torch.stack([a, b]), (8, 12), 2, kind))[None]
     assert torch.equal(both, single) and both.max() <= 1
 
 
 def test_a_cell_is_inside_if_its_centre_is():
-    (mask,) = paint([box(3, 0, 8, 4)], (2, 4), 4, "box")  # centres x 2, 6, 10, 14; y 2, 6
+    (mask,) = paint(box(3, 0, 8, 4)[None], (2, 4), 4, "box")  # centres x 2, 6, 10, 14; y 2, 6
     assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "box"])
 def test_odd_boxes(kind):
     empty = torch.zeros(0, 4)
-    masks = paint([empty, box(5, 5, 5, 5), box(-50, -50, 500, 500)], (3, 5), 4, kind)
-    assert masks.shape == (3, 3, 5) and torch.isfinite(masks).all()
-    assert masks[0].sum() == 0 and masks[1].sum() == 0 and (masks[2] > 0).all()
+    boxes = pad_boxes([empty, box(5, 5, 5, 5), box(-50, -50, 500, 500)])
+    found = paint(boxes, (3, 5), 4, kind)
+    assert found.shape == (3, 3, 5) and torch.isfinite(found).all()
+    assert found[0].sum() == 0 and found[1].sum() == 0 and (found[2] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "box"])
+@pytest.mark.parametrize("at_once", [1, 3 * 6 * 9 * 2, 2**24])
+@pytest.mark.parametrize("counts", [(5, 0, 2), (0, 0, 0), (1, 1, 1)])
+def test_a_batch_is_painted_as_each_object_alone(counts, at_once, kind, monkeypatch):
+    monkeypatch.setattr(masks, "AT_ONCE", at_once)
+    g = torch.Generator().manual_seed(0)
+    corners = [torch.rand(count, 2, 2, generator=g) * 40 - 4 for count in counts]
+    boxes = [torch.cat([x.amin(1), x.amax(1)], dim=1) for x in corners]
+    found = paint(pad_boxes(boxes), (6, 9), 4, kind)
+    expected = torch.zeros(3, 6, 9)
+    for image, ours in enumerate(boxes):
+        for one in ours:
+            alone = paint(one[None, None], (6, 9), 4, kind)[0]
+            expected[image] = torch.maximum(expected[image], alone)
+    assert torch.equal(found, expected) and bool(found.any()) == any(counts)
 
 
 def test_none_is_everywhere_and_unknown_is_refused():
-    assert torch.equal(paint([torch.zeros(0, 4)] * 2, (2, 3), 8, "none"), torch.ones(2, 2, 3))
+    assert torch.equal(paint(torch.zeros(2, 0, 4), (2, 3), 8, "none"), torch.ones(2, 2, 3))
     with pytest.raises(InputError, match="mask: disc; expected gaussian or box or none"):
-        paint([], (1, 1), 1, "disc")
+        paint(torch.zeros(0, 0, 4), (1, 1), 1, "disc")
 
 
 def shapes(channels, levels=(3, 4, 5), shift=0, name="p{}"):

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
 from d2kd.errors import InputError
@@ -269,6 +271,33 @@ def test_dense_classification_term_restated(gate, background_weight, margin, tau
         temperature=tau,
     )
     assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
+
+
+class Integers(TorchDispatchMode):
+    """The largest tensor of integers that is made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if getattr(result, "dtype", None) == torch.int64:
+            self.count = max(self.count, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_targets_of_anchors_are_those_of_one_hot_without_its_integers(classes):
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 40, classes, generator=g)
+    labels = torch.randint(-1, classes + 1, (40,), generator=g)
+    with Integers() as integers:
+        found = dense_classification_term(s, t, labels)
+    assert integers.count <= 40
+    target = F.one_hot(labels.clamp(min=0), classes + 1)[:, :-1]
+    divergence, ours, theirs = sigmoid_divergence(s, t)
+    gate = ((theirs - target).abs() < (ours - target).abs()) & (labels >= 0)[:, None]
+    foreground = ((labels >= 0) & (labels < classes)).sum()
+    assert torch.equal(found, (divergence * gate).sum() / foreground)
 
 
 def test_the_divergence_of_sigmoids_pulls_towards_the_teacher():

@@ -1,5 +1,7 @@
 """Capture and ask agree, and leave nothing behind."""
 
+import types
+
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -7,6 +9,7 @@ from torch import nn
 
 from d2kd.errors import InputError
 from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, outputs_of
+from d2kd.modeling import outputs as outputs_module
 from d2kd.modeling.outputs import Unreadable
 
 from .common import DETECTORS, batch, build
@@ -96,6 +99,20 @@ def test_a_cascade_labels_its_stages_itself(monkeypatch):
         assert torch.equal(regions.gt_boxes[first:], regions.boxes[1].tensor)
 
 
+def test_regions_are_labelled_when_they_are_read(monkeypatch):
+    detector = build(DETECTORS["cascade_rcnn"]())
+    labelled = []
+    match = outputs_module.match_labels
+    monkeypatch.setattr(
+        outputs_module, "match_labels", lambda *args: labelled.append(1) or match(*args)
+    )
+    said = listen(detector, batch())
+    assert len(said.region_boxes) == 3 and not labelled
+    for stage in said.regions:
+        assert stage.pred_class_logits.requires_grad and stage.box_features.requires_grad
+    assert said.regions is said.regions and len(labelled) == 2
+
+
 @pytest.mark.parametrize(
     "student, teacher, asked_heads",
     [("cascade_rcnn", "faster_rcnn", [0, 0, 0]), ("faster_rcnn", "cascade_rcnn", [0])],
@@ -134,6 +151,44 @@ def test_capture_removes_its_hooks_even_after_an_error():
         assert len(calls["it"]) == 1
         raise ZeroDivisionError
     assert not module._forward_hooks
+
+
+def test_a_method_is_heard_and_left_as_it_was():
+    detector = build(DETECTORS["retinanet"]())
+    detector.label_anchors = own = types.MethodType(type(detector).label_anchors, detector)
+    for method in (own, detector.preprocess_image):
+        before = dict(vars(detector))
+        with pytest.raises(ZeroDivisionError), capture({"it": method}) as calls:
+            images = detector.preprocess_image(batch())
+            assert len(calls["it"]) == (method is not own)
+            raise ZeroDivisionError
+        assert vars(detector) == before
+    (((heard,), output),) = calls["it"]
+    assert len(heard) == 2 and torch.equal(output.tensor, images.tensor)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
+@pytest.mark.parametrize("objects", [(2, 1), (0, 0), (3, 0)])
+def test_labels_are_those_of_the_student_s_own_loss(family, objects, monkeypatch):
+    detector = build(DETECTORS[family]())
+    examples = batch(objects=objects)
+    said = listen(detector, examples)
+    assert "label_anchors" not in vars(detector)
+    again = DenseOutputs(detector, examples, features=said.features)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(detector), "label_anchors", None)
+        found = [said.gt_labels, said.matched_gt_boxes, *(a.tensor for a in said.anchors)]
+    asked = [again.gt_labels, again.matched_gt_boxes, *(a.tensor for a in again.anchors)]
+    assert all(torch.equal(a, b) for a, b in zip(found, asked, strict=True))
+    for ours, theirs in zip(said.gt_instances, again.gt_instances, strict=True):
+        assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
+
+
+def test_a_dense_detector_need_not_label_anchors():
+    detector = build(DETECTORS["retinanet"]())
+    calls = {"backbone": [((), {})], "head": [((), ([], []))], "anchor_generator": []}
+    said = DenseOutputs.from_calls(detector, batch(), calls)
+    assert said.own_labels is None and len(said.gt_instances) == 2
 
 
 def test_what_a_family_does_not_say_is_named():

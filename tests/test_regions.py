@@ -15,6 +15,7 @@ from d2kd.evaluation.matching import Truth
 from d2kd.evaluation.regions import RegionCounts
 from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.agreement import agreement
 from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs
 
 from .common import DETECTORS, batch, build, tiny_faster_rcnn
@@ -238,6 +239,34 @@ def test_agreement_is_logged_and_complete_with_a_copy(family):
             model(batch())
         value = storage.latest()["distill/agreement"][0]
         assert value == 1 if same else 0 <= value < 1
+
+
+def answers_of(levels, classes, seed):
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(2, 3 * classes, side, side, generator=g) for side in levels]
+    detector = SimpleNamespace(num_classes=classes)
+    return DenseOutputs(detector, [], predictions=(maps, []))
+
+
+@pytest.mark.parametrize("sides", [(8, 4, 2), (3, 1)], ids=["more than 100", "fewer"])
+@pytest.mark.parametrize(
+    "ours, theirs, names",
+    [(4, 4, None), (1, 1, None), (4, 3, ("bcda", "dxb")), (2, 2, ("ab", "ba"))],
+)
+def test_agreement_by_level_is_that_of_all_logits(sides, ours, theirs, names):
+    student, teacher = answers_of(sides, ours, 0), answers_of(sides, theirs, 1)
+    class_map = names and ClassMap.by_name(*map(list, names))
+    one, other = (torch.cat(x.pred_logits, dim=1) for x in (student, teacher))
+    if class_map is not None:
+        one, other = class_map.shared_logits(one, other)
+    best = other.amax(dim=2).topk(min(100, other.shape[1]), dim=1).indices
+    same = [(a[b].argmax(1) == c[b].argmax(1)).float() for a, b, c in zip(one, best, other)]
+    assert agreement(student, teacher, class_map) == pytest.approx(float(torch.cat(same).mean()))
+
+
+def test_other_anchors_do_not_agree():
+    for sides, classes in (((8, 4), 3), ((8, 4, 1), 3), ((8, 4, 2), 2)):
+        assert agreement(answers_of((8, 4, 2), 3, 0), answers_of(sides, classes, 1)) is None
 
 
 def test_agreement_never_asks_the_teacher():

@@ -60,7 +60,7 @@ class FeatureSimilarity:
         for level, name in enumerate(self.levels):
             reference = features[0][name]
             size = tuple(reference.shape[-2:])
-            counted = valid_cells([image_size], padded, size)[0]
+            [[counted]] = valid_cells([image_size], padded, [size])
             inside = counted & _in_boxes(boxes, padded, size)
             for e in self.compared:
                 other = features[e][name]

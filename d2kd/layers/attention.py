@@ -186,7 +186,8 @@ class InstanceDecoderLayer(nn.Module):
             tokens: ``(N, S, C)``, cells of all levels.
             positions: theirs, C channels long.
             valid: ``(N, S)`` bool, which cells may be read; at least one of each image.
-            chosen: ``(N, K)`` bool, queries whose attention is wanted.
+            chosen: ``(N, K)`` bool, queries whose attention is wanted; best on the CPU, see
+                :func:`summed_attention`.
             mebibytes: what that may hold at a time, see :func:`summed_attention`.
             query_positions: ``(N, K, C)``.
         """
@@ -255,7 +256,7 @@ def summed_attention(
         query: ``(N, M, K, d)``.
         key: ``(N, M, S, d)``.
         valid: ``(N, S)`` bool.
-        chosen: ``(N, K)`` bool.
+        chosen: ``(N, K)`` bool; on the CPU, nothing waits for the other tensors' device.
         mebibytes: how large the logits and the softmax of as many queries as are taken at once may be
             together; one query is always taken.
 
@@ -265,13 +266,15 @@ def summed_attention(
     _, heads, cells, _ = key.shape
     rows = max(1, int(mebibytes * 2**20 / (2 * heads * cells * key.element_size())))
     summed, scattered = key.new_zeros(key.shape[:3]), key.new_zeros(())
-    for i, wanted in enumerate(chosen):
+    counts = chosen.sum(dim=1).tolist()
+    slots = chosen.nonzero()[:, 1].to(key.device, non_blocking=True).split(counts)
+    for i, wanted in enumerate(slots):
         even = valid[i].sum().clamp(min=2).log()
         for some in query[i, :, wanted].split(rows, dim=1):
             attention, entropy = _attended(some, key[i], valid[i])
             summed[i] += attention
             scattered += entropy / even
-    return summed, scattered / (heads * chosen.sum())
+    return summed, scattered / (heads * sum(counts))
 
 
 def _attended(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

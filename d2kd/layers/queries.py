@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -105,15 +105,21 @@ def make_queries(
         InputError: an object's class is none of the priors' classes.
     """
     num_classes = priors.num_classes
+    counts = [len(gt) for gt in gt_instances]
+    # Read from the device together: each copy waits until all that was asked of it is done.
+    all_boxes = Boxes.cat([gt.gt_boxes for gt in gt_instances]).tensor.detach().float().cpu()
+    all_classes = torch.cat([gt.gt_classes for gt in gt_instances]).cpu()
     images = []
-    for gt in gt_instances:
+    for gt, gt_boxes, gt_classes in zip(
+        gt_instances, all_boxes.split(counts), all_classes.split(counts), strict=True
+    ):
         height, width = gt.image_size
         size = torch.tensor([width, height], dtype=torch.float32)
         count = query_count(len(gt), fakes_per_object, max_queries)
         boxes, classes = sample_fakes(priors, count, generator)
         real = torch.arange(count) < len(gt)
-        boxes[real] = gt.gt_boxes.tensor.detach().float().cpu() / size.repeat(2)
-        classes[real] = gt.gt_classes.cpu()
+        boxes[real] = gt_boxes / size.repeat(2)
+        classes[real] = gt_classes
         for k in classes[(classes < 0) | (classes >= num_classes)].tolist():
             raise InputError("gt_classes", k, f"classes from 0 to {num_classes - 1}")
         low, high = boxes.split(2, dim=1)

@@ -27,6 +27,19 @@ BOX_WEIGHTS = ("student", "teacher")
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a detector says of all locations.
+
+    Attributes:
+        logits: ``(N, R, K)`` float32, of the classes both know.
+        distributions: ``(N, R, 4, n + 1)``, before the softmax.
+    """
+
+    logits: Tensor
+    distributions: Tensor
+
+
+@dataclass(frozen=True)
 class Selection:
     """The locations that are compared, ``(N, R)`` bool each.
 
@@ -134,12 +147,13 @@ class ERDLoss(DistillLoss):
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        selection = self.select(teacher)
-        squares, values = self.class_terms(student, teacher, selection)
-        boxes = self.box_terms(student, teacher, selection)
+        ours, theirs = self.answers(student, teacher)
+        selection = self.select(teacher, theirs)
+        squares, values = self.class_terms(ours, theirs, selection)
+        boxes = self.box_terms(ours, theirs, selection)
 
         n = len(boxes)
-        selected, images = self.normalizer(values.sum(), values.new_tensor(n))
+        selected, images = self.normalizer(values.sum(), values.new_full((), n))
         scale = 1.0
         if self.reference_images_per_process is not None:
             scale = self.reference_images_per_process / images
@@ -147,54 +161,60 @@ class ERDLoss(DistillLoss):
             classification = squares.sum() / selected
         else:
             classification = (squares / values.clamp(min=1)).sum() * scale
+        chosen = (
+            torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2)) / n
+        )
         storage = get_event_storage()
-        for name in ("classes", "boxes", "kept"):
-            chosen = getattr(selection, name).sum() / n
-            storage.put_scalar(f"distill/erd_selected_{name}", chosen.item())
+        for name, share in zip(("classes", "boxes", "kept"), chosen.tolist(), strict=True):
+            storage.put_scalar(f"distill/erd_selected_{name}", share)
         return {"classification": classification, "box": boxes.sum() * scale}
 
+    def answers(self, student, teacher) -> tuple[Answer, Answer]:
+        """What two ``DenseOutputs`` say, once for all that compares it."""
+        ours, theirs = (
+            Answer(
+                torch.cat(said.pred_logits, dim=1).float()[..., old_classes(self, side)],
+                torch.cat(said.pred_distributions, dim=1),
+            )
+            for said, side in ((student, "of_student"), (teacher, "of_teacher"))
+        )
+        return ours, theirs
+
     @torch.no_grad()
-    def select(self, teacher) -> Selection:
-        """Where a teacher's ``DenseOutputs`` stand out."""
-        scores, classes = self._logits(teacher, "of_teacher").sigmoid().max(dim=-1)
-        edges = torch.cat(teacher.pred_distributions, dim=1).float()
+    def select(self, teacher, answer: Answer) -> Selection:
+        """Where the answer of a teacher, of whose ``DenseOutputs`` it is, stands out."""
+        scores, classes = answer.logits.sigmoid().max(dim=-1)
+        edges = answer.distributions.float()
         boxes = elastic_selection(edges.flatten(2).amax(dim=-1), self.alpha_box)
+        image, row = boxes.nonzero(as_tuple=True)
+        anchors = Boxes.cat(teacher.anchors)[row]
+        decoded = self._decode(integral(edges[image, row]), anchors, teacher.detector)
         kept = torch.zeros_like(boxes)
-        anchors = Boxes.cat(teacher.anchors)
-        for i, selected in enumerate(boxes):
-            rows = selected.nonzero()[:, 0]
-            decoded = self._decode(integral(edges[i, rows]), anchors[rows], teacher.detector)
-            best = batched_nms(decoded, scores[i, rows], classes[i, rows], self.nms_thresh)
+        # Image by image: moved apart by image as well as by class, boxes would be rounded otherwise.
+        counts = boxes.sum(dim=1).tolist()
+        for i, (rows, candidates) in enumerate(zip(row.split(counts), decoded.split(counts))):
+            best = batched_nms(candidates, scores[i, rows], classes[i, rows], self.nms_thresh)
             kept[i, rows[best]] = True
         return Selection(elastic_selection(scores, self.alpha_cls), boxes, kept)
 
-    def class_terms(self, student, teacher, selection: Selection) -> tuple[Tensor, Tensor]:
+    def class_terms(
+        self, student: Answer, teacher: Answer, selection: Selection
+    ) -> tuple[Tensor, Tensor]:
         """For each image the sum of squares at its selected locations, and of how many values: ``(N,)`` each."""
-        ours, theirs = self._logits(student, "of_student"), self._logits(teacher, "of_teacher")
         image, row = selection.classes.nonzero(as_tuple=True)
-        squares = (ours[image, row] - theirs[image, row]).square().sum(dim=-1)
-        values = selection.classes.sum(dim=1) * ours.shape[-1]
+        squares = (student.logits[image, row] - teacher.logits[image, row]).square().sum(dim=-1)
+        values = selection.classes.sum(dim=1) * student.logits.shape[-1]
         return squares.new_zeros(len(values)).index_add(0, image, squares), values
 
-    def box_terms(self, student, teacher, selection: Selection) -> Tensor:
+    def box_terms(self, student: Answer, teacher: Answer, selection: Selection) -> Tensor:
         """For each image the sum over its kept locations, ``ld_weight`` included: ``(N,)``."""
         image, row = selection.kept.nonzero(as_tuple=True)
-        ours, theirs = (
-            torch.cat(x.pred_distributions, dim=1)[image, row] for x in (student, teacher)
-        )
-        if self.box_weight_from == "student":
-            judge = self._logits(student, "of_student")
-        else:
-            judge = self._logits(teacher, "of_teacher")
-        weight = judge.detach()[image, row].sigmoid().amax(dim=-1)
+        ours, theirs = (x.distributions[image, row] for x in (student, teacher))
+        judge = student if self.box_weight_from == "student" else teacher
+        weight = judge.logits.detach()[image, row].sigmoid().amax(dim=-1)
         divergence = softmax_kl(ours, theirs, self.temperature).mean(dim=-1) / ours.shape[-1]
         terms = self.ld_weight * weight * divergence
         return terms.new_zeros(len(selection.kept)).index_add(0, image, terms)
-
-    def _logits(self, outputs, side: str) -> Tensor:
-        """Logits of the classes both know, ``(N, R, K)``."""
-        logits = torch.cat(outputs.pred_logits, dim=1).float()
-        return logits[..., old_classes(self, side)]
 
     def _decode(self, deltas: Tensor, anchors: Boxes, detector: nn.Module) -> Tensor:
         if self.decode_with_stride:

@@ -12,6 +12,7 @@ import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ class ICDLoss(DistillLoss):
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.draws = 0
         self._waits = False
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -214,12 +215,12 @@ class ICDLoss(DistillLoss):
             generator=self._generator(),
         )
         images = teacher.images
+        sizes = [teacher.features[match].shape[-2:] for match in self.levels.values()]
+        device = images.tensor.device
+        covering = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
         ours, theirs, valid = [], [], []
-        for level, match in self.levels.items():
+        for (level, match), covered in zip(self.levels.items(), covering, strict=True):
             one, other = student.features[level], teacher.features[match]
-            covered = valid_cells(
-                images.image_sizes, images.tensor.shape[-2:], other.shape[-2:], other.device
-            )
             # Detectors that pad to other multiples differ only below and to the right of the images.
             h, w = (min(a, b) for a, b in zip(one.shape[-2:], other.shape[-2:]))
             ours.append(one[..., :h, :w])
@@ -230,7 +231,7 @@ class ICDLoss(DistillLoss):
             tokens(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.of(valid, other.shape[1]),
-            queries.to(other.device),
+            queries,
         )
         self._watch(readings, queries)
         return self.terms(readings)
@@ -251,15 +252,16 @@ class ICDLoss(DistillLoss):
                 Before distillation begins the student receives no gradient.
             valid: ``(N, S)`` bool, which cells are of the image.
             positions: of these cells, as long as the teacher's width.
-            queries: for K slots of each image.
+            queries: for K slots of each image; best on the CPU, whence which of them are real is read.
         """
         if student is not None and self.progress < self.begin:
             student = student.detach()
         attends = student is not None and self.weights == "attention"
+        chosen, queries = queries.is_real, queries.to(teacher.device)
         used, real, images = self.normalizer(
             queries.is_used.sum(),
             queries.is_real.sum(),
-            valid.new_tensor(len(valid), dtype=torch.float32),
+            valid.new_full((), len(valid), dtype=torch.float32),
         )
         asked, places = self.encoded(queries)
         readings = []
@@ -269,7 +271,7 @@ class ICDLoss(DistillLoss):
                 teacher,
                 positions,
                 valid,
-                queries.is_real if attends else None,
+                chosen if attends else None,
                 self.attention_mebibytes,
                 places,
             )
@@ -328,12 +330,37 @@ class ICDLoss(DistillLoss):
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
 
+    # In the checkpoint as a buffer would be, which on a GPU would have to be waited for in each step.
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}draws"] = torch.tensor(self.draws)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *found: list[str],
+    ) -> None:
+        draws = state_dict.pop(f"{prefix}draws", None)
+        if draws is not None:
+            self.draws = int(draws)
+        elif strict:
+            missing_keys.append(f"{prefix}draws")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *found
+        )
+
     def _generator(self) -> torch.Generator:
         """The generator of this step, told by the seed, the process and how many steps there were.
 
         One number in the checkpoint, equal in all processes, so brings each of them back to its place.
         """
-        key = (self.seed, comm.get_rank(), int(self.draws))
+        key = (self.seed, comm.get_rank(), self.draws)
         self.draws += 1
         (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(word) >> 1)
@@ -363,7 +390,7 @@ class ICDLoss(DistillLoss):
             for key, value in zip(values, torch.stack(list(values.values())).tolist()):
                 storage.put_scalar(key, value)
 
-        if self.progress < self.begin or int(self.draws) == 1:
+        if self.progress < self.begin or self.draws == 1:
             self._waits = True
         if self._waits and self.progress >= self.begin:
             self._waits = False

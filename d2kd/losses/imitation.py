@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers.adapter import FeatureAdapter, match_levels
-from ..layers.masks import check_kind, paint
+from ..layers.masks import check_kind, pad_boxes, paint
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
 
@@ -53,9 +53,9 @@ class ImitationLoss(DistillLoss):
     def forward(self, student, teacher) -> Tensor:
         some = student.features[next(iter(self.levels))]
         if self.mask == "none":
-            boxes = [some.new_zeros(0, 4)] * len(some)
+            boxes = some.new_zeros(len(some), 0, 4)
         else:
-            boxes = [x.gt_boxes.tensor for x in student.gt_instances]
+            boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
         pairs = [
             self.adapters(student.features[level], teacher.features[match], level)
             for level, match in self.levels.items()

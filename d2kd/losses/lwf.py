@@ -38,5 +38,5 @@ class LwFLoss(DistillLoss):
         ours, theirs = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
         difference = ours[..., old_classes(self, "of_student")]
         difference = difference - theirs[..., old_classes(self, "of_teacher")]
-        (count,) = self.normalizer(difference.new_tensor(difference.numel()))
+        (count,) = self.normalizer(difference.new_full((), difference.numel()))
         return difference.square().sum() / count

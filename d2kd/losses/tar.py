@@ -295,7 +295,7 @@ class TARLoss(DistillLoss):
                 gate &= iou > paired_iou(boxes, gt)
             if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
                 gate &= iou > paired_iou(coder.apply_deltas(ours.float(), boxes), gt)
-        (normalizer,) = self.normalizer(gate.new_tensor(len(gate), dtype=torch.float32))
+        (normalizer,) = self.normalizer(gate.new_full((), len(gate), dtype=torch.float32))
         return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta, normalizer=normalizer)
 
 
@@ -367,7 +367,9 @@ def dense_classification_term(
         weight = torch.where(foreground, 1.0, background_weight) * known
         weight = weight[:, None].expand_as(divergence)
         if gate == "better":
-            target = F.one_hot(gt_classes.clamp(min=0), num_classes + 1)[:, :-1]
+            # Not one_hot, whose integers take more memory than the logits.
+            classes = torch.arange(num_classes, device=gt_classes.device)
+            target = (gt_classes[:, None] == classes).to(ours.dtype)
             weight = weight * ((theirs - target).abs() < (ours - target).abs() - margin)
     return (divergence * weight).sum() / at_least_one(foreground.sum(), normalizer)
 
@@ -386,7 +388,7 @@ def regression_term(
     A normalizer stands in place of max(1, P).
     """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
-    return (errors * gate).sum() / at_least_one(errors.new_tensor(len(errors)), normalizer)
+    return (errors * gate).sum() / at_least_one(errors.new_full((), len(errors)), normalizer)
 
 
 def of_class(deltas: Tensor, classes: Tensor) -> Tensor:

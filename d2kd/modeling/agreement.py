@@ -32,7 +32,7 @@ def agreement(
     if class_map is not None and not class_map.pairs:
         return None
     for name, same in (("regions", _of_regions), ("predictions", _of_anchors)):
-        if name in vars(student) and name in vars(teacher):
+        if name in vars(teacher) and hasattr(type(student), name):
             agreed = same(student, teacher, class_map)
             return agreed.float().mean().item() if len(agreed) else None
     return None
@@ -49,11 +49,14 @@ def _of_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
 
 
 def _of_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
-    ours, theirs = (torch.cat(outputs.pred_logits, dim=1) for outputs in (student, teacher))
+    ours, theirs = student.pred_logits, teacher.pred_logits
     if class_map is not None:
-        ours, theirs = class_map.shared_logits(ours, theirs)
-    if ours.shape != theirs.shape:
-        return ours.new_zeros(0)  # other anchors: no row is the same for both
-    best = theirs.amax(dim=2).topk(min(BEST, theirs.shape[1]), dim=1).indices[..., None]
-    ours, theirs = (logits.take_along_dim(best, dim=1) for logits in (ours, theirs))
-    return (ours.argmax(dim=2) == theirs.argmax(dim=2)).flatten()
+        index = torch.tensor([class_map.of_student, class_map.of_teacher], device=ours[0].device)
+        ours, theirs = ([x.index_select(2, k) for x in of] for of, k in zip((ours, theirs), index))
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        return ours[0].new_zeros(0)  # other anchors: no row is the same for both
+    # Each level by itself, for logits are large: together are only two numbers of each anchor.
+    sureness = torch.cat([x.amax(dim=2) for x in theirs], dim=1)
+    same = [x.argmax(dim=2) == y.argmax(dim=2) for x, y in zip(ours, theirs)]
+    best = sureness.topk(min(BEST, sureness.shape[1]), dim=1).indices
+    return torch.cat(same, dim=1).take_along_dim(best, dim=1).flatten()

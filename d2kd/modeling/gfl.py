@@ -155,7 +155,7 @@ class GFL(DenseDetector):
         pred_logits, pred_distributions = self._by_anchor(predictions)
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        foreground = sum(is_foreground(x, self.num_classes).sum() for x in gt_labels)
+        foreground = is_foreground(torch.stack(gt_labels), self.num_classes).sum()
         get_event_storage().put_scalar("num_pos_anchors", foreground.item() / len(gt_labels))
         return self.losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
 
@@ -183,36 +183,46 @@ class GFL(DenseDetector):
             for each image labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
             boxes ``(R, 4)``, which mean something for foreground anchors alone.
         """
+        self._check_classes(torch.cat([truth.gt_classes for truth in gt_instances]))
         divisor = max(self.backbone.size_divisibility, 1)
-        centers = Boxes.cat(anchors).get_centers()
-        sizes = [len(level) for level in anchors]
+        every = Boxes.cat(anchors)
+        ends = [
+            [math.ceil(side / divisor) * divisor for side in reversed(truth.image_size)]
+            for truth in gt_instances
+        ]
+        centers, ends = every.get_centers(), torch.tensor(ends, device=every.device)
+        valid = (centers < ends[:, None]).all(dim=2)
+        # How many rows an image has of a level is told for all at once: a device would be waited for each time.
+        levels = valid.split([len(level) for level in anchors], dim=1)
+        counts = torch.stack([level.sum(dim=1) for level in levels], dim=1).tolist()
+        rows = valid.nonzero()[:, 1].split([sum(of_image) for of_image in counts])
         labels, boxes = [], []
-        for truth in gt_instances:
-            classes, new = truth.gt_classes, range(self.num_old_classes, self.num_classes)
-            # One beyond the last would be learned as background.
-            if (wrong := classes[(classes < new.start) | (classes >= new.stop)]).numel():
-                first = int(wrong[0])
-                why = "which is an old one" if 0 <= first < new.start else "which is none"
-                raise InputError(
-                    "ground truth",
-                    f"an object of class {first}, {why}",
-                    f"classes from {new.start} to {new.stop - 1}",
-                )
-            height, width = (math.ceil(side / divisor) * divisor for side in truth.image_size)
-            valid = (centers < centers.new_tensor([width, height])).all(dim=1)
-            matches = torch.full_like(valid, -1, dtype=torch.long)
-            matches[valid] = atss_matches(
-                [a[v] for a, v in zip(anchors, valid.split(sizes))],
+        for truth, inside, row, of_image in zip(gt_instances, valid, rows, counts, strict=True):
+            matches = torch.full_like(inside, -1, dtype=torch.long)
+            matches[row] = atss_matches(
+                [Boxes(level) for level in every.tensor[row].split(of_image)],
                 truth.gt_boxes,
                 self.topk_anchors,
             )
             # Row -1, of no object, is the last one.
-            background = truth.gt_classes.new_tensor([self.num_classes])
-            label = torch.cat([truth.gt_classes, background])[matches]
-            labels.append(torch.where(valid, label, -1))
-            gt_boxes = truth.gt_boxes.tensor
+            classes, gt_boxes = truth.gt_classes, truth.gt_boxes.tensor
+            label = torch.cat([classes, classes.new_full((1,), self.num_classes)])[matches]
+            labels.append(torch.where(inside, label, -1))
             boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
         return labels, boxes
+
+    def _check_classes(self, classes: Tensor) -> None:
+        """Raise InputError unless all of the objects' classes are new ones."""
+        new = range(self.num_old_classes, self.num_classes)
+        # One beyond the last would be learned as background.
+        if (wrong := classes[(classes < new.start) | (classes >= new.stop)]).numel():
+            first = int(wrong[0])
+            why = "which is an old one" if 0 <= first < new.start else "which is none"
+            raise InputError(
+                "ground truth",
+                f"an object of class {first}, {why}",
+                f"classes from {new.start} to {new.stop - 1}",
+            )
 
     def losses(
         self,

@@ -28,28 +28,45 @@ Call = tuple[tuple, Any]
 
 
 @contextlib.contextmanager
-def capture(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """Listen to modules while the block runs, and leave no hook behind.
+def capture(joints: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, list[Call]]]:
+    """Listen to modules, and to methods, while the block runs, and leave no hook behind.
 
     Args:
-        modules: what to listen to, by the name under which its calls are wanted. An ``nn.ModuleList`` is
-            never called, so it cannot be listened to: name its members.
+        joints: what to listen to, by the name under which its calls are wanted: a module, or the bound method
+            of one. An ``nn.ModuleList`` is never called, so it cannot be listened to: name its members.
 
     Yields:
         for every name the calls ``(positional inputs, output)`` in order; empty if there was none.
     """
-    calls: dict[str, list[Call]] = {name: [] for name in modules}
-    handles = [
-        module.register_forward_hook(
-            lambda _, inputs, output, heard=calls[name]: heard.append((inputs, output))
-        )
-        for name, module in modules.items()
-    ]
-    try:
+    calls: dict[str, list[Call]] = {name: [] for name in joints}
+    with contextlib.ExitStack() as listening:
+        for name, joint in joints.items():
+            if not isinstance(joint, nn.Module):
+                listening.enter_context(_listen_to_method(joint, calls[name]))
+                continue
+            hook = joint.register_forward_hook(
+                lambda _, inputs, output, heard=calls[name]: heard.append((inputs, output))
+            )
+            listening.callback(hook.remove)
         yield calls
+
+
+@contextlib.contextmanager
+def _listen_to_method(method: Callable, heard: list[Call]) -> Iterator[None]:
+    def listened(*inputs: Any, **options: Any) -> Any:
+        output = method(*inputs, **options)
+        heard.append((inputs, output))
+        return output
+
+    # What is the object's own is found before what is of its class.
+    own, name = vars(method.__self__), method.__name__
+    before = {name: own[name]} if name in own else {}
+    own[name] = listened
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del own[name]
+        own.update(before)
 
 
 class asked:
@@ -121,8 +138,8 @@ class DetectorOutputs:
         raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
 
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
-        """The modules, by name, to listen to while ``detector`` trains."""
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
+        """The modules and methods, by name, to listen to while ``detector`` trains."""
         return {"backbone": detector.backbone}
 
     @classmethod
@@ -215,8 +232,11 @@ class RCNNOutputs(DetectorOutputs):
     region_boxes: list[list[Boxes]] | None = None
     """For each stage the regions' boxes by image: the student's own, and the ones a teacher is asked about."""
 
+    predictor_calls: list[Call] | None = None
+    """The calls of a student's box predictors while it trained, one for each stage."""
+
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         heads = detector.roi_heads
         joints = {
             "backbone": detector.backbone,
@@ -232,22 +252,33 @@ class RCNNOutputs(DetectorOutputs):
         detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
     ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
-        ((_, (proposals, _)),) = calls["roi_heads"]
-        heads = detector.roi_heads
-        regions = []
+        ((inputs, (proposals, _)),) = calls["roi_heads"]
         # The pooler's inputs and not the proposals: later stages of a cascade pool other boxes, and with
         # train_on_pred_boxes the proposals change afterwards.
-        for stage, ((_, predictor), ((_, pooled), _)) in enumerate(
-            zip(box_stages(heads), calls["box_pooler"], strict=True)
+        boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
+        captured = {
+            "features": features,
+            "proposals": proposals,
+            "region_boxes": boxes,
+            "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
+        }
+        if len(inputs) > 3:  # heads of another's own may be given them by name
+            captured["gt_instances"] = inputs[3]
+        return captured
+
+    def _captured_regions(self) -> list[Regions]:
+        """The student's own, with the labels that its loss gave them."""
+        heads, regions = self.detector.roi_heads, []
+        for stage, ((_, predictor), boxes, call) in enumerate(
+            zip(box_stages(heads), self.region_boxes, self.predictor_calls, strict=True)
         ):
-            boxes = list(pooled)
-            (((box_features, *_), (logits, deltas)),) = calls[f"box_predictor.{stage}"]
+            (box_features, *_), (logits, deltas) = call
             if stage == 0:
-                classes, matched = _sampled_labels(proposals, boxes)
+                classes, matched = _sampled_labels(self.proposals, boxes)
             else:
-                truth = [x["instances"].to(detector.device) for x in batched_inputs]
-                matcher = heads.proposal_matchers[stage]
-                classes, matched = match_labels(matcher, boxes, truth, heads.num_classes)
+                classes, matched = match_labels(
+                    heads.proposal_matchers[stage], boxes, self.gt_instances, heads.num_classes
+                )
             regions.append(
                 Regions(
                     boxes,
@@ -259,12 +290,7 @@ class RCNNOutputs(DetectorOutputs):
                     gt_boxes=matched,
                 )
             )
-        return {
-            "features": features,
-            "proposals": proposals,
-            "region_boxes": [stage.boxes for stage in regions],
-            "regions": regions,
-        }
+        return regions
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -290,7 +316,10 @@ class RCNNOutputs(DetectorOutputs):
         """One :class:`Regions` for each stage of shared boxes.
 
         Stage k is judged by stage k of this detector, or by its last one where it has fewer.
+        A student's are those it trained with.
         """
+        if self.predictor_calls is not None:
+            return self._captured_regions()
         if self.region_boxes is None:
             raise Unreadable(
                 f"no regions to ask a {type(self.detector).__name__} about: the student has none"
@@ -367,9 +396,17 @@ def more_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> I
 class DenseOutputs(DetectorOutputs):
     """What a ``DenseDetector`` says of its anchors: RetinaNet, and FCOS and GFL, whose anchors are points with a size."""
 
+    own_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
+    """What a student's ``label_anchors`` returned when it trained: for each image labels and matched boxes."""
+
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module]:
-        return {"backbone": detector.backbone, "head": detector.head}
+    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
+        joints = {
+            name: getattr(detector, name) for name in ("backbone", "head", "anchor_generator")
+        }
+        if hasattr(detector, "label_anchors"):  # else there are no labels to read
+            joints["label_anchors"] = detector.label_anchors
+        return joints
 
     @staticmethod
     def _captured(
@@ -377,7 +414,12 @@ class DenseOutputs(DetectorOutputs):
     ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
-        return {"features": features, "predictions": predictions}
+        captured = {"features": features, "predictions": predictions}
+        for _, anchors in calls["anchor_generator"]:
+            captured["anchors"] = anchors
+        for (_, truth), labels in calls.get("label_anchors", ()):
+            captured |= {"gt_instances": truth, "own_labels": labels}
+        return captured
 
     @asked
     def predictions(self) -> tuple[list[Tensor], ...]:
@@ -421,7 +463,9 @@ class DenseOutputs(DetectorOutputs):
     @asked
     def labels(self) -> tuple[Tensor, Tensor]:
         """The detector's own labelling: ``gt_labels`` and ``matched_gt_boxes`` together."""
-        labels, boxes = self.detector.label_anchors(self.anchors, self.gt_instances)
+        labels, boxes = self.own_labels or self.detector.label_anchors(
+            self.anchors, self.gt_instances
+        )
         return torch.stack(list(labels)), torch.stack(box_tensors(boxes))
 
     @property

@@ -148,11 +148,12 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
     erd = ERDLoss(class_pool="image", reference_images_per_process=None)
     erd.bind(gfl, teacher.detector)
-    selection = erd.select(teacher)
-    squares, values = erd.class_terms(student, teacher, selection)
+    ours, theirs = erd.answers(student, teacher)
+    selection = erd.select(teacher, theirs)
+    squares, values = erd.class_terms(ours, theirs, selection)
     per_image = {
         "cls": squares / values.clamp(min=1),
-        "bbox": erd.box_terms(student, teacher, selection),
+        "bbox": erd.box_terms(ours, theirs, selection),
     }
     with EventStorage():
         sum(erd(student, teacher).values()).backward()

@@ -31,7 +31,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
     for name in unread(len(sizes)):
         arrays[name]
     padded = tuple(arrays["padded_hw"].tolist())
-    valid = [valid_cells(sizes, padded, x.shape[-2:]) for x in teacher]
+    valid = valid_cells(sizes, padded, [x.shape[-2:] for x in teacher])
     channels = teacher[0].shape[1]
     embedding = tokens(sine_positions(x, channels).movedim(-1, 1) for x in valid)
     positions = CellPositions.of(valid, channels)
