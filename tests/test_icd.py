@@ -795,11 +795,11 @@ def test_the_count_of_draws_is_saved_as_a_number_and_restored():
     loss, restored = (x.losses.by_name["loss"] for x in (model, other))
     drawn = [loss._generator().initial_seed() for _ in range(3)]
     state = model.losses.state_dict()
-    assert torch.equal(state["by_name.loss.draws"], torch.tensor(3))
+    assert torch.equal(state["by_name.loss._extra_state"], torch.tensor(3))
     assert not other.losses.load_state_dict(state).missing_keys and restored.draws == 3
     assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
-    del state["by_name.loss.draws"]
-    with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss.draws"'):
+    del state["by_name.loss._extra_state"]
+    with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss._extra_state"'):
         other.losses.load_state_dict(state)
 
 
@@ -823,7 +823,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     (tmp_path / "resumed" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     (tmp_path / "resumed" / "last_checkpoint").write_text(name)
     resumed = run("resumed", resume=True)
-    assert int(whole["losses"]["by_name.icd.draws"]) == 4
+    assert int(whole["losses"]["by_name.icd._extra_state"]) == 4
     for part in ("model", "losses"):
         assert whole[part].keys() == resumed[part].keys()
         assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])

@@ -242,7 +242,10 @@ def test_icd_in_two_processes_one_without_ground_truth(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = torch.load(folder / "out/model_final.pth")
     optimizers = checkpoint["trainer"]["_trainer"]["optimizer"]
-    assert int(checkpoint["losses"]["by_name.icd.draws"]) == 3 and len(checkpoint["processes"]) == 2
+    assert (
+        int(checkpoint["losses"]["by_name.icd._extra_state"]) == 3
+        and len(checkpoint["processes"]) == 2
+    )
     assert all(len(optimizers[part]["state"]) > 10 for part in ("student", "losses"))
     assert all(float(s["step"]) == 3 for s in optimizers["losses"]["state"].values())
     assert all(torch.isfinite(value).all() for value in checkpoint["losses"].values())

@@ -12,7 +12,6 @@ import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -330,30 +329,12 @@ class ICDLoss(DistillLoss):
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
 
-    # In the checkpoint as a buffer would be, which on a GPU would have to be waited for in each step.
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}draws"] = torch.tensor(self.draws)
+    # Not a buffer, which on a GPU would have to be waited for in each step.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.draws)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *found: list[str],
-    ) -> None:
-        draws = state_dict.pop(f"{prefix}draws", None)
-        if draws is not None:
-            self.draws = int(draws)
-        elif strict:
-            missing_keys.append(f"{prefix}draws")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *found
-        )
+    def set_extra_state(self, state: Tensor) -> None:
+        self.draws = int(state)
 
     def _generator(self) -> torch.Generator:
         """The generator of this step, told by the seed, the process and how many steps there were.
