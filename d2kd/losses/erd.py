@@ -26,6 +26,14 @@ CLASS_POOLS = ("batch", "image")
 BOX_WEIGHTS = ("student", "teacher")
 
 
+CLASSES = "distill/erd_selected_classes"
+"""Scalar: the share of locations that are compared in their classes; two deviations above the mean are few."""
+LOCATIONS = "distill/erd_selected_boxes"
+"""Scalar: the share of locations whose boxes stand out."""
+KEPT = "distill/erd_kept_boxes"
+"""Scalar: how many of an image's are left by non-maximum suppression, and so are compared."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a detector says of all locations.
@@ -161,12 +169,11 @@ class ERDLoss(DistillLoss):
             classification = squares.sum() / selected
         else:
             classification = (squares / values.clamp(min=1)).sum() * scale
-        chosen = (
-            torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2)) / n
-        )
-        storage = get_event_storage()
-        for name, share in zip(("classes", "boxes", "kept"), chosen.tolist(), strict=True):
-            storage.put_scalar(f"distill/erd_selected_{name}", share)
+        counts = torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2))
+        classes, locations, kept = counts.tolist()
+        scalars = {CLASSES: classes / selection.classes.numel()}
+        scalars |= {LOCATIONS: locations / selection.boxes.numel(), KEPT: kept / n}
+        get_event_storage().put_scalars(**scalars)
         return {"classification": classification, "box": boxes.sum() * scale}
 
     def answers(self, student, teacher) -> tuple[Answer, Answer]:
