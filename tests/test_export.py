@@ -24,7 +24,7 @@ from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_cascade_rcnn, tiny_mask_rcnn
 
-from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal
+from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal, tiny_retinanet
 from .resume_runs import quiet, run
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
@@ -191,25 +191,52 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
+RETINANETS = """
+from d2kd.testing import tiny_retinanet
+
+model.student, model.teacher.detector = tiny_retinanet(), tiny_retinanet(channels=24)
+model.teacher.weights = str(_here / "dense_teacher.pth")
+model.teacher.detector.test_score_thresh = 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def dense(folder):
+    """The recipe with RetinaNets, and their weights."""
+    for name, node in (("student", tiny_retinanet()), ("teacher", tiny_retinanet(channels=24))):
+        torch.save({"model": build(node).state_dict()}, folder / f"dense_{name}.pth")
+    (folder / "dense_recipe.py").write_text(RECIPE + RETINANETS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind, form, threshold",
+    [
+        ("", "onnx", "roi_heads.box_predictor.test_score_thresh=0.2"),
+        ("dense_", "torchscript", "test_score_thresh=0.0"),
+    ],
+    ids=["Faster R-CNN", "RetinaNet"],
+)
+def test_the_table(tool, dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
-    words = ["--config-file", folder / "recipe.py", "--weights", folder / "student.pth", "--table"]
-    words += ["--output", tmp_path, "--images", "2", "--baseline", folder / "student.pth"]
-    tool.main([*map(str, words), "model.student.roi_heads.box_predictor.test_score_thresh=0.2"])
+    weights = dense / f"{kind}student.pth"
+    words = ["--config-file", dense / f"{kind}recipe.py", "--weights", weights, "--format", form]
+    words += ["--table", "--output", tmp_path, "--images", "2", "--baseline", weights]
+    tool.main([*map(str, words), f"model.student.{threshold}"])
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "table.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["teacher", "baseline", "student", "exported, onnx"]
+    assert list(rows) == ["teacher", "baseline", "student", f"exported, {form}"]
     assert result["schema"] == 1 and result["images_timed"] == 2
-    student, exported, teacher = rows["student"], rows["exported, onnx"], rows["teacher"]
+    student, exported, teacher = rows["student"], rows[f"exported, {form}"], rows["teacher"]
     assert student["AP"] == pytest.approx(exported["AP"], abs=0.01)
     assert student["gflops"] == pytest.approx(exported["gflops"], rel=0.02)
     assert teacher["gflops"] > student["gflops"] > 0 and teacher["megabytes"] > student["megabytes"]
-    size = (tmp_path / "model.onnx").stat().st_size
-    assert exported["megabytes"] == size / 1e6
+    path = tmp_path / f"model{export.FORMATS[form]}"
+    assert exported["megabytes"] == path.stat().st_size / 1e6
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
-    assert ExportedDetector(tmp_path / "model.onnx").classes == NAMES  # by the test data
+    assert ExportedDetector(path).classes == NAMES  # by the test data
 
 
 def test_how_a_reduced_image_was_made(folder):
