@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 def load_tool(name: str) -> ModuleType:
     """A fresh module of ``tools/<name>.py``, which is on no import path."""
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
+    # By this name pyproject.toml knows the tools' warnings from others'.
+    spec = importlib.util.spec_from_file_location(f"tools.{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

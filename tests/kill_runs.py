@@ -2,8 +2,8 @@
 
     python -m tests.kill_runs --kills 20 --seed 0
 
-kills by SIGKILL, at random moments and at chosen points of writing a checkpoint, and cuts some of the last
-checkpoints short; each time the run must go on from a whole one. Prints a line for each kill and a closing
+kills by SIGKILL, at random moments and at chosen points of writing a checkpoint, that of the best state included,
+and cuts some of the last checkpoints short; each time the run must go on from a whole one. Prints a line for each kill and a closing
 line with counts; exit code 1 if something is not as it should be.
 """
 
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.evaluation import DatasetEvaluator
 from omegaconf import DictConfig
 
 from d2kd.engine import run_info
@@ -36,10 +38,26 @@ POINTS = ("half written", "written, not in place", "in place, not named as the l
 """Of writing a checkpoint, at which a run may kill itself."""
 
 
+class LastDigits(DatasetEvaluator):
+    """Those of the detections' scores, as an AP: another for every state, and the best may be any of them."""
+
+    def reset(self) -> None:
+        self._sum = 0.0
+
+    def process(self, inputs, outputs) -> None:
+        self._sum += float(sum(x["instances"].scores.double().sum() for x in outputs))
+
+    def evaluate(self) -> dict:
+        return {"bbox": {"AP": self._sum * 1e6 % 100}}
+
+
 def config_of(data: Path, output: Path, end: int) -> DictConfig:
-    """ICD on a RetinaNet: two optimizers, a generator of its own, a running normaliser."""
+    """ICD on a RetinaNet: two optimizers, a generator of its own, a running normaliser; and its best state."""
     config = icd_one_stage(data, output)
     config.train.max_iter, config.train.checkpointer.period = end, PERIOD
+    config.train.eval_period, config.train.eval_teacher = PERIOD, False
+    config.dataloader.evaluator = L(LastDigits)()
+    config.model.student.test_score_thresh, config.model.student.test_topk_candidates = 0.0, 20
     return config
 
 
@@ -111,6 +129,20 @@ def whole_checkpoints(output: Path, cut: list[Path]) -> dict[str, int]:
     return found
 
 
+def left_by(output: Path) -> dict:
+    """All that a run was for: its last state, its best one, and what each evaluation gave."""
+    rows = map(json.loads, (output / "metrics.json").read_text().splitlines())
+    final = saved(output / "model_final.pth")
+    # That of the end, where it had to be made up for, is written down one iteration later.
+    end = final["iteration"] + 1
+    return {
+        "final": final,
+        "best": saved(output / "model_best.pth"),
+        "told best": json.loads((output / "model_best.json").read_text()),
+        "AP": {min(row["iteration"], end): row["bbox/AP"] for row in rows if "bbox/AP" in row},
+    }
+
+
 def kill(
     kills: int,
     seed: int,
@@ -124,7 +156,7 @@ def kill(
     begun = time.perf_counter()
     assert _ended(start(data, folder / "whole", end)) == 0, "the uninterrupted run failed"
     lasts = time.perf_counter() - begun
-    reference = saved(folder / "whole" / "model_final.pth")
+    reference = left_by(folder / "whole")
 
     expected = rows = 0
     while True:
@@ -134,7 +166,8 @@ def kill(
         if done < kills:
             # By turns, so that every point has its kills however few there are.
             how = POINTS[done // 2 % 3] if done % 2 == 0 else "a random moment"
-            point, number = (how, chance.randrange(2)) if how in POINTS else (None, 0)
+            # Of a run from its beginning the second is that of the best state so far.
+            point, number = (how, chance.randrange(3)) if how in POINTS else (None, 0)
         process = start(data, output, end, point, number)
         if how == "a random moment":
             process.join(chance.uniform(0, lasts))
@@ -145,7 +178,7 @@ def kill(
             outcome.faults.append(f"{output.name} began at {starts[-1]} and not at {expected}")
         rows = len(starts)
         if code == 0:
-            outcome.faults += differences(reference, saved(output / "model_final.pth"))
+            outcome.faults += differences(reference, left_by(output))
             outcome.faults += [f"{left} was left" for left in output.glob(".*")]
             outcome.finished += 1
             expected = rows = 0
@@ -179,7 +212,11 @@ def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
     last = named.read_text()
     if last not in checkpoints:  # it was cut, and nothing was written since
         return expected
-    older = [b for name, b in checkpoints.items() if name != last and b <= checkpoints[last]]
+    older = [
+        begin
+        for name, begin in checkpoints.items()
+        if name not in (last, "model_best.pth") and begin <= checkpoints[last]
+    ]
     if cut and older:
         status = (output / last).stat()
         os.truncate(output / last, status.st_size // 2)

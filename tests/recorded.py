@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 import d2kd.losses.icd as icd_module
 from d2kd.data.priors import InstancePriors
@@ -21,24 +22,74 @@ from d2kd.testing import (
     build,
     tiny_cascade_rcnn,
     tiny_faster_rcnn,
+    tiny_fcos,
     tiny_gfl,
     tiny_retinanet,
 )
 
 _PRIORS = InstancePriors.unknown(CLASSES)
-LOSSES: dict[str, tuple[Callable, Callable]] = {
-    "imitation": (lambda **o: ImitationLoss(mask="gaussian", **o), tiny_faster_rcnn),
-    "imitation, everywhere": (lambda **o: ImitationLoss(mask="none", **o), tiny_retinanet),
-    "tar": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_faster_rcnn),
-    "tar, cascade": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_cascade_rcnn),
-    "tar, one-stage": (lambda **o: TARLoss(feature_ramp=0, **o), tiny_retinanet),
-    "icd": (lambda **o: ICDLoss(heads=4, priors=_PRIORS, **o), tiny_retinanet),
-    "icd, by instance": (
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss on a pair of detectors.
+
+    Attributes:
+        loss: makes it, of further options.
+        node: of student and teacher.
+        classes: names of the student's classes and the teacher's; None: those of both are the same.
+        prepare: changes the teacher.
+    """
+
+    loss: Callable
+    node: Callable
+    classes: tuple[list[str], list[str]] | None = None
+    prepare: Callable[[nn.Module], object] = lambda teacher: None
+
+
+def _tar(**options) -> TARLoss:
+    return TARLoss(feature_ramp=0, **options)
+
+
+def _tar_ungated(**options) -> TARLoss:
+    """For pairs of which the teacher nowhere finds the better box."""
+    return _tar(reg_gate="none", **options)
+
+
+def _with_boxes(teacher: nn.Module) -> None:
+    """Of a stride to each side of a point: those of an untrained FCOS have no area, and would pass no gate."""
+    nn.init.ones_(teacher.head.bbox_pred.bias)
+
+
+# The teacher knows two of the three, in another order, and two that are none of the student's.
+_OTHERS = [f"class {k}" for k in range(CLASSES)], ["class 2", "other", "class 0", "another"]
+
+LOSSES: dict[str, Case] = {
+    "imitation": Case(lambda **o: ImitationLoss(mask="gaussian", **o), tiny_faster_rcnn),
+    "imitation, in boxes": Case(lambda **o: ImitationLoss(mask="box", **o), tiny_fcos),
+    "imitation, everywhere": Case(lambda **o: ImitationLoss(mask="none", **o), tiny_retinanet),
+    "tar": Case(_tar, tiny_faster_rcnn),
+    "tar, cascade": Case(_tar, tiny_cascade_rcnn),
+    "tar, other classes": Case(_tar_ungated, tiny_faster_rcnn, _OTHERS),
+    "tar, one-stage": Case(_tar, tiny_retinanet),
+    "tar, one-stage, other classes": Case(_tar_ungated, tiny_retinanet, _OTHERS),
+    "tar, points": Case(_tar, tiny_fcos, prepare=_with_boxes),
+    "tar, distributions": Case(_tar, tiny_gfl),
+    "icd": Case(lambda **o: ICDLoss(heads=4, priors=_PRIORS, **o), tiny_retinanet),
+    "icd, uniform": Case(
+        lambda **o: ICDLoss(heads=4, priors=_PRIORS, weights="uniform", **o), tiny_retinanet
+    ),
+    "icd, by instance": Case(
         lambda **o: ICDLoss(heads=4, layers=2, priors=_PRIORS, normalizer="instance", **o),
         tiny_faster_rcnn,
     ),
-    "erd": (lambda **o: ERDLoss(alpha_cls=1.0, alpha_box=1.0, **o), tiny_gfl),
-    "lwf": (lambda **o: LwFLoss(**o), tiny_gfl),
+    "erd": Case(lambda **o: ERDLoss(alpha_cls=1.0, alpha_box=1.0, **o), tiny_gfl),
+    "erd, by image, other classes": Case(
+        lambda **o: ERDLoss(alpha_cls=1.0, alpha_box=1.0, class_pool="image", **o),
+        tiny_gfl,
+        _OTHERS,
+    ),
+    "lwf": Case(LwFLoss, tiny_gfl),
 }
 
 
@@ -51,14 +102,21 @@ class Recorded:
     """
 
     def __init__(self, name: str, **options):
-        factory, node = LOSSES[name]
+        case = LOSSES[name]
+        ours, theirs = case.classes or (None, None)
         self.batch = batch(sizes=((64, 64),) * 4, objects=(2, 1, 0, 0))
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            student, teacher = build(node()), build(node(width=6, channels=24), 1)
-            losses = DistillLosses(loss=factory(**options))
+            count = len(theirs or range(CLASSES))
+            student = build(case.node())
+            teacher = build(case.node(width=6, channels=24, classes=count), 1)
+            case.prepare(teacher)
             model = Distiller(
-                student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=2
+                student=student,
+                teacher=Teacher(teacher, None, classes=theirs),
+                losses=DistillLosses(loss=case.loss(**options)),
+                max_iter=2,
+                classes=ours,
             ).train()
             with capture(model.kind.joints(student)) as calls, EventStorage():
                 student(self.batch)

@@ -24,7 +24,7 @@ from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import LOGGERS
 from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
-from d2kd.testing import tiny_faster_rcnn, tiny_gfl, tiny_retinanet
+from d2kd.testing import tiny_faster_rcnn, tiny_fcos, tiny_gfl, tiny_retinanet
 
 from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
@@ -54,6 +54,11 @@ def tar(data: Path, output: Path) -> DictConfig:
 
 def tar_one_stage(data: Path, output: Path) -> DictConfig:
     return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()), tiny_retinanet)
+
+
+def tar_points(data: Path, output: Path) -> DictConfig:
+    """An FCOS, taught at its points."""
+    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()), tiny_fcos)
 
 
 def icd(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
@@ -120,14 +125,18 @@ CASES: dict[str, Callable[[Path, Path], DictConfig]] = {
     "imitation, AdamW, a worker": adamw,
     "tar": tar,
     "tar, one-stage": tar_one_stage,
+    "tar, points": tar_points,
     "icd": icd,
     "icd, one-stage": icd_one_stage,
     "first step": first_step,
     "erd": erd,
     "lwf": lwf,
+    "alone, bfloat16": in_bfloat16(plain),
+    "imitation, bfloat16": in_bfloat16(imitation),
     "tar, bfloat16": in_bfloat16(tar),
     "icd, bfloat16": in_bfloat16(icd),
     "erd, bfloat16": in_bfloat16(erd),
+    "lwf, bfloat16": in_bfloat16(lwf),
 }
 """Recipes by case, functions of the data's folder and the run's; step two follows step one."""
 

@@ -8,8 +8,10 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.data.transforms import Resize
+from detectron2.data.transforms import Resize, ResizeShortestEdge
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
@@ -22,8 +24,9 @@ from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_cascade_rcnn, tiny_mask_rcnn
 
-from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal
-from .tiny_run import distiller, draw_data, recipe, teacher_weights
+from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal, tiny_retinanet
+from .resume_runs import quiet, run
+from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
 pytest.importorskip("onnxruntime")
 NAMES = [f"class {k}" for k in range(CLASSES)]
@@ -83,11 +86,8 @@ def files(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(
-    "family, form",
-    [(family, "onnx") for family in FAMILIES]
-    + [(family, "torchscript") for family in ("gfl", "faster_rcnn")],
-)
+@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_detects_what_its_detector_does(files, family, form):
     detector, exported = files(family, form)
     for image in images():
@@ -191,25 +191,52 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_table(tool, folder, tmp_path, capsys, monkeypatch):
+RETINANETS = """
+from d2kd.testing import tiny_retinanet
+
+model.student, model.teacher.detector = tiny_retinanet(), tiny_retinanet(channels=24)
+model.teacher.weights = str(_here / "dense_teacher.pth")
+model.teacher.detector.test_score_thresh = 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def dense(folder):
+    """The recipe with RetinaNets, and their weights."""
+    for name, node in (("student", tiny_retinanet()), ("teacher", tiny_retinanet(channels=24))):
+        torch.save({"model": build(node).state_dict()}, folder / f"dense_{name}.pth")
+    (folder / "dense_recipe.py").write_text(RECIPE + RETINANETS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind, form, threshold",
+    [
+        ("", "onnx", "roi_heads.box_predictor.test_score_thresh=0.2"),
+        ("dense_", "torchscript", "test_score_thresh=0.0"),
+    ],
+    ids=["Faster R-CNN", "RetinaNet"],
+)
+def test_the_table(tool, dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
-    words = ["--config-file", folder / "recipe.py", "--weights", folder / "student.pth", "--table"]
-    words += ["--output", tmp_path, "--images", "2", "--baseline", folder / "student.pth"]
-    tool.main([*map(str, words), "model.student.roi_heads.box_predictor.test_score_thresh=0.2"])
+    weights = dense / f"{kind}student.pth"
+    words = ["--config-file", dense / f"{kind}recipe.py", "--weights", weights, "--format", form]
+    words += ["--table", "--output", tmp_path, "--images", "2", "--baseline", weights]
+    tool.main([*map(str, words), f"model.student.{threshold}"])
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "table.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["teacher", "baseline", "student", "exported, onnx"]
+    assert list(rows) == ["teacher", "baseline", "student", f"exported, {form}"]
     assert result["schema"] == 1 and result["images_timed"] == 2
-    student, exported, teacher = rows["student"], rows["exported, onnx"], rows["teacher"]
+    student, exported, teacher = rows["student"], rows[f"exported, {form}"], rows["teacher"]
     assert student["AP"] == pytest.approx(exported["AP"], abs=0.01)
     assert student["gflops"] == pytest.approx(exported["gflops"], rel=0.02)
     assert teacher["gflops"] > student["gflops"] > 0 and teacher["megabytes"] > student["megabytes"]
-    size = (tmp_path / "model.onnx").stat().st_size
-    assert exported["megabytes"] == size / 1e6
+    path = tmp_path / f"model{export.FORMATS[form]}"
+    assert exported["megabytes"] == path.stat().st_size / 1e6
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
-    assert ExportedDetector(tmp_path / "model.onnx").classes == NAMES  # by the test data
+    assert ExportedDetector(path).classes == NAMES  # by the test data
 
 
 def test_how_a_reduced_image_was_made(folder):
@@ -275,29 +302,63 @@ def test_refused_in_one_line(tool, folder, tmp_path, capfd, arguments, complaint
     assert not (tmp_path / "out").exists()
 
 
-def test_stock_detectron2_loads_the_checkpoint_strictly(tmp_path):
-    """The README's lines, in a process that cannot import d2kd."""
-    text = (ROOT / "README.md").read_text()
-    lines = text.split("<!-- stock Detectron2 -->\n```python\n")[1].split("```")[0]
-    node = 'model_zoo.get_config("common/models/retinanet.py").model'
-    prepare = f"""
+def block(phrase):
+    """The README's lines that have these words, of a run in this folder."""
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (found,) = (lines for part in blocks if phrase in (lines := part.split("```")[0]))
+    return found.replace("output/mine/", "").replace("handed_on/", "")
+
+
+WITHOUT_D2KD = """
 import sys
 sys.modules["d2kd"] = None
-import numpy, torch
-from detectron2 import model_zoo
-from detectron2.config import LazyConfig, instantiate
-from omegaconf import OmegaConf
-from PIL import Image
-node = {node}
-node.backbone.bottom_up.stages.depth, node.backbone.top_block.in_channels = 18, 512
-node.backbone.bottom_up.stages.pop("stride_in_1x1")
-torch.save({{"model": instantiate(node).state_dict()}}, "model_final.pth")
-LazyConfig.save(OmegaConf.create({{"model": {{"student": node}}}}), "config.yaml")
-Image.fromarray(numpy.zeros((40, 60, 3), numpy.uint8)).save("photo.jpg")
 """
-    script = prepare + lines.replace("output/mine/", "") + "print(instances.image_size)\n"
+SEEN = """
+said = {"channels": photo["image"][:, 0, 0].tolist(), "seen": photo["image"].shape[1:]}
+said |= {"size": instances.image_size, "grad": instances.scores.requires_grad}
+assert not model.training and len(instances)
+import json
+print(json.dumps(said))
+"""
+
+
+def test_stock_detectron2_loads_a_runs_checkpoint_strictly(tmp_path):
+    """And detects as the recipe's test does: the README's lines, in a process that cannot import d2kd."""
+    node = model_zoo.get_config("common/models/retinanet.py").model
+    stages, head = node.backbone.bottom_up.stages, node.head
+    stages.depth, node.backbone.out_channels = 18, 16
+    stages.pop("stride_in_1x1")
+    node.backbone.top_block.in_channels = 512
+    head.input_shape, head.conv_dims = [ShapeSpec(channels=16)] * 5, [16]
+    node.num_classes, node.test_score_thresh = CLASSES, 0.0
+
+    quiet()
+    draw_data(tmp_path / "data")
+    config = recipe(tmp_path / "data", tmp_path, distiller(), max_iter=1)
+    config.model.student = node
+    reading = config.dataloader.train.mapper, config.dataloader.test.mapper
+    reading[0].image_format, reading[1].image_format = "RGB", "${...train.mapper.image_format}"
+    reading[1].augmentations = [L(ResizeShortestEdge)(short_edge_length=80, max_size=1333)]
+    run(without_evaluation(config))
+
+    Image.new("RGB", (60, 40), (255, 128, 0)).save(tmp_path / "photo.jpg", quality=100)
+    script = WITHOUT_D2KD + block("config.model.student") + SEEN
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.endswith("(40, 60)\n")
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("channels") == pytest.approx([255, 128, 0], abs=3)  # of a JPEG, and in RGB
+    assert said == {"seen": [80, 120], "size": [40, 60], "grad": False}
+
+
+def test_the_readmes_lines_for_onnx(files, tmp_path, monkeypatch):
+    _, exported = files("retinanet", "onnx")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").symlink_to(exported.path)
+    made = {"photo": {"image": images()[0]}}
+    exec(block("onnxruntime"), made)
+    found = exported.detect(images()[0])
+    assert made["names"] == NAMES
+    for name, value in zip(("boxes", "scores", "classes"), found, strict=True):
+        assert np.array_equal(made[name], value)

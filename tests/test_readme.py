@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from d2kd.config import detector, is_distiller, load
 from d2kd.data.shapes import CLASSES
 from d2kd.engine.recipe import complete
 
+from .common import load_tool
 from .test_voc import write_voc
 from .tiny_run import draw_data
 
@@ -155,3 +157,9 @@ def test_every_path_it_names_is_there():
     tools = re.findall(r"\btools/\w+\.py", README)
     assert len(links) > 5 and tools
     assert not [path for path in (*links, *tools) if not (root / path).exists()]
+
+
+def test_our_own_warnings_are_errors():
+    for module in ("d2kd", "d2kd.losses.tar", load_tool("doctor").__name__):
+        with pytest.raises(FutureWarning, match="old"):
+            warnings.warn_explicit("old", FutureWarning, "a.py", 1, module=module)
