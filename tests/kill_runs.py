@@ -132,14 +132,11 @@ def whole_checkpoints(output: Path, cut: list[Path]) -> dict[str, int]:
 def left_by(output: Path) -> dict:
     """All that a run was for: its last state, its best one, and what each evaluation gave."""
     rows = map(json.loads, (output / "metrics.json").read_text().splitlines())
-    final = saved(output / "model_final.pth")
-    # That of the end, where it had to be made up for, is written down one iteration later.
-    end = final["iteration"] + 1
     return {
-        "final": final,
+        "final": saved(output / "model_final.pth"),
         "best": saved(output / "model_best.pth"),
         "told best": json.loads((output / "model_best.json").read_text()),
-        "AP": {min(row["iteration"], end): row["bbox/AP"] for row in rows if "bbox/AP" in row},
+        "AP": {row["iteration"]: row["bbox/AP"] for row in rows if "bbox/AP" in row},
     }
 
 

@@ -10,19 +10,8 @@ from .recorded import LOSSES, Recorded, relative
 # Of value and gradients, by norm. The losses themselves compute in float32; adapters do not.
 TOLERANCE = {torch.float16: 0.005, torch.bfloat16: 0.03}
 
-# Distances are the difference of two means over bins, and these are taken in the precision of the logits.
-MEANS_IN_HALF = pytest.mark.xfail(
-    strict=True, reason="d2kd.modeling.gfl.integral is not in float32"
-)
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=MEANS_IN_HALF if name == "tar, distributions" else ())
-        for name in LOSSES
-    ],
-)
+@pytest.mark.parametrize("name", LOSSES)
 def test_half_precision_is_float32_within_its_own(name):
     recorded = Recorded(name)
     images = [0, 1, 2, 3]

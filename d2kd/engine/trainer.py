@@ -413,6 +413,8 @@ class Trainer(DefaultTrainer):
             self.iter = self.storage.iter = now
 
     def after_train(self) -> None:
+        # Detectron2 counts one step more, also of a run that had none left.
+        self.iter = min(self.iter, self.max_iter)
         if sys.exc_info()[0] is None:
             super().after_train()
             return

@@ -489,9 +489,10 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
 
 
 def integral(logits: Tensor) -> Tensor:
-    """The mean distance ``(…)`` of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
-    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
-    return (logits.softmax(dim=-1) * bins).sum(dim=-1)
+    """The mean distance ``(…)`` float32 of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
+    # A mean over bins loses in half precision what two detectors differ by.
+    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
+    return (logits.float().softmax(dim=-1) * bins).sum(dim=-1)
 
 
 def add_gfl_config(cfg: CfgNode) -> None:
