@@ -19,6 +19,8 @@ ABLATIONS = {
 def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
     """The runs: the first step, each method's other steps, everything at once.
 
+    "everything" takes as long as a step; "everything_longer", which runs where it is named, as long as all of them.
+
     Args:
         baseline: the recipe of all classes, by name.
         split, number: see :func:`d2kd.data.split_classes`, and how many steps that are.
@@ -26,7 +28,7 @@ def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
         methods: names of ``METHODS`` and ``ABLATIONS``.
     """
 
-    def recipe(step=None, losses=None):
+    def recipe(step=None, losses=None, steps=steps):
         config = get_config(baseline)
         if step is not None:
             config = increment(config, split=split, step=step, losses=losses)._asdict()
@@ -44,6 +46,7 @@ def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
             runs[name] = dict(config=config, step=step, teacher=before, optional=optional)
             before = name
     runs["everything"] = dict(config=recipe())
+    runs["everything_longer"] = dict(config=recipe(steps=number * steps), optional=True)
     return runs
 
 
