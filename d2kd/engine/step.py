@@ -64,6 +64,11 @@ class Step(SimpleTrainer):
             if not buffer.is_floating_point()
             or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats)
         ]
+        self._counting = [
+            module
+            for module in model.modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        ]
 
     def feed(self, data_loader: Iterable) -> None:
         """Take batches from another loader from now on."""
@@ -92,11 +97,14 @@ class Step(SimpleTrainer):
         """Keep what changes before a step is known to be good; called, what it returns puts it back."""
         student = student_of(self.model)
         running, random = [buffer.clone() for buffer in self._running], random_state()
+        counts = [module.get_extra_state() for module in self._counting]
         normalizer = getattr(student, NORMALIZER, None)
 
         def put_back() -> None:
             for buffer, before in zip(self._running, running):
                 buffer.copy_(before)
+            for module, before in zip(self._counting, counts):
+                module.set_extra_state(before)
             set_random_state(random)
             if normalizer is not None:
                 setattr(student, NORMALIZER, normalizer)

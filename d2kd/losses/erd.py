@@ -155,7 +155,7 @@ class ERDLoss(DistillLoss):
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        ours, theirs = self.answers(student, teacher)
+        ours, theirs = self.answer(student, "of_student"), self.answer(teacher, "of_teacher")
         selection = self.select(teacher, theirs)
         squares, values = self.class_terms(ours, theirs, selection)
         boxes = self.box_terms(ours, theirs, selection)
@@ -176,16 +176,12 @@ class ERDLoss(DistillLoss):
         get_event_storage().put_scalars(**scalars)
         return {"classification": classification, "box": boxes.sum() * scale}
 
-    def answers(self, student, teacher) -> tuple[Answer, Answer]:
-        """What two ``DenseOutputs`` say, once for all that compares it."""
-        ours, theirs = (
-            Answer(
-                torch.cat(said.pred_logits, dim=1).float()[..., old_classes(self, side)],
-                torch.cat(said.pred_distributions, dim=1),
-            )
-            for said, side in ((student, "of_student"), (teacher, "of_teacher"))
+    def answer(self, said, side: str) -> Answer:
+        """What one side's ``DenseOutputs`` say, put together once; "of_student" or "of_teacher"."""
+        return Answer(
+            torch.cat(said.pred_logits, dim=1).float()[..., old_classes(self, side)],
+            torch.cat(said.pred_distributions, dim=1),
         )
-        return ours, theirs
 
     @torch.no_grad()
     def select(self, teacher, answer: Answer) -> Selection:

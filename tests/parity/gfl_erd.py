@@ -148,7 +148,7 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
     erd = ERDLoss(class_pool="image", reference_images_per_process=None)
     erd.bind(gfl, teacher.detector)
-    ours, theirs = erd.answers(student, teacher)
+    ours, theirs = erd.answer(student, "of_student"), erd.answer(teacher, "of_teacher")
     selection = erd.select(teacher, theirs)
     squares, values = erd.class_terms(ours, theirs, selection)
     per_image = {
