@@ -175,6 +175,9 @@ def test_another_teacher_is_named(data, tmp_path, caplog):
     config.train.max_iter = 3
     run(config, resume=True)
     assert "the teacher's weights are" not in caplog.text
+    trainer = Trainer(config)
+    Path(one).unlink()  # while it runs
+    assert trainer.state_dict()["teacher_sha256"]
     config.model.teacher.weights, config.train.max_iter = other, 4
     run(config, resume=True)
     assert "the teacher's weights are" in caplog.text

@@ -109,7 +109,7 @@ def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iter
         f"{len(unexpected)} of {len(given)} unexpected, {len(misshapen)} of another shape"
     )
     examples = [*misshapen, *missing, *unexpected]
-    # Least of all a student is given: a classifier's weights.
+    # A classifier's weights are the least that a student is meant to be given.
     wanted = {key for key in own if key.startswith("backbone.bottom_up.")} or own
     met = wanted.difference(missing, misshapen)
     if not examples or (partly and 2 * len(met) > len(wanted)):

@@ -149,7 +149,11 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         self._classes = learned_classes(student_of(model), self._data)
-        losses = {"losses": model.losses} if isinstance(model, Distiller) else {}
+        losses, self._teacher_sha256 = {}, None
+        if isinstance(model, Distiller):
+            losses["losses"] = model.losses
+            # Now, for the file may be gone when a checkpoint is written.
+            self._teacher_sha256 = model.teacher.weights_sha256
         self.checkpointer = StudentCheckpointer(
             model,
             config.train.output_dir,
@@ -453,7 +457,7 @@ class Trainer(DefaultTrainer):
             "seconds": self.seconds,
             "seed": self.config.train.seed,
             "images": self._images_before + (self.iter + 1 - self.start_iter) * self._batch_size,
-            "teacher_sha256": self._teacher_sha256(),
+            "teacher_sha256": self._teacher_sha256,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -461,9 +465,11 @@ class Trainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.seconds = state_dict["seconds"]
         self._images_before = self._images_read(state_dict.get("images"))
-        teacher, asked = self._teacher_sha256(), state_dict.get("teacher_sha256")
-        if asked not in (None, teacher):
-            logger.warning("the teacher's weights are %s and were %s (SHA-256)", teacher, asked)
+        former = state_dict.get("teacher_sha256")
+        if former not in (None, self._teacher_sha256):
+            logger.warning(
+                "the teacher's weights are %s and were %s (SHA-256)", self._teacher_sha256, former
+            )
         seed, former = self.config.train.seed, state_dict.get("seed")
         if self._seed_is_drawn and former is not None:
             self.config.train.seed = former
@@ -484,10 +490,6 @@ class Trainer(DefaultTrainer):
             images - images % size,
         )
         return images - images % size
-
-    def _teacher_sha256(self) -> str | None:
-        model = unwrapped(self.model)
-        return model.teacher.weights_sha256 if isinstance(model, Distiller) else None
 
 
 def _check_agreed(last: tuple[str, dict] | None) -> None:
