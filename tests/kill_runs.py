@@ -3,8 +3,8 @@
     python -m tests.kill_runs --kills 20 --seed 0
 
 kills by SIGKILL, at random moments and at chosen points of writing a checkpoint, that of the best state included,
-and cuts some of the last checkpoints short; each time the run must go on from a whole one. Prints a line for each kill and a closing
-line with counts; exit code 1 if something is not as it should be.
+and cuts some of the last checkpoints short; each time the run must go on from a whole one. Prints a line for each kill
+and a closing line with counts; exit code 1 if something is not as it should be.
 """
 
 from __future__ import annotations

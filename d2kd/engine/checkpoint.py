@@ -178,10 +178,6 @@ class StudentCheckpointer(DetectionCheckpointer):
         than = (Path(last).stat().st_mtime_ns, Path(last).name)
         return [ages[age] for age in sorted(ages, reverse=True) if (self.begun,) <= age < than]
 
-    def forget(self) -> None:
-        """A run that begins anew in this folder does not go on from what a former one has left there."""
-        Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
-
     def restore(self, weights: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Load a checkpoint of this very run: the student strictly, then the others' states.
 

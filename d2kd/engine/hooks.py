@@ -185,11 +185,7 @@ class Evaluate(hooks.EvalHook):
 
 
 BEST = "model_best.json"
-
-
-def forget_best(folder: Path) -> None:
-    """What was best in a former run in this folder is nothing to one that begins anew."""
-    (folder / BEST).unlink(missing_ok=True)
+"""What is best so far, in a run's folder."""
 
 
 class BestCheckpoint(HookBase):

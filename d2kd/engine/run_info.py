@@ -229,16 +229,20 @@ class RunRecord:
     @property
     def begun(self) -> int:
         """When the run in the folder began, as a file's time in ns; 0 where that is not known."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads(self._path.read_text())["begun"])
-        return 0
+        return int(self._written().get("begun", 0))
 
     def load(self) -> None:
         """Go on with the record of the run that is resumed."""
+        written = self._written()
+        self.content |= {k: written[k] for k in ("begun", "teacher") if k in written}
         self.content["rows"] = read_rows(self._path)
-        self.content["begun"] = self.begun
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self.content["teacher"] = json.loads(self._path.read_text())["teacher"]
+
+    def _written(self) -> dict:
+        """What the file says; nothing where there is none, or no sense in it."""
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(found := json.loads(self._path.read_text()), dict):
+                return found
+        return {}
 
     def begin(self, **row: Any) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")

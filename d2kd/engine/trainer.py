@@ -52,14 +52,7 @@ from .checkpoint import (
     unwrapped,
 )
 from .evaluation import build_test_loader, do_test
-from .hooks import (
-    BestCheckpoint,
-    Checkpoints,
-    DrawDetections,
-    EvalTeacher,
-    Evaluate,
-    forget_best,
-)
+from .hooks import BEST, BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Evaluate
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
@@ -377,9 +370,9 @@ class Trainer(DefaultTrainer):
         folder = Path(self.config.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
-        if self.start_iter == 0:
-            self.checkpointer.forget()
-            forget_best(folder)
+        if self.start_iter == 0:  # a former run here is nothing to one that begins anew
+            for name in ("last_checkpoint", BEST):
+                (folder / name).unlink(missing_ok=True)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
         save_config(self.config, folder / "config.yaml")
