@@ -223,10 +223,13 @@ class InstanceDecoderLayer(nn.Module):
     def _key(self, tokens: Tensor, positions: CellPositions) -> Tensor:
         if self.normalize_keys:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        # K (x + P y + b) is K x + (K P) y + K b, whose second part takes rows and columns alone.
+        # K (x + P y + b) + c is K x + (K P) y + K b + c, whose second part takes rows and columns alone. The first is
+        # added where that lies: one tensor as large as the tokens, not three.
         weight = self.key.weight @ self.position.weight
-        bias = self.key.weight @ self.position.bias
-        return by_head(self.key(tokens) + positions.mapped(weight, bias), self.heads)
+        bias = self.key.weight @ self.position.bias + self.key.bias
+        key = positions.mapped(weight, bias)
+        key.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.key.weight.t())
+        return by_head(key, self.heads)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

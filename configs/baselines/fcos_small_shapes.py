@@ -1,0 +1,12 @@
+"""A thin FCOS on the generated shapes, alone: the schedule and rate of ``retinanet_small_shapes.py``."""
+
+from ..common.models.fcos_small import model
+from .retinanet_small_shapes import (  # noqa: F401  (parts of the recipe)
+    dataloader,
+    lr_multiplier,
+    optimizer,
+    train,
+)
+
+model.backbone.bottom_up.width = 8
+model.backbone.bottom_up.blocks = [1, 1, 1, 1]
