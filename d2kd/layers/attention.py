@@ -228,7 +228,7 @@ class InstanceDecoderLayer(nn.Module):
         weight = self.key.weight @ self.position.weight
         bias = self.key.weight @ self.position.bias + self.key.bias
         key = positions.mapped(weight, bias)
-        key.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.key.weight.t())
+        key.baddbmm_(tokens, self.key.weight.t().expand(len(tokens), -1, -1))
         return by_head(key, self.heads)
 
 
