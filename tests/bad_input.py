@@ -2,16 +2,25 @@
 
 A case is given a folder, writes there what it needs, and returns what must be refused. Its name says the place: the
 module, the function and, where a function refuses several things, words of the error as they stand in the source.
+
+    python -m tests.bad_input
+
+prints each place with its line and a closing line with counts; exit code 1 if one does anything else than refuse.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import logging
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace as Like
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -30,8 +39,8 @@ from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loade
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
 from d2kd.engine import checkpoint, launch, optimizer, recipe, step, trainer
-from d2kd.engine.run_info import save_config
-from d2kd.errors import InputError
+from d2kd.engine.run_info import LOGGERS, save_config
+from d2kd.errors import InputError, reporting
 from d2kd.evaluation import comparison, detections, detectors
 from d2kd.layers import adapter, attention, masks
 from d2kd.losses import (
@@ -52,6 +61,7 @@ from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
 from . import tiny_run
 from .common import CLASSES, ROOT, build, load_tool, tiny_faster_rcnn
+from .raise_sites import plain_quotes, recorded, sites
 from .test_voc import gone, text, write_voc, written
 from .tiny_run import distiller, draw_data, without_evaluation
 
@@ -995,3 +1005,82 @@ def forgotten():
         for name in set(DatasetCatalog.list()) - names:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+# ----------------------------------------------------------------------------- what becomes of them
+
+
+class Outcome(NamedTuple):
+    """What became of a case: empty ``faults`` if it is refused as it must be."""
+
+    line: str
+    faults: list[str]
+
+
+def places(name: str) -> list[str]:
+    """The keys of the sites that a name of the table means."""
+    where, _, words = plain_quotes(name).partition(": ")
+    module, function = where.split(" ")
+    module = module if module.startswith("tools/") else f"d2kd/{module}"
+    head = f"{module}.py {function}: "
+    keys = {site.key for site in sites()}
+    return [key for key in keys if key.startswith(head) and words in key.removeprefix(head)]
+
+
+def outcome(case: Case, place: str, folder: Path) -> Outcome:
+    """Run a case in an empty folder, which is the working directory.
+
+    Refused is what ends with exit code 2 and ``error: <culprit>: <found>; expected <…>``, at its place, and leaves all
+    files as they were.
+    """
+    (folder / "case").mkdir()
+    (folder / "keepsake.txt").write_text("written before")
+    with forgotten(), contextlib.redirect_stderr(io.StringIO()) as said:
+        act = case(folder / "case")
+        before = _contents(folder)
+        code = None
+        with recorded() as met:
+            try:
+                with reporting():
+                    act()
+            except SystemExit as exit:
+                code = exit.code
+    line = next(reversed(said.getvalue().splitlines()), "")
+    begin, expected = line.partition("; expected ")[::2]
+    faults = {
+        f"exit code {code}": code != 2,
+        f"refused elsewhere: {list(met)}": list(met)[-1:] != [place],
+        "not its own words": line != f"error: {met.get(place)}",
+        "not all parts": not all(begin.removeprefix("error: ").partition(": ")) or not expected,
+        "files changed": _contents(folder) != before,
+    }
+    return Outcome(line, [fault for fault, found in faults.items() if found])
+
+
+def _contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def main() -> int:
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.disable(logging.CRITICAL)
+    broken = 0
+    for name, case in CASES.items():
+        (place,) = places(name)
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            with contextlib.redirect_stdout(io.StringIO()):
+                line, faults = outcome(case, place, Path(folder))
+            shown = line.replace(folder, "…")
+        broken += bool(faults)
+        print(f"{name}\n    {shown}", *(f"    fault: {x}" for x in faults), sep="\n", flush=True)
+    met = {place for name in (*CASES, *ELSEWHERE) for place in places(name)}
+    print(
+        f"\n{len(CASES) - broken} of {len(CASES)} cases are refused in one line, with exit code 2, and change nothing; "
+        f"{len(ELSEWHERE)} places have a test of their own, {len({x.key for x in sites()} - met)} have none"
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

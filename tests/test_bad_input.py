@@ -10,8 +10,8 @@ from d2kd import benchmark
 from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError, need, reporting
 
-from .bad_input import CASES, ELSEWHERE, forgotten
-from .raise_sites import plain_quotes, recorded, sites
+from .bad_input import CASES, ELSEWHERE, outcome, places
+from .raise_sites import sites
 
 HERE = Path(__file__).parent
 
@@ -22,35 +22,32 @@ def quiet():
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def places(name: str) -> list[str]:
-    """The keys of the sites that a name of the table means."""
-    where, _, words = plain_quotes(name).partition(": ")
-    module, function = where.split(" ")
-    module = module if module.startswith("tools/") else f"d2kd/{module}"
-    head = f"{module}.py {function}: "
-    keys = {site.key for site in sites()}
-    return [key for key in keys if key.startswith(head) and words in key.removeprefix(head)]
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_refused(name, tmp_path, monkeypatch, capfd):
+def test_it_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "case").mkdir()
-    (tmp_path / "keepsake.txt").write_text("written before")
-    with forgotten():
-        act = CASES[name](tmp_path / "case")
-        before = {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
-        capfd.readouterr()
-        with recorded() as met, pytest.raises(SystemExit) as exit, reporting():
-            act()
-    assert exit.value.code == 2
-    line = capfd.readouterr().err.splitlines()[-1]
     (place,) = places(name)
-    assert list(met)[-1:] == [place], f"refused elsewhere: {met}"
-    assert line == f"error: {met[place]}"
-    assert all(line.removeprefix("error: ").partition("; expected "))
-    after = {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
-    assert after == before
+    line, faults = outcome(CASES[name], place, tmp_path)
+    assert not faults, line
+
+
+def test_what_is_not_refused_as_it_must_be_is_a_fault(tmp_path, monkeypatch):
+    def spoiling(folder):
+        return lambda: (folder.parent / "keepsake.txt").write_text("changed")
+
+    def wordless(folder):
+        def act():
+            raise InputError("", "", "")
+
+        return act
+
+    for case, expected in (
+        (spoiling, {"exit code None", "refused elsewhere: []", "not all parts", "files changed"}),
+        (wordless, {"refused elsewhere: []", "not its own words", "not all parts"}),
+    ):
+        folder = tmp_path / case.__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert expected <= set(outcome(case, "a place", folder).faults)
 
 
 def test_every_place_has_a_case():
