@@ -1,11 +1,13 @@
 """Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the tools as modules."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.testing import (  # noqa: F401  (handed on to the tests)
@@ -28,6 +30,17 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """What is computed inside is equal to the last bit to what another process with one thread computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def refusal(command: Callable[..., object], words: list[str], capture) -> str:

@@ -11,6 +11,7 @@ import torch
 from d2kd.errors import InputError
 from d2kd.study import OneByOne, SideBySide, load, run_study
 
+from .common import one_thread
 from .tiny_run import draw_data
 
 STUDY = """
@@ -45,11 +46,9 @@ runs = dict(
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of two has on two cores, for the same results
-    yield
-    torch.set_num_threads(threads)
+def alike():
+    with one_thread():  # as each of two has on two cores, for the same results
+        yield
 
 
 @pytest.fixture
