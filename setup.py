@@ -50,6 +50,7 @@ setup(
         "test": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # and on all cores
+            "pytest-cov>=7",  # what of the code they reach, in processes of their own, too
             "hypothesis>=6.100",  # odd numbers and shapes for the losses' precision
             "ruff>=0.12",  # lint and format
             "setuptools>=77",  # a test builds wheels without isolation, hence without network

@@ -142,6 +142,13 @@ class TwoTerms(DistillLoss):
         return {"first": features.square().mean(), "second": features.abs().mean()}
 
 
+class Vertical(DistillLoss):
+    """Finite, and steeper than any number says."""
+
+    def forward(self, student, teacher):
+        return (0 * student.features["p3"]).sqrt().sum()
+
+
 def with_loss(config, node, loss):
     """The recipe with another pair of detectors and a single loss."""
     config.model = distiller(losses=L(DistillLosses)(it=loss))
@@ -185,6 +192,22 @@ def test_terms_that_share_their_weight_say_so(config):
     _, advice = pulls(with_loss(config, tiny_retinanet, L(TwoTerms)(weight=1.0)))
     assert advice["distill/loss_it_first"].endswith(", which multiplies second as well")
     assert advice["distill/loss_it_second"].endswith(", which multiplies first as well")
+
+
+def test_a_gradient_that_is_not_finite(config):
+    trainer = Trainer(with_loss(config, tiny_retinanet, L(Vertical)()))
+    found = errors(look_at_losses(trainer, 0, 0.5))
+    assert found == {"distill/loss_it": "0.0, gradient nan"}
+
+
+def test_a_file_that_names_its_classes(config, tmp_path):
+    file = tmp_path / "teacher.pth"
+    content = torch.load(file)
+    for count, state in ((CLASSES, "ok"), (CLASSES - 1, "error")):
+        torch.save(content | {"classes": [f"class {k}" for k in range(count)]}, file)
+        found = {f.subject: f for f in examined(config, iterations=0, images=1)}
+        assert found["teacher's classes"].state == state
+    assert f"{count} names in the file, {CLASSES} of the data" in found["teacher's classes"].found
 
 
 def _wrong_channels(config, folder):
@@ -362,6 +385,10 @@ SAID = {
     "data without names": (
         lambda c: c.dataloader.train.dataset.pop("names"),
         ("classes", "ok", "the data do not name theirs"),
+    ),
+    "data of other classes": (
+        lambda c: c.model.student.roi_heads.update(num_classes=CLASSES + 1),
+        ("classes", "error", f"{CLASSES + 1} of the student, {CLASSES} of the data (class 0, "),
     ),
     "classes by name": (
         lambda c: (

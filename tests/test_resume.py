@@ -291,6 +291,17 @@ def test_a_drawn_seed_goes_on(data, tmp_path):
     assert differences(one, other) == []
 
 
+def test_another_seed_is_told(data, tmp_path, caplog):
+    config = plain_recipe(data, tmp_path)
+    run(config, stop=2)
+    seed = config.train.seed
+    for now in (seed, seed + 1):
+        config.train.seed = now
+        Trainer(config).resume_or_load(True)
+        said = f"train.seed is {now} and was {seed}: the data go on in another order"
+        assert (said in caplog.text) == (now != seed)
+
+
 def test_old_checkpoints_are_still_counted_after_a_resume(data, tmp_path):
     config = plain_recipe(data, tmp_path)
     config.train.checkpointer.max_to_keep = 2
