@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from d2kd.data import shapes
 from d2kd.errors import InputError
 from d2kd.study import Measured, OneByOne, load, parse, prepare, run_study, show_results
-from d2kd.study.results import average_precision, gains, table
+from d2kd.study.results import average_precision, gains, table, training_time
 from d2kd.study.text import markdown, t_interval
 
 from .common import interrupted_in
@@ -283,7 +283,16 @@ def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     assert [row["name"] for row in rows] == ["teacher", "baseline_seed0", "longer_seed0"]
     assert list(failed) == ["tar_seed0"]
     assert "failed: loss_cls: nan" in said and "left out, for it needs tar_seed0" in said
-    assert "over baseline" in show_results(tmp_path, study_of(pictures=0), [], rows)
+    said = show_results(tmp_path, study_of(pictures=0), [], rows)
+    assert "over baseline" in said
+    time = training_time(rows)
+    assert time in said and time in (tmp_path / "table.md").read_text()
+
+
+def test_the_time_of_all_runs_is_added_up():
+    rows = [{"seconds": 3600.0}, {"seconds": 1800.5}, {"seconds": 130.0}]
+    assert training_time(rows) == "3 runs, trained in 1 h 32 min added up"
+    assert training_time([{"seconds": 3599}]) == "1 run, trained in 1 h 00 min"
 
 
 def test_what_fails_before_its_first_step_leaves_no_trace(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,8 +353,15 @@ def test_a_distiller_learns_from_it(voc, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- blood cells
 
 BLOOD = ["RBC", "WBC", "Platelets"]
-RECIPES = ["baselines/faster_rcnn_small_bccd.py", "baselines/retinanet_small_bccd.py"]
-STUDIES = ["projects/TAR/studies/bccd.py", "projects/TAR/studies/bccd_retinanet.py"]
+ROOT = Path(__file__).parent.parent
+RECIPES = [
+    f"baselines/{path.name}" for path in sorted((ROOT / "configs/baselines").glob("*_bccd.py"))
+]
+STUDIES = [
+    str(path.relative_to(ROOT))
+    for project in ("ICD", "TAR")
+    for path in sorted((ROOT / "projects" / project / "studies").glob("bccd*.py"))
+]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -377,8 +385,11 @@ def test_studies_ask_for_their_data_first(name, tmp_path, monkeypatch):
     monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", splits, BLOOD)))
     study = parse(config)
     assert study.test == "bccd_test" and len(DatasetCatalog.get("bccd_test")) == 1
-    runs = study.plan(seeds=[0], only=["baseline", "tar"], fast=True)
-    assert [run.name for run in runs] == ["baseline_seed0", "teacher", "tar_seed0"]
+    runs = study.plan(seeds=[0], only=["baseline", study.featured], fast=True)
+    taught = f"{study.featured}_seed0"
+    assert [run.name for run in runs] == ["baseline_seed0", "teacher", taught]
+    scales = {run.name: run.config.dataloader.train.mapper.get("scale", 1) for run in runs}
+    assert scales["baseline_seed0"] == scales[taught] and scales["teacher"] == 1
     for run in runs:
         names = [run.config.dataloader[part].dataset.names for part in ("train", "test")]
         assert check_dataset(names) == ["bccd_train", "bccd_val"]

@@ -2,7 +2,7 @@
 """Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
 
     tools/benchmark.py --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
-                       [--image-size 800x1333 [--image-size …]] [--data STEPS]
+                       [--image-size 800x1333 [--image-size …]] [--data STEPS] [--no-memory]
                        [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
 RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in
@@ -45,6 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
         default=0,
         metavar="STEPS",
         help="also read the recipe's training data, in its own sizes: its loader alone, then feeding so many steps",
+    )
+    parser.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="leave out the peaks of memory, which take longer than a few rounds of time",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables")
@@ -93,7 +98,9 @@ def run(args: argparse.Namespace) -> None:
         for name, *overrides in args.variant:
             variant_of[f"{label}, {name}"] = label
             setups.append(Setup(f"{label}, {name}", config, (*args.opts, *overrides), **common))
-    result = benchmark(setups, variant_of, args.rounds, data_steps=args.data)
+    result = benchmark(
+        setups, variant_of, args.rounds, data_steps=args.data, memory=not args.no_memory
+    )
     print(f"\n{table(result)}")
     if args.json:
         write_json(args.json, result)

@@ -4,7 +4,7 @@ import copy
 
 from detectron2.config import LazyCall as L
 
-from d2kd.config import distill, get_config
+from d2kd.config import distill, get_config, reduced
 from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
@@ -55,32 +55,35 @@ def blood_cells(baseline, student_steps, teacher_steps):
     return student, teacher, on_blood_cells(student)
 
 
-def taught(student, teacher, inherit=(), **method):
+def taught(student, teacher, inherit=(), scale=1, **method):
     """The run of a student beside the teacher that the study trains first.
 
     Args:
         student, teacher: whole recipes.
         inherit: prefixes of the weights to inherit.
+        scale: how much larger than the student's the teacher's images are.
         method: ``losses`` and ``distiller`` of :func:`d2kd.config.distill`.
     """
     node = L(Teacher)(detector=teacher.model, weights="")  # which the study fills in
-    recipe = distill(student, teacher=node, inherit=inherit, **method)
+    recipe = distill(student, teacher=node, inherit=inherit, scale=scale, **method)
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
-def controls(student, teacher, steps_like, levels=None):
+def controls(student, teacher, steps_like, levels=None, scale=1):
     """The runs: teacher, baseline, the baseline given as many seconds as ``steps_like`` takes, imitation.
 
     Args:
         student, teacher: whole recipes.
         steps_like: name of a run.
         levels: that imitation compares; all by default.
+        scale: how much larger than the student's the teacher's images, the recipes' own, are.
     """
+    alone = reduced(student, scale) if scale > 1 else student
     # The weight was chosen on shapes_val.
     losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=levels, weight=0.1))
     return dict(
         teacher=dict(config=teacher, once=True),
-        baseline=dict(config=student),
-        baseline_equal_time=dict(config=student, steps_like=steps_like),
-        imitation=taught(student, teacher, losses=losses),
+        baseline=dict(config=alone),
+        baseline_equal_time=dict(config=alone, steps_like=steps_like),
+        imitation=taught(student, teacher, losses=losses, scale=scale),
     )

@@ -280,12 +280,11 @@ class Bench:
         with self.half_way():
             return phases(lambda: row.step(number), *row.trained, self.device)
 
-    def peak(self, name: str) -> tuple[int, int | None]:
+    def peak(self, name: str) -> int | None:
         """Let go of the other rows, and take a step of this one on each batch.
 
         Returns:
-            bytes of the modules it keeps; and bytes at the peak, these included, or None where the system does
-            not tell.
+            bytes at the peak, the row's weights included, or None where the system does not tell.
         """
         row = self.rows[name]
         self.rows = {name: row}
@@ -295,8 +294,8 @@ class Bench:
         for number in range(BATCHES):
             self.seconds(name, number)
         if self.device.type == "cuda":
-            return row.weights, peak.bytes
-        return row.weights, None if peak.growth is None else row.weights + peak.growth
+            return peak.bytes
+        return None if peak.growth is None else row.weights + peak.growth
 
 
 def _in_full(teacher: Teacher, batch: list[dict]) -> list[dict]:
@@ -305,11 +304,11 @@ def _in_full(teacher: Teacher, batch: list[dict]) -> list[dict]:
     return [{**x, "image": y["image"]} for x, y in zip(batch, own, strict=True)]
 
 
-def peak_memory(setup: Setup, name: str) -> tuple[int, int | None]:
+def peak_memory(setup: Setup, name: str) -> int | None:
     """:meth:`Bench.peak` of a row, in a fresh process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, setup, name).result()
 
 
-def _peak(setup: Setup, name: str) -> tuple[int, int | None]:
+def _peak(setup: Setup, name: str) -> int | None:
     return Bench(setup).peak(name)

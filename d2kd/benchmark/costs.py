@@ -140,6 +140,7 @@ def benchmark(
     rounds: int = 15,
     console: TextIO | None = None,
     data_steps: int = 0,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Measure time, all rows in this process, then whether data keep up, then memory, each row in a process of its own.
 
@@ -149,13 +150,14 @@ def benchmark(
         rounds: how often each row is timed.
         console: where progress is shown; stdout by default.
         data_steps: how many distilled steps each recipe's own loader feeds; 0: no data are read.
+        memory: whether to measure its peak; every row then has its detectors built and warmed up once more.
 
     Returns:
         what the JSON file holds: the circumstances; ``recipes`` with ``asked`` (what the losses read of the
         teacher), ``losses`` on the first batch and ``difference`` (relative, from what it is a variant of);
         ``rows`` of ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
         ``seconds`` by round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (of weights and
-        steps; None if unknown) and ``weights_mib``; ``ratios``; and ``data``, of each recipe what
+        steps; None if unknown or not asked for) and ``weights_mib``; ``ratios``; and ``data``, of each recipe what
         :func:`~d2kd.benchmark.feeding.feeding` returns.
 
     Raises:
@@ -200,17 +202,21 @@ def benchmark(
         line.close(f"{data_steps} batches alone, {data_steps} steps")
         data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
+    weights = {(label, name): benches[label].rows[name].weights for label, name in seconds}
     # The processes below shall have the whole machine.
     benches.clear()
     del bench  # the loops' last one
     gc.collect()  # their rows refer to them
     torch.cuda.empty_cache()
 
-    line, by_label = Progress("memory", console), {setup.label: setup for setup in setups}
+    by_label = {setup.label: setup for setup in setups}
+    line = Progress("memory", console) if memory else None
     rows = []
     for (label, name), values in seconds.items():
-        line(len(rows), len(seconds))
-        weights, peak = peak_memory(by_label[label], name)
+        peak = None
+        if line is not None:
+            line(len(rows), len(seconds))
+            peak = peak_memory(by_label[label], name)
         low, median, high = np.percentile(values, [25, 50, 75])
         rows.append(
             {
@@ -223,10 +229,11 @@ def benchmark(
                 "images_per_second": by_label[label].batch_size / float(median),
                 "phases": phases[label, name],
                 "peak_memory_mib": None if peak is None else peak / MIB,
-                "weights_mib": weights / MIB,
+                "weights_mib": weights[label, name] / MIB,
             }
         )
-    line.close(f"{len(rows)} rows, each in a process of its own")
+    if line is not None:
+        line.close(f"{len(rows)} rows, each in a process of its own")
     return {
         "schema": 2,
         "command": shlex.join(sys.argv),

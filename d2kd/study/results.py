@@ -151,6 +151,13 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # 0.0: no minus before zero
 
 
+def training_time(rows: Sequence[Row]) -> str:
+    """What all runs together took, as if one had come after the other."""
+    hours, minutes = divmod(round(sum(row["seconds"] for row in rows) / 60), 60)
+    took = f"trained in {hours} h {minutes:02d} min"
+    return f"1 run, {took}" if len(rows) == 1 else f"{len(rows)} runs, {took} added up"
+
+
 def provenance(rows: Sequence[Row]) -> str:
     """Where each row comes from, as markdown: config and log linked, weights by their hash."""
     lines = [["run", "AP", "config", "log", "weights", "teacher"]]
@@ -186,14 +193,14 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
 
 
 def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
-    """Draw the curves and the pictures; returns the closing words: the table, and what to open."""
+    """Draw the curves and the pictures; returns the closing words: table, time, and what to open."""
     whole = [row for row in rows if study.knows_all_classes(row["method"])]
 
     def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
         parts = [steps_table(study, rows, layout)] if study.steps else []
         if whole:  # of a study of steps, perhaps only the first has been learned
             parts.append(table(whole, study.test, study.references, study.paired, layout))
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, training_time(rows)])
 
     text, written = tables(aligned), tables(markdown)
     write_text(output / "table.txt", f"{study.title}\n\n{text}\n")

@@ -10,7 +10,7 @@ from d2kd.losses import DistillLosses
 from ....configs.common.study import controls, taught
 
 
-def compared(student, teacher, *, tar=True, inherit=()):
+def compared(student, teacher, *, tar=True, inherit=(), scale=1):
     """The runs: teacher, baseline, the baseline given as many seconds, imitation, TAR.
 
     Those asked for by name (``--runs tar inherit tar_feature …``): inherit alone, and TAR's terms one by one.
@@ -19,6 +19,7 @@ def compared(student, teacher, *, tar=True, inherit=()):
         student, teacher: whole recipes.
         tar: False where only features can be compared; imitation then sets the seconds.
         inherit: prefixes of the weights to inherit.
+        scale: how much larger than the student's the teacher's images, the recipes' own, are.
     """
     # The weights were chosen on shapes_val.
     loss = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
@@ -27,13 +28,13 @@ def compared(student, teacher, *, tar=True, inherit=()):
         tar = copy.deepcopy(loss)
         for other in {"feature", "classification", "regression"} - {term}:
             tar[f"{other}_weight"] = 0
-        return taught(student, teacher, losses=L(DistillLosses)(tar=tar))
+        return taught(student, teacher, losses=L(DistillLosses)(tar=tar), scale=scale)
 
-    runs = controls(student, teacher, steps_like="tar" if tar else "imitation")
+    runs = controls(student, teacher, steps_like="tar" if tar else "imitation", scale=scale)
     if tar:
-        runs["tar"] = taught(student, teacher, losses=L(DistillLosses)(tar=loss))
+        runs["tar"] = taught(student, teacher, losses=L(DistillLosses)(tar=loss), scale=scale)
     if inherit:
-        alone = taught(student, teacher, inherit, losses=L(DistillLosses)())
+        alone = taught(student, teacher, inherit, scale, losses=L(DistillLosses)())
         runs["inherit"] = dict(alone, optional=True)
     for term in ("feature", "classification", "regression") if tar else ():
         runs[f"tar_{term}"] = dict(only(term), optional=True)

@@ -1,0 +1,31 @@
+"""What a ResNet-18 learns from a ResNet-50 on blood cells, by TAR and by ICD.
+
+Data as in ``bccd.py``: D2KD_BCCD points to them, ``test`` is read once, and learning rates were chosen on ``val`` with
+another seed, as many for the teacher as for the student. The losses' settings are those of the shapes.
+"""
+
+from d2kd.config import get_config
+
+from ....configs.common.study import on_blood_cells, taught, thin
+from .common import compared, study_of
+
+STUDENT_STEPS, TEACHER_STEPS = 600, 1000
+
+
+def resnet(name, steps):
+    recipe = thin("baselines/faster_rcnn_resnet_bccd.py", steps)
+    recipe.model.backbone.bottom_up.name = name
+    return recipe
+
+
+_student, _teacher = resnet("resnet18", STUDENT_STEPS), resnet("resnet50", TEACHER_STEPS)
+_icd = get_config("projects/ICD/configs/icd_shapes.py")
+_icd.model.losses.icd.levels = None  # all, as TAR
+
+runs = compared(_student, _teacher)
+runs["icd"] = taught(_student, _teacher, losses=_icd.model.losses, distiller=_icd.train.distiller)
+study = study_of(
+    runs,
+    title="TAR and ICD on blood cells: ResNet-18 from ResNet-50, Faster R-CNN",
+    **on_blood_cells(_student),
+)
