@@ -187,6 +187,25 @@ def test_a_teacher_answers_in_its_own_precision():
         Teacher(build(tiny_retinanet()), None, dtype="half")
 
 
+@pytest.mark.parametrize("family", DETECTORS)
+def test_weights_are_kept_in_the_precision_of_the_answers(family):
+    """So that autocast need not make them so in each step; to the bit what it would say."""
+    casting = Teacher(live_statistics(build(DETECTORS[family]())), None, dtype="bfloat16")
+    casting._to_do.pop("keep")
+    kept = Teacher(live_statistics(build(DETECTORS[family]())), None, dtype="bfloat16")
+    before = kept.detect(batch())
+    for ours, theirs in zip(answers(kept), answers(casting), strict=True):
+        assert ours.dtype == theirs.dtype and ours.equal(theirs)
+    halves = {p.dtype for p in kept.detector.backbone.parameters()}
+    assert torch.bfloat16 in halves
+    assert {p.dtype for p in casting.detector.parameters()} == {torch.float32}
+    for own, then in zip(kept.detect(batch()), before, strict=True):
+        for name, value in own["instances"].get_fields().items():
+            other = then["instances"].get(name)
+            value, other = (getattr(v, "tensor", v) for v in (value, other))
+            assert value.equal(other), name
+
+
 def test_a_compiled_student_is_compiled_where_nobody_listens(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))

@@ -97,6 +97,18 @@ class Unreadable(LookupError):
     """A loss read what this family of detectors does not say."""
 
 
+def precision_of(
+    detector: nn.Module, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager:
+    """The context in which a detector computes in a precision of its own; None: in that of the context around."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    kind = detector.device.type
+    if dtype == torch.float32:
+        return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, dtype)
+
+
 class DetectorOutputs:
     """What every detector with a feature pyramid says.
 
@@ -123,12 +135,7 @@ class DetectorOutputs:
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The context in which what is asked is computed."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        kind = self.detector.device.type
-        if self.dtype == torch.float32:
-            return torch.autocast(kind, enabled=False)
-        return torch.autocast(kind, self.dtype)
+        return precision_of(self.detector, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only where ordinary look-up failed.

@@ -65,6 +65,18 @@ def _fuse(conv: nn.Conv2d, norm: nn.Module) -> None:
     )
 
 
+def keep_weights(detector: nn.Module, dtype: torch.dtype) -> None:
+    """Have the weights of convolutions and linear layers as autocast wants them; the same answers.
+
+    Autocast keeps its copies of parameters that learn, for the backward pass; those of a frozen detector it would make
+    anew in each step.
+    """
+    for layer in detector.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
 def compile_parts(detector: nn.Module) -> None:
     """Have ``torch.compile`` compile the backbone and the heads that work on whole maps or regions.
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..errors import InputError
-from .outputs import DetectorOutputs, check_classes, outputs_of
-from .speed import compile_parts, fuse_norms
+from .outputs import DetectorOutputs, check_classes, outputs_of, precision_of
+from .speed import compile_parts, fuse_norms, keep_weights
 from .weights import load_strict, sha256
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Teacher:
             rounding; names of its weights change, which nothing saves.
         channels_last: keep its weights, and so compute its maps, channels last.
         compile: have ``torch.compile`` compile its backbone and heads at the first question.
-        dtype: precision in which it answers, "float32", "bfloat16" or "float16". None: the student's, that
-            of ``train.amp``.
+        dtype: precision in which it answers and detects, "float32", "bfloat16" or "float16"; its convolutions' weights
+            are kept in it. None: the student's, that of ``train.amp``.
 
     Raises:
         InputError: the weights cannot be read, do not fit or are of other classes, the detector's kind is
@@ -83,7 +83,12 @@ class Teacher:
             raise InputError("teacher.scale", scale, "an integer of at least 1")
         self.scale = int(scale)
         self.dtype = DTYPES.get(dtype)
-        self._to_do = {"fuse": fuse_norms, "channels_last": channels_last, "compile": compile}
+        self._to_do = {
+            "fuse": fuse_norms,
+            "keep": self.dtype not in (None, torch.float32),
+            "channels_last": channels_last,
+            "compile": compile,
+        }
 
     @property
     def weights_sha256(self) -> str | None:
@@ -116,7 +121,8 @@ class Teacher:
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
         """What the teacher detects in the student's batch, as a detector in ``eval()`` returns it."""
-        return self.detector(self.own_inputs(batched_inputs))
+        with precision_of(self.detector, self.dtype):
+            return self.detector(self.own_inputs(batched_inputs))
 
     def as_student(
         self, num_classes: int, class_map: ClassMap | None
@@ -163,6 +169,8 @@ class Teacher:
         """What makes the detector faster, once, when its weights are loaded, inherited and in their place."""
         if self._to_do.pop("fuse", False):
             fuse_norms(self.detector)
+        if self._to_do.pop("keep", False):
+            keep_weights(self.detector, self.dtype)
         if self._to_do.pop("channels_last", False):
             self.detector.to(memory_format=torch.channels_last)
         if self._to_do.pop("compile", False):

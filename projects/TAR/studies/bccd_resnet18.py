@@ -9,7 +9,7 @@ from d2kd.config import get_config
 from ....configs.common.study import on_blood_cells, taught, thin
 from .common import compared, study_of
 
-STUDENT_STEPS, TEACHER_STEPS = 600, 1000
+STUDENT_STEPS, TEACHER_STEPS = 400, 600
 
 
 def resnet(name, steps):
