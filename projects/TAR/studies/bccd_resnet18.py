@@ -12,13 +12,15 @@ from .common import compared, study_of
 STUDENT_STEPS, TEACHER_STEPS = 400, 600
 
 
-def resnet(name, steps):
+def resnet(name, steps, lr):
     recipe = thin("baselines/faster_rcnn_resnet_bccd.py", steps)
     recipe.model.backbone.bottom_up.name = name
+    recipe.optimizer.lr = lr
     return recipe
 
 
-_student, _teacher = resnet("resnet18", STUDENT_STEPS), resnet("resnet50", TEACHER_STEPS)
+_student = resnet("resnet18", STUDENT_STEPS, 1e-3)
+_teacher = resnet("resnet50", TEACHER_STEPS, 1e-3)
 _icd = get_config("projects/ICD/configs/icd_shapes.py")
 _icd.model.losses.icd.levels = None  # all, as TAR
 
