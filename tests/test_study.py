@@ -501,6 +501,35 @@ def test_every_study_is_whole(path, monkeypatch):
             assert all(own[k] == whole[k] for k in on)
 
 
+def test_ablations_of_tar_change_what_they_name():
+    study = load("projects/TAR/studies/shapes_ablations.py")
+    losses = {
+        run.method: run.config.model.losses.tar
+        for run in study.plan([0], only=list(study.runs))
+        if run.teacher and run.method != "imitation"
+    }
+    whole = losses.pop("tar")
+    changed = {
+        name: {key for key in {*own, *whole} if own.get(key) != whole.get(key)}
+        for name, own in losses.items()
+    }
+    terms = {term: f"{term}_weight" for term in ("feature", "classification", "regression")}
+    for term in terms:
+        others = set(terms.values()) - {terms[term]}
+        alone = {name.removeprefix(term) for name in changed if name.startswith(term)}
+        gate = {"feature": "mask", "classification": "cls_gate", "regression": "reg_gate"}[term]
+        assert alone
+        for name in alone:
+            assert changed.pop(term + name) == others | {gate}
+        assert changed.pop(f"tar_{term}") == others
+    assert changed == {
+        "no_gates": {"cls_gate", "reg_gate"},
+        "no_decay": {"weight"},
+        "cosine_decay": {"weight"},
+    }
+    assert {run.method for run in study.plan([0])} == {"teacher", "baseline", "tar"} | losses.keys()
+
+
 def test_a_real_study_trains_measures_and_continues(tmp_path):
     study = load("projects/TAR/studies/shapes.py")
     for teacher in (
