@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.structures import BitMasks, Instances, Keypoints, pairwise_iou
+from omegaconf import OmegaConf
 
-from d2kd.config import distill, reduced
+from d2kd.config import distill, load, reduced
 from d2kd.data import TwoScales
 from d2kd.data.scales import reduce
 from d2kd.errors import InputError
@@ -172,6 +174,19 @@ def test_what_cannot_be():
             max_iter=4,
             share="both",
         )
+
+
+def test_mappers_that_take_parts_from_elsewhere_keep_them():
+    base = load("baselines/faster_rcnn_small_bccd.py")  # one's augmentation is another's
+    small = reduced(base, 2)
+    for part, count in (("train", 3), ("test", 1)):
+        mapper = instantiate(small.dataloader[part].mapper)
+        resize, *flips = mapper.mapper.augmentations.augs
+        assert mapper.scale == 2 and len(flips) == count - 1
+        assert small.dataloader[part].mapper.mapper.augmentations[0].short_edge_length == 240
+    small.dataloader.train.mapper.mapper.augmentations[0].short_edge_length = 120
+    assert small.dataloader.test.mapper.mapper.augmentations[0].short_edge_length == 240
+    assert OmegaConf.is_interpolation(base.dataloader.test.mapper, "image_format")
 
 
 def test_a_recipe_at_two_scales(tmp_path):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..classes import class_names
 from ..data import TwoScales, class_step, split_classes
@@ -111,13 +111,19 @@ def reduced(recipe: DictConfig, scale: int) -> DictConfig:
     """
     recipe = copy.deepcopy(recipe)
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
-        mapper = loader.mapper
-        for key in mapper:  # what it takes from elsewhere is found no more from inside
-            if OmegaConf.is_interpolation(mapper, key):
-                mapper[key] = mapper[key]
+        _resolve(loader.mapper)  # what it takes from elsewhere is found no more from inside
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         loader.mapper = L(TwoScales)(mapper=loader.mapper, scale=scale)
     return recipe
+
+
+def _resolve(config: DictConfig | ListConfig) -> None:
+    """Put the values of all interpolations in their place, at any depth."""
+    for key in config if isinstance(config, DictConfig) else range(len(config)):
+        if OmegaConf.is_interpolation(config, key):
+            config[key] = copy.deepcopy(config[key])
+        if OmegaConf.is_config(config[key]):
+            _resolve(config[key])
 
 
 def increment(
