@@ -122,7 +122,7 @@ def _resolve(config: DictConfig | ListConfig) -> None:
     for key in config if isinstance(config, DictConfig) else range(len(config)):
         if OmegaConf.is_interpolation(config, key):
             config[key] = copy.deepcopy(config[key])
-        if OmegaConf.is_config(config[key]):
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_config(config[key]):
             _resolve(config[key])
 
 
