@@ -10,6 +10,13 @@ from d2kd.losses import DistillLosses
 from ....configs.common.study import controls, taught
 
 
+def icd_method(levels=None):
+    """``losses`` and ``distiller`` of ICD as it was set on the shapes; all levels unless some are named."""
+    recipe = get_config("projects/ICD/configs/icd_shapes.py")
+    recipe.model.losses.icd.levels = levels
+    return dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
+
+
 def compared(student, teacher, inherit, levels=None):
     """The runs: teacher, baseline, the baseline given as many seconds, imitation, ICD, and ICD's parts.
 
@@ -22,9 +29,7 @@ def compared(student, teacher, inherit, levels=None):
         inherit: prefixes of the weights to inherit.
         levels: that ICD and imitation compare; all by default.
     """
-    recipe = get_config("projects/ICD/configs/icd_shapes.py")
-    recipe.model.losses.icd.levels = levels
-    icd = dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
+    icd = icd_method(levels)
     uniform, published = copy.deepcopy(icd), copy.deepcopy(icd)
     uniform["losses"].icd.weights = "uniform"
     published["losses"].icd.query_positions = published["losses"].icd.normalize_keys = False

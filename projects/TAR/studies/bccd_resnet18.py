@@ -4,9 +4,8 @@ Data as in ``bccd.py``: D2KD_BCCD points to them, ``test`` is read once, and lea
 another seed, as many for the teacher as for the student. The losses' settings are those of the shapes.
 """
 
-from d2kd.config import get_config
-
 from ....configs.common.study import on_blood_cells, taught, thin
+from ...ICD.studies.common import icd_method
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 400, 600
@@ -21,11 +20,9 @@ def resnet(name, steps, lr):
 
 _student = resnet("resnet18", STUDENT_STEPS, 1e-3)
 _teacher = resnet("resnet50", TEACHER_STEPS, 1e-3)
-_icd = get_config("projects/ICD/configs/icd_shapes.py")
-_icd.model.losses.icd.levels = None  # all, as TAR
 
 runs = compared(_student, _teacher)
-runs["icd"] = taught(_student, _teacher, losses=_icd.model.losses, distiller=_icd.train.distiller)
+runs["icd"] = taught(_student, _teacher, **icd_method())
 study = study_of(
     runs,
     title="TAR and ICD on blood cells: ResNet-18 from ResNet-50, Faster R-CNN",

@@ -10,6 +10,15 @@ from d2kd.losses import DistillLosses
 from ....configs.common.study import controls, taught
 
 
+def tar_losses(term=None, **options):
+    """TAR with the weights that were chosen on shapes_val; one of its terms alone, or with other options."""
+    tar = copy.deepcopy(get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar)
+    for other in {"feature", "classification", "regression"} - {term} if term else ():
+        tar[f"{other}_weight"] = 0
+    tar.update(options)
+    return L(DistillLosses)(tar=tar)
+
+
 def compared(student, teacher, *, tar=True, inherit=(), scale=1):
     """The runs: teacher, baseline, the baseline given as many seconds, imitation, TAR.
 
@@ -21,23 +30,15 @@ def compared(student, teacher, *, tar=True, inherit=(), scale=1):
         inherit: prefixes of the weights to inherit.
         scale: how much larger than the student's the teacher's images, the recipes' own, are.
     """
-    # The weights were chosen on shapes_val.
-    loss = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
-
-    def only(term):
-        tar = copy.deepcopy(loss)
-        for other in {"feature", "classification", "regression"} - {term}:
-            tar[f"{other}_weight"] = 0
-        return taught(student, teacher, losses=L(DistillLosses)(tar=tar), scale=scale)
-
     runs = controls(student, teacher, steps_like="tar" if tar else "imitation", scale=scale)
     if tar:
-        runs["tar"] = taught(student, teacher, losses=L(DistillLosses)(tar=loss), scale=scale)
+        runs["tar"] = taught(student, teacher, losses=tar_losses(), scale=scale)
     if inherit:
         alone = taught(student, teacher, inherit, scale, losses=L(DistillLosses)())
         runs["inherit"] = dict(alone, optional=True)
     for term in ("feature", "classification", "regression") if tar else ():
-        runs[f"tar_{term}"] = dict(only(term), optional=True)
+        alone = taught(student, teacher, losses=tar_losses(term), scale=scale)
+        runs[f"tar_{term}"] = dict(alone, optional=True)
     return runs
 
 

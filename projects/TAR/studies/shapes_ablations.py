@@ -3,16 +3,11 @@
 The detectors, the schedule and the weights of ``shapes.py``.
 """
 
-import copy
-
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from d2kd.config import get_config
-from d2kd.losses import DistillLosses
-
 from ....configs.common.study import fast_shapes, taught, thin, wide
-from .common import compared, study_of
+from .common import compared, study_of, tar_losses
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
@@ -30,20 +25,14 @@ VARIED = {
 }
 
 
-def varied(term=None, **options):
-    """TAR with other options, of one term or of all."""
-    tar = copy.deepcopy(get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar)
-    for other in {"feature", "classification", "regression"} - {term} if term else ():
-        tar[f"{other}_weight"] = 0
-    tar.update(options)
-    return taught(_student, _teacher, losses=L(DistillLosses)(tar=tar))
-
-
 # Every part is named here; what costs as much without a teacher, and imitation, are in shapes.py.
 runs = {
     name: dict(run, optional=name in ("baseline_equal_time", "imitation"))
     for name, run in compared(_student, _teacher).items()
-} | {name: varied(**options) for name, options in VARIED.items()}
+} | {
+    name: taught(_student, _teacher, losses=tar_losses(**options))
+    for name, options in VARIED.items()
+}
 study = study_of(
     runs,
     title="TAR's parts on generated shapes: Faster R-CNN, a thin student and its teacher",
