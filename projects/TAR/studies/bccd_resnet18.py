@@ -8,8 +8,6 @@ from ....configs.common.study import on_blood_cells, taught, thin
 from ...ICD.studies.common import icd_method
 from .common import compared, study_of
 
-STUDENT_STEPS, TEACHER_STEPS = 400, 600
-
 
 def resnet(name, steps, lr):
     recipe = thin("baselines/faster_rcnn_resnet_bccd.py", steps)
@@ -18,13 +16,13 @@ def resnet(name, steps, lr):
     return recipe
 
 
-_student = resnet("resnet18", STUDENT_STEPS, 1e-3)
-_teacher = resnet("resnet50", TEACHER_STEPS, 1e-3)
+def from_resnet50(teacher_steps):
+    """The runs, and what the study says of them."""
+    student, teacher = resnet("resnet18", 400, 1e-3), resnet("resnet50", teacher_steps, 1e-3)
+    runs = compared(student, teacher)
+    runs["icd"] = taught(student, teacher, **icd_method())
+    title = f"TAR and ICD on blood cells: ResNet-18 from ResNet-50 of {teacher_steps} steps, Faster R-CNN"
+    return runs, study_of(runs, title=title, **on_blood_cells(student))
 
-runs = compared(_student, _teacher)
-runs["icd"] = taught(_student, _teacher, **icd_method())
-study = study_of(
-    runs,
-    title="TAR and ICD on blood cells: ResNet-18 from ResNet-50, Faster R-CNN",
-    **on_blood_cells(_student),
-)
+
+runs, study = from_resnet50(teacher_steps=600)
