@@ -519,6 +519,25 @@ def test_without_memory(tool, folder, capsys, tmp_path, monkeypatch):
         assert row["peak_memory_mib"] is None and row["weights_mib"] > 0
 
 
+def test_what_is_known_is_kept_when_memory_is_cut_short(tool, folder, tmp_path, monkeypatch):
+    def peak(setup, name):
+        if name == STUDENT:
+            raise KeyboardInterrupt
+        return 3 * 2**20
+
+    monkeypatch.setattr(costs, "peak_memory", peak)
+    words = ["--config-file", str(folder / "imitation.py"), "--image-size", "64", "--rounds", "1"]
+    words += ["--device", "cpu", "--json", str(tmp_path / "result.json")]
+    words += ["--markdown", str(tmp_path / "table.md")]
+    with pytest.raises(KeyboardInterrupt):
+        tool.main(words)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [STOCK, STUDENT, TEACHER, DISTILLED]
+    assert [row["peak_memory_mib"] for row in rows] == [3, None, None, None]
+    assert all(row["median_seconds"] > 0 for row in rows)
+    assert DISTILLED in (tmp_path / "table.md").read_text()
+
+
 NOWHERE = "dataloader.train.dataset.names.image_root=. " + " ".join(
     f"dataloader.train.dataset.names.{key}=gone.json" for key in ("name", "json_file")
 )

@@ -51,7 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="leave out the peaks of memory, which take longer than a few rounds of time",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to write all figures; the times as soon as they are known",
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables")
     parser.add_argument("--bound", type=float, help="what the ratio shall not exceed, such as 1.05")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -98,14 +103,22 @@ def run(args: argparse.Namespace) -> None:
         for name, *overrides in args.variant:
             variant_of[f"{label}, {name}"] = label
             setups.append(Setup(f"{label}, {name}", config, (*args.opts, *overrides), **common))
+
+    def keep(result: dict) -> None:
+        if args.json:
+            write_json(args.json, result)
+        if args.markdown:
+            write_text(args.markdown, f"{table(result, 'github')}\n")
+
     result = benchmark(
-        setups, variant_of, args.rounds, data_steps=args.data, memory=not args.no_memory
+        setups,
+        variant_of,
+        args.rounds,
+        data_steps=args.data,
+        memory=not args.no_memory,
+        keep=keep,
     )
     print(f"\n{table(result)}")
-    if args.json:
-        write_json(args.json, result)
-    if args.markdown:
-        write_text(args.markdown, f"{table(result, 'github')}\n")
     if args.bound is None:
         return
     print()

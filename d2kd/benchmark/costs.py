@@ -141,6 +141,7 @@ def benchmark(
     console: TextIO | None = None,
     data_steps: int = 0,
     memory: bool = True,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure time, all rows in this process, then whether data keep up, then memory, each row in a process of its own.
 
@@ -151,6 +152,8 @@ def benchmark(
         console: where progress is shown; stdout by default.
         data_steps: how many distilled steps each recipe's own loader feeds; 0: no data are read.
         memory: whether to measure its peak; every row then has its detectors built and warmed up once more.
+        keep: given the result as far as it goes: the times, which are there long before the memory, and then each
+            time that there is more.
 
     Returns:
         what the JSON file holds: the circumstances; ``recipes`` with ``asked`` (what the losses read of the
@@ -210,13 +213,8 @@ def benchmark(
     torch.cuda.empty_cache()
 
     by_label = {setup.label: setup for setup in setups}
-    line = Progress("memory", console) if memory else None
     rows = []
     for (label, name), values in seconds.items():
-        peak = None
-        if line is not None:
-            line(len(rows), len(seconds))
-            peak = peak_memory(by_label[label], name)
         low, median, high = np.percentile(values, [25, 50, 75])
         rows.append(
             {
@@ -228,13 +226,11 @@ def benchmark(
                 "seconds": values,
                 "images_per_second": by_label[label].batch_size / float(median),
                 "phases": phases[label, name],
-                "peak_memory_mib": None if peak is None else peak / MIB,
+                "peak_memory_mib": None,
                 "weights_mib": weights[label, name] / MIB,
             }
         )
-    if line is not None:
-        line.close(f"{len(rows)} rows, each in a process of its own")
-    return {
+    result = {
         "schema": 2,
         "command": shlex.join(sys.argv),
         "versions": versions(),
@@ -248,6 +244,19 @@ def benchmark(
         "ratios": ratios(seconds, plain, variant_of),
         "data": data,
     }
+    if keep is not None:
+        keep(result)
+    if not memory:
+        return result
+    line = Progress("memory", console)
+    for done, row in enumerate(rows):
+        line(done, len(rows))
+        peak = peak_memory(by_label[row["recipe"]], row["name"])
+        row["peak_memory_mib"] = None if peak is None else peak / MIB
+        if keep is not None:
+            keep(result)
+    line.close(f"{len(rows)} rows, each in a process of its own")
+    return result
 
 
 def _recipe(
