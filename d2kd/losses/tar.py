@@ -367,10 +367,13 @@ def dense_classification_term(
         weight = torch.where(foreground, 1.0, background_weight) * known
         weight = weight[:, None].expand_as(divergence)
         if gate == "better":
-            # Not one_hot, whose integers take more memory than the logits.
-            classes = torch.arange(num_classes, device=gt_classes.device)
-            target = (gt_classes[:, None] == classes).to(ours.dtype)
-            weight = weight * ((theirs - target).abs() < (ours - target).abs() - margin)
+            # Nearer to 0, except for the object's own class; without targets, which are as large as the logits.
+            nearer = theirs < ours - margin
+            label = gt_classes.clamp(0, num_classes - 1)[:, None]
+            p_t, p_s = theirs.gather(1, label), ours.gather(1, label)
+            own = torch.where(foreground[:, None], p_t > p_s + margin, p_t < p_s - margin)
+            nearer.scatter_(1, label, own)
+            weight = weight * nearer
     return (divergence * weight).sum() / at_least_one(foreground.sum(), normalizer)
 
 
