@@ -79,6 +79,9 @@ LOSSES: dict[str, Case] = {
     "icd, uniform": Case(
         lambda **o: ICDLoss(heads=4, priors=_PRIORS, weights="uniform", **o), tiny_retinanet
     ),
+    "icd, in boxes": Case(
+        lambda **o: ICDLoss(heads=4, priors=_PRIORS, weights="box", **o), tiny_faster_rcnn
+    ),
     "icd, by instance": Case(
         lambda **o: ICDLoss(heads=4, layers=2, priors=_PRIORS, normalizer="instance", **o),
         tiny_faster_rcnn,

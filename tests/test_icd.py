@@ -61,6 +61,7 @@ def test_properties(family):
 
 def test_properties_of_the_options():
     check_loss(icd(layers=2, weights="uniform", normalizer="instance"), ["retinanet"])
+    check_loss(icd(weights="box"), ["faster_rcnn"])
     check_loss(icd(layers=2, query_positions=True, normalize_keys=True), ["retinanet"])
 
 
@@ -733,7 +734,7 @@ def test_images_without_objects():
     assert all(torch.isfinite(x) for x in losses.values())
 
 
-@pytest.mark.parametrize("weights", ["attention", "uniform"])
+@pytest.mark.parametrize("weights", ["attention", "uniform", "box"])
 def test_an_image_without_objects_counts_as_0(weights):
     model = distiller(icd(weights=weights), tiny_retinanet)
 
@@ -745,6 +746,24 @@ def test_an_image_without_objects_counts_as_0(weights):
     assert distillation(0, 0) == 0
     # The mean over two images, of which one is as before but for what jitter moves.
     assert 0 < distillation(2, 0) < 0.7 * distillation(2, 2)
+
+
+def test_box_weights_count_the_cells_in_boxes_alone():
+    side = 128  # of one cell of the last level, whose centre is in the image so
+
+    def distillation(weights, *box):
+        torch.manual_seed(7)
+        model = distiller(icd(weights=weights), tiny_retinanet)
+        images = batch(sizes=((side, side), (side, side)), objects=(1, 1))
+        for image in images:
+            image["instances"].gt_boxes.tensor[:] = torch.tensor(box, dtype=torch.float32)
+        return float(term(step_at(model, images, 0.5)[0], "distillation").detach())
+
+    everywhere = distillation("uniform", 0, 0, side, side)
+    assert distillation("box", 0, 0, side, side) == pytest.approx(everywhere, rel=1e-6) != 0
+    assert distillation("box", 0, 0, side / 4, side) != pytest.approx(everywhere, rel=1e-3)
+    assert distillation("uniform", 0, 0, side / 4, side) == pytest.approx(everywhere, rel=1e-6)
+    assert distillation("box", 0.5, 0.5, 1.5, 1.5) == 0  # no cell's centre is there
 
 
 def test_it_warns_once_where_the_decoder_has_not_learned(caplog):
@@ -851,7 +870,7 @@ def test_input_that_cannot_be():
         losses = DistillLosses(loss=ICDLoss(levels=["p2", "p3"], heads=4))
         Distiller(student=student, teacher=teacher, losses=losses, max_iter=1)
     for options, culprit in (
-        ({"weights": "attentive"}, "weights: attentive; expected attention or uniform"),
+        ({"weights": "attentive"}, "weights: attentive; expected attention or uniform or box"),
         ({"normalizer": "batch"}, "normalizer: batch"),
         ({"layers": 0}, "layers: 0"),
         ({"jitter": 0.5}, "jitter: 0.5"),

@@ -501,6 +501,30 @@ def test_every_study_is_whole(path, monkeypatch):
             assert all(own[k] == whole[k] for k in on)
 
 
+def test_ablations_of_icd_change_what_they_name():
+    study, shapes = (load(f"projects/ICD/studies/{x}.py") for x in ("shapes_ablations", "shapes"))
+    rows = {run.method: run for run in study.plan([0])}
+    whole = {run.method: run for run in shapes.plan([0])}
+    assert rows.keys() & whole.keys() == {"teacher", "baseline", "icd", "icd_uniform"}
+    same = OmegaConf.to_container(whole["icd"].config, resolve=False)
+    changed = {}
+    for method in rows.keys() - {"teacher", "baseline"}:
+        config = OmegaConf.to_container(rows[method].config, resolve=False)
+        own, loss = config["model"]["losses"].pop("icd"), same["model"]["losses"]["icd"]
+        assert config == {**same, "model": {**same["model"], "losses": config["model"]["losses"]}}
+        changed[method] = {k: own[k] for k in own if own[k] != loss.get(k)}
+        assert own.keys() >= loss.keys()
+    assert changed == {
+        "icd": {},
+        "icd_uniform": {"weights": "uniform"},
+        "icd_identification": {"localization_weight": 0},
+        "icd_localization": {"identification_weight": 0},
+        "icd_box": {"weights": "box"},
+        "icd_1_head": {"heads": 1},
+        "icd_2_layers": {"layers": 2},
+    }
+
+
 def test_ablations_of_tar_change_what_they_name():
     study = load("projects/TAR/studies/shapes_ablations.py")
     losses = {

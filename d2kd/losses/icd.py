@@ -33,14 +33,14 @@ from ..layers.attention import (
     point_positions,
     value_projection,
 )
-from ..layers.masks import valid_cells
+from ..layers.masks import pad_boxes, paint, valid_cells
 from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from .base import DistillLoss, Weight, value_of
 from .functional import at_least_one, in_float32
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("attention", "uniform")
+WEIGHTS = ("attention", "uniform", "box")
 NORMALIZERS = ("image", "instance")
 
 
@@ -83,7 +83,8 @@ class ICDLoss(DistillLoss):
             90k iterations; of a run under 20k or so the decoder needs some 0.3.
         start: fraction of the run, after that, in which distillation trains the student's value projection
             alone: the student's features are detached. 1000 iterations of a 90k schedule.
-        weights: "attention", or "uniform": every valid cell of an image counts the same.
+        weights: "attention"; "uniform": every valid cell of an image counts the same; or "box": those whose centre
+            is in an object's box do, and no other.
         normalizer: "image", as the authors' code: an image with few objects counts as much as a crowded one,
             and one without any counts as 0; or "instance", as the paper: every object of the batch counts the
             same.
@@ -156,6 +157,8 @@ class ICDLoss(DistillLoss):
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
+        shapes = student.backbone.output_shape()
+        self.strides = {level: shapes[level].stride for level in self.levels}
         two_stage = hasattr(student, "roi_heads")
         if self.distillation_weight is None:
             self.distillation_weight = 3.0 if two_stage else 8.0
@@ -225,12 +228,20 @@ class ICDLoss(DistillLoss):
             ours.append(one[..., :h, :w])
             theirs.append(other[..., :h, :w])
             valid.append(covered[:, :h, :w])
+        counted = valid
+        if self.weights == "box":
+            boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
+            counted = [
+                of_level & paint(boxes, tuple(of_level.shape[-2:]), stride, "box").bool()
+                for of_level, stride in zip(valid, self.strides.values(), strict=True)
+            ]
         readings = self.read(
             None if self.progress < self.aux_warmup else tokens(ours),
             tokens(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.of(valid, other.shape[1]),
             queries,
+            torch.cat([x.flatten(1) for x in counted], dim=1),
         )
         self._watch(readings, queries)
         return self.terms(readings)
@@ -243,6 +254,7 @@ class ICDLoss(DistillLoss):
         valid: Tensor,
         positions: CellPositions,
         queries: InstanceQueries,
+        counted: Tensor | None = None,
     ) -> list[Reading]:
         """What each layer of the decoder makes of one batch.
 
@@ -252,10 +264,13 @@ class ICDLoss(DistillLoss):
             valid: ``(N, S)`` bool, which cells are of the image.
             positions: of these cells, as long as the teacher's width.
             queries: for K slots of each image; best on the CPU, whence which of them are real is read.
+            counted: ``(N, S)`` bool, which cells are compared, all alike, unless attention weighs them; the valid
+                ones by default.
         """
         if student is not None and self.progress < self.begin:
             student = student.detach()
         attends = student is not None and self.weights == "attention"
+        counted = valid if counted is None else counted
         chosen, queries = queries.is_real, queries.to(teacher.device)
         used, real, images = self.normalizer(
             queries.is_used.sum(),
@@ -285,7 +300,8 @@ class ICDLoss(DistillLoss):
                     weights = decoded.attention
                 else:  # summed over the objects of an image, as attention is: without any it counts as 0
                     objects = queries.is_real.sum(-1)[:, None, None]
-                    weights = objects * valid[:, None] / valid.sum(-1)[:, None, None]
+                    weights = objects * counted[:, None]
+                    weights = weights / counted.sum(-1).clamp(min=1)[:, None, None]
                     weights = weights.expand(-1, self.heads, -1)
                 if self.normalize_by == "instance":
                     (total,) = self.normalizer(weights.float().sum(), least=1e-6)
