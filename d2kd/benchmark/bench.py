@@ -281,7 +281,7 @@ class Bench:
             return phases(lambda: row.step(number), *row.trained, self.device)
 
     def peak(self, name: str) -> int | None:
-        """Let go of the other rows, and take a step of this one on each size of images, two at least.
+        """Let go of the other rows, and take a step of this one on each size of images, and one more.
 
         Returns:
             bytes at the peak, the row's weights included, or None where the system does not tell.
@@ -291,8 +291,8 @@ class Bench:
 
         gc.collect()
         peak = Peak(self.device)
-        # Two, for the optimizer's state is there after the first.
-        for number in range(max(2, len(self._shown[0]))):
+        # The optimizer's state is there after the first step, whose size so comes once more.
+        for number in range(len(self._shown[0]) + 1):
             self.seconds(name, number)
         if self.device.type == "cuda":
             return peak.bytes

@@ -228,20 +228,21 @@ class ICDLoss(DistillLoss):
             ours.append(one[..., :h, :w])
             theirs.append(other[..., :h, :w])
             valid.append(covered[:, :h, :w])
-        counted = valid
+        counted = None
         if self.weights == "box":
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
-            counted = [
+            inside = [
                 of_level & paint(boxes, tuple(of_level.shape[-2:]), stride, "box").bool()
                 for of_level, stride in zip(valid, self.strides.values(), strict=True)
             ]
+            counted = torch.cat([x.flatten(1) for x in inside], dim=1)
         readings = self.read(
             None if self.progress < self.aux_warmup else tokens(ours),
             tokens(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.of(valid, other.shape[1]),
             queries,
-            torch.cat([x.flatten(1) for x in counted], dim=1),
+            counted,
         )
         self._watch(readings, queries)
         return self.terms(readings)

@@ -9,10 +9,12 @@ from d2kd.losses import DistillLosses
 
 from ....configs.common.study import controls, taught
 
+_tar = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
+
 
 def tar_losses(term=None, **options):
     """TAR with the weights that were chosen on shapes_val; one of its terms alone, or with other options."""
-    tar = copy.deepcopy(get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar)
+    tar = copy.deepcopy(_tar)
     for other in {"feature", "classification", "regression"} - {term} if term else ():
         tar[f"{other}_weight"] = 0
     tar.update(options)
