@@ -431,6 +431,20 @@ def test_memory_is_measured_in_another_process(folder):
     assert peak is None or peak > weights
 
 
+def test_a_peak_has_each_size_of_images_with_the_optimizers_state(folder, monkeypatch):
+    sizes = ((96, 64), (64, 64))
+    one = Bench(Setup("imitation", str(folder / "imitation.py"), image_sizes=sizes, device="cpu"))
+    optimizer, seen = one.rows[DISTILLED].trained[1], []
+
+    def seconds(name, number):
+        seen.append((tuple(one.batches[number][0]["image"].shape[1:]), bool(optimizer.state)))
+        return Bench.seconds(one, name, number)
+
+    monkeypatch.setattr(one, "seconds", seconds)
+    one.peak(DISTILLED)
+    assert {size for size, has_state in seen if has_state} == set(sizes)
+
+
 @pytest.fixture(scope="module")
 def tool():
     return load_tool("benchmark")
