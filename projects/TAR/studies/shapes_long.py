@@ -6,12 +6,15 @@ How little, ``baseline_longer`` shows, which has half as many steps again. Some 
 import copy
 
 from .shapes import runs, study
+from .shapes_ablations import runs as parts
 
 STUDENT_STEPS, TEACHER_STEPS = 5000, 2000
 
 study.title = "TAR on generated shapes, a long schedule"
 runs.inherit.pop("optional")
 runs.baseline_longer = copy.deepcopy(runs.baseline)
+for _method in ("no_gates", "no_decay"):
+    runs[_method] = dict(parts[_method], optional=True)
 for _method, _run in runs.items():
     _steps = {"teacher": TEACHER_STEPS, "baseline_longer": STUDENT_STEPS * 3 // 2}
     _train = _run.config.train
