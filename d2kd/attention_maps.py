@@ -161,7 +161,8 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
         InputError: an object's class is none of the student's.
     """
     said = teacher.ask(batch)
-    height, width = said.images.image_sizes[0]  # the teacher's own, which may be larger
+    # The objects as the student is asked about them; the teacher's own image may be larger.
+    height, width = batch[0]["image"].shape[-2:]
     gt = Instances((height, width))
     gt.gt_boxes = Boxes(truth.gt_boxes.tensor.clone())
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
@@ -182,6 +183,7 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
         level: part.unflatten(-1, size).cpu().numpy()
         for level, part, size in zip(maps, split, sizes)
     }
+    height, width = said.images.image_sizes[0]
     return Attention(levels, (padded[0] / height, padded[1] / width))
 
 

@@ -252,20 +252,27 @@ def _silent_on_itself(factory, node) -> None:
         if hasattr(module, "make_identity"):
             module.make_identity()
     value = distillation(step(model, batch()))
-    value.backward()
     assert abs(value.item()) <= 1e-6, f"against its own copy the loss is {value.item()}"
+    if value.requires_grad:
+        value.backward()
     norm = _gradient_norm([model.student])
     assert norm <= 1e-5, f"against its own copy the student is pushed by {norm}"
 
 
 def _student_undisturbed(factory, node) -> None:
     model = distiller(factory, node)
-    alone = step(copy.deepcopy(model.student), batch())
-    beside = step(model, batch())
+    copied = copy.deepcopy(model.student)
+    alone, drawn = step(copied, batch()), torch.get_rng_state()
+    beside, drawn_beside = step(model, batch()), torch.get_rng_state()
     for key, value in alone.items():
         assert torch.equal(value, beside[key]), (
             f"{key} is {beside[key].item()}, alone {value.item()}"
         )
+    state = model.student.state_dict()
+    changed = [key for key, value in copied.state_dict().items() if not value.equal(state[key])]
+    assert not changed, f"its {changed[:3]} are not as after a step alone"
+    # Its next step would draw other regions, or other images.
+    assert drawn_beside.equal(drawn), "numbers were drawn from the student's generator"
     hooked = [name for name, m in model.named_modules() if m._forward_hooks]
     assert not hooked, f"hooks left on {hooked}"
 
@@ -319,7 +326,9 @@ def _only_what_is_read_runs(factory, node) -> None:
 
 def _gradients_where_they_belong(factory, node) -> None:
     model = distiller(factory, node)
-    distillation(step(model, batch())).backward()
+    value = distillation(step(model, batch()))
+    assert value.requires_grad, "the loss is detached from the student"
+    value.backward()
     norm = _gradient_norm([model.student])
     assert 0 < norm < float("inf"), f"the student's gradient has norm {norm}"
     # A parameter may meet a gradient of 0, but one without any would stop DDP.

@@ -191,6 +191,20 @@ class Odd(DistillLoss):
         return student["p9"]
 
 
+class Split(DistillLoss):
+    """Has one term."""
+
+    def __init__(self, term: str):
+        super().__init__()
+        self.term = term
+
+    def bind(self, student, teacher):
+        pass
+
+    def forward(self, student, teacher):
+        return {self.term: torch.ones(())}
+
+
 def study(**changes) -> dict:
     runs = {"alone": {"config": {"train": {"max_iter": 1}}}}
     return {"study": {"test": "none", "baseline": "alone", **changes}, "runs": runs}
@@ -328,7 +342,8 @@ DATA: dict[str, Case] = {
     "data/datasets _read: f'no list": coco(lambda c: c.pop("images") and None),
     "data/datasets _read: repr(record)": coco(lambda c: c["images"].append(3)),
     "data/datasets _read: f\"no {', '": coco(without("annotations", "bbox")),
-    'data/datasets _read: f"id {': coco(first("annotations", id=2)),
+    "data/datasets _read: a whole number": coco(first("annotations", id=2)),
+    "data/datasets _read: ids from 1": coco(first("annotations", id=0)),
     "data/loader build_train_loader: total_batch_size": call(_loaded, [{}], total_batch_size=0),
     "data/loader build_train_loader: 'no image'": call(_loaded, []),
     "data/loader build_test_loader: 'no image'": call(loader.build_test_loader, [], mapper=None),
@@ -586,9 +601,9 @@ ENGINE: dict[str, Case] = {
 # ---------------------------------------------------------------------------- d2kd/layers, losses, models
 
 
-def _summed(loss: DistillLoss) -> None:
+def _summed(**losses: DistillLoss) -> None:
     with EventStorage():
-        DistillLosses(odd=loss)({}, {})
+        DistillLosses(**losses)({}, {})
 
 
 def _unrelated() -> None:
@@ -674,12 +689,18 @@ MODELS: dict[str, Case] = {
         speed.quicken, Like(device=torch.device("cpu")), {"channels_last": True}
     ),
     "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
+    "modeling/teacher Teacher.__init__: 'teacher.aliases'": call(
+        Teacher, build(tiny_faster_rcnn()), None, aliases={"a": "b"}
+    ),
     "modeling/teacher Teacher.__init__: 'teacher.scale'": call(lambda: _across(0)),
     "modeling/teacher Teacher.own_inputs": call(
         lambda: _across(2).teacher.ask([{"image": torch.ones(3, 4, 4)}])
     ),
     "layers/adapter match_levels: 'levels', found": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4), ["p3"]
+    ),
+    "layers/adapter match_levels: one, of": call(
+        adapter.match_levels, shapes_of(p3=8), shapes_of(p3=8), ["p3"], 2
     ),
     "layers/adapter match_levels: backbone has no": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=8), ["p9"]
@@ -702,7 +723,10 @@ MODELS: dict[str, Case] = {
     "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
     "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
     "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
-    "losses/base DistillLosses.forward": call(lambda: _summed(Odd())),
+    "losses/base DistillLosses.forward: _message": call(lambda: _summed(odd=Odd())),
+    "losses/base DistillLosses.forward: a second": call(
+        lambda: _summed(one=Split("of_it"), one_of=Split("it"))
+    ),
     "losses/base check_anchors: kinds[0]": call(base.check_anchors, Like(), Like()),
     "losses/base check_anchors: what": call(base.check_anchors, anchored(1), anchored(2)),
     "losses/erd ERDLoss.__init__": call(ERDLoss, class_pool="mean"),
@@ -890,6 +914,13 @@ def _circle() -> None:
     plan.parse(content).plan(seeds=[0])
 
 
+def _stretched() -> None:
+    content = runs(a={"steps_like": "b"}, b={}, c={})
+    content["runs"]["c"]["config"] = {"train": {"max_iter": 2}}
+    content["study"]["baseline"] = "c"
+    plan.parse(OmegaConf.create(content)).plan(seeds=[0])
+
+
 def _seeing(act: str, model, given=None, *more: str) -> Case:
     def case(folder):
         node = OmegaConf.create(
@@ -934,7 +965,8 @@ def _trained(words: str) -> Case:
 
 
 TOOLS: dict[str, Case] = {
-    "study/plan Study.plan.visit": call(_circle),
+    "study/plan Study.plan.visit: circle": call(_circle),
+    "study/plan Study.plan.visit: own": call(_stretched),
     "study/plan load": file_with("study = (", "s.py", plan.load),
     "study/plan parse: no dict named": call(plan.parse, {}),
     "study/plan parse: f'no {key": call(plan.parse, {"study": {}, "runs": {}}),

@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from d2kd import attention_maps
 from d2kd.attention_maps import (
     HEAT,
     TILE,
@@ -20,6 +21,7 @@ from d2kd.attention_maps import (
 )
 from d2kd.data import coco_dataset
 from d2kd.errors import InputError
+from d2kd.layers.queries import make_queries
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import distiller
@@ -168,14 +170,28 @@ def test_the_loss_comes_back_from_a_runs_checkpoint(tmp_path):
     load_icd(node, build(tiny_faster_rcnn()), model.teacher, file)
 
 
-def test_a_teacher_of_larger_images(tmp_path):
-    """Its levels are those that were trained, and lie on the picture as they do for images of one size."""
+def test_a_teacher_of_larger_images(tmp_path, monkeypatch):
+    """Its levels are those that were trained, and lie on the picture as they do for images of one size.
+
+    The objects have the sizes in which the loss was trained with them, the student's.
+    """
     model, node, file = saved_run(tmp_path)
     teacher, [full] = Teacher(model.teacher.detector, None, scale=2), batch(((64, 96),), (2,))
     loss = load_icd(node, build(tiny_faster_rcnn()), teacher, file)
     assert loss.levels == {f"p{k}": f"p{k + 1}" for k in (2, 3, 4)}
     [small] = two_scales([full])
+    asked = []
+
+    def heard(gt, *args, **options):
+        asked.extend(gt)
+        return make_queries(gt, *args, **options)
+
+    monkeypatch.setattr(attention_maps, "make_queries", heard)
     found = attention_of(loss, teacher, [small], full["instances"])
+    assert asked[0].image_size == small["image"].shape[1:] == (32, 48)
+    torch.testing.assert_close(
+        asked[0].gt_boxes.tensor, full["instances"].gt_boxes.tensor / 2, rtol=0, atol=1e-4
+    )
     loss.levels = {match: match for match in loss.levels.values()}
     wanted = attention_of(loss, model.teacher, [full], full["instances"])
     assert found.extent == wanted.extent

@@ -401,7 +401,6 @@ def run(tmp_path, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", refuse)
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
     return folder
 
 

@@ -1,25 +1,17 @@
 """Every place that refuses bad input does so in one line, and before anything that lay there has changed."""
 
 import ast
-import logging
 from pathlib import Path
 
 import pytest
 
 from d2kd import benchmark
-from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError, need, reporting
 
 from .bad_input import CASES, ELSEWHERE, outcome, places
 from .raise_sites import sites
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    for name in LOGGERS:  # or a trainer would add a handler on pytest's stdout of the moment
-        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.mark.parametrize("name", CASES)

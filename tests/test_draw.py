@@ -1,7 +1,6 @@
 """Pictures of a run: where, when and of what they are, and that the run does not notice them."""
 
 import json
-import logging
 import random
 import re
 import sys
@@ -23,7 +22,6 @@ import d2kd.visualization as visualization
 from d2kd.data import coco_dataset
 from d2kd.engine import DrawDetections, Trainer
 from d2kd.engine.random_state import random_state
-from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.visualization import GAP, STRIP, scenes
@@ -34,12 +32,6 @@ from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
 SIDE = 128  # of a panel: twice the images' own
 NAMES = ["detections/01_0", "detections/02_1", "detections/03_2"]  # the third has no object
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_console():
-    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
-        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture(autouse=True)

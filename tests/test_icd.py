@@ -1,7 +1,6 @@
 """ICD: questions, decoder and distance against slow restatements; what is trained by what, and when."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2kd.data import InstancePriors, class_step, coco_dataset, estimate_priors
 from d2kd.engine import Trainer
-from d2kd.engine.run_info import LOGGERS, write_json
+from d2kd.engine.run_info import write_json
 from d2kd.errors import InputError
 from d2kd.layers.attention import (
     CellPositions,
@@ -42,12 +41,6 @@ from .tiny_run import distiller as tiny_distiller
 from .tiny_run import draw_data, recipe, without_evaluation
 
 REFERENCE = str(Path(__file__).with_name("parity") / "icd.npz")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_console():
-    for name in LOGGERS:  # or the trainer would add a handler, and caplog would hear nothing
-        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def icd(**options):
@@ -809,12 +802,14 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone():
     assert (numpys == np.random.get_state()[1]).all()
 
 
-def test_the_count_of_draws_is_saved_as_a_number_and_restored():
-    model, other = (distiller(icd(), tiny_retinanet) for _ in range(2))
+def test_seed_and_count_of_draws_are_saved_as_numbers_and_restored():
+    """The seed, too: one drawn anew, by the loss or by the recipe, is another in a resumed run."""
+    model, other = (distiller(icd(seed=-1), tiny_retinanet) for _ in range(2))
     loss, restored = (x.losses.by_name["loss"] for x in (model, other))
+    assert loss.seed != restored.seed
     drawn = [loss._generator().initial_seed() for _ in range(3)]
     state = model.losses.state_dict()
-    assert torch.equal(state["by_name.loss._extra_state"], torch.tensor(3))
+    assert state["by_name.loss._extra_state"].tolist() == [3, loss.seed]
     assert not other.losses.load_state_dict(state).missing_keys and restored.draws == 3
     assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
     del state["by_name.loss._extra_state"]
@@ -823,7 +818,6 @@ def test_the_count_of_draws_is_saved_as_a_number_and_restored():
 
 
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
     draw_data(tmp_path / "data")
     priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
     losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.5, priors=priors))

@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from d2kd.data import QuickMapper, build_train_loader
-from d2kd.data.mapper import read_image
+from d2kd.data.mapper import _QuickResize, read_image
 from d2kd.errors import InputError
 
 SIZE = 60, 90
@@ -92,6 +92,16 @@ def test_samples_are_detectron2s(record, augmentations, tolerance, image_format)
     theirs, ours = both(record, augmentations, image_format=image_format)
     assert_alike(theirs, ours, tolerance)
     assert ours["image"].float().std() > 10
+
+
+def test_another_interpolation_is_the_one_that_is_asked_for():
+    steps = np.repeat(np.uint8([0, 255]), 12).reshape(1, 24, 1).repeat(9, 0).repeat(3, 2)
+    transform = T.ResizeTransform(9, 24, 7, 17, Image.BILINEAR)
+    quick = _QuickResize(9, 24, 7, 17, Image.BILINEAR)
+    for interp in (Image.NEAREST, Image.BICUBIC):
+        assert np.array_equal(
+            quick.apply_image(steps, interp), transform.apply_image(steps, interp)
+        )
 
 
 def test_masks_and_annotations_follow(record):

@@ -18,15 +18,9 @@ from d2kd.errors import InputError
 from d2kd.losses import ImitationLoss
 from d2kd.processes import anywhere, over_processes
 
-from .resume_runs import OBJECTS, quiet, run
+from .resume_runs import OBJECTS, run
 from .tiny_run import draw_data
 from .two_processes import Dies, compare, in_two, stock_run
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    quiet()
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
 
 
 def test_two_processes_are_as_one(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import logging
 import os
 import resource
 import shutil
@@ -20,13 +19,13 @@ from torch import nn
 
 import d2kd.engine.trainer as trainer_module
 from d2kd.config import get_config
-from d2kd.data import build_train_loader
+from d2kd.data import build_train_loader, estimate_priors
 from d2kd.engine.checkpoint import NORMALIZER, StudentCheckpointer, plain
-from d2kd.engine.run_info import LOGGERS, explaining_full_disk
+from d2kd.engine.run_info import explaining_full_disk
 from d2kd.engine.step import Step
 from d2kd.engine.trainer import Trainer
 from d2kd.errors import InputError, reporting
-from d2kd.losses import DistillLosses, ImitationLoss
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling.weights import read
 
 from . import resume_runs
@@ -34,13 +33,6 @@ from .common import tiny_retinanet
 from .kill_runs import kill
 from .resume_runs import OBJECTS, Stopped, compare, differences, in_a_process, run, saved
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
-
-
-@pytest.fixture(autouse=True)
-def no_console(tmp_path, monkeypatch):
-    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
-        logging.getLogger(name).setLevel(logging.INFO)
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +265,21 @@ def test_a_run_that_ended_before_its_final_file_is_given_it(data, tmp_path):
     assert run(config, resume=True)[0].finished
 
 
-def test_a_drawn_seed_goes_on(data, tmp_path):
-    losses = L(DistillLosses)(imitation=L(ImitationLoss)())
+@pytest.mark.parametrize(
+    "loss",
+    [
+        L(ImitationLoss)(),
+        L(ICDLoss)(
+            heads=4,
+            start=0.0,
+            priors=L(estimate_priors)(names="${dataloader.train.dataset.names}"),
+            seed="${train.seed}",
+        ),
+    ],
+    ids=["imitation", "icd"],
+)
+def test_a_drawn_seed_goes_on(data, tmp_path, loss):
+    losses = L(DistillLosses)(loss=loss)
     model = distiller(teacher_weights(tmp_path), losses)
 
     def config(folder, seed):

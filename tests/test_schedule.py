@@ -1,6 +1,7 @@
 """Runs of a study side by side: the same results as one by one, and nothing left running when one fails."""
 
 import io
+import json
 import multiprocessing.connection
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 from d2kd.errors import InputError
 from d2kd.study import OneByOne, SideBySide, load, run_study
 
-from .common import one_thread
+from .common import load_tool, one_thread
 from .tiny_run import draw_data
 
 STUDY = """
@@ -155,3 +156,40 @@ def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path):
     rows, failed = run_study(study, runs, tmp_path / "out", Two(), io.StringIO())
     assert not failed and len(rows) == len(runs) == 4
     assert Two.busy[0] == 2  # the teacher, and what starts from the finished baseline
+
+
+@pytest.fixture
+def command(file, monkeypatch):
+    """``tools/run_study.py`` with the study, from an empty folder."""
+    monkeypatch.chdir(file.parent)
+    tool = load_tool("run_study")
+    return lambda words: tool.main([str(file), *words.split()])
+
+
+def test_the_command_trains_shows_and_names_the_page(command, tmp_path, capsys):
+    command("--seeds 3 --runs baseline imitation")
+    folder = tmp_path / "output" / "study"
+    said = capsys.readouterr().out
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == {"teacher", "baseline_seed3", "imitation_seed3"}
+    assert f"{folder.relative_to(tmp_path)}/report.html" in said
+    assert (folder / "report.html").exists() and (folder / "curves.png").exists()
+    command("--seeds 3 --runs baseline --jobs 2 --output elsewhere")
+    rows = json.loads((tmp_path / "elsewhere" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["baseline_seed3"]
+
+
+def test_the_command_tried_fast(command, tmp_path, capsys):
+    command("--fast --runs baseline")
+    assert "the figures mean nothing" in capsys.readouterr().out
+    assert (tmp_path / "output" / "study_fast" / "results.json").exists()
+
+
+def test_the_command_tells_of_a_run_that_failed_and_keeps_the_others(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command("--runs broken baseline")
+    assert exit.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
+    rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["baseline_seed0"]

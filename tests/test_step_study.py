@@ -17,7 +17,7 @@ from d2kd.evaluation.coco import forgetting, gaps, old_new_all
 from d2kd.study import Measured, OneByOne, parse, run_study, show_results
 from d2kd.study import load as load_study
 
-from .common import forget_class_steps, interrupted_in
+from .common import interrupted_in
 from .tiny_run import draw_data
 
 CLASSES = list(shapes.CLASSES)
@@ -28,7 +28,6 @@ def few_shapes(tmp_path):
     shapes.register(tmp_path / "shapes", train=8, val=4, test=6)
     yield
     shapes.register()
-    forget_class_steps()
 
 
 def test_means_and_gaps():

@@ -17,13 +17,12 @@ from d2kd.config import load
 from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
 from d2kd.data.steps import PUBLISHED_SPLITS, check_objects
 from d2kd.engine import Trainer
-from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ERDLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import tiny_gfl
 
-from .common import build, forget_class_steps
+from .common import build
 from .test_voc import NAMES, write_voc
 from .tiny_run import draw_data, recipe, without_evaluation
 
@@ -32,12 +31,9 @@ ORDER = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    for name in LOGGERS:  # or the trainer would add a handler, and caplog would hear nothing
-        logging.getLogger(name).setLevel(logging.INFO)
     shapes.register(tmp_path / "shapes", train=20, val=8, test=3)
     yield
     shapes.register()
-    forget_class_steps()
 
 
 @pytest.mark.parametrize("split", PUBLISHED_SPLITS)

@@ -3,21 +3,38 @@
 import io
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import LazyConfig
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 
 from d2kd.data import shapes
+from d2kd.engine import Trainer
+from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
-from d2kd.study import Measured, OneByOne, load, parse, prepare, run_study, show_results
+from d2kd.study import (
+    Measured,
+    OneByOne,
+    load,
+    parse,
+    planned,
+    prepare,
+    run_study,
+    show_results,
+    train,
+)
 from d2kd.study.results import average_precision, gains, table, training_time
 from d2kd.study.text import markdown, t_interval
 
-from .common import interrupted_in
+from .common import ROOT, interrupted_in
+from .test_voc import BLOOD, CELLS, write_voc
+from .tiny_run import draw_data
+from .tiny_run import recipe as tiny_recipe
 
 CLASSES = list(shapes.CLASSES)
 
@@ -457,17 +474,33 @@ def test_icd_is_set_beside_its_parts(path):
     assert plain["imitation"]["train"] == plain["baseline"]["train"]
 
 
-STUDIES = [path for path in Path("projects").glob("*/studies/*.py") if path.stem != "common"]
+STUDIES = [
+    path.relative_to(ROOT)
+    for path in sorted(ROOT.glob("projects/*/studies/*.py"))
+    if path.stem != "common"
+]
 OF_STEPS = "projects/ERD/studies"
 
 
+def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2KD_DATASETS", str(tmp_path))
+    _, runs = planned("projects/TAR/studies/shapes.py", [0], [], True)
+    assert {run.config.train.max_iter for run in runs} == {12}
+    assert len(DatasetCatalog.get("shapes_train")) == 32
+    assert {path.parent.parent for path in tmp_path.glob("**/*.json")} == {tmp_path}
+
+
+def test_there_are_studies():
+    assert {path.parts[1] for path in STUDIES} == {"ERD", "ICD", "TAR"}
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_is_whole(path, monkeypatch):
+def test_every_study_is_whole(path, tmp_path, monkeypatch):
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     if "bccd" in path.stem:
         with pytest.raises(InputError, match="D2KD_BCCD: not set; expected the folder"):
             load(str(path))
-        return
+        monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
     study = load(str(path))
     planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
     if path.stem == "gfl_beside_retinanet":
@@ -489,7 +522,8 @@ def test_every_study_is_whole(path, monkeypatch):
                 == ((study.step_of(run.method) or 1) > 1)
             )
         return
-    assert {"teacher", "baseline_seed0", "baseline_equal_time_seed0"} <= planned.keys()
+    assert {"teacher", "baseline_seed0"} <= planned.keys()
+    assert any(name.startswith("baseline_equal_time") for name in planned)
     for run in planned.values():
         model = run.config.model
         assert ("losses" in model) == bool(run.teacher)
@@ -552,6 +586,22 @@ def test_ablations_of_tar_change_what_they_name():
         "cosine_decay": {"weight"},
     }
     assert {run.method for run in study.plan([0])} == {"teacher", "baseline", "tar"} | losses.keys()
+
+
+def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
+    alive = []
+
+    class Heard(Trainer):
+        def __init__(self, config):
+            super().__init__(config)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr("d2kd.study.run.Trainer", Heard)
+    draw_data(tmp_path / "data")
+    config = tiny_recipe(tmp_path / "data", tmp_path / "run", max_iter=1)
+    train(config, config.dataloader.test.dataset.names, lambda step, steps: None)
+    Peak(torch.device("cpu"))
+    assert len(alive) == 1 and alive[0]() is None
 
 
 def test_a_real_study_trains_measures_and_continues(tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from d2kd.engine.launch import _input_error
-from d2kd.engine.run_info import LOGGERS
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 
@@ -35,13 +33,6 @@ model, dataloader, optimizer, lr_multiplier, train = (
 @pytest.fixture(scope="module")
 def tool():
     return load_tool("train_net")
-
-
-@pytest.fixture(autouse=True)
-def quiet_and_apart(tmp_path, monkeypatch):
-    for name in LOGGERS:  # or the trainer would add a handler on pytest's stdout of the moment
-        logging.getLogger(name).setLevel(logging.INFO)
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -71,17 +62,22 @@ def test_train_resume_evaluate(tool, folder, monkeypatch):
     monkeypatch.setattr(Teacher, "__init__", never)
     measured = []
     do_test = tool.do_test
-    monkeypatch.setattr(
-        tool, "do_test", lambda *args: measured.append((args[1], do_test(*args)["bbox"]["AP"]))
-    )
-    tool.run(["--config-file", recipe, "--eval-only"])
+
+    def heard(config, model):
+        measured.append(model.state_dict())
+        assert "AP" in do_test(config, model)["bbox"]
+
+    monkeypatch.setattr(tool, "do_test", heard)
     final = torch.load(folder / "out/model_final.pth")["model"]
-    student = measured[0][0].state_dict()
-    assert student.keys() == final.keys() and all(torch.equal(student[k], final[k]) for k in final)
-    best = folder / "out/model_best.pth"
-    weights = best if best.exists() else folder / "out/model_final.pth"
-    tool.run(["--config-file", recipe, "--eval-only", f"train.init_checkpoint={weights}"])
-    assert len(measured) == 2
+    given = {key: value + 1 for key, value in final.items()}
+    torch.save({"model": given}, folder / "given.pth")
+    named = f"train.init_checkpoint={folder / 'given.pth'}"
+    # The run's own without a file named, and where the run is to be resumed; else the file.
+    for words, expected in (([], final), ([named], given), (["--resume", named], final)):
+        tool.run(["--config-file", recipe, "--eval-only", *words])
+        state = measured.pop()
+        assert not measured and state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected), words
 
 
 def test_a_checkpoint_of_other_classes_is_not_measured(tool, folder, capfd, monkeypatch):

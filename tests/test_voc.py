@@ -63,16 +63,6 @@ def write_voc(root, splits=SPLITS, names=NAMES):
     return root
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    """What a test registers is gone after it."""
-    names = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 @pytest.fixture
 def voc(tmp_path):
     return write_voc(tmp_path / "voc")
@@ -335,7 +325,6 @@ def test_equal_annotations_are_equal_files(voc, tmp_path):
 
 
 def test_a_distiller_learns_from_it(voc, tmp_path, monkeypatch):
-    monkeypatch.setenv("D2KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("D2KD_HERE", str(voc))
     model = tiny_run.distiller(tiny_run.teacher_weights(tmp_path))
     config = with_evaluation(recipe("$D2KD_HERE", tmp_path, model=model, max_iter=2))
@@ -353,6 +342,7 @@ def test_a_distiller_learns_from_it(voc, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- blood cells
 
 BLOOD = ["RBC", "WBC", "Platelets"]
+CELLS = {"train": SPLITS["train"], "val": SPLITS["val"], "test": SPLITS["one"]}
 ROOT = Path(__file__).parent.parent
 RECIPES = [
     f"baselines/{path.name}" for path in sorted((ROOT / "configs/baselines").glob("*_bccd.py"))
@@ -381,8 +371,7 @@ def test_studies_ask_for_their_data_first(name, tmp_path, monkeypatch):
     config = LazyConfig.load(str(config_file(name)))
     with pytest.raises(InputError, match="^D2KD_BCCD: not set; expected the folder of bccd_test"):
         parse(config)
-    splits = {"train": SPLITS["train"], "val": SPLITS["val"], "test": SPLITS["one"]}
-    monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", splits, BLOOD)))
+    monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
     study = parse(config)
     assert study.test == "bccd_test" and len(DatasetCatalog.get("bccd_test")) == 1
     runs = study.plan(seeds=[0], only=["baseline", study.featured], fast=True)

@@ -180,6 +180,11 @@ def _read(json_file: str) -> dict[str, list[dict]]:
                 )
             if not isinstance(record["id"], int) or record["id"] in seen:
                 raise InputError(culprit, f"id {record['id']!r}", "a whole number no other has")
+            if section == "annotations" and record["id"] < 1:
+                # pycocotools marks a detection with the id of what it found, and takes 0 for nothing.
+                raise InputError(
+                    culprit, f"id {record['id']!r}", "ids from 1, as COCOeval counts them"
+                )
             seen.add(record["id"])
     return content
 

@@ -84,7 +84,8 @@ class _QuickResize(T.ResizeTransform):
     """Resizes images of bytes by torch's kernel for them."""
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        if img.dtype != np.uint8 or img.ndim != 3 or (interp or self.interp) != Image.BILINEAR:
+        how = self.interp if interp is None else interp  # NEAREST is 0
+        if img.dtype != np.uint8 or img.ndim != 3 or how != Image.BILINEAR:
             return super().apply_image(img, interp)
         pixels = torch.from_numpy(np.ascontiguousarray(img)).permute(2, 0, 1)[None]
         size = self.new_h, self.new_w

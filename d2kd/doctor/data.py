@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,13 +38,21 @@ def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
             yield Finding(f"{part} data", "error", f"{error.culprit}: {error.found}", advice)
             continue
         records = [record for name in names for record in DatasetCatalog.get(name)]
-        classes = MetadataCatalog.get(names[0]).get("thing_classes") or []
+        classes = _wanted(MetadataCatalog.get(names[0]))
         yield from _annotations(f"{part} data", records, classes)
         yield _files(f"{part} images", records, images)
 
 
+def _wanted(metadata: Metadata) -> dict[int, str]:
+    """The classes a data set is about: of a class step its own, by the numbers that all steps have."""
+    part, names = metadata.get("class_step"), metadata.get("thing_classes") or []
+    if part is None:
+        return dict(enumerate(names))
+    return {part.order.index(name): name for name in part.classes}
+
+
 def _annotations(
-    subject: str, records: Sequence[dict], classes: Sequence[str]
+    subject: str, records: Sequence[dict], classes: Mapping[int, str]
 ) -> Iterator[Finding]:
     rows, empty = [], 0
     for record in records:
@@ -76,7 +84,7 @@ def _annotations(
         yield Finding(f"{subject}, boxes", state, found, advice)
     else:
         yield Finding(f"{subject}, boxes", "ok", "all inside their images")
-    missing = [name for k, name in enumerate(classes) if not (category == k).any()]
+    missing = [name for k, name in classes.items() if not (category == k).any()]
     if missing:
         found = f"no object of {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         yield Finding(f"{subject}, classes", "warning", found, "leave them out, or add examples")

@@ -16,6 +16,7 @@ from ..classes import class_names, num_classes_of
 from ..config import reading_mapper
 from ..data import check_dataset
 from ..engine.checkpoint import student_of, unwrapped
+from ..engine.recipe import unknown_keys
 from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
@@ -39,14 +40,14 @@ ADAM_RATES = (1e-5, 1e-2, 5e-2)
 
 
 def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
-    """Channel order, classes, levels and learning rate.
+    """Keys, channel order, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
         model: what was built of it, inside DDP or bare.
     """
     model = unwrapped(model)
-    parts = (_channels, _classes, _levels, _learning_rate)
+    parts = (_keys, _channels, _classes, _levels, _learning_rate)
     return [finding for look in parts for finding in look(config, model)]
 
 
@@ -60,6 +61,12 @@ class FirstLook(HookBase):
             level = logging.INFO if finding.state == "ok" else logging.WARNING
             advice = f" -> {finding.advice}" if finding.advice else ""
             logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
+
+
+def _keys(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    if unknown := unknown_keys(config):
+        advice = "a key of configs/common/train.py, unless a hook of yours reads it"
+        yield Finding("train", "warning", f"{', '.join(unknown)}: read by nothing here", advice)
 
 
 def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:

@@ -80,7 +80,8 @@ class EvalTeacher(HookBase):
         # A name says little: the annotations behind it may have been edited since.
         files = [MetadataCatalog.get(name).get("json_file") for name in names]
         model = {k: v for k, v in self._config.model.teacher.items() if k != "weights"}
-        content = {"model": model, "data": self._config.dataloader.test}
+        dataloader = self._config.dataloader
+        content = {"model": model, "data": dataloader.test, "by": dataloader.get("evaluator")}
         if self._class_map is not None:
             content["classes"] = self._class_map.pairs
         return {
@@ -143,7 +144,7 @@ class Checkpoints(hooks.PeriodicCheckpointer):
             unwritten = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
             self.recent_checkpoints = [file for file in written if Path(file).name < unwritten]
         if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
-            last = self.max_iter - 1
+            last = self.trainer.start_iter - 1  # max_iter may have been lowered since
             with self.trainer.as_of(last):
                 self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
 

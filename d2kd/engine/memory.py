@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
+        gc.collect()  # of an earlier run a trainer and its hooks hold each other
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # or what is free but still resident would be filled
         with contextlib.suppress(OSError):

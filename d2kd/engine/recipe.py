@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -14,7 +15,7 @@ from ..errors import InputError
 CLIP_TYPES = ("full_model", "norm", "value")
 # Keys of ``train`` that count something, and the least they may be.
 COUNTS = {
-    "max_iter": 0,
+    "max_iter": 1,
     "checkpointer.period": 1,
     "checkpointer.max_to_keep": 1,
     "eval_period": 0,
@@ -59,6 +60,28 @@ def complete(cfg: Any) -> DictConfig:
         if not isinstance(found, int) or found < least:
             raise InputError(f"train.{key}", found, f"an integer, at least {least}")
     return config
+
+
+def unknown_keys(config: DictConfig) -> list[str]:
+    """Keys of a complete recipe's ``train`` that nothing here reads; a hook of one's own may."""
+    defaults = get_config("common/train.py").train
+
+    def below(prefix: str, given: DictConfig, known: DictConfig) -> Iterator[str]:
+        for key in given:
+            if key not in known:
+                yield f"{prefix}.{key}"
+            elif OmegaConf.is_dict(known[key]) and OmegaConf.is_dict(given[key]):
+                yield from below(f"{prefix}.{key}", given[key], known[key])
+
+    train = copy.copy(config.train)
+    distiller = train.pop("distiller", None)
+    clips = (
+        {} if distiller is None else {"train.distiller.clip_gradients": distiller.clip_gradients}
+    )
+    found = list(below("train", train, defaults))
+    for prefix, given in clips.items():
+        found += below(prefix, given, defaults.clip_gradients)
+    return found
 
 
 def _check_distiller(model: DictConfig, distiller: DictConfig) -> None:

@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Trainer(DefaultTrainer):
     def _build(self, config: DictConfig) -> None:
         self.config = config
         self.device = pick_device(config.train.device)
-        self._seed_is_drawn = config.train.seed < 0
+        self._seed_is_drawn = config.train.seed is None or config.train.seed < 0
         if self._seed_is_drawn:
             config.train.seed = comm.all_gather(secrets.randbits(31))[0]
         self.cfg = run_card(config)
@@ -181,7 +181,8 @@ class Trainer(DefaultTrainer):
             return
         told = model.class_map.student
         if not ClassMap.by_name(told, names).is_identity:
-            k = next(k for k, (a, b) in enumerate(zip(told, names)) if a != b)
+            same = {a for a, b in ClassMap.by_name(told, names).pairs if a == b}
+            k = min(set(range(len(told))) - same)
             raise InputError(
                 "model.classes", f"class {k} is {told[k]!r}", f"{names[k]!r}, as in the data"
             )
@@ -519,11 +520,12 @@ def has_tensorboard() -> bool:
     return True
 
 
-def finite(results: dict) -> dict:
-    """Results without the metrics that are undefined."""
+def finite(results: Mapping) -> dict:
+    """Results, by task or not, without the metrics that are undefined."""
     return {
-        task: {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for task, metrics in results.items()
+        name: finite(value) if isinstance(value, Mapping) else value
+        for name, value in results.items()
+        if isinstance(value, Mapping) or math.isfinite(value)
     }
 
 

@@ -62,6 +62,9 @@ def match_levels(
         if same_size and name in ours and name in theirs:
             found = f"{name!r} has stride {ours[name].stride} here and {theirs[name].stride} there"
             raise InputError("levels", found, "equal strides")
+        if name in ours and not same_size:
+            found = f"the teacher's backbone has no level of stride {ours[name].stride * scale}"
+            raise InputError("levels", f"{found}, for {name!r}", f"one, of {_listed(theirs)}")
         side, has = ("student", ours) if name not in ours else ("teacher", theirs)
         raise InputError("levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}")
     if not matches or (wanted is not None and not wanted):

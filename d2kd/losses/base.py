@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..classes import ClassMap
 from ..errors import InputError
+from ..modeling.outputs import Unreadable
 from ..processes import over_processes
 
 Weight = float | ParamScheduler
@@ -150,13 +151,16 @@ class DistillLosses(nn.Module):
                 loss.progress = progress
                 try:
                     value = loss(student, teacher)
-                except LookupError as error:
+                except (Unreadable, KeyError) as error:
                     raise InputError(
                         f"losses.{name}", _message(error), "what both detectors say"
                     ) from error
                 named = value if isinstance(value, dict) else {"": value}
                 for term, scalar in named.items():
-                    terms[f"{key}_{term}" if term else key] = scalar * weight
+                    full = f"{key}_{term}" if term else key
+                    if full in terms:
+                        raise InputError(f"losses.{name}", f"a second {full}", "a name of its own")
+                    terms[full] = scalar * weight
             # Parameters stay in the graph at weight 0, and where a term of theirs is switched off: DDP
             # refuses those that vanish. Of parameters alone, since 0 * NaN would be NaN.
             if idle := silent_sum(loss.parameters()):
@@ -171,7 +175,7 @@ def silent_sum(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [torch.stack(zeros).sum()] if zeros else []
 
 
-def _message(error: LookupError) -> str:
+def _message(error: Unreadable | KeyError) -> str:
     if isinstance(error, KeyError):
         return f"no level {error.args[0]!r}"
     return str(error)

@@ -152,7 +152,7 @@ class ICDLoss(DistillLoss):
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.draws = 0
+        self.draws = 0  # under this seed
         self._waits = False
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -346,12 +346,12 @@ class ICDLoss(DistillLoss):
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
 
-    # Not a buffer, which on a GPU would have to be waited for in each step.
+    # Not buffers, for which in each step a GPU would have to be waited.
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.draws)
+        return torch.tensor([self.draws, self.seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.draws = int(state)
+        self.draws, self.seed = (int(number) for number in state)
 
     def _generator(self) -> torch.Generator:
         """The generator of this step, told by the seed, the process and how many steps there were.

@@ -70,6 +70,8 @@ class Teacher:
         self.kind = outputs_of(detector)
         self.classes = None
         names = None if classes is None else class_names(classes, "teacher.classes")
+        if aliases and names is None:
+            raise InputError("teacher.aliases", "no teacher.classes", "classes that they rename")
         if names is not None:
             self.classes = renamed(names, aliases or {})
             check_classes("teacher", detector, self.classes)

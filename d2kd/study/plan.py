@@ -144,6 +144,13 @@ class Study:
                 if fast:
                     _override(config, self.fast)
                 own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
+                if "steps_like" in needs:
+                    own, theirs = (
+                        c.train.max_iter for c in (config, planned[needs["baseline"]].config)
+                    )
+                    if own != theirs:  # whose seconds a step tell how many steps fit
+                        culprit = f"runs: {method}: train.max_iter"
+                        raise InputError(culprit, own, f"the baseline's, {theirs}")
                 test = self.test_of(method)
                 planned[name] = Run(name, method, own_seed, config, test, **needs)
             return name

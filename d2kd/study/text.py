@@ -6,9 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# The 97.5th percentile of Student's t by degrees of freedom, from 1; later the normal's is used instead.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL_975 = 1.960
+# The 97.5th percentile of Student's t by degrees of freedom, from 1 to 30; beyond, the last one: it is 4 % too wide at most.
+T_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
 def mean_text(values: Sequence[float | None], digits: int) -> str:
@@ -34,7 +37,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % confidence interval of the mean by Student's t; None for fewer than two values."""
     if len(values) < 2:
         return None
-    t = dict(enumerate(T_975, start=1)).get(len(values) - 1, NORMAL_975)
+    t = T_975[min(len(values) - 1, len(T_975)) - 1]
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
