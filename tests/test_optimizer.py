@@ -22,15 +22,7 @@ from d2kd.engine.step import Step
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 
-from .test_trainer import (  # noqa: F401  (two are fixtures)
-    assert_same,
-    data,
-    lines,
-    no_console,
-    own_cache,
-    run,
-    saved,
-)
+from .test_trainer import assert_same, data, lines, run, saved  # noqa: F401  (one is a fixture)
 from .tiny_run import distiller, recipe, without_evaluation
 
 

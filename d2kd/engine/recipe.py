@@ -24,6 +24,8 @@ COUNTS = {
     "draw_images": 1,
 }
 MAY_BE_NONE = ("checkpointer.max_to_keep",)
+# Keys of ``train.distiller``.
+DISTILLER = ("optimizer", "lr_multiplier", "clip_gradients")
 
 
 def complete(cfg: Any) -> DictConfig:
@@ -64,7 +66,9 @@ def complete(cfg: Any) -> DictConfig:
 
 def unknown_keys(config: DictConfig) -> list[str]:
     """Keys of a complete recipe's ``train`` that nothing here reads; a hook of one's own may."""
-    defaults = get_config("common/train.py").train
+    known = get_config("common/train.py").train
+    distiller = dict.fromkeys(DISTILLER) | {"clip_gradients": known.clip_gradients}
+    known = OmegaConf.merge(known, {"distiller": distiller})
 
     def below(prefix: str, given: DictConfig, known: DictConfig) -> Iterator[str]:
         for key in given:
@@ -73,23 +77,18 @@ def unknown_keys(config: DictConfig) -> list[str]:
             elif OmegaConf.is_dict(known[key]) and OmegaConf.is_dict(given[key]):
                 yield from below(f"{prefix}.{key}", given[key], known[key])
 
-    train = copy.copy(config.train)
-    distiller = train.pop("distiller", None)
-    clips = (
-        {} if distiller is None else {"train.distiller.clip_gradients": distiller.clip_gradients}
-    )
-    found = list(below("train", train, defaults))
-    for prefix, given in clips.items():
-        found += below(prefix, given, defaults.clip_gradients)
-    return found
+    return list(below("train", config.train, known))
 
 
 def _check_distiller(model: DictConfig, distiller: DictConfig) -> None:
     expected = "optimizer, lr_multiplier and clip_gradients of what a Distiller's losses own"
     if not is_distiller(model):
         raise InputError("train.distiller", "no Distiller in the recipe", expected)
-    keys = {"optimizer", "lr_multiplier", "clip_gradients"}
-    if not OmegaConf.is_dict(distiller) or "optimizer" not in distiller or set(distiller) - keys:
+    if (
+        not OmegaConf.is_dict(distiller)
+        or "optimizer" not in distiller
+        or set(distiller) - set(DISTILLER)
+    ):
         found = ", ".join(distiller) if OmegaConf.is_dict(distiller) else distiller
         raise InputError("train.distiller", found or "nothing", expected)
 
