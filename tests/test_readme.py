@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import itertools
 import json
 import os
 import pickle
@@ -11,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.classes import ClassMap, class_names, renamed
-from d2kd.config import detector, is_distiller, load
+from d2kd.config import config_file, detector, is_distiller, load
 from d2kd.data.shapes import CLASSES
 from d2kd.engine.recipe import complete
 
@@ -25,6 +26,7 @@ from .tiny_run import draw_data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("projects/*/README.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, flags=re.DOTALL))
 
@@ -151,12 +153,29 @@ def test_an_optimizer_of_the_losses_own():
     assert complete(parts).train.distiller.clip_gradients.clip_value == 0.01
 
 
-def test_every_path_it_names_is_there():
-    root = Path(__file__).parents[1]
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    tools = re.findall(r"\btools/\w+\.py", README)
-    assert len(links) > 5 and tools
-    assert not [path for path in (*links, *tools) if not (root / path).exists()]
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_every_path_it_names_is_there(path):
+    text = path.read_text()
+    links = re.findall(r"\]\(((?!http|#)[^)#]+)", text)
+    text = re.sub(r"\[[^]]*\]\([^)]*\)", "", text)
+    named = re.findall(r"\b(?:tools|projects|configs)/[\w/]+\.py", text)
+    recipes = re.findall(r"--config-file (baselines/[\w/]+\.py)", text)
+    assert len(links) > 5 and len(named) > 5
+    files = [path.parent / link for link in links] + [ROOT / name for name in named]
+    assert not [file for file in (*files, *map(config_file, recipes)) if not Path(file).exists()]
+
+
+@pytest.mark.parametrize("path", READMES[1:], ids=lambda path: path.parent.name)
+def test_every_run_it_names_is_in_its_study(path):
+    commands = re.findall(
+        r"tools/run_study\.py\s+(\S+\.py)((?:[^\n`]*\\\n)*[^\n`]*)", path.read_text()
+    )
+    assert len(commands) > 3
+    for study, options in commands:
+        known = set(LazyConfig.load(str(ROOT / study)).runs)
+        _, _, words = options.replace("\\\n", " ").partition("--runs")
+        named = list(itertools.takewhile(lambda word: not word.startswith("-"), words.split()))
+        assert set(named) <= known, (study, named)
 
 
 def test_our_own_warnings_are_errors():
