@@ -4,13 +4,17 @@ import json
 import sys
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog
 
-from d2kd.engine.run_info import write_json
+from d2kd.config import load
+from d2kd.engine.run_info import save_config, write_json
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
 
-from .common import load_tool, refusal, tiny_faster_rcnn
+from .common import build, load_tool, refusal, tiny_faster_rcnn
 from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)
+from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 
 @pytest.fixture
@@ -35,6 +39,83 @@ def test_detectors_by_config_and_weights(command, data, tmp_path, capsys):  # no
     content = json.loads((output / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "student"]
     assert content["resamples"] == 5
+
+
+def test_results_stand_for_detections_and_a_threshold_says_which_count(
+    command,
+    data,  # noqa: F811
+    tmp_path,
+):
+    """Every object with a score of 0.9, and a detection with 0.3 in the image that has none."""
+    config, weights = saved(tmp_path / "it", data, tiny_faster_rcnn(), 0)
+    truth = json.loads((data / "data.json").read_text())["annotations"]
+    rows = [a | {"score": 0.9} for a in truth if not a["iscrowd"]]
+    assert 2 not in {row["image_id"] for row in rows}
+    rows.append(rows[0] | {"image_id": 2, "score": 0.3})
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    words = ["--detector", f"it={config},{weights},{tmp_path / 'results.json'}"]
+    words += ["--dataset", named(data), "--resamples", 5, "--observe", 1, "--output", tmp_path]
+    for threshold, wrong in ((0.2, 1), (None, 0)):
+        command(*words, *([] if threshold is None else ["--threshold", threshold]))
+        content = json.loads((tmp_path / "report.json").read_text())
+        [row] = content["rows"]
+        assert row["accuracy"]["metrics"]["AP"] == pytest.approx(100)
+        fixed = row["accuracy"]["fixed"]
+        assert (fixed["recall"], fixed["wrong"]) == (100, wrong)
+        assert content["threshold"] == fixed["threshold"] == (threshold or 0.5)
+
+
+@pytest.fixture
+def trained(data, tmp_path):  # noqa: F811
+    """The folder of a run with a teacher, measured on other data than it was trained on: on three images."""
+    run = tmp_path / "run"
+    config = recipe(data, run, distiller(teacher_weights(tmp_path / "taught")))
+    draw_data(tmp_path / "other", objects=(1, 2, 1))
+    config.dataloader.test.dataset.names = recipe(
+        tmp_path / "other", run
+    ).dataloader.test.dataset.names
+    save_config(config, run / "config.yaml")
+    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    return run
+
+
+def test_a_run_alone_is_enough(command, trained, tmp_path):
+    command(trained, "--resamples", 5, "--observe", 1)
+    content = json.loads((trained / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["teacher", "distilled"]
+    assert content["dataset"]["name"] == f"tiny_{tmp_path / 'other'}"
+    assert content["dataset"]["images"] == 3
+    assert (trained / "report.html").is_file()
+
+
+def test_a_run_without_test_data_may_be_asked_about_others(
+    command,
+    trained,
+    data,  # noqa: F811
+    tmp_path,
+):
+    config = load(str(trained / "config.yaml"))
+    del config.dataloader.test["dataset"]
+    save_config(config, trained / "config.yaml")
+    left, there = sorted(trained.rglob("*")), tmp_path / "there"
+    words = ["--dataset", f"tiny_{data}", "--output", there, "--resamples", 5, "--observe", 1]
+    command(trained, *words)
+    content = json.loads((there / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["teacher", "distilled"]
+    assert content["dataset"]["name"] == f"tiny_{data}" and content["dataset"]["images"] == 6
+    assert (there / "report.html").is_file() and sorted(trained.rglob("*")) == left
+
+
+def test_data_that_only_the_recipe_of_a_run_knows(trained, tmp_path):
+    name = f"tiny_{tmp_path / 'other'}"
+    assert name not in DatasetCatalog.list()
+    detectors, dataset = load_tool("compare_detectors").found_in(trained, name)
+    assert dataset == name and name in DatasetCatalog.list() and len(detectors) == 2
+
+
+def test_a_study_may_be_asked_about_other_data(study):  # noqa: F811
+    detectors, dataset = load_tool("compare_detectors").found_in(study, "another")
+    assert dataset == "another" and [d.name for d in detectors] == ["teacher", "baseline", "tar"]
 
 
 def test_a_study_alone_is_enough(command, study):  # noqa: F811

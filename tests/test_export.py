@@ -1,6 +1,7 @@
 """What is handed on detects as the detector does, in another runtime, in any size of image."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -102,6 +103,18 @@ def test_a_file_detects_what_its_detector_does(files, family, form):
         assert strangers(found, wanted) == 0
         assert (found.scores.diff() <= 1e-6).all()
     assert exported.classes == NAMES and exported.metadata["image_format"] == "BGR"
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_a_file_sees_images_of_a_few_pixels(files, family, form):
+    detector, exported = files(family, form)
+    for size in ((1, 1), (1, 150), (7, 5)):
+        image = torch.rand(3, *size, generator=seeded(2)) * 255
+        batch = [{"image": image, "height": size[0], "width": size[1]}]
+        with torch.no_grad():
+            (wanted,), (found,) = detector(batch), exported(batch)
+        assert strangers(found["instances"], wanted["instances"]) == 0
 
 
 @pytest.mark.parametrize("family, name", [("gfl", "model.ts"), ("faster_rcnn", "model.onnx")])
@@ -237,6 +250,34 @@ def test_the_table(tool, dense, kind, form, threshold, tmp_path, capsys, monkeyp
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
     assert ExportedDetector(path).classes == NAMES  # by the test data
+
+
+def test_files_of_several_formats_and_one_that_answers_otherwise(
+    tool, dense, tmp_path, capsys, monkeypatch
+):
+    """The exit code tells of any of them, be it not the last."""
+    words = ["--config-file", dense / "dense_recipe.py", "--weights", dense / "dense_student.pth"]
+    words += ["--format", "torchscript", "onnx", "--images", "1", "--output", tmp_path]
+    words = [*map(str, words), "model.student.test_score_thresh=0.0"]
+
+    def told():
+        return [int(n) for n in re.findall(r"(\d+) not the other's", capsys.readouterr().out)]
+
+    tool.main(words)
+    assert told() == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.ts"]
+
+    def another_in_torchscript(source, path, about):
+        if path.suffix == ".ts":
+            node = tiny_retinanet()
+            node.test_score_thresh = 0.0
+            write(Exportable(build(node, seed=9).eval()), path, about)
+
+    monkeypatch.setattr(export, "write", another_in_torchscript)
+    with pytest.raises(SystemExit) as exit:
+        tool.main(words)
+    differing, same = told()
+    assert exit.value.code == 1 and differing > 0 and same == 0
 
 
 def test_how_a_reduced_image_was_made(folder):

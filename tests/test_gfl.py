@@ -38,17 +38,18 @@ def seed():
 # Formulas
 
 
-def test_quality_focal_loss_restated():
+@pytest.mark.parametrize("beta", [1.0, 2.0, 3.5])
+def test_quality_focal_loss_restated(beta):
     logits = torch.randn(20, CLASSES, dtype=torch.float64) * 3
     quality = torch.rand(20, CLASSES, dtype=torch.float64) * (torch.rand(20, CLASSES) > 0.5)
-    loss = quality_focal_loss(logits, quality)
+    loss = quality_focal_loss(logits, quality, beta)
     for x, q, value in zip(logits.flatten(), quality.flatten(), loss.flatten()):
         p = 1 / (1 + math.exp(-x))
-        expected = (q - p) ** 2 * -(q * math.log(p) + (1 - q) * math.log(1 - p))
+        expected = abs(q - p) ** beta * -(q * math.log(p) + (1 - q) * math.log(1 - p))
         assert value == pytest.approx(float(expected), rel=1e-9)
     negative = quality == 0
     entropy = F.softplus(logits[negative])  # -log(1 - p)
-    torch.testing.assert_close(loss[negative], logits[negative].sigmoid() ** 2 * entropy)
+    torch.testing.assert_close(loss[negative], logits[negative].sigmoid() ** beta * entropy)
 
 
 def test_a_score_that_says_the_quality_is_left_alone():
@@ -214,6 +215,20 @@ def test_the_padding_of_the_batch_is_ignored():
     assert (alone >= 0).all() and (larger >= 0).all() and (~inside).any()
 
 
+def test_an_object_has_as_many_candidates_of_a_level_as_it_is_told():
+    found = []
+    for topk in (1, 4):
+        gfl = with_options(topk_anchors=topk)
+        anchors = gfl.anchor_generator([torch.zeros(1, 1, n, n) for n in (8, 4, 2, 1, 1)])
+        objects = truths(objects=(2, 1))
+        labels, _ = gfl.label_anchors(anchors, objects)
+        foreground = torch.stack([(0 <= x) & (x < CLASSES) for x in labels])
+        slow = [slow_atss(anchors, one.gt_boxes, topk) >= 0 for one in objects]
+        assert torch.equal(foreground, torch.stack(slow))
+        found.append(int(foreground.sum()))
+    assert 0 < found[0] < found[1]
+
+
 class Waits(TorchDispatchMode):
     """Counts what a GPU would be waited for: numbers read, and tensors as large as their content says."""
 
@@ -275,6 +290,33 @@ def losses_of(gfl, logits, edges, truth):
 
 def truths(**options):
     return [x["instances"] for x in batch(sizes=((64, 64),) * 2, **options)]
+
+
+def with_options(**options):
+    """A small GFL whose recipe says so."""
+    node = tiny_gfl()
+    node.update(options)
+    return build(node).train()
+
+
+@pytest.mark.parametrize(
+    "weight, term",
+    [("cls_weight", "loss_cls"), ("box_weight", "loss_box_reg"), ("dfl_weight", "loss_dfl")],
+)
+def test_a_weight_is_that_of_its_own_term_alone(weight, term):
+    once, twice = (step(with_options(**{weight: value}), batch()) for value in (0.5, 1.0))
+    for name, value in once.items():
+        assert value > 0 and torch.equal(twice[name], value * (2 if name == term else 1)), name
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_what_background_costs_under_another_exponent(beta):
+    """With a score p, p^beta of its cross entropy."""
+    gfl, logits = with_options(qfl_beta=beta), []
+    gfl.head.register_forward_hook(lambda *args: logits.extend(args[-1][0]))
+    losses = step(gfl, batch(sizes=((64, 64),) * 2, objects=(0, 0)))
+    costs = sum((x.sigmoid() ** beta * F.softplus(x)).sum() for x in logits)
+    torch.testing.assert_close(losses["loss_cls"], costs / 2)
 
 
 def test_ignored_anchors_give_nothing():

@@ -19,6 +19,7 @@ from d2kd.data import InstancePriors, class_step, coco_dataset, estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.run_info import write_json
 from d2kd.errors import InputError
+from d2kd.layers import attention as attention_module
 from d2kd.layers.attention import (
     CellPositions,
     InstanceDecoderLayer,
@@ -703,6 +704,28 @@ def test_lambda_is_the_family_s_and_the_auxiliary_weights_are_1(node, factor, ca
         ("localization", icd_module.LOCALIZATION, 0.6),
     ):
         assert float(term(losses, name).detach()) == pytest.approx(values[key] * bound, rel=1e-5)
+
+
+def test_less_memory_for_attention_changes_no_loss(monkeypatch):
+    attended, taken = attention_module._attended, []
+
+    def counted(query, key, valid):
+        taken.append(query.shape[1])
+        return attended(query, key, valid)
+
+    monkeypatch.setattr(attention_module, "_attended", counted)
+
+    def losses(mebibytes):
+        torch.manual_seed(0)
+        model = distiller(icd(attention_mebibytes=mebibytes), tiny_retinanet)
+        taken.clear()
+        return step_at(model, batch(objects=(3, 1)), 0.5)[0], list(taken)
+
+    whole, at_once = losses(64)
+    parts, one_by_one = losses(1e-9)
+    assert at_once == [3, 1] and one_by_one == [1, 1, 1, 1]
+    assert term(whole, "distillation") > 0
+    torch.testing.assert_close(parts, whole)
 
 
 def test_every_object_twice_is_the_same_distillation():

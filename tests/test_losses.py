@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
 from d2kd.errors import InputError
-from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ImitationLoss, TARLoss
+from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ICDLoss, ImitationLoss, TARLoss
 from d2kd.losses.base import value_of
 from d2kd.losses.functional import (
     in_float32,
@@ -67,6 +67,19 @@ def test_properties(name):
     factory, detectors = LOSSES[name]
     checked = check_loss(factory, list(detectors))
     assert len(checked) == 7 * len(detectors)
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+@pytest.mark.parametrize("sizes", [((1, 1),), ((1, 150), (150, 1)), ((7, 5), (64, 64))])
+def test_images_of_a_few_pixels(family, sizes):
+    """No level has a whole cell of such an image, and its padding is most of the batch."""
+    for make in (TARLoss, lambda: ICDLoss(heads=4)):
+        model = distiller(make, DETECTORS[family])
+        losses = step(model, batch(sizes=sizes, objects=(1,) * len(sizes)))
+        sum(losses.values()).backward()
+        assert all(value.isfinite() for value in losses.values()), losses
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 class Faulty(ImitationLoss):
@@ -412,6 +425,21 @@ def test_regression_restated(gate, teacher_coder, agnostic):
             slow += error**2 / 2 if error < 1 else error - 0.5
     assert gate == "none" or 0 < opened < positives, "the scene decides nothing"
     assert float(value) == pytest.approx(slow / positives, rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 8.0])
+def test_where_regression_turns_from_square_to_absolute(beta):
+    boxes, gt, classes, ours, theirs = scene()
+    found = TARLoss(reg_gate="none", smooth_l1_beta=beta).regression(
+        regions(boxes, ours, classes, gt), regions(boxes, theirs, None, None)
+    )
+    rows = classes < 3
+    s, t = (of_class(deltas[rows], classes[rows]) for deltas in (ours, theirs))
+    errors = (s - t).abs()
+    square, absolute = errors**2 / (2 * beta), errors - beta / 2
+    slow = torch.where(errors < beta, square, absolute).sum() / len(errors)
+    assert beta in (0, 8) or 0 < (errors < beta).sum() < errors.numel()
+    torch.testing.assert_close(found, slow)
 
 
 @pytest.mark.parametrize("gate", ["proposal", "student", "none"])

@@ -12,15 +12,21 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver import LRMultiplier
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
+from torch import nn
 
 import d2kd.engine.trainer as trainer_module
 from d2kd.classes import ClassMap
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
+from d2kd.engine.checkpoint import student_of
+from d2kd.engine.launch import joined
+from d2kd.engine.step import distributed
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses.base import DistillLoss
@@ -256,6 +262,69 @@ def test_clipping(data, tmp_path, clip_type):
         assert 0 < max(m.norm() for m in moved) <= reach
     else:
         assert 0 < max(m.abs().max() for m in moved) <= reach
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_whether_cudnn_looks_for_the_fastest(data, tmp_path, monkeypatch, chosen):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not chosen)
+    Trainer(recipe(data, tmp_path / "out", cudnn_benchmark=chosen))
+    assert torch.backends.cudnn.benchmark is chosen
+
+
+def test_what_of_a_student_is_compiled(data, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    trainer = Trainer(recipe(data, tmp_path / "out", distiller(), compile=True))
+    assert compiled == [trainer.model.student.backbone.bottom_up]
+    compiled.clear()
+    Trainer(recipe(data, tmp_path / "out", distiller()))
+    assert compiled == []
+
+
+def test_channels_last_but_on_a_cpu(data, tmp_path, monkeypatch):
+    def kernel(last, model=None):
+        config = recipe(data, tmp_path / "out", model, channels_last=last)
+        return student_of(Trainer(config).model).backbone.fpn_output2.weight
+
+    for model in (None, distiller()):
+        with pytest.raises(InputError, match="train.channels_last: true on cpu; expected a GPU"):
+            kernel(True, model)
+    # As long as it computes nothing, a detector may say that it is elsewhere.
+    monkeypatch.setattr(GeneralizedRCNN, "device", torch.device("cuda"))
+    for last in (True, False):
+        assert kernel(last).is_contiguous(memory_format=torch.channels_last) is last
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_gradients_may_travel_in_half_precision(monkeypatch, compress):
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    alone, inputs = nn.Linear(5, 3), torch.randn(7, 5)
+    alone(inputs).square().sum().backward()
+    gradient = alone.weight.grad.clone()
+    rounded = gradient.half().float()
+    assert not torch.equal(gradient, rounded)
+    alone.zero_grad()
+    options = {"broadcast_buffers": False, "find_unused_parameters": True}
+    with joined("cpu"):
+        assert distributed(alone, torch.device("cpu"), {"fp16_compression": compress}) is alone
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        model = distributed(alone, torch.device("cpu"), {**options, "fp16_compression": compress})
+        model(inputs).square().sum().backward()
+        assert {name: getattr(model, name) for name in options} == options
+    assert torch.equal(alone.weight.grad, rounded if compress else gradient)
+
+
+def test_the_recipe_says_how_gradients_travel(data, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        trainer_module, "distributed", lambda model, *rest: given.append(rest) or model
+    )
+    config = recipe(data, tmp_path / "out", ddp={"fp16_compression": True})
+    trainer = Trainer(config)
+    [(device, options)] = given
+    assert device == trainer.device and options == {**config.train.ddp, "fp16_compression": True}
 
 
 def test_results_that_are_undefined_are_no_results():

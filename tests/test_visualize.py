@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from PIL import Image
 
 from d2kd.config import load
 
 from .common import build, load_tool, tiny_faster_rcnn
+from .test_visualization import panels_of
 from .tiny_run import draw_data, teacher_weights
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,25 @@ def test_data_of_the_recipe_is_found_by_its_name(folder):
     assert done.returncode == 0, done.stderr
     assert "ground truth | teacher | student: 2 pictures" in done.stdout
     assert len(list((folder / "pictures").glob("*.png"))) == 2
+
+
+def test_what_scores_below_the_threshold_is_not_drawn(folder, tmp_path, monkeypatch):
+    tool = load_tool("visualize")
+
+    def panels(threshold):
+        words = ["--config-file", folder / "recipe.py", "--dataset", "mine_val", "--number", 1]
+        words += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
+        words += ["--output", tmp_path / str(threshold), "--threshold", threshold]
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
+        tool.main()
+        [picture] = (tmp_path / str(threshold)).glob("*.png")
+        return panels_of(np.asarray(Image.open(picture)), 3)
+
+    truth, teacher, student = panels(1.0)
+    assert np.array_equal(teacher, student) and (truth != teacher).any()  # the image alone
+    same, *seen = panels(0.05)
+    assert np.array_equal(truth, same)
+    assert all((panel != teacher).any() for panel in seen)
 
 
 def test_a_detector_is_drawn_with_the_names_in_its_file(folder, tmp_path):
