@@ -211,9 +211,12 @@ def test_a_compiled_student_is_compiled_where_nobody_listens(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     student = build(tiny_retinanet())
+    for key in ("compile", "channels_last"):
+        with pytest.raises(InputError, match=f"train.{key}: true on cpu"):
+            quicken(student, {key: True})
+    assert not compiled
+    monkeypatch.setattr(type(student), "device", torch.device("cuda"))
     quicken(student, {"compile": True})
     assert compiled == [student.backbone.bottom_up]
     quicken(student, {"compile": False, "channels_last": False})
     assert len(compiled) == 1
-    with pytest.raises(InputError, match="channels_last: true on cpu"):
-        quicken(student, {"channels_last": True})

@@ -272,12 +272,16 @@ def test_whether_cudnn_looks_for_the_fastest(data, tmp_path, monkeypatch, chosen
 
 
 def test_what_of_a_student_is_compiled(data, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="train.compile: true on cpu; expected a GPU"):
+        Trainer(recipe(data, tmp_path / "out", distiller(), compile=True))
     compiled = []
+    # As long as it computes nothing, a detector may say that it is elsewhere.
+    monkeypatch.setattr(GeneralizedRCNN, "device", torch.device("cuda"))
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
-    trainer = Trainer(recipe(data, tmp_path / "out", distiller(), compile=True))
-    assert compiled == [trainer.model.student.backbone.bottom_up]
+    trainer = Trainer(recipe(data, tmp_path / "out", compile=True))
+    assert compiled == [trainer.model.backbone.bottom_up]
     compiled.clear()
-    Trainer(recipe(data, tmp_path / "out", distiller()))
+    Trainer(recipe(data, tmp_path / "out"))
     assert compiled == []
 
 
@@ -289,7 +293,6 @@ def test_channels_last_but_on_a_cpu(data, tmp_path, monkeypatch):
     for model in (None, distiller()):
         with pytest.raises(InputError, match="train.channels_last: true on cpu; expected a GPU"):
             kernel(True, model)
-    # As long as it computes nothing, a detector may say that it is elsewhere.
     monkeypatch.setattr(GeneralizedRCNN, "device", torch.device("cuda"))
     for last in (True, False):
         assert kernel(last).is_contiguous(memory_format=torch.channels_last) is last

@@ -97,11 +97,13 @@ def quicken(student: nn.Module, options: Mapping[str, Any]) -> None:
     Its pyramid and heads are not compiled: they are listened to, and what listens is another in each step.
 
     Raises:
-        InputError: channels last on a CPU, where torch (2.14, oneDNN) crashes in the backward pass of narrow nets.
+        InputError: either on a CPU, where torch (2.14, oneDNN) crashes in the backward pass of narrow nets whose maps
+            are channels last; compiled convolutions make them so.
     """
+    for key in ("channels_last", "compile"):
+        if options.get(key) and student.device.type == "cpu":
+            raise InputError(f"train.{key}", "true on cpu", "a GPU, or false")
     if options.get("channels_last"):
-        if student.device.type == "cpu":
-            raise InputError("train.channels_last", "true on cpu", "a GPU, or false")
         student.to(memory_format=torch.channels_last)
     if options.get("compile"):
         student.backbone.bottom_up.compile(dynamic=None)
