@@ -183,8 +183,8 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
         level: part.unflatten(-1, size).cpu().numpy()
         for level, part, size in zip(maps, split, sizes)
     }
-    height, width = said.images.image_sizes[0]
-    return Attention(levels, (padded[0] / height, padded[1] / width))
+    own_height, own_width = said.images.image_sizes[0]
+    return Attention(levels, (padded[0] / own_height, padded[1] / own_width))
 
 
 def attention_panel(

@@ -342,8 +342,8 @@ DATA: dict[str, Case] = {
     "data/datasets _read: f'no list": coco(lambda c: c.pop("images") and None),
     "data/datasets _read: repr(record)": coco(lambda c: c["images"].append(3)),
     "data/datasets _read: f\"no {', '": coco(without("annotations", "bbox")),
-    "data/datasets _read: a whole number": coco(first("annotations", id=2)),
-    "data/datasets _read: ids from 1": coco(first("annotations", id=0)),
+    'data/datasets _read: f"id {': coco(first("annotations", id=2)),
+    "data/datasets _check_coco: ids from 1": coco(first("annotations", id=0)),
     "data/loader build_train_loader: total_batch_size": call(_loaded, [{}], total_batch_size=0),
     "data/loader build_train_loader: 'no image'": call(_loaded, []),
     "data/loader build_test_loader: 'no image'": call(loader.build_test_loader, [], mapper=None),
@@ -690,7 +690,7 @@ MODELS: dict[str, Case] = {
     ),
     "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
     "modeling/teacher Teacher.__init__: 'teacher.aliases'": call(
-        Teacher, build(tiny_faster_rcnn()), None, aliases={"a": "b"}
+        lambda: Teacher(build(tiny_faster_rcnn()), None, aliases={"a": "b"})
     ),
     "modeling/teacher Teacher.__init__: 'teacher.scale'": call(lambda: _across(0)),
     "modeling/teacher Teacher.own_inputs": call(

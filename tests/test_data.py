@@ -163,7 +163,6 @@ def test_two_processes_at_once(tmp_path):
 
 
 def test_the_default_place(monkeypatch, tmp_path):
-    monkeypatch.delenv("D2KD_DATASETS", raising=False)
     assert shapes.default_root().parts[0] == "datasets"
     monkeypatch.setenv("D2KD_DATASETS", str(tmp_path))
     assert shapes.default_root().parent == tmp_path

@@ -840,7 +840,7 @@ def test_seed_and_count_of_draws_are_saved_as_numbers_and_restored():
         other.losses.load_state_dict(state)
 
 
-def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
+def test_resumed_is_uninterrupted(tmp_path):
     draw_data(tmp_path / "data")
     priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
     losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.5, priors=priors))

@@ -11,7 +11,6 @@ to move anything.
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -288,8 +287,6 @@ class Bench:
         """
         row = self.rows[name]
         self.rows = {name: row}
-
-        gc.collect()
         peak = Peak(self.device)
         # The optimizer's state is there after the first step, whose size so comes once more.
         for number in range(len(self._shown[0]) + 1):

@@ -133,6 +133,9 @@ def _check_coco(
     step = content.get("d2kd_step", names)  # the classes that a file of several is about
     for one in content["annotations"]:
         culprit = f"{json_file}: annotation {one['id']}"
+        # COCOeval marks a detection with the id of what it found, and takes 0 for nothing.
+        if one["id"] < 1:
+            raise InputError(culprit, f"id {one['id']}", "ids from 1, as COCOeval counts them")
         if one["category_id"] not in categories:
             listed = ", ".join(map(str, sorted(categories)))
             raise InputError(culprit, f"category {one['category_id']!r}", f"one of {listed}")
@@ -180,11 +183,6 @@ def _read(json_file: str) -> dict[str, list[dict]]:
                 )
             if not isinstance(record["id"], int) or record["id"] in seen:
                 raise InputError(culprit, f"id {record['id']!r}", "a whole number no other has")
-            if section == "annotations" and record["id"] < 1:
-                # pycocotools marks a detection with the id of what it found, and takes 0 for nothing.
-                raise InputError(
-                    culprit, f"id {record['id']!r}", "ids from 1, as COCOeval counts them"
-                )
             seen.add(record["id"])
     return content
 

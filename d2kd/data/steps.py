@@ -151,6 +151,11 @@ class ClassStep:
         return tuple(chain(*self.steps[: self.step])) if self.seen else self.steps[self.step - 1]
 
     @property
+    def numbers(self) -> dict[str, int]:
+        """The same by the numbers that a detector has for them."""
+        return {name: self.order.index(name) for name in self.classes}
+
+    @property
     def filters_images(self) -> bool:
         return not (self.seen and self.step == len(self.steps))
 
@@ -165,7 +170,7 @@ class ClassStep:
         theirs = MetadataCatalog.get(self.dataset).thing_classes
         number = [self.order.index(c) if c in self.order else -1 for c in theirs]
         step_of = [i for i, classes in enumerate(self.steps, 1) for _ in classes]
-        wanted = set(map(self.order.index, self.classes))
+        wanted = set(self.numbers.values())
         kept, boxes, elsewhere = [], 0, Counter()
         for record in records:
             every = [number[a["category_id"]] for a in record.get("annotations", ())]
@@ -253,12 +258,11 @@ def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int =
         metadata = MetadataCatalog.get(name)
         part, classes = metadata.get("class_step"), metadata.get("thing_classes")
         if part is not None:
-            numbers = {c: part.order.index(c) for c in part.classes}
-            for c, k in numbers.items():
+            for c, k in part.numbers.items():
                 if k < num_old_classes:
                     expected = f"new ones alone: {', '.join(part.order[num_old_classes:])}"
                     raise InputError(f"data set {name!r}", f"has {c!r}, an old class", expected)
-            check_count(name, num_classes, least=max(numbers.values()) + 1)
+            check_count(name, num_classes, least=max(part.numbers.values()) + 1)
             continue
         if classes:
             check_count(name, num_classes, least=len(classes))

@@ -48,7 +48,7 @@ def _wanted(metadata: Metadata) -> dict[int, str]:
     part, names = metadata.get("class_step"), metadata.get("thing_classes") or []
     if part is None:
         return dict(enumerate(names))
-    return {part.order.index(name): name for name in part.classes}
+    return {k: name for name, k in part.numbers.items()}
 
 
 def _annotations(

@@ -25,11 +25,11 @@ class Peak:
     def __init__(self, device: torch.device):
         self.device = device
         self.before: int | None = None
+        gc.collect()  # of an earlier run a trainer and its hooks hold each other
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
-        gc.collect()  # of an earlier run a trainer and its hooks hold each other
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # or what is free but still resident would be filled
         with contextlib.suppress(OSError):

@@ -180,9 +180,9 @@ class Trainer(DefaultTrainer):
         if names is None or not isinstance(model, Distiller) or model.class_map is None:
             return
         told = model.class_map.student
-        if not ClassMap.by_name(told, names).is_identity:
-            same = {a for a, b in ClassMap.by_name(told, names).pairs if a == b}
-            k = min(set(range(len(told))) - same)
+        same = ClassMap.by_name(told, names)
+        if not same.is_identity:
+            k = next(k for k in range(len(told)) if (k, k) not in same.pairs)
             raise InputError(
                 "model.classes", f"class {k} is {told[k]!r}", f"{names[k]!r}, as in the data"
             )
