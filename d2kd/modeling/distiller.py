@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 SHARES = ("student", "both")
 
+LOSSES = "distiller_losses"
+"""The prefix of the losses' parameters in a Distiller's state dict."""
+
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
@@ -32,6 +35,10 @@ class Distiller(nn.Module):
 
     The student's own forward runs untouched while its joints are listened to; the teacher answers what the
     losses read. In ``eval()`` a Distiller is its student.
+
+    Its state dict is its student's, with the parameters of the losses under ``distiller_losses.``: whatever saves or
+    loads models reads and writes a plain detector. The teacher is not in it. Weights that are loaded replace inherited
+    ones, unless they are only a part of the student's, such as a backbone: then it inherits once more.
 
     Args:
         student: any detector with readable outputs.
@@ -84,11 +91,16 @@ class Distiller(nn.Module):
         self._grown = grown_classes(student, teacher.detector, self.class_map)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
-        self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
+        self.taps = tuple(getattr(losses, "taps", ()))
+        for name in self.taps:
+            self._tapped(name)
         self.inherited = tuple(inherit)
         self.inherit()
         # The student may have been moved before it came here.
         self.to(self.device)
+        self.register_state_dict_post_hook(_to_plain_keys)
+        self.register_load_state_dict_pre_hook(_from_plain_keys)
+        self.register_load_state_dict_post_hook(_after_load)
 
     def inherit(self) -> None:
         """Take over the teacher's weights once more, after an initialization that has overwritten some."""
@@ -96,15 +108,22 @@ class Distiller(nn.Module):
             class_map = self.class_map or self._grown
             inherit_weights(self.student, self.teacher.detector, self.inherited, class_map)
 
-    def _tap(self, name: str) -> Callable:
+    def _tapped(self, name: str) -> nn.Module:
         try:
-            # The bound look-up and not the module: a module in a dict of ours would be easy to save twice.
-            self.student.get_submodule(name)
+            return self.student.get_submodule(name)
         except AttributeError:
             raise InputError(
                 "taps", f"no module {name!r} in the student", "the name of a submodule"
             ) from None
-        return lambda: self.student.get_submodule(name)
+
+    def __getattr__(self, name: str) -> Any:
+        # What tools look up by a key of the state dict, or in any detector: ``backbone``, ``roi_heads``.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "student" not in self.__dict__.get("_modules", ()):
+                raise
+            return self.losses if name == LOSSES else getattr(self.student, name)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -149,7 +168,7 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         teacher = self.teacher.ask(batched_inputs)
-        taps = {name: find() for name, find in self.taps.items()}
+        taps = {name: self._tapped(name) for name in self.taps}
         with contextlib.ExitStack() as during:
             calls = during.enter_context(capture(self.kind.joints(self.student)))
             tapped = during.enter_context(capture(taps))
@@ -177,6 +196,56 @@ class Distiller(nn.Module):
         if anywhere(failure is not None):
             raise failure or FloatingPointError("another process's predictions are not finite")
         return losses
+
+
+def _plain(key: str, prefix: str) -> str:
+    """The name in a plain detector of an entry of a Distiller that lies under ``prefix``."""
+    for nested, plain in (("student.", ""), ("losses.", f"{LOSSES}.")):
+        if key.startswith(prefix + nested):
+            return prefix + plain + key.removeprefix(prefix + nested)
+    return key
+
+
+def _to_plain_keys(distiller: Distiller, state: dict, prefix: str, _: Any) -> None:
+    """Hook of ``state_dict()``."""
+    for key in list(state):
+        if key.startswith(prefix):  # the others too would change the order
+            state[_plain(key, prefix)] = state.pop(key)
+    metadata = getattr(
+        state, "_metadata", {}
+    )  # by module; the student's own takes the Distiller's place
+    for key in list(metadata):
+        metadata[_plain(f"{key}.", prefix)[:-1]] = metadata.pop(key)
+
+
+def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) -> None:
+    """Hook of ``load_state_dict()``, before it hands the entries to the submodules."""
+    parts = (distiller._modules, distiller._parameters, distiller._buffers)
+    own = {name for part in parts for name in part} - {"student", "losses"}  # of a subclass
+
+    def nested(key: str) -> str:
+        name = key.removeprefix(prefix)
+        first, _, rest = name.partition(".")
+        if not key.startswith(prefix) or first in own:
+            return key
+        return prefix + (f"losses.{rest}" if first == LOSSES else f"student.{name}")
+
+    distiller._load_prefix = prefix
+    for key in list(state):
+        state[nested(key)] = state.pop(key)
+    metadata = getattr(state, "_metadata", None) or {}
+    for key, value in list(metadata.items()):  # the caller's, so nothing is taken out
+        metadata[nested(f"{key}." if key else "").removesuffix(".")] = value
+
+
+def _after_load(distiller: Distiller, incompatible: Any) -> None:
+    """Hook of ``load_state_dict()``: missing and unexpected entries are named as in the file."""
+    prefix = distiller.__dict__.pop("_load_prefix")
+    part = any(key.startswith(f"{prefix}student.") for key in incompatible.missing_keys)
+    for keys in incompatible:
+        keys[:] = [_plain(key, prefix) for key in keys]
+    if part:
+        distiller.inherit()
 
 
 def class_map_of(
