@@ -38,7 +38,7 @@ from d2kd import attention_maps, benchmark, classes, config, deployment, export
 from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loader, shapes, steps
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
-from d2kd.engine import checkpoint, launch, optimizer, recipe, step, trainer
+from d2kd.engine import checkpoint, launch, optimizer, step, trainer
 from d2kd.engine.run_info import LOGGERS, save_config
 from d2kd.errors import InputError, reporting
 from d2kd.evaluation import comparison, detections, detectors
@@ -460,7 +460,7 @@ def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
         change(node)
-        return lambda: recipe.complete(node)
+        return lambda: config.with_defaults(node)
 
     return case
 
@@ -508,18 +508,21 @@ ENGINE: dict[str, Case] = {
     "engine/optimizer _build: 'nothing that": call(
         optimizer._build, "optimizer", OmegaConf.create({"params": {}}), nn.Identity()
     ),
-    "engine/recipe complete: 'the recipe'": call(recipe.complete, {"model": {}, "dataloader": {}}),
-    "engine/recipe complete: clip_type": _completed(
-        lambda node: node.train.clip_gradients.update(clip_type="hard")
+    "config/train with_defaults: 'no Distiller": _completed(
+        lambda node: node.train.update(loss_optimizer={"optimizer": {}})
     ),
-    "engine/recipe complete: f'train.{key}'": _completed(
+    "config/train with_defaults: 'no optimizer'": _completed(
+        lambda node: [node.update(model=distiller()), node.train.update(loss_optimizer={})]
+    ),
+    "config/train _explained: 'no such key'": _completed(lambda node: node.train.update(max_itr=1)),
+    "config/train _explained: found, expected": _completed(
+        lambda node: node.train.update(max_iter="many")
+    ),
+    "config/train _check_values: expected": _completed(
         lambda node: node.train.update(draw_period=-1)
     ),
-    "engine/recipe _check_distiller: 'no Distiller": _completed(
-        lambda node: node.train.update(distiller={"optimizer": {}})
-    ),
-    "engine/recipe _check_distiller: found or": _completed(
-        lambda node: [node.update(model=distiller()), node.train.update(distiller={})]
+    "config/train _check_values: choices": _completed(
+        lambda node: node.train.clip_gradients.update(clip_type="hard")
     ),
     "engine/step precision: amp.dtype, ' or": call(
         step.precision, OmegaConf.create({"enabled": True, "dtype": "int8"}), torch.device("cpu")
@@ -527,7 +530,7 @@ ENGINE: dict[str, Case] = {
     "engine/step precision: float16 on": call(
         step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
     ),
-    "engine/trainer Trainer._draw_hook": _undrawable,
+    "engine/hooks DrawDetections.from_config": _undrawable,
     "engine/trainer _check_agreed": call(_apart),
     "engine/trainer Trainer._check_classes": _other_names,
     "attention_maps load_icd: 'no ICDLoss'": call(
@@ -578,7 +581,7 @@ ENGINE: dict[str, Case] = {
     ),
     "config/files _read: does not load": file_with("model = (", "r.py", config.recipe_of),
     "config/files _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
-    "config/files load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
+    "config/train with_defaults: culprit": file_with("model = dict(a=1)", "r.py", config.load),
     "config/files override": _overridden("train.max_iter=[3"),
     "config/files _check_override: 'no value'": _overridden("train.max_iter"),
     "config/files _check_override: has no keys": _overridden("train.max_iter.a=1"),
@@ -774,7 +777,7 @@ MODELS: dict[str, Case] = {
         Distiller, student=None, teacher=None, losses=None, max_iter=1, share="all"
     ),
     "modeling/distiller Distiller.__init__: both, of": call(_both),
-    "modeling/distiller Distiller._tap": call(_tapped),
+    "modeling/distiller Distiller._tapped": call(_tapped),
     "modeling/distiller Distiller.from_config": _two_orders,
     "modeling/distiller grown_classes": call(
         grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
@@ -934,7 +937,7 @@ def _seeing(act: str, model, given=None, *more: str) -> Case:
 
 
 def _no_mapper(folder):
-    lines = "model = optimizer = train = {}\ndataloader = {'test': {}}\n"
+    lines = "model = optimizer = train = {}\ndataloader = {'train': {}, 'test': {}}\n"
     (folder / "recipe.py").write_text(lines)
     module = load_tool("visualize")
     return lambda: module.run(look(config_file=str(folder / "recipe.py")))

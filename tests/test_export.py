@@ -18,8 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd import deployment, export
-from d2kd.config import distill, load, reduced
-from d2kd.engine.recipe import complete
+from d2kd.config import distill, load, reduced, with_defaults
 from d2kd.errors import InputError
 from d2kd.export import Exportable, ExportedDetector, best, strangers, write
 from d2kd.modeling import TorchvisionBackbone
@@ -297,7 +296,10 @@ def test_how_a_reduced_image_was_made(folder):
 def test_a_teacher_of_larger_images_computes_more(folder):
     config = load(str(folder / "recipe.py"))
     whole = distill(config, teacher=config.model.teacher, losses=config.model.losses, scale=2)
-    config, gflops = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})), {}
+    config, gflops = (
+        with_defaults(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})),
+        {},
+    )
     student = build(config.model.student)
     [batch] = deployment.first_images(config, 1)
     for scale in (1, 2):

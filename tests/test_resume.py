@@ -288,9 +288,9 @@ def test_a_drawn_seed_goes_on(data, tmp_path, loss):
         return without_evaluation(made)
 
     trainer, _ = run(config("drawn", -1), stop=2)
-    seed = trainer.config.train.seed
+    seed = trainer.cfg.train.seed
     resumed, _ = run(config("drawn", -1), resume=True)
-    assert resumed.config.train.seed == seed
+    assert resumed.cfg.train.seed == seed
     run(config("chosen", seed))
     one, other = (saved(tmp_path / name / "model_final.pth") for name in ("drawn", "chosen"))
     assert differences(one, other) == []

@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from d2kd import deployment
-    from d2kd.config import load
-    from d2kd.engine.recipe import complete
+    from d2kd.config import load, with_defaults
     from d2kd.engine.run_info import write_json, write_text
     from d2kd.errors import InputError
     from d2kd.export import (
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if "onnx" in args.format:
         imported("onnx"), imported("onnxruntime")
 
-    config = complete(load(args.config_file, args.opts))
+    config = with_defaults(load(args.config_file, args.opts))
     student = deployment.built(config, args.weights)
     source = Exportable(student)
     about = deployment.metadata(config, student, args.weights)

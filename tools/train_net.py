@@ -14,13 +14,21 @@ from __future__ import annotations
 import argparse
 
 # First, because it keeps torch's remarks on Detectron2's code from the user's terminal.
-from d2kd.config import METHODS, distill, load, method, override, student_of, without_weights
+from d2kd.config import (
+    METHODS,
+    distill,
+    load,
+    method,
+    override,
+    student_of,
+    with_defaults,
+    without_weights,
+)
 from d2kd.data import check_dataset
 from d2kd.doctor import FirstLook
 from d2kd.engine import Trainer, do_test
 from d2kd.engine.checkpoint import StudentCheckpointer, learned_classes
 from d2kd.engine.launch import joined, launch, pick_device
-from d2kd.engine.recipe import complete
 from d2kd.errors import InputError, reporting
 from d2kd.modeling.weights import load_strict
 
@@ -52,7 +60,7 @@ def recipe(args: argparse.Namespace) -> DictConfig:
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
     config = load(args.config_file)
     if args.distill:
-        config = complete(distill(config, teacher=args.teacher, **method(args.distill)))
+        config = with_defaults(distill(config, teacher=args.teacher, **method(args.distill)))
     return override(config, args.opts)
 
 
@@ -62,7 +70,7 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
     Raises:
         InputError: there is no checkpoint, or it does not fit; or its classes are not those of the test data.
     """
-    config = complete(config)
+    config = with_defaults(config)
     model = instantiate(without_weights(student_of(config.model)))
     model.to(pick_device(config.train.device))
     last = StudentCheckpointer(model, config.train.output_dir).last()
