@@ -188,7 +188,7 @@ class Odd(DistillLoss):
         raise InputError("levels", "none", "one")
 
     def forward(self, student, teacher):
-        return student["p9"]
+        return outputs.Maps(student)["p9"]
 
 
 class Split(DistillLoss):
@@ -723,7 +723,7 @@ MODELS: dict[str, Case] = {
     "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
     "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
     "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
-    "losses/base DistillLosses.forward: _message": call(lambda: _summed(odd=Odd())),
+    "losses/base DistillLosses.forward: error": call(lambda: _summed(odd=Odd())),
     "losses/base DistillLosses.forward: a second": call(
         lambda: _summed(one=Split("of_it"), one_of=Split("it"))
     ),

@@ -222,6 +222,42 @@ def test_a_loss_that_reads_what_is_not_there_is_named():
         step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
 
 
+class Reads(DistillLoss):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, student, teacher):
+        return self.read(student, teacher)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_a_level_that_is_not_there_is_named(family, side):
+    loss = Reads(lambda *sides: sides[side].features["p9"].sum())
+    pair = build(DETECTORS[family]()), build(DETECTORS[family]())
+    with pytest.raises(InputError, match="losses.mine: no 'p9' among p[23], .*p4"):
+        step(make(*pair, DistillLosses(mine=loss)).train(), batch())
+
+
+def test_a_tap_that_was_not_named_is_named():
+    loss = Reads(lambda student, _: student.taps["head"])
+    with pytest.raises(InputError, match="losses.mine: no 'head' among none"):
+        step(make(losses=DistillLosses(mine=loss)).train(), batch())
+
+
+@pytest.mark.parametrize("error", [KeyError("temperature"), IndexError(5), AttributeError("tau")])
+def test_a_loss_s_own_error_stays_its_own(error):
+    """Its traceback leads to the line at fault, and it is taken for nothing that a detector lacks."""
+
+    def fail(student, teacher):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        step(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
+    assert raised.value is error and raised.traceback[-1].name == "fail"
+
+
 @pytest.mark.parametrize(
     "student, teacher", [("retinanet", "faster_rcnn"), ("faster_rcnn", "fcos")]
 )

@@ -82,12 +82,8 @@ class asked:
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
             return self
-        try:
-            with torch.no_grad(), outputs.precision():
-                answer = self.question(outputs)
-        except AttributeError as error:
-            # Python would take it for "no such attribute" and hide the fault behind __getattr__.
-            raise RuntimeError(f"{type(outputs).__name__}.{self.name}: {error}") from error
+        with torch.no_grad(), outputs.precision():
+            answer = self.question(outputs)
         # Not a data descriptor: from now on the instance's own value is found first.
         outputs.__dict__[self.name] = answer
         return answer
@@ -95,6 +91,17 @@ class asked:
 
 class Unreadable(LookupError):
     """A loss read what this family of detectors does not say."""
+
+
+class Maps(dict):
+    """Outputs by name, such as those of a backbone's levels.
+
+    Raises:
+        Unreadable: there is none of that name. A loss's own ``KeyError`` so stays its own.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        raise Unreadable(f"no {name!r} among {', '.join(map(str, self)) or 'none'}")
 
 
 def precision_of(
@@ -141,6 +148,9 @@ class DetectorOutputs:
         # Reached only where ordinary look-up failed.
         if name.startswith("__"):
             raise AttributeError(name)
+        if hasattr(type(self), name):
+            # A property that failed by an AttributeError, which Python takes for "no such attribute": fail as itself.
+            return object.__getattribute__(self, name)
         kind = type(self.__dict__.get("detector")).__name__
         raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
 
@@ -161,7 +171,9 @@ class DetectorOutputs:
         return cls(
             detector,
             batched_inputs,
-            taps={name: [output for _, output in heard] for name, heard in (taps or {}).items()},
+            taps=Maps(
+                {name: [output for _, output in heard] for name, heard in (taps or {}).items()}
+            ),
             **cls._captured(detector, batched_inputs, calls),
         )
 
@@ -169,7 +181,7 @@ class DetectorOutputs:
     def _captured(
         detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
     ) -> dict[str, Any]:
-        return {"features": calls["backbone"][0][1]}
+        return {"features": Maps(calls["backbone"][0][1])}
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -194,7 +206,7 @@ class DetectorOutputs:
     @asked
     def features(self) -> dict[str, Tensor]:
         """Feature maps by level name, ``{"p3": (N, C, H, W), …}``; ``p<n>`` has stride ``2**n``."""
-        return self.detector.backbone(self.images.tensor)
+        return Maps(self.detector.backbone(self.images.tensor))
 
 
 @dataclass
@@ -264,7 +276,7 @@ class RCNNOutputs(DetectorOutputs):
         # train_on_pred_boxes the proposals change afterwards.
         boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
         captured = {
-            "features": features,
+            "features": Maps(features),
             "proposals": proposals,
             "region_boxes": boxes,
             "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
@@ -421,7 +433,7 @@ class DenseOutputs(DetectorOutputs):
     ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
-        captured = {"features": features, "predictions": predictions}
+        captured = {"features": Maps(features), "predictions": predictions}
         for _, anchors in calls["anchor_generator"]:
             captured["anchors"] = anchors
         for (_, truth), labels in calls.get("label_anchors", ()):
