@@ -788,7 +788,9 @@ MODELS: dict[str, Case] = {
     "modeling/weights local_path: cannot be fetched": call(_unfetched),
     "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
     "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),
-    "modeling/weights read: holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: 'holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: f'holds": saved({"model": {}, "by": Path()}, weights.read),
+    "modeling/weights read: f'its": saved({"state_dict": {}}, weights.read),
     "modeling/weights check_names": call(
         weights.check_names, {"classes": ["a"]}, "weights.pth", ["b"]
     ),
