@@ -220,6 +220,14 @@ def test_a_teacher_answers_in_its_own_precision():
     assert answer(None) == torch.float32 and answer("bfloat16") == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert answer(None) == torch.bfloat16 and answer("float32") == torch.float32
+        # A loss may switch autocast off, and be the first that reads.
+        outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+        with torch.autocast("cpu", enabled=False):
+            assert outputs.features["p3"].dtype == torch.bfloat16
+        assert outputs.pred_logits[0].dtype == torch.bfloat16
+    outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs.features["p3"].dtype == torch.float32
     with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):
         Teacher(build(tiny_retinanet()), None, dtype="half")
 

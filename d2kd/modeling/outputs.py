@@ -116,6 +116,12 @@ def precision_of(
     return torch.autocast(kind, dtype)
 
 
+def precision_around(detector: nn.Module) -> torch.dtype:
+    """The precision in which a detector would compute here: autocast's, or else float32."""
+    kind = detector.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
 class DetectorOutputs:
     """What every detector with a feature pyramid says.
 

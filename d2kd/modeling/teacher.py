@@ -12,7 +12,7 @@ from torch import nn
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..errors import InputError
-from .outputs import DetectorOutputs, check_classes, outputs_of, precision_of
+from .outputs import DetectorOutputs, check_classes, outputs_of, precision_around, precision_of
 from .speed import compile_parts, fuse_norms, keep_weights
 from .weights import load_strict, sha256
 
@@ -156,6 +156,9 @@ class Teacher:
     def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
         """Outputs that compute themselves, without gradient, when they are read; nothing runs yet.
 
+        Without a ``dtype`` of the teacher's own they do so in the precision of the context around this call, whichever
+        loss reads them first.
+
         Args:
             batched_inputs: the student's batch.
             shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
@@ -163,7 +166,8 @@ class Teacher:
         """
         self._quicken()
         inputs = self.own_inputs(batched_inputs)
-        outputs = self.kind(self.detector, inputs, dtype=self.dtype, scale=self.scale)
+        dtype = self.dtype or precision_around(self.detector)
+        outputs = self.kind(self.detector, inputs, dtype=dtype, scale=self.scale)
         outputs.share(shared)
         return outputs
 
