@@ -55,7 +55,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import class_map_of, grown_classes
+from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
@@ -606,6 +606,12 @@ def _summed(**losses: DistillLoss) -> None:
         DistillLosses(**losses)({}, {})
 
 
+def _no_stem() -> None:
+    detector = nn.Module()
+    detector.backbone = nn.Conv2d(1, 1, 1)
+    inherit_weights(detector, detector, [""], flip_channels=True)
+
+
 def _unrelated() -> None:
     loss = Like(class_map=classes.ClassMap.by_name(["a"], ["b"]))
     erd.check_old_classes(loss, Like(num_classes=2), Like(num_classes=2))
@@ -779,6 +785,7 @@ MODELS: dict[str, Case] = {
     "modeling/distiller grown_classes": call(
         grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
     ),
+    "modeling/distiller inherit_weights": call(_no_stem),
     "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(

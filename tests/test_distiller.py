@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -130,6 +131,31 @@ def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(famil
         else:
             assert torch.equal(value, made[key]) and key in caplog.text, key
     assert rows
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
+    """Also from a teacher that sees the channels in the other order."""
+    mean, std = [103.5, 116.3, 123.7], [57.4, 57.1, 58.4]
+    node, other = DETECTORS[family](), DETECTORS[family]()
+    node.pixel_mean, node.pixel_std = mean, std
+    other.pixel_mean, other.pixel_std = mean[::-1], std[::-1]
+    student = build(node)
+    teacher = Teacher(build(other, 1), None, image_format="BGR", input_format="RGB")
+    for _ in range(2):  # inheriting once more turns nothing back
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        ).inherit()
+    ours = student.backbone(student.preprocess_image(batch()).tensor)
+    for level, theirs in teacher.ask(batch()).features.items():
+        torch.testing.assert_close(ours[level], theirs)
+    assert "trained with" not in caplog.text
+    student.pixel_std.fill_(1.0)
+    with caplog.at_level("WARNING", logger="d2kd"):
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        )
+    assert re.search(r"stem.conv1.weight was trained with pixel_std \[57.*is \[1.0", caplog.text)
 
 
 class Tapped(DistillLoss):

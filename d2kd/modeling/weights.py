@@ -20,7 +20,7 @@ from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = {"pixel_mean", "pixel_std"}
+STATISTICS = ("pixel_mean", "pixel_std")
 CLASSES = "classes"
 """Where a checkpoint of ours names its detector's classes; Detectron2 leaves it aside."""
 HEURISTICS = "?matching_heuristics=True"
@@ -109,7 +109,7 @@ def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None
     check_names(checkpoint, weights, classes)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     fit(detector, checkpoint, weights)
-    for key in STATISTICS & state.keys():
+    for key in state.keys() & set(STATISTICS):
         theirs, ours = torch.as_tensor(state[key]), getattr(detector, key, None)
         if ours is not None and not torch.allclose(theirs.flatten().to(ours), ours.flatten()):
             logger.warning(
