@@ -42,7 +42,7 @@ from d2kd.engine import checkpoint, launch, optimizer, recipe, step, trainer
 from d2kd.engine.run_info import LOGGERS, save_config
 from d2kd.errors import InputError, reporting
 from d2kd.evaluation import comparison, detections, detectors
-from d2kd.layers import adapter, attention, masks
+from d2kd.layers import adapter, attention
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -725,7 +725,7 @@ MODELS: dict[str, Case] = {
         "none",
     ),
     "layers/attention InstanceDecoderLayer.__init__": call(attention.InstanceDecoderLayer, 24, 5),
-    "layers/masks check_kind": call(masks.check_kind, "disc"),
+    "losses/imitation ImitationLoss.__init__": call(ImitationLoss, mask="disc"),
     "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
     "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
     "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
