@@ -129,7 +129,7 @@ class DetectorOutputs:
         detector: the module that speaks; ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
         dtype: precision of what is asked; None: that of the context in which it is read.
-        scale: how many times larger these images are than those of the detector that shares.
+        shared_sizes: (height, width) of each image as the detector that shares sees it; None: as here.
         captured: attributes known already, from the detector's own forward.
     """
 
@@ -138,12 +138,12 @@ class DetectorOutputs:
         detector: nn.Module,
         batched_inputs: list[dict],
         dtype: torch.dtype | None = None,
-        scale: int = 1,
+        shared_sizes: Sequence[tuple[int, int]] | None = None,
         **captured: Any,
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self.dtype, self.scale = dtype, scale
+        self.dtype, self.shared_sizes = dtype, shared_sizes
         self.__dict__.update(captured)
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -323,8 +323,14 @@ class RCNNOutputs(DetectorOutputs):
 
     def share(self, shared: Mapping[str, Any]) -> None:
         boxes = shared.get("region_boxes")
-        if boxes is not None and self.scale != 1:
-            boxes = [[Boxes(b.tensor * self.scale) for b in stage] for stage in boxes]
+        if boxes is not None and self.shared_sizes is not None:
+            boxes = [[one.clone() for one in stage] for stage in boxes]
+            for stage in boxes:
+                for one, (h, w), x in zip(
+                    stage, self.shared_sizes, self.batched_inputs, strict=True
+                ):
+                    height, width = x["image"].shape[-2:]
+                    one.scale(width / w, height / h)
             shared = {**shared, "region_boxes": boxes}
         super().share(shared)
 

@@ -100,7 +100,7 @@ class Teacher:
     def own_inputs(self, batched_inputs: list[dict]) -> list[dict]:
         """The batch in the teacher's own size and channel order; its own statistics are applied when it is asked.
 
-        Of another size it has no ``instances``, which are in the student's pixels.
+        Of another size it has no ``instances`` nor ``proposals``, which are in the student's pixels.
 
         Raises:
             InputError: a teacher of larger images is given a batch without them.
@@ -112,7 +112,7 @@ class Teacher:
                     f"{self.scale}, but a batch without 'teacher_image'",
                     "mapper=L(TwoScales)(mapper=…, scale=…)",
                 )
-            names = {"instances", "teacher_image"}
+            names = {"instances", "proposals", "teacher_image"}
             batched_inputs = [
                 {**{k: v for k, v in x.items() if k not in names}, "image": x["teacher_image"]}
                 for x in batched_inputs
@@ -167,7 +167,10 @@ class Teacher:
         self._quicken()
         inputs = self.own_inputs(batched_inputs)
         dtype = self.dtype or precision_around(self.detector)
-        outputs = self.kind(self.detector, inputs, dtype=dtype, scale=self.scale)
+        sizes = None
+        if self.scale != 1:
+            sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
         outputs.share(shared)
         return outputs
 
