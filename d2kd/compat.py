@@ -56,10 +56,15 @@ class _Reader(DetectionCheckpointer):
 def read_checkpoint(file: str) -> dict:
     """The content of a checkpoint on this machine, its tensors under "model".
 
-    Formats of other projects are for Detectron2 to tell; a ``.pkl`` is a pickle, which may run code. All else is
-    torch's own format, of tensors and Python's scalars: nothing else is unpickled, whatever the version's default.
+    A ``.pkl`` is a pickle, which may run code, and its format is for Detectron2 to tell. All else is torch's own
+    format, of tensors and Python's scalars: nothing else is unpickled, whatever the version's default.
     """
-    if file.endswith((".pkl", ".pyth")):
+    if file.endswith(".pkl"):
         return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
+    # Detectron2 would bring a .pyth, which is of pycls, to the GPU that it was saved from.
     content = torch.load(file, map_location="cpu", weights_only=True)
+    if file.endswith(".pyth") and "model_state" in content:
+        state = content["model_state"].items()
+        model = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
+        return {"model": model, "__author__": "pycls", "matching_heuristics": True}
     return content if "model" in content else {"model": content}

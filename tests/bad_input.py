@@ -42,7 +42,7 @@ from d2kd.engine import checkpoint, launch, optimizer, step, trainer
 from d2kd.engine.run_info import LOGGERS, save_config
 from d2kd.errors import InputError, reporting
 from d2kd.evaluation import comparison, detections, detectors
-from d2kd.layers import adapter, attention, masks
+from d2kd.layers import adapter, attention
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -55,7 +55,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import class_map_of, grown_classes
+from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 
@@ -188,7 +188,7 @@ class Odd(DistillLoss):
         raise InputError("levels", "none", "one")
 
     def forward(self, student, teacher):
-        return student["p9"]
+        return outputs.Maps(student)["p9"]
 
 
 class Split(DistillLoss):
@@ -609,6 +609,12 @@ def _summed(**losses: DistillLoss) -> None:
         DistillLosses(**losses)({}, {})
 
 
+def _no_stem() -> None:
+    detector = nn.Module()
+    detector.backbone = nn.Conv2d(1, 1, 1)
+    inherit_weights(detector, detector, [""], flip_channels=True)
+
+
 def _unrelated() -> None:
     loss = Like(class_map=classes.ClassMap.by_name(["a"], ["b"]))
     erd.check_old_classes(loss, Like(num_classes=2), Like(num_classes=2))
@@ -722,11 +728,11 @@ MODELS: dict[str, Case] = {
         "none",
     ),
     "layers/attention InstanceDecoderLayer.__init__": call(attention.InstanceDecoderLayer, 24, 5),
-    "layers/masks check_kind": call(masks.check_kind, "disc"),
+    "losses/imitation ImitationLoss.__init__": call(ImitationLoss, mask="disc"),
     "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
     "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
     "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
-    "losses/base DistillLosses.forward: _message": call(lambda: _summed(odd=Odd())),
+    "losses/base DistillLosses.forward: error": call(lambda: _summed(odd=Odd())),
     "losses/base DistillLosses.forward: a second": call(
         lambda: _summed(one=Split("of_it"), one_of=Split("it"))
     ),
@@ -782,6 +788,7 @@ MODELS: dict[str, Case] = {
     "modeling/distiller grown_classes": call(
         grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
     ),
+    "modeling/distiller inherit_weights": call(_no_stem),
     "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
@@ -791,7 +798,9 @@ MODELS: dict[str, Case] = {
     "modeling/weights local_path: cannot be fetched": call(_unfetched),
     "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
     "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),
-    "modeling/weights read: holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: 'holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: f'holds": saved({"model": {}, "by": Path()}, weights.read),
+    "modeling/weights read: f'its": saved({"state_dict": {}}, weights.read),
     "modeling/weights check_names": call(
         weights.check_names, {"classes": ["a"]}, "weights.pth", ["b"]
     ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -131,6 +132,31 @@ def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(famil
     assert rows
 
 
+@pytest.mark.parametrize("family", DETECTORS)
+def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
+    """Also from a teacher that sees the channels in the other order."""
+    mean, std = [103.5, 116.3, 123.7], [57.4, 57.1, 58.4]
+    node, other = DETECTORS[family](), DETECTORS[family]()
+    node.pixel_mean, node.pixel_std = mean, std
+    other.pixel_mean, other.pixel_std = mean[::-1], std[::-1]
+    student = build(node)
+    teacher = Teacher(build(other, 1), None, image_format="BGR", input_format="RGB")
+    for _ in range(2):  # inheriting once more turns nothing back
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        ).inherit()
+    ours = student.backbone(student.preprocess_image(batch()).tensor)
+    for level, theirs in teacher.ask(batch()).features.items():
+        torch.testing.assert_close(ours[level], theirs)
+    assert "trained with" not in caplog.text
+    student.pixel_std.fill_(1.0)
+    with caplog.at_level("WARNING", logger="d2kd"):
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        )
+    assert re.search(r"stem.conv1.weight was trained with pixel_std \[57.*is \[1.0", caplog.text)
+
+
 class Tapped(DistillLoss):
     taps = ("head.cls_subnet.0",)
 
@@ -219,6 +245,42 @@ class ReadsRegions(DistillLoss):
 def test_a_loss_that_reads_what_is_not_there_is_named():
     with pytest.raises(InputError, match="losses.mine: a RetinaNet has no 'regions'"):
         step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
+
+
+class Reads(DistillLoss):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, student, teacher):
+        return self.read(student, teacher)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_a_level_that_is_not_there_is_named(family, side):
+    loss = Reads(lambda *sides: sides[side].features["p9"].sum())
+    pair = build(DETECTORS[family]()), build(DETECTORS[family]())
+    with pytest.raises(InputError, match="losses.mine: no 'p9' among p[23], .*p4"):
+        step(make(*pair, DistillLosses(mine=loss)).train(), batch())
+
+
+def test_a_tap_that_was_not_named_is_named():
+    loss = Reads(lambda student, _: student.taps["head"])
+    with pytest.raises(InputError, match="losses.mine: no 'head' among none"):
+        step(make(losses=DistillLosses(mine=loss)).train(), batch())
+
+
+@pytest.mark.parametrize("error", [KeyError("temperature"), IndexError(5), AttributeError("tau")])
+def test_a_loss_s_own_error_stays_its_own(error):
+    """Its traceback leads to the line at fault, and it is taken for nothing that a detector lacks."""
+
+    def fail(student, teacher):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        step(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
+    assert raised.value is error and raised.traceback[-1].name == "fail"
 
 
 @pytest.mark.parametrize(

@@ -453,7 +453,7 @@ def test_reading_weights_runs_no_code(tmp_path):
     torch.save(
         {"model": {"weight": torch.ones(1)}, "more": RunsCode(tmp_path / "ran")}, tmp_path / "x.pth"
     )
-    with pytest.raises(InputError, match="x.pth: cannot be read"):
+    with pytest.raises(InputError, match="x.pth: holds .*pathlib.Path"):
         read(str(tmp_path / "x.pth"))
     assert not (tmp_path / "ran").exists()
 

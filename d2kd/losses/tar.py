@@ -59,7 +59,8 @@ class TARLoss(DistillLoss):
     and the same regression on its P foreground anchors, from its anchor. The factor |p_T - p_S|, constant to
     the gradient, keeps some hundred thousand easy negatives from outweighing the rest.
 
-    Denominators are the counts of regions or foreground and not of open gates, so that a student that
+    Anchors in the batch's padding are what the student's own labels make of them: background for RetinaNet and FCOS,
+    ignored by GFL. Denominators are the counts of regions or foreground and not of open gates, so that a student that
     overtakes the teacher is released rather than pushed harder. Deltas are those of class y_i, in the
     student's coder. A cascade's stages add up, as in its own loss. With other classes (``class_map``) the
     shared ones are compared, two-stage with the background and both sides normalised over these; regions and
