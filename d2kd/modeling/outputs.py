@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformRotated
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -531,8 +531,14 @@ def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
     """The kind of outputs that a detector gives, told by its parts rather than by its class.
 
     Raises:
-        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors.
+        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors, or its boxes are rotated.
     """
+    for module in detector.modules():
+        coder = getattr(module, "box2box_transform", None)
+        if getattr(module, "box_dim", 4) != 4 or isinstance(coder, Box2BoxTransformRotated):
+            raise InputError(
+                type(detector).__name__, f"rotated boxes ({type(module).__name__})", "upright ones"
+            )
     heads = getattr(detector, "roi_heads", None)
     if hasattr(heads, "box_predictor") and hasattr(heads, "box_pooler"):
         return RCNNOutputs
