@@ -607,6 +607,12 @@ def _summed(**losses: DistillLoss) -> None:
         DistillLosses(**losses)({}, {})
 
 
+def _sigmoids() -> None:
+    predictor = Like(use_sigmoid_ce=True)
+    detector = Like(roi_heads=Like(num_classes=2, box_head=None, box_predictor=predictor))
+    TARLoss(feature_weight=0).bind(detector, detector)
+
+
 def _rotated() -> None:
     detector = nn.Module()
     detector.anchor_generator = RotatedAnchorGenerator(
@@ -757,7 +763,8 @@ MODELS: dict[str, Case] = {
     ),
     "losses/icd _width": call(_two_widths),
     "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="ever"),
-    "losses/tar TARLoss.bind: 'regions'": call(
+    "losses/tar TARLoss.bind: use_sigmoid_ce": call(_sigmoids),
+    "losses/tar TARLoss.bind: both with regions": call(
         lambda: TARLoss(feature_weight=0).bind(Like(roi_heads=None), Like())
     ),
     "losses/tar TARLoss.bind: 'num_classes'": call(

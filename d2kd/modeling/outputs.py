@@ -251,6 +251,15 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(heads, predictors)]
 
 
+def scores_by_sigmoid(detector: nn.Module) -> bool:
+    """Whether a class of an R-CNN's region is scored by itself (``use_sigmoid_ce``, after Detectron2 0.6).
+
+    The last logit, of the background, then means nothing, and a softmax of them is no score.
+    """
+    stages = box_stages(detector.roi_heads)
+    return any(getattr(predictor, "use_sigmoid_ce", False) for _, predictor in stages)
+
+
 class RCNNOutputs(DetectorOutputs):
     """What a ``GeneralizedRCNN`` on an FPN says: Faster and Mask R-CNN, and Cascade R-CNN with more stages."""
 
