@@ -29,6 +29,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.anchor_generator import RotatedAnchorGenerator
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
@@ -609,6 +610,20 @@ def _summed(**losses: DistillLoss) -> None:
         DistillLosses(**losses)({}, {})
 
 
+def _sigmoids() -> None:
+    predictor = Like(use_sigmoid_ce=True)
+    detector = Like(roi_heads=Like(num_classes=2, box_head=None, box_predictor=predictor))
+    TARLoss(feature_weight=0).bind(detector, detector)
+
+
+def _rotated() -> None:
+    detector = nn.Module()
+    detector.anchor_generator = RotatedAnchorGenerator(
+        sizes=[[32]], aspect_ratios=[[1.0]], strides=[8], angles=[[0, 45]]
+    )
+    outputs.outputs_of(detector)
+
+
 def _no_stem() -> None:
     detector = nn.Module()
     detector.backbone = nn.Conv2d(1, 1, 1)
@@ -751,7 +766,8 @@ MODELS: dict[str, Case] = {
     ),
     "losses/icd _width": call(_two_widths),
     "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="ever"),
-    "losses/tar TARLoss.bind: 'regions'": call(
+    "losses/tar TARLoss.bind: use_sigmoid_ce": call(_sigmoids),
+    "losses/tar TARLoss.bind: both with regions": call(
         lambda: TARLoss(feature_weight=0).bind(Like(roi_heads=None), Like())
     ),
     "losses/tar TARLoss.bind: 'num_classes'": call(
@@ -794,7 +810,8 @@ MODELS: dict[str, Case] = {
     "modeling/outputs check_classes": call(
         outputs.check_classes, "student", Like(num_classes=2), ["a"]
     ),
-    "modeling/outputs outputs_of": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/outputs outputs_of: whose outputs": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/outputs outputs_of: rotated": call(_rotated),
     "modeling/weights local_path: cannot be fetched": call(_unfetched),
     "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
     "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),

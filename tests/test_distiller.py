@@ -377,6 +377,21 @@ def test_yacs_users_build_it_by_name(tmp_path):
     assert torch.isfinite(loss) and isinstance(model.student, nn.Module)
 
 
+@pytest.mark.parametrize("anchors", ["RotatedAnchorGenerator", None])
+def test_rotated_boxes_are_refused_before_training(tmp_path, anchors):
+    """Of an RPN with its anchors, or of RoI heads alone, which judge other proposals."""
+    cfg = yacs(tmp_path)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RRPN" if anchors else "PrecomputedProposals"
+    if anchors:
+        cfg.MODEL.ANCHOR_GENERATOR.NAME = anchors
+    cfg.MODEL.RPN.BBOX_REG_WEIGHTS = [1, 1, 1, 1, 1]
+    cfg.MODEL.ROI_HEADS.NAME = "RROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlignRotated"
+    cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = [10, 10, 5, 5, 1]
+    with pytest.raises(InputError, match="GeneralizedRCNN: rotated boxes .*; expected upright"):
+        build_model(cfg)
+
+
 @pytest.mark.parametrize("images, flipped", [("BGR", False), ("RGB", True)])
 def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
     cfg = yacs(tmp_path)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..classes import num_classes_of
 from ..errors import InputError
 from ..modeling.gfl import is_foreground
+from ..modeling.outputs import scores_by_sigmoid
 from .base import DistillLoss, Weight, check_anchors, is_off, value_of
 from .functional import (
     at_least_one,
@@ -89,8 +90,8 @@ class TARLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, or with
-            other classes whose names were not given.
+        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, with
+            ``use_sigmoid_ce``, or with other classes whose names were not given.
     """
 
     def __init__(
@@ -162,6 +163,14 @@ class TARLoss(DistillLoss):
                 "both with regions or both with anchors, or classification_weight=0 and "
                 "regression_weight=0",
             )
+        if two_stage == {True} and not is_off(self.classification_weight):
+            for detector in (student, teacher):
+                if scores_by_sigmoid(detector):
+                    raise InputError(
+                        "regions",
+                        f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
+                        "box heads with softmax, or classification_weight=0",
+                    )
         ours, theirs = map(num_classes_of, (student, teacher))
         if self.class_map is None and ours != theirs:
             raise InputError(

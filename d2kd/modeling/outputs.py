@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformRotated
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -249,6 +249,15 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if isinstance(predictors, nn.ModuleList):
         return list(zip(heads, predictors, strict=True))
     return [(heads, predictors)]
+
+
+def scores_by_sigmoid(detector: nn.Module) -> bool:
+    """Whether a class of an R-CNN's region is scored by itself (``use_sigmoid_ce``, after Detectron2 0.6).
+
+    The last logit, of the background, then means nothing, and a softmax of them is no score.
+    """
+    stages = box_stages(detector.roi_heads)
+    return any(getattr(predictor, "use_sigmoid_ce", False) for _, predictor in stages)
 
 
 class RCNNOutputs(DetectorOutputs):
@@ -531,8 +540,14 @@ def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
     """The kind of outputs that a detector gives, told by its parts rather than by its class.
 
     Raises:
-        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors.
+        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors, or its boxes are rotated.
     """
+    for module in detector.modules():
+        coder = getattr(module, "box2box_transform", None)
+        if getattr(module, "box_dim", 4) != 4 or isinstance(coder, Box2BoxTransformRotated):
+            raise InputError(
+                type(detector).__name__, f"rotated boxes ({type(module).__name__})", "upright ones"
+            )
     heads = getattr(detector, "roi_heads", None)
     if hasattr(heads, "box_predictor") and hasattr(heads, "box_pooler"):
         return RCNNOutputs
