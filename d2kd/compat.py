@@ -3,12 +3,16 @@
 Tried on 0.6 without compiled operators. Later official builds were read, not run: there evaluation is compiled,
 processes of one machine are grouped by a function of its own, FCOS labels with tensors, ``DefaultTrainer`` saves its
 optimizer itself (our trainer's state has the same keys), files are read inside ``DetectionCheckpointer.load`` alone,
-and ``detectron2.export`` imports without caffe2 (we import neither). What d2kd listens to and reads of a detector is
+and ``detectron2.export`` imports without caffe2. What d2kd listens to and reads of a detector is
 asserted by ``tests/test_compat.py``: run it on yours.
 """
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
+import detectron2
 import torch
 import torch.distributed as dist
 from detectron2 import _C
@@ -44,6 +48,21 @@ def forget_process_groups() -> None:
 def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
     """Boxes as ``(R, 4)`` tensors: FCOS labels with ``Boxes`` up to 0.6, as RetinaNet never did."""
     return [getattr(one, "tensor", one) for one in boxes]
+
+
+def tracing_adapter() -> type[nn.Module]:
+    """Detectron2's ``TracingAdapter``; up to 0.6 its package imports caffe2, which PyTorch no longer has."""
+    try:
+        from detectron2.export import TracingAdapter
+    except ImportError:
+        package = ModuleType("detectron2.export")
+        package.__path__ = [f"{detectron2.__path__[0]}/export"]
+        sys.modules[package.__name__] = package  # in the place of the one that fails
+        try:
+            from detectron2.export.flatten import TracingAdapter
+        finally:
+            del sys.modules[package.__name__]
+    return TracingAdapter
 
 
 class _Reader(DetectionCheckpointer):

@@ -175,6 +175,13 @@ def shapes_of(**strides) -> Like:
     return Like(output_shape=lambda: found)
 
 
+def keypoint_rcnn():
+    """A Mask R-CNN whose heads would find keypoints, too."""
+    detector = build(tiny_mask_rcnn())
+    detector.roi_heads.keypoint_on = True
+    return detector
+
+
 def anchored(cells: int) -> Like:
     """A dense detector, as far as anchors are concerned."""
     pyramid = Like(output_shape=lambda: {"p3": ShapeSpec(stride=8)}, size_divisibility=32)
@@ -596,7 +603,7 @@ ENGINE: dict[str, Case] = {
     "config/recipes increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
-    "export Exportable.__init__": call(lambda: export.Exportable(build(tiny_mask_rcnn()))),
+    "export exportable": call(lambda: export.exportable(keypoint_rcnn())),
     "export imported": call(export.imported, "no_such_package"),
     "export ExportedDetector.__init__": call(export.ExportedDetector, "gone.ts"),
 }
