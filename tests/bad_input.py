@@ -1019,6 +1019,7 @@ ELSEWHERE = {
     "engine/launch explaining_lost_process": "test_processes.test_a_process_that_dies_ends_the_other_with_a_clear_message",
     "engine/launch launch: ended by": "test_processes.test_launch_ends_all_and_says_why",
     "engine/run_info explaining_full_disk": "test_resume.test_a_full_disk_is_the_users_to_mend",
+    "engine/run_info save_config": "test_config_yaml.test_a_recipe_that_cannot_be_written_says_so",
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
