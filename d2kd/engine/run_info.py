@@ -347,13 +347,14 @@ class RunRecord:
         self.content["rows"].append({"started": started, **row})
         self.set()
 
-    def end(self, iteration: int, seconds: float, results: dict) -> None:
-        """Say how far it came, after how many seconds of training, and the last evaluation."""
+    def end(self, iteration: int, seconds: float, results: dict, peak: int | None) -> None:
+        """Say how far it came, after how many seconds of training, the last evaluation, and bytes at the peak."""
         if self.content["rows"]:
             self.content["rows"][-1] |= {
                 "iterations": iteration,
                 "seconds": seconds,
                 "results": results,
+                "peak_memory": peak,
             }
             self.set()
 

@@ -54,6 +54,7 @@ from .checkpoint import (
 from .evaluation import build_test_loader, do_test
 from .hooks import BEST, BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Evaluate
 from .launch import pick_device
+from .memory import Peak
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
 from .recipe import complete, run_card
@@ -344,6 +345,7 @@ class Trainer(DefaultTrainer):
             InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
         """
         folder = self.config.train.output_dir
+        self._peak = Peak(self.device)
         with (
             self._log.listening(),
             quiet_about_input_errors(),
@@ -365,7 +367,8 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def _end_record(self) -> None:
-        self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
+        results = getattr(self, "_last_eval_results", {})
+        self.record.end(self.iter, self.seconds, results, self._peak.bytes)
 
     def _open_output(self) -> None:
         folder = Path(self.config.train.output_dir)

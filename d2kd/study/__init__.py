@@ -36,13 +36,13 @@ run is given the ratio of two runs' seconds, which the others on the machine sho
 from .plan import Run, Study, load, parse, planned, prepare
 from .results import show_results, write_results
 from .run import Measured, train
-from .schedule import OneByOne, SideBySide, run_study
+from .schedule import Commands, OneByOne, run_study
 
 __all__ = [
+    "Commands",
     "Measured",
     "OneByOne",
     "Run",
-    "SideBySide",
     "Study",
     "load",
     "parse",
