@@ -28,8 +28,9 @@ from d2kd.study import (
     show_results,
     train,
 )
+from d2kd.study.console import Progress
 from d2kd.study.results import average_precision, gains, table, training_time
-from d2kd.study.text import markdown, t_interval
+from d2kd.study.text import aligned, markdown, t_interval
 
 from .common import ROOT, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
@@ -434,9 +435,41 @@ def test_the_interval_covers_the_mean_95_times_in_100(count):
     assert t_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
-def test_markdown():
-    lines = [["a", "b"], ["  c", "d  "], ["", "-"]]
-    assert markdown(lines).splitlines() == ["| a | b |", "| --- | --- |", "| c | d |", "|  | - |"]
+def test_tables_as_text_and_as_markdown():
+    lines = [["a", "bb"], ["  c", "1.0"], ["", "-"]]
+    assert aligned(lines).splitlines() == [
+        "a      bb", "---  ----", "  c   1.0", "        -"
+    ]  # fmt: skip
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(lines).splitlines()
+    ]
+    assert [cells[0], *cells[2:]] == [["a", "bb"], ["c", "1.0"], ["", "-"]]
+    assert all(set(cell) <= set("-:") for cell in cells[1])
+    assert len(aligned(lines[:1]).splitlines()) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for console in (io.StringIO(), Terminal()):
+        line = Progress("  tar", console)
+        for step in range(40, 101):
+            now[0] += 1
+            line(step, 100)
+        line.close("AP 1.0")
+        line.close("once")
+        said = console.getvalue()
+        assert said.endswith("  tar  AP 1.0\n")
+        assert "step 70/100  00:30 elapsed  00:30 left" in said  # by the steps that were made here
+        if console.isatty():
+            assert said.count("\n") == 1 and "step 100/100" in said
+        else:
+            assert "\r" not in said and 3 <= said.count("\n") <= 5
 
 
 def test_an_only_class_and_undefined_figures():

@@ -122,10 +122,11 @@ def train_apart(
             process_group=0,  # an interruption from the keyboard is this process's to pass on
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+    steps = config.train.max_iter
     try:
         while process.poll() is None:
             if (iteration := _last_iteration(folder / METRICS)) is not None:
-                report(iteration + 1, config.train.max_iter)
+                report(min(iteration + 1, steps), steps)  # its last line counts one more
             yield
     finally:
         if process.poll() is None:
