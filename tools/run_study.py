@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path("output", name)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
     # --fast: in this process, where fewer images are registered.
-    trainer = OneByOne(pairs=2) if args.fast else Commands(args.jobs)
+    trainer = OneByOne() if args.fast else Commands(args.jobs)
     rows, failed = run_study(study, runs, output, trainer, others=every_run)
     if rows:
         print("\n" + show_results(output, study, every_run, rows) + "\n", flush=True)

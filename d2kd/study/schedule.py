@@ -159,14 +159,12 @@ COST = ("ratio", "low", "high", "pairs", "clock")
 """What a row says of the cost of a step, see :class:`d2kd.benchmark.step_cost.StepCost`."""
 
 
-def measured_step_cost(
-    distilled: DictConfig, plain: DictConfig, pairs: int, report: Report
-) -> dict[str, Any]:
+def measured_step_cost(distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
     """See :func:`d2kd.benchmark.step_cost.step_cost`."""
     from ..benchmark.step_cost import step_cost  # late, for it shows progress as studies do
 
     with quiet():
-        return asdict(step_cost(distilled, plain, pairs, report))
+        return asdict(step_cost(distilled, plain, report=report))
 
 
 class OneByOne:
@@ -175,7 +173,6 @@ class OneByOne:
     Args:
         train: how.
         step_cost: how a distilled step is compared with a plain one.
-        pairs: how many pairs of steps.
     """
 
     jobs = 1
@@ -183,10 +180,9 @@ class OneByOne:
     def __init__(
         self,
         train: Callable[[DictConfig, str, Report], Measured] = train,
-        step_cost: Callable[..., dict[str, Any]] = measured_step_cost,
-        pairs: int = 12,
+        step_cost: Callable[[DictConfig, DictConfig, Report], dict] = measured_step_cost,
     ):
-        self._train, self._step_cost, self._pairs = train, step_cost, pairs
+        self._train, self._step_cost = train, step_cost
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
         """The runs as they are tried."""
@@ -198,7 +194,7 @@ class OneByOne:
 
     def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
         """What a distilled step costs in plain ones; nothing is trained meanwhile."""
-        return self._step_cost(distilled, plain, self._pairs, report)
+        return self._step_cost(distilled, plain, report)
 
     def train_of(self, run: Run) -> Callable[[DictConfig, str, Report], Iterator[None]]:
         """What trains a run, see :func:`.train_into`."""
