@@ -30,6 +30,13 @@ class InputError(Exception):
         line = f"{self.culprit}: {self.found}; expected {self.expected}"
         return " ".join(line.split())
 
+    @classmethod
+    def of_line(cls, line: str) -> InputError:
+        """The error that a line says, of another process: the opposite of ``str``."""
+        said, _, expected = line.rpartition("; expected ")
+        culprit, _, found = said.partition(": ")
+        return cls(culprit, found, expected)
+
 
 @contextlib.contextmanager
 def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:

@@ -459,11 +459,6 @@ def _no_cuda() -> None:
         launch.pick_device("cuda")
 
 
-def _of_another_process() -> None:
-    said = InputError("a", "b", "c")
-    refused(launch._input_error(f"{InputError.__module__}.InputError: {said}"))
-
-
 def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
@@ -509,7 +504,6 @@ ENGINE: dict[str, Case] = {
     "engine/launch launch: '--num-gpus'": call(
         launch.launch, print, argparse.Namespace(num_gpus=99, num_machines=1)
     ),
-    "engine/launch _input_error": call(_of_another_process),
     "engine/optimizer _build: 'no params'": call(
         optimizer._build, "optimizer", OmegaConf.create({}), nn.Linear(1, 1)
     ),
@@ -945,16 +939,9 @@ EVALUATION: dict[str, Case] = {
 
 
 def _circle() -> None:
-    content = runs(a={"steps_like": "b"}, b={"steps_like": "a"})
+    content = runs(a={"starts_from": "b"}, b={"starts_from": "a"})
     content["study"]["baseline"] = "b"
     plan.parse(content).plan(seeds=[0])
-
-
-def _stretched() -> None:
-    content = runs(a={"steps_like": "b"}, b={}, c={})
-    content["runs"]["c"]["config"] = {"train": {"max_iter": 2}}
-    content["study"]["baseline"] = "c"
-    plan.parse(OmegaConf.create(content)).plan(seeds=[0])
 
 
 def _seeing(act: str, model, given=None, *more: str) -> Case:
@@ -1002,12 +989,12 @@ def _trained(words: str) -> Case:
 
 TOOLS: dict[str, Case] = {
     "study/plan Study.plan.visit: circle": call(_circle),
-    "study/plan Study.plan.visit: own": call(_stretched),
     "study/plan load": file_with("study = (", "s.py", plan.load),
     "study/plan parse: no dict named": call(plan.parse, {}),
     "study/plan parse: f'no {key": call(plan.parse, {"study": {}, "runs": {}}),
     "study/plan parse: step": call(plan.parse, runs(a={"step": 1})),
     "study/plan parse: 'no config'": call(plan.parse, runs(a={"config": None})),
+    "study/plan parse: has no teacher": call(plan.parse, runs(a={"steps_like": "b"}, b={})),
     "study/plan parse: is made per seed": call(
         plan.parse, runs(a={"once": True, "teacher": "b"}, b={})
     ),
@@ -1055,10 +1042,10 @@ ELSEWHERE = {
     "engine/launch explaining_lost_process": "test_processes.test_a_process_that_dies_ends_the_other_with_a_clear_message",
     "engine/launch launch: ended by": "test_processes.test_launch_ends_all_and_says_why",
     "engine/run_info explaining_full_disk": "test_resume.test_a_full_disk_is_the_users_to_mend",
+    "engine/run_info save_config": "test_config_yaml.test_a_recipe_that_cannot_be_written_says_so",
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
-    "study/schedule SideBySide.first_done": "test_schedule.test_a_process_that_dies_is_told_from_an_error",
 }
 """Places whose case needs a whole run or a whole detector, and has a test of its own."""
 

@@ -1,23 +1,27 @@
-"""Runs of a study side by side: the same results as one by one, and nothing left running when one fails."""
+"""Runs of a study in processes of their own: the same results as in this one, and none left running when one fails."""
 
 import io
 import json
 import multiprocessing.connection
 import os
-import signal
+import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from d2kd.errors import InputError
-from d2kd.study import OneByOne, SideBySide, load, run_study
+from d2kd.study import Commands, load, run_study, schedule
+from d2kd.study import run as training
 
 from .common import load_tool, one_thread
 from .tiny_run import draw_data
 
 STUDY = """
 from pathlib import Path
-import copy, os
+import copy
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.config import LazyCall as L
 from d2kd.losses import DistillLosses, ImitationLoss
 from tests.common import tiny_faster_rcnn
@@ -31,17 +35,27 @@ def _taught(losses):
 _plain = recipe(_data, Path("none"), max_iter=2)
 _broken = copy.deepcopy(_plain)
 _broken.optimizer.lr = float("inf")
-_deadly = copy.deepcopy(_plain)
-_deadly.dataloader.train.sampler = L(os.abort)()
+# What only this file knows: a class, a lambda, a data set.
+class Identity:
+    def __init__(self, of):
+        self.of = of
+
+    def __call__(self, data):
+        return self.of(data)
+
+if "of_this_study" not in DatasetCatalog.list():
+    DatasetCatalog.register("of_this_study", lambda: load_coco_json(f"{{_data}}/data.json", str(_data), "of_this_study"))
+_imitation = _taught(L(DistillLosses)(imitation=L(ImitationLoss)()))
+_train = _imitation["config"].dataloader.train
+_train.dataset.names, _train.mapper = "of_this_study", L(Identity)(of=_train.mapper)
 study = dict(test=_plain.dataloader.test.dataset.names, baseline="baseline")
 runs = dict(
     baseline=dict(config=_plain),
-    imitation=_taught(L(DistillLosses)(imitation=L(ImitationLoss)())),
+    imitation=_imitation,
     longer=dict(config=_plain, starts_from="baseline"),
     teacher=dict(config=recipe(_data, Path("none"), tiny_faster_rcnn(channels=24), max_iter=2), once=True),
     broken=dict(config=_broken, optional=True),
     needy=dict(config=_plain, starts_from="broken", optional=True),
-    deadly=dict(config=_deadly, optional=True),
 )
 """
 
@@ -60,104 +74,6 @@ def file(tmp_path):
     return file
 
 
-def run(file, output, seeds=(), only=(), jobs=2, console=None):
-    study = load(file)
-    runs = study.plan(seeds, only)
-    with SideBySide(jobs, file, seeds, only, False) if jobs > 1 else OneByOne() as trainer:
-        return run_study(study, runs, output, trainer, console or io.StringIO())
-
-
-def test_side_by_side_is_one_by_one(file, tmp_path):
-    said = io.StringIO()
-    rows, failed = run(file, tmp_path / "two", console=said)
-    assert not failed
-    assert said.getvalue().splitlines()[0].split()[0] == "teacher"  # which others wait for
-    one, _ = run(file, tmp_path / "one", jobs=1)
-    assert [row["name"] for row in rows] == [row["name"] for row in one]
-    assert len(rows) == 4
-    for row, other in zip(rows, one):
-        assert (row["AP"], row["parameters"]) == (other["AP"], other["parameters"])
-        ours, theirs = (torch.load(r["weights"], weights_only=True)["model"] for r in (row, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), row["name"]
-    again = io.StringIO()
-    run(file, tmp_path / "two", console=again)
-    assert again.getvalue().count("finished before") == 4
-
-
-def test_its_processes_start_others_as_this_one_does(file):
-    """Loaders' workers, which would each import everything anew if they were spawned."""
-    with SideBySide(2, file, [], [], False) as trainer:
-        started = trainer._pool.submit(multiprocessing.get_start_method).result()
-    assert started == multiprocessing.get_start_method()
-
-
-def test_a_failing_run_takes_along_only_what_needs_it(file, tmp_path):
-    said = io.StringIO()
-    rows, failed = run(file, tmp_path / "out", [0], ["baseline", "needy", "longer"], console=said)
-    assert {row["name"] for row in rows} == {"baseline_seed0", "longer_seed0"}
-    assert list(failed) == ["broken_seed0"] and isinstance(failed["broken_seed0"], InputError)
-    assert "left out, for it needs broken_seed0" in said.getvalue()
-
-
-def test_a_process_that_dies_is_told_from_an_error(file, tmp_path):
-    with pytest.raises(InputError, match="--jobs: a run's process is gone; expected 2 that fit"):
-        run(file, tmp_path / "out", [0], ["deadly"])
-    assert not multiprocessing.active_children()
-
-
-def test_an_interruption_leaves_nothing_running(file, tmp_path):
-    class Console(io.StringIO):
-        def write(self, text):
-            if "step" in text:
-                raise KeyboardInterrupt
-            return super().write(text)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(file, tmp_path / "out", [0], ["baseline"], console=Console())
-    assert not multiprocessing.active_children()
-    rows, failed = run(file, tmp_path / "out", [0], ["baseline"])
-    assert not failed and rows[0]["AP"] is not None
-
-
-def _begin_and_wait(file, told):
-    with SideBySide(2, file, [], [], False) as trainer:
-        told.send(trainer._pool.submit(os.getpid).result())
-        trainer._pool.submit(signal.pause).result()
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "pidfd_open"), reason="the end of a grandchild is seen on Linux"
-)
-def test_a_killed_study_leaves_nothing_running(file):
-    """Or the command that continues it would train beside what still trains."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    study = context.Process(target=_begin_and_wait, args=(str(file), there))
-    study.start()
-    running = os.pidfd_open(here.recv())
-    study.kill()
-    assert multiprocessing.connection.wait([running], timeout=60)
-    study.join()
-    os.close(running)
-
-
-def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path):
-    class Two(OneByOne):
-        jobs, busy = 2, []
-
-        def first_done(self, futures):
-            self.busy.append(len(futures))
-            return super().first_done(futures)
-
-    run(file, tmp_path / "out", [0], ["baseline"], jobs=1)
-    study = load(file)
-    runs = study.plan([0], ["baseline", "imitation", "longer"])
-    rows, failed = run_study(study, runs, tmp_path / "out", Two(), io.StringIO())
-    assert not failed and len(rows) == len(runs) == 4
-    assert Two.busy[0] == 2  # the teacher, and what starts from the finished baseline
-
-
 @pytest.fixture
 def command(file, monkeypatch):
     """``tools/run_study.py`` with the study, from an empty folder."""
@@ -166,17 +82,43 @@ def command(file, monkeypatch):
     return lambda words: tool.main([str(file), *words.split()])
 
 
-def test_the_command_trains_shows_and_names_the_page(command, tmp_path, capsys):
-    command("--seeds 3 --runs baseline imitation")
-    folder = tmp_path / "output" / "study"
+def run(file, output, seeds=(), only=(), trainer=None, console=None):
+    study = load(file)
+    return run_study(study, study.plan(seeds, only), output, trainer, console or io.StringIO())
+
+
+def test_commands_side_by_side_are_one_by_one_in_this_process(command, file, tmp_path, capsys):
+    """To the last bit: weights, figures; also of what only the study's own file defines and registers."""
+    command("--seeds 3 --runs baseline imitation --jobs 2 --output two")
     said = capsys.readouterr().out
-    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert said.splitlines()[3].split()[0] == "teacher"  # which others wait for
+    assert "two/report.html" in said
+    assert (tmp_path / "two/report.html").exists() and (tmp_path / "two/curves.png").exists()
+    rows = json.loads((tmp_path / "two/results.json").read_text())["rows"]
+    one, _ = run(file, tmp_path / "one", [3], ["baseline", "imitation"])
+    assert [row["name"] for row in rows] == [row["name"] for row in one]
     assert {row["name"] for row in rows} == {"teacher", "baseline_seed3", "imitation_seed3"}
-    assert f"{folder.relative_to(tmp_path)}/report.html" in said
-    assert (folder / "report.html").exists() and (folder / "curves.png").exists()
-    command("--seeds 3 --runs baseline --jobs 2 --output elsewhere")
-    rows = json.loads((tmp_path / "elsewhere" / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["baseline_seed3"]
+    for row, other in zip(rows, one):
+        measured = ("AP", "AP50", "per_class", "parameters")
+        assert [row[key] for key in measured] == [other[key] for key in measured]
+        assert row["seconds"] > 0 and (sys.platform != "linux" or row["peak_memory_mib"] > 0)
+        ours, theirs = (torch.load(r["weights"], weights_only=True)["model"] for r in (row, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), row["name"]
+    command("--seeds 3 --runs baseline imitation --jobs 2 --output two")
+    assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_a_run_that_fails_is_told_and_takes_along_only_what_needs_it(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command("--runs baseline needy --jobs 2")
+    assert exit.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
+    assert "at iteration" in said.err and "; expected a finite number" in said.err
+    assert "left out, for it needs broken_seed0" in said.out
+    rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["baseline_seed0"]
 
 
 def test_the_command_tried_fast(command, tmp_path, capsys):
@@ -185,11 +127,171 @@ def test_the_command_tried_fast(command, tmp_path, capsys):
     assert (tmp_path / "output" / "study_fast" / "results.json").exists()
 
 
-def test_the_command_tells_of_a_run_that_failed_and_keeps_the_others(command, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        command("--runs broken baseline")
-    assert exit.value.code == 2
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
-    rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["baseline_seed0"]
+def trained_by(code, monkeypatch):
+    """In place of the training command a few words of Python; the run's folder is ``folder``."""
+    code = (
+        "import os, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n" + code
+    )
+    monkeypatch.setattr(
+        training, "training_command", lambda config_file: [sys.executable, "-c", code, config_file]
+    )
+
+
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("os.abort()", "ended by SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL"),
+        ("1 / 0", "exit code 1, ZeroDivisionError: division by zero"),
+        ("sys.exit(3)", "exit code 3"),
+    ],
+)
+def test_a_process_that_dies_is_named_and_what_it_said_is_kept(
+    file, tmp_path, monkeypatch, code, found
+):
+    trained_by(code, monkeypatch)
+    said = io.StringIO()
+    rows, failed = run(file, tmp_path / "out", [0], ["baseline", "imitation"], Commands(2), said)
+    assert rows == [] and set(failed) == {"teacher", "baseline_seed0"}
+    error = str(failed["baseline_seed0"])
+    assert error.startswith(f"baseline_seed0: {found}") and "\n" not in error
+    assert f"failed: {error}" in said.getvalue()
+    kept = tmp_path / "out" / "baseline_seed0" / "stderr.txt"
+    assert kept.exists() and str(kept) in error
+    assert ("ZeroDivisionError" in kept.read_text()) == ("1 / 0" in code)
+
+
+def test_what_is_refused_before_its_first_step_leaves_no_trace(file, tmp_path, monkeypatch):
+    line = "error: a.pth: missing: all of it; expected a file"
+    trained_by(
+        f"print({line!r}, 'and more', sep=chr(10), file=sys.stderr); sys.exit(2)", monkeypatch
+    )
+    rows, failed = run(file, tmp_path / "out", [0], ["baseline"], Commands())
+    assert [f"error: {error}" for error in failed.values()] == [line] and rows == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
+    trained_by("(folder / 'metrics.json').touch(); time.sleep(600)", monkeypatch)
+    started, metrics = [], tmp_path / "out" / "baseline_seed0" / "metrics.json"
+    popen = training.subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def interrupt_once_it_trains(seconds):
+        if metrics.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.subprocess, "Popen", start)
+    monkeypatch.setattr(schedule.time, "sleep", interrupt_once_it_trains)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "out", [0], ["baseline"], Commands(2))
+    [process] = started
+    assert process.returncode is not None
+    assert metrics.exists()  # and the next command goes on from there
+
+
+def _begin_and_wait(folder, told):
+    config = OmegaConf.create(dict(model={}, train=dict(output_dir=folder, max_iter=1)))
+    going_on = training.train_apart(config, "", print, 1, None)
+    next(going_on)
+    told.send(going_on.gi_frame.f_locals["process"].pid)
+    told.recv()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "pidfd_open"), reason="the end of a grandchild is seen on Linux"
+)
+def test_a_killed_study_leaves_nothing_running(tmp_path, monkeypatch):
+    """Or the command that continues it would train beside what still trains."""
+    trained_by("time.sleep(600)", monkeypatch)
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    study = context.Process(target=_begin_and_wait, args=(str(tmp_path), there))
+    study.start()
+    running = os.pidfd_open(here.recv())
+    study.kill()
+    assert multiprocessing.connection.wait([running], timeout=60)
+    study.join()
+    os.close(running)
+
+
+class Beside(Commands):
+    """Two at a time, each for a few rounds; nothing is computed. Who trains beside whom is remembered."""
+
+    def __init__(self):
+        super().__init__(jobs=2)
+        self.running, self.seen = [], []
+
+    def train_of(self, run):
+        def train(config, test, report):
+            self.running.append(run.name)
+            for _ in range(3):
+                self.seen.append(tuple(self.running))
+                yield
+            self.running.remove(run.name)
+            raise InputError(run.name, "nothing trained", "no more than this")
+
+        return train
+
+    def step_cost(self, distilled, plain, report):
+        self.seen.append(("cost", *self.running))
+        return dict(ratio=1.5, low=1.0, high=2.0, pairs=12, clock="cpu seconds")
+
+
+@pytest.fixture
+def without_waiting(monkeypatch):
+    monkeypatch.setattr(schedule.time, "sleep", lambda seconds: None)
+
+
+def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path, without_waiting):
+    run(file, tmp_path / "out", [0], ["baseline"])
+    beside = Beside()
+    run(file, tmp_path / "out", [0, 1], ["baseline", "longer"], beside)
+    assert set(beside.seen[1]) == {"longer_seed0", "baseline_seed1"}
+
+
+def test_what_all_seeds_have_in_common_is_alone(file, tmp_path, without_waiting):
+    beside = Beside()
+    run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], beside)
+    assert max(map(len, beside.seen)) == 2
+    assert all(names == ("teacher",) for names in beside.seen if "teacher" in names)
+
+
+def test_a_step_is_timed_while_nothing_else_is_trained(file, tmp_path, without_waiting):
+    """And at the first such moment, so that no place waits for it later."""
+    run(file, tmp_path / "out", [0], ["teacher"])
+    text = file.read_text().replace(
+        "runs = dict(", "runs = dict(equal=dict(config=_plain, steps_like='imitation'),"
+    )
+    file.write_text(text)
+    beside = Beside()
+    run(file, tmp_path / "out", [0, 1], ["baseline", "teacher", "equal"], beside)
+    assert beside.seen[0] == ("cost",) and ("cost",) not in beside.seen[1:]
+    assert sum("equal" in name for name in beside.seen[-1]) >= 1
+
+
+def test_each_has_its_share_of_the_threads_and_of_the_gpus(file, tmp_path, monkeypatch):
+    given = []
+
+    def apart(config, test, report, count, gpu):
+        given.append((config.train.output_dir.rsplit("/", 1)[1], count, gpu))
+        yield
+        yield
+        raise InputError("nothing", "trained", "no more than this")
+
+    monkeypatch.setattr(schedule, "train_apart", apart)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], Commands(2))
+    assert given[0] == ("teacher", 4, "5")
+    assert sorted(given[1:]) == [("baseline_seed0", 2, "5"), ("baseline_seed1", 2, "7")]
+    given.clear()
+    run(file, tmp_path / "out", [0], ["baseline"], Commands(1))
+    assert given == [("baseline_seed0", 4, "5")]
+    given.clear()
+    run(file, tmp_path / "out", [0, 1, 2], ["baseline"], Commands(3))
+    assert [gpu for *_, gpu in given] == ["5", "7", "5"]

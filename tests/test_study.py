@@ -28,8 +28,9 @@ from d2kd.study import (
     show_results,
     train,
 )
+from d2kd.study.console import Progress
 from d2kd.study.results import average_precision, gains, table, training_time
-from d2kd.study.text import markdown, t_interval
+from d2kd.study.text import aligned, markdown, t_interval
 
 from .common import ROOT, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
@@ -97,10 +98,24 @@ class FakeTraining:
         return Measured(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
 
 
-def run(study, output, train, seeds=(), only=(), fast=False):
+class FakeCost:
+    """What a distilled step costs, at once."""
+
+    def __init__(self, ratio=1.5):
+        self.ratio, self.calls = ratio, []
+
+    def __call__(self, distilled, plain, report):
+        self.calls.append((distilled, plain))
+        report(15, 15)
+        found = dict(ratio=self.ratio, low=self.ratio - 0.1, high=self.ratio + 0.1)
+        return found | dict(pairs=12, clock="cpu seconds")
+
+
+def run(study, output, train, seeds=(), only=(), fast=False, cost=None):
     console = io.StringIO()
     runs = study.plan(seeds, only, fast)
-    rows, failed = run_study(study, runs, output, OneByOne(train), console)
+    trainer = OneByOne(train, cost or FakeCost())
+    rows, failed = run_study(study, runs, output, trainer, console)
     return rows, failed, console.getvalue()
 
 
@@ -110,12 +125,7 @@ def test_plan_goes_by_need_and_seed():
     assert names == ["teacher", *[n.format(0) for n in one], *[n.format(3) for n in one]]
     study = study_of(seeds=[5])
     assert [run.name for run in study.plan(only=["term"])] == ["term_seed5"]
-    assert [run.name for run in study.plan(only=["equal_time"])] == [
-        "teacher",
-        "tar_seed5",
-        "baseline_seed5",
-        "equal_time_seed5",
-    ]
+    assert [run.name for run in study.plan(only=["equal_time"])] == ["teacher", "equal_time_seed5"]
     assert [run.seed for run in study.plan(only=["tar"])] == [0, 5]
 
 
@@ -137,6 +147,10 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
         (dict(runs=dict(teacher=dict(starts_from="tar"))), "tar is made per seed"),
+        (
+            dict(runs=dict(equal_time=dict(steps_like="term"))),
+            "term has no teacher; expected a dis",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -166,8 +180,8 @@ def test_files_that_are_no_study(tmp_path):
 
 
 def test_sources_and_equal_time(tmp_path):
-    train = FakeTraining(seconds=dict(tar=75.4))
-    rows, failed, _ = run(study_of(), tmp_path, train)
+    train = FakeTraining()
+    rows, failed, _ = run(study_of(), tmp_path, train, cost=FakeCost(1.508))
     assert not failed and [row["method"] for row in rows] == [
         "tar", "teacher", "baseline", "equal_time", "longer",
     ]  # fmt: skip
@@ -177,6 +191,42 @@ def test_sources_and_equal_time(tmp_path):
     assert configs["tar_seed0"].model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
     start = str(tmp_path / "baseline_seed0/model_final.pth")
     assert configs["longer_seed0"].train.init_checkpoint == start
+
+
+def test_equal_time_is_measured_once_with_the_trained_teacher_and_not_again(tmp_path):
+    train, cost = FakeTraining(), FakeCost(1.5)
+    rows, _, said = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    [(distilled, plain)] = cost.calls  # for both seeds
+    assert distilled.model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+    assert "teacher" not in plain.model and plain.train.max_iter == 100
+    assert said.count("1.50 (1.40 to 1.60) times a plain step, measured over 12 pairs") == 1
+    measured = dict(ratio=1.5, low=1.4, high=1.6, pairs=12, clock="cpu seconds")
+    written = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["step_cost"] for row in written if row["method"] == "equal_time"] == [measured] * 2
+    assert {row["step_cost"] for row in written if row["method"] != "equal_time"} == {None}
+    # A machine that is slower in another way tomorrow makes no other run of it.
+    train.calls.clear()
+    cost.ratio = 9.0
+    again, _, _ = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    assert train.calls == [] and len(cost.calls) == 1 and again == rows
+    shown = "equal_time: 1.50 (1.40 to 1.60) times the steps of baseline, measured over 12 pairs"
+    assert shown in show_results(tmp_path, study_of(pictures=0), [], rows)
+    assert shown in (tmp_path / "table.md").read_text()
+    # Another teacher, another cost.
+    other = study_of()
+    other.runs["teacher"].config.model.width = 16
+    run(other, tmp_path, train, only=["equal_time"], cost=cost)
+    assert train.calls == ["teacher", "equal_time_seed0"] and len(cost.calls) == 2
+    assert train.configs["equal_time_seed0"].train.max_iter == 900
+
+
+def test_an_equal_time_run_whose_steps_cannot_be_measured_fails_alone(tmp_path):
+    def refuse(distilled, plain, report):
+        raise InputError("train.device", "cuda", "cpu")
+
+    rows, failed, said = run(study_of(), tmp_path, FakeTraining(), cost=refuse)
+    assert list(failed) == ["equal_time_seed0"] and len(rows) == 4
+    assert said.count("failed: train.device: cuda; expected cpu") == 1
 
 
 def test_results_have_the_promised_form(tmp_path):
@@ -191,7 +241,7 @@ def test_results_have_the_promised_form(tmp_path):
     assert list(row) == [
         "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",
         "parameters", "seconds", "config", "weights", "weights_sha256",
-        "teacher_sha256", "log", "peak_memory_mib",
+        "teacher_sha256", "log", "peak_memory_mib", "step_cost",
     ]  # fmt: skip
     assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
     assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}
@@ -235,13 +285,14 @@ def test_an_interrupted_study_continues(tmp_path):
 def test_several_commands_add_up_to_one_table(tmp_path):
     """Rows of other methods are kept while they are the study's own: same seeds, recipe and sources."""
     train = FakeTraining()
-    run(study_of(), tmp_path, train, seeds=[0, 1], only=["equal_time", "term"])
+    run(study_of(), tmp_path, train, seeds=[0, 1], only=["tar", "baseline", "equal_time", "term"])
     train.calls.clear()
 
     def again(study, only):
         runs, every = study.plan([0], only), study.plan([0], list(study.runs))
         console = io.StringIO()
-        rows, failed = run_study(study, runs, tmp_path, OneByOne(train), console, every)
+        trainer = OneByOne(train, FakeCost())
+        rows, failed = run_study(study, runs, tmp_path, trainer, console, every)
         assert not failed
         written = json.loads((tmp_path / "results.json").read_text())["rows"]
         assert [row["name"] for row in rows] == [row["name"] for row in written]
@@ -256,7 +307,7 @@ def test_several_commands_add_up_to_one_table(tmp_path):
     other = study_of()
     other.runs[
         "teacher"
-    ].config.model.width = 16  # and so TAR's, and that of its seconds, are no longer its own
+    ].config.model.width = 16  # and so TAR's, and that of its steps, are no longer its own
     found, said = again(other, ["baseline"])
     assert found == ["baseline_seed0", "longer_seed0", "term_seed0"]
     assert "left out" not in said and "teacher" not in said
@@ -295,11 +346,11 @@ def test_another_recipe_moves_the_old_run_aside(tmp_path):
 
 def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     train = FakeTraining()
-    train.stop, train.error = "tar_seed0", InputError("loss_cls", "nan", "a finite number")
+    train.stop, train.error = "teacher", InputError("loss_cls", "nan", "a finite number")
     rows, failed, said = run(study_of(), tmp_path, train)
-    assert [row["name"] for row in rows] == ["teacher", "baseline_seed0", "longer_seed0"]
-    assert list(failed) == ["tar_seed0"]
-    assert "failed: loss_cls: nan" in said and "left out, for it needs tar_seed0" in said
+    assert [row["name"] for row in rows] == ["baseline_seed0", "longer_seed0"]
+    assert list(failed) == ["teacher"]
+    assert "failed: loss_cls: nan" in said and said.count("left out, for it needs teacher") == 2
     said = show_results(tmp_path, study_of(pictures=0), [], rows)
     assert "over baseline" in said
     time = training_time(rows)
@@ -384,9 +435,41 @@ def test_the_interval_covers_the_mean_95_times_in_100(count):
     assert t_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
-def test_markdown():
-    lines = [["a", "b"], ["  c", "d  "], ["", "-"]]
-    assert markdown(lines).splitlines() == ["| a | b |", "| --- | --- |", "| c | d |", "|  | - |"]
+def test_tables_as_text_and_as_markdown():
+    lines = [["a", "bb"], ["  c", "1.0"], ["", "-"]]
+    assert aligned(lines).splitlines() == [
+        "a      bb", "---  ----", "  c   1.0", "        -"
+    ]  # fmt: skip
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(lines).splitlines()
+    ]
+    assert [cells[0], *cells[2:]] == [["a", "bb"], ["c", "1.0"], ["", "-"]]
+    assert all(set(cell) <= set("-:") for cell in cells[1])
+    assert len(aligned(lines[:1]).splitlines()) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for console in (io.StringIO(), Terminal()):
+        line = Progress("  tar", console)
+        for step in range(40, 101):
+            now[0] += 1
+            line(step, 100)
+        line.close("AP 1.0")
+        line.close("once")
+        said = console.getvalue()
+        assert said.endswith("  tar  AP 1.0\n")
+        assert "step 70/100  00:30 elapsed  00:30 left" in said  # by the steps that were made here
+        if console.isatty():
+            assert said.count("\n") == 1 and "step 100/100" in said
+        else:
+            assert "\r" not in said and 3 <= said.count("\n") <= 5
 
 
 def test_an_only_class_and_undefined_figures():
@@ -420,7 +503,7 @@ def test_closing_words_name_what_to_open(tmp_path):
     train = FakeTraining()
     study = study_of(pictures=2)
     runs = study.plan([0])
-    rows, _ = run_study(study, runs, tmp_path, OneByOne(train), io.StringIO())
+    rows, _ = run_study(study, runs, tmp_path, OneByOne(train, FakeCost()), io.StringIO())
     words = show_results(tmp_path, study, runs, rows)
     for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
@@ -452,7 +535,7 @@ def test_icd_is_set_beside_its_parts(path):
     study = parse(OmegaConf.merge(LazyConfig.load(f"projects/ICD/studies/{path}.py"), {"study": {"test": "x"}}))  # fmt: skip
     rows = {run.method: run.config for run in study.plan(seeds=[0])}
     assert list(rows) == [
-        "teacher", "baseline", "icd", "baseline_equal_time", "imitation", "inherit", "icd_inherit",
+        "teacher", "baseline", "baseline_equal_time", "imitation", "icd", "inherit", "icd_inherit",
         "icd_uniform", "icd_published",
     ]  # fmt: skip
     plain = {key: OmegaConf.to_container(value, resolve=False) for key, value in rows.items()}

@@ -53,17 +53,17 @@ def run(args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise InputError("--jobs", args.jobs, "1 or more")
     need("plots", "matplotlib", "jinja2")
-    from d2kd.study import OneByOne, SideBySide, planned, run_study, show_results
+    from d2kd.study import Commands, OneByOne, planned, run_study, show_results
     from d2kd.study.report import study_report
 
-    given = args.study, args.seeds, args.runs, args.fast
-    study, runs = planned(*given)
+    study, runs = planned(args.study, args.seeds, args.runs, args.fast)
     every_run = study.plan(args.seeds, list(study.runs), args.fast)
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
-    with SideBySide(args.jobs, *given) if args.jobs > 1 else OneByOne() as trainer:
-        rows, failed = run_study(study, runs, output, trainer, others=every_run)
+    # --fast: in this process, where fewer images are registered.
+    trainer = OneByOne() if args.fast else Commands(args.jobs)
+    rows, failed = run_study(study, runs, output, trainer, others=every_run)
     if rows:
         print("\n" + show_results(output, study, every_run, rows) + "\n", flush=True)
         page = study_report(output, study, rows)

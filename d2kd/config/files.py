@@ -17,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..data.catalog import registering
 from ..errors import InputError
 from ..modeling import add_distiller_config, add_gfl_config, add_torchvision_config
 from .nodes import student_of
@@ -78,8 +79,10 @@ def _read(path: str) -> DictConfig:
     Raises:
         InputError: the file is missing or fails to load, or defines no model.
     """
+    file = _find(path)
     try:
-        config = LazyConfig.load(str(_find(path)))
+        with registering(file):
+            config = LazyConfig.load(str(file))
     except InputError:
         raise
     except Exception as error:  # a config is code, and may fail in any way

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..losses import DistillLosses, ImitationLoss, TARLoss
 from ..modeling import GFL, Distiller, Teacher
 from .files import detector, get_config, load
-from .nodes import reading_mapper, student_of
+from .nodes import builds, reading_mapper, student_of
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
@@ -155,7 +155,7 @@ def increment(
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     model, data = student_of(base.model), base.dataloader
-    if "num_classes" not in model or model.get("_target_") not in (GFL, f"{GFL.__module__}.GFL"):
+    if "num_classes" not in model or not builds(model, GFL):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
     for part in ("train", "test"):
         names = data[part].dataset.names

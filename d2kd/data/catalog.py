@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 
 from d2kd.errors import InputError
+
+REGISTERED_BY: dict[str, str] = {}
+"""By name, the Python file of configs whose code registered a data set of this process."""
+
+
+@contextlib.contextmanager
+def registering(file: str | Path) -> Iterator[None]:
+    """Inside, a file of configs is loaded; the data sets that its own code registers are remembered as its own."""
+    before = set(DatasetCatalog.list())
+    yield
+    if str(file).endswith(".py"):  # a saved config says itself where its data come from
+        new = set(DatasetCatalog.list()) - before
+        REGISTERED_BY.update(dict.fromkeys(new, str(Path(file).resolve())))
+
+
+def registered(name: str, file: str) -> str:
+    """The name of a data set, registered if need be by loading the file of configs that does so."""
+    if name not in DatasetCatalog.list():
+        with registering(file):
+            LazyConfig.load(file)
+    return name
 
 
 def is_registered(name: str, given: tuple) -> bool:

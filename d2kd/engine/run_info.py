@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -11,21 +13,23 @@ import logging.handlers
 import math
 import os
 import platform
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import cloudpickle
 import torch
-from detectron2.config import LazyConfig
+import yaml
 from detectron2.utils import comm
+from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf
 
 from .. import __version__
+from ..data.catalog import REGISTERED_BY
 from ..errors import InputError
 
 LOGGERS = ("d2kd", "detectron2", "fvcore")
@@ -62,11 +66,6 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what a process that was killed could not: each would hold a checkpoint's place for ever."""
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
-    for left in folder.glob(f"{_CONFIG}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-_CONFIG = ".config"
 
 
 def disk_is_full(error: BaseException) -> str | None:
@@ -141,28 +140,124 @@ def versions() -> dict[str, str | None]:
 
 
 def config_hash(node: Any) -> str:
-    """SHA-256 of a config node's content: equal nodes of two files have equal hashes."""
-    text = json.dumps(node, sort_keys=True, default=_describe)
+    """SHA-256 of a config's content: equal for equal configs, whatever file or process they come from.
+
+    A class or function counts by its name, any other object by its class and what it holds. Code is not looked at.
+    """
+    text = json.dumps(_content(node), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe(value: Any) -> Any:
-    """A node by its content, a class or function by its name, anything else as it prints."""
+def _content(value: Any) -> Any:
     if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True)
+        return _content(OmegaConf.to_container(value, resolve=True))
+    if isinstance(value, Mapping):
+        return {str(key): _content(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
     if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
+        return importable_name(value) or value.__qualname__
+    # Its repr may be its address.
+    held = _content(vars(value)) if hasattr(value, "__dict__") else repr(value)
+    return [_content(type(value)), held]
+
+
+def importable_name(value: Any) -> str | None:
+    """The name by which any process can import a class or function; None for one that no module has."""
+    if getattr(value, "__module__", None) in (None, "__main__"):
+        return None
+    with contextlib.suppress(Exception):  # of whatever is imported on the way
+        name = _convert_target_to_string(value)
+        if locate(name) == value:
+            return name
+    return None
 
 
 def save_config(config: DictConfig, path: str | Path) -> None:
-    """The full config as ``LazyConfig.save`` writes it, put in place when it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_CONFIG) as folder:
-        LazyConfig.save(config, str(Path(folder, path.name)))
-        for file in Path(folder).iterdir():  # a config that YAML cannot hold comes with a pickle
-            shutil.move(file, path.parent / file.name)
+    """Write a config as YAML that builds the same again: by ``LazyConfig.load``, and so by any of d2kd's commands.
+
+    Classes and functions of modules stand there by their names. Those that no module has, such as a lambda or a class
+    of the recipe's own file, and objects that YAML does not know are in it as one pickle, which a later version of
+    Python may fail to read. A data set that a recipe's or a study's file registers stands there with that file, which
+    is run again. Reading such a YAML executes code, as a recipe does.
+
+    Raises:
+        InputError: the config holds what cannot be pickled.
+    """
+    content = _to_write(OmegaConf.to_container(config, resolve=False))
+    layout = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 9999}
+    try:
+        text = yaml.dump(content, Dumper=_Dumper, **layout)
+    except Exception as error:  # an object decides itself how it fails
+        expected = "a recipe of values that can be pickled"
+        raise InputError(path, f"cannot be written ({error})", expected) from error
+    write_text(path, text)
+
+
+def _reduces_as_usual(kind: type) -> bool:
+    return all(
+        getattr(kind, key) is getattr(object, key) for key in ("__reduce__", "__reduce_ex__")
+    )
+
+
+class _Registered(str):
+    """The name of a data set that a file of configs registers."""
+
+
+def _to_write(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = {key: _to_write(item) for key, item in value.items()}
+        target = value.get("_target_")
+        return (
+            value | {"_target_": importable_name(target) or target} if callable(target) else value
+        )
+    if isinstance(value, list):
+        return [_to_write(item) for item in value]
+    return _Registered(value) if isinstance(value, str) and value in REGISTERED_BY else value
+
+
+class _Dumper(yaml.Dumper):
+    """Keeps what YAML has no word for in one pickle, so that what its parts share stays shared."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._pickled: list[Any] = []
+        self._pickle = yaml.ScalarNode("tag:yaml.org,2002:binary", "", style="|")
+        self._all = self._call("pickle.loads", [self._pickle])
+
+    def represent(self, data: Any) -> None:
+        node = self.represent_data(data)
+        self._pickle.value = self.represent_binary(cloudpickle.dumps(self._pickled)).value
+        self.serialize(node)
+
+    def _call(self, function: str, arguments: list[yaml.Node]) -> yaml.Node:
+        return yaml.SequenceNode(f"tag:yaml.org,2002:python/object/apply:{function}", arguments)
+
+    def represent_other(self, data: Any) -> yaml.Node:
+        kind = type(data)
+        if hasattr(data, "__qualname__"):
+            if (name := importable_name(data)) is not None:
+                return self._call(f"{locate.__module__}.locate", [self.represent_data(name)])
+        elif importable_name(kind) is not None and (
+            isinstance(data, PurePath | enum.Enum | functools.partial)
+            or (hasattr(data, "__dict__") and _reduces_as_usual(kind))
+        ):
+            return self.represent_object(data)
+        self._pickled.append(data)
+        index = self.represent_data(len(self._pickled) - 1)
+        return self._call("operator.getitem", [self._all, index])
+
+    def represent_registered(self, name: str) -> yaml.Node:
+        arguments = [self.represent_data(text) for text in (str(name), REGISTERED_BY[name])]
+        return self._call("d2kd.data.catalog.registered", arguments)
+
+
+for _kind in (type, FunctionType, BuiltinFunctionType):
+    _Dumper.add_representer(_kind, _Dumper.represent_other)
+_Dumper.add_multi_representer(object, _Dumper.represent_other)
+_Dumper.add_representer(_Registered, _Dumper.represent_registered)
 
 
 def keep_metrics_before(path: str | Path, iteration: int) -> None:
@@ -252,13 +347,14 @@ class RunRecord:
         self.content["rows"].append({"started": started, **row})
         self.set()
 
-    def end(self, iteration: int, seconds: float, results: dict) -> None:
-        """Say how far it came, after how many seconds of training, and the last evaluation."""
+    def end(self, iteration: int, seconds: float, results: dict, peak: int | None) -> None:
+        """Say how far it came, after how many seconds of training, the last evaluation, and bytes at the peak."""
         if self.content["rows"]:
             self.content["rows"][-1] |= {
                 "iterations": iteration,
                 "seconds": seconds,
                 "results": results,
+                "peak_memory": peak,
             }
             self.set()
 

@@ -59,6 +59,7 @@ from .hooks import (
     has_tensorboard,
 )
 from .launch import pick_device
+from .memory import Peak
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
 from .run_info import (
@@ -359,6 +360,7 @@ class Trainer(DefaultTrainer):
             InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
         """
         folder = self.cfg.train.output_dir
+        self._peak = Peak(self.device)
         with (
             self._log.listening(),
             quiet_about_input_errors(),
@@ -380,7 +382,8 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def _end_record(self) -> None:
-        self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
+        results = getattr(self, "_last_eval_results", {})
+        self.record.end(self.iter, self.seconds, results, self._peak.bytes)
 
     def _open_output(self) -> None:
         folder = Path(self.cfg.train.output_dir)

@@ -8,7 +8,7 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         baseline=dict(config=…),                        # one per seed
         tar=dict(config=…, teacher="teacher"),          # model.teacher.weights: that run's
         longer=dict(config=…, starts_from="baseline"),  # train.init_checkpoint: that run's
-        equal_time=dict(config=…, steps_like="tar"),    # as many steps as fit in that run's seconds
+        equal_time=dict(config=…, steps_like="tar"),    # as many steps as cost what that run costs
         ablation=dict(config=…, optional=True),         # only when asked for by name
     )
 
@@ -29,20 +29,25 @@ folder.
 
 The figures are those of the last weights on the test split, looked at once. ``seconds`` is the time inside training
 steps, loading included, evaluation and checkpoints not. It is saved with the weights, so steps that an interruption
-threw away do not count. Runs that are trained side by side share the machine, and their seconds show it: an equal-time
-run is given the ratio of two runs' seconds, which the others on the machine should have slowed alike.
+threw away do not count. Runs that are trained side by side share the machine, and their seconds show it. So the steps of
+an equal-time run do not go by them: once the teacher is trained, and while nothing else is, steps of the distilled
+recipe and of the plain one are timed in turn. The ratio of their costs is kept in the study's ``step_cost.json``, and
+used again when the study is continued.
+
+A run is trained by the training command, on the ``config.yaml`` that the study writes into the run's folder:
+:class:`Commands`. :class:`OneByOne` trains in this process, for ``--fast`` and tests.
 """
 
 from .plan import Run, Study, load, parse, planned, prepare
 from .results import show_results, write_results
 from .run import Measured, train
-from .schedule import OneByOne, SideBySide, run_study
+from .schedule import Commands, OneByOne, run_study
 
 __all__ = [
+    "Commands",
     "Measured",
     "OneByOne",
     "Run",
-    "SideBySide",
     "Study",
     "load",
     "parse",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import time
 from collections.abc import Iterator
 from typing import TextIO
+
+from tqdm import tqdm
 
 from ..engine.run_info import LOGGERS
 
@@ -34,48 +34,54 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Progress:
+class Progress(tqdm):
     """A line on the screen: step i/n, elapsed, left. Into a pipe, a new line every half minute.
 
     Args:
         label: what is under way.
         console: where.
-        last: what follows the last step.
         live: False where other lines are written meanwhile; then it is as into a pipe.
     """
 
-    def __init__(self, label: str, console: TextIO, last: str = "now testing", live: bool = True):
-        self.label, self.console, self.live = label, console, live and console.isatty()
-        self.last = last
-        self.start: tuple[float, int] | None = None
-        self.shown = 0.0
-        if self.live:
-            self._say("starting", "")
+    monitor_interval = 0  # no thread
+
+    def __init__(self, label: str, console: TextIO, live: bool = True):
+        self.live = live and console.isatty()
+        super().__init__(
+            desc=label,
+            file=console,
+            leave=False,
+            mininterval=0.2 if self.live else 30,
+            miniters=1,
+            smoothing=0,
+            position=0,
+            bar_format="{desc}  step {n_fmt}/{total_fmt}  {elapsed} elapsed  {remaining} left",
+        )
 
     def __call__(self, step: int, steps: int) -> None:
-        now = time.monotonic()
-        if self.start is None:
-            self.start, self.shown = (now, step), -math.inf
-        if step < steps and now - self.shown < (0.2 if self.live else 30):
+        """Say that so many of the steps are done; the first call is where they begin."""
+        if self.total is None:
+            self.total, self.initial, self.n = steps, step, step
+            self.start_t = self.last_print_t = self._time()
+            self.last_print_n = step
+            self.refresh()
+        else:
+            self.update(step - self.n)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """As tqdm, if the line is live."""
+        if self.live:
+            return super().display(msg, pos)
+        if msg is None and self.total is not None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+    def close(self, text: str | None = None) -> None:
+        """End the line, with last words if there are any."""
+        if self.disable:
             return
-        self.shown = now
-        elapsed, done = now - self.start[0], step - self.start[1]
-        rest = f"{_clock(elapsed / done * (steps - step))} left" if done else ""
-        rest = self.last if step == steps else rest
-        self._say(
-            f"step {step}/{steps}  {_clock(elapsed)} elapsed  {rest}", "" if self.live else "\n"
-        )
-
-    def close(self, text: str) -> None:
-        """The line's last words."""
-        self._say(text, "\n")
-
-    def _say(self, text: str, end: str) -> None:
-        self.console.write(
-            f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.label}  {text}{end}"
-        )
-        self.console.flush()
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        super().close()
+        if text is not None:
+            self.fp.write(f"{self.desc}  {text}\n")
+            self.fp.flush()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import config_file
 from ..data import class_step, split_classes
+from ..data.catalog import registering
 from ..data.steps import Split
+from ..engine.run_info import config_hash
 from ..errors import InputError
 
 RELATIONS = ("teacher", "starts_from", "steps_like")
@@ -24,9 +24,10 @@ RUN_KEYS = ("config", *RELATIONS, "once", "optional", "step")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method under one seed. ``test`` is what it is measured on; the last four name other runs.
+    """One training: a method under one seed.
 
-    ``baseline`` is set beside ``steps_like``: the run whose seconds per step are gone by.
+    ``test`` is what it is measured on, ``teacher`` and ``starts_from`` name other runs. ``steps_like`` is the distilled
+    run of an equal-time run. That one need not be trained, but its teacher: steps with it are timed.
     """
 
     name: str
@@ -36,8 +37,7 @@ class Run:
     test: str = ""
     teacher: str | None = None
     starts_from: str | None = None
-    steps_like: str | None = None
-    baseline: str | None = None
+    steps_like: Run | None = None
 
     @property
     def once(self) -> bool:
@@ -46,7 +46,9 @@ class Run:
 
     @property
     def needs(self) -> list[str]:
-        return [n for n in (self.teacher, self.starts_from, self.steps_like, self.baseline) if n]
+        """Names of the runs that are trained before."""
+        teacher_beside = self.steps_like and self.steps_like.teacher
+        return [n for n in (self.teacher, self.starts_from, teacher_beside) if n]
 
 
 @dataclass(frozen=True)
@@ -133,27 +135,26 @@ class Study:
             if method in above:
                 circle = " needs ".join((*above, method))
                 raise InputError("runs", circle, "runs that do not wait for each other")
-            node = self.runs[method]
+            run = made(method, seed, above, RELATIONS)
+            planned.setdefault(run.name, run)
+            return run.name
+
+        def made(method: str, seed: int, above: tuple[str, ...], relations: Sequence[str]) -> Run:
+            node, above = self.runs[method], (*above, method)
             name = method if node.get("once") else f"{method}_seed{seed}"
-            if name not in planned:
-                needs = {key: node[key] for key in RELATIONS if node.get(key) is not None}
-                if "steps_like" in needs:
-                    needs["baseline"] = self.baseline
-                needs = {key: visit(other, seed, (*above, method)) for key, other in needs.items()}
-                config = _own_root(node.config)
-                if fast:
-                    _override(config, self.fast)
-                own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
-                if "steps_like" in needs:
-                    own, theirs = (
-                        c.train.max_iter for c in (config, planned[needs["baseline"]].config)
-                    )
-                    if own != theirs:  # whose seconds a step tell how many steps fit
-                        culprit = f"runs: {method}: train.max_iter"
-                        raise InputError(culprit, own, f"the baseline's, {theirs}")
-                test = self.test_of(method)
-                planned[name] = Run(name, method, own_seed, config, test, **needs)
-            return name
+            if name in planned and relations == RELATIONS:
+                return planned[name]
+            others = {key: node[key] for key in relations if node.get(key) is not None}
+            distilled = others.pop("steps_like", None)
+            needs = {key: visit(other, seed, above) for key, other in others.items()}
+            config = _own_root(node.config)
+            if fast:
+                _override(config, self.fast)
+            own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
+            like = distilled and made(distilled, seed, above, ["teacher"])
+            return Run(
+                name, method, own_seed, config, self.test_of(method), **needs, steps_like=like
+            )
 
         _known("runs", only, self.runs)
         methods = only or [m for m, node in self.runs.items() if not node.get("optional")]
@@ -172,7 +173,9 @@ def load(path: str | Path) -> Study:
     """
     file = Path(path) if Path(path).is_file() else config_file(str(path))
     try:
-        return parse(LazyConfig.load(str(file)), path)
+        with registering(file):
+            content = LazyConfig.load(str(file))
+        return parse(content, path)
     except InputError:
         raise
     except Exception as error:  # a config is code, and may fail in any way
@@ -236,6 +239,8 @@ def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
                 raise InputError(
                     f"{where}.{key}", f"{other} is made per seed", "a run with once=True"
                 )
+            if other and key == "steps_like" and not _is_distilled(runs[other]):
+                raise InputError(f"{where}.{key}", f"{other} has no teacher", "a distilled run")
     return study
 
 
@@ -261,7 +266,13 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> None:
         ) from error
 
 
-def prepare(run: Run, finished: Mapping[str, Mapping], folder: Path) -> tuple[DictConfig, str]:
+def _is_distilled(node: Mapping[str, Any]) -> bool:
+    return "teacher" in ((node.get("config") or {}).get("model") or {})
+
+
+def prepare(
+    run: Run, finished: Mapping[str, Mapping], folder: Path, ratio: float | None = None
+) -> tuple[DictConfig, str]:
     """A run's recipe as it will be trained, and its fingerprint.
 
     The fingerprint knows sources by the hash of their weights, and no paths: a study may be moved.
@@ -270,42 +281,40 @@ def prepare(run: Run, finished: Mapping[str, Mapping], folder: Path) -> tuple[Di
         run: what to prepare.
         finished: rows of the runs it needs, by name.
         folder: where it will be trained.
+        ratio: of an equal-time run, what a distilled step costs in plain ones.
     """
     config = copy.deepcopy(run.config)
     config.train.seed = run.seed
-    if run.steps_like:
-        ratio = finished[run.steps_like]["seconds"] / finished[run.baseline]["seconds"]
+    if run.steps_like is not None:
         # Schedules are fractions of max_iter: the same one is stretched.
-        config.train.max_iter = max(1, round(config.train.max_iter * ratio))
-
-    def set_paths(output: str, teacher: str, start: str) -> None:
-        config.train.output_dir = output
-        if run.teacher:
-            config.model.teacher.weights = teacher
-        if run.starts_from:
-            config.train.init_checkpoint = start
-
-    set_paths("", "", "")
-    sources = {n: finished[n]["weights_sha256"] for n in (run.teacher, run.starts_from) if n}
-    recipe = _plain([OmegaConf.to_container(config, resolve=False), sources])
-    for key in ("draw_period", "draw_images"):  # pictures of a run change nothing in it
-        recipe[0]["train"].pop(key, None)
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    weights = {name: row["weights"] for name, row in finished.items()}
-    set_paths(str(folder), weights.get(run.teacher), weights.get(run.starts_from))
+        config.train.max_iter = max(1, round(run.steps_like.config.train.max_iter * ratio))
+    sources = {"model.teacher.weights": run.teacher, "train.init_checkpoint": run.starts_from}
+    sources = {key: finished[name] for key, name in sources.items() if name}
+    key = _fingerprint(config, {key: row["weights_sha256"] for key, row in sources.items()})
+    config.train.output_dir = str(folder)
+    for where, row in sources.items():
+        OmegaConf.update(config, where, row["weights"])
     return config, key
 
 
-def _plain(value: Any) -> Any:
-    """A recipe in JSON's types, equal for equal recipes in any process."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if hasattr(value, "__qualname__"):  # a class or a function
-        return f"{value.__module__}.{value.__qualname__}"
-    # Any other object is its class and what it holds; its repr may be its address.
-    held = _plain(vars(value)) if hasattr(value, "__dict__") else repr(value)
-    return [f"{type(value).__module__}.{type(value).__qualname__}", held]
+def timed_recipes(
+    run: Run, finished: Mapping[str, Mapping], folder: Path
+) -> tuple[DictConfig, DictConfig, str]:
+    """The distilled and the plain recipe whose steps are compared for an equal-time run, and the fingerprint of both.
+
+    They are the same for all seeds. Arguments are those of :func:`prepare`.
+    """
+    distilled, key = prepare(replace(run.steps_like, seed=0), finished, folder)
+    plain = replace(run, seed=0, starts_from=None, steps_like=None)
+    plain, of_plain = prepare(plain, finished, folder)
+    return distilled, plain, config_hash([key, of_plain])
+
+
+def _fingerprint(config: DictConfig, sources: Mapping[str, str]) -> str:
+    config = copy.deepcopy(config)
+    config.train.output_dir = ""
+    for key in sources:
+        OmegaConf.update(config, key, "")
+    for key in ("draw_period", "draw_images"):  # pictures of a run change nothing in it
+        config.train.pop(key, None)
+    return config_hash([OmegaConf.to_container(config, resolve=False), dict(sources)])

@@ -37,12 +37,12 @@ def compare_and_report(
     console = console or sys.stdout
 
     def phase(what: str) -> Report:
-        line = Progress(f"  {what:<24}", console, last="")
+        line = Progress(f"  {what:<24}", console)
 
         def report(step: int, steps: int) -> None:
             line(step, steps)
-            if step == steps and line.live:
-                console.write("\n")
+            if step == steps:
+                line.close(f"step {step}/{steps}")
 
         return report
 

@@ -158,6 +158,22 @@ def training_time(rows: Sequence[Row]) -> str:
     return f"1 run, {took}" if len(rows) == 1 else f"{len(rows)} runs, {took} added up"
 
 
+def step_costs(rows: Sequence[Row], baseline: str) -> list[str]:
+    """A line for each measurement that gave equal-time runs their steps."""
+    measured = [(row["method"], row["step_cost"]) for row in rows if row.get("step_cost")]
+    lines = [
+        f"{method}: {cost_text(cost, f'the steps of {baseline}')}" for method, cost in measured
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def cost_text(cost: Mapping[str, Any], unit: str) -> str:
+    """A :class:`d2kd.benchmark.step_cost.StepCost`, as a mapping, in words."""
+    ratio, low, high = (f"{cost[key]:.2f}" for key in ("ratio", "low", "high"))
+    over = f"measured over {cost['pairs']} pairs of steps, {cost['clock']}"
+    return f"{ratio} ({low} to {high}) times {unit}, {over}"
+
+
 def provenance(rows: Sequence[Row]) -> str:
     """Where each row comes from, as markdown: config and log linked, weights by their hash."""
     lines = [["run", "AP", "config", "log", "weights", "teacher"]]
@@ -200,7 +216,7 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
         parts = [steps_table(study, rows, layout)] if study.steps else []
         if whole:  # of a study of steps, perhaps only the first has been learned
             parts.append(table(whole, study.test, study.references, study.paired, layout))
-        return "\n\n".join([*parts, training_time(rows)])
+        return "\n\n".join([*parts, training_time(rows), *step_costs(rows, study.baseline)])
 
     text, written = tables(aligned), tables(markdown)
     write_text(output / "table.txt", f"{study.title}\n\n{text}\n")

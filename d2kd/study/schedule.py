@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.connection
 import os
-import queue
-import signal
 import sys
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.process import BaseProcess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from detectron2.data import DatasetCatalog
+from omegaconf import DictConfig
 
 from ..data import check_dataset
+from ..engine.run_info import read_rows, write_json
 from ..errors import InputError
-from .console import Progress
-from .plan import Run, Study, planned, prepare
-from .results import write_results
-from .run import Report, finished_row, train, train_into
+from .console import Progress, quiet
+from .plan import Run, Study, prepare, timed_recipes
+from .results import cost_text, write_results
+from .run import Measured, Report, finished_row, threads, train, train_apart, train_into
+
+STEP_COST = "step_cost.json"
+"""In a study's folder: what distilled steps cost in plain ones."""
 
 
 def run_study(
@@ -43,7 +43,7 @@ def run_study(
         study: whose runs these are.
         runs: of :meth:`Study.plan`.
         output: the study's folder; each run has one of its own in it.
-        trainer: who trains them; one after another by default.
+        trainer: who trains them; one after another, in this process, by default.
         console: where progress is shown; stdout by default.
         others: further runs, whose rows count where they are finished; they are not trained. Those in ``runs``
             may be among them.
@@ -64,10 +64,13 @@ def run_study(
     asked = {run.name for run in runs}
     # First, so that also an interrupted command leaves their rows in the table.
     waiting = [*(run for run in others if run.name not in asked), *trainer.ordered(runs)]
-    busy = {}
+    busy: dict[str, tuple[Run, Progress, Iterator[None]]] = {}
 
     def rows() -> list[dict[str, Any]]:
         return sorted(finished.values(), key=lambda row: list(study.runs).index(row["method"]))
+
+    def line_of(run: Run) -> Progress:
+        return Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
 
     def close(run: Run, line: Progress, row: dict[str, Any], before: str = "") -> None:
         ap = "undefined" if row["AP"] is None else f"{row['AP']:.1f}"
@@ -75,202 +78,177 @@ def run_study(
         finished[run.name] = row
         write_results(output, study, rows())
 
-    while waiting or busy:
-        unknown = {run.name for run in (*waiting, *(run for run, _ in busy.values()))}
-        ready = [run for run in waiting if unknown.isdisjoint(run.needs)]
-        chosen = ready[: trainer.jobs - len(busy)]
-        for run in chosen:
-            waiting.remove(run)
-            folder, row = output / run.name, None
-            missing = [need for need in run.needs if need not in finished]
-            if not missing:
-                _, key = prepare(run, finished, folder)
-                row = finished_row(folder, key, run.test)
-            if row is None and run.name not in asked:
-                continue
-            line = Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
-            if missing:
-                line.close(f"left out, for it needs {missing[0]}")
-            elif row:
-                close(run, line, row, "finished before: ")
-            else:
-                busy[trainer.submit(run, finished, folder, line)] = run, line
-        if chosen and len(busy) < trainer.jobs:
-            continue  # what was finished before may have made others ready
-        for future in trainer.first_done(busy) if busy else ():
-            run, line = busy.pop(future)
+    def fail(run: Run, line: Progress, error: InputError) -> None:
+        failed[run.name] = error
+        line.close(f"failed: {error}")
+
+    def step_cost(run: Run) -> dict[str, Any] | None:
+        """What was measured for an equal-time run; it is measured now if nothing else is going on."""
+        *recipes, key = timed_recipes(run, finished, output / run.name)
+        costs = read_rows(output / STEP_COST)
+        cost = next((row for row in costs if row.get("recipes_sha256") == key), None)
+        if cost is None and run.name in asked and not busy:
+            line = Progress(f"  {run.method:<{width}}  cost of a step", console)
+            found = trainer.step_cost(*recipes, line)
+            line.close(cost_text(found, "a plain step"))
+            cost = {"method": run.method, "recipes_sha256": key, **found}
+            write_json(output / STEP_COST, {"schema": 1, "rows": [*costs, cost]})
+        return cost and {name: cost[name] for name in COST}
+
+    def begin(run: Run) -> bool:
+        """Begin a run, or be done with it; False if it has to wait until nothing else is going on."""
+        folder, cost = output / run.name, None
+        missing = [need for need in run.needs if need not in finished]
+        if missing:
+            if run.name in asked:
+                line_of(run).close(f"left out, for it needs {missing[0]}")
+            return True
+        if run.steps_like is not None:
             try:
-                row = future.result()
+                cost = step_cost(run)
             except InputError as error:
-                failed[run.name] = error
-                line.close(f"failed: {error}")
-            else:
-                close(run, line, row)
+                fail(run, line_of(run), error)
+                return True
+            if cost is None:
+                return run.name not in asked
+        config, key = prepare(run, finished, folder, cost and cost["ratio"])
+        row = finished_row(folder, key, run.test)
+        if row is not None:
+            close(run, line_of(run), row, "finished before: ")
+        elif run.name in asked:
+            if busy and trainer.is_alone(run):
+                return False
+            line = line_of(run)
+            how = trainer.train_of(run)
+            busy[run.name] = run, line, train_into(folder, run, config, key, how, line, cost)
+        return True
+
+    try:
+        while waiting or busy:
+            unknown = {run.name for run in waiting} | busy.keys()
+            ready = [run for run in waiting if unknown.isdisjoint(run.needs)]
+            for run in ready if not busy else ():  # or later others would have to wait for it
+                if run.steps_like is not None and finished.keys() >= set(run.needs):
+                    with contextlib.suppress(InputError):  # it fails again where its run begins
+                        step_cost(run)
+            for run in ready:
+                alone = any(trainer.is_alone(other) for other, *_ in busy.values())
+                if alone or len(busy) == trainer.jobs or not begin(run):
+                    break
+                waiting.remove(run)
+                if run.name in finished:
+                    break  # others may be ready now
+            for run, line, training in list(busy.values()):
+                try:
+                    next(training)
+                    continue
+                except StopIteration as end:
+                    close(run, line, end.value)
+                except InputError as error:
+                    fail(run, line, error)
+                del busy[run.name]
+            if busy:
+                time.sleep(0.2)
+    finally:
+        for *_, training in busy.values():
+            training.close()
     return rows(), failed
 
 
-class OneByOne(contextlib.AbstractContextManager):
-    """Trains the runs here.
+COST = ("ratio", "low", "high", "pairs", "clock")
+"""What a row says of the cost of a step, see :class:`d2kd.benchmark.step_cost.StepCost`."""
+
+
+def measured_step_cost(distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
+    """See :func:`d2kd.benchmark.step_cost.step_cost`."""
+    from ..benchmark.step_cost import step_cost  # late, for it shows progress as studies do
+
+    with quiet():
+        return asdict(step_cost(distilled, plain, report=report))
+
+
+class OneByOne:
+    """Trains the runs one after another, in this process.
 
     Args:
         train: how.
+        step_cost: how a distilled step is compared with a plain one.
     """
 
     jobs = 1
 
-    def __init__(self, train: Callable = train):
-        self._train = train
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __init__(
+        self,
+        train: Callable[[DictConfig, str, Report], Measured] = train,
+        step_cost: Callable[[DictConfig, DictConfig, Report], dict] = measured_step_cost,
+    ):
+        self._train, self._step_cost = train, step_cost
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
         """The runs as they are tried."""
         return list(runs)
 
-    def submit(
-        self, run: Run, finished: Mapping[str, Mapping], folder: Path, line: Report
-    ) -> Future:
-        """The future row of a run.
+    def is_alone(self, run: Run) -> bool:
+        """Whether nothing else is trained beside a run."""
+        return True
 
-        Args:
-            run: what to train.
-            finished: rows of the runs it needs, by name.
-            folder: where to train it.
-            line: told of its progress.
-        """
-        future: Future = Future()
-        try:
-            future.set_result(_row(run, finished, folder, self._train, line))
-        except InputError as error:
-            future.set_exception(error)
-        return future
+    def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
+        """What a distilled step costs in plain ones; nothing is trained meanwhile."""
+        return self._step_cost(distilled, plain, report)
 
-    def first_done(self, futures: Collection[Future]) -> set[Future]:
-        """Those that are done, once there is one."""
-        return wait(futures, return_when=FIRST_COMPLETED).done
+    def train_of(self, run: Run) -> Callable[[DictConfig, str, Report], Iterator[None]]:
+        """What trains a run, see :func:`.train_into`."""
+
+        def at_once(config: DictConfig, test: str, report: Report) -> Iterator[None]:
+            return self._train(config, test, report)
+            yield
+
+        return at_once
 
 
-class SideBySide(OneByOne):
-    """Trains several runs at a time, each in a process of its own with its share of this one's threads.
+class Commands(OneByOne):
+    """Trains each run by the training command, several at a time, each with its share of this process's threads.
 
-    What all seeds have in common is trained here, first and with all threads, for the others wait for it.
+    What all seeds have in common is trained first, alone and with all threads, for the others wait for it. Each run
+    has a GPU of its own where there are as many.
 
     Args:
         jobs: how many at a time.
-        path, seeds, only, fast: what the runs were planned from; a process loads the study by itself, because
-            loading it registers its data.
     """
 
-    def __init__(
-        self, jobs: int, path: str | Path, seeds: Sequence[int], only: Sequence[str], fast: bool
-    ):
+    def __init__(self, jobs: int = 1):
         super().__init__()
         self.jobs = jobs
-        context = multiprocessing.get_context("spawn")
-        self._lines: dict[str, Report] = {}
-        self._messages = context.Queue()
-        threads = max(1, torch.get_num_threads() // jobs)
-        self._pool = ProcessPoolExecutor(
-            jobs,
-            context,
-            _begin,
-            (
-                str(path),
-                seeds,
-                only,
-                fast,
-                threads,
-                multiprocessing.get_start_method(),
-                self._messages,
-            ),
-        )
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:  # whose runs go on another time
-            for process in multiprocessing.active_children():
-                process.terminate()
-        self._pool.shutdown(cancel_futures=True)
+        self._all = torch.get_num_threads()
+        self._share = max(1, self._all // jobs)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = torch.cuda.device_count()
+        self._gpus = visible.split(",")[:count] if visible else [str(k) for k in range(count)]
+        self._taken: list[str | None] = []  # a GPU as often as it is in use
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
-        """As :meth:`OneByOne.ordered`, those trained here first."""
-        return sorted(runs, key=lambda run: not run.once)
+        """As :meth:`OneByOne.ordered`, those of all seeds first where there are several at a time."""
+        return sorted(runs, key=lambda run: not run.once) if self.jobs > 1 else list(runs)
 
-    def submit(
-        self, run: Run, finished: Mapping[str, Mapping], folder: Path, line: Report
-    ) -> Future:
-        """As :meth:`OneByOne.submit`."""
-        if run.once:
-            return super().submit(run, finished, folder, line)
-        self._lines[run.name] = line
-        sources = {name: finished[name] for name in run.needs}
-        future = self._pool.submit(_train, run.name, sources, folder)
-        future.add_done_callback(lambda _: self._lines.pop(run.name))  # its last words are others'
-        return future
+    def is_alone(self, run: Run) -> bool:
+        """As :meth:`OneByOne.is_alone`."""
+        return run.once or self.jobs == 1
 
-    def first_done(self, futures: Collection[Future]) -> set[Future]:
-        """As :meth:`OneByOne.first_done`; meanwhile the runs' progress is passed on.
+    def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
+        """As :meth:`OneByOne.step_cost`, with the threads that a run has."""
+        with threads(self._share):
+            return super().step_cost(distilled, plain, report)
 
-        Raises:
-            InputError: a process has died.
-        """
-        done: set[Future] = set()
-        while not done:
-            done = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED).done
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    name, step, steps = self._messages.get_nowait()
-                    if line := self._lines.get(name):
-                        line(step, steps)
-        for future in done:
-            if isinstance(future.exception(), BrokenProcessPool):
-                raise InputError(
-                    "--jobs",
-                    "a run's process is gone",
-                    f"{self.jobs} that fit into memory; the system's log tells why it ended",
-                )
-        return done
+    def train_of(self, run: Run) -> Callable[[DictConfig, str, Report], Iterator[None]]:
+        """As :meth:`OneByOne.train_of`."""
+        count = self._all if run.once else self._share
 
+        def apart(config: DictConfig, test: str, report: Report) -> Iterator[None]:
+            gpu = min(self._gpus, key=self._taken.count, default=None)
+            self._taken.append(gpu)
+            try:
+                return (yield from train_apart(config, test, report, count, gpu))
+            finally:
+                self._taken.remove(gpu)
 
-_runs: dict[str, Run] = {}
-_tell: Callable[[tuple], None]
-
-
-def _begin(
-    path: str,
-    seeds: Sequence[int],
-    only: Sequence[str],
-    fast: bool,
-    threads: int,
-    start_method: str,
-    messages: multiprocessing.Queue,
-) -> None:
-    """What a process does first."""
-    global _tell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the first process gets, too
-    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
-    torch.set_num_threads(threads)
-    # A spawned process would spawn its loaders' workers, too, and each would import everything anew.
-    multiprocessing.set_start_method(start_method, force=True)
-    _, runs = planned(path, seeds, only, fast)
-    _runs.update((run.name, run) for run in runs)
-    _tell = messages.put
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """End this process when that one does, or a killed study's run would go on beside the command that continues it."""
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _train(name: str, finished: Mapping[str, Mapping], folder: Path) -> dict[str, Any]:
-    return _row(
-        _runs[name], finished, folder, train, lambda step, steps: _tell((name, step, steps))
-    )
-
-
-def _row(
-    run: Run, finished: Mapping[str, Mapping], folder: Path, train: Callable, line: Report
-) -> dict[str, Any]:
-    config, key = prepare(run, finished, folder)
-    return train_into(folder, run, config, key, train, line)
+        return apart

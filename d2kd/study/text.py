@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 # The 97.5th percentile of Student's t by degrees of freedom, from 1 to 30; beyond, the last one: it is 4 % too wide at most.
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -25,12 +27,19 @@ def mean_text(values: Sequence[float | None], digits: int) -> str:
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Columns, the first flush left and the others flush right, under a ruled heading."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = [
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
-        for first, *rest in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return _tabulated(lines, "simple", preserve_whitespace=True)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The lines as a table of markdown, under the first of them."""
+    return _tabulated(lines, "pipe")
+
+
+def _tabulated(lines: Sequence[Sequence[str]], style: str, **options: bool) -> str:
+    heading, *rows = lines
+    sides = ["left"] + ["right"] * (len(heading) - 1)
+    options |= {"disable_numparse": True, "colalign": sides if rows else None}
+    return tabulate(rows, heading, style, **options)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -41,11 +50,3 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The lines as a table of markdown, under the first of them."""
-    first, *rest = [[cell.strip() for cell in line] for line in lines]
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in [first, ["---"] * len(first), *rest]
-    )
