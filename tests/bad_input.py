@@ -721,6 +721,11 @@ MODELS: dict[str, Case] = {
     "modeling/teacher Teacher.own_inputs": call(
         lambda: _across(2).teacher.ask([{"image": torch.ones(3, 4, 4)}])
     ),
+    "modeling/teacher Teacher.ask": call(
+        lambda: _across(2).teacher.ask(
+            [{"image": torch.ones(3, 4, 4), "teacher_image": torch.ones(3, 4, 4)}]
+        )
+    ),
     "layers/adapter match_levels: 'levels', found": call(
         adapter.match_levels, shapes_of(p3=8), shapes_of(p3=4), ["p3"]
     ),

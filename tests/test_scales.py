@@ -192,6 +192,8 @@ def test_what_cannot_be():
         )
     with pytest.raises(InputError, match="without 'teacher_image'"):
         Teacher(teacher, None, scale=2).ask(batch())
+    with pytest.raises(InputError, match=r"teacher.scale: 3, .* \(64, 64\) beside .* \(32, 32\)"):
+        Teacher(teacher, None, scale=3).ask(two_scales(batch()))
     with pytest.raises(InputError, match="teacher.scale: 0"):
         Teacher(teacher, None, scale=0)
     with pytest.raises(InputError, match="share: both, at 2 times"):

@@ -163,6 +163,9 @@ class Teacher:
             batched_inputs: the student's batch.
             shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
                 family has no use for is left aside.
+
+        Raises:
+            InputError: its images are not ``scale`` times larger than the student's.
         """
         self._quicken()
         inputs = self.own_inputs(batched_inputs)
@@ -170,6 +173,11 @@ class Teacher:
         sizes = None
         if self.scale != 1:
             sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+            for small, x in zip(sizes, inputs):
+                full = tuple(x["image"].shape[-2:])
+                if any(abs(a - b * self.scale) >= self.scale for a, b in zip(full, small)):
+                    found = f"{self.scale}, but an image of {full} beside the student's of {small}"
+                    raise InputError("teacher.scale", found, "the scale of the mapper")
         outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
         outputs.share(shared)
         return outputs
