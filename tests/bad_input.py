@@ -459,6 +459,11 @@ def _no_cuda() -> None:
         launch.pick_device("cuda")
 
 
+def _of_another_process() -> None:
+    said = InputError("a", "b", "c")
+    refused(launch._input_error(f"{InputError.__module__}.InputError: {said}"))
+
+
 def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
@@ -504,6 +509,7 @@ ENGINE: dict[str, Case] = {
     "engine/launch launch: '--num-gpus'": call(
         launch.launch, print, argparse.Namespace(num_gpus=99, num_machines=1)
     ),
+    "engine/launch _input_error": call(_of_another_process),
     "engine/optimizer _build: 'no params'": call(
         optimizer._build, "optimizer", OmegaConf.create({}), nn.Linear(1, 1)
     ),

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="train so many runs at a time, each in a process of its own with its share of the cores",
+        help="train so many runs at a time, each with its share of the cores; --fast trains one by one",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(arguments)

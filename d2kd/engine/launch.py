@@ -145,5 +145,7 @@ def _input_error(text: str) -> InputError | None:
     prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
     for line in reversed(text.splitlines()):
         if line.startswith(prefix):
-            return InputError.of_line(line.removeprefix(prefix))
+            said, _, expected = line.removeprefix(prefix).rpartition("; expected ")
+            culprit, _, found = said.partition(": ")
+            return InputError(culprit, found, expected)
     return None

@@ -116,7 +116,7 @@ def run_study(
         if row is not None:
             close(run, line_of(run), row, "finished before: ")
         elif run.name in asked:
-            if busy and trainer.is_alone(run):
+            if busy and run.once:  # it has all threads
                 return False
             line = line_of(run)
             how = trainer.train_of(run)
@@ -132,7 +132,7 @@ def run_study(
                     with contextlib.suppress(InputError):  # it fails again where its run begins
                         step_cost(run)
             for run in ready:
-                alone = any(trainer.is_alone(other) for other, *_ in busy.values())
+                alone = any(other.once for other, *_ in busy.values())
                 if alone or len(busy) == trainer.jobs or not begin(run):
                     break
                 waiting.remove(run)
@@ -188,10 +188,6 @@ class OneByOne:
         """The runs as they are tried."""
         return list(runs)
 
-    def is_alone(self, run: Run) -> bool:
-        """Whether nothing else is trained beside a run."""
-        return True
-
     def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
         """What a distilled step costs in plain ones; nothing is trained meanwhile."""
         return self._step_cost(distilled, plain, report)
@@ -229,10 +225,6 @@ class Commands(OneByOne):
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
         """As :meth:`OneByOne.ordered`, those of all seeds first where there are several at a time."""
         return sorted(runs, key=lambda run: not run.once) if self.jobs > 1 else list(runs)
-
-    def is_alone(self, run: Run) -> bool:
-        """As :meth:`OneByOne.is_alone`."""
-        return run.once or self.jobs == 1
 
     def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
         """As :meth:`OneByOne.step_cost`, with the threads that a run has."""
