@@ -22,7 +22,5 @@ train = dict(
     draw_images=4,  # how many of them each time, always the first of the test data
     log_period=20,
     cudnn_benchmark=False,
-    channels_last=False,  # the student's weights and maps in the order that tensor cores prefer; on a GPU
-    compile=False,  # the student's bottom-up by torch.compile; on a GPU
     # distiller: see icd.py beside this; without it the losses' parameters are trained as the student's
 )

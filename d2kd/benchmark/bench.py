@@ -35,7 +35,6 @@ from ..engine.step import NotFinite, Step, precision
 from ..errors import InputError
 from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked
-from ..modeling.speed import quicken
 from .phases import clock, phases
 from .untrained import draw_batch, measure_statistics
 
@@ -162,7 +161,6 @@ class Bench:
         seed_all_rng(SEED)
         model = instantiate(config.model).to(self.device).train()
         student, teacher = model.student, model.teacher
-        quicken(student, config.train)
         plain = [config.model.student, config.optimizer, config.train, self._shown, teacher.scale]
         self.plain = repr(plain)
         self._start_iter = model.max_iter // 2

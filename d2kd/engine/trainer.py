@@ -41,7 +41,6 @@ from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_count, check_objects
 from ..errors import InputError
 from ..modeling import Distiller
-from ..modeling.speed import quicken
 from ..visualization import scenes
 from .checkpoint import (
     FINAL,
@@ -197,7 +196,6 @@ class Trainer(DefaultTrainer):
         if is_distiller(node):
             node.teacher = teacher_of(node)
         model = instantiate(node).to(self.device)
-        quicken(student_of(model), self.config.train)
         logger.info("Model:\n%s", model)
         return model
 
