@@ -270,12 +270,11 @@ class Bench:
         return Step(model, batches, optimizer, self._precision, self._train)
 
     def phases(self, name: str, number: int) -> dict[str, float] | None:
-        """Where the time of one training step of a row goes; None for a row that trains nothing."""
-        row = self.rows[name]
-        if row.trained is None:
+        """Where the time of one of our training steps goes; None for the other rows."""
+        if name not in (STUDENT, DISTILLED):
             return None
         with self.half_way():
-            return phases(lambda: row.step(number), *row.trained, self.device)
+            return phases(lambda: self.rows[name].step(number), name == DISTILLED, self.clock)
 
     def peak(self, name: str) -> int | None:
         """Let go of the other rows, and take a step of this one on each size of images, and one more.

@@ -18,6 +18,7 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..classes import num_classes_of
 from ..compat import box_tensors
@@ -83,7 +84,8 @@ class asked:
         if outputs is None:
             return self
         try:
-            with torch.no_grad(), outputs.precision():
+            who = "student" if outputs.detector.training else "teacher"
+            with record_function(f"d2kd/{who}.{self.name}"), torch.no_grad(), outputs.precision():
                 answer = self.question(outputs)
         except AttributeError as error:
             # Python would take it for "no such attribute" and hide the fault behind __getattr__.
