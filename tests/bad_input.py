@@ -55,7 +55,7 @@ from d2kd.losses import (
     erd,
 )
 from d2kd.losses.icd import _width
-from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
+from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, weights
 from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
@@ -459,11 +459,6 @@ def _no_cuda() -> None:
         launch.pick_device("cuda")
 
 
-def _of_another_process() -> None:
-    said = InputError("a", "b", "c")
-    refused(launch._input_error(f"{InputError.__module__}.InputError: {said}"))
-
-
 def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
@@ -509,7 +504,6 @@ ENGINE: dict[str, Case] = {
     "engine/launch launch: '--num-gpus'": call(
         launch.launch, print, argparse.Namespace(num_gpus=99, num_machines=1)
     ),
-    "engine/launch _input_error": call(_of_another_process),
     "engine/optimizer _build: 'no params'": call(
         optimizer._build, "optimizer", OmegaConf.create({}), nn.Linear(1, 1)
     ),
@@ -716,9 +710,6 @@ MODELS: dict[str, Case] = {
     "data/scales reduce_instances": call(_bitmaps),
     "losses/base check_anchors: times larger": call(base.check_anchors, Like(), Like(), 2),
     "modeling/distiller Distiller.__init__: times the size": call(lambda: _across(2, share="both")),
-    "modeling/speed quicken": call(
-        speed.quicken, Like(device=torch.device("cpu")), {"channels_last": True}
-    ),
     "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
     "modeling/teacher Teacher.__init__: 'teacher.aliases'": call(
         lambda: Teacher(build(tiny_faster_rcnn()), None, aliases={"a": "b"})
@@ -1049,6 +1040,8 @@ ELSEWHERE = {
     "attention_maps load_icd: no losses.": "test_attention_maps.test_what_is_no_run_with_icd",
     "benchmark/bench Bench._training.step": "test_benchmark.test_a_loss_that_is_not_finite",
     "benchmark/bench Bench.__init__": "test_bad_input.test_an_untrained_detector_that_explodes",
+    "benchmark/step_cost step_cost": "test_step_cost.test_too_few_pairs",
+    "benchmark/step_cost _step": "test_step_cost.test_a_loss_that_is_not_finite",
     "engine/checkpoint StudentCheckpointer.read_last": "test_resume.test_a_truncated_last_checkpoint_is_named_and_the_one_before_used",
     "engine/launch explaining_lost_process": "test_processes.test_a_process_that_dies_ends_the_other_with_a_clear_message",
     "engine/launch launch: ended by": "test_processes.test_launch_ends_all_and_says_why",

@@ -22,7 +22,6 @@ from torch import Tensor
 from d2kd.losses.erd import elastic_selection
 from d2kd.losses.functional import (
     masked_squared_error,
-    paired_iou,
     sigmoid_divergence,
     softmax_kl,
 )
@@ -87,12 +86,6 @@ class Draw:
     def flags(self, *shape: int) -> Tensor:
         return torch.randint(0, 2, shape, generator=self.generator).bool()
 
-    def boxes(self, count: int) -> Tensor:
-        """XYXY, some of them empty, or of no size at all."""
-        corner = torch.randint(0, 3, (count, 2), generator=self.generator) * 40.0
-        side = torch.randint(0, 3, (count, 2), generator=self.generator) * 40.0
-        return torch.cat([corner, corner + side], dim=1)
-
 
 def _logits_of_rows(draw: Draw) -> Tensor:
     r, k = draw.size(), draw.size(1)
@@ -128,11 +121,6 @@ def _dense_classification(draw: Draw) -> Tensor:
 def _regression(draw: Draw) -> Tensor:
     p = draw.size()
     return regression_term(draw.answer(p, 4), draw.constant(p, 4), draw.flags(p))
-
-
-def _iou(draw: Draw) -> Tensor:
-    r = draw.size()
-    return paired_iou(draw.boxes(r), draw.boxes(r)).sum()
 
 
 def _selection(draw: Draw) -> Tensor:
@@ -183,7 +171,6 @@ FUNCTIONS: dict[str, Callable[[Draw], Tensor]] = {
     "classification_term": _classification,
     "dense_classification_term": _dense_classification,
     "regression_term": _regression,
-    "paired_iou": _iou,
     "elastic_selection": _selection,
     "identification_loss": _identification,
     "localization_loss": _localization,

@@ -27,7 +27,6 @@ from d2kd.losses.base import value_of
 from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
-    paired_iou,
     sigmoid_divergence,
     softmax_kl,
 )
@@ -217,12 +216,6 @@ def test_gradients(function):
     torch.manual_seed(0)
     s, t = torch.randn(2, 3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: function(x, t), s.requires_grad_())
-
-
-def test_paired_iou_restated_and_odd():
-    a = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [0, 0, 0, 0], [1, 1, 3, 3]])
-    b = torch.tensor([[2.0, 0, 6, 4], [5, 5, 7, 7], [0, 0, 0, 0], [1, 1, 3, 3]])
-    assert paired_iou(a, b).tolist() == pytest.approx([8 / 24, 0, 0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -433,6 +426,20 @@ def test_regression_restated(gate, teacher_coder, agnostic):
             slow += error**2 / 2 if error < 1 else error - 0.5
     assert gate == "none" or 0 < opened < positives, "the scene decides nothing"
     assert float(value) == pytest.approx(slow / positives, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["proposal", "student", "both"])
+def test_boxes_without_a_size_open_no_gate(gate):
+    """Their IoU with an object without a size is 0/0, and with another one 0."""
+    boxes, gt, classes, ours, theirs = scene()
+    boxes[:, 2:] = boxes[:, :2]
+    gt[::2] = boxes[::2]
+    ours.requires_grad_()
+    value = TARLoss(reg_gate=gate).regression(
+        regions(boxes, ours, classes, gt), regions(boxes, theirs, None, None)
+    )
+    value.backward()
+    assert value == 0 and not ours.grad.any()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 8.0])

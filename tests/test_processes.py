@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from d2kd.engine import launch as launch_module
 from d2kd.engine.launch import explaining_lost_process, joined, launch
@@ -71,31 +72,49 @@ def test_no_group_lives_until_python_ends(monkeypatch):
     assert not dist.is_initialized()
 
 
-def _ends(rank, how):
-    if rank == 0:
-        signal.pause()  # for ever, unless somebody ends it
-    if how == "kill":
+def _ends(args):
+    if args.how == "kill":
+        if comm.get_rank() == 0:
+            signal.pause()  # for ever, unless somebody ends it
         os.kill(os.getpid(), signal.SIGKILL)
     raise InputError("a.json", "broken JSON", "a COCO file")
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ("kill", "process 1 of 2 here: ended by SIGKILL; expected all of them alive"),
-        ("raise", "a.json: broken JSON; expected a COCO file"),
-    ],
-)
-def test_launch_ends_all_and_says_why(monkeypatch, how, message):
+def _begins(rank, main, args):
+    comm.get_rank = lambda: rank
+    main(*args)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Whatever ends in two processes of its own, as on two GPUs."""
+
     def on_gpus(main, num_gpus, *, args, **_):
-        start_processes(_ends, (how,), nprocs=num_gpus, start_method="fork")
+        start_processes(_begins, (main, args), nprocs=num_gpus, start_method="fork")
 
     monkeypatch.setattr(launch_module, "launch_on_gpus", on_gpus)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    return lambda how, **more: launch(_ends, argparse.Namespace(how=how, **vars(args), **more))
+
+
+def test_launch_ends_all_and_says_why(launched):
     with pytest.raises(InputError) as error:
-        launch(None, args)
+        launched("kill")
+    message = "process 1 of 2 here: ended by SIGKILL; expected all of them alive"
     assert str(error.value).startswith(message)
+
+
+def test_input_that_every_process_refuses_is_told_of_once(launched, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        launched("raise")
+    said = (
+        capfd.readouterr().err
+    )  # with torch's word about a process that had not ended yet, if there was one
+    assert said.count("error: a.json: broken JSON; expected a COCO file\n") == 1
+    assert said.count("error") == 1 and "Traceback" not in said
+    with pytest.raises(ProcessRaisedException, match="Traceback"):
+        launched("raise", debug=True)
 
 
 def test_counts_of_one_process_are_its_own():

@@ -12,7 +12,7 @@ from torch import nn
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
-from d2kd.modeling.speed import compile_parts, fuse_norms, quicken
+from d2kd.modeling.speed import compile_parts, fuse_norms
 
 from .common import DETECTORS, batch, build, lively, tiny_retinanet
 
@@ -250,18 +250,3 @@ def test_weights_are_kept_in_the_precision_of_the_answers(family):
             other = then["instances"].get(name)
             value, other = (getattr(v, "tensor", v) for v in (value, other))
             assert value.equal(other), name
-
-
-def test_a_compiled_student_is_compiled_where_nobody_listens(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
-    student = build(tiny_retinanet())
-    for key in ("compile", "channels_last"):
-        with pytest.raises(InputError, match=f"train.{key}: true on cpu"):
-            quicken(student, {key: True})
-    assert not compiled
-    monkeypatch.setattr(type(student), "device", torch.device("cuda"))
-    quicken(student, {"compile": True})
-    assert compiled == [student.backbone.bottom_up]
-    quicken(student, {"compile": False, "channels_last": False})
-    assert len(compiled) == 1

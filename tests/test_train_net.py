@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2kd.engine.launch import _input_error
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 
@@ -185,14 +184,6 @@ def test_an_image_that_cannot_be_decoded(tool, folder, capfd):
         tool.run(["--config-file", str(folder / "plain.py")])
     error = capfd.readouterr().err
     assert "cannot be decoded" in error and error.count("\n") == 1 and "Traceback" not in error
-
-
-def test_an_error_of_another_process_is_the_same_error():
-    said = InputError("a.json: annotation 3", "category 9", "one of 1, 2")
-    text = f"-- Process 1 terminated:\nTraceback …\nd2kd.errors.InputError: {said}\n"
-    assert _input_error(text).args == ("a.json", "annotation 3: category 9", "one of 1, 2")
-    assert str(_input_error(text)) == str(said)
-    assert _input_error("Traceback …\nKeyError: 'x'") is None
 
 
 def test_debug_shows_the_traceback(tool, folder):

@@ -34,7 +34,6 @@ from ..engine.step import NotFinite, Step, precision
 from ..errors import InputError
 from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked
-from ..modeling.speed import quicken
 from .phases import clock, phases
 from .untrained import draw_batch, measure_statistics
 
@@ -161,7 +160,6 @@ class Bench:
         seed_all_rng(SEED)
         model = instantiate(config.model).to(self.device).train()
         student, teacher = model.student, model.teacher
-        quicken(student, config.train)
         plain = [config.model.student, config.optimizer, config.train, self._shown, teacher.scale]
         self.plain = repr(plain)
         self._start_iter = model.max_iter // 2
@@ -271,12 +269,11 @@ class Bench:
         return Step(model, batches, optimizer, self._precision, self._train)
 
     def phases(self, name: str, number: int) -> dict[str, float] | None:
-        """Where the time of one training step of a row goes; None for a row that trains nothing."""
-        row = self.rows[name]
-        if row.trained is None:
+        """Where the time of one of our training steps goes; None for the other rows."""
+        if name not in (STUDENT, DISTILLED):
             return None
         with self.half_way():
-            return phases(lambda: row.step(number), *row.trained, self.device)
+            return phases(lambda: self.rows[name].step(number), name == DISTILLED, self.clock)
 
     def peak(self, name: str) -> int | None:
         """Let go of the other rows, and take a step of this one on each size of images, and one more.

@@ -30,6 +30,7 @@ from .bench import (
 )
 from .feeding import check_data, feeding
 from .phases import PHASES
+from .step_cost import bootstrap_medians
 from .untrained import OBJECTS
 
 HEADLINE = "distilled / (student + teacher)"
@@ -52,9 +53,8 @@ Seconds = dict[tuple[str, str], list[float]]
 
 def median_interval(values: Sequence[float], draws: int = 10_000) -> dict[str, float]:
     """The median, and the 2.5th and 97.5th percentile of the medians of bootstrap samples (seeded)."""
-    values = np.asarray(values, dtype=float)
-    samples = np.random.default_rng(SEED).choice(values, (draws, len(values)))
-    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    medians = bootstrap_medians(values, np.random.default_rng(SEED), draws)
+    low, high = np.percentile(medians, [2.5, 97.5])
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
@@ -313,7 +313,7 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
     compared = [list(ratio.values()) for ratio in result["ratios"]]
     fed = [
         [row["recipe"], DISTILLED, row["workers"], row["loader_images_per_second"]]
-        + [row[key] for key in ("images_per_second", "median_seconds", "waiting_seconds", "idle")]
+        + [row[key] for key in ("images_per_second", "median_seconds", "waiting_seconds")]
         for row in result["data"]
     ]
 
@@ -326,6 +326,6 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
     lines += block(where, ["recipe", "seconds go to", *PHASES], [".4f"] * len(PHASES))
     lines += block(compared, ["recipe", "ratio", "median", "95 % from", "to"], [".3f"] * 3)
     if fed:
-        headers = ["recipe", "fed by its loader", "workers", "loader alone, images/s", "images/s", "median s", "waiting s", "GPU idle"]  # fmt: skip
-        lines += block(fed, headers, [".0f", ".1f", ".2f", ".4f", ".4f", ".1%"])
+        headers = ["recipe", "fed by its loader", "workers", "loader alone, images/s", "images/s", "median s", "waiting s"]  # fmt: skip
+        lines += block(fed, headers, [".0f", ".1f", ".2f", ".4f", ".4f"])
     return "\n".join(lines)

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from detectron2.config import instantiate
 from detectron2.utils.events import get_event_storage
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from ..data import use_seeded_loaders
 from .bench import DISTILLED, SEED, WARM_UPS, Bench
@@ -28,14 +26,14 @@ def feeding(
         report: told (batches, batches in all) before each.
 
     Returns:
-        ``workers`` of the loader; ``loader_images_per_second``, where nothing else is done; of steps that it
+        ``workers`` of the loader; ``loader_images_per_second``, where nothing else is done; and of steps that it
         feeds, ``median_seconds``, ``waiting_seconds`` (the median time of a step until its batch is there) and
-        ``images_per_second``; and ``idle``, the share of the time in which a GPU had nothing to do, None on a CPU.
+        ``images_per_second``.
 
     Raises:
         InputError: the data cannot be read.
     """
-    total = 2 * (WARM_UPS + steps) + (steps if bench.device.type == "cuda" else 0)
+    total = 2 * (WARM_UPS + steps)
     done = itertools.count()
     loader = _loader(bench, batch_size)
     alone = []
@@ -51,19 +49,6 @@ def feeding(
             report(next(done), total)
             taken.append(_seconds(bench, trainer.run_step))
             waited.append(get_event_storage().latest()["data_time"][0])
-        idle = None
-        if bench.device.type == "cuda":
-            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-                watched = 0.0
-                for _ in range(steps):
-                    report(next(done), total)
-                    watched += _seconds(bench, trainer.run_step)
-            busy = [
-                (event.time_range.start / 1e6, event.time_range.end / 1e6)
-                for event in profiled.events()
-                if event.device_type == DeviceType.CUDA
-            ]
-            idle = 1 - covered(busy) / watched
     seconds = float(np.median(taken[WARM_UPS:]))
     return {
         "workers": getattr(loader, "num_workers", 0),
@@ -71,7 +56,6 @@ def feeding(
         "median_seconds": seconds,
         "waiting_seconds": float(np.median(waited[WARM_UPS:])),
         "images_per_second": batch_size / seconds,
-        "idle": idle,
     }
 
 
@@ -95,12 +79,3 @@ def _seconds(bench: Bench, function: Callable[..., object], *args: object) -> fl
     start = bench.clock()
     function(*args)
     return bench.clock() - start
-
-
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of what intervals (start, end) cover together, in their unit."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total

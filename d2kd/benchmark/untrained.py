@@ -13,6 +13,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
 from ..classes import num_classes_of
@@ -22,29 +23,17 @@ OBJECTS = 7
 
 @torch.no_grad()
 def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
-    """Give every batch norm the mean statistics of these batches in train mode; frozen ones stay frozen."""
+    """Give every batch norm the statistics of these batches in train mode; frozen ones stay frozen."""
     frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     for name, norm in frozen.items():
         live = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
         live.load_state_dict(norm.state_dict(), strict=False)
         detector.set_submodule(name, live)
-    norms = [
-        m
-        for m in detector.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches, not a moving one
     training = detector.training
     detector.train()
     with EventStorage():
-        for batch in batches:
-            detector(batch)
+        update_bn_stats(detector, batches, len(batches))
     detector.train(training)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
     for name, norm in frozen.items():
         live = detector.get_submodule(name)
         norm.running_mean.copy_(live.running_mean)

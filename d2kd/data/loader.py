@@ -27,6 +27,7 @@ from detectron2.data import (
     build_detection_train_loader,
     detection_utils,
 )
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -77,7 +78,7 @@ def build_train_loader(
         _Mapped(dataset, mapper, seed),
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=trivial_batch_collator,
         generator=torch.Generator(),  # or the first iteration would draw from the global one
     )
 
@@ -109,7 +110,7 @@ def build_test_loader(
             positions[first : first + batch_size] for first in range(0, len(positions), batch_size)
         ],
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=trivial_batch_collator,
         generator=torch.Generator(),
     )
 
@@ -285,7 +286,3 @@ class _Loader(DataLoader):
                 if isinstance(sample, InputError):
                     raise sample
             yield batch
-
-
-def _as_it_is(batch: list) -> list:
-    return batch

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from ..compat import forget_process_groups, make_local_process_group
 from ..errors import InputError
+
+REFUSED = 2  # the exit code of a command that refuses its input
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,7 +111,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     """Run ``main(args)`` here, or in ``args.num_gpus`` processes.
 
     Raises:
-        InputError: there are fewer GPUs, or one of the processes raised it.
+        InputError: there are fewer GPUs, or one of the processes is lost.
+        SystemExit: one of the processes raised an InputError, and has said so.
     """
     if under_torchrun() or args.num_gpus * args.num_machines <= 1:
         main(args)
@@ -120,32 +125,33 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         )
     try:
         launch_on_gpus(
-            main,
+            _run_one,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args, multiprocessing.get_context("spawn").Lock()),
         )
-    except (
-        ProcessExitedException
-    ) as error:  # by a signal, and without a word; the others were ended
+    except ProcessExitedException as error:  # the others were ended
+        if error.exit_code == REFUSED:
+            raise SystemExit(REFUSED) from None
         ended_by = getattr(error, "signal_name", None) or f"exit code {error.exit_code}"
         raise InputError(
             f"process {error.error_index} of {args.num_gpus} here",
             f"ended by {ended_by}",
             "all of them alive; the system's log may tell why",
         ) from error
-    except ProcessException as error:
-        raise _input_error(str(error)) or error from error
 
 
-def _input_error(text: str) -> InputError | None:
-    """The :class:`InputError` that another process's traceback ends in, if it does."""
-    prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
-    for line in reversed(text.splitlines()):
-        if line.startswith(prefix):
-            said, _, expected = line.removeprefix(prefix).rpartition("; expected ")
-            culprit, _, found = said.partition(": ")
-            return InputError(culprit, found, expected)
-    return None
+def _run_one(
+    main: Callable, args: argparse.Namespace, first: multiprocessing.synchronize.Lock
+) -> None:
+    """``main(args)`` in one of several processes; whichever refuses its input first says so, and all end alike."""
+    try:
+        main(args)
+    except InputError as error:
+        if getattr(args, "debug", False):
+            raise
+        if first.acquire(block=False):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(REFUSED) from None

@@ -15,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from ..errors import InputError
 from .checkpoint import NORMALIZER, student_of
@@ -84,7 +85,8 @@ class Step(SimpleTrainer):
             losses = self._forward(batch)
             self._record(losses, data_time)
             self.optimizer.zero_grad()
-            self.grad_scaler.scale(sum(losses.values())).backward()
+            with record_function("d2kd/backward"):
+                self.grad_scaler.scale(sum(losses.values())).backward()
             self.grad_scaler.unscale_(self.optimizer)
             self._clip_gradients()
         except NotFinite:
@@ -115,7 +117,11 @@ class Step(SimpleTrainer):
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
-            with self._autocast(), _scripts_as_written(self._device):
+            with (
+                record_function("d2kd/forward"),
+                self._autocast(),
+                _scripts_as_written(self._device),
+            ):
                 losses = self.model(batch)
         except FloatingPointError:  # Detectron2's, of proposals that are not finite
             return {"the student's predictions": torch.tensor(math.nan)}

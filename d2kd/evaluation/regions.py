@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
 from ..classes import ClassMap
@@ -34,7 +35,6 @@ from ..compat import box_tensors
 from ..engine.run_info import config_hash
 from ..errors import InputError
 from ..losses.base import check_anchors
-from ..losses.functional import paired_iou
 from ..losses.tar import of_class
 from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, scores_by_sigmoid
 from .detectors import Ready, input_scale
@@ -265,9 +265,9 @@ class RegionCounts:
         on_cell = cell[on.numpy()][kept_on]
         truth = image.boxes[rows.objects[on]]
         _add(self.counts["rows"], cell[kept])
-        before = paired_iou(rows.boxes[on], truth).numpy()
+        before = _iou(rows.boxes[on], truth)
         _add(self.counts["iou_before"], on_cell, before[kept_on])
-        after = [paired_iou(refined, truth).numpy()[kept_on] for refined in rows.refined]
+        after = [_iou(refined, truth)[kept_on] for refined in rows.refined]
         right = [(top == label).numpy() for top in rows.top]
         for e, iou in enumerate(after):
             _add(self.counts["iou_after"][e], on_cell, iou)
@@ -343,6 +343,11 @@ class RegionCounts:
 
 def _add(counts: np.ndarray, cells: np.ndarray, weights: np.ndarray | None = None) -> None:
     counts += np.bincount(cells, weights, minlength=counts.size).reshape(counts.shape)
+
+
+def _iou(boxes: Tensor, truth: Tensor) -> np.ndarray:
+    """(R,) IoU of row r with row r; 0 where both are empty."""
+    return matched_pairwise_iou(Boxes(boxes), Boxes(truth)).nan_to_num().numpy()
 
 
 def _outcome(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -68,6 +68,9 @@ class DistillLoss(nn.Module):
     term_weights: Mapping[str, str] = {}
     """By term the argument that multiplies it alone, where that is not called ``<term>_weight``."""
 
+    changes: tuple[float, ...] = ()
+    """Fractions of the run at which it begins to compute more or less, other than by a weight of 0."""
+
     class_map: ClassMap | None = None
     """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
 

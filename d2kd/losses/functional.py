@@ -84,17 +84,3 @@ def masked_squared_error(
 def at_least_one(count: Tensor, normalizer: Tensor | None) -> Tensor:
     """A given normalizer, or else ``max(1, count)``."""
     return count.clamp(min=1) if normalizer is None else normalizer
-
-
-@in_float32
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of row r with row r, XYXY ``(R, 4)`` each; 0 where both are empty."""
-    top_left = torch.maximum(boxes[:, :2], others[:, :2])
-    bottom_right = torch.minimum(boxes[:, 2:], others[:, 2:])
-    common = (bottom_right - top_left).clamp(min=0).prod(dim=1)
-    union = _area(boxes) + _area(others) - common
-    return torch.where(union > 0, common / union.clamp(min=1e-9), common.new_zeros(()))
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)

@@ -149,6 +149,7 @@ class ICDLoss(DistillLoss):
         self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
         self.query_positions, self.normalize_keys = query_positions, normalize_keys
         self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
+        self.changes = aux_warmup, self.begin
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed if seed >= 0 else secrets.randbits(31)

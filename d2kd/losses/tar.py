@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
     ConstantParamScheduler,
@@ -30,7 +31,6 @@ from .base import DistillLoss, Weight, check_anchors, is_off, value_of
 from .functional import (
     at_least_one,
     in_float32,
-    paired_iou,
     sigmoid_divergence,
     softmax_kl,
 )
@@ -298,13 +298,15 @@ class TARLoss(DistillLoss):
             if not _same_coder(coder, teacher_coder):
                 # Another coder: said again in the student's own units.
                 theirs = coder.get_deltas(boxes, teacher_boxes)
-            iou = paired_iou(teacher_boxes, gt)
+            gt = Boxes(gt)
+            iou = matched_pairwise_iou(Boxes(teacher_boxes), gt)
             gate = torch.ones_like(iou, dtype=torch.bool)
             points = isinstance(coder, Box2BoxTransformLinear)
             if self.reg_gate in ("proposal", "both") and not points:
-                gate &= iou > paired_iou(boxes, gt)
+                gate &= iou > matched_pairwise_iou(Boxes(boxes), gt)
             if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
-                gate &= iou > paired_iou(coder.apply_deltas(ours.float(), boxes), gt)
+                own_boxes = coder.apply_deltas(ours.float(), boxes)
+                gate &= iou > matched_pairwise_iou(Boxes(own_boxes), gt)
         (normalizer,) = self.normalizer(gate.new_full((), len(gate), dtype=torch.float32))
         return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta, normalizer=normalizer)
 

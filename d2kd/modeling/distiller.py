@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, LazyConfig, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
+from torch.profiler import record_function
 
 from ..classes import ClassMap, class_names, num_classes_of
 from ..errors import InputError
@@ -181,7 +182,8 @@ class Distiller(nn.Module):
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.share(student.shared)
         storage = get_event_storage()
-        taught = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+        with record_function("d2kd/losses"):
+            taught = self.losses(student, teacher, progress=storage.iter / self.max_iter)
         agreed = agreement(student, teacher, self.class_map)
         if agreed is not None:
             storage.put_scalar("distill/agreement", agreed)
@@ -191,7 +193,8 @@ class Distiller(nn.Module):
         """The student's; where its predictions are not finite in one process, all raise what that one raises."""
         losses, failure = {}, None
         try:
-            losses = self.student(batched_inputs)
+            with record_function("d2kd/student forward"):
+                losses = self.student(batched_inputs)
         except FloatingPointError as error:
             failure = error
         # Alone with it, a process would leave the others waiting for its counts in the middle of the losses.

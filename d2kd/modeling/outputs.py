@@ -18,6 +18,7 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformRotated
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..classes import num_classes_of
 from ..compat import box_tensors
@@ -82,7 +83,8 @@ class asked:
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
             return self
-        with torch.no_grad(), outputs.precision():
+        who = "student" if outputs.detector.training else "teacher"
+        with record_function(f"d2kd/{who}.{self.name}"), torch.no_grad(), outputs.precision():
             answer = self.question(outputs)
         # Not a data descriptor: from now on the instance's own value is found first.
         outputs.__dict__[self.name] = answer

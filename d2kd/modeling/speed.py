@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-from ..errors import InputError
 
 
 @torch.no_grad()
@@ -89,21 +86,3 @@ def compile_parts(detector: nn.Module) -> None:
         for module in part if isinstance(part, nn.ModuleList) else [part]:
             if module is not None:
                 module.compile(dynamic=None)
-
-
-def quicken(student: nn.Module, options: Mapping[str, Any]) -> None:
-    """Have a student compute channels last, or its bottom-up compiled, as ``train`` says.
-
-    Its pyramid and heads are not compiled: they are listened to, and what listens is another in each step.
-
-    Raises:
-        InputError: either on a CPU, where torch (2.14, oneDNN) crashes in the backward pass of narrow nets whose maps
-            are channels last; compiled convolutions make them so.
-    """
-    for key in ("channels_last", "compile"):
-        if options.get(key) and student.device.type == "cpu":
-            raise InputError(f"train.{key}", "true on cpu", "a GPU, or false")
-    if options.get("channels_last"):
-        student.to(memory_format=torch.channels_last)
-    if options.get("compile"):
-        student.backbone.bottom_up.compile(dynamic=None)

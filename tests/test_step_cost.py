@@ -1,0 +1,228 @@
+"""The cost of a distilled step is that of a whole run, whatever its schedules, and measured on equal steps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.events import get_event_storage
+from fvcore.common.param_scheduler import (
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    StepParamScheduler,
+)
+from torch import nn
+
+from d2kd.benchmark.step_cost import StepCost, _points, step_cost
+from d2kd.engine.step import NotFinite, Step
+from d2kd.errors import InputError
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
+from d2kd.losses.base import value_of
+from d2kd.modeling import Distiller
+
+from .tiny_run import distiller, draw_data, recipe, teacher_weights
+
+MODULE = "d2kd.benchmark.step_cost"
+
+
+def off_from(fraction, before=1.0):
+    """1 until this fraction of the run, then 0; with ``before=0`` the other way round."""
+    return MultiStepParamScheduler([before, 1.0 - before], 1000, [round(1000 * fraction)])
+
+
+def model_with(max_iter, **losses):
+    model = nn.Module()
+    model.losses, model.max_iter = DistillLosses(**losses), max_iter
+    return model
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """step_cost on a clock that only steps move, and the steps in order."""
+    steps, now, noise = [], [0.0], np.random.default_rng(0)
+
+    class Fake:
+        device = torch.device("cpu")
+
+        def __init__(self, config):
+            self.config, self.max_iter = config, config.max_iter
+            self.model = config.model
+            optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+            self._trainer = SimpleNamespace(optimizer=optimizer, run_step=self.run_step)
+
+        def resume_or_load(self, resume):
+            assert not resume
+
+        def run_step(self):
+            iteration = get_event_storage().iter
+            steps.append((self.config.name, iteration, torch.rand(()).item()))
+            cost = 1.0
+            for name, loss in getattr(self.model, "losses", model_with(1).losses).by_name.items():
+                on = value_of(loss.weight, iteration / self.max_iter) != 0
+                cost += on * self.config.costs[name]
+            now[0] += cost * (1 + self.config.noise * noise.normal())
+
+    monkeypatch.setattr(f"{MODULE}.Trainer", Fake)
+    monkeypatch.setattr(f"{MODULE}.time", SimpleNamespace(process_time=lambda: now[0]))
+
+    def measure(costs, pairs=12, noise=0.0, max_iter=1000, report=None, **weights):
+        losses = {name: ImitationLoss(weight=weight) for name, weight in weights.items()}
+        train = {"train": Train(), "noise": noise}
+        distilled = SimpleNamespace(name="distilled", model=model_with(max_iter, **losses), costs=costs, max_iter=max_iter, **train)  # fmt: skip
+        plain = SimpleNamespace(name="plain", model=nn.Module(), max_iter=max_iter, **train)
+        return step_cost(distilled, plain, pairs, report)
+
+    measure.steps = steps
+    return measure
+
+
+class Train(SimpleNamespace):
+    seed = 3
+
+    def get(self, key):
+        return getattr(self, key)
+
+
+def test_a_constant_loss_has_the_ratio_of_its_step(faked):
+    found = faked({"a": 0.5}, a=1.0)
+    assert found == StepCost(pytest.approx(1.5), pytest.approx(1.5), pytest.approx(1.5), 12, "cpu seconds")  # fmt: skip
+    assert str(found) == "1.50 (1.50 to 1.50), 12 pairs, cpu seconds"
+    assert faked({"a": 0.5}, a=0.0).ratio == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "share, weight",
+    [
+        (0.6, off_from(0.6)),
+        (0.6, off_from(0.4, before=0.0)),
+        (0.3, off_from(0.3)),
+        (1.0, LinearParamScheduler(1.0, 0.0)),
+        (0.25, StepParamScheduler(1000, [0.0, 1.0, 0.0, 0.0])),  # on at none of 0, 1/2 and 1
+    ],
+)
+def test_a_loss_counts_for_the_share_of_the_run_in_which_it_is_on(faked, share, weight):
+    assert faked({"a": 0.8}, a=weight).ratio == pytest.approx(1 + 0.8 * share, abs=2e-3)
+
+
+def test_on_for_half_the_run_is_the_mean_of_on_and_off(faked):
+    on, off = (faked({"a": 0.7, "b": 0.2}, a=weight, b=1.0).ratio for weight in (1.0, 0.0))
+    half = faked({"a": 0.7, "b": 0.2}, a=off_from(0.5), b=1.0)
+    assert half.ratio == pytest.approx((on + off) / 2, abs=2e-3)
+
+
+def test_each_set_of_losses_is_measured(faked):
+    """Of two losses that take turns in thirds with a time when both are off."""
+    weights = {"a": off_from(0.3), "b": off_from(0.7, before=0.0)}
+    assert faked({"a": 1.0, "b": 2.0}, **weights).ratio == pytest.approx(1 + 0.3 + 0.6, abs=4e-3)
+
+
+def test_pairs_take_turns_on_equal_draws(faked):
+    told = []
+    found = faked({"a": 0.5}, 12, a=1.0, report=lambda *steps: told.append(steps))
+    assert found.pairs == 12
+    steps = [faked.steps[i : i + 2] for i in range(0, len(faked.steps), 2)]
+    assert len(steps) == 3 * (1 + 4)  # one to warm up at each of three points
+    for k, pair in enumerate(steps):
+        names = ["distilled", "plain"]
+        assert [name for name, *_ in pair] == (names if k % 2 == 0 else names[::-1])
+        assert pair[0][1:] == pair[1][1:]  # iteration and random draw
+    assert sorted({iteration for _, iteration, _ in faked.steps}) == [0, 500, 999]
+    assert told == [(k, 15) for k in range(16)]
+    assert faked({"a": 0.5}, 13, a=1.0).pairs == 15
+    assert faked({"a": 0.5}, 12, max_iter=1, a=1.0).pairs == 12
+
+
+def test_first_steps_do_not_count(faked, monkeypatch):
+    """Although they take long, as where something is compiled."""
+    seen = set()
+
+    def timed(call, trainer, iteration, number):
+        call(trainer, iteration, number)
+        key = (trainer.config.name, iteration)
+        cost = {"plain": 1.0, "distilled": 1.5}[trainer.config.name]
+        cost += 0 if key in seen else 100 * cost**2
+        seen.add(key)
+        return cost
+
+    monkeypatch.setattr(f"{MODULE}._clock", lambda device: ("cuda events", timed))
+    found = faked({"a": 0.5}, a=1.0)
+    assert (found.low, found.ratio, found.high) == pytest.approx([1.5] * 3)
+    assert found.clock == "cuda events"
+
+
+def test_the_interval_covers_the_ratio(faked):
+    found = [faked({"a": 0.5}, 12 * n, noise=0.05, a=off_from(0.6)) for n in (1, 1, 1, 1, 8)]
+    for cost in found:
+        assert cost.low <= cost.ratio <= cost.high
+        assert cost.low < 1.3 < cost.high
+    assert found[-1].high - found[-1].low < min(c.high - c.low for c in found[:-1])
+    assert faked({"a": 0.5}, noise=0.0, a=1.0) == faked({"a": 0.5}, noise=0.0, a=1.0)
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 7, 90_000])
+@pytest.mark.parametrize("loss", [TARLoss, ImitationLoss, ICDLoss])
+def test_the_points_stand_for_the_whole_run(loss, max_iter):
+    weights = _points(model_with(max_iter, it=loss()), max_iter)
+    assert {0, max_iter - 1} <= set(weights) <= set(range(max_iter))
+    assert sum(weights.values()) == pytest.approx(1.0)
+    if max_iter == 90_000:  # the first iteration of ICD and TAR computes less, and stands for few
+        expected = 0.25 if loss is ImitationLoss else 0.01
+        assert weights[0] == pytest.approx(expected, abs=0.01)
+
+
+def test_too_few_pairs(faked):
+    with pytest.raises(InputError, match="pairs: 11; expected at least 12"):
+        faked({}, 11)
+    assert not faked.steps
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    draw_data(tmp_path / "data")
+    model = distiller(teacher_weights(tmp_path), L(DistillLosses)(tar=L(TARLoss)()))
+    folders = tmp_path / "data", tmp_path / "out"
+    return recipe(*folders, model, max_iter=8), recipe(*folders, max_iter=11, seed=5)
+
+
+def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
+    """Both see the same batches, learn nothing and leave nothing."""
+    seen, before, forward = {True: [], False: []}, {}, Step._forward
+
+    def watched(self, batch):
+        seen[isinstance(self.model, Distiller)].append(
+            [(x["file_name"], x["image"].sum().item(), get_event_storage().iter) for x in batch]
+        )
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        former = before.setdefault(self, weights)
+        assert all(a.equal(b) for a, b in zip(weights, former, strict=True))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Step, "_forward", watched)
+    registered = set(DatasetCatalog.list()), set(MetadataCatalog.list())
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    files = set(tmp_path.rglob("*"))
+    torch.manual_seed(9)
+    np.random.seed(9)
+    drawn = torch.rand(2).tolist(), np.random.rand()
+    torch.manual_seed(9)
+    np.random.seed(9)
+    found = step_cost(*recipes)
+    assert (torch.rand(2).tolist(), np.random.rand()) == drawn
+    assert seen[True] == seen[False] and len(seen[True]) == 12 + len({0, 4, 7})
+    assert len({image for batch in seen[True] for image, *_ in batch}) == 6
+    assert 0 < found.low <= found.ratio <= found.high and found.pairs == 12
+    assert set(tmp_path.rglob("*")) == files
+    assert (set(DatasetCatalog.list()), set(MetadataCatalog.list())) == registered
+    assert torch.backends.cudnn.benchmark
+    assert recipes[1].train.seed == 5
+
+
+def test_a_loss_that_is_not_finite(recipes, monkeypatch):
+    def run_step(self):
+        raise NotFinite("distill/loss_tar", float("nan"))
+
+    monkeypatch.setattr(Step, "run_step", run_step)
+    with pytest.raises(InputError, match="distill/loss_tar: nan"):
+        step_cost(*recipes)
