@@ -689,6 +689,13 @@ def _grown() -> None:
     build(node)
 
 
+def _without_rpn() -> None:
+    teacher = Teacher(build(tiny_faster_rcnn()), None)
+    teacher.detector.proposal_generator = None
+    student = build(tiny_faster_rcnn())
+    Distiller(student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, share="both")
+
+
 def _across(scale: int, **changes) -> Distiller:
     return Distiller(
         student=build(tiny_faster_rcnn()),
@@ -709,6 +716,7 @@ MODELS: dict[str, Case] = {
     "data/scales TwoScales.__init__": call(TwoScales, None, 1),
     "data/scales reduce_instances": call(_bitmaps),
     "losses/base check_anchors: times larger": call(base.check_anchors, Like(), Like(), 2),
+    "modeling/distiller Distiller.__init__: no RPN": call(_without_rpn),
     "modeling/distiller Distiller.__init__: times the size": call(lambda: _across(2, share="both")),
     "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
     "modeling/teacher Teacher.__init__: 'teacher.aliases'": call(

@@ -327,6 +327,9 @@ def test_the_proposals_of_both(family):
     ):
         with pytest.raises(InputError, match=line):
             make(build(tiny_faster_rcnn()), **options)
+    teacher.proposal_generator = None  # with proposals of a file
+    with pytest.raises(InputError, match="share: both, where the teacher has no RPN"):
+        make(student, teacher, losses, share="both")
 
 
 RECIPE = """

@@ -269,12 +269,13 @@ class _TrainingBatches(Sampler):
 
 
 def _orientations(dataset) -> list[int]:
-    try:
-        return [int(record["width"] > record["height"]) for record in dataset]
-    except KeyError as error:
-        raise InputError(
-            "aspect_ratio_grouping", f"an image without {error}", "width and height, or False"
-        ) from None
+    wide = []
+    for record in dataset:
+        for key in {"width", "height"} - record.keys():
+            found = f"an image without {key!r}"
+            raise InputError("aspect_ratio_grouping", found, "width and height, or False")
+        wide.append(int(record["width"] > record["height"]))
+    return wide
 
 
 class _Loader(DataLoader):

@@ -89,6 +89,8 @@ class Distiller(nn.Module):
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
         if share == "both" and teacher.scale != 1:
             raise InputError("share", f"both, at {teacher.scale} times the size", "student")
+        if share == "both" and teacher.detector.proposal_generator is None:
+            raise InputError("share", "both, where the teacher has no RPN", "student")
         self.class_map = class_map_of(student, teacher, classes)
         self._grown = grown_classes(student, teacher.detector, self.class_map)
         if hasattr(losses, "bind"):
