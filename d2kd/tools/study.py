@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Run a study: train what is missing, then one table, curves, pictures and the comparison report.
 
-    tools/run_study.py projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
+    d2kd study projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
 
 Interrupted, the same command continues. The table has all runs of these seeds that are finished in the folder, so
 that several commands with other --runs add up to one. See d2kd/study for what a study file says.
@@ -10,9 +9,12 @@ that several commands with other --runs add up to one. See d2kd/study for what a
 import argparse
 from pathlib import Path
 
+from ..errors import InputError, need
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+INTERRUPTED = "interrupted; the same command continues"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="a study file, such as projects/TAR/studies/shapes.py")
     parser.add_argument(
         "--output", type=Path, help="folder of the results; output/<study> by default"
@@ -37,24 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="N",
         help="train so many runs at a time, each in a process of its own with its share of the cores",
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(arguments)
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug, "interrupted; the same command continues"):
-        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd.errors import InputError, need
-
     if args.jobs < 1:
         raise InputError("--jobs", args.jobs, "1 or more")
     need("plots", "matplotlib", "jinja2")
-    from d2kd.study import OneByOne, SideBySide, planned, run_study, show_results
-    from d2kd.study.report import study_report
+    from ..study import OneByOne, SideBySide, planned, run_study, show_results
+    from ..study.report import study_report
 
     given = args.study, args.seeds, args.runs, args.fast
     study, runs = planned(*given)
@@ -73,7 +65,3 @@ def run(args: argparse.Namespace) -> None:
         print("\n--fast: a few steps on a few images. Everything runs; the figures mean nothing.")
     for error in failed.values():
         raise error
-
-
-if __name__ == "__main__":
-    main()

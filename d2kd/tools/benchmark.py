@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
 
-    tools/benchmark.py --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
+    d2kd benchmark --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
                        [--image-size 800x1333 [--image-size …]] [--data STEPS] [--no-memory]
                        [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
@@ -13,11 +12,10 @@ end of the 95 % interval of distilled / (student + teacher) is not above it; oth
 import argparse
 from pathlib import Path
 
+from ..errors import InputError
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file", required=True, action="append", help="a distilled LazyConfig recipe"
     )
@@ -59,17 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables")
     parser.add_argument("--bound", type=float, help="what the ratio shall not exceed, such as 1.05")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument(
         "opts", nargs="*", help="overrides of each recipe, such as model.inherit=[]"
     )
-    args = parser.parse_args(arguments)
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug):
-        run(args)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -78,8 +68,6 @@ def image_size(text: str) -> tuple[int, int]:
     Raises:
         InputError: the text is neither.
     """
-    from d2kd.errors import InputError
-
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise InputError("--image-size", text, "pixels such as 512, or 800x1333")
@@ -87,9 +75,8 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd.benchmark import HEADLINE, Setup, benchmark, table
-    from d2kd.engine.run_info import write_json, write_text
-    from d2kd.errors import InputError
+    from ..benchmark import HEADLINE, Setup, benchmark, table
+    from ..engine.run_info import write_json, write_text
 
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
         if path and path.is_dir():
@@ -134,7 +121,3 @@ def run(args: argparse.Namespace) -> None:
             )
     if exceeded:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

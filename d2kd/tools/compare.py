@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """See what distillation changed: one page about several detectors on one data set.
 
-    tools/compare_detectors.py --dataset mine_val --output DIR --detector teacher=CONFIG,WEIGHTS \\
+    d2kd compare --dataset mine_val --output DIR --detector teacher=CONFIG,WEIGHTS \\
         --detector baseline=CONFIG,WEIGHTS --detector distilled=CONFIG,WEIGHTS
-    tools/compare_detectors.py output/shapes        # of a study: teacher, baseline, the student it is about
-    tools/compare_detectors.py output/mine          # of a run: teacher and student
+    d2kd compare output/shapes        # of a study: teacher, baseline, the student it is about
+    d2kd compare output/mine          # of a run: teacher and student
 
 CONFIG is a recipe (of one that distils, its student), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS,
 names a COCO results file of that detector. The first detector is the reference, normally the teacher, the second the
@@ -15,11 +14,12 @@ command goes on.
 import argparse
 from pathlib import Path
 
+from ..errors import InputError, need
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+INTERRUPTED = "interrupted; the same command continues"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, help="the output folder of a study or a run"
     )
@@ -46,23 +46,13 @@ def main() -> None:
         help="regions and features of so many images, not of all",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args()
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug, "interrupted; the same command continues"):
-        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd.errors import InputError, need
-
     need("plots", "matplotlib", "jinja2")
-    from d2kd.evaluation.comparison import Options
-    from d2kd.evaluation.detectors import load_data
-    from d2kd.study.report import compare_and_report
+    from ..evaluation.comparison import Options
+    from ..evaluation.detectors import load_data
+    from ..study.report import compare_and_report
 
     for name, least in (("resamples", 1), ("observe", 1)):
         number = getattr(args, name)
@@ -87,10 +77,9 @@ def run(args: argparse.Namespace) -> None:
 
 def given(args: argparse.Namespace) -> tuple:
     """The detectors of the command line, and the data set."""
-    from d2kd.config import recipe_of
-    from d2kd.data.catalog import register_described
-    from d2kd.errors import InputError
-    from d2kd.evaluation.detectors import from_config
+    from ..config import recipe_of
+    from ..data.catalog import register_described
+    from ..evaluation.detectors import from_config
 
     if not args.dataset:
         raise InputError("--dataset", "nothing", "the name of a data set")
@@ -109,9 +98,9 @@ def given(args: argparse.Namespace) -> tuple:
 
 def found_in(folder: Path, dataset: str | None) -> tuple:
     """The detectors of an output folder, and the data set they were measured on unless another is given."""
-    from d2kd.config import load
-    from d2kd.data.catalog import register_described
-    from d2kd.evaluation.detectors import detectors_of_run, detectors_of_study, study_of
+    from ..config import load
+    from ..data.catalog import register_described
+    from ..evaluation.detectors import detectors_of_run, detectors_of_study, study_of
 
     study = study_of(folder)
     if study is None:
@@ -122,7 +111,3 @@ def found_in(folder: Path, dataset: str | None) -> tuple:
     for detector in detectors:
         register_described(load(detector.config), dataset or measured_on)
     return detectors, dataset or measured_on
-
-
-if __name__ == "__main__":
-    main()

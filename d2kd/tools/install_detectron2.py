@@ -1,15 +1,13 @@
-#!/usr/bin/env python3
 """Install Detectron2 0.6 without a compiler: fetch, check, repair, build a pure-Python wheel, install.
 
 Detectron2 is not on PyPI under its own name, and its last release predates today's torch, NumPy, Pillow and
 setuptools. ``pb1-detectron2`` holds its Python files unchanged but not the C++ sources, so pip alone cannot
-install it. This script has pip download that archive against a pinned SHA-256, applies the repairs listed in
-:data:`REPAIRS`, each of which must find its text, and builds the wheel ``detectron2`` 0.6 from the result.
-Missing from it are the compiled operators: rotated boxes, the compiled deformable convolutions and the
-compiled COCO evaluator. A Detectron2 that is already installed is left alone.
+install it. This command has pip download that archive against a pinned SHA-256, applies repairs, each of which
+must find its text, and builds the wheel ``detectron2`` 0.6 from the result. Missing from it are the compiled
+operators: rotated boxes, the compiled deformable convolutions and the compiled COCO evaluator. A Detectron2
+that is already installed is left alone.
 
-It runs before d2kd is installed, so it imports nothing but the standard library; torch must be installed,
-because the archive's own ``setup.py`` imports it when pip asks for its metadata.
+torch and setuptools must be installed: the archive's own ``setup.py`` imports them when pip asks for its metadata.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from ..errors import InputError
 
 ARCHIVE = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
@@ -99,13 +99,6 @@ setup(
     install_requires=%r,
 )
 """
-
-
-class Failure(Exception):
-    """Reported as ``error: <culprit>: <found>; expected <…>``, exit code 2."""
-
-    def __init__(self, culprit: object, found: object, expected: object):
-        super().__init__(" ".join(f"{culprit}: {found}; expected {expected}".split()))
 
 
 class Repair(NamedTuple):
@@ -193,11 +186,11 @@ def repair(package: Path) -> None:
         text, count = re.subn(one.old, one.new, text)
         if count == 0:
             found = f"nothing matches {one.old!r}"
-            raise Failure(f"detectron2/{one.path}", found, f"the text to repair ({one.reason})")
+            raise InputError(f"detectron2/{one.path}", found, f"the text to repair ({one.reason})")
         path.write_text(text, encoding="utf-8")
     stand_in = package / "_C.py"
     if stand_in.exists():
-        raise Failure("detectron2/_C.py", "exists", "an archive without it")
+        raise InputError("detectron2/_C.py", "exists", "an archive without it")
     stand_in.write_text(STAND_IN, encoding="utf-8")
 
 
@@ -221,11 +214,8 @@ def download(folder: Path) -> Path:
     """Fetch the archive into ``folder``; pip checks its hash before anything of it runs."""
     for module in ("torch", "setuptools"):
         if importlib.util.find_spec(module) is None:
-            raise Failure(
-                module,
-                "not installed",
-                "torch, torchvision and setuptools to be installed before Detectron2",
-            )
+            packages = "pip install torch torchvision setuptools, before Detectron2"
+            raise InputError(module, "not installed", packages)
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{ARCHIVE} --hash=sha256:{SHA256}\n", encoding="utf-8")
     result = pip(
@@ -235,8 +225,8 @@ def download(folder: Path) -> Path:
     if result.returncode:
         got = re.search(r"Got\s+([0-9a-f]{64})", result.stderr)
         if got:
-            raise Failure(ARCHIVE, f"the archive's SHA-256 is {got[1]}", SHA256)
-        raise Failure(
+            raise InputError(ARCHIVE, f"the archive's SHA-256 is {got[1]}", SHA256)
+        raise InputError(
             ARCHIVE,
             f"cannot be downloaded ({complaint(result)})",
             "a package index that has it, such as PyPI",
@@ -251,7 +241,7 @@ def build(archive: Path, destination: Path) -> Path:
             tar.extractall(scratch, filter="data")
         source = Path(scratch, archive.name.removesuffix(".tar.gz"))
         if not (source / "detectron2").is_dir():
-            raise Failure(
+            raise InputError(
                 archive.name, "holds no folder detectron2", f"the source archive {ARCHIVE}"
             )
         repair(source / "detectron2")
@@ -261,7 +251,7 @@ def build(archive: Path, destination: Path) -> Path:
             "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", scratch, source
         )
         if result.returncode:
-            raise Failure(
+            raise InputError(
                 "detectron2 0.6",
                 f"the wheel cannot be built ({complaint(result)})",
                 "a working setuptools",
@@ -280,15 +270,14 @@ def install(wheel: Path, constraints: Path | None) -> None:
     ):
         result = pip("install", "--quiet", *arguments, show=True)
         if result.returncode:
-            raise Failure(
+            raise InputError(
                 "detectron2 0.6",
                 f"cannot be installed ({complaint(result)})",
                 "the packages it needs in pip's index",
             )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wheel-dir", type=Path, metavar="DIR", help="build the wheel into DIR and install nothing"
     )
@@ -298,32 +287,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--constraint", "-c", type=Path, metavar="FILE", help="a constraints file for pip"
     )
-    options = parser.parse_args(arguments)
 
+
+def run(args: argparse.Namespace) -> None:
     spec = importlib.util.find_spec("detectron2")
-    if spec and not options.force and not options.wheel_dir:
+    if spec and not args.force and not args.wheel_dir:
         where = spec.origin or "an unfinished folder"
         print(f"Detectron2 is installed already ({where}) and left alone; --force replaces it.")
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        print(
-            f"Downloading {ARCHIVE}, checking its SHA-256, applying {len(REPAIRS) + 1} repairs …",
-            flush=True,
-        )
-        wheel = build(download(Path(scratch)), options.wheel_dir or Path(scratch))
-        if options.wheel_dir:
-            print(f"Built {wheel}")
-        else:
-            install(wheel, options.constraint)
-            print("Installed Detectron2 0.6 (without compiled operators).")
-
-
-if __name__ == "__main__":
     try:
-        main()
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2)
+        with tempfile.TemporaryDirectory() as scratch:
+            print(
+                f"Downloading {ARCHIVE}, checking its SHA-256, applying {len(REPAIRS) + 1} repairs …",
+                flush=True,
+            )
+            wheel = build(download(Path(scratch)), args.wheel_dir or Path(scratch))
+            if args.wheel_dir:
+                print(f"Built {wheel}")
+            else:
+                install(wheel, args.constraint)
+                print("Installed Detectron2 0.6 (without compiled operators).")
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; expected a usable path", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(error.filename, error.strerror, "a usable path") from error

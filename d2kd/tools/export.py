@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Hand a trained detector on: a file that runs without Detectron2, and a table that says what it is worth.
 
-    tools/export_student.py --config-file RECIPE --weights FILE --output DIR [--format onnx torchscript]
+    d2kd export --config-file RECIPE --weights FILE --output DIR [--format onnx torchscript]
                             [--table [--baseline FILE]] [KEY=VALUE …]
 
 RECIPE is a LazyConfig; of one with a teacher the student is exported. ``DIR/model.onnx`` (``model.ts``) takes an image,
@@ -13,11 +12,10 @@ teacher, baseline, student and file: ``DIR/table.txt`` and ``DIR/table.json``.
 import argparse
 from pathlib import Path
 
+from ..errors import InputError
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument("--weights", required=True, help="the student's checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
@@ -29,24 +27,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, default=20, help="of the test data to compare and to time; 0: none"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
-    args = parser.parse_args(arguments)
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug):
-        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    from d2kd import deployment
-    from d2kd.config import load
-    from d2kd.engine.recipe import complete
-    from d2kd.engine.run_info import write_json, write_text
-    from d2kd.errors import InputError
-    from d2kd.export import (
+    from .. import deployment
+    from ..config import load
+    from ..engine.recipe import complete
+    from ..engine.run_info import write_json, write_text
+    from ..export import (
         BOX_TOLERANCE,
         FORMATS,
         SCORE_TOLERANCE,
@@ -100,7 +89,3 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{text}")
     if differ:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

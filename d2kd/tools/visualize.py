@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Pictures of what a recipe's detectors see: ground truth | teacher | student; and of where ICD looks.
 
-    tools/visualize.py --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
+    d2kd visualize --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
         --weights student=output/model_final.pth teacher=teacher.pth
-    tools/visualize.py --what attention --config-file output/config.yaml --dataset shapes_test --output DIR
-    tools/visualize.py --what selection --config-file RECIPE --dataset shapes_test --output DIR
+    d2kd visualize --what attention --config-file output/config.yaml --dataset shapes_test --output DIR
+    d2kd visualize --what selection --config-file RECIPE --dataset shapes_test --output DIR
 
 A detector is drawn if its weights are known: given here, the teacher's also by the recipe, and the student's by what
 training left in the recipe's output folder. That file holds ICD's decoder, too: ``attention`` shows, with a panel for
@@ -15,11 +14,10 @@ teacher: the locations of class logits, those of boxes, and what non-maximum sup
 import argparse
 from pathlib import Path
 
+from ..errors import InputError
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what", choices=["detections", "attention", "selection"], default="detections"
     )
@@ -31,27 +29,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=8, help="of images, spread over the data set")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of a detection")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe, such as train.device=cpu")
-    args = parser.parse_args()
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug):
-        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
     from omegaconf import OmegaConf
 
-    from d2kd.attention_maps import draw_attention
-    from d2kd.config import load, student_of
-    from d2kd.data.catalog import register_described
-    from d2kd.errors import InputError
-    from d2kd.selection import draw_selection
-    from d2kd.visualization import draw_detections
+    from ..attention_maps import draw_attention
+    from ..config import load, student_of
+    from ..data.catalog import register_described
+    from ..selection import draw_selection
+    from ..visualization import draw_detections
 
     weights = {}
     for given in args.weights:
@@ -92,8 +81,6 @@ def run(args: argparse.Namespace) -> None:
 
 def left_by_training(config, weights: dict[str, str]) -> str:
     """The run's checkpoint: what was given as the student's, or what lies in the output folder."""
-    from d2kd.errors import InputError
-
     left = Path(config.train.output_dir, "model_final.pth")
     if "student" not in weights and not left.is_file():
         raise InputError("--weights", f"no student, and no {left}", "student=FILE")
@@ -102,8 +89,7 @@ def left_by_training(config, weights: dict[str, str]) -> str:
 
 def give_teacher(config, weights: dict[str, str], what: str, method: str) -> None:
     """Give the recipe's teacher the weights asked for; refuse a recipe without a teacher, or one without weights."""
-    from d2kd.config import is_distiller
-    from d2kd.errors import InputError
+    from ..config import is_distiller
 
     if not is_distiller(config.model):
         raise InputError(f"--what {what}", "a plain recipe", f"one that distils by {method}")
@@ -117,9 +103,9 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ICD loss, as trained, and the teacher it looks at."""
     from detectron2.config import instantiate
 
-    from d2kd.attention_maps import load_icd
-    from d2kd.config import teacher_of, without_weights
-    from d2kd.engine.launch import pick_device
+    from ..attention_maps import load_icd
+    from ..config import teacher_of, without_weights
+    from ..engine.launch import pick_device
 
     give_teacher(config, weights, "attention", "ICD")
     device, model = pick_device(config.train.device), config.model
@@ -135,10 +121,9 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ERD loss and its teacher."""
     from detectron2.config import instantiate
 
-    from d2kd.config import without_weights
-    from d2kd.engine.launch import pick_device
-    from d2kd.errors import InputError
-    from d2kd.losses import ERDLoss
+    from ..config import without_weights
+    from ..engine.launch import pick_device
+    from ..losses import ERDLoss
 
     give_teacher(config, weights, "selection", "ERD")
     model = instantiate(without_weights(config.model)).to(pick_device(config.train.device))
@@ -155,12 +140,11 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
     """
     from detectron2.config import instantiate
 
-    from d2kd.classes import class_names
-    from d2kd.config import is_distiller, student_of, teacher_of, without_weights
-    from d2kd.engine.checkpoint import learned_classes, teacher_classes
-    from d2kd.engine.launch import pick_device
-    from d2kd.errors import InputError
-    from d2kd.modeling.weights import CLASSES, load_strict, read
+    from ..classes import class_names
+    from ..config import is_distiller, student_of, teacher_of, without_weights
+    from ..engine.checkpoint import learned_classes, teacher_classes
+    from ..engine.launch import pick_device
+    from ..modeling.weights import CLASSES, load_strict, read
 
     device = pick_device(config.train.device)
     checkpoint = left_by_training(config, weights)
@@ -181,7 +165,3 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
             teacher.detector.to(device)
             detectors["teacher"] = teacher.detect, teacher_classes(teacher, names)
     return detectors | {"student": (student, names)}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Look at a run before the days are spent: models, data, classes, learning rate, losses.
 
-    tools/doctor.py --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
+    d2kd doctor --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
 
 Everything is built as for training, some images are read, the teacher is measured on some, and a few steps are taken in
 memory; nothing is written but FILE. Each line is ok, warning or error, with what to do. Exit code: 0 all is ok,
@@ -9,13 +8,13 @@ memory; nothing is written but FILE. Each line is ok, warning or error, with wha
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from ..errors import InputError
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument(
         "--images",
@@ -30,24 +29,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--target", type=float, default=1.0, help="ratio of gradients that overrides are given for"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the lines")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
-    args = parser.parse_args(arguments)
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug):
-        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from d2kd.config import load
-    from d2kd.doctor import Finding, diagnose, exit_code, table
-    from d2kd.engine.run_info import versions, write_json
-    from d2kd.errors import InputError
+    from ..config import load
+    from ..doctor import Finding, diagnose, exit_code, table
+    from ..engine.run_info import versions, write_json
 
     for name, least in (("images", 0), ("iterations", 0)):
         if getattr(args, name) < least:
@@ -77,7 +65,3 @@ def run(args: argparse.Namespace) -> None:
         rows = [dataclasses.asdict(finding) for finding in findings]
         write_json(args.json, {"schema": 1, "versions": versions(), "rows": rows})
     raise SystemExit(exit_code(findings))
-
-
-if __name__ == "__main__":
-    main()
