@@ -2,11 +2,12 @@
 # make demo FAST=1   the same in about two minutes, to see that it runs; its figures mean nothing
 # make demo-incremental [FAST=1]   classes learned in two steps, and what is forgotten
 # make test          lint, format check, tests
+# make test-all      these, and the long sweeps: parity, every loss on every family, resuming, kills, processes, fuzzing
 #
 # Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in which Detectron2
 # and what d2kd requires, its extras plots, export and test too, are installed:  make test PYTHON=/path/to/python
 
-.PHONY: demo demo-incremental test setup
+.PHONY: demo demo-incremental test test-all setup
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -29,6 +30,17 @@ test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
+
+test-all: test
+	$(PY) -m tests.parity --method icd tests/parity/icd.npz
+	$(PY) -m tests.parity --method gfl tests/parity/gfl_erd.npz
+	$(PY) -m tests.parity --method erd tests/parity/gfl_erd.npz
+	$(PY) -m d2kd.testing
+	$(PY) -m tests.bad_input
+	$(PY) -m tests.two_processes
+	$(PY) -m tests.resume_runs
+	$(PY) -m tests.kill_runs --kills 20
+	$(PY) -m tests.fuzz --examples 500
 
 # torch comes first, because reading the Detectron2 archive's metadata imports it.
 .venv/ready: setup.py constraints.txt d2kd/tools/install_detectron2.py

@@ -12,17 +12,17 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import instantiate
 from fvcore.nn import FlopCountAnalysis
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
 from . import __version__
 from .classes import num_classes_of
@@ -39,7 +39,7 @@ from .engine.checkpoint import learned_classes
 from .engine.evaluation import build_test_loader, do_test
 from .engine.run_info import versions
 from .errors import InputError
-from .export import Exportable, ExportedDetector, quiet_tracing, strangers
+from .export import ExportedDetector, of_image, strangers, tracing
 from .modeling.distiller import class_map_of
 from .modeling.weights import CLASSES, load_strict, read
 from .study.console import quiet
@@ -83,11 +83,8 @@ def built(config: DictConfig, weights: str) -> nn.Module:
 
 def detector_row(name: str, detector: nn.Module) -> Row:
     """A line for a detector."""
-    return Row(name, detector, detector, _weights(detector))
-
-
-def _weights(detector: nn.Module) -> int:
-    return sum(value.nbytes for value in detector.state_dict().values())
+    size = sum(value.nbytes for value in detector.state_dict().values())
+    return Row(name, detector, detector, size)
 
 
 def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
@@ -95,22 +92,19 @@ def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
     if not is_distiller(config.model):
         return None
     teacher = instantiate(teacher_of(config.model))
-    teacher.detector.cpu()
     class_map = class_map_of(student, teacher, instantiate(config.model.get("classes")))
     detect = teacher.as_student(num_classes_of(student), class_map)
-    return Row(
-        "teacher",
-        detect or teacher.detect,
-        teacher.detector,
-        _weights(teacher.detector),
-        teacher.own_inputs,
+    return replace(
+        detector_row("teacher", teacher.detector.cpu()),
+        detect=detect or teacher.detect,
+        inputs=teacher.own_inputs,
         measurable=detect is not None,
     )
 
 
-def exported_row(name: str, exported: ExportedDetector, source: Exportable) -> Row:
-    """A line for a file; its operations are counted in what was traced."""
-    return Row(name, exported, source, exported.path.stat().st_size)
+def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> Row:
+    """A line for a file; its operations are the detector's, whose trace it is."""
+    return Row(name, exported, detector, exported.path.stat().st_size)
 
 
 def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
@@ -184,32 +178,20 @@ def milliseconds(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[flo
             start = time.perf_counter()
             row.detect(batch)
             found.append((time.perf_counter() - start) * 1000 / len(batch))
-    return [float(np.median(found)) for found in times]
-
-
-class _OnPixels(nn.Module):
-    """A detector as a function of tensors, which is all that can be traced."""
-
-    def __init__(self, detector: nn.Module):
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.detector([{"image": image}])[0]["instances"]
-        return found.pred_boxes.tensor, found.scores
+    return [median(found) for found in times]
 
 
 @torch.no_grad()
-def gflops(module: nn.Module, batches: Sequence[list[dict]]) -> float:
+def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
     """Multiply-adds of an image, as fvcore counts them, in 10^9; the mean over the batches' first."""
-    traced = module if isinstance(module, Exportable) else _OnPixels(module).eval()
     counts = []
-    for batch in batches:
-        with quiet_tracing(), quiet():
-            counter = FlopCountAnalysis(traced, (batch[0]["image"].float(),))
+    for first, *_ in batches:
+        model = of_image(detector, first["image"].float())
+        with tracing(), quiet():
+            counter = FlopCountAnalysis(model, model.flattened_inputs)
             counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts.append(counter.total())
-    return float(np.mean(counts)) / 1e9
+    return mean(counts) / 1e9
 
 
 def compare(

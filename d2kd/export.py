@@ -1,8 +1,7 @@
 """A trained detector as one file that needs neither Detectron2 nor this project: ONNX or TorchScript.
 
-The graph takes an image of any size and gives detections; proposals, RoIAlign and NMS are inside. It is the
-detector's own parts traced, with the selection of detections written so that it holds for any number of boxes.
-Letters: H and W of the image, D detections, K classes, R boxes.
+The graph takes an image of any size and gives detections; proposals, RoIAlign and NMS are inside. It is Detectron2's
+own inference, traced through its ``TracingAdapter``. Letters: H and W of the image, D detections.
 """
 
 from __future__ import annotations
@@ -14,202 +13,133 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torchvision.ops import nms
 
+from .compat import tracing_adapter
 from .engine.run_info import written_whole
 from .errors import InputError
-from .modeling import DenseOutputs, RCNNOutputs, outputs_of
-from .modeling.outputs import box_stages
+from .modeling import outputs_of
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 """What can be written, and the suffix of its file."""
 
 OPSET = 17  # of ONNX; RoIAlign as Detectron2 has it came with 16
 EXAMPLE = (192, 160)  # H and W of the image that is traced; it leaves no mark in the graph
-OUTPUTS = ("boxes", "scores", "classes")
-EXPORTABLE = "a Faster R-CNN on an FPN, a RetinaNet, an FCOS or a GFL"
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
-"""How far, in pixels and of 1, a detection of the file may lie from the detector's to be the same."""
+FIELDS = {
+    "boxes": "pred_boxes",
+    "scores": "scores",
+    "classes": "pred_classes",
+    "masks": "pred_masks",
+}
+"""Outputs of a file, in this order, and the field of Detectron2's ``Instances`` each is; masks where there are some."""
+
+BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.1, 1e-3, 0.01
+"""How far a detection of the file may lie from the detector's to be the same: in pixels, of 1, and in the share of
+the box's pixels that one mask has and the other has not."""
 
 
-class Exportable(nn.Module):
-    """A detector as a function of one image, to be traced.
-
-    Args:
-        detector: of those named in :data:`EXPORTABLE`; put in ``eval()`` on the CPU.
+def exportable(detector: nn.Module) -> nn.Module:
+    """The detector in ``eval()`` on the CPU, if :func:`write` can write all that it finds.
 
     Raises:
-        InputError: another kind of detector.
+        InputError: another kind of detector than a Faster, Mask or Cascade R-CNN on an FPN, a RetinaNet, an FCOS
+            or a GFL.
     """
-
-    def __init__(self, detector: nn.Module):
-        super().__init__()
-        self.kind = outputs_of(detector)
-        if self.kind is RCNNOutputs:
-            heads = detector.roi_heads
-            if len(box_stages(heads)) > 1 or getattr(heads, "mask_on", False):
-                what = "masks" if getattr(heads, "mask_on", False) else "several stages"
-                raise InputError(type(detector).__name__, f"RoI heads with {what}", EXPORTABLE)
-        self.detector = detector.cpu()
-        self.eval()
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect.
-
-        Args:
-            image: ``(3, H, W)`` float32 from 0 to 255, channels in the detector's ``input_format``.
-
-        Returns:
-            best first: boxes ``(D, 4)``, XYXY in pixels of the image; scores ``(D,)``; classes ``(D,)`` int64.
-        """
-        said = self.kind(self.detector, [{"image": image}])
-        find = self._of_regions if self.kind is RCNNOutputs else self._of_anchors
-        limit = limits(image)
-        boxes, scores, classes = find(said, limit)
-        boxes = clipped(boxes, limit)
-        seen = nonempty(boxes)
-        return boxes[seen], scores[seen], classes[seen]
-
-    def _of_regions(self, said: RCNNOutputs, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposals of the RPN, judged once: ``fast_rcnn_inference`` on one image."""
-        said.region_boxes = [[said.proposals[0].proposal_boxes]]
-        (region,) = said.regions
-        predictor = self.detector.roi_heads.box_predictor
-        scores = region.pred_class_logits.softmax(dim=-1)[:, :-1]
-        boxes = region.box2box_transform.apply_deltas(
-            region.pred_proposal_deltas, region.box_tensor
-        )
-        boxes = clipped(boxes.reshape(scores.shape[0], -1, 4), limit)
-        row, classes = (scores > predictor.test_score_thresh).nonzero().unbind(dim=1)
-        column = classes if boxes.shape[1] > 1 else torch.zeros_like(classes)
-        return best(
-            boxes[row, column],
-            scores[row, classes],
-            classes,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )
-
-    def _of_anchors(self, said: DenseOutputs, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best of each level: ``DenseDetector._decode_multi_level_predictions`` on one image.
-
-        The first ``test_topk_candidates`` of what passes the threshold are what passes among the first: this
-        order of the two has sizes that do not depend on the picture.
-        """
-        detector, found = self.detector, []
-        centerness = said.pred_centerness if len(said.predictions) > 2 else None
-        for level, anchors in enumerate(said.anchors):
-            score = said.pred_logits[level][0].sigmoid()
-            if centerness is not None:
-                score = (score * centerness[level][0].sigmoid()).sqrt()
-            score, index = score.flatten().topk(
-                at_most(score.numel(), detector.test_topk_candidates)
-            )
-            passed = score > detector.test_score_thresh
-            score, index = score[passed], index[passed]
-            row = index.div(detector.num_classes, rounding_mode="floor")
-            deltas = said.pred_anchor_deltas[level][0][row]
-            boxes = detector.box2box_transform.apply_deltas(deltas, anchors.tensor[row])
-            found.append((boxes, score, index - row * detector.num_classes))
-        boxes, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
-        if hasattr(detector.head, "reg_max"):  # GFL, other than the rest, clips before NMS
-            boxes = clipped(boxes, limit)
-            seen = nonempty(boxes)
-            boxes, scores, classes = boxes[seen], scores[seen], classes[seen]
-        return best(
-            boxes, scores, classes, detector.test_nms_thresh, detector.max_detections_per_image
-        )
+    outputs_of(detector)
+    if getattr(getattr(detector, "roi_heads", None), "keypoint_on", False):
+        raise InputError(type(detector).__name__, "RoI heads with keypoints", "boxes and masks")
+    return detector.cpu().eval()
 
 
-def at_most(count: int | Tensor, limit: int) -> int | Tensor:
-    """The smaller number; while tracing a size is a tensor, which ``min`` would turn into a constant."""
-    return count.clamp(max=limit) if isinstance(count, Tensor) else min(count, limit)
-
-
-def limits(image: Tensor) -> Tensor:
-    """``(4,)``: how far each coordinate of a box may go."""
-    # Multiplied and not converted, so that a trace keeps the sizes variable.
-    height, width = (image.new_ones(()) * side for side in image.shape[-2:])
-    return torch.stack([width, height, width, height])
-
-
-def clipped(boxes: Tensor, limit: Tensor) -> Tensor:
-    """Boxes ``(…, 4)`` inside the image."""
-    return torch.minimum(boxes.clamp(min=0), limit)
-
-
-def nonempty(boxes: Tensor) -> Tensor:
-    """``(R,)`` whether a box has an area."""
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
-def best(
-    boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``count`` after NMS within each class, best first; none are negative: all.
-
-    Boxes of different classes are moved so far apart that they never meet. ``torchvision.ops.batched_nms``
-    does so, too, but its way overlaps where coordinates are negative, and its graph branches.
-    """
-    values = torch.cat([boxes.flatten(), boxes.new_zeros(1)])
-    apart = classes.to(boxes) * (values.max() - values.min() + 1)
-    keep = nms(boxes + apart[:, None], scores, threshold)
-    if count >= 0:
-        keep = keep[:count]
-    return boxes[keep], scores[keep], classes[keep]
-
-
-def write(model: Exportable, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write the model, whole or not at all; the suffix of ``path`` says in which format.
+def of_image(detector: nn.Module, image: Tensor) -> nn.Module:
+    """A detector as a function of one image, to be traced inside :func:`tracing`.
 
     Args:
-        model: what to trace.
+        detector: what :func:`exportable` returns, or another of Detectron2's interface.
+        image: an example.
+
+    Returns:
+        Detectron2's ``TracingAdapter``, whose ``flattened_inputs`` are the example. It takes ``(3, H, W)`` float32
+        from 0 to 255, channels in the detector's ``input_format``, and returns, best first: boxes ``(D, 4)``, XYXY
+        in pixels of the image; scores ``(D,)``; classes ``(D,)`` int64; of a Mask R-CNN masks ``(D, 1, 28, 28)``,
+        the probability at each point of the box, as its head gives them.
+    """
+    return tracing_adapter()(detector, [{"image": image}], _found).eval()
+
+
+def _found(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
+    if hasattr(detector, "roi_heads"):  # its postprocessing would paste the masks
+        (found,) = detector.inference(inputs, do_postprocess=False)
+        found = found[found.pred_boxes.nonempty()]
+    else:
+        found = detector(inputs)[0]["instances"]
+    return [found.get(field) for field in FIELDS.values() if found.has(field)]
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """For the time of a trace, so that it holds for every image and can be saved.
+
+    Without the remarks, too, that tracing, and an exporter on its way out, make at every line of Detectron2.
+    """
+    modeling = "detectron2.modeling"
+    with (
+        warnings.catch_warnings(),
+        # The smaller of a limit and a size would be a constant; the slice that it is for ends by itself.
+        mock.patch(f"{modeling}.meta_arch.dense_detector.min", lambda limit, size: limit),
+        # It changes gradients alone, and TorchScript cannot save a function of Python.
+        mock.patch(f"{modeling}.roi_heads.cascade_rcnn._ScaleGradient.apply", lambda x, scale: x),
+    ):
+        for category in (FutureWarning, DeprecationWarning, UserWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the detector, whole or not at all; the suffix of ``path`` says in which format.
+
+    Args:
+        detector: what :func:`exportable` returned.
         path: ``*.onnx`` or ``*.ts``.
-        metadata: strings by key, kept in the file: ONNX's ``metadata_props``; TorchScript's extra file
-            ``metadata.json``.
+        metadata: strings by key, kept in the file, with the names of its ``outputs``: ONNX's ``metadata_props``;
+            TorchScript's extra file ``metadata.json``.
 
     Raises:
         InputError: the packages that write ONNX are missing.
     """
     image = torch.rand(3, *EXAMPLE, generator=torch.Generator().manual_seed(0)) * 255
-    with torch.no_grad(), quiet_tracing(), written_whole(path) as temporary:
+    model = of_image(detector, image)
+    with torch.no_grad(), tracing(), written_whole(path) as temporary:
+        outputs = list(FIELDS)[: len(model(image))]
+        metadata = {**metadata, "outputs": " ".join(outputs)}
         if Path(path).suffix == FORMATS["torchscript"]:
-            traced = torch.jit.trace(model, (image,), check_trace=False)
-            extra = {"metadata.json": json.dumps(dict(metadata))}
+            traced = torch.jit.trace(model, model.flattened_inputs, check_trace=False)
+            extra = {"metadata.json": json.dumps(metadata)}
             torch.jit.save(traced, str(temporary), _extra_files=extra)
             return
         onnx = imported("onnx")
         torch.onnx.export(
             model,
-            (image,),
+            model.flattened_inputs,
             str(temporary),
             dynamo=False,  # the exporter for graphs whose sizes depend on the picture
             opset_version=OPSET,
             input_names=["image"],
-            output_names=list(OUTPUTS),
+            output_names=outputs,
             dynamic_axes={
                 "image": {1: "height", 2: "width"},
-                **{name: {0: "detections"} for name in OUTPUTS},
+                **{name: {0: "detections"} for name in outputs},
             },
         )
         graph = onnx.load(temporary)
-        onnx.helper.set_model_props(graph, dict(metadata))
+        onnx.helper.set_model_props(graph, metadata)
         onnx.checker.check_model(graph)
         onnx.save(graph, temporary)
-
-
-@contextlib.contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Without the remarks that tracing, and an exporter on its way out, make at every line of Detectron2."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning, UserWarning, torch.jit.TracerWarning):
-            warnings.simplefilter("ignore", category)
-        yield
 
 
 def imported(name: str) -> ModuleType:
@@ -251,7 +181,7 @@ class ExportedDetector:
     def _open(self, onnxruntime: ModuleType | None) -> None:
         if onnxruntime is None:
             extra = {"metadata.json": ""}
-            with quiet_tracing():
+            with tracing():
                 self._module = torch.jit.load(str(self.path), _extra_files=extra)
             self.metadata = json.loads(extra["metadata.json"])
             return
@@ -270,21 +200,21 @@ class ExportedDetector:
         return json.loads(self.metadata["classes"])
 
     @torch.no_grad()
-    def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`Exportable.forward` says of an image."""
+    def detect(self, image: Tensor) -> tuple[Tensor, ...]:
+        """What the file gives for an image, see :func:`of_image`."""
         image = image.float()
         if self._module is not None:
             return self._module(image)
-        found = self._session.run(list(OUTPUTS), {"image": image.numpy()})
-        return tuple(torch.from_numpy(values) for values in found)
+        return tuple(map(torch.from_numpy, self._session.run(None, {"image": image.numpy()})))
 
     def __call__(self, batched_inputs: list[dict]) -> list[dict]:
         """As a detector of Detectron2 in ``eval()``: each image's ``instances``, in its ``height`` and ``width``."""
         results = []
         for one in batched_inputs:
+            boxes, *others = self.detect(one["image"])
             size = tuple(one["image"].shape[-2:])
-            boxes, scores, classes = self.detect(one["image"])
-            found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+            fields = zip(FIELDS.values(), (Boxes(boxes), *others), strict=False)
+            found = Instances(size, **dict(fields))
             height, width = one.get("height", size[0]), one.get("width", size[1])
             results.append({"instances": detector_postprocess(found, height, width)})
         return results
@@ -293,11 +223,15 @@ class ExportedDetector:
 def strangers(ours: Instances, theirs: Instances) -> int:
     """How many detections, of either side, the other side does not have.
 
-    Two are the same if their class is, and boxes and scores differ by no more than :data:`BOX_TOLERANCE` pixels
-    and :data:`SCORE_TOLERANCE`. Their order does not count: equal scores may change places.
+    Two are the same if their class is, and boxes, scores and masks differ by no more than :data:`BOX_TOLERANCE`,
+    :data:`SCORE_TOLERANCE` and :data:`MASK_TOLERANCE`. Their order does not count: equal scores may change places.
     """
     box = (ours.pred_boxes.tensor[:, None] - theirs.pred_boxes.tensor).abs().amax(dim=-1)
     score = (ours.scores[:, None] - theirs.scores).abs()
     same = (box <= BOX_TOLERANCE) & (score <= SCORE_TOLERANCE)
     same &= ours.pred_classes[:, None] == theirs.pred_classes
+    if ours.has("pred_masks") or theirs.has("pred_masks"):
+        row, other = pairs = same.nonzero(as_tuple=True)
+        pixels = (ours.pred_masks[row] != theirs.pred_masks[other]).sum(dim=(1, 2))
+        same[pairs] = pixels <= (MASK_TOLERANCE * ours.pred_boxes.area()[row]).clamp(min=1)
     return int((~same.any(dim=1)).sum() + (~same.any(dim=0)).sum())

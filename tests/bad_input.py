@@ -29,6 +29,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.anchor_generator import RotatedAnchorGenerator
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
@@ -38,11 +39,11 @@ from d2kd import attention_maps, benchmark, classes, config, deployment, export
 from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loader, shapes, steps
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
-from d2kd.engine import checkpoint, launch, optimizer, recipe, step, trainer
+from d2kd.engine import checkpoint, launch, optimizer, step, trainer
 from d2kd.engine.run_info import LOGGERS, save_config
 from d2kd.errors import InputError, reporting
 from d2kd.evaluation import comparison, detections, detectors
-from d2kd.layers import adapter, attention, masks
+from d2kd.layers import adapter, attention
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -55,7 +56,7 @@ from d2kd.losses import (
 )
 from d2kd.losses.icd import _width
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, speed, weights
-from d2kd.modeling.distiller import class_map_of, grown_classes
+from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 from d2kd.tools import train, visualize
@@ -174,6 +175,13 @@ def shapes_of(**strides) -> Like:
     return Like(output_shape=lambda: found)
 
 
+def keypoint_rcnn():
+    """A Mask R-CNN whose heads would find keypoints, too."""
+    detector = build(tiny_mask_rcnn())
+    detector.roi_heads.keypoint_on = True
+    return detector
+
+
 def anchored(cells: int) -> Like:
     """A dense detector, as far as anchors are concerned."""
     pyramid = Like(output_shape=lambda: {"p3": ShapeSpec(stride=8)}, size_divisibility=32)
@@ -188,7 +196,7 @@ class Odd(DistillLoss):
         raise InputError("levels", "none", "one")
 
     def forward(self, student, teacher):
-        return student["p9"]
+        return outputs.Maps(student)["p9"]
 
 
 class Split(DistillLoss):
@@ -460,7 +468,7 @@ def _completed(change: Callable) -> Case:
     def case(folder):
         node = plain_recipe(folder)
         change(node)
-        return lambda: recipe.complete(node)
+        return lambda: config.with_defaults(node)
 
     return case
 
@@ -508,18 +516,21 @@ ENGINE: dict[str, Case] = {
     "engine/optimizer _build: 'nothing that": call(
         optimizer._build, "optimizer", OmegaConf.create({"params": {}}), nn.Identity()
     ),
-    "engine/recipe complete: 'the recipe'": call(recipe.complete, {"model": {}, "dataloader": {}}),
-    "engine/recipe complete: clip_type": _completed(
-        lambda node: node.train.clip_gradients.update(clip_type="hard")
+    "config/train with_defaults: 'no Distiller": _completed(
+        lambda node: node.train.update(loss_optimizer={"optimizer": {}})
     ),
-    "engine/recipe complete: f'train.{key}'": _completed(
+    "config/train with_defaults: 'no optimizer'": _completed(
+        lambda node: [node.update(model=distiller()), node.train.update(loss_optimizer={})]
+    ),
+    "config/train _explained: 'no such key'": _completed(lambda node: node.train.update(max_itr=1)),
+    "config/train _explained: found, expected": _completed(
+        lambda node: node.train.update(max_iter="many")
+    ),
+    "config/train _check_values: expected": _completed(
         lambda node: node.train.update(draw_period=-1)
     ),
-    "engine/recipe _check_distiller: 'no Distiller": _completed(
-        lambda node: node.train.update(distiller={"optimizer": {}})
-    ),
-    "engine/recipe _check_distiller: found or": _completed(
-        lambda node: [node.update(model=distiller()), node.train.update(distiller={})]
+    "config/train _check_values: choices": _completed(
+        lambda node: node.train.clip_gradients.update(clip_type="hard")
     ),
     "engine/step precision: amp.dtype, ' or": call(
         step.precision, OmegaConf.create({"enabled": True, "dtype": "int8"}), torch.device("cpu")
@@ -527,7 +538,7 @@ ENGINE: dict[str, Case] = {
     "engine/step precision: float16 on": call(
         step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
     ),
-    "engine/trainer Trainer._draw_hook": _undrawable,
+    "engine/hooks DrawDetections.from_config": _undrawable,
     "engine/trainer _check_agreed": call(_apart),
     "engine/trainer Trainer._check_classes": _other_names,
     "attention_maps load_icd: 'no ICDLoss'": call(
@@ -578,7 +589,7 @@ ENGINE: dict[str, Case] = {
     ),
     "config/files _read: does not load": file_with("model = (", "r.py", config.recipe_of),
     "config/files _read: defines no": file_with("other = dict(a=1)", "r.py", config.detector),
-    "config/files load: defines no": file_with("model = dict(a=1)", "r.py", config.load),
+    "config/train with_defaults: culprit": file_with("model = dict(a=1)", "r.py", config.load),
     "config/files override": _overridden("train.max_iter=[3"),
     "config/files _check_override: 'no value'": _overridden("train.max_iter"),
     "config/files _check_override: has no keys": _overridden("train.max_iter.a=1"),
@@ -592,7 +603,7 @@ ENGINE: dict[str, Case] = {
     "config/recipes increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
-    "export Exportable.__init__": call(lambda: export.Exportable(build(tiny_mask_rcnn()))),
+    "export exportable": call(lambda: export.exportable(keypoint_rcnn())),
     "export imported": call(export.imported, "no_such_package"),
     "export ExportedDetector.__init__": call(export.ExportedDetector, "gone.ts"),
 }
@@ -604,6 +615,26 @@ ENGINE: dict[str, Case] = {
 def _summed(**losses: DistillLoss) -> None:
     with EventStorage():
         DistillLosses(**losses)({}, {})
+
+
+def _sigmoids() -> None:
+    predictor = Like(use_sigmoid_ce=True)
+    detector = Like(roi_heads=Like(num_classes=2, box_head=None, box_predictor=predictor))
+    TARLoss(feature_weight=0).bind(detector, detector)
+
+
+def _rotated() -> None:
+    detector = nn.Module()
+    detector.anchor_generator = RotatedAnchorGenerator(
+        sizes=[[32]], aspect_ratios=[[1.0]], strides=[8], angles=[[0, 45]]
+    )
+    outputs.outputs_of(detector)
+
+
+def _no_stem() -> None:
+    detector = nn.Module()
+    detector.backbone = nn.Conv2d(1, 1, 1)
+    inherit_weights(detector, detector, [""], flip_channels=True)
 
 
 def _unrelated() -> None:
@@ -719,11 +750,11 @@ MODELS: dict[str, Case] = {
         "none",
     ),
     "layers/attention InstanceDecoderLayer.__init__": call(attention.InstanceDecoderLayer, 24, 5),
-    "layers/masks check_kind": call(masks.check_kind, "disc"),
+    "losses/imitation ImitationLoss.__init__": call(ImitationLoss, mask="disc"),
     "losses/base EpochDecay.__init__": call(base.EpochDecay, 0),
     "losses/base DistillLosses.__init__": call(DistillLosses, it=nn.Linear(1, 1)),
     "losses/base DistillLosses.bind": call(lambda: DistillLosses(odd=Odd()).bind(None, None)),
-    "losses/base DistillLosses.forward: _message": call(lambda: _summed(odd=Odd())),
+    "losses/base DistillLosses.forward: error": call(lambda: _summed(odd=Odd())),
     "losses/base DistillLosses.forward: a second": call(
         lambda: _summed(one=Split("of_it"), one_of=Split("it"))
     ),
@@ -742,7 +773,8 @@ MODELS: dict[str, Case] = {
     ),
     "losses/icd _width": call(_two_widths),
     "losses/tar TARLoss.__init__": call(TARLoss, cls_gate="ever"),
-    "losses/tar TARLoss.bind: 'regions'": call(
+    "losses/tar TARLoss.bind: use_sigmoid_ce": call(_sigmoids),
+    "losses/tar TARLoss.bind: both with regions": call(
         lambda: TARLoss(feature_weight=0).bind(Like(roi_heads=None), Like())
     ),
     "losses/tar TARLoss.bind: 'num_classes'": call(
@@ -774,21 +806,25 @@ MODELS: dict[str, Case] = {
         Distiller, student=None, teacher=None, losses=None, max_iter=1, share="all"
     ),
     "modeling/distiller Distiller.__init__: both, of": call(_both),
-    "modeling/distiller Distiller._tap": call(_tapped),
+    "modeling/distiller Distiller._tapped": call(_tapped),
     "modeling/distiller Distiller.from_config": _two_orders,
     "modeling/distiller grown_classes": call(
         grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
     ),
+    "modeling/distiller inherit_weights": call(_no_stem),
     "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
     "modeling/gfl GFL.__init__": call(_grown),
     "modeling/outputs check_classes": call(
         outputs.check_classes, "student", Like(num_classes=2), ["a"]
     ),
-    "modeling/outputs outputs_of": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/outputs outputs_of: whose outputs": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/outputs outputs_of: rotated": call(_rotated),
     "modeling/weights local_path: cannot be fetched": call(_unfetched),
     "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
     "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),
-    "modeling/weights read: holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: 'holds no": saved({"model": 3}, weights.read),
+    "modeling/weights read: f'holds": saved({"model": {}, "by": Path()}, weights.read),
+    "modeling/weights read: f'its": saved({"state_dict": {}}, weights.read),
     "modeling/weights check_names": call(
         weights.check_names, {"classes": ["a"]}, "weights.pth", ["b"]
     ),
@@ -927,7 +963,7 @@ def _seeing(act: str, model, given=None, *more: str) -> Case:
 
 
 def _no_mapper(folder):
-    lines = "model = optimizer = train = {}\ndataloader = {'test': {}}\n"
+    lines = "model = optimizer = train = {}\ndataloader = {'train': {}, 'test': {}}\n"
     (folder / "recipe.py").write_text(lines)
     return lambda: visualize.run(look(config_file=str(folder / "recipe.py")))
 

@@ -67,7 +67,7 @@ def icd(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
     losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors))
     config = _taught(data, output, losses, node)
     config.train.clip_gradients = {"enabled": True, "clip_value": 0.5}
-    config.train.distiller = get_config("common/icd.py").distiller
+    config.train.loss_optimizer = get_config("common/icd.py").loss_optimizer
     return config
 
 

@@ -187,11 +187,14 @@ def test_checkpoints_are_read_by_either(version, tmp_path, monkeypatch):
     zoo = {"model": arrays, "__author__": "Detectron2"}
     (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo))
     (tmp_path / "caffe.pkl").write_bytes(pickle.dumps(arrays | {"weight_momentum": 0}))
+    torch.save({"model_state": state | {"bn.num_batches_tracked": 1}}, tmp_path / "pycls.pyth")
     for name, rest in {
         "ours.pth": {"iteration": 4},
         "bare.pth": {},
         "zoo.pkl": {"__author__": "Detectron2"},
         "caffe.pkl": {"__author__": "Caffe2", "matching_heuristics": True},
+        "pycls.pyth": {"__author__": "pycls", "matching_heuristics": True},
+        "bare.pth?matching_heuristics=True": {"matching_heuristics": True},
     }.items():
         found = read(str(tmp_path / name))
         model = found.pop("model")

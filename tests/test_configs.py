@@ -23,9 +23,9 @@ from d2kd.config import (
     override,
     reduced,
     student_of,
+    with_defaults,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
-from d2kd.engine.recipe import complete
 from d2kd.errors import InputError
 from d2kd.modeling import Distiller, Teacher
 
@@ -70,7 +70,7 @@ def test_every_recipe_takes_a_step(recipe):
     distilled = isinstance(model, Distiller) and len(model.losses.by_name) > 0
     assert distilled == any(key.startswith("distill/") for key in losses)
     sum(losses.values()).backward()
-    build_optimizer(complete(config), model).step()
+    build_optimizer(with_defaults(config), model).step()
 
 
 def _all_but_the_trunk_is_inherited(model, inherit):
@@ -206,23 +206,23 @@ def test_get_config_gives_a_fresh_copy():
 def test_methods_by_name(name):
     teacher = ("common/models/faster_rcnn_small.py", "weights.pth")
     recipe = distill("baselines/faster_rcnn_small_shapes.py", teacher=teacher, **method(name))
-    config = override(complete(recipe), ["model.teacher.weights=null"])
+    config = override(with_defaults(recipe), ["model.teacher.weights=null"])
     _without_priors(config.model)
     model = instantiate(config.model)
     assert list(model.losses.by_name) == [name]
     optimizer = build_optimizer(config, model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
-    own = config.train.get("distiller")
+    own = config.train.loss_optimizer
     assert isinstance(optimizer, DistillerOptimizer) == (own is not None) == (name == "icd")
 
 
 def test_the_published_optimizer_of_icd():
     teacher = ("COCO-Detection/retinanet_R_101_FPN_3x.yaml", "weights.pkl")
-    config = complete(
+    config = with_defaults(
         distill("COCO-Detection/retinanet_R_50_FPN_1x.py", teacher=teacher, **method("icd"))
     )
-    own = config.train.distiller
+    own = config.train.loss_optimizer
     assert own.optimizer._target_ is torch.optim.AdamW
     assert (own.optimizer.lr, own.optimizer.weight_decay) == (1e-4, 1e-4)
     schedule = instantiate(own.lr_multiplier)
@@ -248,7 +248,7 @@ def _write(text):
         (lambda t: "nowhere/at_all.py", [], "nowhere/at_all.py: no such config"),
         (_write("model = ("), [], "does not load"),
         (_write("import nothing_of_this_name"), [], "does not load"),
-        (_write("model = dict(a=1)"), [], "defines no dataloader, optimizer, train"),
+        (_write("model = dict(a=1)"), [], "no dataloader, optimizer, train; expected model"),
         (lambda t: "COCO-Detection/retinanet_R_50_FPN_1x.yaml", [], "a yacs config"),
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.maxiter=3"], "no 'maxiter'"),
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["modle.a=3"], "no 'modle'"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -60,9 +61,8 @@ def test_the_teacher_is_no_part_of_the_module():
     theirs = {id(p) for p in model.teacher.detector.parameters()}
     groups = get_default_optimizer_params(model, base_lr=0.1)
     assert not theirs & {id(p) for group in groups for p in group["params"]}
-    own = {f"student.{key}" for key in model.student.state_dict()}
-    assert {key for key in model.state_dict() if not key.startswith("losses.")} == own
-    assert len(model.state_dict()) == len(own) + len(model.losses.state_dict())
+    own = {*model.student.state_dict(), *model.losses.state_dict(prefix="distiller_losses.")}
+    assert model.state_dict().keys() == own
 
 
 def test_moving_the_distiller_moves_the_teacher():
@@ -130,6 +130,31 @@ def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(famil
         else:
             assert torch.equal(value, made[key]) and key in caplog.text, key
     assert rows
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
+    """Also from a teacher that sees the channels in the other order."""
+    mean, std = [103.5, 116.3, 123.7], [57.4, 57.1, 58.4]
+    node, other = DETECTORS[family](), DETECTORS[family]()
+    node.pixel_mean, node.pixel_std = mean, std
+    other.pixel_mean, other.pixel_std = mean[::-1], std[::-1]
+    student = build(node)
+    teacher = Teacher(build(other, 1), None, image_format="BGR", input_format="RGB")
+    for _ in range(2):  # inheriting once more turns nothing back
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        ).inherit()
+    ours = student.backbone(student.preprocess_image(batch()).tensor)
+    for level, theirs in teacher.ask(batch()).features.items():
+        torch.testing.assert_close(ours[level], theirs)
+    assert "trained with" not in caplog.text
+    student.pixel_std.fill_(1.0)
+    with caplog.at_level("WARNING", logger="d2kd"):
+        Distiller(
+            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
+        )
+    assert re.search(r"stem.conv1.weight was trained with pixel_std \[57.*is \[1.0", caplog.text)
 
 
 class Tapped(DistillLoss):
@@ -220,6 +245,42 @@ class ReadsRegions(DistillLoss):
 def test_a_loss_that_reads_what_is_not_there_is_named():
     with pytest.raises(InputError, match="losses.mine: a RetinaNet has no 'regions'"):
         step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
+
+
+class Reads(DistillLoss):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, student, teacher):
+        return self.read(student, teacher)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_a_level_that_is_not_there_is_named(family, side):
+    loss = Reads(lambda *sides: sides[side].features["p9"].sum())
+    pair = build(DETECTORS[family]()), build(DETECTORS[family]())
+    with pytest.raises(InputError, match="losses.mine: no 'p9' among p[23], .*p4"):
+        step(make(*pair, DistillLosses(mine=loss)).train(), batch())
+
+
+def test_a_tap_that_was_not_named_is_named():
+    loss = Reads(lambda student, _: student.taps["head"])
+    with pytest.raises(InputError, match="losses.mine: no 'head' among none"):
+        step(make(losses=DistillLosses(mine=loss)).train(), batch())
+
+
+@pytest.mark.parametrize("error", [KeyError("temperature"), IndexError(5), AttributeError("tau")])
+def test_a_loss_s_own_error_stays_its_own(error):
+    """Its traceback leads to the line at fault, and it is taken for nothing that a detector lacks."""
+
+    def fail(student, teacher):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        step(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
+    assert raised.value is error and raised.traceback[-1].name == "fail"
 
 
 @pytest.mark.parametrize(
@@ -314,6 +375,21 @@ def test_yacs_users_build_it_by_name(tmp_path):
     assert model.max_iter == cfg.SOLVER.MAX_ITER
     loss = step(model.train(), batch())["distill/loss_imitation"]
     assert torch.isfinite(loss) and isinstance(model.student, nn.Module)
+
+
+@pytest.mark.parametrize("anchors", ["RotatedAnchorGenerator", None])
+def test_rotated_boxes_are_refused_before_training(tmp_path, anchors):
+    """Of an RPN with its anchors, or of RoI heads alone, which judge other proposals."""
+    cfg = yacs(tmp_path)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RRPN" if anchors else "PrecomputedProposals"
+    if anchors:
+        cfg.MODEL.ANCHOR_GENERATOR.NAME = anchors
+    cfg.MODEL.RPN.BBOX_REG_WEIGHTS = [1, 1, 1, 1, 1]
+    cfg.MODEL.ROI_HEADS.NAME = "RROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlignRotated"
+    cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = [10, 10, 5, 5, 1]
+    with pytest.raises(InputError, match="GeneralizedRCNN: rotated boxes .*; expected upright"):
+        build_model(cfg)
 
 
 @pytest.mark.parametrize("images, flipped", [("BGR", False), ("RGB", True)])

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd.config import distill, override
+from d2kd.config import distill, override, with_defaults
 from d2kd.data import class_step
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
 from d2kd.doctor.data import look_at_data
@@ -25,7 +25,6 @@ from d2kd.doctor.measurements import (
 )
 from d2kd.engine import Trainer
 from d2kd.engine.random_state import random_state
-from d2kd.engine.recipe import complete
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -138,17 +137,9 @@ def test_a_class_step_is_about_its_own_classes(tmp_path, config):
     for step, missing in ((1, "no object of class 1"), (2, None)):
         names = L(class_step)(dataset=whole, split="2+1", step=step)
         config.dataloader.train.dataset.names = names
-        found = {f.subject: f.found for f in look_at_data(complete(config), images=1)}
+        found = {f.subject: f.found for f in look_at_data(with_defaults(config), images=1)}
         assert found.get("train data, classes") == missing
         assert found["test data, classes"] == "no object of class 1"
-
-
-def test_a_key_that_nothing_reads_is_told(config):
-    assert "train" not in {f.subject for f in examined(config, iterations=0, images=1)}
-    config.train.evalperiod, config.train.checkpointer.perid = 3, 4
-    found = {f.subject: f for f in examined(config, iterations=0, images=1)}["train"]
-    assert found.state == "warning"
-    assert "train.checkpointer.perid, train.evalperiod: read by nothing" in found.found
 
 
 class TwoTerms(DistillLoss):
@@ -170,7 +161,7 @@ def with_loss(config, node, loss):
     """The recipe with another pair of detectors and a single loss."""
     config.model = distiller(losses=L(DistillLosses)(it=loss))
     config.model.student, config.model.teacher.detector = node(), node(channels=24)
-    return complete(config)
+    return with_defaults(config)
 
 
 def pulls(config):
@@ -379,10 +370,10 @@ class Counting(DatasetEvaluator):
 
 def test_several_evaluators(config):
     trainer = Trainer(config)
-    (one,) = look_at_teacher(trainer.config, trainer.model, 3)
+    (one,) = look_at_teacher(trainer.cfg, trainer.model, 3)
     config.dataloader.evaluator = [L(Counting)(), config.dataloader.evaluator]
     trainer = Trainer(config)
-    assert list(look_at_teacher(trainer.config, trainer.model, 3)) == [one]
+    assert list(look_at_teacher(trainer.cfg, trainer.model, 3)) == [one]
     assert "AP 100.0 on 3 of 6" in one.found
 
 
@@ -437,7 +428,7 @@ SAID = {
 @pytest.mark.parametrize("change, expected", SAID.values(), ids=SAID.keys())
 def test_the_first_look_says(config, change, expected):
     subject, state, text = expected
-    config = complete(config)
+    config = with_defaults(config)
     change(config)
     config.model.losses = L(DistillLosses)(plain=L(ImitationLoss)(levels=["p3"]))
     config.model.teacher.weights = None
@@ -449,12 +440,12 @@ def test_the_first_look_says(config, change, expected):
 def test_statistics_of_torchvisions_weights(config):
     """They are wanted where a backbone began with these weights, and there alone."""
     trainer = Trainer(config)
-    mapper, student = trainer.config.dataloader.train.mapper, trainer.model.student
-    mapper.image_format = trainer.config.dataloader.test.mapper.image_format = "RGB"
-    trainer.config.model.teacher.image_format = student.input_format = "RGB"
+    mapper, student = trainer.cfg.dataloader.train.mapper, trainer.model.student
+    mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "RGB"
+    trainer.cfg.model.teacher.image_format = student.input_format = "RGB"
 
     def said():
-        found = first_look(trainer.config, trainer.model)
+        found = first_look(trainer.cfg, trainer.model)
         return [f.found for f in found if f.state == "warning" and "torchvision" in f.found]
 
     assert not said()
@@ -470,7 +461,7 @@ def test_statistics_of_torchvisions_weights(config):
 def test_the_first_look_at_two_scales(config):
     """A reduced recipe's channel order is that of the mapper inside, and its levels match by stride."""
     whole = distill(config, teacher=config.model.teacher, losses=L(DistillLosses)(), scale=2)
-    config = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
+    config = with_defaults(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
     config.model.teacher.weights = None
     config.dataloader.train.mapper.mapper.image_format = "RGB"
     findings = first_look(config, instantiate(config.model))
@@ -531,7 +522,7 @@ def test_statistics_of_the_other_order(config):
     trainer = Trainer(config)
     student = trainer.model.student
     student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
-    (finding,) = (f for f in first_look(trainer.config, trainer.model) if f.state != "ok")
+    (finding,) = (f for f in first_look(trainer.cfg, trainer.model) if f.state != "ok")
     assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
 
 

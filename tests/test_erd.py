@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, ImageList, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from d2kd.errors import InputError
@@ -45,9 +45,10 @@ def answers(images=3, old=4, new=2, side=64, levels=("p3", "p4", "p5")):
     teacher = detector(list(levels), old, 16)
     student = detector(list(levels), old + new, 16, old)
     anchors = teacher.anchor_generator(theirs[0])
+    whole = ImageList(torch.zeros(images, 3, side, side), [(side, side)] * images)
     return (
         DenseOutputs(student, [], predictions=ours, anchors=anchors),
-        DenseOutputs(teacher, [], predictions=theirs, anchors=anchors),
+        DenseOutputs(teacher, [], predictions=theirs, anchors=anchors, images=whole),
     )
 
 

@@ -18,12 +18,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd import deployment, export
-from d2kd.config import distill, load, reduced
-from d2kd.engine.recipe import complete
+from d2kd.config import distill, load, reduced, with_defaults
 from d2kd.errors import InputError
-from d2kd.export import Exportable, ExportedDetector, best, strangers, write
+from d2kd.export import ExportedDetector, exportable, of_image, strangers, write
 from d2kd.modeling import TorchvisionBackbone
-from d2kd.testing import tiny_cascade_rcnn, tiny_mask_rcnn
+from d2kd.testing import tiny_mask_rcnn
 
 from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal, tiny_retinanet
 from .resume_runs import run
@@ -32,7 +31,7 @@ from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_eva
 pytest.importorskip("onnxruntime")
 NAMES = [f"class {k}" for k in range(CLASSES)]
 ABOUT = {"classes": json.dumps(NAMES), "image_format": "BGR"}
-FAMILIES = ("retinanet", "fcos", "gfl", "faster_rcnn", "mobilenet_v3")
+FAMILIES = ("mask_rcnn", "cascade_rcnn", "retinanet", "fcos", "gfl", "mobilenet_v3")
 
 
 def seeded(seed):
@@ -54,10 +53,11 @@ def lively(family, threshold=None):
         with torch.no_grad():
             detector.backbone.train()(pixels)
         detector.eval()
-    if family == "faster_rcnn":
-        detector.roi_heads.box_predictor.test_score_thresh = 0.2 if threshold is None else threshold
-    else:
-        detector.test_score_thresh = 0.0 if threshold is None else threshold
+    rcnn = hasattr(detector, "roi_heads")
+    for module in detector.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = (0.2 if rcnn else 0.0) if threshold is None else threshold
+    if not rcnn:
         with torch.no_grad():  # far apart, or rounding decides which of two is the better
             detector.head.cls_score.weight *= 10 if family == "mobilenet_v3" else 100
     return detector
@@ -80,8 +80,8 @@ def files(tmp_path_factory):
     def of(family, form):
         path = folder / f"{family}{export.FORMATS[form]}"
         if path not in written:
-            written[path] = lively(family)
-            write(Exportable(lively(family)), path, ABOUT)
+            written[path] = exportable(lively(family))
+            write(written[path], path, ABOUT)
         return written[path], ExportedDetector(path)
 
     return of
@@ -100,13 +100,16 @@ def test_a_file_detects_what_its_detector_does(files, family, form):
         wanted, found = wanted["instances"], found["instances"]
         assert found.image_size == (2 * height, width)
         assert len(wanted) > 1
+        assert found.get_fields().keys() == wanted.get_fields().keys()
         assert strangers(found, wanted) == 0
         assert (found.scores.diff() <= 1e-6).all()
+    masks = " masks" if family == "mask_rcnn" else ""
+    assert exported.metadata["outputs"] == "boxes scores classes" + masks
     assert exported.classes == NAMES and exported.metadata["image_format"] == "BGR"
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("family", ["retinanet", "mask_rcnn"])
 def test_a_file_sees_images_of_a_few_pixels(files, family, form):
     detector, exported = files(family, form)
     for size in ((1, 1), (1, 150), (7, 5)):
@@ -117,30 +120,51 @@ def test_a_file_sees_images_of_a_few_pixels(files, family, form):
         assert strangers(found["instances"], wanted["instances"]) == 0
 
 
-@pytest.mark.parametrize("family, name", [("gfl", "model.ts"), ("faster_rcnn", "model.onnx")])
-def test_nothing_found_is_no_error(family, name, tmp_path):
-    write(Exportable(lively(family, threshold=1.0)), tmp_path / name, ABOUT)
-    boxes, scores, classes = ExportedDetector(tmp_path / name).detect(images()[1])
-    assert boxes.shape == (0, 4) and scores.shape == classes.shape == (0,)
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_the_traced_image_leaves_no_mark(family):
+    """Not its size, nor how much was found in it: the graph is the same, with the same constants."""
+
+    def graph(size):
+        with torch.no_grad(), export.tracing():
+            model = of_image(detector, torch.rand(3, *size, generator=seeded(3)) * 255)
+            traced = torch.jit.trace(model, model.flattened_inputs, check_trace=False)
+        inlined = traced.inlined_graph
+        torch._C._jit_pass_erase_shape_information(inlined)
+        constants = [node.output().toIValue() for node in inlined.findAllNodes("prim::Constant")]
+        return re.sub(r" #.*|__torch__\S*", "", str(inlined)), str(constants)
+
+    detector = exportable(lively(family))
+    if not hasattr(detector, "roi_heads"):
+        detector.test_topk_candidates = 60  # between what the first level has of the two
+    assert graph((33, 40)) == graph((130, 97))
 
 
-def test_classes_do_not_suppress_each_other():
-    boxes = torch.tensor([[-50.0, 0, 10, 10], [-50, 0, 10, 10], [-50, 0, 10, 11], [0, 0, 5, 5]])
-    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 1, 0, 1])
-    found = best(boxes, scores, classes, 0.5, 100)
-    assert torch.equal(found[1], scores[[0, 1, 3]])
-    assert torch.equal(found[0], boxes[[0, 1, 3]]) and found[2].tolist() == [0, 1, 1]
-    assert len(best(boxes, scores, classes, 0.5, 1)[0]) == 1
-    assert len(best(boxes, scores, classes, 0.5, -1)[0]) == 3
-    assert len(best(boxes[:0], scores[:0], classes[:0], 0.5, 5)[0]) == 0
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_an_image_without_detections(form, tmp_path):
+    """It may be the traced one, and any other."""
+    detector = exportable(lively("mask_rcnn", threshold=0.345))
+    path = tmp_path / f"model{export.FORMATS[form]}"
+    write(detector, path, ABOUT)
+    traced = torch.rand(3, *export.EXAMPLE, generator=seeded(0)) * 255
+    exported, (photograph, noise, _) = ExportedDetector(path), images()
+    for image in (traced, photograph):
+        shapes = [tuple(values.shape) for values in exported.detect(image)]
+        assert shapes == [(0, 4), (0,), (0,), (0, 1, 28, 28)]
+        assert len(exported([{"image": image}])[0]["instances"]) == 0
+    with torch.no_grad():
+        (wanted,) = detector.inference([{"image": noise}], do_postprocess=False)
+    found = exported.detect(noise)
+    assert len(wanted) == len(found[0]) > 0
+    assert torch.allclose(found[3], wanted.pred_masks, atol=1e-4)
 
 
-def instances(boxes, scores, classes):
+def instances(boxes, scores, classes, **fields):
     return Instances(
         (50, 50),
         pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
         scores=torch.tensor(scores),
         pred_classes=torch.tensor(classes),
+        **fields,
     )
 
 
@@ -155,10 +179,24 @@ def test_strangers_are_told_from_acquaintances():
     assert strangers(one, nothing) == 2 and strangers(nothing, nothing) == 0
 
 
-@pytest.mark.parametrize("node, what", [(tiny_mask_rcnn, "masks"), (tiny_cascade_rcnn, "stages")])
-def test_other_heads_are_refused(node, what):
-    with pytest.raises(InputError, match=f"{what}; expected a Faster R-CNN"):
-        Exportable(build(node()))
+def test_detections_of_other_masks_are_strangers():
+    mask = torch.zeros(1, 50, 50, dtype=torch.bool)
+    mask[0, :20, :20] = True
+    near, other = mask.clone(), mask.clone()
+    near[0, 0, :4] = other[0, 0, :5] = False  # of 400 pixels
+
+    def found(masks):
+        return instances([[0, 0, 20, 20]], [0.9], [0], pred_masks=masks)
+
+    assert strangers(found(mask), found(near)) == 0
+    assert strangers(found(mask), found(other)) == strangers(found(other), found(mask)) == 2
+
+
+def test_keypoints_are_refused():
+    detector = build(tiny_mask_rcnn())
+    detector.roi_heads.keypoint_on = True
+    with pytest.raises(InputError, match="keypoints; expected boxes and masks"):
+        exportable(detector)
 
 
 def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
@@ -169,7 +207,7 @@ def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
             ExportedDetector(tmp_path / name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match="onnx: cannot be imported.*d2kd.export"):
-        write(Exportable(lively("fcos")), tmp_path / "model.onnx", ABOUT)
+        write(exportable(lively("fcos")), tmp_path / "model.onnx", ABOUT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "broken.ts"]
 
 
@@ -267,11 +305,11 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     assert told() == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.ts"]
 
-    def another_in_torchscript(source, path, about):
+    def another_in_torchscript(detector, path, about):
         if path.suffix == ".ts":
             node = tiny_retinanet()
             node.test_score_thresh = 0.0
-            write(Exportable(build(node, seed=9).eval()), path, about)
+            write(exportable(build(node, seed=9).eval()), path, about)
 
     monkeypatch.setattr(export, "write", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
@@ -297,7 +335,10 @@ def test_how_a_reduced_image_was_made(folder):
 def test_a_teacher_of_larger_images_computes_more(folder):
     config = load(str(folder / "recipe.py"))
     whole = distill(config, teacher=config.model.teacher, losses=config.model.losses, scale=2)
-    config, gflops = complete(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})), {}
+    config, gflops = (
+        with_defaults(OmegaConf.create(whole._asdict(), flags={"allow_objects": True})),
+        {},
+    )
     student = build(config.model.student)
     [batch] = deployment.first_images(config, 1)
     for scale in (1, 2):

@@ -66,12 +66,6 @@ def test_a_batch_is_painted_as_each_object_alone(counts, at_once, kind, monkeypa
     assert torch.equal(found, expected) and bool(found.any()) == any(counts)
 
 
-def test_none_is_everywhere_and_unknown_is_refused():
-    assert torch.equal(paint(torch.zeros(2, 0, 4), (2, 3), 8, "none"), torch.ones(2, 2, 3))
-    with pytest.raises(InputError, match="mask: disc; expected gaussian or box or none"):
-        paint(torch.zeros(0, 0, 4), (1, 1), 1, "disc")
-
-
 def shapes(channels, levels=(3, 4, 5), shift=0, name="p{}"):
     return {name.format(n): ShapeSpec(channels=channels, stride=2 ** (n + shift)) for n in levels}
 

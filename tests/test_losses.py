@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
 from d2kd.errors import InputError
-from d2kd.losses import DistillLoss, DistillLosses, EpochDecay, ICDLoss, ImitationLoss, TARLoss
+from d2kd.losses import (
+    DistillLoss,
+    DistillLosses,
+    EpochDecay,
+    ICDLoss,
+    ImitationLoss,
+    LwFLoss,
+    TARLoss,
+)
 from d2kd.losses.base import value_of
 from d2kd.losses.functional import (
     in_float32,
@@ -31,7 +39,7 @@ from d2kd.losses.tar import (
     regression_term,
 )
 from d2kd.modeling import Regions
-from d2kd.testing import DETECTORS, check_loss, distiller, step
+from d2kd.testing import DETECTORS, check_loss, distillation, distiller, step
 
 from .common import batch
 
@@ -542,6 +550,29 @@ def test_imitation_restated():
                         weighted += inside * float(errors[n, i, j])
             total += weighted / (2 * max(1, cells))
     assert float(value) == pytest.approx(0.5 * total / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "gfl"])
+@pytest.mark.parametrize(
+    "make", [lambda: ImitationLoss(mask="none"), ImitationLoss, LwFLoss, lambda: ICDLoss(heads=4)]
+)
+def test_what_detectors_say_of_padding_does_not_count(make, family):
+    def value(spoilt):
+        torch.manual_seed(0)
+        model = distiller(make, DETECTORS[family])
+        loss = model.losses.by_name["loss"]
+        forward = loss.forward
+
+        def spoiling(student, teacher):
+            for one in (*student.features.values(), *student.predictions[0]):
+                # The first image is 64 pixels wide, of 128 that the batch is.
+                one.data[0, ..., math.ceil(one.shape[-1] / 2) :] += spoilt
+            return forward(student, teacher)
+
+        loss.forward = spoiling
+        return distillation(step(model, batch(sizes=((64, 64), (64, 128)))))
+
+    assert value(0) > 0 and torch.equal(value(0), value(100))
 
 
 def test_decay_by_epoch():

@@ -13,11 +13,10 @@ from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from torch import nn
 
-from d2kd.config import get_config, override
+from d2kd.config import get_config, override, with_defaults
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.optimizer import DistillerOptimizer
-from d2kd.engine.recipe import complete
 from d2kd.engine.step import Step
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
@@ -32,7 +31,7 @@ def two(data, output, **train):  # noqa: F811
     losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, start=0.25, priors=priors))
     clip = {"enabled": True, "clip_value": 0.5}
     config = recipe(data, output, distiller(losses=losses), clip_gradients=clip, **train)
-    config.train.distiller = get_config("common/icd.py").distiller
+    config.train.loss_optimizer = get_config("common/icd.py").loss_optimizer
     return without_evaluation(config)
 
 
@@ -79,9 +78,9 @@ def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F81
 
 def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path):  # noqa: F811
     config = two(data, tmp_path, max_iter=1)
-    own = config.train.pop("distiller")
+    own = config.train.pop("loss_optimizer")
     run(config)
-    config.train.distiller = own
+    config.train.loss_optimizer = own
     with pytest.raises(InputError, match="its 'trainer' does not fit.*a checkpoint of this recipe"):
         Trainer(config).resume_or_load(True)
 
@@ -122,7 +121,7 @@ def scaled_step(model, scale):
     )
     train = get_config("common/train.py").train
     train.clip_gradients.enabled = True
-    train.distiller = {"clip_gradients": train.clip_gradients}
+    train.loss_optimizer = {"clip_gradients": train.clip_gradients}
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
     with EventStorage():
         Step(model, [[]], optimizer, (contextlib.nullcontext, scaler), train).run_step()
@@ -139,26 +138,28 @@ def test_the_scaler_sees_both_once():
 
 def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
     config = override(
-        two(data, tmp_path), ["train.distiller.optimizer.lr=0.25", "optimizer.lr=0.5"]
+        two(data, tmp_path), ["train.loss_optimizer.optimizer.lr=0.25", "optimizer.lr=0.5"]
     )
-    config.train.distiller.lr_multiplier = L(ConstantParamScheduler)(value=0.5)
+    config.train.loss_optimizer.lr_multiplier = L(ConstantParamScheduler)(value=0.5)
     optimizer = Trainer(config)._trainer.optimizer
     assert optimizer.student.param_groups[0]["lr"] == 0.5
     assert optimizer.losses.param_groups[0]["lr"] == 0.125
-    assert complete(config).train.distiller.clip_gradients.norm_type == 2.0
+    assert with_defaults(config).train.loss_optimizer.clip_gradients.norm_type == 2.0
     for key in ("lr_multiplier", "clip_gradients"):
-        del config.train.distiller[key]
+        del config.train.loss_optimizer[key]
     trainer = Trainer(config)
     assert trainer._trainer.optimizer.losses.param_groups[0]["lr"] == 0.25
-    assert not trainer.config.train.distiller.clip_gradients.enabled
-    with pytest.raises(InputError, match="train.distiller.rate: no 'rate' in train.distiller"):
-        override(config, ["train.distiller.rate=0.25"])
+    assert not trainer.cfg.train.loss_optimizer.clip_gradients.enabled
+    with pytest.raises(
+        InputError, match="train.loss_optimizer.rate: no 'rate' in train.loss_optimizer"
+    ):
+        override(config, ["train.loss_optimizer.rate=0.25"])
 
 
 def test_without_a_schedule_the_rates_stay(data, tmp_path):  # noqa: F811
     config = two(data, tmp_path, max_iter=2)
     del config["lr_multiplier"]
-    del config.train.distiller["lr_multiplier"]
+    del config.train.loss_optimizer["lr_multiplier"]
     optimizer = run(config)._trainer.optimizer
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 1e-4]
 
@@ -172,18 +173,25 @@ def test_bad_input(data, tmp_path):  # noqa: F811
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     def set_to(key, value):
-        return lambda config: config.train.distiller.update({key: value})
+        return lambda config: config.train.loss_optimizer.update({key: value})
 
     def without_losses(config):
         config.model.losses = L(DistillLosses)()
 
     refused(
-        "train.distiller: no Distiller", lambda config: config.update(model=config.model.student)
+        "train.loss_optimizer: no Distiller",
+        lambda config: config.update(model=config.model.student),
     )
-    refused("train.distiller: .*rate; expected optimizer, lr_multiplier", set_to("rate", 1))
-    refused("train.distiller: nothing; expected", lambda c: c.train.update(distiller={}))
-    refused("clip_gradients.clip_type: hard", set_to("clip_gradients", {"clip_type": "hard"}))
-    refused("train.distiller.optimizer: nothing that learns", without_losses)
     refused(
-        "train.distiller.optimizer: no params", lambda c: c.train.distiller.optimizer.pop("params")
+        "train.loss_optimizer.rate: no such key; expected one of optimizer, lr_mul",
+        set_to("rate", 1),
+    )
+    refused(
+        "train.loss_optimizer: no optimizer; expected", lambda c: c.train.update(loss_optimizer={})
+    )
+    refused("clip_gradients.clip_type: hard", set_to("clip_gradients", {"clip_type": "hard"}))
+    refused("train.loss_optimizer.optimizer: nothing that learns", without_losses)
+    refused(
+        "train.loss_optimizer.optimizer: no params",
+        lambda c: c.train.loss_optimizer.optimizer.pop("params"),
     )

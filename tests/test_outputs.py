@@ -202,6 +202,22 @@ def test_what_a_family_does_not_say_is_named():
         two_stage.regions  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["features", "pred_logits", "pred_anchor_deltas", "gt_labels"])
+def test_a_detector_s_own_error_stays_its_own(name, monkeypatch):
+    """Also one by which Python means that there is no such attribute."""
+    teacher = Teacher(build(DETECTORS["retinanet"]()), None)
+    outputs = teacher.ask(batch())
+    outputs.gt_instances = []
+
+    def fail(*_):
+        raise AttributeError("no 'stem' in it")
+
+    monkeypatch.setattr(teacher.detector.backbone, "forward", fail)
+    with pytest.raises(AttributeError, match="no 'stem' in it") as raised:
+        getattr(outputs, name)
+    assert raised.traceback[-1].name == "fail"
+
+
 def test_an_unknown_detector_is_refused():
     with pytest.raises(InputError, match="Linear: .*; expected a GeneralizedRCNN"):
         outputs_of(nn.Linear(1, 1))

@@ -16,9 +16,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.classes import ClassMap, class_names, renamed
-from d2kd.config import config_file, detector, is_distiller, load
+from d2kd.config import config_file, detector, is_distiller, load, with_defaults
 from d2kd.data.shapes import CLASSES
-from d2kd.engine.recipe import complete
 
 from .common import load_tool
 from .test_voc import write_voc
@@ -148,9 +147,9 @@ def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
 
 
 def test_an_optimizer_of_the_losses_own():
-    made = recipe_with("train.distiller = dict(", "projects/ICD/configs/icd_shapes.py")
+    made = recipe_with("train.loss_optimizer = dict(", "projects/ICD/configs/icd_shapes.py")
     parts = {key: vars(made)[key] for key in ("model", "dataloader", "optimizer", "train")}
-    assert complete(parts).train.distiller.clip_gradients.clip_value == 0.01
+    assert with_defaults(parts).train.loss_optimizer.clip_gradients.clip_value == 0.01
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)

@@ -10,13 +10,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2kd.classes import ClassMap
+from d2kd.errors import InputError
 from d2kd.evaluation.features import FeatureSimilarity
 from d2kd.evaluation.matching import Truth
-from d2kd.evaluation.regions import RegionCounts
-from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
+from d2kd.evaluation.regions import RegionCounts, why_not
+from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.agreement import agreement
-from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs
+from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
 
 from .common import DETECTORS, batch, build, tiny_faster_rcnn
 
@@ -267,6 +268,34 @@ def test_agreement_by_level_is_that_of_all_logits(sides, ours, theirs, names):
 def test_other_anchors_do_not_agree():
     for sides, classes in (((8, 4), 3), ((8, 4, 1), 3), ((8, 4, 2), 2)):
         assert agreement(answers_of((8, 4, 2), 3, 0), answers_of(sides, classes, 1)) is None
+
+
+class ReadsRegions(DistillLoss):
+    def forward(self, student, teacher):
+        return student.regions[0].pred_class_logits.sum() + len(teacher.regions)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("family", ["faster_rcnn", "cascade_rcnn"])
+def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, side):
+    """As ``use_sigmoid_ce`` of later Detectron2 has them, beside a last logit that means nothing."""
+    model = taught(DETECTORS[family](), DistillLosses(mine=ReadsRegions()))
+    detectors = {"student": model.student, "teacher": model.teacher.detector}
+    box_stages(detectors[side].roi_heads)[-1][1].use_sigmoid_ce = True
+    with EventStorage() as storage:
+        model(batch())
+    assert "distill/agreement" not in storage.latest()
+    with pytest.raises(InputError, match="tar.regions: a GeneralizedRCNN with use_sigmoid_ce"):
+        DistillLosses(tar=TARLoss()).bind(*detectors.values())
+    DistillLosses(tar=TARLoss(classification_weight=0)).bind(*detectors.values())
+    ready = [
+        SimpleNamespace(
+            detector=SimpleNamespace(name=name),
+            teacher=SimpleNamespace(kind=RCNNOutputs, detector=detector),
+        )
+        for name, detector in detectors.items()
+    ]
+    assert why_not(ready).startswith(f"{side} scores each class by itself")
 
 
 def test_agreement_never_asks_the_teacher():

@@ -288,9 +288,9 @@ def test_a_drawn_seed_goes_on(data, tmp_path, loss):
         return without_evaluation(made)
 
     trainer, _ = run(config("drawn", -1), stop=2)
-    seed = trainer.config.train.seed
+    seed = trainer.cfg.train.seed
     resumed, _ = run(config("drawn", -1), resume=True)
-    assert resumed.config.train.seed == seed
+    assert resumed.cfg.train.seed == seed
     run(config("chosen", seed))
     one, other = (saved(tmp_path / name / "model_final.pth") for name in ("drawn", "chosen"))
     assert differences(one, other) == []
@@ -453,7 +453,7 @@ def test_reading_weights_runs_no_code(tmp_path):
     torch.save(
         {"model": {"weight": torch.ones(1)}, "more": RunsCode(tmp_path / "ran")}, tmp_path / "x.pth"
     )
-    with pytest.raises(InputError, match="x.pth: cannot be read"):
+    with pytest.raises(InputError, match="x.pth: holds .*pathlib.Path"):
         read(str(tmp_path / "x.pth"))
     assert not (tmp_path / "ran").exists()
 

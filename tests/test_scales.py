@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Instances, Keypoints, pairwise_iou
 from omegaconf import OmegaConf
 
@@ -41,14 +42,41 @@ def test_one_view_in_two_sizes(size, scale):
     assert sample["image"].shape == (3, height, width)
     ours, theirs = sample["instances"], full["instances"]
     assert ours.image_size == (height, width)
-    torch.testing.assert_close(ours.gt_boxes.tensor * scale, theirs.gt_boxes.tensor)
+    factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+    torch.testing.assert_close(ours.gt_boxes.tensor * factors, theirs.gt_boxes.tensor)
     torch.testing.assert_close(
-        ours.gt_masks.get_bounding_boxes().tensor * scale,
+        ours.gt_masks.get_bounding_boxes().tensor * factors,
         theirs.gt_masks.get_bounding_boxes().tensor,
     )
-    assert (ours.gt_keypoints.tensor[..., :2] * scale == 1).all()
+    points = ours.gt_keypoints.tensor[..., :2] * factors[:2]
+    torch.testing.assert_close(points, torch.ones_like(points))
     assert (ours.gt_keypoints.tensor[..., 2] == 1).all()
     assert ours.gt_classes.equal(theirs.gt_classes)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (101, 77), (5, 3)])
+def test_what_a_perfect_student_detects_is_the_object(size):
+    """In the file's pixels, wherever it lies; and so are the regions that its teacher is asked about."""
+    (full,) = batch(sizes=(size,), objects=(5,))
+    (sample,) = two_scales([full | {"proposals": copy.deepcopy(full["instances"])}])
+    truth = full["instances"].gt_boxes
+    for key in ("instances", "proposals"):
+        perfect = Instances(sample["image"].shape[-2:])
+        perfect.pred_boxes = sample[key].gt_boxes.clone()
+        found = detector_postprocess(perfect, *size)
+        torch.testing.assert_close(found.pred_boxes.tensor, truth.tensor)
+    teacher = Teacher(build(tiny_faster_rcnn()), None, scale=2)
+    outputs = teacher.ask([sample], region_boxes=[[sample["instances"].gt_boxes]])
+    torch.testing.assert_close(outputs.region_boxes[0][0].tensor, truth.tensor)
+
+
+def test_pixels_lie_where_they_lay():
+    """A white stripe at the far end of an odd side is at the far end of the smaller one, as wide."""
+    image = torch.zeros(1, 101, 101)
+    image[..., 91:] = 100.0
+    small = reduce(image, 2)
+    assert small.shape == (1, 51, 51) and small[..., -1].min() == 100 and small[..., 0].max() == 0
+    assert float((small / 100).sum(-1).mean()) * 101 / 51 == pytest.approx(10, abs=0.75)
 
 
 def test_pixels_are_means():

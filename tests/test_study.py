@@ -469,7 +469,8 @@ def test_icd_is_set_beside_its_parts(path):
     assert published == plain["icd"]["model"]
     for method in ("icd", "icd_inherit", "icd_uniform", "icd_published"):
         assert (
-            plain[method]["train"] == plain["icd"]["train"] and "distiller" in plain["icd"]["train"]
+            plain[method]["train"] == plain["icd"]["train"]
+            and "optimizer" in plain["icd"]["train"]["loss_optimizer"]
         )
     assert plain["imitation"]["train"] == plain["baseline"]["train"]
 

@@ -1,12 +1,15 @@
 """A teacher is loaded strictly, sees its own kind of image, and stays out of sight."""
 
+import argparse
 import copy
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 from d2kd.modeling.speed import compile_parts, fuse_norms, quicken
@@ -50,6 +53,36 @@ def test_statistics_and_anchors_of_old_files_are_forgiven(detector, tmp_path):
     assert torch.equal(teacher.detector.pixel_mean, detector.pixel_mean), "the file's came through"
 
 
+@pytest.mark.parametrize("old_format", [False, True])
+def test_objects_of_other_programs_are_named_and_never_made(detector, weights, old_format):
+    """A whole file is not called truncated; once its classes are trusted it is read."""
+    content = {"model": detector.state_dict(), "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, weights, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(InputError, match="holds argparse.Namespace, which only a trusted") as error:
+        Teacher(build(tiny_retinanet()), str(weights))
+    assert "truncated" not in str(error.value) and "add_safe_globals" in str(error.value)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        Teacher(build(tiny_retinanet()), str(weights))
+    torch.save({**content, "AP": np.float64(40), "args": None}, weights)
+    with pytest.raises(InputError, match="holds numpy.*scalar, numpy.dtype"):
+        Teacher(build(tiny_retinanet()), str(weights))
+
+
+def test_names_may_be_matched_by_their_ends(detector, weights):
+    """As Detectron2 lets a URI ask for: here for weights that do not say they are the backbone's."""
+    state = {k.removeprefix("backbone."): v for k, v in detector.state_dict().items()}
+    _save(weights, state)
+    with pytest.raises(InputError, match="missing"):
+        Teacher(build(tiny_retinanet()), str(weights))
+    teacher = Teacher(build(tiny_retinanet(), seed=5), f"{weights}?matching_heuristics=True")
+    started = build(tiny_retinanet(), seed=6)
+    StudentCheckpointer(started).load_initial(f"{weights}?matching_heuristics=True")
+    for key, value in detector.state_dict().items():
+        assert torch.equal(value, teacher.detector.state_dict()[key])
+        assert torch.equal(value, started.state_dict()[key])
+    assert len(teacher.weights_sha256) == 64
+
+
 def _save(path, state):
     torch.save({"model": state}, path)
 
@@ -62,6 +95,10 @@ def _save(path, state):
         (lambda path, state: path.write_bytes(b""), "cannot be read"),
         (lambda path, state: path.write_text("not weights"), "cannot be read"),
         (lambda path, state: torch.save([1, 2], path), "no 'model'|cannot be read"),
+        (
+            lambda path, state: torch.save({"state_dict": state}, path),
+            "its 'state_dict' is no tensor",
+        ),
         (lambda path, state: _save(path, dict(list(state.items())[:-1])), "1 missing"),
         (lambda path, state: _save(path, {**state, "extra.weight": torch.ones(1)}), "1 unexpected"),
         (
@@ -183,6 +220,14 @@ def test_a_teacher_answers_in_its_own_precision():
     assert answer(None) == torch.float32 and answer("bfloat16") == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert answer(None) == torch.bfloat16 and answer("float32") == torch.float32
+        # A loss may switch autocast off, and be the first that reads.
+        outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+        with torch.autocast("cpu", enabled=False):
+            assert outputs.features["p3"].dtype == torch.bfloat16
+        assert outputs.pred_logits[0].dtype == torch.bfloat16
+    outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs.features["p3"].dtype == torch.float32
     with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):
         Teacher(build(tiny_retinanet()), None, dtype="half")
 

@@ -12,7 +12,6 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase, SimpleTrainer
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver import LRMultiplier
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
@@ -24,7 +23,6 @@ import d2kd.engine.trainer as trainer_module
 from d2kd.classes import ClassMap
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
-from d2kd.engine.checkpoint import student_of
 from d2kd.engine.launch import joined
 from d2kd.engine.step import distributed
 from d2kd.errors import InputError
@@ -269,33 +267,6 @@ def test_whether_cudnn_looks_for_the_fastest(data, tmp_path, monkeypatch, chosen
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not chosen)
     Trainer(recipe(data, tmp_path / "out", cudnn_benchmark=chosen))
     assert torch.backends.cudnn.benchmark is chosen
-
-
-def test_what_of_a_student_is_compiled(data, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="train.compile: true on cpu; expected a GPU"):
-        Trainer(recipe(data, tmp_path / "out", distiller(), compile=True))
-    compiled = []
-    # As long as it computes nothing, a detector may say that it is elsewhere.
-    monkeypatch.setattr(GeneralizedRCNN, "device", torch.device("cuda"))
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
-    trainer = Trainer(recipe(data, tmp_path / "out", compile=True))
-    assert compiled == [trainer.model.backbone.bottom_up]
-    compiled.clear()
-    Trainer(recipe(data, tmp_path / "out"))
-    assert compiled == []
-
-
-def test_channels_last_but_on_a_cpu(data, tmp_path, monkeypatch):
-    def kernel(last, model=None):
-        config = recipe(data, tmp_path / "out", model, channels_last=last)
-        return student_of(Trainer(config).model).backbone.fpn_output2.weight
-
-    for model in (None, distiller()):
-        with pytest.raises(InputError, match="train.channels_last: true on cpu; expected a GPU"):
-            kernel(True, model)
-    monkeypatch.setattr(GeneralizedRCNN, "device", torch.device("cuda"))
-    for last in (True, False):
-        assert kernel(last).is_contiguous(memory_format=torch.channels_last) is last
 
 
 @pytest.mark.parametrize("compress", [False, True])

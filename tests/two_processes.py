@@ -30,9 +30,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from d2kd.config import with_defaults
 from d2kd.engine import do_test
 from d2kd.engine.launch import joined
-from d2kd.engine.recipe import complete
 from d2kd.errors import reporting
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.testing import tiny_faster_rcnn, tiny_retinanet
@@ -102,7 +102,7 @@ def state(student: torch.nn.Module) -> dict:
 
 def stock(config: DictConfig) -> dict:
     """What Detectron2 alone makes of the student, in as many processes as there are."""
-    config = complete(config)
+    config = with_defaults(config)
     seed_all_rng(3)
     model = instantiate(config.model.student)
     config.optimizer.params.model = model
@@ -141,7 +141,7 @@ def evaluation(data: Path, folder: Path) -> dict:
             found.append({"instances": said})
         return found
 
-    return do_test(complete(recipe(data, folder / "evaluation")), detect)
+    return do_test(with_defaults(recipe(data, folder / "evaluation")), detect)
 
 
 def resumable_run(data: Path, output: Path) -> DictConfig:

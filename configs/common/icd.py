@@ -1,9 +1,9 @@
-"""ICD as published: ``losses``, and ``distiller``, how the parameters are trained that they own.
+"""ICD as published: ``losses``, and ``loss_optimizer``, which trains the parameters that they own.
 
     model, dataloader, optimizer, lr_multiplier, train = distill(…, **method("icd"))
 
 Fakes are like the objects of the recipe's training data. What a recipe turns: ``model.losses.icd.aux_warmup``
-on short schedules, ``train.distiller.optimizer.lr``.
+on short schedules, ``train.loss_optimizer.optimizer.lr``.
 """
 
 from detectron2.config import LazyCall as L
@@ -21,7 +21,7 @@ losses = L(DistillLosses)(
     )
 )
 
-distiller = dict(
+loss_optimizer = dict(
     optimizer=L(AdamW)(params=L(get_default_optimizer_params)(), lr=1e-4, weight_decay=1e-4),
     lr_multiplier=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     clip_gradients=dict(enabled=True, clip_type="full_model", clip_value=0.01),

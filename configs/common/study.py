@@ -62,7 +62,7 @@ def taught(student, teacher, inherit=(), scale=1, **method):
         student, teacher: whole recipes.
         inherit: prefixes of the weights to inherit.
         scale: how much larger than the student's the teacher's images are.
-        method: ``losses`` and ``distiller`` of :func:`d2kd.config.distill`.
+        method: ``losses`` and ``loss_optimizer`` of :func:`d2kd.config.distill`.
     """
     node = L(Teacher)(detector=teacher.model, weights="")  # which the study fills in
     recipe = distill(student, teacher=node, inherit=inherit, scale=scale, **method)

@@ -25,12 +25,11 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, load, without_priors, without_weights
+from ..config import is_distiller, load, with_defaults, without_priors, without_weights
 from ..data import TwoScales
 from ..engine.launch import pick_device
 from ..engine.memory import Peak
 from ..engine.optimizer import build_optimizer
-from ..engine.recipe import complete
 from ..engine.step import NotFinite, Step, precision
 from ..errors import InputError
 from ..modeling import DetectorOutputs, Distiller, Teacher
@@ -81,7 +80,7 @@ class Setup:
 
     def recipe(self) -> DictConfig:
         """The recipe, made to need neither weights nor data."""
-        config = complete(load(self.config_file, self.overrides))
+        config = with_defaults(load(self.config_file, self.overrides))
         if not is_distiller(config.model):
             raise InputError(
                 self.config_file, "a plain recipe", "a distilled one, whose model is a Distiller"

@@ -21,10 +21,12 @@ from .nodes import (
     without_weights,
 )
 from .recipes import METHODS, Recipe, distill, increment, method, reduced
+from .train import Train, train_defaults, with_defaults
 
 __all__ = [
     "METHODS",
     "Recipe",
+    "Train",
     "add_d2kd_config",
     "builds",
     "config_file",
@@ -43,6 +45,8 @@ __all__ = [
     "student_of",
     "teacher_of",
     "test_mapper",
+    "train_defaults",
+    "with_defaults",
     "without_priors",
     "without_weights",
 ]

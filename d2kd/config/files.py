@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import InputError
 from ..modeling import add_distiller_config, add_gfl_config, add_torchvision_config
 from .nodes import student_of
+from .train import check_train, with_defaults
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
@@ -93,12 +94,12 @@ def _read(path: str) -> DictConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig recipe with overrides such as ``train.max_iter=100`` applied.
 
-    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` take their values from
-    ``common/train.py``.
+    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` have their defaults,
+    see :class:`d2kd.config.Train`.
 
     Raises:
-        InputError: the file is missing, is no LazyConfig, or fails to load; an override names a key that
-            does not exist.
+        InputError: the file is missing, is no LazyConfig or no whole recipe, or fails to load; ``train`` or an
+            override has a key that does not exist, or a value of another type.
     """
     file = _find(path)
     if _is_yacs(file):
@@ -108,29 +109,27 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             "a LazyConfig (.py); a YAML can be a detector, not a whole recipe",
         )
     config = _read(path)
-    missing = [key for key in ("dataloader", "optimizer", "train") if key not in config]
-    if missing:
-        raise InputError(path, f"defines no {', '.join(missing)}", "a whole training recipe")
-    if Path(model_zoo.__file__).parent in file.parents:
+    if "train" in config and Path(model_zoo.__file__).parent in file.parents:
         config.train.device = "auto"  # the zoo says CUDA, but nobody asked for it here
-    config.train = OmegaConf.merge(get_config("common/train.py").train, config.train)
-    return override(config, overrides)
+    return override(with_defaults(config, path), overrides)
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """A recipe with overrides such as ``train.max_iter=100`` applied.
 
     Raises:
-        InputError: an override names a key that does not exist, or cannot be read.
+        InputError: an override names a key that does not exist, or cannot be read, or its value is of another type.
     """
     for text in overrides:
         _check_override(config, text)
     try:
-        return LazyConfig.apply_overrides(config, list(overrides))
+        config = LazyConfig.apply_overrides(config, list(overrides))
     except Exception as error:  # hydra's parser and omegaconf each have their own
         raise InputError(
             " ".join(overrides), error, "overrides such as train.max_iter=100"
         ) from error
+    check_train(config)
+    return config
 
 
 def _check_override(config: DictConfig, override: str) -> None:
@@ -148,6 +147,8 @@ def _check_override(config: DictConfig, override: str) -> None:
         elif part in node:
             node = node[part]
         elif "_target_" in node and depth == len(parts) - 1:
+            return
+        elif parts[:2] == ["train", "user"]:
             return
         else:
             raise InputError(

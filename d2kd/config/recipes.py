@@ -31,7 +31,7 @@ def method(name: str) -> dict[str, DictConfig]:
     """A method at its defaults, by name: ``distill(…, **method("icd"))``.
 
     Returns:
-        ``losses`` and, where these are trained by an optimizer of their own, ``distiller``.
+        ``losses`` and, where these are trained by an optimizer of their own, ``loss_optimizer``.
 
     Raises:
         InputError: there is no such method.
@@ -56,7 +56,7 @@ def distill(
     *,
     teacher: DictConfig | tuple[str, str],
     losses: DictConfig,
-    distiller: DictConfig | None = None,
+    loss_optimizer: DictConfig | None = None,
     inherit: Iterable[str] = (),
     share: str = "student",
     scale: int = 1,
@@ -67,8 +67,8 @@ def distill(
         base: the student's own recipe, by path or name or loaded.
         teacher: a ``Teacher`` node, or its config and weights as for :func:`detector`.
         losses: a ``DistillLosses`` node.
-        distiller: ``optimizer``, ``lr_multiplier`` and ``clip_gradients`` of the parameters that the losses
-            own, such as those of ``common/icd.py``; the recipe has them as ``train.distiller``. None: they
+        loss_optimizer: ``optimizer``, ``lr_multiplier`` and ``clip_gradients`` of the parameters that the losses
+            own, such as those of ``common/icd.py``; the recipe has them as ``train.loss_optimizer``. None: they
             are trained as the student's.
         inherit, share: see :class:`Distiller`.
         scale: of a teacher whose images are the recipe's, while the student's are reduced that many times, see
@@ -99,8 +99,8 @@ def distill(
     if teacher.get("classes") is not None:
         # Where the student's classes are those of its data.
         model.classes = "${dataloader.train.dataset.names}"
-    if distiller is not None:
-        base.train.distiller = distiller
+    if loss_optimizer is not None:
+        base.train.loss_optimizer = loss_optimizer
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,7 @@ class TwoScales:
         self.mapper, self.scale = mapper, int(scale)
 
     def __call__(self, dataset_dict: dict) -> dict | None:
-        """The sample with ``image`` and ``instances`` reduced, and ``teacher_image``, the full one.
+        """The sample with ``image``, ``instances`` and ``proposals`` reduced, and ``teacher_image``, the full one.
 
         ``height`` and ``width`` stay the file's: detections of both sizes are given in its pixels.
         """
@@ -41,39 +42,45 @@ class TwoScales:
             return None
         full = sample["image"]
         reduced = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
-        if "instances" in sample:
+        for key in {"instances", "proposals"} & sample.keys():
             size = tuple(reduced["image"].shape[-2:])
-            reduced["instances"] = reduce_instances(sample["instances"], self.scale, size)
+            reduced[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
         return reduced
 
 
 def reduce(image: Tensor, scale: int) -> Tensor:
-    """``(C, H, W)`` to ``(C, ceil(H / scale), ceil(W / scale))``, the mean of each square of pixels.
+    """``(C, H, W)`` to ``(C, ceil(H / scale), ceil(W / scale))``, each pixel the mean of those it covers.
 
-    A side that is no multiple goes on with its last pixels, so that coordinates are divided exactly.
+    The whole image becomes the whole image: where a side is no multiple, its factor is a little less than ``scale``,
+    and coordinates are multiplied by new side / old side, as Detectron2 does when it brings detections back.
     """
-    height, width = image.shape[-2:]
-    values = F.pad(image[None].float(), (0, -width % scale, 0, -height % scale), mode="replicate")
-    values = F.avg_pool2d(values, scale)[0]
+    size = [math.ceil(side / scale) for side in image.shape[-2:]]
+    values = F.interpolate(image[None].float(), size, mode="area")[0]
     return values if image.is_floating_point() else values.round().to(image.dtype)
 
 
-def reduce_instances(instances: Instances, scale: int, image_size: tuple[int, int]) -> Instances:
-    """Instances in the coordinates of the reduced image, of ``image_size`` (H, W).
+def reduce_instances(
+    instances: Instances, full_size: tuple[int, int], image_size: tuple[int, int]
+) -> Instances:
+    """Instances of an image of ``full_size`` (H, W) in the coordinates of the reduced one, of ``image_size``.
 
     Raises:
         InputError: masks that are bitmaps, whose reduced edges would be another's choice.
     """
+    y, x = (new / old for new, old in zip(image_size, full_size))
     reduced = Instances(image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
-            value = Boxes(value.tensor / scale)
+            value = value.clone()
+            value.scale(x, y)
         elif isinstance(value, PolygonMasks):
-            polygons = [[np.asarray(p) / scale for p in one] for one in value.polygons]
+            polygons = [
+                [(np.reshape(p, (-1, 2)) * (x, y)).ravel() for p in one] for one in value.polygons
+            ]
             value = PolygonMasks(polygons)
         elif isinstance(value, Keypoints):
             points = copy.deepcopy(value.tensor)
-            points[..., :2] /= scale
+            points[..., :2] *= points.new_tensor([x, y])
             value = Keypoints(points)
         elif name == "gt_masks":
             raise InputError("mapper", "masks as bitmaps", "instance_mask_format='polygon'")

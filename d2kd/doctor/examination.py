@@ -10,10 +10,9 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, student_of, without_weights
+from ..config import is_distiller, student_of, with_defaults, without_weights
 from ..engine import Trainer
 from ..engine.checkpoint import unwrapped
-from ..engine.recipe import complete
 from ..errors import InputError
 from ..modeling.weights import CLASSES, STATISTICS, read
 from ..study.console import quiet
@@ -46,7 +45,7 @@ def diagnose(
     Raises:
         InputError: a part of the recipe is missing.
     """
-    config = complete(config)
+    config = with_defaults(config)
     yield from look_at_data(config, images)
     yield from _weights(config)
     try:
@@ -56,7 +55,7 @@ def diagnose(
     except InputError as error:
         yield Finding("the run", "error", f"{error.culprit}: {error.found}", error.expected)
         return
-    yield from first_look(trainer.config, trainer.model)
+    yield from first_look(trainer.cfg, trainer.model)
     try:
         loader = trainer._trainer.data_loader
         batches = list(itertools.islice(loader, STATISTIC_BATCHES))
@@ -65,7 +64,7 @@ def diagnose(
         if is_distiller(config.model):
             yield from look_at_features(model, batches)
         if is_distiller(config.model) and "evaluator" in config.dataloader:
-            yield from look_at_teacher(trainer.config, model, images)
+            yield from look_at_teacher(trainer.cfg, model, images)
         if iterations:
             yield from look_at_losses(trainer, iterations, target)
     except InputError as error:

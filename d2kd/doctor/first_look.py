@@ -16,7 +16,6 @@ from ..classes import class_names, num_classes_of
 from ..config import reading_mapper
 from ..data import check_dataset
 from ..engine.checkpoint import student_of, unwrapped
-from ..engine.recipe import unknown_keys
 from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
@@ -40,14 +39,14 @@ ADAM_RATES = (1e-5, 1e-2, 5e-2)
 
 
 def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
-    """Keys, channel order, classes, levels and learning rate.
+    """Channel order, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
         model: what was built of it, inside DDP or bare.
     """
     model = unwrapped(model)
-    parts = (_keys, _channels, _classes, _levels, _learning_rate)
+    parts = (_channels, _classes, _levels, _learning_rate)
     return [finding for look in parts for finding in look(config, model)]
 
 
@@ -57,16 +56,10 @@ class FirstLook(HookBase):
     def before_train(self) -> None:
         if not comm.is_main_process():
             return
-        for finding in first_look(self.trainer.config, self.trainer.model):
+        for finding in first_look(self.trainer.cfg, self.trainer.model):
             level = logging.INFO if finding.state == "ok" else logging.WARNING
             advice = f" -> {finding.advice}" if finding.advice else ""
             logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
-
-
-def _keys(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
-    if unknown := unknown_keys(config):
-        advice = "a key of configs/common/train.py, unless a hook of yours reads it"
-        yield Finding("train", "warning", f"{', '.join(unknown)}: read by nothing here", advice)
 
 
 def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:

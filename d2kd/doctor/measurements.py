@@ -167,7 +167,7 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
     }
     usable = {name: ratio for name, ratio in ratios.items() if ratio and math.isfinite(ratio)}
     factors = {name: target / ratio for name, ratio in usable.items()}
-    advice = _overrides(trainer.config, model, factors)
+    advice = _overrides(trainer.cfg, model, factors)
     for name, (value, norm) in rows.items():
         if norm is None:
             yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")

@@ -23,27 +23,44 @@ from .random_state import preserved_random_state
 logger = logging.getLogger(__name__)
 
 
-def build_test_loader(config: DictConfig) -> Iterable | None:
-    """The loader of ``dataloader.test``; None for a recipe that measures nothing."""
+def build_test_loader(config: DictConfig, dataset_name: str | None = None) -> Iterable | None:
+    """The loader of ``dataloader.test``; None for a recipe that measures nothing.
+
+    Args:
+        config: a recipe with defaults.
+        dataset_name: a registered data set, instead of the recipe's.
+    """
     if "test" not in config.dataloader or "evaluator" not in config.dataloader:
         return None
     config = copy.deepcopy(config)
+    if dataset_name is not None:
+        config.dataloader.test.dataset.names = dataset_name
     use_seeded_loaders(config.dataloader, seed=config.train.seed)
     return instantiate(config.dataloader.test)
 
 
-def build_evaluator(config: DictConfig, output_dir: str | Path) -> Any:
-    """The evaluator of ``dataloader.evaluator``, which writes what it writes to ``output_dir``.
+def build_evaluator(
+    config: DictConfig, output_dir: str | Path | None = None, dataset_name: str | None = None
+) -> Any:
+    """The evaluator of ``dataloader.evaluator``.
 
     Detectron2's default is its compiled implementation; where that was not built, COCO's own is used.
+
+    Args:
+        config: a recipe with defaults.
+        output_dir: for what it writes; the run's ``inference`` by default.
+        dataset_name: a registered data set, instead of the recipe's.
     """
     config = copy.deepcopy(config)
     node = config.dataloader.evaluator
+    output_dir = output_dir or Path(config.train.output_dir, "inference")
     for one in node if OmegaConf.is_list(node) else [node]:
         target = one.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if not (inspect.isclass(target) and issubclass(target, COCOEvaluator)):
             continue
+        if dataset_name is not None:
+            one.dataset_name = dataset_name
         if one.get("output_dir") is None:
             one.output_dir = str(output_dir)
         if not has_compiled_operators():
@@ -56,6 +73,7 @@ def do_test(
     model: nn.Module | Callable,
     *,
     loader: Iterable | None = None,
+    evaluator: Any = None,
     output_dir: str | Path | None = None,
 ) -> dict:
     """Measure a model: ``{"bbox": {"AP": …, "AP-<class>": …}}`` in the main process, ``{}`` in others.
@@ -64,15 +82,15 @@ def do_test(
         config: a recipe.
         model: a detector, a :class:`Distiller`, of which the student is measured, or a function of batches.
         loader: what :func:`build_test_loader` gave, to spare reading the annotations again.
-        output_dir: for the evaluator's files; the run's ``inference`` by default.
+        evaluator: one or several; by default what :func:`build_evaluator` gives.
+        output_dir: as of :func:`build_evaluator`.
     """
     loader = loader or build_test_loader(config)
     if loader is None:
         logger.info("the recipe has no evaluator: nothing is measured")
         return {}
-    output_dir = output_dir or Path(config.train.output_dir, "inference")
     with preserved_random_state():
-        evaluator = build_evaluator(config, output_dir)
+        evaluator = evaluator or build_evaluator(config, output_dir)
         if isinstance(model, nn.Module):
             model = student_of(model)
         results = inference_on_dataset(model, loader, evaluator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -10,19 +11,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..classes import num_classes_of
 from ..data import check_dataset
+from ..errors import InputError
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, described, side_by_side
-from .checkpoint import StudentCheckpointer, teacher_classes
+from ..visualization import Scene, described, scenes, side_by_side
+from .checkpoint import StudentCheckpointer, learned_classes, student_of, teacher_classes
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
 
@@ -189,6 +193,22 @@ BEST = "model_best.json"
 """What is best so far, in a run's folder."""
 
 
+class Writers(hooks.PeriodicWriter):
+    """Detectron2's, which opens its files when training begins.
+
+    Args:
+        build: makes the writers.
+        period: iterations between two lines.
+    """
+
+    def __init__(self, build: Callable[[], list[EventWriter]], period: int):
+        super().__init__([], period)
+        self._build = build
+
+    def before_train(self) -> None:
+        self._writers = self._build()
+
+
 class BestCheckpoint(HookBase):
     """Keeps the state with the highest metric so far as ``model_best.pth``; follows the evaluation hook.
 
@@ -280,6 +300,45 @@ class DrawDetections(HookBase):
             names["teacher"] = teacher_classes(teacher, classes)
         self._metadata = described(metadata, names, getattr(student, "num_old_classes", 0))
 
+    @classmethod
+    def from_config(
+        cls, cfg: DictConfig, model: nn.Module, classes: Sequence[str] | None
+    ) -> DrawDetections | None:
+        """The hook of a recipe, which draws the first of its test images; None outside the main process, and where
+        there is no tensorboard.
+
+        Args:
+            cfg: the recipe.
+            model: the detector or :class:`Distiller` inside DDP.
+            classes: names of the student's classes, if they are known.
+
+        Raises:
+            InputError: the recipe has no images to draw.
+        """
+        period = cfg.train.draw_period
+        for key in ("dataloader.test.dataset.names", "dataloader.test.mapper"):
+            if OmegaConf.select(cfg, key, default=None) is None:
+                found = f"{period}, and the recipe has no {key}"
+                raise InputError("train.draw_period", found, "images to draw, or 0")
+        if not comm.is_main_process():
+            return None
+        if not has_tensorboard():
+            logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
+            return None
+        test, student = cfg.dataloader.test, student_of(model)
+        names = check_dataset(test.dataset.names)
+        # From the catalogue, since the test data as the loader gives them have no annotations.
+        records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
+        records = list(itertools.islice(records, cfg.train.draw_images))
+        return cls(
+            period,
+            scenes(records, instantiate(test.mapper)),
+            MetadataCatalog.get(names[0]),
+            student,
+            classes or learned_classes(student, names),
+            model.teacher if isinstance(model, Distiller) else None,
+        )
+
     def before_train(self) -> None:
         teacher = self._teacher
         if teacher is None:
@@ -312,3 +371,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def has_tensorboard() -> bool:
+    """Whether Detectron2's writer for it can work; tensorboard is no requirement of ours."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """What moves the parameters: the recipe's optimizer, or the student's and one of the losses' own beside it.
 
-``train.distiller`` has, for the parameters of ``model.losses``, what a recipe has for all others:
+``train.loss_optimizer`` has, for the parameters of ``model.losses``, what a recipe has for all others:
 ``optimizer``, ``lr_multiplier`` and ``clip_gradients``. Without it all are trained alike.
 """
 
@@ -73,12 +73,12 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
     Raises:
         InputError: it does not say where parameters go, or there are none.
     """
-    distiller = config.train.get("distiller")
-    if distiller is None or not isinstance(model, Distiller):
+    own = config.train.loss_optimizer
+    if own is None or not isinstance(model, Distiller):
         return _build("optimizer", config.optimizer, model)
     return DistillerOptimizer(
         _build("optimizer", config.optimizer, model.student),
-        _build("train.distiller.optimizer", distiller.optimizer, model.losses),
+        _build("train.loss_optimizer.optimizer", own.optimizer, model.losses),
     )
 
 
@@ -102,7 +102,7 @@ def build_lr_scheduler(config: DictConfig, optimizer: Optimizer) -> LRMultiplier
     if not isinstance(optimizer, DistillerOptimizer):
         return LRMultiplier(optimizer, multiplier, max_iter)
     return DistillerLRMultiplier(
-        optimizer, multiplier, _multiplier(config.train.distiller), max_iter
+        optimizer, multiplier, _multiplier(config.train.loss_optimizer), max_iter
     )
 
 
@@ -121,5 +121,5 @@ def clipping(optimizer: Optimizer, train: DictConfig) -> list[tuple[Optimizer, D
     """Each optimizer whose gradients are measured and clipped apart, with its ``clip_gradients``."""
     clips = [(students(optimizer), train.clip_gradients)]
     if isinstance(optimizer, DistillerOptimizer):
-        clips.append((optimizer.losses, train.distiller.clip_gradients))
+        clips.append((optimizer.losses, train.loss_optimizer.clip_gradients))
     return clips

@@ -1,10 +1,9 @@
-"""Detectron2's DefaultTrainer, driven by a LazyConfig."""
+"""Detectron2's DefaultTrainer, which takes a LazyConfig."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import logging
 import math
 import os
@@ -12,13 +11,12 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import instantiate
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
@@ -36,13 +34,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..classes import ClassMap, num_classes_of
-from ..config import is_distiller, teacher_of
+from ..config import is_distiller, teacher_of, with_defaults
 from ..data import check_dataset, use_seeded_loaders
 from ..data.steps import check_count, check_objects
 from ..errors import InputError
 from ..modeling import Distiller
-from ..modeling.speed import quicken
-from ..visualization import scenes
 from .checkpoint import (
     FINAL,
     NORMALIZER,
@@ -51,12 +47,20 @@ from .checkpoint import (
     student_of,
     unwrapped,
 )
-from .evaluation import build_test_loader, do_test
-from .hooks import BEST, BestCheckpoint, Checkpoints, DrawDetections, EvalTeacher, Evaluate
+from .evaluation import build_evaluator, build_test_loader, do_test
+from .hooks import (
+    BEST,
+    BestCheckpoint,
+    Checkpoints,
+    DrawDetections,
+    EvalTeacher,
+    Evaluate,
+    Writers,
+    has_tensorboard,
+)
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, students
 from .random_state import set_random_state
-from .recipe import complete, run_card
 from .run_info import (
     RunLog,
     RunRecord,
@@ -76,20 +80,20 @@ METRICS = "metrics.json"
 class Trainer(DefaultTrainer):
     """Trains what a recipe says, a plain detector or a :class:`Distiller`.
 
-    Loop, hooks, writers and orchestration are ``DefaultTrainer``'s; its ``build_*`` methods answer from the
-    LazyConfig. Its constructor is not called, because all it makes is made otherwise here: a DDP that a CPU
-    accepts, a step with any precision on any device, a checkpoint that is the student's.
+    A subclass overrides what Detectron2 documents: ``build_model``, ``build_optimizer``, ``build_lr_scheduler``,
+    ``build_train_loader``, ``build_test_loader``, ``build_evaluator``, ``build_hooks``, ``build_writers`` and ``test``.
+    They take the LazyConfig where ``DefaultTrainer``'s take a yacs config. Its constructor reads one, and so is not
+    called; the loop, its hooks and what is logged are ``TrainerBase``'s.
 
     Construction reads and checks all input and writes nothing: the output folder is touched by
     :meth:`train` alone.
 
     Args:
-        cfg: a recipe: ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, of which
-            ``configs/common/train.py`` lists the keys and their defaults. Left as it is.
+        cfg: a recipe: ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, whose keys and
+            defaults are those of :class:`d2kd.config.Train`. Left as it is.
 
     Attributes:
-        config: the recipe, complete.
-        cfg: the few values of it that Detectron2's own code reads, as a yacs config.
+        cfg: the recipe with its defaults.
         seconds: time spent in steps, that of earlier parts of a resumed run included.
         record: what ``run.json`` says.
         finished: whether what was resumed had come to its end, and has left its last state whole.
@@ -105,42 +109,41 @@ class Trainer(DefaultTrainer):
                 setup_logger(name=name, distributed_rank=comm.get_rank())
         self._log = RunLog()
         with self._log.listening():
-            self._build(complete(cfg))
+            self._build(with_defaults(cfg))
 
-    def _build(self, config: DictConfig) -> None:
-        self.config = config
-        self.device = pick_device(config.train.device)
-        self._seed_is_drawn = config.train.seed is None or config.train.seed < 0
+    def _build(self, cfg: DictConfig) -> None:
+        self.cfg, train = cfg, cfg.train
+        self.device = pick_device(train.device)
+        self._seed_is_drawn = train.seed is None or train.seed < 0
         if self._seed_is_drawn:
-            config.train.seed = comm.all_gather(secrets.randbits(31))[0]
-        self.cfg = run_card(config)
+            train.seed = comm.all_gather(secrets.randbits(31))[0]
         self.seconds = 0.0
-        self.start_iter, self.max_iter = 0, config.train.max_iter
+        self.start_iter, self.max_iter = 0, train.max_iter
         self.finished = False
         self._random: dict | None = None
         self._images_before = 0  # of the stream, read before start_iter
-        node = config.dataloader.train
+        node = cfg.dataloader.train
         self._batch_size = (OmegaConf.is_dict(node) and node.get("total_batch_size")) or 0
 
-        torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
+        torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
-        self._test_loader = build_test_loader(config)
+        self._test_loader = self.build_test_loader(cfg)
         # Set once for the weights, once for the loader: building a teacher or an adapter, which draws too,
         # must not change what the student's run draws. A third time before the first step.
-        seed_all_rng(config.train.seed)
-        model = self.build_model(self.cfg)
-        optimizer = self.build_optimizer(self.cfg, model)
+        seed_all_rng(train.seed)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
         self._seed()
-        loader = self.build_train_loader(self.cfg)
+        loader = self.build_train_loader(cfg)
         self._check_classes(model)
         self._trainer = Step(
-            distributed(model, self.device, config.train.ddp),
+            distributed(model, self.device, train.ddp),
             loader,
             optimizer,
-            precision(config.train.amp, self.device),
-            config.train,
+            precision(train.amp, self.device),
+            train,
         )
-        self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._classes = learned_classes(student_of(model), self._data)
         losses, self._teacher_sha256 = {}, None
         if isinstance(model, Distiller):
@@ -149,19 +152,19 @@ class Trainer(DefaultTrainer):
             self._teacher_sha256 = model.teacher.weights_sha256
         self.checkpointer = StudentCheckpointer(
             model,
-            config.train.output_dir,
+            train.output_dir,
             self._classes,
             trainer=weakref.proxy(self),
             **losses,
         )
-        self.record = RunRecord(Path(config.train.output_dir, "run.json"))
+        self.record = RunRecord(Path(train.output_dir, "run.json"))
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
         found = {}
         for part in ("train", "test"):
             key = f"dataloader.{part}.dataset.names"
-            names = OmegaConf.select(self.config, key, default=None)
+            names = OmegaConf.select(self.cfg, key, default=None)
             found[part] = [] if names is None else check_dataset(names)
         self._data, self._test_data = found["train"], found["test"]
 
@@ -188,102 +191,116 @@ class Trainer(DefaultTrainer):
             )
 
     def _seed(self) -> None:
-        seed_all_rng(self.config.train.seed + comm.get_rank())
+        seed_all_rng(self.cfg.train.seed + comm.get_rank())
 
-    # What DefaultTrainer lets a subclass build.
+    # What Detectron2 documents as a subclass's to override.
 
-    def build_model(self, cfg: CfgNode) -> nn.Module:
-        node = copy.deepcopy(self.config.model)
+    @classmethod
+    def build_model(cls, cfg: DictConfig) -> nn.Module:
+        node = copy.deepcopy(cfg.model)
         if is_distiller(node):
             node.teacher = teacher_of(node)
-        model = instantiate(node).to(self.device)
-        quicken(student_of(model), self.config.train)
+        model = instantiate(node).to(pick_device(cfg.train.device))
         logger.info("Model:\n%s", model)
         return model
 
-    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(self.config, model)
+    @classmethod
+    def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
 
-    def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        return build_lr_scheduler(self.config, optimizer)
+    @classmethod
+    def build_lr_scheduler(cls, cfg: DictConfig, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return build_lr_scheduler(cfg, optimizer)
 
-    def build_train_loader(self, cfg: CfgNode) -> Iterable:
-        """The training loader, from the image of the stream at which this run begins."""
-        dataloader = copy.deepcopy(self.config).dataloader
-        start = self._images_before // self._batch_size if self._batch_size else self.start_iter
-        use_seeded_loaders(dataloader, seed=self.config.train.seed, start=start)
-        if self.start_iter > 0 and "start" not in dataloader.train:
+    @classmethod
+    def build_train_loader(cls, cfg: DictConfig, start: int = 0) -> Iterable:
+        """The training loader.
+
+        Args:
+            cfg: the recipe.
+            start: how many batches of the stream a resumed run has had.
+        """
+        dataloader = copy.deepcopy(cfg).dataloader
+        use_seeded_loaders(dataloader, seed=cfg.train.seed, start=start)
+        if start > 0 and "start" not in dataloader.train:
             logger.warning("this data loader cannot go on where it was: its stream starts anew")
         return instantiate(dataloader.train)
 
-    def build_hooks(self) -> list[hooks.HookBase]:
-        train, checkpointer = self.config.train, self.checkpointer
-        keep = train.checkpointer.get("max_to_keep") if comm.is_main_process() else None
-        metrics = Path(train.output_dir, METRICS)
+    @classmethod
+    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None = None) -> Iterable | None:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(
+        cls,
+        cfg: DictConfig,
+        dataset_name: str | None = None,
+        output_dir: str | Path | None = None,
+    ) -> Any:
+        return build_evaluator(cfg, output_dir, dataset_name)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: DictConfig,
+        model: nn.Module | Callable,
+        evaluators: Any = None,
+        *,
+        loader: Iterable | None = None,
+        output_dir: str | Path | None = None,
+    ) -> dict:
+        """Measure a model on ``cfg.dataloader.test``, see :func:`do_test`."""
+        if loader is None and (loader := cls.build_test_loader(cfg)) is None:
+            return do_test(cfg, model)
+        evaluators = evaluators or cls.build_evaluator(cfg, output_dir=output_dir)
+        return do_test(cfg, model, loader=loader, evaluator=evaluators)
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        train, checkpointer, model = self.cfg.train, self.checkpointer, unwrapped(self.model)
+        main, measured = comm.is_main_process(), self._test_loader is not None
 
         def evaluate() -> dict:
-            self._last_eval_results = self.test(self.config, self.model, loader=self._test_loader)
+            self._last_eval_results = self.test(self.cfg, self.model, loader=self._test_loader)
             return finite(self._last_eval_results)  # JSON has no NaN
 
+        def evaluate_teacher(detect: Callable) -> dict:
+            folder = Path(train.output_dir, "inference", "teacher")
+            return self.test(self.cfg, detect, loader=self._test_loader, output_dir=folder)
+
         return [
-            self._eval_teacher_hook(),
+            EvalTeacher(model, self.cfg, evaluate_teacher)
+            if train.eval_teacher and isinstance(model, Distiller) and measured
+            else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(students(self._trainer.optimizer)),
             # In every process, unlike Detectron2's: a checkpoint holds the random state of each.
-            Checkpoints(checkpointer, train.checkpointer.period, max_to_keep=keep),
-            Evaluate(train.eval_period, evaluate, train.best_checkpoint or "bbox/AP", metrics),
+            Checkpoints(
+                checkpointer,
+                train.checkpointer.period,
+                max_to_keep=train.checkpointer.max_to_keep if main else None,
+            ),
+            Evaluate(
+                train.eval_period,
+                evaluate,
+                train.best_checkpoint or "bbox/AP",
+                Path(train.output_dir, METRICS),
+            ),
             BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
-            if train.best_checkpoint and self._test_loader is not None
+            if train.best_checkpoint and measured
             else None,
-            self._draw_hook(),
+            DrawDetections.from_config(self.cfg, model, self._classes)
+            if train.draw_period
+            else None,
+            Writers(self.build_writers, train.log_period) if main else None,
         ]
 
-    def _eval_teacher_hook(self) -> EvalTeacher | None:
-        model = unwrapped(self.model)
-        if not (
-            self.config.train.eval_teacher
-            and isinstance(model, Distiller)
-            and self._test_loader is not None
-        ):
-            return None
-        folder = Path(self.config.train.output_dir, "inference", "teacher")
-        return EvalTeacher(
-            model,
-            self.config,
-            lambda detector: self.test(
-                self.config, detector, loader=self._test_loader, output_dir=folder
-            ),
-        )
-
-    def _draw_hook(self) -> DrawDetections | None:
-        period = self.config.train.draw_period
-        if period == 0:
-            return None
-        for key in ("dataloader.test.dataset.names", "dataloader.test.mapper"):
-            if OmegaConf.select(self.config, key, default=None) is None:
-                found = f"{period}, and the recipe has no {key}"
-                raise InputError("train.draw_period", found, "images to draw, or 0")
-        if not comm.is_main_process():
-            return None
-        if not has_tensorboard():
-            logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
-            return None
-        test, model = self.config.dataloader.test, unwrapped(self.model)
-        names = check_dataset(test.dataset.names)
-        # From the catalogue, since the test data as the loader gives them have no annotations.
-        records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
-        records = list(itertools.islice(records, self.config.train.draw_images))
-        return DrawDetections(
-            period,
-            scenes(records, instantiate(test.mapper)),
-            MetadataCatalog.get(names[0]),
-            student_of(model),
-            self._classes or learned_classes(student_of(model), names),
-            model.teacher if isinstance(model, Distiller) else None,
-        )
+    def register_hooks(self, hooks: list[hooks.HookBase | None]) -> None:
+        super().register_hooks(hooks)
+        # Last, so that what other hooks log in a step is written with it.
+        self._hooks.sort(key=lambda hook: isinstance(hook, Writers))
 
     def build_writers(self) -> list[EventWriter]:
-        folder = self.config.train.output_dir
+        folder = self.cfg.train.output_dir
         writers = [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(os.path.join(folder, METRICS)),
@@ -291,11 +308,6 @@ class Trainer(DefaultTrainer):
         if has_tensorboard():
             writers.append(TensorboardXWriter(folder))
         return writers
-
-    @classmethod
-    def test(cls, cfg: DictConfig, model: Any, evaluators: None = None, **options: Any) -> dict:
-        """Measure a model on ``cfg.dataloader.test``: :func:`do_test`."""
-        return do_test(cfg, model, **options)
 
     # Beginning, going on, ending.
 
@@ -311,8 +323,8 @@ class Trainer(DefaultTrainer):
             _check_agreed(last)
             if last is not None:
                 self._resume(*last)
-            elif self.config.train.init_checkpoint:
-                self.checkpointer.load_initial(self.config.train.init_checkpoint)
+            elif self.cfg.train.init_checkpoint:
+                self.checkpointer.load_initial(self.cfg.train.init_checkpoint)
                 if isinstance(unwrapped(self.model), Distiller):
                     unwrapped(self.model).inherit()
 
@@ -330,7 +342,10 @@ class Trainer(DefaultTrainer):
             logger.warning("%s has no random state for this many processes%s", file, dealt)
         if NORMALIZER in own:
             setattr(student_of(self.model), NORMALIZER, own[NORMALIZER])
-        self._trainer.feed(self.build_train_loader(self.cfg))
+        start = self.start_iter
+        if self._batch_size:
+            start = self._images_before // self._batch_size
+        self._trainer.feed(self.build_train_loader(self.cfg, start))
         self.record.load()
         logger.info("Going on from %s, at iteration %d", file, self.start_iter)
 
@@ -343,7 +358,7 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
         """
-        folder = self.config.train.output_dir
+        folder = self.cfg.train.output_dir
         with (
             self._log.listening(),
             quiet_about_input_errors(),
@@ -353,7 +368,7 @@ class Trainer(DefaultTrainer):
                 self._open_output()
             comm.synchronize()
             try:
-                super().train()
+                TrainerBase.train(self, self.start_iter, self.max_iter)
             except BaseException:
                 with contextlib.suppress(OSError):  # or it would hide what happened first
                     self._end_record()
@@ -368,7 +383,7 @@ class Trainer(DefaultTrainer):
         self.record.end(self.iter, self.seconds, getattr(self, "_last_eval_results", {}))
 
     def _open_output(self) -> None:
-        folder = Path(self.config.train.output_dir)
+        folder = Path(self.cfg.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
         if self.start_iter == 0:  # a former run here is nothing to one that begins anew
@@ -376,18 +391,16 @@ class Trainer(DefaultTrainer):
                 (folder / name).unlink(missing_ok=True)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
-        save_config(self.config, folder / "config.yaml")
+        save_config(self.cfg, folder / "config.yaml")
         keep_metrics_before(folder / METRICS, self.start_iter)
         self.record.begin(
-            seed=self.config.train.seed,
+            seed=self.cfg.train.seed,
             device=str(self.device),
             processes=comm.get_world_size(),
             start_iter=self.start_iter,
             max_iter=self.max_iter,
             parameters=sum(p.numel() for p in student_of(self.model).parameters()),
         )
-        writers = hooks.PeriodicWriter(self.build_writers(), self.config.train.log_period)
-        self.register_hooks([writers])
 
     def before_train(self) -> None:
         self._begin_random_state()  # for a hook that saves what it stands on
@@ -435,7 +448,7 @@ class Trainer(DefaultTrainer):
         self.iter = self._trainer.iter = failed_at - 1
         self.checkpointer.save("model_last_good", iteration=self.iter)
         self.iter = failed_at
-        kept = Path(self.config.train.output_dir, "model_last_good.pth")
+        kept = Path(self.cfg.train.output_dir, "model_last_good.pth")
         raise InputError(
             f"{error.culprit} at iteration {failed_at}",
             error.value,
@@ -449,7 +462,7 @@ class Trainer(DefaultTrainer):
             **state,
             "_trainer": self._trainer.state_dict(),
             "seconds": self.seconds,
-            "seed": self.config.train.seed,
+            "seed": self.cfg.train.seed,
             "images": self._images_before + (self.iter + 1 - self.start_iter) * self._batch_size,
             "teacher_sha256": self._teacher_sha256,
         }
@@ -464,9 +477,9 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "the teacher's weights are %s and were %s (SHA-256)", self._teacher_sha256, former
             )
-        seed, former = self.config.train.seed, state_dict.get("seed")
+        seed, former = self.cfg.train.seed, state_dict.get("seed")
         if self._seed_is_drawn and former is not None:
-            self.config.train.seed = former
+            self.cfg.train.seed = former
         elif former not in (None, seed):
             logger.warning(
                 "train.seed is %d and was %d: the data go on in another order", seed, former
@@ -509,15 +522,6 @@ def _dealt_anew(states: Sequence[dict], processes: int) -> dict[str, Any]:
     """
     known = [state[NORMALIZER] for state in states if NORMALIZER in state]
     return {NORMALIZER: sum(known) / processes} if known else {}
-
-
-def has_tensorboard() -> bool:
-    """Whether Detectron2's writer for it can work; tensorboard is no requirement of ours."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def finite(results: Mapping) -> dict:

@@ -36,7 +36,7 @@ from ..errors import InputError
 from ..losses.base import check_anchors
 from ..losses.functional import paired_iou
 from ..losses.tar import of_class
-from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs
+from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, scores_by_sigmoid
 from .detectors import Ready, input_scale
 from .matching import Truth
 
@@ -56,6 +56,9 @@ def why_not(detectors: Sequence[Ready]) -> str | None:
             for r in detectors
         ]
         return f"the detectors are of different families: {', '.join(names)}"
+    for ready in detectors if kinds == {RCNNOutputs} else ():
+        if scores_by_sigmoid(ready.teacher.detector):
+            return f"{ready.detector.name} scores each class by itself (use_sigmoid_ce)"
     if kinds == {DenseOutputs}:
         first, *others = detectors
         for other in others:

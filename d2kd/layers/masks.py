@@ -12,23 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import InputError
-
-KINDS = ("gaussian", "box", "none")
+KINDS = ("gaussian", "box")
 
 AT_ONCE = 2**24
 """Cells of as many objects as are painted at once, 64 MiB; one object of each image is always taken."""
-
-
-def check_kind(kind: str) -> str:
-    """The kind itself.
-
-    Raises:
-        InputError: there is no such mask.
-    """
-    if kind not in KINDS:
-        raise InputError("mask", kind, " or ".join(KINDS))
-    return kind
 
 
 def pad_boxes(boxes: Sequence[Tensor]) -> Tensor:
@@ -45,7 +32,6 @@ def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussi
       units of half its width and height: 1 in the centre, exp(-1/2) in the middle of an edge, exp(-1) in
       a corner; 0 outside.
     * ``"box"``: 1 inside a box, 0 outside.
-    * ``"none"``: 1 everywhere.
 
     Args:
         boxes: ``(N, G, 4)``, XYXY in absolute pixels, see :func:`pad_boxes`; G may be 0.
@@ -56,8 +42,7 @@ def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussi
     Returns:
         ``(N, H, W)`` float32.
     """
-    if check_kind(kind) == "none":
-        return torch.ones(len(boxes), *size, device=boxes.device)
+    assert kind in KINDS, kind
     y, x = ((torch.arange(n, device=boxes.device) + 0.5) * stride for n in size)
     x0, y0, x1, y1 = boxes.float()[..., None].unbind(dim=2)
     # Both factors are (N, G, cells): a Gaussian of two axes is the product of two of one.

@@ -151,10 +151,8 @@ class DistillLosses(nn.Module):
                 loss.progress = progress
                 try:
                     value = loss(student, teacher)
-                except (Unreadable, KeyError) as error:
-                    raise InputError(
-                        f"losses.{name}", _message(error), "what both detectors say"
-                    ) from error
+                except Unreadable as error:
+                    raise InputError(f"losses.{name}", error, "what both detectors say") from error
                 named = value if isinstance(value, dict) else {"": value}
                 for term, scalar in named.items():
                     full = f"{key}_{term}" if term else key
@@ -173,12 +171,6 @@ def silent_sum(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """A zero that holds the parameters in the graph, in a list; empty without parameters."""
     zeros = [(p * 0).sum() for p in parameters if p.requires_grad]
     return [torch.stack(zeros).sum()] if zeros else []
-
-
-def _message(error: Unreadable | KeyError) -> str:
-    if isinstance(error, KeyError):
-        return f"no level {error.args[0]!r}"
-    return str(error)
 
 
 def is_off(weight: Weight) -> bool:

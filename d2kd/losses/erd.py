@@ -65,7 +65,8 @@ class Selection:
 class ERDLoss(DistillLoss):
     """The old classes' logits and the boxes' distributions, where the old detector's answer stands out.
 
-    Of each image's locations a, all levels together, with the teacher's logits c and distributions z:
+    Of each image's locations a, all levels together and those in the batch's padding too, as published, with the
+    teacher's logits c and distributions z:
 
         S_c = {a: g_a > mean(g) + alpha_cls std(g)},   g_a = max_k sigmoid(c_ak)
         S_b = {a: h_a > mean(h) + alpha_box std(h)},   h_a = max over edges and bins of z_a

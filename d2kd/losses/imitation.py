@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..layers.adapter import FeatureAdapter, match_levels
-from ..layers.masks import check_kind, pad_boxes, paint
+from ..layers.masks import KINDS, pad_boxes, paint, valid_cells
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
 
@@ -18,13 +19,14 @@ class ImitationLoss(DistillLoss):
         loss = 1/L sum_l 1/(2 N_l) sum_bij M^l_bij sum_c (A_l(S^l) - T^l)^2,   N_l = max(1, sum M^l)
 
     The normalisation by the mask's sum and its factor 2 are those of FGFI's public code (arXiv 1906.03609),
-    whose mask comes from anchors instead; boxes are painted on every level.
+    whose mask comes from anchors instead; boxes are painted on every level. Padding never counts.
 
-    Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features``.
+    Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features`` and, with
+    ``mask="none"``, ``teacher.images``.
 
     Args:
         levels: level names of the student; None: all that match, see :func:`d2kd.layers.adapter.match_levels`.
-        mask: "gaussian", "box" or "none", see :func:`d2kd.layers.masks.paint`.
+        mask: "gaussian" or "box", see :func:`d2kd.layers.masks.paint`, or "none": all cells that the images cover.
         adapter: see :class:`d2kd.layers.adapter.FeatureAdapter`.
         weight: a number or a schedule; FGFI's 0.01.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
@@ -41,7 +43,9 @@ class ImitationLoss(DistillLoss):
     ):
         super().__init__(weight=weight, across_processes=across_processes)
         self.wanted = None if levels is None else list(levels)
-        self.mask = check_kind(mask)
+        if mask not in (*KINDS, "none"):
+            raise InputError("mask", mask, " or ".join((*KINDS, "none")))
+        self.mask = mask
         self.adapter = adapter
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -51,19 +55,28 @@ class ImitationLoss(DistillLoss):
         self.adapters = FeatureAdapter(ours, theirs, self.levels, self.adapter)
 
     def forward(self, student, teacher) -> Tensor:
-        some = student.features[next(iter(self.levels))]
-        if self.mask == "none":
-            boxes = some.new_zeros(len(some), 0, 4)
-        else:
-            boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
         pairs = [
             self.adapters(student.features[level], teacher.features[match], level)
             for level, match in self.levels.items()
         ]
-        masks = [
-            paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
-            for level, (ours, _) in zip(self.levels, pairs)
-        ]
+        if self.mask == "none":
+            images = teacher.images
+            masks = valid_cells(
+                images.image_sizes,
+                images.tensor.shape[-2:],
+                [teacher.features[match].shape[-2:] for match in self.levels.values()],
+                images.tensor.device,
+            )
+            masks = [
+                mask[:, : theirs.shape[-2], : theirs.shape[-1]].float()
+                for mask, (_, theirs) in zip(masks, pairs)
+            ]
+        else:
+            boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
+            masks = [
+                paint(boxes, tuple(ours.shape[-2:]), self.strides[level], self.mask)
+                for level, (ours, _) in zip(self.levels, pairs)
+            ]
         normalizers = self.normalizer(*(mask.sum() for mask in masks))
         terms = [
             masked_squared_error(ours, theirs, mask, normalizer)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..classes import num_classes_of
 from ..errors import InputError
 from ..modeling.gfl import is_foreground
+from ..modeling.outputs import scores_by_sigmoid
 from .base import DistillLoss, Weight, check_anchors, is_off, value_of
 from .functional import (
     at_least_one,
@@ -59,7 +60,8 @@ class TARLoss(DistillLoss):
     and the same regression on its P foreground anchors, from its anchor. The factor |p_T - p_S|, constant to
     the gradient, keeps some hundred thousand easy negatives from outweighing the rest.
 
-    Denominators are the counts of regions or foreground and not of open gates, so that a student that
+    Anchors in the batch's padding are what the student's own labels make of them: background for RetinaNet and FCOS,
+    ignored by GFL. Denominators are the counts of regions or foreground and not of open gates, so that a student that
     overtakes the teacher is released rather than pushed harder. Deltas are those of class y_i, in the
     student's coder. A cascade's stages add up, as in its own loss. With other classes (``class_map``) the
     shared ones are compared, two-stage with the background and both sides normalised over these; regions and
@@ -88,8 +90,8 @@ class TARLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, or with
-            other classes whose names were not given.
+        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, with
+            ``use_sigmoid_ce``, or with other classes whose names were not given.
     """
 
     def __init__(
@@ -161,6 +163,14 @@ class TARLoss(DistillLoss):
                 "both with regions or both with anchors, or classification_weight=0 and "
                 "regression_weight=0",
             )
+        if two_stage == {True} and not is_off(self.classification_weight):
+            for detector in (student, teacher):
+                if scores_by_sigmoid(detector):
+                    raise InputError(
+                        "regions",
+                        f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
+                        "box heads with softmax, or classification_weight=0",
+                    )
         ours, theirs = map(num_classes_of, (student, teacher))
         if self.class_map is None and ours != theirs:
             raise InputError(

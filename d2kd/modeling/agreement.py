@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassMap
-from .outputs import DetectorOutputs
+from .outputs import DetectorOutputs, scores_by_sigmoid
 
 BEST = 100
 
@@ -33,6 +33,8 @@ def agreement(
         return None
     for name, same in (("regions", _of_regions), ("predictions", _of_anchors)):
         if name in vars(teacher) and hasattr(type(student), name):
+            if name == "regions" and any(scores_by_sigmoid(x.detector) for x in (student, teacher)):
+                return None  # no top class among the classes and the background
             agreed = same(student, teacher, class_map)
             return agreed.float().mean().item() if len(agreed) else None
     return None

@@ -20,10 +20,14 @@ from ..processes import anywhere
 from .agreement import agreement
 from .outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
 from .teacher import Teacher
+from .weights import STATISTICS
 
 logger = logging.getLogger(__name__)
 
 SHARES = ("student", "both")
+
+LOSSES = "distiller_losses"
+"""The prefix of the losses' parameters in a Distiller's state dict."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -32,6 +36,10 @@ class Distiller(nn.Module):
 
     The student's own forward runs untouched while its joints are listened to; the teacher answers what the
     losses read. In ``eval()`` a Distiller is its student.
+
+    Its state dict is its student's, with the parameters of the losses under ``distiller_losses.``: whatever saves or
+    loads models reads and writes a plain detector. The teacher is not in it. Weights that are loaded replace inherited
+    ones, unless they are only a part of the student's, such as a backbone: then it inherits once more.
 
     Args:
         student: any detector with readable outputs.
@@ -84,27 +92,40 @@ class Distiller(nn.Module):
         self._grown = grown_classes(student, teacher.detector, self.class_map)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
-        self.taps = {tap: self._tap(tap) for tap in getattr(losses, "taps", ())}
+        self.taps = tuple(getattr(losses, "taps", ()))
+        for name in self.taps:
+            self._tapped(name)
         self.inherited = tuple(inherit)
         self.inherit()
         # The student may have been moved before it came here.
         self.to(self.device)
+        self.register_state_dict_post_hook(_to_plain_keys)
+        self.register_load_state_dict_pre_hook(_from_plain_keys)
+        self.register_load_state_dict_post_hook(_after_load)
 
     def inherit(self) -> None:
         """Take over the teacher's weights once more, after an initialization that has overwritten some."""
         if self.inherited:
             class_map = self.class_map or self._grown
-            inherit_weights(self.student, self.teacher.detector, self.inherited, class_map)
+            flip = self.teacher.flip_channels
+            inherit_weights(self.student, self.teacher.detector, self.inherited, class_map, flip)
 
-    def _tap(self, name: str) -> Callable:
+    def _tapped(self, name: str) -> nn.Module:
         try:
-            # The bound look-up and not the module: a module in a dict of ours would be easy to save twice.
-            self.student.get_submodule(name)
+            return self.student.get_submodule(name)
         except AttributeError:
             raise InputError(
                 "taps", f"no module {name!r} in the student", "the name of a submodule"
             ) from None
-        return lambda: self.student.get_submodule(name)
+
+    def __getattr__(self, name: str) -> Any:
+        # What tools look up by a key of the state dict, or in any detector: ``backbone``, ``roi_heads``.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "student" not in self.__dict__.get("_modules", ()):
+                raise
+            return self.losses if name == LOSSES else getattr(self.student, name)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -149,7 +170,7 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         teacher = self.teacher.ask(batched_inputs)
-        taps = {name: find() for name, find in self.taps.items()}
+        taps = {name: self._tapped(name) for name in self.taps}
         with contextlib.ExitStack() as during:
             calls = during.enter_context(capture(self.kind.joints(self.student)))
             tapped = during.enter_context(capture(taps))
@@ -177,6 +198,56 @@ class Distiller(nn.Module):
         if anywhere(failure is not None):
             raise failure or FloatingPointError("another process's predictions are not finite")
         return losses
+
+
+def _plain(key: str, prefix: str) -> str:
+    """The name in a plain detector of an entry of a Distiller that lies under ``prefix``."""
+    for nested, plain in (("student.", ""), ("losses.", f"{LOSSES}.")):
+        if key.startswith(prefix + nested):
+            return prefix + plain + key.removeprefix(prefix + nested)
+    return key
+
+
+def _to_plain_keys(distiller: Distiller, state: dict, prefix: str, _: Any) -> None:
+    """Hook of ``state_dict()``."""
+    for key in list(state):
+        if key.startswith(prefix):  # the others too would change the order
+            state[_plain(key, prefix)] = state.pop(key)
+    metadata = getattr(
+        state, "_metadata", {}
+    )  # by module; the student's own takes the Distiller's place
+    for key in list(metadata):
+        metadata[_plain(f"{key}.", prefix)[:-1]] = metadata.pop(key)
+
+
+def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) -> None:
+    """Hook of ``load_state_dict()``, before it hands the entries to the submodules."""
+    parts = (distiller._modules, distiller._parameters, distiller._buffers)
+    own = {name for part in parts for name in part} - {"student", "losses"}  # of a subclass
+
+    def nested(key: str) -> str:
+        name = key.removeprefix(prefix)
+        first, _, rest = name.partition(".")
+        if not key.startswith(prefix) or first in own:
+            return key
+        return prefix + (f"losses.{rest}" if first == LOSSES else f"student.{name}")
+
+    distiller._load_prefix = prefix
+    for key in list(state):
+        state[nested(key)] = state.pop(key)
+    metadata = getattr(state, "_metadata", None) or {}
+    for key, value in list(metadata.items()):  # the caller's, so nothing is taken out
+        metadata[nested(f"{key}." if key else "").removesuffix(".")] = value
+
+
+def _after_load(distiller: Distiller, incompatible: Any) -> None:
+    """Hook of ``load_state_dict()``: missing and unexpected entries are named as in the file."""
+    prefix = distiller.__dict__.pop("_load_prefix")
+    part = any(key.startswith(f"{prefix}student.") for key in incompatible.missing_keys)
+    for keys in incompatible:
+        keys[:] = [_plain(key, prefix) for key in keys]
+    if part:
+        distiller.inherit()
 
 
 def class_map_of(
@@ -233,11 +304,12 @@ def inherit_weights(
     teacher: nn.Module,
     prefixes: Sequence[str],
     class_map: ClassMap | None = None,
+    flip_channels: bool = False,
 ) -> list[str]:
     """Copy the teacher's weights of equal name and shape under the prefixes; returns the names copied.
 
     What the student has under a prefix and the teacher lacks, or has in another shape or for other classes, is
-    logged and kept.
+    logged and kept. If the first convolution's weights were trained with other pixel statistics, that is logged.
 
     Args:
         student, teacher: the detectors.
@@ -245,6 +317,11 @@ def inherit_weights(
         class_map: of two detectors whose classes differ. The layer that a student names as its ``classifier``
             is then copied row by row: a shared class's from the teacher, the others stay as they were made. Other
             layers with rows for each class, see :func:`has_class_rows`, are kept as they were made.
+        flip_channels: whether the teacher's images have their channels in the other order. The first convolution
+            is then copied with its input channels turned, and answers the student's images the same.
+
+    Raises:
+        InputError: channels are to be turned and there is no convolution of three channels.
     """
     source = teacher.state_dict()
     own = {k: v for k, v in student.state_dict().items() if k.startswith(tuple(prefixes))}
@@ -259,8 +336,23 @@ def inherit_weights(
         count = len(class_map.student)
         whole = [k for k in whole if not has_class_rows(k, own[k].shape[:1].numel(), count)]
     whole = [k for k in whole if k not in rows]
+    stem = stem_of(student)
+    if flip_channels and stem is None and any(k.startswith("backbone.") for k in whole):
+        found = "the teacher sees another channel order, and no convolution has three channels"
+        raise InputError("inherit", found, "equal input_format, or no weights of the backbone")
     for key in whole:
-        own[key].copy_(source[key])
+        own[key].copy_(source[key].flip(1) if flip_channels and key == stem else source[key])
+    for key in STATISTICS if stem in whole else ():
+        ours, theirs = (getattr(d, key).flatten() for d in (student, teacher))
+        theirs = theirs.flip(0) if flip_channels else theirs
+        if not torch.allclose(ours, theirs.to(ours)):
+            logger.warning(
+                "the inherited %s was trained with %s %s; the student's is %s",
+                stem,
+                key,
+                theirs.tolist(),
+                ours.tolist(),
+            )
     for key in rows:
         own[key][class_map.of_student] = source[key][class_map.of_teacher].to(own[key])
     kept = sorted(own.keys() - {*whole, *rows})
@@ -275,6 +367,15 @@ def inherit_weights(
     if kept:
         logger.warning("not inherited, absent, of another shape or class: %s", ", ".join(kept))
     return whole + rows
+
+
+def stem_of(detector: nn.Module) -> str | None:
+    """The name of the weight that sees the image: of the first convolution of the backbone with three channels."""
+    body = "backbone.bottom_up" if hasattr(detector.backbone, "bottom_up") else "backbone"
+    for name, module in detector.get_submodule(body).named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            return f"{body}.{name}.weight"
+    return None
 
 
 def has_class_rows(name: str, rows: int, num_classes: int) -> bool:

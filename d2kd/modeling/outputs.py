@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformRotated
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -82,12 +82,8 @@ class asked:
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
             return self
-        try:
-            with torch.no_grad(), outputs.precision():
-                answer = self.question(outputs)
-        except AttributeError as error:
-            # Python would take it for "no such attribute" and hide the fault behind __getattr__.
-            raise RuntimeError(f"{type(outputs).__name__}.{self.name}: {error}") from error
+        with torch.no_grad(), outputs.precision():
+            answer = self.question(outputs)
         # Not a data descriptor: from now on the instance's own value is found first.
         outputs.__dict__[self.name] = answer
         return answer
@@ -95,6 +91,17 @@ class asked:
 
 class Unreadable(LookupError):
     """A loss read what this family of detectors does not say."""
+
+
+class Maps(dict):
+    """Outputs by name, such as those of a backbone's levels.
+
+    Raises:
+        Unreadable: there is none of that name. A loss's own ``KeyError`` so stays its own.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        raise Unreadable(f"no {name!r} among {', '.join(map(str, self)) or 'none'}")
 
 
 def precision_of(
@@ -109,6 +116,12 @@ def precision_of(
     return torch.autocast(kind, dtype)
 
 
+def precision_around(detector: nn.Module) -> torch.dtype:
+    """The precision in which a detector would compute here: autocast's, or else float32."""
+    kind = detector.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
 class DetectorOutputs:
     """What every detector with a feature pyramid says.
 
@@ -116,7 +129,7 @@ class DetectorOutputs:
         detector: the module that speaks; ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
         dtype: precision of what is asked; None: that of the context in which it is read.
-        scale: how many times larger these images are than those of the detector that shares.
+        shared_sizes: (height, width) of each image as the detector that shares sees it; None: as here.
         captured: attributes known already, from the detector's own forward.
     """
 
@@ -125,12 +138,12 @@ class DetectorOutputs:
         detector: nn.Module,
         batched_inputs: list[dict],
         dtype: torch.dtype | None = None,
-        scale: int = 1,
+        shared_sizes: Sequence[tuple[int, int]] | None = None,
         **captured: Any,
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self.dtype, self.scale = dtype, scale
+        self.dtype, self.shared_sizes = dtype, shared_sizes
         self.__dict__.update(captured)
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -141,6 +154,9 @@ class DetectorOutputs:
         # Reached only where ordinary look-up failed.
         if name.startswith("__"):
             raise AttributeError(name)
+        if hasattr(type(self), name):
+            # A property that failed by an AttributeError, which Python takes for "no such attribute": fail as itself.
+            return object.__getattribute__(self, name)
         kind = type(self.__dict__.get("detector")).__name__
         raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
 
@@ -161,7 +177,9 @@ class DetectorOutputs:
         return cls(
             detector,
             batched_inputs,
-            taps={name: [output for _, output in heard] for name, heard in (taps or {}).items()},
+            taps=Maps(
+                {name: [output for _, output in heard] for name, heard in (taps or {}).items()}
+            ),
             **cls._captured(detector, batched_inputs, calls),
         )
 
@@ -169,7 +187,7 @@ class DetectorOutputs:
     def _captured(
         detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
     ) -> dict[str, Any]:
-        return {"features": calls["backbone"][0][1]}
+        return {"features": Maps(calls["backbone"][0][1])}
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -194,7 +212,7 @@ class DetectorOutputs:
     @asked
     def features(self) -> dict[str, Tensor]:
         """Feature maps by level name, ``{"p3": (N, C, H, W), …}``; ``p<n>`` has stride ``2**n``."""
-        return self.detector.backbone(self.images.tensor)
+        return Maps(self.detector.backbone(self.images.tensor))
 
 
 @dataclass
@@ -233,6 +251,15 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(heads, predictors)]
 
 
+def scores_by_sigmoid(detector: nn.Module) -> bool:
+    """Whether a class of an R-CNN's region is scored by itself (``use_sigmoid_ce``, after Detectron2 0.6).
+
+    The last logit, of the background, then means nothing, and a softmax of them is no score.
+    """
+    stages = box_stages(detector.roi_heads)
+    return any(getattr(predictor, "use_sigmoid_ce", False) for _, predictor in stages)
+
+
 class RCNNOutputs(DetectorOutputs):
     """What a ``GeneralizedRCNN`` on an FPN says: Faster and Mask R-CNN, and Cascade R-CNN with more stages."""
 
@@ -264,7 +291,7 @@ class RCNNOutputs(DetectorOutputs):
         # train_on_pred_boxes the proposals change afterwards.
         boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
         captured = {
-            "features": features,
+            "features": Maps(features),
             "proposals": proposals,
             "region_boxes": boxes,
             "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
@@ -305,8 +332,14 @@ class RCNNOutputs(DetectorOutputs):
 
     def share(self, shared: Mapping[str, Any]) -> None:
         boxes = shared.get("region_boxes")
-        if boxes is not None and self.scale != 1:
-            boxes = [[Boxes(b.tensor * self.scale) for b in stage] for stage in boxes]
+        if boxes is not None and self.shared_sizes is not None:
+            boxes = [[one.clone() for one in stage] for stage in boxes]
+            for stage in boxes:
+                for one, (h, w), x in zip(
+                    stage, self.shared_sizes, self.batched_inputs, strict=True
+                ):
+                    height, width = x["image"].shape[-2:]
+                    one.scale(width / w, height / h)
             shared = {**shared, "region_boxes": boxes}
         super().share(shared)
 
@@ -421,7 +454,7 @@ class DenseOutputs(DetectorOutputs):
     ) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
-        captured = {"features": features, "predictions": predictions}
+        captured = {"features": Maps(features), "predictions": predictions}
         for _, anchors in calls["anchor_generator"]:
             captured["anchors"] = anchors
         for (_, truth), labels in calls.get("label_anchors", ()):
@@ -507,8 +540,14 @@ def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
     """The kind of outputs that a detector gives, told by its parts rather than by its class.
 
     Raises:
-        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors.
+        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors, or its boxes are rotated.
     """
+    for module in detector.modules():
+        coder = getattr(module, "box2box_transform", None)
+        if getattr(module, "box_dim", 4) != 4 or isinstance(coder, Box2BoxTransformRotated):
+            raise InputError(
+                type(detector).__name__, f"rotated boxes ({type(module).__name__})", "upright ones"
+            )
     heads = getattr(detector, "roi_heads", None)
     if hasattr(heads, "box_predictor") and hasattr(heads, "box_pooler"):
         return RCNNOutputs

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..errors import InputError
-from .outputs import DetectorOutputs, check_classes, outputs_of, precision_of
+from .outputs import DetectorOutputs, check_classes, outputs_of, precision_around, precision_of
 from .speed import compile_parts, fuse_norms, keep_weights
 from .weights import load_strict, sha256
 
@@ -100,7 +100,7 @@ class Teacher:
     def own_inputs(self, batched_inputs: list[dict]) -> list[dict]:
         """The batch in the teacher's own size and channel order; its own statistics are applied when it is asked.
 
-        Of another size it has no ``instances``, which are in the student's pixels.
+        Of another size it has no ``instances`` nor ``proposals``, which are in the student's pixels.
 
         Raises:
             InputError: a teacher of larger images is given a batch without them.
@@ -112,7 +112,7 @@ class Teacher:
                     f"{self.scale}, but a batch without 'teacher_image'",
                     "mapper=L(TwoScales)(mapper=…, scale=…)",
                 )
-            names = {"instances", "teacher_image"}
+            names = {"instances", "proposals", "teacher_image"}
             batched_inputs = [
                 {**{k: v for k, v in x.items() if k not in names}, "image": x["teacher_image"]}
                 for x in batched_inputs
@@ -156,6 +156,9 @@ class Teacher:
     def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
         """Outputs that compute themselves, without gradient, when they are read; nothing runs yet.
 
+        Without a ``dtype`` of the teacher's own they do so in the precision of the context around this call, whichever
+        loss reads them first.
+
         Args:
             batched_inputs: the student's batch.
             shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
@@ -163,7 +166,11 @@ class Teacher:
         """
         self._quicken()
         inputs = self.own_inputs(batched_inputs)
-        outputs = self.kind(self.detector, inputs, dtype=self.dtype, scale=self.scale)
+        dtype = self.dtype or precision_around(self.detector)
+        sizes = None
+        if self.scale != 1:
+            sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
         outputs.share(shared)
         return outputs
 

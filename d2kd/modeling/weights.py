@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
@@ -18,19 +20,21 @@ from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = {"pixel_mean", "pixel_std"}
+STATISTICS = ("pixel_mean", "pixel_std")
 CLASSES = "classes"
 """Where a checkpoint of ours names its detector's classes; Detectron2 leaves it aside."""
+HEURISTICS = "?matching_heuristics=True"
+"""What Detectron2 lets a URI end with: names of the weights are then matched by their ends."""
 
 
 def local_path(weights: str) -> str:
-    """A weights URI as a file on this machine.
+    """A weights URI as a file on this machine, without :data:`HEURISTICS`.
 
     Raises:
         InputError: there is no such file, or it cannot be fetched.
     """
     try:
-        path = PathManager.get_local_path(weights)
+        path = PathManager.get_local_path(weights.removesuffix(HEURISTICS))
     except Exception as error:  # each URI handler raises its own
         raise InputError(
             weights, f"cannot be fetched ({error})", "a reachable checkpoint"
@@ -43,13 +47,24 @@ def local_path(weights: str) -> str:
 def read(weights: str) -> dict:
     """The checkpoint in a file, as :class:`DetectionCheckpointer` understands it.
 
+    Args:
+        weights: any URI Detectron2 reads, :data:`HEURISTICS` included.
+
     Raises:
-        InputError: the file is missing, truncated, or no checkpoint.
+        InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which are not
+            trusted.
     """
     path = local_path(weights)
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # zip, pickle and torch each fail in their own way
+        if objects := python_objects(path, error):
+            raise InputError(
+                weights,
+                f"holds {', '.join(objects)}, which only a trusted file may",
+                "tensors and plain values alone; if you trust it, save its weights as {'model': …}, or give "
+                "these to torch.serialization.add_safe_globals",
+            ) from error
         raise InputError(
             weights,
             f"cannot be read ({type(error).__name__}); truncated or not a checkpoint",
@@ -57,7 +72,22 @@ def read(weights: str) -> dict:
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise InputError(weights, "holds no 'model' weights", "a checkpoint")
+    for name, value in checkpoint["model"].items():
+        if not isinstance(value, torch.Tensor | np.ndarray):
+            raise InputError(
+                weights, f"its {name!r} is no tensor", "tensors by name, or those under 'model'"
+            )
+    if weights.endswith(HEURISTICS):
+        checkpoint["matching_heuristics"] = True
     return checkpoint
+
+
+def python_objects(path: str, error: Exception) -> list[str]:
+    """Names of what a whole file holds that torch does not trust, told from the file or from torch's error."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not whole, or of torch's older format
+        return re.findall(r"GLOBAL (\S+) was not", str(error))
 
 
 def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None = None) -> None:
@@ -68,7 +98,7 @@ def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None
 
     Args:
         detector: what is loaded.
-        weights: any URI Detectron2 reads.
+        weights: as for :func:`read`.
         classes: names of the detector's classes. A file that names its own must name these.
 
     Raises:
@@ -79,7 +109,7 @@ def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None
     check_names(checkpoint, weights, classes)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     fit(detector, checkpoint, weights)
-    for key in STATISTICS & state.keys():
+    for key in state.keys() & set(STATISTICS):
         theirs, ours = torch.as_tensor(state[key]), getattr(detector, key, None)
         if ours is not None and not torch.allclose(theirs.flatten().to(ours), ours.flatten()):
             logger.warning(

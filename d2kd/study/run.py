@@ -64,7 +64,7 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
         trainer.train()
         peak = peak.bytes
     folder = Path(config.train.output_dir)
-    testing = copy.deepcopy(trainer.config)
+    testing = copy.deepcopy(trainer.cfg)
     testing.dataloader.test.dataset.names = test
     student = getattr(trainer.model, "student", trainer.model)
     return Measured(

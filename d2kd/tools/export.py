@@ -4,8 +4,9 @@
                             [--table [--baseline FILE]] [KEY=VALUE …]
 
 RECIPE is a LazyConfig; of one with a teacher the student is exported. ``DIR/model.onnx`` (``model.ts``) takes an image,
-float32 (3, H, W) from 0 to 255 of any size, and gives boxes, scores and classes. Its detections are compared with the
-detector's on the first test images; the exit code is 1 if more than one in a hundred differ. ``--table`` measures
+float32 (3, H, W) from 0 to 255 of any size, and gives boxes, scores and classes, of a Mask R-CNN masks, too. The
+student is a Faster, Mask or Cascade R-CNN, a RetinaNet, an FCOS or a GFL. Its detections are compared with the file's
+on the first test images; the exit code is 1 if more than one in a hundred differ. ``--table`` measures
 teacher, baseline, student and file: ``DIR/table.txt`` and ``DIR/table.json``.
 """
 
@@ -32,15 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from .. import deployment
-    from ..config import load
-    from ..engine.recipe import complete
+    from ..config import load, with_defaults
     from ..engine.run_info import write_json, write_text
     from ..export import (
         BOX_TOLERANCE,
         FORMATS,
         SCORE_TOLERANCE,
-        Exportable,
         ExportedDetector,
+        exportable,
         imported,
         write,
     )
@@ -54,9 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if "onnx" in args.format:
         imported("onnx"), imported("onnxruntime")
 
-    config = complete(load(args.config_file, args.opts))
-    student = deployment.built(config, args.weights)
-    source = Exportable(student)
+    config = with_defaults(load(args.config_file, args.opts))
+    student = exportable(deployment.built(config, args.weights))
     about = deployment.metadata(config, student, args.weights)
     batches = deployment.first_images(config, args.images) if args.images else []
     rows = []
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     differ = False
     for form in args.format:
         path = args.output / f"model{FORMATS[form]}"
-        write(source, path, about)
+        write(student, path, about)
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{len(batches)} images, {total} detections of both, {alone} not the other's "
                 f"(boxes to {BOX_TOLERANCE} px, scores to {SCORE_TOLERANCE})"
             )
-        rows.append(deployment.exported_row(f"exported, {form}", exported, source))
+        rows.append(deployment.exported_row(f"exported, {form}", exported, student))
     if args.table:
         result = deployment.compare(config, rows, batches, args.output)
         text = deployment.table(result)

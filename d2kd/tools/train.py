@@ -50,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipe(args: argparse.Namespace) -> DictConfig:
     """The recipe of the command line, overrides applied."""
-    from ..config import distill, load, method, override
-    from ..engine.recipe import complete
+    from ..config import distill, load, method, override, with_defaults
 
     if (args.distill is None) != (args.teacher is None):
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
     config = load(args.config_file)
     if args.distill:
-        config = complete(distill(config, teacher=args.teacher, **method(args.distill)))
+        config = with_defaults(distill(config, teacher=args.teacher, **method(args.distill)))
     return override(config, args.opts)
 
 
@@ -70,15 +69,14 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
     from detectron2.config import instantiate
     from omegaconf import OmegaConf
 
-    from ..config import student_of, without_weights
+    from ..config import student_of, with_defaults, without_weights
     from ..data import check_dataset
     from ..engine import do_test
     from ..engine.checkpoint import StudentCheckpointer, learned_classes
     from ..engine.launch import pick_device
-    from ..engine.recipe import complete
     from ..modeling.weights import load_strict
 
-    config = complete(config)
+    config = with_defaults(config)
     model = instantiate(without_weights(student_of(config.model)))
     model.to(pick_device(config.train.device))
     last = StudentCheckpointer(model, config.train.output_dir).last()

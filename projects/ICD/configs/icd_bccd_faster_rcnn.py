@@ -14,7 +14,7 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
         "output/icd_bccd_faster_rcnn/teacher/model_final.pth",
     ),
     losses=_shapes.model.losses,
-    distiller=_shapes.train.distiller,
+    loss_optimizer=_shapes.train.loss_optimizer,
 )
 
 model.teacher.detector.roi_heads.num_classes = 3

@@ -27,4 +27,4 @@ model.losses.icd.query_positions = True
 model.losses.icd.normalize_keys = True
 model.losses.icd.aux_warmup = 0.3
 model.losses.icd.start = 0.1
-train.distiller.optimizer.lr = 2e-3  # the published 1e-4 has 90k iterations to get somewhere
+train.loss_optimizer.optimizer.lr = 2e-3  # the published 1e-4 has 90k iterations to get somewhere

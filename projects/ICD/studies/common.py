@@ -11,10 +11,10 @@ from ....configs.common.study import controls, taught
 
 
 def icd_method(levels=None):
-    """``losses`` and ``distiller`` of ICD as it was set on the shapes; all levels unless some are named."""
+    """``losses`` and ``loss_optimizer`` of ICD as it was set on the shapes; all levels unless some are named."""
     recipe = get_config("projects/ICD/configs/icd_shapes.py")
     recipe.model.losses.icd.levels = levels
-    return dict(losses=recipe.model.losses, distiller=recipe.train.distiller)
+    return dict(losses=recipe.model.losses, loss_optimizer=recipe.train.loss_optimizer)
 
 
 def compared(student, teacher, inherit, levels=None):

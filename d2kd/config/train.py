@@ -1,0 +1,238 @@
+"""The keys of a recipe's ``train``: their types, their defaults, and what they mean.
+
+Keys and meanings are Detectron2's where it has them. ``train`` is checked against :class:`Train` when a recipe is
+loaded, after overrides, and when a trainer is built, so that a misspelt key or a value of another type ends in one line.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import InputError
+from .nodes import is_distiller
+
+
+def _at_least(least: int, default: int) -> Any:
+    return field(default=default, metadata={"least": least})
+
+
+def _one_of(*choices: str) -> Any:
+    """A string; the first is the default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+@dataclass
+class AMP:
+    """``train.amp``, mixed precision. bfloat16 is the only one of the two for a CPU."""
+
+    enabled: bool = False
+    dtype: str = _one_of("float16", "bfloat16")
+
+
+@dataclass
+class ClipGradients:
+    """``clip_gradients``. "full_model": one norm over all; "norm": each parameter's; "value": each entry."""
+
+    enabled: bool = False
+    clip_type: str = _one_of("full_model", "norm", "value")
+    clip_value: float = 1.0
+    norm_type: float = 2.0
+
+
+@dataclass
+class DDP:
+    """``train.ddp``, arguments of ``DistributedDataParallel``, and whether gradients travel as float16."""
+
+    broadcast_buffers: bool = False
+    find_unused_parameters: bool = False
+    fp16_compression: bool = False
+
+
+@dataclass
+class Checkpointer:
+    """``train.checkpointer``: iterations between checkpoints, and how many are kept (null: all)."""
+
+    period: int = _at_least(1, 5000)
+    max_to_keep: int | None = _at_least(1, 100)
+
+
+@dataclass
+class LossOptimizer:
+    """``train.loss_optimizer``: how the parameters of ``model.losses`` are trained, apart from the student's."""
+
+    optimizer: Any = MISSING
+    lr_multiplier: Any = None
+    clip_gradients: ClipGradients = field(default_factory=ClipGradients)
+
+
+@dataclass
+class Train:
+    """``train``.
+
+    Attributes:
+        output_dir: the run's folder.
+        init_checkpoint: weights to start the student from; what fits by name and shape is loaded.
+        max_iter: iterations of the run.
+        seed: of weights, batches and sampling; null or negative: drawn anew for each run.
+        device: "cpu" or "cuda"; "auto": CUDA where there is some.
+        best_checkpoint: the metric whose best state becomes ``model_best.pth``; "": none.
+        eval_period: iterations between evaluations; 0: at the end alone.
+        eval_teacher: whether to measure the teacher before the first step.
+        draw_period: iterations between pictures of detections in TensorBoard; 0: none.
+        draw_images: how many of them each time, always the first of the test data.
+        log_period: iterations between lines of the log.
+        loss_optimizer: None: the losses' parameters are trained as the student's.
+        user: anything, for hooks of your own.
+    """
+
+    output_dir: str = "./output"
+    init_checkpoint: str | None = ""
+    max_iter: int = _at_least(1, 90000)
+    seed: int | None = 0
+    device: str = "auto"
+    amp: AMP = field(default_factory=AMP)
+    clip_gradients: ClipGradients = field(default_factory=ClipGradients)
+    ddp: DDP = field(default_factory=DDP)
+    checkpointer: Checkpointer = field(default_factory=Checkpointer)
+    best_checkpoint: str | None = "bbox/AP"
+    eval_period: int = _at_least(0, 5000)
+    eval_teacher: bool = True
+    draw_period: int = _at_least(0, 0)
+    draw_images: int = _at_least(1, 4)
+    log_period: int = _at_least(1, 20)
+    cudnn_benchmark: bool = False
+    loss_optimizer: LossOptimizer | None = None
+    user: dict[str, Any] = field(default_factory=dict)
+
+
+_EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a mapping",
+}
+
+
+def train_defaults() -> dict[str, Any]:
+    """A plain dict of every key and its default."""
+    return OmegaConf.to_container(OmegaConf.structured(Train))
+
+
+def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
+    """A copy of a recipe whose ``train`` has been checked, and has every key of :class:`Train`.
+
+    Args:
+        cfg: a config, a mapping, or what :func:`d2kd.config.distill` gives.
+        culprit: what to call it in an error.
+
+    Raises:
+        InputError: a part of the recipe is missing; ``train`` has a key or a value that it cannot have.
+    """
+    if not OmegaConf.is_config(cfg):
+        parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
+        cfg = DictConfig(parts, flags={"allow_objects": True})
+    missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
+    if missing or "train" not in cfg.dataloader:
+        found = f"no {', '.join(missing or ['dataloader.train'])}"
+        raise InputError(culprit, found, "model, dataloader.train, optimizer and train")
+    config = copy.deepcopy(cfg)
+    check_train(config)
+    own = config.train.loss_optimizer
+    if own is not None and not is_distiller(config.model):
+        raise InputError("train.loss_optimizer", "no Distiller in the recipe", "null")
+    if own is not None and OmegaConf.is_missing(own, "optimizer"):
+        expected = "optimizer, and maybe lr_multiplier and clip_gradients"
+        raise InputError("train.loss_optimizer", "no optimizer", expected)
+    return config
+
+
+def check_train(config: DictConfig) -> None:
+    """Check a config's ``train``, and give it what it lacks in place; it stays an ordinary mapping.
+
+    Raises:
+        InputError: it has a key or a value that it cannot have.
+    """
+    typed = OmegaConf.structured(Train, flags={"allow_objects": True})
+    for key in config.train:
+        try:
+            typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
+        except OmegaConfBaseException as error:
+            raise _explained(error, key, config.train) from None
+    config.train = typed
+    for key in _leaves(Train):
+        try:
+            OmegaConf.select(config, f"train.{key}")
+        except OmegaConfBaseException as error:  # of what an interpolation leads to
+            raise _explained(error, key, config.train) from None
+    _check_values(config.train)
+    config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
+
+
+def _explained(error: OmegaConfBaseException, key: str, train: DictConfig) -> InputError:
+    """What OmegaConf found at a key of ``train``, in one line."""
+    full = (error.full_key or key).removeprefix("train.")
+    kind: Any = Train
+    for depth, part in enumerate(full.split(".")):
+        fields = _types(kind)
+        if part not in fields:
+            close = difflib.get_close_matches(part, fields, n=1)
+            known = close[0] if close else f"one of {', '.join(fields)}"
+            if depth == 0:
+                known += f"; a hook's own is train.user.{part}"
+            return InputError(f"train.{full}", "no such key", known)
+        kind = fields[part]
+        if not dataclasses.is_dataclass(kind):
+            break
+    if dataclasses.is_dataclass(kind):
+        expected = f"keys such as {', '.join(_types(kind))}"
+    else:
+        expected = _EXPECTED.get(get_origin(kind) or kind, "another value")
+    try:
+        found = OmegaConf.select(train, full)
+    except (
+        OmegaConfBaseException
+    ):  # an interpolation that leads nowhere, or to a value of another type
+        found = str(error).splitlines()[0]
+    return InputError(f"train.{full}", found, expected)
+
+
+def _types(kind: type) -> dict[str, Any]:
+    """The type of each field, without its None."""
+    return {
+        name: hint.__args__[0] if isinstance(hint, UnionType) else hint
+        for name, hint in get_type_hints(kind).items()
+    }
+
+
+def _leaves(kind: type) -> Iterator[str]:
+    """Dotted names of the keys that have a type."""
+    for name, inner in _types(kind).items():
+        if dataclasses.is_dataclass(inner):
+            yield from (f"{name}.{key}" for key in _leaves(inner))
+        elif inner in _EXPECTED:
+            yield name
+
+
+def _check_values(node: DictConfig, where: str = "train") -> None:
+    """Raise InputError for a number below its least, or a string that is no choice."""
+    for one in dataclasses.fields(OmegaConf.get_type(node)):
+        if OmegaConf.is_missing(node, one.name):
+            continue
+        value, rule = node[one.name], one.metadata
+        if OmegaConf.is_dict(value) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
+            _check_values(value, f"{where}.{one.name}")
+        elif "least" in rule and value is not None and value < rule["least"]:
+            expected = f"an integer, at least {rule['least']}"
+            raise InputError(f"{where}.{one.name}", value, expected)
+        elif "choices" in rule and value not in rule["choices"]:
+            raise InputError(f"{where}.{one.name}", value, " or ".join(rule["choices"]))

@@ -1,0 +1,150 @@
+"""``train`` of a recipe: every key has a type, and what is wrong is one line before work starts."""
+
+import copy
+import dataclasses
+
+import pytest
+from detectron2.config import LazyCall as L
+from detectron2.engine import hooks
+from omegaconf import OmegaConf
+from torch import nn
+from torch.optim import AdamW
+
+from d2kd.config import Train, get_config, load, override, train_defaults, with_defaults
+from d2kd.engine import Trainer
+from d2kd.errors import InputError
+
+from .test_trainer import data  # noqa: F401  (a fixture)
+from .tiny_run import distiller, recipe
+
+BASE = "baselines/faster_rcnn_small_shapes.py"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load(BASE)
+
+
+def test_the_defaults_are_stated_once(base):
+    assert get_config("common/train.py").train == train_defaults()
+    assert list(base.train) == [field.name for field in dataclasses.fields(Train)]
+    bare = copy.deepcopy(base)
+    bare.train = {}
+    assert with_defaults(bare).train == train_defaults()
+    assert bare.train == {} and with_defaults(with_defaults(base)) == with_defaults(base)
+
+
+WRONG = {
+    "train.max_iter: foo; expected an integer": {"max_iter": "foo"},
+    "train.max_iter: 2.5; expected an integer": {"max_iter": 2.5},
+    "train.max_iter: True; expected an integer": {"max_iter": True},
+    "train.max_iter: None; expected an integer": {"max_iter": None},
+    "train.max_iter: 0; expected an integer, at least 1": {"max_iter": 0},
+    "train.max_itr: no such key; expected max_iter; a hook's own is": {"max_itr": 5},
+    "train.zebra: no such key; expected one of output_dir, .*train.user.zebra": {"zebra": 5},
+    "train.amp.enable: no such key; expected enabled": {"amp": {"enable": True}},
+    "train.amp.enabled: perhaps; expected true or false": {"amp": {"enabled": "perhaps"}},
+    "train.amp.dtype: int8; expected float16 or bfloat16": {"amp": {"dtype": "int8"}},
+    "train.clip_gradients: 3; expected keys such as enabled": {"clip_gradients": 3},
+    "train.user: 3; expected a mapping": {"user": 3},
+    "train.eval_period: .*0.002.*; expected an integer": {"eval_period": "${optimizer.lr}"},
+    "train.eval_period: .*'nothing' not found": {"eval_period": "${nothing}"},
+    "train.checkpointer.period: 0; expected an integer, at": {"checkpointer": {"period": 0}},
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_one_line(base, line):
+    config = copy.deepcopy(base)
+    config.train.update(WRONG[line])
+    with pytest.raises(InputError, match=line) as error:
+        with_defaults(config)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=line):
+        Trainer(config)
+
+
+def test_overrides_are_checked_too(base):
+    for text, line in {
+        "train.max_iter=foo": "train.max_iter: foo; expected an integer",
+        "train.mx=3": "train.mx: no 'mx' in train",
+        "train.checkpointer.period=-1": "train.checkpointer.period: -1; expected an integer, at",
+    }.items():
+        with pytest.raises(InputError, match=line):
+            override(copy.deepcopy(base), [text])
+    config = override(
+        copy.deepcopy(base),
+        ["train.user.ema.decay=0.9", "train.checkpointer.max_to_keep=null", "train.seed=null"],
+    )
+    assert config.train.user.ema.decay == 0.9
+    assert config.train.checkpointer.max_to_keep is None and config.train.seed is None
+
+
+def test_it_stays_an_ordinary_mapping(base):
+    """As a recipe writes it; what it wrote is checked when it is used."""
+    config = copy.deepcopy(base)
+    config.train.clip_gradients = dict(config.train.clip_gradients, clip_value=3)
+    config.train.eval_period = "${train.max_iter}"
+    config.train.user = {"schedule": L(AdamW)(lr=1.0)}
+    complete = with_defaults(config)
+    assert complete.train.clip_gradients.clip_value == 3.0
+    assert complete.train.user.schedule._target_ is AdamW
+    complete.train.max_iter = 7
+    assert complete.train.eval_period == 7
+    assert OmegaConf.is_interpolation(complete.train, "eval_period")
+
+
+class Mine(Trainer):
+    """Overrides what Detectron2 documents."""
+
+    built = []
+
+    @classmethod
+    def build_model(cls, cfg):
+        cls.built.append("model")
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        assert isinstance(model, nn.Module)
+        cls.built.append("optimizer")
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg, start=0):
+        cls.built.append("train_loader")
+        return super().build_train_loader(cfg, start)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name=None, output_dir=None):
+        cls.built.append("evaluator")
+        return super().build_evaluator(cfg, dataset_name, output_dir)
+
+    def build_hooks(self):
+        def log(trainer):
+            trainer.storage.put_scalar("mine", trainer.cfg.train.user.mine)
+
+        return [*super().build_hooks(), hooks.CallbackHook(after_step=log)]
+
+
+def test_a_subclass_overrides_what_detectron2_documents(data, tmp_path):  # noqa: F811
+    config = recipe(data, tmp_path, max_iter=1, user={"mine": 3})
+    trainer = Mine(config)
+    assert trainer.built == ["model", "optimizer", "train_loader"]
+    trainer.train()
+    assert trainer.built.count("evaluator") == 1
+    assert '"mine": 3' in (tmp_path / "metrics.json").read_text()  # though its hook came last
+    assert trainer.cfg.train.user.mine == 3
+
+
+def test_its_hooks_are_in_one_list(data, tmp_path):  # noqa: F811
+    names = [type(hook).__name__ for hook in Trainer(recipe(data, tmp_path, distiller()))._hooks]
+    assert names == [
+        "EvalTeacher",
+        "IterationTimer",
+        "LRScheduler",
+        "Checkpoints",
+        "Evaluate",
+        "BestCheckpoint",
+        "Writers",
+    ]
