@@ -12,7 +12,8 @@ import torch
 from d2kd.errors import InputError
 from d2kd.study import OneByOne, SideBySide, load, run_study
 
-from .common import load_tool, one_thread
+from . import common
+from .common import one_thread
 from .tiny_run import draw_data
 
 STUDY = """
@@ -160,10 +161,9 @@ def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path):
 
 @pytest.fixture
 def command(file, monkeypatch):
-    """``tools/run_study.py`` with the study, from an empty folder."""
+    """``d2kd study`` with the study, from an empty folder."""
     monkeypatch.chdir(file.parent)
-    tool = load_tool("run_study")
-    return lambda words: tool.main([str(file), *words.split()])
+    return lambda words: common.command("study")([file, *words.split()])
 
 
 def test_the_command_trains_shows_and_names_the_page(command, tmp_path, capsys):
