@@ -21,7 +21,7 @@ setup(
     package_dir=RECIPES,
     package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES}
     | {"d2kd": ["templates/*.html"]},
-    # Detectron2 itself is not named: it is not on PyPI. `d2kd install-detectron2` does that,
+    # Detectron2 itself is not named: it is not on PyPI. `d2kd install-detectron2` installs it,
     # and what needs it says so where it is missing.
     install_requires=[
         "torch>=2.6",  # everything; the first whose torch.load is safe by default

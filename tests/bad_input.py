@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, out
 from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
-from d2kd.tools import train, visualize
+from d2kd.tools import install_detectron2, train, visualize
 
 from . import common, tiny_run
 from .common import CLASSES, ROOT, build, tiny_faster_rcnn
@@ -968,6 +969,11 @@ def _no_mapper(folder):
     return lambda: visualize.run(look(config_file=str(folder / "recipe.py")))
 
 
+def _unpacked(folder):
+    tarfile.open(folder / "empty.tar.gz", "w:gz").close()
+    return lambda: install_detectron2.build(folder / "empty.tar.gz", folder)
+
+
 def _selecting(folder):
     node = OmegaConf.create(
         {"model": distiller(), "train": {"device": "cpu", "max_iter": 2}},
@@ -997,6 +1003,7 @@ TOOLS: dict[str, Case] = {
     "study/plan _override": call(
         plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
     ),
+    "tools/__init__ main: 'no such command'": call(common.command("tarin"), []),
     "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
     "tools/benchmark image_size": command("benchmark", "--config-file x --image-size 8x8x8"),
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
@@ -1011,6 +1018,8 @@ TOOLS: dict[str, Case] = {
     "tools/export run: '--baseline'": command(
         "export", "--config-file {recipe} --weights none --output {folder} --baseline x"
     ),
+    "tools/install_detectron2 repair: found": call(install_detectron2.repair, Path()),
+    "tools/install_detectron2 build: 'holds no folder": _unpacked,
     "tools/study run": command("study", "none.py --jobs 0"),
     "tools/train recipe": command("train", "--config-file none --distill tar"),
     "tools/train run": command("train", "--config-file none --num-machines 2"),
@@ -1041,6 +1050,14 @@ ELSEWHERE = {
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
     "study/schedule SideBySide.first_done": "test_schedule.test_a_process_that_dies_is_told_from_an_error",
+    "tools/__init__ main: 'detectron2'": "test_install.test_what_a_user_finds_without_detectron2",
+    "tools/install_detectron2 repair: 'exists'": "test_install.test_a_repair_without_its_text_is_an_error",
+    "tools/install_detectron2 download: 'not installed'": "test_install.test_what_a_user_finds_without_detectron2",
+    "tools/install_detectron2 download: SHA256": "test_install.test_a_wrong_hash_is_one_error_line",
+    "tools/install_detectron2 download: f'cannot be downloaded": "test_install.test_no_network_is_one_error_line",
+    "tools/install_detectron2 build: f'the wheel": "test_install.test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line",
+    "tools/install_detectron2 install": "test_install.test_nothing_is_installed_when_a_requirement_is_missing",
+    "tools/install_detectron2 run": "test_install.test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line",
 }
 """Places whose case needs a whole run or a whole detector, and has a test of its own."""
 
