@@ -1003,7 +1003,6 @@ TOOLS: dict[str, Case] = {
     "study/plan _override": call(
         plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
     ),
-    "tools/__init__ main: 'no such command'": call(common.command("tarin"), []),
     "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
     "tools/benchmark image_size": command("benchmark", "--config-file x --image-size 8x8x8"),
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
@@ -1050,7 +1049,7 @@ ELSEWHERE = {
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
     "study/schedule SideBySide.first_done": "test_schedule.test_a_process_that_dies_is_told_from_an_error",
-    "tools/__init__ main: 'detectron2'": "test_install.test_what_a_user_finds_without_detectron2",
+    "tools/__init__ main": "test_install.test_what_a_user_finds_without_detectron2",
     "tools/install_detectron2 repair: 'exists'": "test_install.test_a_repair_without_its_text_is_an_error",
     "tools/install_detectron2 download: 'not installed'": "test_install.test_what_a_user_finds_without_detectron2",
     "tools/install_detectron2 download: SHA256": "test_install.test_a_wrong_hash_is_one_error_line",

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from d2kd import engine
 from d2kd.engine.launch import _input_error
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
+from d2kd.tools.train import work
 
 from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights
@@ -193,6 +195,16 @@ def test_an_error_of_another_process_is_the_same_error():
 def test_debug_shows_the_traceback(folder):
     with pytest.raises(InputError, match="gone.py: no such config"):
         train(["--debug", "--config-file", str(folder / "gone.py")])
+
+
+def test_several_gpus_get_the_same_command(monkeypatch):
+    """What each process shall do reaches it by pickle."""
+    given = []
+    monkeypatch.setattr("d2kd.engine.launch.launch", lambda *all: given.append(pickle.dumps(all)))
+    train(["--config-file", "some.py", "--num-gpus", "2", "train.max_iter=3"])
+    function, args = pickle.loads(given.pop())
+    assert function is work
+    assert (args.config_file, args.num_gpus, args.opts) == ("some.py", 2, ["train.max_iter=3"])
 
 
 def test_two_processes_one_without_ground_truth(folder):

@@ -1,16 +1,15 @@
 """The commands: ``d2kd COMMAND …``, or ``python -m d2kd COMMAND …``.
 
 A command is a module of this package. Its docstring is its help, ``add_arguments(parser)`` adds what it takes, and
-``run(args)`` does it. Only the chosen module is imported, and what it needs of d2kd only by ``run``, so that help
-answers at once, and without Detectron2.
+``run(args)`` does it. Only ``run`` imports what needs Detectron2 or torch, so that help is quick and works without.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
+from importlib.util import find_spec
 
 from .. import __version__
 from ..errors import InputError, reporting
@@ -40,37 +39,26 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = sys.argv[1:]
         sys.argv[0] = "d2kd"  # results name the command that made them: as it is typed
     parser = argparse.ArgumentParser(
-        prog="d2kd",
-        usage="%(prog)s COMMAND …",
-        description="Knowledge distillation for Detectron2's detectors.",
-        epilog="\n".join(
-            ["commands:"]
-            + [f"  {name:20}{purpose}" for name, purpose in COMMANDS.items()]
-            + ["", "d2kd COMMAND --help says what a command takes."]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="d2kd", description="Knowledge distillation for Detectron2's detectors."
     )
     parser.add_argument("--version", action="version", version=f"d2kd {__version__}")
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    name = parser.parse_args(arguments[:1]).command
-    if name is None:
-        parser.print_help(sys.stderr)
-        raise SystemExit(2)
-    with reporting():
-        if name not in COMMANDS:
-            raise InputError(f"d2kd {name}", "no such command", " or ".join(COMMANDS))
-    command = importlib.import_module(f".{name.replace('-', '_')}", __name__)
-    parser = argparse.ArgumentParser(
-        prog=f"d2kd {name}",
-        description=command.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(arguments[1:])
-    with reporting(args.debug, getattr(command, "INTERRUPTED", None)):
-        if name != "install-detectron2" and importlib.util.find_spec("detectron2") is None:
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {}
+    for name, purpose in COMMANDS.items():
+        modules[name] = module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(arguments)
+    module = modules[args.command]
+    with reporting(args.debug, getattr(module, "INTERRUPTED", None)):
+        if args.command != "install-detectron2" and find_spec("detectron2") is None:
             raise InputError(
                 "detectron2", "not installed", "`d2kd install-detectron2`, or an official build"
             )
-        command.run(args)
+        module.run(args)

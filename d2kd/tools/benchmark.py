@@ -1,8 +1,8 @@
 """Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
 
     d2kd benchmark --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
-                       [--image-size 800x1333 [--image-size …]] [--data STEPS] [--no-memory]
-                       [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
+                   [--image-size 800x1333 [--image-size …]] [--data STEPS] [--no-memory]
+                   [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
 RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in
 turn on the same batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower

@@ -1,7 +1,7 @@
 """Hand a trained detector on: a file that runs without Detectron2, and a table that says what it is worth.
 
     d2kd export --config-file RECIPE --weights FILE --output DIR [--format onnx torchscript]
-                            [--table [--baseline FILE]] [KEY=VALUE …]
+                [--table [--baseline FILE]] [KEY=VALUE …]
 
 RECIPE is a LazyConfig; of one with a teacher the student is exported. ``DIR/model.onnx`` (``model.ts``) takes an image,
 float32 (3, H, W) from 0 to 255 of any size, and gives boxes, scores and classes, of a Mask R-CNN masks, too. The
