@@ -13,17 +13,17 @@ ifdef PYTHON
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 setup:
-	$(PY) -c "import d2kd"
+	$(PY) -c "import d2kd.compat"
 else
 PY := .venv/bin/python
 setup: .venv/ready
 endif
 
 demo: setup
-	$(PY) tools/run_study.py projects/TAR/studies/shapes.py --jobs 2 $(if $(FAST),--fast)
+	$(PY) -m d2kd study projects/TAR/studies/shapes.py --jobs 2 $(if $(FAST),--fast)
 
 demo-incremental: setup
-	$(PY) tools/run_study.py projects/ERD/studies/shapes.py --jobs 2 $(if $(FAST),--fast) \
+	$(PY) -m d2kd study projects/ERD/studies/shapes.py --jobs 2 $(if $(FAST),--fast) \
 	    --output output/$(if $(FAST),incremental_fast,incremental)
 
 test: setup
@@ -43,9 +43,9 @@ test-all: test
 	$(PY) -m tests.fuzz --examples 500
 
 # torch comes first, because reading the Detectron2 archive's metadata imports it.
-.venv/ready: setup.py constraints.txt tools/install_detectron2.py
+.venv/ready: setup.py constraints.txt d2kd/tools/install_detectron2.py
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -c constraints.txt torch torchvision setuptools wheel
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,test]"
-	$(PY) tools/install_detectron2.py --constraint constraints.txt
+	$(PY) -m d2kd install-detectron2 --constraint constraints.txt
 	touch $@

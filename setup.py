@@ -21,8 +21,8 @@ setup(
     package_dir=RECIPES,
     package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES}
     | {"d2kd": ["templates/*.html"]},
-    # Detectron2 itself is not named: it is not on PyPI. tools/install_detectron2.py installs it,
-    # and `import d2kd` says so where it is missing.
+    # Detectron2 itself is not named: it is not on PyPI. `d2kd install-detectron2` installs it,
+    # and what needs it says so where it is missing.
     install_requires=[
         "torch>=2.6",  # everything; the first whose torch.load is safe by default
         "torchvision>=0.21",  # NMS and RoIAlign, without Detectron2's compiled operators
@@ -37,6 +37,7 @@ setup(
         "omegaconf>=2.3",  # LazyConfig: the tree of a recipe
         "hydra-core>=1.3",  # LazyConfig: overrides on the command line
     ],
+    entry_points={"console_scripts": ["d2kd = d2kd.tools:main"]},
     extras_require={
         "plots": [
             "matplotlib>=3.7",  # curves of a study (Detectron2's Visualizer needs it too)
@@ -44,7 +45,7 @@ setup(
             "tensorboard>=1.15",  # a run's scalars and pictures; the oldest that torch writes for
         ],
         "export": [
-            "onnx>=1.16",  # writing the file that tools/export_student.py hands on
+            "onnx>=1.16",  # writing the file that `d2kd export` writes
             "onnxruntime>=1.18",  # running it, to compare and to measure
         ],
         "test": [

@@ -176,7 +176,7 @@ class ExportedDetector:
             self._open(runtime)
         except Exception as error:  # torch and onnxruntime each have their own
             found = f"cannot be read ({type(error).__name__})"
-            raise InputError(path, found, "a file that export_student.py wrote") from error
+            raise InputError(path, found, "a file that `d2kd export` wrote") from error
 
     def _open(self, onnxruntime: ModuleType | None) -> None:
         if onnxruntime is None:

@@ -1,6 +1,6 @@
 """Ground truth | teacher | student: what several detectors see in one image, side by side.
 
-One function draws, :func:`side_by_side`; the training hook, the study and ``tools/visualize.py`` call it with
+One function draws, :func:`side_by_side`; the training hook, the study and ``d2kd visualize`` call it with
 whatever panels they have. Around it: what turns Detectron2's records (dataset dicts, COCO results) into the
 :class:`Instances` it draws, the choice of images in which two detectors differ, and the curves of runs.
 """

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +60,10 @@ from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, out
 from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
+from d2kd.tools import install_detectron2, train, visualize
 
-from . import tiny_run
-from .common import CLASSES, ROOT, build, load_tool, tiny_faster_rcnn
+from . import common, tiny_run
+from .common import CLASSES, ROOT, build, tiny_faster_rcnn
 from .raise_sites import plain_quotes, recorded, sites
 from .test_voc import gone, text, write_voc, written
 from .tiny_run import distiller, draw_data, without_evaluation
@@ -154,8 +156,7 @@ def command(name: str, words: str) -> Case:
     def case(folder):
         (folder / "recipe.py").write_text("model = dataloader = optimizer = train = {}\n")
         filled = words.format(folder=folder, recipe=folder / "recipe.py").split()
-        act = load_tool(name)
-        return lambda: act.main([*filled, "--debug"])
+        return lambda: common.command(name)([*filled, "--debug"])
 
     return case
 
@@ -885,11 +886,7 @@ def _unmeasured(folder):
 
 
 def _comparing(*words: str) -> Case:
-    def act():
-        with mock.patch("sys.argv", ["compare_detectors.py", *words, "--debug"]):
-            load_tool("compare_detectors").main()
-
-    return call(act)
+    return call(common.command("compare"), [*words, "--debug"])
 
 
 EVALUATION: dict[str, Case] = {
@@ -933,13 +930,11 @@ EVALUATION: dict[str, Case] = {
     "evaluation/detectors same_mapper": call(
         detectors.same_mapper, [detectors.Detector("it", "none", "none", DictConfig({}))]
     ),
-    "tools/compare_detectors run: f'--{name}'": _comparing("nowhere", "--observe", "0"),
-    "tools/compare_detectors run: 'what to compare'": _comparing(),
-    "tools/compare_detectors run: '--output'": _comparing("--detector", "a=b,c"),
-    "tools/compare_detectors given: '--dataset'": _comparing(
-        "--detector", "a=b,c", "--output", "nowhere"
-    ),
-    "tools/compare_detectors given: '--detector'": _comparing(
+    "tools/compare run: f'--{name}'": _comparing("nowhere", "--observe", "0"),
+    "tools/compare run: 'what to compare'": _comparing(),
+    "tools/compare run: '--output'": _comparing("--detector", "a=b,c"),
+    "tools/compare given: '--dataset'": _comparing("--detector", "a=b,c", "--output", "nowhere"),
+    "tools/compare given: '--detector'": _comparing(
         "--detector", "a", "--output", "nowhere", "--dataset", "some"
     ),
 }
@@ -960,8 +955,7 @@ def _seeing(act: str, model, given=None, *more: str) -> Case:
             {"model": model, "train": {"device": "cpu", "output_dir": str(folder)}},
             flags={"allow_objects": True},
         )
-        module = load_tool("visualize")
-        return lambda: getattr(module, act)(node, dict(given or {}), *more)
+        return lambda: getattr(visualize, act)(node, dict(given or {}), *more)
 
     return case
 
@@ -969,8 +963,12 @@ def _seeing(act: str, model, given=None, *more: str) -> Case:
 def _no_mapper(folder):
     lines = "model = optimizer = train = {}\ndataloader = {'train': {}, 'test': {}}\n"
     (folder / "recipe.py").write_text(lines)
-    module = load_tool("visualize")
-    return lambda: module.run(look(config_file=str(folder / "recipe.py")))
+    return lambda: visualize.run(look(config_file=str(folder / "recipe.py")))
+
+
+def _unpacked(folder):
+    tarfile.open(folder / "empty.tar.gz", "w:gz").close()
+    return lambda: install_detectron2.build(folder / "empty.tar.gz", folder)
 
 
 def _selecting(folder):
@@ -979,22 +977,12 @@ def _selecting(folder):
         flags={"allow_objects": True},
     )
     torch.save({"model": build(tiny_faster_rcnn(channels=24)).state_dict()}, folder / "t.pth")
-    module = load_tool("visualize")
-    return lambda: module.erd_of(node, {"teacher": str(folder / "t.pth")})
+    return lambda: visualize.erd_of(node, {"teacher": str(folder / "t.pth")})
 
 
 def _evaluated(folder):
     node = plain_recipe(folder)
-    module = load_tool("train_net")
-    return lambda: module.evaluate(node, resume=False)
-
-
-def _trained(words: str) -> Case:
-    def case(folder):
-        module = load_tool("train_net")
-        return lambda: module.recipe(module.parse(words.split()))
-
-    return case
+    return lambda: train.evaluate(node, resume=False)
 
 
 TOOLS: dict[str, Case] = {
@@ -1017,21 +1005,23 @@ TOOLS: dict[str, Case] = {
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),
     "tools/doctor run: '--target'": command("doctor", "--config-file {recipe} --target 0"),
     "tools/doctor run: '--json'": command("doctor", "--config-file {recipe} --json {folder}"),
-    "tools/export_student run: '--output'": command(
-        "export_student", "--config-file {recipe} --weights none --output {recipe}"
+    "tools/export run: '--output'": command(
+        "export", "--config-file {recipe} --weights none --output {recipe}"
     ),
-    "tools/export_student run: '--images'": command(
-        "export_student", "--config-file {recipe} --weights none --output {folder} --images -1"
+    "tools/export run: '--images'": command(
+        "export", "--config-file {recipe} --weights none --output {folder} --images -1"
     ),
-    "tools/export_student run: '--baseline'": command(
-        "export_student", "--config-file {recipe} --weights none --output {folder} --baseline x"
+    "tools/export run: '--baseline'": command(
+        "export", "--config-file {recipe} --weights none --output {folder} --baseline x"
     ),
-    "tools/run_study run": command("run_study", "none.py --jobs 0"),
-    "tools/train_net recipe: '--config-file'": _trained(""),
-    "tools/train_net recipe: '--distill METHOD": _trained("--config-file none --distill tar"),
-    "tools/train_net evaluate": _evaluated,
-    "tools/visualize run: given": call(lambda: load_tool("visualize").run(look(weights=["me=x"]))),
-    "tools/visualize run: '--number'": call(lambda: load_tool("visualize").run(look(number=0))),
+    "tools/install_detectron2 repair: found": call(install_detectron2.repair, Path()),
+    "tools/install_detectron2 build: 'holds no folder": _unpacked,
+    "tools/study run": command("study", "none.py --jobs 0"),
+    "tools/train recipe": command("train", "--config-file none --distill tar"),
+    "tools/train run": command("train", "--config-file none --num-machines 2"),
+    "tools/train evaluate": _evaluated,
+    "tools/visualize run: given": call(lambda: visualize.run(look(weights=["me=x"]))),
+    "tools/visualize run: '--number'": call(lambda: visualize.run(look(number=0))),
     "tools/visualize run: args.config_file": _no_mapper,
     "tools/visualize left_by_training": _seeing("left_by_training", {}),
     "tools/visualize give_teacher: 'a plain recipe'": _seeing("icd_of", {}),
@@ -1058,6 +1048,14 @@ ELSEWHERE = {
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
     "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
+    "tools/__init__ main": "test_install.test_what_a_user_finds_without_detectron2",
+    "tools/install_detectron2 repair: 'exists'": "test_install.test_a_repair_without_its_text_is_an_error",
+    "tools/install_detectron2 download: 'not installed'": "test_install.test_what_a_user_finds_without_detectron2",
+    "tools/install_detectron2 download: SHA256": "test_install.test_a_wrong_hash_is_one_error_line",
+    "tools/install_detectron2 download: f'cannot be downloaded": "test_install.test_no_network_is_one_error_line",
+    "tools/install_detectron2 build: f'the wheel": "test_install.test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line",
+    "tools/install_detectron2 install": "test_install.test_nothing_is_installed_when_a_requirement_is_missing",
+    "tools/install_detectron2 run": "test_install.test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line",
 }
 """Places whose case needs a whole run or a whole detector, and has a test of its own."""
 
@@ -1088,8 +1086,7 @@ def places(name: str) -> list[str]:
     """The keys of the sites that a name of the table means."""
     where, _, words = plain_quotes(name).partition(": ")
     module, function = where.split(" ")
-    module = module if module.startswith("tools/") else f"d2kd/{module}"
-    head = f"{module}.py {function}: "
+    head = f"d2kd/{module}.py {function}: "
     keys = {site.key for site in sites()}
     return [key for key in keys if key.startswith(head) and words in key.removeprefix(head)]
 

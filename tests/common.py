@@ -1,10 +1,8 @@
-"""Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the tools as modules."""
+"""Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the commands as functions."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,17 +17,14 @@ from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     tiny_fcos,
     tiny_retinanet,
 )
+from d2kd.tools import main
 
 ROOT = Path(__file__).parent.parent
 
 
-def load_tool(name: str) -> ModuleType:
-    """A fresh module of ``tools/<name>.py``, which is on no import path."""
-    # By this name pyproject.toml knows the tools' warnings from others'.
-    spec = importlib.util.spec_from_file_location(f"tools.{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command(name: str) -> Callable[[list], None]:
+    """``d2kd NAME`` as a function of its words."""
+    return lambda words: main([name, *map(str, words)])
 
 
 def lively(model: nn.Module) -> nn.Module:

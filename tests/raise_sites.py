@@ -26,9 +26,9 @@ class Site(NamedTuple):
 
 @functools.cache
 def sites() -> tuple[Site, ...]:
-    """All of them, in ``d2kd/`` and ``tools/``."""
+    """All of them, in ``d2kd/``."""
     found: list[Site] = []
-    for path in sorted([*ROOT.glob("d2kd/**/*.py"), *ROOT.glob("tools/*.py")]):
+    for path in sorted(ROOT.glob("d2kd/**/*.py")):
         name = path.relative_to(ROOT).as_posix()
         if name != "d2kd/errors.py":
             _collect(ast.parse(path.read_text()), name, (), found)

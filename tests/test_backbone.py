@@ -37,8 +37,9 @@ from d2kd.modeling.backbone import (
     build_torchvision_fpn_backbone,
 )
 from d2kd.testing import step
+from d2kd.tools import train, visualize
 
-from .common import CLASSES, batch, build, load_tool, tiny_faster_rcnn
+from .common import CLASSES, batch, build, tiny_faster_rcnn
 from .tiny_run import draw_data, recipe
 
 # The last block of each stride by torchvision's names, and its channels.
@@ -416,12 +417,12 @@ def compared(config):
 
 def evaluated(config):
     config.train.init_checkpoint = f"{config.train.output_dir}/model_final.pth"
-    return load_tool("train_net").evaluate(config, resume=False)
+    return train.evaluate(config, resume=False)
 
 
 def drawn(config):
     [dataset] = check_dataset(config.dataloader.test.dataset.names)
-    return load_tool("visualize").detectors_of(config, {}, dataset)
+    return visualize.detectors_of(config, {}, dataset)
 
 
 def measured(config):

@@ -26,7 +26,7 @@ from d2kd.engine.memory import Peak
 from d2kd.errors import InputError
 from d2kd.modeling import capture
 
-from .common import ROOT, batch, build, load_tool, refusal, tiny_faster_rcnn
+from .common import ROOT, batch, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells its peak")
@@ -464,12 +464,10 @@ def test_a_peak_has_each_size_of_images_with_the_optimizers_state(folder, monkey
     assert {size for size, has_state in seen if has_state} == set(sizes)
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("benchmark")
+run = command("benchmark")
 
 
-def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
+def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     asked, models = [], []
 
     class Watched(Bench):
@@ -491,7 +489,7 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
     draw_data(folder / "data")
     words += ["--variant", "fused", "model.teacher.fuse_norms=true"]
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
-    tool.main([*words, "--bound", "1e6", "train.max_iter=6"])
+    run([*words, "--bound", "1e6", "train.max_iter=6"])
     said = capsys.readouterr().out
     assert len(models) == 6 and said.count("met") == 6 and "exceeded" not in said
     result = json.loads((tmp_path / "new/result.json").read_text())
@@ -535,24 +533,24 @@ def test_table_and_json(tool, folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("d2kd.benchmark.benchmark", lambda *_, **__: result)
     with pytest.raises(SystemExit, match="1"):
-        tool.main([*words, "--bound", "1e-6"])
+        run([*words, "--bound", "1e-6"])
     assert "bound 1e-06 exceeded" in capsys.readouterr().out
 
 
-def test_without_memory(tool, folder, capsys, tmp_path, monkeypatch):
+def test_without_memory(folder, capsys, tmp_path, monkeypatch):
     def peak(*_):
         raise AssertionError("memory was measured")
 
     monkeypatch.setattr(costs, "peak_memory", peak)
     words = ["--config-file", str(folder / "imitation.py"), "--image-size", "64", "--rounds", "1"]
     words += ["--device", "cpu", "--no-memory", "--json", str(tmp_path / "result.json")]
-    tool.main(words)
+    run(words)
     assert "memory " not in capsys.readouterr().out
     for row in json.loads((tmp_path / "result.json").read_text())["rows"]:
         assert row["peak_memory_mib"] is None and row["weights_mib"] > 0
 
 
-def test_what_is_known_is_kept_when_memory_is_cut_short(tool, folder, tmp_path, monkeypatch):
+def test_what_is_known_is_kept_when_memory_is_cut_short(folder, tmp_path, monkeypatch):
     def peak(setup, name):
         if name == STUDENT:
             raise KeyboardInterrupt
@@ -563,7 +561,7 @@ def test_what_is_known_is_kept_when_memory_is_cut_short(tool, folder, tmp_path, 
     words += ["--device", "cpu", "--json", str(tmp_path / "result.json")]
     words += ["--markdown", str(tmp_path / "table.md")]
     with pytest.raises(KeyboardInterrupt):
-        tool.main(words)
+        run(words)
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [STOCK, STUDENT, TEACHER, DISTILLED]
     assert [row["peak_memory_mib"] for row in rows] == [3, None, None, None]
@@ -593,11 +591,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line(tool, folder, capfd, arguments, complaint):
+def test_refused_in_one_line(folder, capfd, arguments, complaint):
     words = arguments.format(
         folder=folder, tar=f"--config-file {folder}/tar.py", nowhere=NOWHERE
     ).split()
-    assert complaint in refusal(tool.main, words, capfd)
+    assert complaint in refusal(run, words, capfd)
 
 
 def test_a_loss_that_is_not_finite(bench, monkeypatch):

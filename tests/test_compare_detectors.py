@@ -1,7 +1,6 @@
 """The command line of the comparison, and the report that ends a study."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -11,30 +10,24 @@ from d2kd.config import load
 from d2kd.engine.run_info import save_config, write_json
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
+from d2kd.tools.compare import found_in
 
-from .common import build, load_tool, refusal, tiny_faster_rcnn
+from .common import build, command, refusal, tiny_faster_rcnn
 from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 
-@pytest.fixture
-def command(monkeypatch):
-    tool = load_tool("compare_detectors")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["compare_detectors.py", *map(str, words)])
-        tool.main()
-
-    return run
+def compare(*words):
+    command("compare")(words)
 
 
-def test_detectors_by_config_and_weights(command, data, tmp_path, capsys):  # noqa: F811
+def test_detectors_by_config_and_weights(data, tmp_path, capsys):  # noqa: F811
     words = []
     for seed, name in enumerate(("teacher", "student")):
         config, weights = saved(tmp_path / name, data, tiny_faster_rcnn(), seed)
         words += ["--detector", f"{name}={config},{weights}"]
     output = tmp_path / "report"
-    command(*words, "--dataset", named(data), "--output", output, "--resamples", 5)
+    compare(*words, "--dataset", named(data), "--output", output, "--resamples", 5)
     assert str(output / "report.html") in capsys.readouterr().out
     content = json.loads((output / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "student"]
@@ -42,7 +35,6 @@ def test_detectors_by_config_and_weights(command, data, tmp_path, capsys):  # no
 
 
 def test_results_stand_for_detections_and_a_threshold_says_which_count(
-    command,
     data,  # noqa: F811
     tmp_path,
 ):
@@ -56,7 +48,7 @@ def test_results_stand_for_detections_and_a_threshold_says_which_count(
     words = ["--detector", f"it={config},{weights},{tmp_path / 'results.json'}"]
     words += ["--dataset", named(data), "--resamples", 5, "--observe", 1, "--output", tmp_path]
     for threshold, wrong in ((0.2, 1), (None, 0)):
-        command(*words, *([] if threshold is None else ["--threshold", threshold]))
+        compare(*words, *([] if threshold is None else ["--threshold", threshold]))
         content = json.loads((tmp_path / "report.json").read_text())
         [row] = content["rows"]
         assert row["accuracy"]["metrics"]["AP"] == pytest.approx(100)
@@ -79,8 +71,8 @@ def trained(data, tmp_path):  # noqa: F811
     return run
 
 
-def test_a_run_alone_is_enough(command, trained, tmp_path):
-    command(trained, "--resamples", 5, "--observe", 1)
+def test_a_run_alone_is_enough(trained, tmp_path):
+    compare(trained, "--resamples", 5, "--observe", 1)
     content = json.loads((trained / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "distilled"]
     assert content["dataset"]["name"] == f"tiny_{tmp_path / 'other'}"
@@ -89,7 +81,6 @@ def test_a_run_alone_is_enough(command, trained, tmp_path):
 
 
 def test_a_run_without_test_data_may_be_asked_about_others(
-    command,
     trained,
     data,  # noqa: F811
     tmp_path,
@@ -99,7 +90,7 @@ def test_a_run_without_test_data_may_be_asked_about_others(
     save_config(config, trained / "config.yaml")
     left, there = sorted(trained.rglob("*")), tmp_path / "there"
     words = ["--dataset", f"tiny_{data}", "--output", there, "--resamples", 5, "--observe", 1]
-    command(trained, *words)
+    compare(trained, *words)
     content = json.loads((there / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "distilled"]
     assert content["dataset"]["name"] == f"tiny_{data}" and content["dataset"]["images"] == 6
@@ -109,17 +100,17 @@ def test_a_run_without_test_data_may_be_asked_about_others(
 def test_data_that_only_the_recipe_of_a_run_knows(trained, tmp_path):
     name = f"tiny_{tmp_path / 'other'}"
     assert name not in DatasetCatalog.list()
-    detectors, dataset = load_tool("compare_detectors").found_in(trained, name)
+    detectors, dataset = found_in(trained, name)
     assert dataset == name and name in DatasetCatalog.list() and len(detectors) == 2
 
 
 def test_a_study_may_be_asked_about_other_data(study):  # noqa: F811
-    detectors, dataset = load_tool("compare_detectors").found_in(study, "another")
+    detectors, dataset = found_in(study, "another")
     assert dataset == "another" and [d.name for d in detectors] == ["teacher", "baseline", "tar"]
 
 
-def test_a_study_alone_is_enough(command, study):  # noqa: F811
-    command(study, "--resamples", 5, "--observe", 2)
+def test_a_study_alone_is_enough(study):  # noqa: F811
+    compare(study, "--resamples", 5, "--observe", 2)
     content = json.loads((study / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["teacher", "baseline", "tar"]
     assert (study / "report.html").is_file()
@@ -127,7 +118,7 @@ def test_a_study_alone_is_enough(command, study):  # noqa: F811
         study / "results.json",
         json.loads((study / "results.json").read_text()) | {"featured": "weak"},
     )
-    command(study, "--resamples", 5, "--observe", 2)
+    compare(study, "--resamples", 5, "--observe", 2)
     rows = json.loads((study / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "baseline", "weak"]
 
@@ -153,14 +144,14 @@ def test_a_study_ends_with_it(study, data, capsys):  # noqa: F811
         (["somewhere", "--resamples", "0"], "--resamples: 0"),
     ],
 )
-def test_bad_input_ends_in_one_line(command, words, line, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(words, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert line in refusal(lambda words: command(*words), words, capsys)
+    assert line in refusal(command("compare"), words, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_data_set_and_a_broken_study_are_named(command, study, capsys):  # noqa: F811
-    asked = lambda *words: refusal(lambda words: command(*words), words, capsys)  # noqa: E731
+def test_an_unknown_data_set_and_a_broken_study_are_named(study, capsys):  # noqa: F811
+    asked = lambda *words: refusal(command("compare"), words, capsys)  # noqa: E731
     assert "'nowhere'" in asked(study, "--dataset", "nowhere")
     whole = (study / "tar_seed0/config.yaml").read_text()
     for content in (whole[: len(whole) // 2], "model: [", "model:", "- model", "", "\0"):
@@ -172,9 +163,9 @@ def test_an_unknown_data_set_and_a_broken_study_are_named(command, study, capsys
         assert "results.json: no rows" in asked(study)
 
 
-def test_a_broken_recipe_is_named(command, tmp_path, capsys):
+def test_a_broken_recipe_is_named(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("model = nope")
     detector = f"a={tmp_path / 'broken.py'},weights.pth"
     words = ["--detector", detector, "--output", tmp_path / "report", "--dataset", "some"]
-    said = refusal(lambda words: command(*words), words, capsys)
+    said = refusal(command("compare"), words, capsys)
     assert "broken.py: does not load (NameError: name 'nope' is not defined)" in said

@@ -38,7 +38,7 @@ from d2kd.modeling import Teacher
 from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 from d2kd.testing import tiny_gfl
 
-from .common import CLASSES, load_tool, refusal, tiny_faster_rcnn, tiny_retinanet
+from .common import CLASSES, command, refusal, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
@@ -115,15 +115,14 @@ def test_what_was_found_before_a_failure_is_shown(tmp_path, monkeypatch, capsys)
         yield Finding("train data", "ok", "6 images")
         raise MemoryError("no room\nfor it")
 
-    tool = load_tool("doctor")
     monkeypatch.setattr("d2kd.doctor.diagnose", fails)
     arguments = ["--config-file", "baselines/retinanet_small_shapes.py"]
     with pytest.raises(SystemExit) as ended:
-        tool.main(arguments)
+        command("doctor")(arguments)
     said = capsys.readouterr().out
     assert ended.value.code == 2 and "6 images" in said and "MemoryError: no room" in said
     with pytest.raises(MemoryError):
-        tool.main([*arguments, "--debug"])
+        command("doctor")([*arguments, "--debug"])
 
 
 def test_a_class_step_is_about_its_own_classes(tmp_path, config):
@@ -552,11 +551,6 @@ def test_the_table():
     assert [exit_code(findings[:n]) for n in (0, 1, 2)] == [0, 0, 1]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("doctor")
-
-
 RECIPE = """
 from pathlib import Path
 
@@ -570,12 +564,12 @@ model, dataloader, optimizer, lr_multiplier, train = (
 """
 
 
-def test_the_command(tool, tmp_path, capsys):
+def test_the_command(tmp_path, capsys):
     draw_data(tmp_path / "data")
     (tmp_path / "plain.py").write_text(RECIPE)
     words = ["--config-file", tmp_path / "plain.py", "--json", tmp_path / "found.json"]
     with pytest.raises(SystemExit) as exit:
-        tool.main([*map(str, words), "--iterations", "0", "optimizer.lr=9.0"])
+        command("doctor")([*map(str, words), "--iterations", "0", "optimizer.lr=9.0"])
     assert exit.value.code == 2 and "error    learning rate" in capsys.readouterr().out
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["schema"] == 1 and {"subject", "state", "found", "advice"} == set(
@@ -593,7 +587,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line(tool, tmp_path, capfd, arguments, complaint):
+def test_refused_in_one_line(tmp_path, capfd, arguments, complaint):
     (tmp_path / "plain.py").write_text(RECIPE)
     words = ["--config-file", f"{tmp_path}/plain.py", *arguments.format(folder=tmp_path).split()]
-    assert complaint in refusal(tool.main, words, capfd)
+    assert complaint in refusal(command("doctor"), words, capfd)

@@ -24,7 +24,7 @@ from d2kd.export import ExportedDetector, exportable, of_image, strangers, write
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
 
-from .common import CLASSES, DETECTORS, ROOT, build, load_tool, refusal, tiny_retinanet
+from .common import CLASSES, DETECTORS, ROOT, build, command, refusal, tiny_retinanet
 from .resume_runs import run
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
@@ -211,11 +211,6 @@ def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "broken.ts"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("export_student")
-
-
 RECIPE = """
 from pathlib import Path
 
@@ -268,12 +263,12 @@ def dense(folder):
     ],
     ids=["Faster R-CNN", "RetinaNet"],
 )
-def test_the_table(tool, dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
+def test_the_table(dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
     weights = dense / f"{kind}student.pth"
     words = ["--config-file", dense / f"{kind}recipe.py", "--weights", weights, "--format", form]
     words += ["--table", "--output", tmp_path, "--images", "2", "--baseline", weights]
-    tool.main([*map(str, words), f"model.student.{threshold}"])
+    command("export")([*map(str, words), f"model.student.{threshold}"])
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "table.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
@@ -291,7 +286,7 @@ def test_the_table(tool, dense, kind, form, threshold, tmp_path, capsys, monkeyp
 
 
 def test_files_of_several_formats_and_one_that_answers_otherwise(
-    tool, dense, tmp_path, capsys, monkeypatch
+    dense, tmp_path, capsys, monkeypatch
 ):
     """The exit code tells of any of them, be it not the last."""
     words = ["--config-file", dense / "dense_recipe.py", "--weights", dense / "dense_student.pth"]
@@ -301,7 +296,7 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     def told():
         return [int(n) for n in re.findall(r"(\d+) not the other's", capsys.readouterr().out)]
 
-    tool.main(words)
+    command("export")(words)
     assert told() == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.ts"]
 
@@ -313,7 +308,7 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
 
     monkeypatch.setattr(export, "write", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
-        tool.main(words)
+        command("export")(words)
     differing, same = told()
     assert exit.value.code == 1 and differing > 0 and same == 0
 
@@ -376,11 +371,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line(tool, folder, tmp_path, capfd, arguments, complaint):
+def test_refused_in_one_line(folder, tmp_path, capfd, arguments, complaint):
     words = ["--config-file", "{folder}/recipe.py", "--weights", "{folder}/student.pth"]
     words += ["--output", str(tmp_path / "out"), *arguments.split()]
     words = [word.format(folder=folder) for word in words]
-    assert complaint in refusal(tool.main, words, capfd)
+    assert complaint in refusal(command("export"), words, capfd)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from .common import load_tool
+from d2kd import __version__
+from d2kd.errors import InputError
+from d2kd.tools import COMMANDS, install_detectron2
+
+from .common import command, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "pb1-detectron2-0.6"
@@ -49,10 +54,7 @@ SOURCES = {
 }
 
 
-@pytest.fixture
-def installer():
-    """A fresh copy of the script as a module, so that a test may change its constants."""
-    return load_tool("install_detectron2")
+install = command("install-detectron2")
 
 
 @pytest.fixture
@@ -92,9 +94,9 @@ def run(arguments: list, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, **kwargs)
 
 
-def test_the_wheel_is_pure_python_and_repaired(installer, index, tmp_path, monkeypatch):
-    monkeypatch.setattr(installer, "SHA256", write_archive(index))
-    installer.main(["--wheel-dir", str(tmp_path / "wheels")])
+def test_the_wheel_is_pure_python_and_repaired(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(install_detectron2, "SHA256", write_archive(index))
+    install(["--wheel-dir", tmp_path / "wheels"])
 
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert wheel.name == "detectron2-0.6-py3-none-any.whl"
@@ -111,60 +113,69 @@ def test_the_wheel_is_pure_python_and_repaired(installer, index, tmp_path, monke
         compile(text[f"detectron2/{name}.py"], name, "exec")
 
 
-def test_the_stand_in_names_what_is_missing(installer):
+def test_the_stand_in_names_what_is_missing():
     stand_in = {}
-    exec(installer.STAND_IN, stand_in)
+    exec(install_detectron2.STAND_IN, stand_in)
     assert stand_in["has_cuda"]() is False
     with pytest.raises(RuntimeError, match=r"detectron2\._C\.box_iou_rotated is not available"):
         stand_in["__getattr__"]("box_iou_rotated")(1, 2)
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if "configs" not in path])
-def test_a_repair_without_its_text_is_an_error(installer, tmp_path, path):
+@pytest.mark.parametrize("path", [*(path for path in SOURCES if "configs" not in path), "_C.py"])
+def test_a_repair_without_its_text_is_an_error(tmp_path, path):
     for name, text in (SOURCES | {path: "pass\n"}).items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(textwrap.dedent(text))
-    with pytest.raises(installer.Failure, match=f"detectron2/{path}: nothing matches .*; expected"):
-        installer.repair(tmp_path)
+    found = "exists" if path == "_C.py" else "nothing matches .*"
+    with pytest.raises(InputError, match=f"detectron2/{path}: {found}; expected"):
+        install_detectron2.repair(tmp_path)
 
 
-def test_a_wrong_hash_is_one_error_line(index, tmp_path):
+def test_a_wrong_hash_is_one_error_line(index, tmp_path, capfd):
     digest = write_archive(index)
-    script = ROOT / "tools/install_detectron2.py"
-    result = run([sys.executable, script, "--wheel-dir", tmp_path / "wheels"])
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(
-        f"error: pb1-detectron2==0.6: the archive's SHA-256 is {digest}; expected "
+    line = refusal(install, ["--wheel-dir", tmp_path / "wheels"], capfd)
+    assert f"pb1-detectron2==0.6: the archive's SHA-256 is {digest}; expected " in line
+    assert not (tmp_path / "wheels").exists()
+
+
+def test_no_network_is_one_error_line(index, tmp_path, capfd):
+    line = refusal(install, ["--wheel-dir", tmp_path / "wheels"], capfd)
+    assert "pb1-detectron2==0.6: cannot be downloaded (pip: " in line
+    assert not (tmp_path / "wheels").exists()
+
+
+def test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line(tmp_path, monkeypatch, capfd):
+    write_archive(tmp_path)
+    archive = tmp_path / f"{NAME}.tar.gz"
+    monkeypatch.setattr(install_detectron2, "download", lambda folder: archive)
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file: File exists" in refusal(
+        install, ["--wheel-dir", tmp_path / "file"], capfd
     )
+    monkeypatch.setattr(install_detectron2, "SETUP", "raise ValueError('%.0s')")
+    words = ["--wheel-dir", tmp_path / "wheels"]
+    assert "the wheel cannot be built (pip: " in refusal(install, words, capfd)
     assert not (tmp_path / "wheels").exists()
 
 
-def test_no_network_is_one_error_line(index, tmp_path):
-    script = ROOT / "tools/install_detectron2.py"
-    result = run([sys.executable, script, "--wheel-dir", tmp_path / "wheels"])
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: pb1-detectron2==0.6: cannot be downloaded (pip: ")
-    assert not (tmp_path / "wheels").exists()
+def test_nothing_is_installed_when_a_requirement_is_missing(index, monkeypatch):
+    monkeypatch.setattr(install_detectron2, "REQUIREMENTS", ("d2kd-no-such-package",))
+    with pytest.raises(InputError, match="detectron2 0.6: cannot be installed .*no-such"):
+        install_detectron2.install(index / "detectron2-0.6-py3-none-any.whl", None)
 
 
-def test_nothing_is_installed_when_a_requirement_is_missing(installer, index, monkeypatch):
-    monkeypatch.setattr(installer, "REQUIREMENTS", ("d2kd-no-such-package",))
-    with pytest.raises(installer.Failure, match="detectron2 0.6: cannot be installed .*no-such"):
-        installer.install(index / "detectron2-0.6-py3-none-any.whl", None)
-
-
-def test_an_installed_detectron2_is_left_alone_unless_forced(installer, monkeypatch, capsys):
+def test_an_installed_detectron2_is_left_alone_unless_forced(monkeypatch, capsys):
     installed = []
-    monkeypatch.setattr(installer, "download", lambda folder: folder)
-    monkeypatch.setattr(installer, "build", lambda archive, destination: destination)
-    monkeypatch.setattr(installer, "install", lambda *arguments: installed.append(arguments))
+    monkeypatch.setattr(install_detectron2, "download", lambda folder: folder)
+    monkeypatch.setattr(install_detectron2, "build", lambda archive, destination: destination)
+    monkeypatch.setattr(
+        install_detectron2, "install", lambda *arguments: installed.append(arguments)
+    )
 
-    installer.main([])
+    install([])
     assert not installed and "left alone" in capsys.readouterr().out
-    installer.main(["--force"])
+    install(["--force"])
     assert len(installed) == 1
 
 
@@ -186,19 +197,9 @@ def test_fcos_learns_from_an_image_without_objects():
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
-    # -S leaves out site-packages, and with them Detectron2.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import d2kd"
-    result = run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: d2kd needs Detectron2")
-    assert "tools/install_detectron2.py" in last
-
-
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder that holds d2kd as its wheel installs it, and nothing else."""
+def bare(tmp_path_factory):
+    """A virtual environment that holds d2kd as its wheel installs it, and nothing else."""
     # Built from a copy: setuptools writes build/ and *.egg-info beside setup.py.
     scratch = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__")
@@ -206,11 +207,80 @@ def installed(tmp_path_factory):
         shutil.copytree(ROOT / name, scratch / "source" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, scratch / "source")
-    target = scratch / "target"
-    pip = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index"]
-    result = run([*pip, "--no-build-isolation", "--target", target, scratch / "source"])
-    assert result.returncode == 0, result.stderr
-    return target
+    pip, venv = [sys.executable, "-m", "pip", "-q"], scratch / "venv"
+    options = ["--no-deps", "--no-index"]
+    for arguments in (
+        [sys.executable, "-m", "venv", "--without-pip", venv],
+        [*pip, "wheel", *options, "--no-build-isolation", "-w", scratch, scratch / "source"],
+        [
+            *pip,
+            "--python",
+            venv / "bin/python",
+            "install",
+            *options,
+            "--find-links",
+            scratch,
+            "d2kd",
+        ],
+    ):
+        result = run(arguments)
+        assert result.returncode == 0, result.stderr
+    return venv
+
+
+@pytest.fixture(scope="module")
+def installed(bare):
+    """The folder of the environment's packages."""
+    (folder,) = bare.glob("lib/python*/site-packages")
+    return folder
+
+
+def test_what_a_user_finds_without_detectron2(bare):
+    def d2kd(*words):
+        return run([bare / "bin/d2kd", *words], env={})
+
+    shown = d2kd("--help")
+    assert shown.returncode == 0 and all(f"\n    {name}" in shown.stdout for name in COMMANDS)
+    for words in ([], ["tarin"], ["train"]):
+        refused = d2kd(*words)
+        assert refused.returncode == 2 and refused.stderr.startswith("usage: d2kd ")
+    assert d2kd("--version").stdout == f"d2kd {__version__}\n"
+    for words, complaint in {
+        "train --config-file x": "detectron2: not installed; expected `d2kd install-detectron2`",
+        "install-detectron2": "torch: not installed; expected pip install torch",
+    }.items():
+        refused = d2kd(*words.split())
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert refused.stderr.startswith(f"error: {complaint}")
+
+
+def test_every_command_has_a_file_in_tools_with_the_same_help(bare):
+    shown = {}
+    for file in (ROOT / "tools").glob("*.py"):
+        result = run([bare / "bin/python", file, "--help"], env={})
+        shown[re.match(r"usage: d2kd (\S+)", result.stdout)[1]] = result.stdout
+    assert shown.keys() == COMMANDS.keys()
+    for name, text in shown.items():
+        assert run([bare / "bin/d2kd", name, "--help"], env={}).stdout == text
+
+
+def test_without_detectron2_the_import_says_how_to_get_it(bare, tmp_path):
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2/__init__.py").touch()
+    code = f"""
+        import sys
+        import d2kd
+        try:
+            import d2kd.losses
+        except ModuleNotFoundError as error:
+            print(error)
+        sys.path.append({str(tmp_path)!r})  # as if it were installed now
+        import d2kd.losses
+        """
+    result = run([bare / "bin/python", "-I", "-c", textwrap.dedent(code)])
+    assert result.stdout.startswith("d2kd needs Detectron2")
+    assert "`d2kd install-detectron2`" in result.stdout
+    assert result.stderr.endswith("ModuleNotFoundError: No module named 'torch'\n")
 
 
 @pytest.mark.parametrize("folder", ["d2kd", "configs", "projects"])

@@ -18,8 +18,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2kd.classes import ClassMap, class_names, renamed
 from d2kd.config import config_file, detector, is_distiller, load, with_defaults
 from d2kd.data.shapes import CLASSES
+from d2kd.tools import COMMANDS
 
-from .common import load_tool
 from .test_voc import write_voc
 from .tiny_run import draw_data
 
@@ -133,7 +133,7 @@ def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
              "train.eval_period=0", "train.eval_teacher=False", "dataloader.train.total_batch_size=2",
              "dataloader.train.num_workers=0", "train.log_period=1"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, ROOT / "tools/train_net.py", *words],
+        [sys.executable, "-m", "d2kd", "train", *words],
         cwd=tmp_path,
         env={**os.environ, "MY_DATA": str(tmp_path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -157,18 +157,23 @@ def test_every_path_it_names_is_there(path):
     text = path.read_text()
     links = re.findall(r"\]\(((?!http|#)[^)#]+)", text)
     text = re.sub(r"\[[^]]*\]\([^)]*\)", "", text)
-    named = re.findall(r"\b(?:tools|projects|configs)/[\w/]+\.py", text)
+    named = re.findall(r"\b(?:projects|configs)/[\w/]+\.py", text)
     recipes = re.findall(r"--config-file (baselines/[\w/]+\.py)", text)
     assert len(links) > 5 and len(named) > 5
     files = [path.parent / link for link in links] + [ROOT / name for name in named]
     assert not [file for file in (*files, *map(config_file, recipes)) if not Path(file).exists()]
 
 
+def test_every_command_they_name_is_there():
+    text = "".join(path.read_text() for path in READMES)
+    pattern = r"(?:(?:^    |`)(?:\S+=\S+ )?|-m )d2kd ([a-z][\w-]*)"
+    named = re.findall(pattern, text, flags=re.MULTILINE)
+    assert set(named) == set(COMMANDS)
+
+
 @pytest.mark.parametrize("path", READMES[1:], ids=lambda path: path.parent.name)
 def test_every_run_it_names_is_in_its_study(path):
-    commands = re.findall(
-        r"tools/run_study\.py\s+(\S+\.py)((?:[^\n`]*\\\n)*[^\n`]*)", path.read_text()
-    )
+    commands = re.findall(r"d2kd study\s+(\S+\.py)((?:[^\n`]*\\\n)*[^\n`]*)", path.read_text())
     assert len(commands) > 3
     for study, options in commands:
         known = set(LazyConfig.load(str(ROOT / study)).runs)
@@ -178,6 +183,6 @@ def test_every_run_it_names_is_in_its_study(path):
 
 
 def test_our_own_warnings_are_errors():
-    for module in ("d2kd", "d2kd.losses.tar", load_tool("doctor").__name__):
+    for module in ("d2kd", "d2kd.losses.tar", "d2kd.tools.doctor"):
         with pytest.raises(FutureWarning, match="old"):
             warnings.warn_explicit("old", FutureWarning, "a.py", 1, module=module)

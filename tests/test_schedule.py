@@ -14,7 +14,8 @@ from d2kd.errors import InputError
 from d2kd.study import Commands, load, run_study, schedule
 from d2kd.study import run as training
 
-from .common import load_tool, one_thread
+from . import common
+from .common import one_thread
 from .tiny_run import draw_data
 
 STUDY = """
@@ -76,10 +77,9 @@ def file(tmp_path):
 
 @pytest.fixture
 def command(file, monkeypatch):
-    """``tools/run_study.py`` with the study, from an empty folder."""
+    """``d2kd study`` with the study, from an empty folder."""
     monkeypatch.chdir(file.parent)
-    tool = load_tool("run_study")
-    return lambda words: tool.main([str(file), *words.split()])
+    return lambda words: common.command("study")([file, *words.split()])
 
 
 def run(file, output, seeds=(), only=(), trainer=None, console=None):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2kd import engine
 from d2kd.errors import InputError
 from d2kd.modeling import Teacher
+from d2kd.tools.train import work
 
-from .common import CLASSES, ROOT, build, load_tool, refusal, tiny_faster_rcnn
+from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights
 
 RECIPE = """
@@ -28,10 +31,7 @@ model, dataloader, optimizer, lr_multiplier, train = (
 )
 """
 
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("train_net")
+train = command("train")
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_train_resume_evaluate(tool, folder, monkeypatch):
+def test_train_resume_evaluate(folder, monkeypatch):
     recipe = str(folder / "distilled.py")
-    tool.run(["--config-file", recipe])
+    train(["--config-file", recipe])
     assert (folder / "out/model_final.pth").exists()
-    tool.run(["--config-file", recipe, "--resume", "train.max_iter=3"])
+    train(["--config-file", recipe, "--resume", "train.max_iter=3"])
     rows = json.loads((folder / "out/run.json").read_text())["rows"]
     assert [(row["start_iter"], row["iterations"]) for row in rows] == [(0, 2), (2, 3)]
 
@@ -60,48 +60,48 @@ def test_train_resume_evaluate(tool, folder, monkeypatch):
 
     monkeypatch.setattr(Teacher, "__init__", never)
     measured = []
-    do_test = tool.do_test
+    do_test = engine.do_test
 
     def heard(config, model):
         measured.append(model.state_dict())
         assert "AP" in do_test(config, model)["bbox"]
 
-    monkeypatch.setattr(tool, "do_test", heard)
+    monkeypatch.setattr(engine, "do_test", heard)
     final = torch.load(folder / "out/model_final.pth")["model"]
     given = {key: value + 1 for key, value in final.items()}
     torch.save({"model": given}, folder / "given.pth")
     named = f"train.init_checkpoint={folder / 'given.pth'}"
     # The run's own without a file named, and where the run is to be resumed; else the file.
     for words, expected in (([], final), ([named], given), (["--resume", named], final)):
-        tool.run(["--config-file", recipe, "--eval-only", *words])
+        train(["--config-file", recipe, "--eval-only", *words])
         state = measured.pop()
         assert not measured and state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected), words
 
 
-def test_a_checkpoint_of_other_classes_is_not_measured(tool, folder, capfd, monkeypatch):
+def test_a_checkpoint_of_other_classes_is_not_measured(folder, capfd, monkeypatch):
     """As many classes are not the same: by the test data class k of the file would be another."""
     names = [f"class {k}" for k in range(CLASSES)]
     measured = []
-    monkeypatch.setattr(tool, "do_test", lambda *args: measured.append(args))
+    monkeypatch.setattr(engine, "do_test", lambda *args: measured.append(args))
     words = ["--config-file", str(folder / "plain.py"), "--eval-only"]
     words += [f"train.init_checkpoint={folder / 'weights.pth'}"]
     content = {"model": build(tiny_faster_rcnn()).state_dict()}
     for named in ({}, {"classes": names}):
         torch.save(content | named, folder / "weights.pth")
-        tool.run(words)
+        train(words)
     assert len(measured) == 2
     torch.save(content | {"classes": names[::-1]}, folder / "weights.pth")
     capfd.readouterr()
-    error = refusal(tool.run, words, capfd)
+    error = refusal(train, words, capfd)
     assert "its classes are class 2, class 1, class 0; expected the classes class 0" in error
     assert len(measured) == 2
 
 
-def test_distill_makes_a_plain_recipe_one_with_a_teacher(tool, folder):
+def test_distill_makes_a_plain_recipe_one_with_a_teacher(folder):
     words = ["--config-file", folder / "plain.py", "--distill", "imitation", "--teacher"]
     words += [folder / "teacher.py", folder / "teacher.pth", "train.max_iter=1"]
-    tool.run([*map(str, words), "model.losses.imitation.weight=0.5"])
+    train([*map(str, words), "model.losses.imitation.weight=0.5"])
     metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
     assert metrics[0]["distill/weight_imitation"] == 0.5
     assert metrics[0]["distill/loss_imitation"] > 0
@@ -118,7 +118,6 @@ def _spoil(folder: Path) -> None:
 
 TEACH = "--distill imitation --teacher {folder}/teacher.py {folder}/"
 REFUSED = {
-    "no config": ("", "--config-file: not given"),
     "missing config": ("--config-file {folder}/gone.py", "gone.py: no such config"),
     "broken config": ("--config-file {folder}/broken.py", "broken.py: does not load"),
     "yacs recipe": ("--config-file {folder}/recipe.yaml", "recipe.yaml: a yacs config"),
@@ -151,13 +150,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line_before_anything_is_written(tool, folder, capfd, arguments, complaint):
+def test_refused_in_one_line_before_anything_is_written(folder, capfd, arguments, complaint):
     _spoil(folder)
     plain = f"--config-file {folder}/plain.py"
     words = arguments.format(plain=plain, folder=folder).split()
-    flags = [w for w in words if w == "--eval-only"]  # Detectron2's parser has overrides last
-    rest = [w for w in words if w not in flags]
-    assert complaint in refusal(tool.run, flags + rest, capfd)
+    assert complaint in refusal(train, words, capfd)
     assert not (folder / "out").exists()
 
 
@@ -169,37 +166,47 @@ def test_refused_in_one_line_before_anything_is_written(tool, folder, capfd, arg
         (lambda data: (data / "3.png").unlink(), "3.png: missing"),
     ],
 )
-def test_data_is_looked_at_first(tool, folder, capfd, spoil, complaint):
+def test_data_is_looked_at_first(folder, capfd, spoil, complaint):
     spoil(folder / "data")
     with pytest.raises(SystemExit, match="2"):
-        tool.run(["--config-file", str(folder / "plain.py")])
+        train(["--config-file", str(folder / "plain.py")])
     assert complaint in capfd.readouterr().err
     assert not (folder / "out").exists()
 
 
-def test_an_image_that_cannot_be_decoded(tool, folder, capfd):
+def test_an_image_that_cannot_be_decoded(folder, capfd):
     for image in (folder / "data").glob("*.png"):
         image.write_bytes(b"no image")
     with pytest.raises(SystemExit, match="2"):
-        tool.run(["--config-file", str(folder / "plain.py")])
+        train(["--config-file", str(folder / "plain.py")])
     error = capfd.readouterr().err
     assert "cannot be decoded" in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-def test_debug_shows_the_traceback(tool, folder):
+def test_debug_shows_the_traceback(folder):
     with pytest.raises(InputError, match="gone.py: no such config"):
-        tool.run(["--debug", "--config-file", str(folder / "gone.py")])
+        train(["--debug", "--config-file", str(folder / "gone.py")])
+
+
+def test_several_gpus_get_the_same_command(monkeypatch):
+    """What each process shall do reaches it by pickle."""
+    given = []
+    monkeypatch.setattr("d2kd.engine.launch.launch", lambda *all: given.append(pickle.dumps(all)))
+    train(["--config-file", "some.py", "--num-gpus", "2", "train.max_iter=3"])
+    function, args = pickle.loads(given.pop())
+    assert function is work
+    assert (args.config_file, args.num_gpus, args.opts) == ("some.py", 2, ["train.max_iter=3"])
 
 
 def test_two_processes_one_without_ground_truth(folder):
     """With two images, of which one is empty, each step gives one to each process; one draws both."""
     draw_data(folder / "data", objects=(2, 0))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tools/train_net.py", "--config-file", str(folder / "distilled.py")]
-    command += ["train.max_iter=3", "model.losses.imitation.weight=1.0", "train.draw_period=2"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "d2kd", "train", "--config-file", str(folder / "distilled.py")]
+    words += ["train.max_iter=3", "model.losses.imitation.weight=1.0", "train.draw_period=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = torch.load(folder / "out/model_final.pth")
@@ -218,13 +225,13 @@ def test_two_processes_one_without_ground_truth(folder):
 def test_icd_in_two_processes_one_without_ground_truth(folder):
     """Two optimizers on gradients that both processes share; the data are those of the test above."""
     draw_data(folder / "data", objects=(2, 0))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tools/train_net.py", "--config-file", str(folder / "plain.py"), "--distill", "icd"]
-    command += ["--teacher", str(folder / "teacher.py"), str(folder / "teacher.pth")]
-    command += ["train.max_iter=3", "model.losses.icd.start=0.4", "train.eval_teacher=False"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["tools/train_net.py", "--config-file", str(folder / "plain.py"), "--distill", "icd"]
+    words += ["--teacher", str(folder / "teacher.py"), str(folder / "teacher.pth")]
+    words += ["train.max_iter=3", "model.losses.icd.start=0.4", "train.eval_teacher=False"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = torch.load(folder / "out/model_final.pth")

@@ -12,8 +12,9 @@ from detectron2.config import instantiate
 from PIL import Image
 
 from d2kd.config import load
+from d2kd.tools.visualize import detectors_of
 
-from .common import build, load_tool, tiny_faster_rcnn
+from .common import build, command, tiny_faster_rcnn
 from .test_visualization import panels_of
 from .tiny_run import draw_data, teacher_weights
 
@@ -59,15 +60,12 @@ def test_data_of_the_recipe_is_found_by_its_name(folder):
     assert len(list((folder / "pictures").glob("*.png"))) == 2
 
 
-def test_what_scores_below_the_threshold_is_not_drawn(folder, tmp_path, monkeypatch):
-    tool = load_tool("visualize")
-
+def test_what_scores_below_the_threshold_is_not_drawn(folder, tmp_path):
     def panels(threshold):
         words = ["--config-file", folder / "recipe.py", "--dataset", "mine_val", "--number", 1]
         words += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
         words += ["--output", tmp_path / str(threshold), "--threshold", threshold]
-        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
-        tool.main()
+        command("visualize")(words)
         [picture] = (tmp_path / str(threshold)).glob("*.png")
         return panels_of(np.asarray(Image.open(picture)), 3)
 
@@ -88,7 +86,7 @@ def test_a_detector_is_drawn_with_the_names_in_its_file(folder, tmp_path):
     for named, recipes, expected in ((own, its, own), (None, its, its), (None, None, data)):
         torch.save(content | ({"classes": named} if named else {}), files["student"])
         config.model.classes = recipes
-        found = load_tool("visualize").detectors_of(config, files, "mine_val")
+        found = detectors_of(config, files, "mine_val")
         assert {who: list(names) for who, (_, names) in found.items()} == {
             "teacher": expected,
             "student": expected,

@@ -1,83 +1,9 @@
 #!/usr/bin/env python3
-"""Look at a run before the days are spent: models, data, classes, learning rate, losses.
+"""``d2kd doctor``."""
 
-    tools/doctor.py --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
+import sys
 
-Everything is built as for training, some images are read, the teacher is measured on some, and a few steps are taken in
-memory; nothing is written but FILE. Each line is ok, warning or error, with what to do. Exit code: 0 all is ok,
-1 there are warnings, 2 there are errors.
-"""
-
-import argparse
-from pathlib import Path
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=200,
-        help="to decode and to measure the teacher on; 0: all",
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=20, help="before losses are compared; 0: they are not"
-    )
-    parser.add_argument(
-        "--target", type=float, default=1.0, help="ratio of gradients that overrides are given for"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the lines")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("opts", nargs="*", help="overrides of the recipe")
-    args = parser.parse_args(arguments)
-
-    # Late, so that --help and a mistyped option answer at once.
-    from d2kd.errors import reporting
-
-    with reporting(args.debug):
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from d2kd.config import load
-    from d2kd.doctor import Finding, diagnose, exit_code, table
-    from d2kd.engine.run_info import versions, write_json
-    from d2kd.errors import InputError
-
-    for name, least in (("images", 0), ("iterations", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name}", getattr(args, name), f"at least {least}")
-    if not args.target > 0:
-        raise InputError("--target", args.target, "a positive ratio")
-    if args.json and args.json.is_dir():
-        raise InputError("--json", f"{args.json} is a folder", "a file")
-    findings = []
-    try:
-        for finding in diagnose(
-            load(args.config_file, args.opts),
-            images=args.images,
-            iterations=args.iterations,
-            target=args.target,
-        ):
-            findings.append(finding)
-    except InputError:
-        raise
-    except Exception as error:  # what was found before it is still worth its time
-        if args.debug:
-            raise
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-        findings.append(Finding("looking", "error", found, "--debug shows the traceback"))
-    print(table(findings))
-    if args.json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        write_json(args.json, {"schema": 1, "versions": versions(), "rows": rows})
-    raise SystemExit(exit_code(findings))
-
+from d2kd.tools import main
 
 if __name__ == "__main__":
-    main()
+    main(["doctor", *sys.argv[1:]])

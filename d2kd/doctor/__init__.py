@@ -1,6 +1,6 @@
 """A look at a run before the days are spent on it: what is right, what is odd, what is wrong, and what to do.
 
-``tools/doctor.py`` builds everything and looks at all of it; ``tools/train_net.py`` looks at what costs nothing.
+``d2kd doctor`` builds everything and looks at all of it; ``d2kd train`` looks at what costs nothing.
 """
 
 from .examination import diagnose

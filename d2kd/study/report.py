@@ -1,4 +1,4 @@
-"""The comparison report at the end of a study, and of ``tools/compare_detectors.py``."""
+"""The comparison report at the end of a study, and of ``d2kd compare``."""
 
 from __future__ import annotations
 

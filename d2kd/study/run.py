@@ -64,8 +64,8 @@ class Died(InputError):
 
 def training_command(config_file: Path) -> list[str]:
     """The command line that trains a recipe, or continues its training."""
-    tool = Path(__file__).parents[2] / "tools" / "train_net.py"
-    return [sys.executable, str(tool), "--config-file", str(config_file), "--resume"]
+    command = [sys.executable, "-m", "d2kd", "train"]
+    return [*command, "--config-file", str(config_file), "--resume"]
 
 
 def train(config: DictConfig, test: str, report: Report) -> Measured:

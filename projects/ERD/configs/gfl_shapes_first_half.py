@@ -1,6 +1,6 @@
 """A thin GFL on the first four of the generated shapes: step 1 of 4+4.
 
-tools/train_net.py --config-file projects/ERD/configs/gfl_shapes_first_half.py
+d2kd train --config-file projects/ERD/configs/gfl_shapes_first_half.py
 """
 
 from d2kd.config import increment

@@ -1,6 +1,6 @@
 """ICD on blood cells: Faster R-CNN, from a teacher that ``studies/bccd_faster_rcnn.py`` has trained.
 
-D2KD_BCCD=…/BCCD tools/train_net.py --config-file projects/ICD/configs/icd_bccd_faster_rcnn.py
+D2KD_BCCD=…/BCCD d2kd train --config-file projects/ICD/configs/icd_bccd_faster_rcnn.py
 """
 
 from d2kd.config import distill, get_config

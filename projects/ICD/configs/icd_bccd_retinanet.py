@@ -1,6 +1,6 @@
 """ICD on blood cells: RetinaNet, from a teacher that ``studies/bccd_retinanet.py`` has trained.
 
-D2KD_BCCD=…/BCCD tools/train_net.py --config-file projects/ICD/configs/icd_bccd_retinanet.py
+D2KD_BCCD=…/BCCD d2kd train --config-file projects/ICD/configs/icd_bccd_retinanet.py
 """
 
 from d2kd.config import distill, get_config

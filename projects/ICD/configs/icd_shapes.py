@@ -1,6 +1,6 @@
 """ICD on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
 
-tools/train_net.py --config-file projects/ICD/configs/icd_shapes.py model.teacher.weights=WEIGHTS
+d2kd train --config-file projects/ICD/configs/icd_shapes.py model.teacher.weights=WEIGHTS
 
 Some hundreds of steps, and a pyramid 32 channels wide: what differs from the published settings is here.
 """

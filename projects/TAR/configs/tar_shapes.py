@@ -1,6 +1,6 @@
 """TAR on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
 
-tools/train_net.py --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
+d2kd train --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
 
 The weights were chosen on ``shapes_val`` with a seed that no study uses.
 """

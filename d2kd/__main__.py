@@ -1,0 +1,5 @@
+"""``python -m d2kd`` is the command ``d2kd``."""
+
+from .tools import main
+
+main()

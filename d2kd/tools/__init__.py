@@ -1,0 +1,64 @@
+"""The commands: ``d2kd COMMAND …``, or ``python -m d2kd COMMAND …``.
+
+A command is a module of this package. Its docstring is its help, ``add_arguments(parser)`` adds what it takes, and
+``run(args)`` does it. Only ``run`` imports what needs Detectron2 or torch, so that help is quick and works without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from importlib.util import find_spec
+
+from .. import __version__
+from ..errors import InputError, reporting
+
+COMMANDS = {
+    "train": "train or evaluate a recipe",
+    "study": "train all runs of a study; a table, curves, pictures and a report of them",
+    "compare": "one page on how several detectors differ",
+    "visualize": "pictures of what teacher and student detect, and of where losses look",
+    "doctor": "check a recipe, its data and its weights before training",
+    "benchmark": "measure seconds and memory of a distilled step",
+    "export": "write a trained detector as ONNX or TorchScript",
+    "install-detectron2": "install Detectron2 0.6 without a compiler",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``d2kd``; those of this process by default.
+
+    Raises:
+        SystemExit: with code 2 for bad input, else with what the command ends with, if not 0.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+        sys.argv[0] = "d2kd"  # results name the command that made them: as it is typed
+    parser = argparse.ArgumentParser(
+        prog="d2kd", description="Knowledge distillation for Detectron2's detectors."
+    )
+    parser.add_argument("--version", action="version", version=f"d2kd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {}
+    for name, purpose in COMMANDS.items():
+        modules[name] = module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(arguments)
+    module = modules[args.command]
+    with reporting(args.debug, getattr(module, "INTERRUPTED", None)):
+        if args.command != "install-detectron2" and find_spec("detectron2") is None:
+            raise InputError(
+                "detectron2", "not installed", "`d2kd install-detectron2`, or an official build"
+            )
+        module.run(args)

@@ -1,0 +1,67 @@
+"""Look at a run before the days are spent: models, data, classes, learning rate, losses.
+
+    d2kd doctor --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
+
+Everything is built as for training, some images are read, the teacher is measured on some, and a few steps are taken in
+memory; nothing is written but FILE. Each line is ok, warning or error, with what to do. Exit code: 0 all is ok,
+1 there are warnings, 2 there are errors.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=200,
+        help="to decode and to measure the teacher on; 0: all",
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="before losses are compared; 0: they are not"
+    )
+    parser.add_argument(
+        "--target", type=float, default=1.0, help="ratio of gradients that overrides are given for"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the lines")
+    parser.add_argument("opts", nargs="*", help="overrides of the recipe")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..config import load
+    from ..doctor import Finding, diagnose, exit_code, table
+    from ..engine.run_info import versions, write_json
+
+    for name, least in (("images", 0), ("iterations", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name}", getattr(args, name), f"at least {least}")
+    if not args.target > 0:
+        raise InputError("--target", args.target, "a positive ratio")
+    if args.json and args.json.is_dir():
+        raise InputError("--json", f"{args.json} is a folder", "a file")
+    findings = []
+    try:
+        for finding in diagnose(
+            load(args.config_file, args.opts),
+            images=args.images,
+            iterations=args.iterations,
+            target=args.target,
+        ):
+            findings.append(finding)
+    except InputError:
+        raise
+    except Exception as error:  # what was found before it is still worth its time
+        if args.debug:
+            raise
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        findings.append(Finding("looking", "error", found, "--debug shows the traceback"))
+    print(table(findings))
+    if args.json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        write_json(args.json, {"schema": 1, "versions": versions(), "rows": rows})
+    raise SystemExit(exit_code(findings))
