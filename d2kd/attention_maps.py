@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from .losses import ICDLoss
 from .losses.icd import tokens
 from .modeling import Teacher
 from .modeling.weights import fit, read
-from .visualization import GAP, scenes, spread, title_strip
+from .visualization import GAP, save_pictures, scenes, spread, title_strip
 
 TILE = 160  # longer side of one of a panel's pictures, in pixels
 HEAT = np.array([255, 190, 0])
@@ -259,7 +259,11 @@ def draw_attention(
     """
     check_dataset(dataset)
     metadata = MetadataCatalog.get(dataset)
-    records = [record for record in DatasetCatalog.get(dataset) if _has_objects(record)]
+    records = [
+        record
+        for record in DatasetCatalog.get(dataset)
+        if any(not one.get("iscrowd", 0) for one in record.get("annotations", ()))
+    ]
     if not records:
         raise InputError(dataset, "no annotated object", "images with objects to ask about")
     names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
@@ -275,16 +279,9 @@ def draw_attention(
             shares = ", ".join(f"{level} {share:.0%}" for level, share in own.shares(0).items())
             title = f"{k + 1} {names[label]}: {shares}; in the box {inside[-1]:.0%}"
             panels.append(attention_panel(scene.image, own, box, title))
-        drawn[f"{scene.name}.png"] = _grid(panels)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in drawn.items():
-        Image.fromarray(picture).save(folder / name)
-    files = [folder / name for name in drawn]
+        drawn[scene.name] = _grid(panels)
+    files = save_pictures(folder, drawn)
     return Drawn(files, float(np.mean(inside)), float(np.mean(by_chance)))
-
-
-def _has_objects(record: Mapping) -> bool:
-    return any(not one.get("iscrowd", 0) for one in record.get("annotations", ()))
 
 
 def _grid(panels: list[np.ndarray]) -> np.ndarray:

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from PIL import Image
 from torch import Tensor
 
 from .data import check_dataset
 from .losses import ERDLoss
 from .modeling import Teacher
-from .visualization import Scene, marked, scenes, side_by_side, spread
+from .visualization import Scene, marked, save_pictures, scenes, side_by_side, spread
 
 TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
 """What is selected, as the pictures call it."""
@@ -50,11 +49,8 @@ def draw_selection(
     drawn = {}
     for scene in scenes(spread(records, number), mapper):
         add_selection(scene, loss, teacher)
-        drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in drawn.items():
-        Image.fromarray(picture).save(folder / name)
-    return [folder / name for name in drawn]
+        drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata)
+    return save_pictures(folder, drawn)
 
 
 def _old_and_new(loss: ERDLoss, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -174,17 +174,24 @@ def draw_differences(
         scored.append((abs(student - baseline), record, truth, seen, found))
     scored.sort(key=lambda entry: -entry[0])  # stable: ties stay in the data set's order
 
-    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    written = []
+    drawn = {}
     for rank, (_, record, truth, seen, found) in enumerate(scored[:number], 1):
         panels = {f"ground truth: {len(truth)}": truth}
         panels |= {f"{title}: finds {found[title]}": p for title, p in seen.items()}
-        drawn = side_by_side(read_image(record["file_name"], "RGB"), panels, metadata, threshold)
-        written.append(folder / f"{rank:02d}_{Path(record['file_name']).stem}.png")
-        Image.fromarray(drawn).save(written[-1])
-    return written
+        image = read_image(record["file_name"], "RGB")
+        name = f"{rank:02d}_{Path(record['file_name']).stem}"
+        drawn[name] = side_by_side(image, panels, metadata, threshold)
+    return save_pictures(folder, drawn)
+
+
+def save_pictures(folder: Path, drawn: Mapping[str, np.ndarray]) -> list[Path]:
+    """Write pictures (H, W, 3) as PNG, by name without its suffix; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in drawn.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in drawn]
 
 
 def _by_image(path: Path) -> dict[Any, list[dict]]:
@@ -305,11 +312,8 @@ def draw_detections(
     for scene in scenes(spread(records, number), mapper):
         for title, (see, _) in detectors.items():
             scene.add(title, see)
-        drawn[f"{scene.name}.png"] = side_by_side(scene.image, scene.panels, metadata, threshold)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in drawn.items():
-        Image.fromarray(picture).save(folder / name)
-    return [folder / name for name in drawn]
+        drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata, threshold)
+    return save_pictures(folder, drawn)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -349,9 +353,8 @@ def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -
             losses = {e["iteration"] + 1: task_loss(e) for e in entries}
             losses = {x: y for x, y in losses.items() if y is not None}
             # The evaluation at the end is logged one iteration after the last step.
-            measured = {
-                min(e["iteration"] + 1, max(losses, default=0)): e.get("bbox/AP") for e in entries
-            }
+            last = max(losses, default=0)
+            measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
             measured = {x: y for x, y in measured.items() if y is not None}
             label = method if number == 0 else "_"  # no legend of its own
             loss.plot(losses.keys(), losses.values(), label=label, **style)
@@ -379,19 +382,16 @@ def _draw(
     annotated = instances.has("gt_boxes")
     boxes = (instances.gt_boxes if annotated else instances.pred_boxes).tensor
     classes = (instances.gt_classes if annotated else instances.pred_classes).tolist()
-    scores = (
-        [None] * len(classes)
-        if annotated or not instances.has("scores")
-        else instances.scores.tolist()
-    )
+    scores = [None] * len(classes)
+    if not annotated and instances.has("scores"):
+        scores = instances.scores.tolist()
     shown = [i for i, s in enumerate(scores) if s is None or s >= threshold]
     names = metadata.get("thing_classes") if metadata is not None else None
     boxes = boxes[shown].detach().numpy() * scale
     colors = [COLORS[classes[i] % len(COLORS)] / 255 for i in shown]
     visualizer = Visualizer(image)
-    for box, color in zip(
-        boxes, colors
-    ):  # overlay_instances alone draws them half transparent: too faint on textures
+    # overlay_instances alone draws them half transparent: too faint on textures.
+    for box, color in zip(boxes, colors):
         visualizer.draw_box(box, alpha=1.0, edge_color=color)
     labels = [_label(classes[i], scores[i], names) for i in shown]
     drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)

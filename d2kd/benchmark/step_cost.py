@@ -46,10 +46,6 @@ class StepCost:
     pairs: int
     clock: str
 
-    def __str__(self) -> str:
-        interval = f"{self.low:.2f} to {self.high:.2f}"
-        return f"{self.ratio:.2f} ({interval}), {self.pairs} pairs, {self.clock}"
-
 
 def step_cost(
     distilled: DictConfig,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
@@ -169,12 +168,10 @@ def check_train(config: DictConfig) -> None:
         except OmegaConfBaseException as error:
             raise _explained(error, key, config.train) from None
     config.train = typed
-    for key in _leaves(Train):
-        try:
-            OmegaConf.select(config, f"train.{key}")
-        except OmegaConfBaseException as error:  # of what an interpolation leads to
-            raise _explained(error, key, config.train) from None
-    _check_values(config.train)
+    try:
+        _check_values(config.train)
+    except OmegaConfBaseException as error:  # of what an interpolation leads to
+        raise _explained(error, "", config.train) from None
     config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
 
 
@@ -199,9 +196,7 @@ def _explained(error: OmegaConfBaseException, key: str, train: DictConfig) -> In
         expected = _EXPECTED.get(get_origin(kind) or kind, "another value")
     try:
         found = OmegaConf.select(train, full)
-    except (
-        OmegaConfBaseException
-    ):  # an interpolation that leads nowhere, or to a value of another type
+    except OmegaConfBaseException:  # an interpolation that leads nowhere, or to another type
         found = str(error).splitlines()[0]
     return InputError(f"train.{full}", found, expected)
 
@@ -212,15 +207,6 @@ def _types(kind: type) -> dict[str, Any]:
         name: hint.__args__[0] if isinstance(hint, UnionType) else hint
         for name, hint in get_type_hints(kind).items()
     }
-
-
-def _leaves(kind: type) -> Iterator[str]:
-    """Dotted names of the keys that have a type."""
-    for name, inner in _types(kind).items():
-        if dataclasses.is_dataclass(inner):
-            yield from (f"{name}.{key}" for key in _leaves(inner))
-        elif inner in _EXPECTED:
-            yield name
 
 
 def _check_values(node: DictConfig, where: str = "train") -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -17,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -116,12 +114,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_json(path: str | Path) -> dict:
+    """What a JSON file says; nothing where there is no such file, or no sense in it."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := json.loads(Path(path).read_text()), dict):
+            return found
+    return {}
+
+
 def read_rows(path: str | Path) -> list[dict]:
-    """The ``rows`` of one of our JSON files; none where there is no such file, or no sense in it."""
-    try:
-        return list(json.loads(Path(path).read_text())["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """The ``rows`` of one of our JSON files; none where :func:`read_json` finds none."""
+    rows = read_json(path).get("rows")
+    return rows if isinstance(rows, list) else []
 
 
 def versions() -> dict[str, str | None]:
@@ -196,12 +200,6 @@ def save_config(config: DictConfig, path: str | Path) -> None:
     write_text(path, text)
 
 
-def _reduces_as_usual(kind: type) -> bool:
-    return all(
-        getattr(kind, key) is getattr(object, key) for key in ("__reduce__", "__reduce_ex__")
-    )
-
-
 class _Registered(str):
     """The name of a data set that a file of configs registers."""
 
@@ -240,11 +238,9 @@ class _Dumper(yaml.Dumper):
         if hasattr(data, "__qualname__"):
             if (name := importable_name(data)) is not None:
                 return self._call(f"{locate.__module__}.locate", [self.represent_data(name)])
-        elif importable_name(kind) is not None and (
-            isinstance(data, PurePath | enum.Enum | functools.partial)
-            or (hasattr(data, "__dict__") and _reduces_as_usual(kind))
-        ):
-            return self.represent_object(data)
+        elif hasattr(data, "__dict__") and importable_name(kind) is not None:
+            if (kind.__reduce__, kind.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
+                return self.represent_object(data)
         self._pickled.append(data)
         index = self.represent_data(len(self._pickled) - 1)
         return self._call("operator.getitem", [self._all, index])
@@ -324,20 +320,13 @@ class RunRecord:
     @property
     def begun(self) -> int:
         """When the run in the folder began, as a file's time in ns; 0 where that is not known."""
-        return int(self._written().get("begun", 0))
+        return int(read_json(self._path).get("begun", 0))
 
     def load(self) -> None:
         """Go on with the record of the run that is resumed."""
-        written = self._written()
+        written = read_json(self._path)
         self.content |= {k: written[k] for k in ("begun", "teacher") if k in written}
         self.content["rows"] = read_rows(self._path)
-
-    def _written(self) -> dict:
-        """What the file says; nothing where there is none, or no sense in it."""
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(found := json.loads(self._path.read_text()), dict):
-                return found
-        return {}
 
     def begin(self, **row: Any) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")

@@ -32,7 +32,7 @@ from ..config import (
 )
 from ..config import detector as model_of
 from ..data import TwoScales, build_test_loader, check_dataset
-from ..engine.run_info import config_hash
+from ..engine.run_info import config_hash, read_json
 from ..errors import InputError
 from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
@@ -179,16 +179,15 @@ class Detector:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What the training left beside the weights: ``run.json``, its last start alone."""
-        try:
-            record = json.loads(Path(self.weights).with_name("run.json").read_text())
-            rows, teacher = record["rows"], record.get("teacher") or {}
-            kept = {key: rows[-1].get(key) for key in ("started", "seed", "device", "iterations")}
-            seconds = rows[-1].get("seconds")
-            kept["seconds"] = None if seconds is None else round(seconds, 1)
-            kept["command"] = record.get("command")
-            return kept | {"teacher_sha256": teacher.get("weights_sha256")}
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        record = read_json(Path(self.weights).with_name("run.json"))
+        if not record.get("rows"):
             return {}
+        last, teacher = record["rows"][-1], record.get("teacher") or {}
+        kept = {key: last.get(key) for key in ("started", "seed", "device", "iterations")}
+        seconds = last.get("seconds")
+        kept["seconds"] = None if seconds is None else round(seconds, 1)
+        kept["command"] = record.get("command")
+        return kept | {"teacher_sha256": teacher.get("weights_sha256")}
 
 
 @dataclass
@@ -283,7 +282,7 @@ def study_of(folder: Path) -> dict[str, Any] | None:
     file = folder / "results.json"
     if not file.is_file():
         return None
-    content = _json(file)
+    content = read_json(file)
     if not content.get("rows") or not {"dataset", "baseline", "featured"} <= content.keys():
         raise InputError(file, "no rows, or not what they are about", "the results.json of a study")
     return content
@@ -375,7 +374,7 @@ def detectors_of_study(
     seed = min(row["seed"] for row in distilled)
     best = max((row for row in distilled if row["seed"] == seed), key=lambda row: row["AP"])
     hashes = {row["weights_sha256"]: row for row in rows}
-    record = _json(folder / best["name"] / "run.json").get("teacher") or {}
+    record = read_json(folder / best["name"] / "run.json").get("teacher") or {}
     teacher = hashes.get(record.get("weights_sha256"))
     if (
         teacher is None
@@ -390,15 +389,6 @@ def detectors_of_study(
         one.results, one.expected_AP = (run / "test/coco_instances_results.json",), row["AP"]
         found.append(one)
     return found
-
-
-def _json(path: Path) -> dict:
-    """What a file holds; {} if that is no dict, or cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def same_mapper(detectors: Iterable[Detector]) -> None:

@@ -136,8 +136,12 @@ class TARLoss(DistillLoss):
         )
         self.classification_weight = classification_weight
         self.regression_weight = regression_weight
-        self.cls_gate, self.cls_margin = cls_gate, cls_margin
-        self.temperature, self.background_weight = temperature, background_weight
+        self._cls_settings = {
+            "gate": cls_gate,
+            "margin": cls_margin,
+            "temperature": temperature,
+            "background_weight": background_weight,
+        }
         self.reg_gate, self.smooth_l1_beta = reg_gate, smooth_l1_beta
         self.ramp = _ramp(feature_ramp)
 
@@ -193,21 +197,14 @@ class TARLoss(DistillLoss):
             weight *= value_of(self.ramp, self.progress)
             if weight:
                 terms["feature"] = weight * self.feature(student, teacher)
-        for name, weight, of_regions, of_anchors in (
-            (
-                "classification",
-                self.classification_weight,
-                self.classification,
-                self.dense_classification,
-            ),
-            ("regression", self.regression_weight, self.regression, self.dense_regression),
-        ):
-            if weight := value_of(weight, self.progress):
+        for name in ("classification", "regression"):
+            if weight := value_of(getattr(self, f"{name}_weight"), self.progress):
                 if hasattr(student.detector, "roi_heads"):
+                    of_regions = getattr(self, name)
                     stages = zip(student.regions, teacher.regions, strict=True)
                     term = sum(of_regions(ours, theirs) for ours, theirs in stages)
                 else:
-                    term = of_anchors(student, teacher)
+                    term = getattr(self, f"dense_{name}")(student, teacher)
                 terms[name] = weight * term
         return terms
 
@@ -220,14 +217,7 @@ class TARLoss(DistillLoss):
             ours, theirs = self.class_map.shared_logits(ours, theirs, background=True)
         (normalizer,) = self.normalizer((labels >= 0).sum())
         return classification_term(
-            ours,
-            theirs,
-            labels,
-            normalizer=normalizer,
-            gate=self.cls_gate,
-            margin=self.cls_margin,
-            temperature=self.temperature,
-            background_weight=self.background_weight,
+            ours, theirs, labels, normalizer=normalizer, **self._cls_settings
         )
 
     def regression(self, student, teacher) -> Tensor:
@@ -252,14 +242,7 @@ class TARLoss(DistillLoss):
             ours, theirs = self.class_map.shared_logits(ours, theirs)
         (normalizer,) = self.normalizer(is_foreground(labels, ours.shape[1]).sum())
         return dense_classification_term(
-            ours,
-            theirs,
-            labels,
-            normalizer=normalizer,
-            gate=self.cls_gate,
-            margin=self.cls_margin,
-            temperature=self.temperature,
-            background_weight=self.background_weight,
+            ours, theirs, labels, normalizer=normalizer, **self._cls_settings
         )
 
     def dense_regression(self, student, teacher) -> Tensor:

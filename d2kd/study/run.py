@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from ..config import student_of, with_defaults, without_weights
 from ..engine import Trainer, do_test
 from ..engine.launch import pick_device
-from ..engine.run_info import read_rows, save_config, write_json
+from ..engine.run_info import read_json, read_rows, save_config, write_json
 from ..engine.trainer import METRICS
 from ..errors import InputError
 from ..modeling.weights import load_strict, sha256
@@ -198,16 +198,15 @@ def measure(config: DictConfig, test: str) -> Measured:
 
 def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
     """The row of a run that needs no more work, with its paths as they are now; else None."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        if (record["config_sha256"], record["dataset"]) != (key, test):
-            return None
-        [row] = record["rows"]
-        for file in {"config", "weights", "log"} & row.keys():
-            row[file] = str(folder / Path(row[file]).name)
-        return row if sha256(row["weights"]) == row["weights_sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+    record = read_json(folder / RECORD)
+    if (record.get("config_sha256"), record.get("dataset")) != (key, test) or not record["rows"]:
         return None
+    [row] = record["rows"]
+    for file in {"config", "weights", "log"} & row.keys():
+        row[file] = str(folder / Path(row[file]).name)
+    with contextlib.suppress(InputError, OSError):  # its weights are not here any more
+        return row if sha256(row["weights"]) == row["weights_sha256"] else None
+    return None
 
 
 def train_into(
@@ -215,7 +214,7 @@ def train_into(
     run: Run,
     config: DictConfig,
     key: str,
-    train: Callable[[DictConfig, str, Report], Iterator[None]],
+    train: Callable[[Run, DictConfig, Report], Iterator[None]],
     report: Report,
     step_cost: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
@@ -236,7 +235,7 @@ def train_into(
     aside = _make_room(folder, key)
     write_json(folder / RECORD, record)
     try:
-        measured = yield from train(config, run.test, report)
+        measured = yield from train(run, config, report)
     except BaseException as error:
         if not (folder / METRICS).exists() and not isinstance(error, Died):
             shutil.rmtree(folder, ignore_errors=True)
@@ -274,10 +273,8 @@ def _teacher_of(config: DictConfig) -> str | None:
 
 def _make_room(folder: Path, key: str) -> Path | None:
     """Move what was made from another recipe aside, and say where; it is neither to be continued nor lost."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((folder / RECORD).read_text())["config_sha256"] == key:
-            return None
-    if not folder.exists() or not any(folder.iterdir()):
+    same = read_json(folder / RECORD).get("config_sha256") == key
+    if same or not folder.exists() or not any(folder.iterdir()):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():

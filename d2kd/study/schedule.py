@@ -119,8 +119,8 @@ def run_study(
             if busy and run.once:  # it has all threads
                 return False
             line = line_of(run)
-            how = trainer.train_of(run)
-            busy[run.name] = run, line, train_into(folder, run, config, key, how, line, cost)
+            training = train_into(folder, run, config, key, trainer.train, line, cost)
+            busy[run.name] = run, line, training
         return True
 
     try:
@@ -192,14 +192,10 @@ class OneByOne:
         """What a distilled step costs in plain ones; nothing is trained meanwhile."""
         return self._step_cost(distilled, plain, report)
 
-    def train_of(self, run: Run) -> Callable[[DictConfig, str, Report], Iterator[None]]:
-        """What trains a run, see :func:`.train_into`."""
-
-        def at_once(config: DictConfig, test: str, report: Report) -> Iterator[None]:
-            return self._train(config, test, report)
-            yield
-
-        return at_once
+    def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
+        """Train a run, see :func:`.train_into`."""
+        yield from ()
+        return self._train(config, run.test, report)
 
 
 class Commands(OneByOne):
@@ -231,16 +227,12 @@ class Commands(OneByOne):
         with threads(self._share):
             return super().step_cost(distilled, plain, report)
 
-    def train_of(self, run: Run) -> Callable[[DictConfig, str, Report], Iterator[None]]:
-        """As :meth:`OneByOne.train_of`."""
+    def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
+        """As :meth:`OneByOne.train`."""
         count = self._all if run.once else self._share
-
-        def apart(config: DictConfig, test: str, report: Report) -> Iterator[None]:
-            gpu = min(self._gpus, key=self._taken.count, default=None)
-            self._taken.append(gpu)
-            try:
-                return (yield from train_apart(config, test, report, count, gpu))
-            finally:
-                self._taken.remove(gpu)
-
-        return apart
+        gpu = min(self._gpus, key=self._taken.count, default=None)
+        self._taken.append(gpu)
+        try:
+            return (yield from train_apart(config, run.test, report, count, gpu))
+        finally:
+            self._taken.remove(gpu)
