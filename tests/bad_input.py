@@ -521,6 +521,15 @@ ENGINE: dict[str, Case] = {
     "config/train _explained: found, expected": _completed(
         lambda node: node.train.update(max_iter="many")
     ),
+    "config/train with_defaults: a node": _completed(lambda node: node.update(optimizer=3)),
+    "config/train check_train: a mapping": _completed(lambda node: node.update(train=3)),
+    "config/train check_train: a value": _completed(
+        lambda node: node.train.update(best_checkpoint=False)
+    ),
+    "config/train _check_values: above": _completed(
+        lambda node: node.train.clip_gradients.update(clip_value=-1.0)
+    ),
+    "config/train _check_values: below": _completed(lambda node: node.train.update(seed=2**40)),
     "config/train _check_values: expected": _completed(
         lambda node: node.train.update(draw_period=-1)
     ),

@@ -64,6 +64,22 @@ def test_the_state_dict_is_the_plain_detectors():
     assert_same(dict(other.state_dict()), dict(state))
 
 
+def test_loading_leaves_the_callers_dict_as_it_needs_to_be():
+    model, state = adapting(), adapting().state_dict()
+    model.load_state_dict(state)
+    sizes = len(state), len(state._metadata)
+    for one in (model, copy.copy(model)):
+        assert not any(one.load_state_dict(state))
+    assert (len(state), len(state._metadata)) == sizes
+
+
+def test_a_student_may_have_parts_that_are_called_as_a_distillers():
+    model = make()
+    model.student.losses = nn.Linear(2, 2)
+    state = model.state_dict()
+    assert list(of_student(state)) == list(model.student.state_dict())
+
+
 def test_what_fits_a_plain_detector_fits_its_distiller():
     model, plain = adapting(), build(tiny_retinanet(), 5).state_dict()
     missing, unexpected = model.load_state_dict(plain, strict=False)

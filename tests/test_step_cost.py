@@ -1,5 +1,6 @@
 """The cost of a distilled step is that of a whole run, whatever its schedules, and measured on equal steps."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,7 +130,11 @@ def test_pairs_take_turns_on_equal_draws(faked):
         assert pair[0][1:] == pair[1][1:]  # iteration and random draw
     assert sorted({iteration for _, iteration, _ in faked.steps}) == [0, 500, 999]
     assert told == [(k, 15) for k in range(16)]
-    assert faked({"a": 0.5}, 13, a=1.0).pairs == 15
+    assert faked({"a": 0.5}, 13, a=1.0).pairs == 13
+    faked.steps.clear()  # few pairs where few iterations are
+    assert faked({"a": 0.5}, 40, a=off_from(0.9)).pairs >= 40
+    points = Counter(iteration for _, iteration, _ in faked.steps)
+    assert points[999] < points[0] < points[500]
     assert faked({"a": 0.5}, 12, max_iter=1, a=1.0).pairs == 12
 
 
@@ -207,11 +212,11 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
     drawn = torch.rand(2).tolist(), np.random.rand()
     torch.manual_seed(9)
     np.random.seed(9)
-    found = step_cost(*recipes)
+    found = step_cost(*recipes, pairs=12)
     assert (torch.rand(2).tolist(), np.random.rand()) == drawn
-    assert seen[True] == seen[False] and len(seen[True]) == 12 + len({0, 4, 7})
+    assert seen[True] == seen[False] and len(seen[True]) == found.pairs + len({0, 4, 7})
     assert len({image for batch in seen[True] for image, *_ in batch}) == 6
-    assert 0 < found.low <= found.ratio <= found.high and found.pairs == 12
+    assert 0 < found.low <= found.ratio <= found.high and 12 <= found.pairs < 16
     assert set(tmp_path.rglob("*")) == files
     assert (set(DatasetCatalog.list()), set(MetadataCatalog.list())) == registered
     assert torch.backends.cudnn.benchmark

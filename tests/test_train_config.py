@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog
 from detectron2.engine import hooks
 from omegaconf import OmegaConf
 from torch import nn
@@ -15,7 +17,7 @@ from d2kd.engine import Trainer
 from d2kd.errors import InputError
 
 from .test_trainer import data  # noqa: F401  (a fixture)
-from .tiny_run import distiller, recipe
+from .tiny_run import distiller, recipe, without_evaluation
 
 BASE = "baselines/faster_rcnn_small_shapes.py"
 
@@ -50,6 +52,15 @@ WRONG = {
     "train.eval_period: .*0.002.*; expected an integer": {"eval_period": "${optimizer.lr}"},
     "train.eval_period: .*'nothing' not found": {"eval_period": "${nothing}"},
     "train.checkpointer.period: 0; expected an integer, at": {"checkpointer": {"period": 0}},
+    "train.best_checkpoint: False; expected a string": {"best_checkpoint": False},
+    r"train.max_iter: \?\?\?; expected an integer": {"max_iter": "???"},
+    "train.seed: 4294967296; expected an integer below": {"seed": 2**32},
+    "train.clip_gradients.clip_value: nan; expected a number above 0": {
+        "clip_gradients": {"clip_value": float("nan")}
+    },
+    "train.clip_gradients.norm_type: 0.0; expected a number above": {
+        "clip_gradients": {"norm_type": 0}
+    },
 }
 
 
@@ -62,6 +73,18 @@ def test_what_is_wrong_is_one_line(base, line):
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=line):
         Trainer(config)
+
+
+@pytest.mark.parametrize("train", [None, 5, "x", [1]])
+def test_it_is_a_mapping(base, train):
+    config = copy.deepcopy(base)
+    config.train = train
+    with pytest.raises(InputError, match="train: .*; expected a mapping"):
+        with_defaults(config)
+    config = copy.deepcopy(base)
+    config.optimizer = train
+    with pytest.raises(InputError, match="optimizer: .*; expected a node"):
+        with_defaults(config)
 
 
 def test_overrides_are_checked_too(base):
@@ -95,7 +118,7 @@ def test_it_stays_an_ordinary_mapping(base):
 
 
 class Mine(Trainer):
-    """Overrides what Detectron2 documents."""
+    """Overrides what Detectron2 documents, with its signatures."""
 
     built = []
 
@@ -111,14 +134,24 @@ class Mine(Trainer):
         return super().build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg, start=0):
+    def build_train_loader(cls, cfg):
         cls.built.append("train_loader")
-        return super().build_train_loader(cfg, start)
+        return super().build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name=None, output_dir=None):
+    def build_test_loader(cls, cfg, dataset_name):
+        assert dataset_name in DatasetCatalog.list()
+        return super().build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        cls.built.append("results")
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
         cls.built.append("evaluator")
-        return super().build_evaluator(cfg, dataset_name, output_dir)
+        return super().build_evaluator(cfg, dataset_name)
 
     def build_hooks(self):
         def log(trainer):
@@ -128,13 +161,26 @@ class Mine(Trainer):
 
 
 def test_a_subclass_overrides_what_detectron2_documents(data, tmp_path):  # noqa: F811
-    config = recipe(data, tmp_path, max_iter=1, user={"mine": 3})
+    config = recipe(data, tmp_path, distiller(), max_iter=1, user={"mine": 3})
+    Mine.built.clear()
     trainer = Mine(config)
     assert trainer.built == ["model", "optimizer", "train_loader"]
     trainer.train()
-    assert trainer.built.count("evaluator") == 1
+    assert trainer.built[3:] == ["results", "evaluator"] * 2  # the teacher's, the student's
     assert '"mine": 3' in (tmp_path / "metrics.json").read_text()  # though its hook came last
-    assert trainer.cfg.train.user.mine == 3
+    config.train.max_iter = 2
+    trainer = Mine(config)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 1 and trainer.built.count("train_loader") == 3
+    trainer.train()
+
+
+def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path):  # noqa: F811
+    lock = threading.Lock()
+    config = recipe(data, tmp_path, max_iter=1, user={"f": lambda: lock})
+    Trainer(without_evaluation(config)).train()
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "config.yaml: cannot be written" in (tmp_path / "log.txt").read_text()
 
 
 def test_its_hooks_are_in_one_list(data, tmp_path):  # noqa: F811

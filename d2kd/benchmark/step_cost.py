@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from ..errors import InputError
 from ..losses.base import value_of
 
 LEAST = 12  # pairs
+LEAST_AT_A_POINT = 3
 GRID = 1000  # iterations at which the losses' schedules are looked up, at most
 SEED = 0
 
@@ -50,7 +52,7 @@ class StepCost:
 def step_cost(
     distilled: DictConfig,
     plain: DictConfig,
-    pairs: int = LEAST,
+    pairs: int = 24,
     report: Callable[[int, int], None] | None = None,
 ) -> StepCost:
     """Measure steps of two recipes in alternation, each first in turn, on equal batches and random draws.
@@ -69,7 +71,8 @@ def step_cost(
     Args:
         distilled, plain: whole recipes, with the weights that they start from and the teacher's. The plain one gets
             the seed of the other.
-        pairs: in all, rounded up to as many at each point. A first pair at each point is not counted.
+        pairs: in all, or a few more: a point has as many as its share of the run, and at least 3. A first pair at each
+            point is not counted.
         report: called with (pairs done, pairs in all) before the first pair and after each, those not counted
             included.
 
@@ -90,11 +93,12 @@ def step_cost(
                 group["lr"] = 0.0
         clock, timed = _clock(trainers[0].device)
         weights = _points(trainers[0].model, trainers[0].max_iter)
-        each = 1 + -(-pairs // len(weights))
-        ratios, done, total = [], 0, each * len(weights)
-        for iteration in weights:
+        counts = {i: 1 + max(LEAST_AT_A_POINT, round(pairs * w)) for i, w in weights.items()}
+        counts[max(weights, key=weights.get)] += max(0, pairs + len(counts) - sum(counts.values()))
+        ratios, done, total = [], 0, sum(counts.values())
+        for iteration, count in counts.items():
             found = []
-            for _ in range(each):
+            for _ in range(count):
                 if report is not None:
                     report(done, total)
                 first = done % 2
@@ -106,6 +110,9 @@ def step_cost(
             ratios.append(found[1:])
         if report is not None:
             report(done, total)
+        del trainer, trainers
+        gc.collect()  # a trainer and its hooks hold each other
+        torch.cuda.empty_cache()
     return StepCost(*_estimate(list(weights.values()), ratios), total - len(weights), clock)
 
 

@@ -24,6 +24,10 @@ def _at_least(least: int, default: int) -> Any:
     return field(default=default, metadata={"least": least})
 
 
+def _positive(default: float) -> Any:
+    return field(default=default, metadata={"positive": True})
+
+
 def _one_of(*choices: str) -> Any:
     """A string; the first is the default."""
     return field(default=choices[0], metadata={"choices": choices})
@@ -43,8 +47,8 @@ class ClipGradients:
 
     enabled: bool = False
     clip_type: str = _one_of("full_model", "norm", "value")
-    clip_value: float = 1.0
-    norm_type: float = 2.0
+    clip_value: float = _positive(1.0)
+    norm_type: float = _positive(2.0)
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Train:
     output_dir: str = "./output"
     init_checkpoint: str | None = ""
     max_iter: int = _at_least(1, 90000)
-    seed: int | None = 0
+    seed: int | None = field(default=0, metadata={"below": 2**31})
     device: str = "auto"
     amp: AMP = field(default_factory=AMP)
     clip_gradients: ClipGradients = field(default_factory=ClipGradients)
@@ -152,6 +156,12 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
     if own is not None and OmegaConf.is_missing(own, "optimizer"):
         expected = "optimizer, and maybe lr_multiplier and clip_gradients"
         raise InputError("train.loss_optimizer", "no optimizer", expected)
+    nodes = {"optimizer": config.optimizer}
+    if own is not None:
+        nodes["train.loss_optimizer.optimizer"] = own.optimizer
+    for key, node in nodes.items():
+        if not OmegaConf.is_dict(node):
+            raise InputError(key, node, "a node such as L(torch.optim.SGD)(…)")
     return config
 
 
@@ -161,8 +171,14 @@ def check_train(config: DictConfig) -> None:
     Raises:
         InputError: it has a key or a value that it cannot have.
     """
+    if not OmegaConf.is_dict(config.train):
+        raise InputError("train", config.train, "a mapping")
     typed = OmegaConf.structured(Train, flags={"allow_objects": True})
-    for key in config.train:
+    kinds = _types(Train)
+    for key, value in OmegaConf.to_container(config.train).items():
+        # OmegaConf would take the first for "not given", and the second for its name.
+        if value == "???" or (isinstance(value, bool) and kinds.get(key) is str):
+            raise InputError(f"train.{key}", value, _EXPECTED.get(kinds.get(key), "a value"))
         try:
             typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
         except OmegaConfBaseException as error:
@@ -220,5 +236,9 @@ def _check_values(node: DictConfig, where: str = "train") -> None:
         elif "least" in rule and value is not None and value < rule["least"]:
             expected = f"an integer, at least {rule['least']}"
             raise InputError(f"{where}.{one.name}", value, expected)
+        elif "positive" in rule and not value > 0:
+            raise InputError(f"{where}.{one.name}", value, "a number above 0")
+        elif "below" in rule and value is not None and value >= rule["below"]:
+            raise InputError(f"{where}.{one.name}", value, f"an integer below {rule['below']}")
         elif "choices" in rule and value not in rule["choices"]:
             raise InputError(f"{where}.{one.name}", value, " or ".join(rule["choices"]))

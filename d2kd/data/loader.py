@@ -115,7 +115,7 @@ def build_test_loader(
     )
 
 
-def use_seeded_loaders(dataloader, *, seed: int | None, start: int = 0) -> None:
+def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None) -> None:
     """Make a recipe's `dataloader` node build our loaders where it says Detectron2's, in place.
 
     Every zoo recipe becomes a seeded one this way. A node with an option that ours do not have (a
@@ -130,7 +130,8 @@ def use_seeded_loaders(dataloader, *, seed: int | None, start: int = 0) -> None:
     if train:
         _replace(train, build_detection_train_loader, build_train_loader)
         if _target(train) is build_train_loader:
-            train["start"] = start
+            if start is not None:
+                train["start"] = start
             # A reference to a `train.seed` that the recipe lacks names none, either.
             if OmegaConf.select(train, "seed", throw_on_resolution_failure=False) is None:
                 train["seed"] = seed

@@ -16,11 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..compat import has_compiled_operators
-from ..data import use_seeded_loaders
+from ..data import check_dataset, use_seeded_loaders
 from .checkpoint import student_of
 from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
+
+
+def the_test_set(config: DictConfig) -> str | None:
+    """The registered name of the data set that a recipe measures on; None for several, or none."""
+    names = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
+    names = [] if names is None else check_dataset(names)
+    return names[0] if len(names) == 1 else None
 
 
 def build_test_loader(config: DictConfig, dataset_name: str | None = None) -> Iterable | None:

@@ -47,7 +47,7 @@ from .checkpoint import (
     student_of,
     unwrapped,
 )
-from .evaluation import build_evaluator, build_test_loader, do_test
+from .evaluation import build_evaluator, build_test_loader, do_test, the_test_set
 from .hooks import (
     BEST,
     BestCheckpoint,
@@ -61,7 +61,7 @@ from .hooks import (
 from .launch import pick_device
 from .memory import Peak
 from .optimizer import build_lr_scheduler, build_optimizer, students
-from .random_state import set_random_state
+from .random_state import preserved_random_state, set_random_state
 from .run_info import (
     RunLog,
     RunRecord,
@@ -128,7 +128,7 @@ class Trainer(DefaultTrainer):
 
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
-        self._test_loader = self.build_test_loader(cfg)
+        self._is_measured = self.build_test_loader(cfg, the_test_set(cfg)) is not None
         # Set once for the weights, once for the loader: building a teacher or an adapter, which draws too,
         # must not change what the student's run draws. A third time before the first step.
         seed_all_rng(train.seed)
@@ -177,7 +177,7 @@ class Trainer(DefaultTrainer):
         except AttributeError:  # a detector of another kind
             return
         check_objects(self._data, num_classes, getattr(student, "num_old_classes", 0))
-        if self._test_loader is not None:
+        if self._is_measured:
             for name in self._test_data:  # which may have classes that come later
                 check_count(name, num_classes, least=1)
         names = learned_classes(student, self._data)
@@ -214,59 +214,43 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: DictConfig, start: int = 0) -> Iterable:
-        """The training loader.
-
-        Args:
-            cfg: the recipe.
-            start: how many batches of the stream a resumed run has had.
-        """
+    def build_train_loader(cls, cfg: DictConfig) -> Iterable:
         dataloader = copy.deepcopy(cfg).dataloader
-        use_seeded_loaders(dataloader, seed=cfg.train.seed, start=start)
-        if start > 0 and "start" not in dataloader.train:
-            logger.warning("this data loader cannot go on where it was: its stream starts anew")
+        use_seeded_loaders(dataloader, seed=cfg.train.seed)
         return instantiate(dataloader.train)
 
     @classmethod
-    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None = None) -> Iterable | None:
+    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
+        """The loader of ``cfg.dataloader.test``, of another data set if it is named; None: nothing is measured."""
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(
-        cls,
-        cfg: DictConfig,
-        dataset_name: str | None = None,
-        output_dir: str | Path | None = None,
-    ) -> Any:
-        return build_evaluator(cfg, output_dir, dataset_name)
+    def build_evaluator(cls, cfg: DictConfig, dataset_name: str | None) -> Any:
+        """The evaluator of ``cfg.dataloader.evaluator``, likewise."""
+        return build_evaluator(cfg, dataset_name=dataset_name)
 
     @classmethod
-    def test(
-        cls,
-        cfg: DictConfig,
-        model: nn.Module | Callable,
-        evaluators: Any = None,
-        *,
-        loader: Iterable | None = None,
-        output_dir: str | Path | None = None,
-    ) -> dict:
+    def test(cls, cfg: DictConfig, model: nn.Module | Callable, evaluators: Any = None) -> dict:
         """Measure a model on ``cfg.dataloader.test``, see :func:`do_test`."""
-        if loader is None and (loader := cls.build_test_loader(cfg)) is None:
-            return do_test(cfg, model)
-        evaluators = evaluators or cls.build_evaluator(cfg, output_dir=output_dir)
-        return do_test(cfg, model, loader=loader, evaluator=evaluators)
+        with preserved_random_state():
+            name = the_test_set(cfg)
+            loader = cls.build_test_loader(cfg, name)
+            if loader is not None:
+                evaluators = evaluators or cls.build_evaluator(cfg, name)
+            return do_test(cfg, model, loader=loader, evaluator=evaluators)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         train, checkpointer, model = self.cfg.train, self.checkpointer, unwrapped(self.model)
-        main, measured = comm.is_main_process(), self._test_loader is not None
+        main, measured = comm.is_main_process(), self._is_measured
 
         def evaluate() -> dict:
-            self._last_eval_results = self.test(self.cfg, self.model, loader=self._test_loader)
+            self._last_eval_results = self.test(self.cfg, self.model)
             return finite(self._last_eval_results)  # JSON has no NaN
 
         def evaluate_teacher(detect: Callable) -> dict:
-            folder = Path(train.output_dir, "inference", "teacher")
-            return self.test(self.cfg, detect, loader=self._test_loader, output_dir=folder)
+            cfg = copy.deepcopy(self.cfg)
+            cfg.train.output_dir = str(Path(train.output_dir, "teacher"))
+            return self.test(cfg, detect)
 
         return [
             EvalTeacher(model, self.cfg, evaluate_teacher)
@@ -346,7 +330,11 @@ class Trainer(DefaultTrainer):
         start = self.start_iter
         if self._batch_size:
             start = self._images_before // self._batch_size
-        self._trainer.feed(self.build_train_loader(self.cfg, start))
+        cfg = copy.deepcopy(self.cfg)
+        use_seeded_loaders(cfg.dataloader, seed=cfg.train.seed, start=start)
+        if start > 0 and "start" not in cfg.dataloader.train:
+            logger.warning("this data loader cannot go on where it was: its stream starts anew")
+        self._trainer.feed(self.build_train_loader(cfg))
         self.record.load()
         logger.info("Going on from %s, at iteration %d", file, self.start_iter)
 
@@ -394,7 +382,10 @@ class Trainer(DefaultTrainer):
                 (folder / name).unlink(missing_ok=True)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
-        save_config(self.cfg, folder / "config.yaml")
+        try:
+            save_config(self.cfg, folder / "config.yaml")
+        except InputError as error:  # a run needs no copy of its recipe
+            logger.warning("%s", error)
         keep_metrics_before(folder / METRICS, self.start_iter)
         self.record.begin(
             seed=self.cfg.train.seed,

@@ -215,9 +215,8 @@ def _plain(key: str, prefix: str) -> str:
 
 def _to_plain_keys(distiller: Distiller, state: dict, prefix: str, _: Any) -> None:
     """Hook of ``state_dict()``."""
-    for key in list(state):
-        if key.startswith(prefix):  # the others too would change the order
-            state[_plain(key, prefix)] = state.pop(key)
+    own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+    state.update((_plain(key, prefix), value) for key, value in own.items())
     metadata = getattr(
         state, "_metadata", {}
     )  # by module; the student's own takes the Distiller's place
@@ -241,17 +240,22 @@ def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) ->
     for key in list(state):
         state[nested(key)] = state.pop(key)
     metadata = getattr(state, "_metadata", None) or {}
+    known = {prefix + part for part in ("student", "losses")} | own
     for key, value in list(metadata.items()):  # the caller's, so nothing is taken out
-        metadata[nested(f"{key}." if key else "").removesuffix(".")] = value
+        if not key.startswith(tuple(known)):  # as an earlier load has left it
+            metadata[nested(f"{key}." if key else "").removesuffix(".")] = value
 
 
 def _after_load(distiller: Distiller, incompatible: Any) -> None:
     """Hook of ``load_state_dict()``: missing and unexpected entries are named as in the file."""
-    prefix = distiller.__dict__.pop("_load_prefix")
+    prefix = distiller.__dict__.pop("_load_prefix", "")  # a shallow copy calls its original's hook
     part = any(key.startswith(f"{prefix}student.") for key in incompatible.missing_keys)
     for keys in incompatible:
         keys[:] = [_plain(key, prefix) for key in keys]
-    if part:
+    if part and distiller.inherited:
+        logger.warning(
+            "a part of the student's weights was loaded: it inherits the teacher's again"
+        )
         distiller.inherit()
 
 

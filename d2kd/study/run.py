@@ -27,7 +27,7 @@ from ..engine.launch import pick_device
 from ..engine.run_info import read_json, read_rows, save_config, write_json
 from ..engine.trainer import METRICS
 from ..errors import InputError
-from ..modeling.weights import load_strict, sha256
+from ..modeling.weights import load_strict, read, sha256
 from .console import quiet
 from .plan import Run
 from .results import PREDICTIONS, average_precision
@@ -149,7 +149,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
@@ -190,7 +190,7 @@ def measure(config: DictConfig, test: str) -> Measured:
     return Measured(
         metrics=metrics,
         parameters=sum(p.numel() for p in student.parameters()),
-        seconds=parts[-1]["seconds"],
+        seconds=read(str(weights))["trainer"]["seconds"],
         weights=weights,
         peak_memory=max((part.get("peak_memory") or 0 for part in parts), default=0) or None,
     )
