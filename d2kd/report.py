@@ -58,9 +58,13 @@ def render(comparison: Comparison) -> str:
 def _values(c: Comparison) -> dict[str, Any]:
     """What the template reads."""
     color = colors_of(c)
-    headline = _headline(c)
+    headline = None
+    if len(c.detectors) > 1:
+        headline = c.gain(c.featured, c.baseline).metrics["AP"]
     costs = [v for d in c.detectors for v in d.errors.cost.values()]
     observation = c.observation
+    why = observation.why_no_regions if observation else "detections alone were given"
+    pairs = observation.regions["pairs"] if observation and observation.regions else []
     pictures = Pictures(c, color)
     class_gains = _class_gains(c, color)
     return {
@@ -85,16 +89,8 @@ def _values(c: Comparison) -> dict[str, Any]:
         "class_domain": Domain.around(class_gains),
         "class_rows": _class_rows(c),
         "regions": observation and observation.regions,
-        "why_no_regions": observation.why_no_regions
-        if observation
-        else "detections alone were given",
-        "reference_pairs": [
-            pair
-            for pair in (
-                observation.regions["pairs"] if observation and observation.regions else []
-            )
-            if pair["first"] == c.reference
-        ],
+        "why_no_regions": why,
+        "reference_pairs": [pair for pair in pairs if pair["first"] == c.reference],
         "pair_parts": _pair_parts,
         "moved": [
             *c.objects.by_size.items(),
@@ -140,12 +136,6 @@ def sentence(c: Comparison) -> str:
         if best is not None and best > theirs and gain["gain"] > 0:
             text += f": {100 * gain['gain'] / (best - theirs):.0f} % of the way to {c.reference}’s {_ap(best)}"
     return text + "."
-
-
-def _headline(c: Comparison) -> dict[str, Any] | None:
-    if len(c.detectors) == 1:
-        return None
-    return c.gain(c.featured, c.baseline).metrics["AP"]
 
 
 @dataclass(frozen=True)
@@ -203,13 +193,8 @@ def _class_rows(c: Comparison) -> list[dict[str, Any]]:
             "unknown" if name in d.lacks else _ap(d.accuracy.per_class[name]) for d in c.detectors
         ]
         none = name in c.dataset["without_objects"]
-        rows.append(
-            {
-                "name": name,
-                "objects": "none" if none else _count(c.dataset["objects_of"][name]),
-                "cells": values,
-            }
-        )
+        objects = "none" if none else _count(c.dataset["objects_of"][name])
+        rows.append({"name": name, "objects": objects, "cells": values})
     only = {name: d for d in c.detectors for name in d.only}
     for name, d in only.items():
         values = ["not in the data" if d is other else "unknown" for other in c.detectors]

@@ -1006,9 +1006,6 @@ TOOLS: dict[str, Case] = {
         plan.parse, runs(a={"once": True, "teacher": "b"}, b={})
     ),
     "study/plan _known": call(plan.parse, study(colour="red")),
-    "study/plan _override": call(
-        plan._override, OmegaConf.create({"train": {"max_iter": 1}}), ["train.max_iter=[3"]
-    ),
     "tools/benchmark run": command("benchmark", "--config-file {recipe} --json {folder}"),
     "tools/benchmark image_size": command("benchmark", "--config-file x --image-size 8x8x8"),
     "tools/doctor run: f'--{name}'": command("doctor", "--config-file {recipe} --images -1"),

@@ -24,7 +24,6 @@ from d2kd.layers.attention import (
     CellPositions,
     InstanceDecoderLayer,
     point_positions,
-    sine_positions,
     summed_attention,
 )
 from d2kd.layers.masks import valid_cells
@@ -38,6 +37,7 @@ from d2kd.testing import DETECTORS, check_loss, distillation, distiller
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
 from .parity import Arrays, compare
 from .parity.__main__ import main as parity
+from .parity.icd import sine_positions
 from .tiny_run import distiller as tiny_distiller
 from .tiny_run import draw_data, recipe, without_evaluation
 

@@ -134,7 +134,9 @@ def test_recipes_are_their_own_roots_and_take_overrides():
     plain, fast = study.plan(only=["baseline"]), study.plan(only=["baseline"], fast=True)
     assert plain[0].config.model.max_iter == 100 and fast[0].config.model.max_iter == 7
     with pytest.raises(InputError, match="overrides such as"):
-        study_of(fast=["train..=7"]).plan(fast=True)
+        study_of(fast=["train.max_iter=[7"]).plan(fast=True)
+    with pytest.raises(InputError, match="no 'max_itr' in train"):
+        study_of(fast=["train.max_itr=7"]).plan(fast=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from ..data import check_dataset
 from ..errors import InputError
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, described, scenes, side_by_side
+from ..visualization import Scene, described, read_metrics, scenes, side_by_side
 from .checkpoint import StudentCheckpointer, learned_classes, student_of, teacher_classes
 from .random_state import preserved_random_state
 from .run_info import config_hash, read_rows, write_json
@@ -178,9 +177,7 @@ class Evaluate(hooks.EvalHook):
                 self._do_eval()
 
     def _is_known(self, iteration: int) -> bool:
-        if not self._metrics.exists():
-            return False
-        rows = map(json.loads, self._metrics.read_text().splitlines())
+        rows = read_metrics(self._metrics)
         return any(row["iteration"] == iteration and self._metric in row for row in rows)
 
     def after_train(self) -> None:

@@ -68,7 +68,7 @@ def joined(device: str) -> Iterator[None]:
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
-    _make_local_group()
+    make_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", comm.get_world_size())))
     try:
         with explaining_lost_process():
             yield
@@ -85,7 +85,8 @@ def explaining_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_transport(error):
+        # torch's own, or gloo's, which has no type.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         # Without the place in gloo's sources before it, and the advice behind it.
         said = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
@@ -94,17 +95,6 @@ def explaining_lost_process() -> Iterator[None]:
             f"another process is gone ({said})",
             "all of them alive; that one's own last words, or the system's log, tell why it ended",
         ) from error
-
-
-def _is_of_transport(error: RuntimeError) -> bool:
-    """Whether an error comes from what the processes are connected by: torch's own, or gloo's, which has no type."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
-def _make_local_group() -> None:
-    """Tell Detectron2 which processes share this machine; only its own launch does so."""
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", comm.get_world_size()))
-    make_local_process_group(size)
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

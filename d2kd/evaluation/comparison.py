@@ -234,7 +234,7 @@ def compare(
             "weights_sha256": r.detector.key["weights_sha256"],
             "parameters": r.parameters,
             "cost": cost,
-            "lacks": [data.truth.classes[k] for k in _lacking(r)],
+            "lacks": [c for k, c in enumerate(data.truth.classes) if k not in r.map.of_student],
             "only": only[r.detector.name],
             "provenance": r.detector.provenance,
         }
@@ -375,10 +375,6 @@ def _shared(ready: Sequence[Ready], data: Data) -> list[int]:
         names = ", ".join(r.detector.name for r in ready)
         raise InputError(names, f"no class of {data.name} that all know", "classes of equal name")
     return classes
-
-
-def _lacking(ready: Ready) -> list[int]:
-    return [k for k in range(len(ready.map.student)) if k not in ready.map.of_student]
 
 
 def _only(ready: Sequence[Ready], data: Data) -> dict[str, list[str]]:

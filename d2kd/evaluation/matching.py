@@ -152,7 +152,7 @@ def match(truth: Truth, detections: Detections) -> Matches:
     an object that need not be found only where there is no other.
     """
     ranges = np.array(list(AREAS.values()))
-    detections, rank = _in_order(detections, len(truth.classes), len(truth.image_ids))
+    detections, rank = _in_order(detections, len(truth.image_ids))
     outside = (truth.area < ranges[:, :1]) | (truth.area > ranges[:, 1:])
     ignored_objects = truth.crowd | outside
     found = np.full((len(IOUS), len(ranges), len(detections)), -1, dtype=np.int32)
@@ -169,7 +169,7 @@ def match(truth: Truth, detections: Detections) -> Matches:
     return Matches(detections, starts, found, ignored, ignored_objects)
 
 
-def _in_order(detections: Detections, classes: int, images: int) -> tuple[Detections, np.ndarray]:
+def _in_order(detections: Detections, images: int) -> tuple[Detections, np.ndarray]:
     """Class by class, best first; ties as COCO breaks them, by image and by place. And each one's rank in its image."""
     order = np.lexsort((-detections.score, detections.image, detections.label))
     key = (detections.label * images + detections.image)[order]

@@ -17,27 +17,12 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 
-def sine_positions(valid: Tensor, channels: int) -> Tensor:
-    """Where a cell lies in its image, in sines (DETR, arXiv 2005.12872).
-
-    Coordinates count valid cells, and are scaled so that the last valid row and column have 2 pi.
-
-    Args:
-        valid: ``(N, H, W)`` bool, which cells of a level the image covers.
-        channels: half of them, rounded down, tell the row, the others the column; sine and cosine by turns.
-
-    Returns:
-        ``(N, H, W, channels)`` float32.
-    """
-    rows, columns = _places(valid)
-    return torch.cat([*_sines(rows, columns, channels)], dim=-1)
-
-
 def point_positions(points: Tensor, channels: int) -> Tensor:
-    """Where a point lies in its image, told as :func:`sine_positions` tells it of cells.
+    """Where a point lies in its image, in sines (DETR, arXiv 2005.12872).
 
     Args:
-        points: ``(..., 2)``, x and y as parts of the image's width and height.
+        points: ``(..., 2)``, x and y as parts of the image's width and height, which are 2 pi.
+        channels: half of them, rounded down, tell the row, the others the column; sine and cosine by turns.
 
     Returns:
         ``(..., channels)`` float32.
@@ -47,9 +32,10 @@ def point_positions(points: Tensor, channels: int) -> Tensor:
 
 @dataclass
 class CellPositions:
-    """:func:`sine_positions` of the valid cells of all levels, by row and by column.
+    """Where the valid cells of all levels lie, by row and by column, told as :func:`point_positions` tells it of points.
 
-    A cell is told by its row and its column: H + W vectors say what H W would.
+    Coordinates count valid cells, and are scaled so that the last valid row and column have 2 pi. A cell is told by its
+    row and its column: H + W vectors say what H W would.
 
     Attributes:
         rows, columns: of each level ``(N, H, C // 2)`` and ``(N, W, C - C // 2)``.
@@ -71,7 +57,7 @@ class CellPositions:
     def mapped(self, weight: Tensor, bias: Tensor) -> Tensor:
         """A linear map of each cell's position: ``(N, S, C')``, of weight ``(C', C)`` and bias ``(C',)``.
 
-        In the padding it is another than that of :func:`sine_positions`.
+        In the padding it tells nothing.
         """
         of_row, of_column = weight.split([x[0].shape[-1] for x in (self.rows, self.columns)], dim=1)
         levels = (

@@ -10,9 +10,11 @@ Letters: N images, R regions of the batch, K classes, A anchors of a location, (
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformRotated
@@ -43,7 +45,8 @@ def capture(joints: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, li
     with contextlib.ExitStack() as listening:
         for name, joint in joints.items():
             if not isinstance(joint, nn.Module):
-                listening.enter_context(_listen_to_method(joint, calls[name]))
+                listened = _listened(joint, calls[name])
+                listening.enter_context(mock.patch.object(joint.__self__, joint.__name__, listened))
                 continue
             hook = joint.register_forward_hook(
                 lambda _, inputs, output, heard=calls[name]: heard.append((inputs, output))
@@ -52,43 +55,24 @@ def capture(joints: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, li
         yield calls
 
 
-@contextlib.contextmanager
-def _listen_to_method(method: Callable, heard: list[Call]) -> Iterator[None]:
+def _listened(method: Callable, heard: list[Call]) -> Callable:
     def listened(*inputs: Any, **options: Any) -> Any:
         output = method(*inputs, **options)
         heard.append((inputs, output))
         return output
 
-    # What is the object's own is found before what is of its class.
-    own, name = vars(method.__self__), method.__name__
-    before = {name: own[name]} if name in own else {}
-    own[name] = listened
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)
+    return listened
 
 
-class asked:
+class asked(functools.cached_property):
     """A property that computes itself once, without gradient, at its first reading."""
-
-    def __init__(self, question: Callable[[Any], Any]):
-        self.question = question
-        self.__doc__ = question.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
 
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
             return self
         who = "student" if outputs.detector.training else "teacher"
-        with record_function(f"d2kd/{who}.{self.name}"), torch.no_grad(), outputs.precision():
-            answer = self.question(outputs)
-        # Not a data descriptor: from now on the instance's own value is found first.
-        outputs.__dict__[self.name] = answer
-        return answer
+        with record_function(f"d2kd/{who}.{self.attrname}"), torch.no_grad(), outputs.precision():
+            return super().__get__(outputs, owner)
 
 
 class Unreadable(LookupError):
@@ -176,19 +160,11 @@ class DetectorOutputs:
         taps: dict[str, list[Call]] | None = None,
     ) -> DetectorOutputs:
         """The outputs of a detector whose forward was captured at its :meth:`joints`."""
-        return cls(
-            detector,
-            batched_inputs,
-            taps=Maps(
-                {name: [output for _, output in heard] for name, heard in (taps or {}).items()}
-            ),
-            **cls._captured(detector, batched_inputs, calls),
-        )
+        tapped = {name: [output for _, output in heard] for name, heard in (taps or {}).items()}
+        return cls(detector, batched_inputs, taps=Maps(tapped), **cls._captured(calls))
 
     @staticmethod
-    def _captured(
-        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
-    ) -> dict[str, Any]:
+    def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         return {"features": Maps(calls["backbone"][0][1])}
 
     @property
@@ -284,9 +260,7 @@ class RCNNOutputs(DetectorOutputs):
         return joints
 
     @staticmethod
-    def _captured(
-        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
-    ) -> dict[str, Any]:
+    def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((inputs, (proposals, _)),) = calls["roi_heads"]
         # The pooler's inputs and not the proposals: later stages of a cascade pool other boxes, and with
@@ -451,9 +425,7 @@ class DenseOutputs(DetectorOutputs):
         return joints
 
     @staticmethod
-    def _captured(
-        detector: nn.Module, batched_inputs: list[dict], calls: dict[str, list[Call]]
-    ) -> dict[str, Any]:
+    def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
         captured = {"features": Maps(features), "predictions": predictions}

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import config_file
+from ..config import config_file, override
 from ..data import class_step, split_classes
 from ..data.catalog import registering
 from ..data.steps import Split
@@ -147,9 +147,11 @@ class Study:
             others = {key: node[key] for key in relations if node.get(key) is not None}
             distilled = others.pop("steps_like", None)
             needs = {key: visit(other, seed, above) for key, other in others.items()}
-            config = _own_root(node.config)
+            # Cut out of the study: its interpolations ("${train.max_iter}") are meant from its own root.
+            content = OmegaConf.to_container(node.config, resolve=False)
+            config = OmegaConf.create(content, flags={"allow_objects": True})
             if fast:
-                _override(config, self.fast)
+                config = override(config, self.fast)
             own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
             like = distilled and made(distilled, seed, above, ["teacher"])
             return Run(
@@ -239,7 +241,8 @@ def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
                 raise InputError(
                     f"{where}.{key}", f"{other} is made per seed", "a run with once=True"
                 )
-            if other and key == "steps_like" and not _is_distilled(runs[other]):
+            config = other and runs[other].get("config") or {}
+            if other and key == "steps_like" and "teacher" not in (config.get("model") or {}):
                 raise InputError(f"{where}.{key}", f"{other} has no teacher", "a distilled run")
     return study
 
@@ -248,26 +251,6 @@ def _known(culprit: str, names, known) -> None:
     for name in names:
         if name not in known:
             raise InputError(culprit, f"unknown {name!r}", f"one of {', '.join(known)}")
-
-
-def _own_root(node: DictConfig) -> DictConfig:
-    """A recipe cut out of the study: its interpolations ("${train.max_iter}") are meant from its own root."""
-    return OmegaConf.create(
-        OmegaConf.to_container(node, resolve=False), flags={"allow_objects": True}
-    )
-
-
-def _override(config: DictConfig, overrides: Sequence[str]) -> None:
-    try:
-        LazyConfig.apply_overrides(config, list(overrides))
-    except Exception as error:  # hydra's and omegaconf's
-        raise InputError(
-            " ".join(overrides), error, "overrides such as train.max_iter=20"
-        ) from error
-
-
-def _is_distilled(node: Mapping[str, Any]) -> bool:
-    return "teacher" in ((node.get("config") or {}).get("model") or {})
 
 
 def prepare(

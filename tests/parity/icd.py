@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2kd.data import InstancePriors
-from d2kd.layers.attention import CellPositions, sine_positions
+from d2kd.layers.attention import CellPositions, _places, _sines
 from d2kd.layers.masks import valid_cells
 from d2kd.layers.queries import InstanceQueries
 from d2kd.losses.icd import ICDLoss, tokens
@@ -16,6 +16,11 @@ from d2kd.losses.icd import ICDLoss, tokens
 from . import Arrays
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
+
+
+def sine_positions(valid: Tensor, channels: int) -> Tensor:
+    """Where each of the cells lies in its image: ``(N, H, W, channels)`` of ``(N, H, W)`` bool, the valid ones."""
+    return torch.cat([*_sines(*_places(valid), channels)], dim=-1)
 
 
 def outputs(arrays: Arrays) -> dict[str, Tensor]:
