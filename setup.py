@@ -36,6 +36,11 @@ setup(
         "opencv-python-headless>=4.8",
         "omegaconf>=2.3",  # LazyConfig: the tree of a recipe
         "hydra-core>=1.3",  # LazyConfig: overrides on the command line
+        # These four Detectron2 requires, too.
+        "PyYAML>=6",  # a run's config.yaml
+        "cloudpickle>=2",  # what of a recipe YAML has no words for
+        "tqdm>=4.60",  # progress
+        "tabulate>=0.9",  # tables
     ],
     entry_points={"console_scripts": ["d2kd = d2kd.tools:main"]},
     extras_require={
