@@ -29,9 +29,10 @@ demo-incremental: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "not sweep" tests
 
 test-all: test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m sweep tests
 	$(PY) -m tests.parity --method icd tests/parity/icd.npz
 	$(PY) -m tests.parity --method gfl tests/parity/gfl_erd.npz
 	$(PY) -m tests.parity --method erd tests/parity/gfl_erd.npz

@@ -39,15 +39,28 @@ def same_order(one, other):
     return not OmegaConf.is_list(one) or all(map(same_order, one, other))
 
 
-def test_every_recipe_is_the_same_when_read_back(tmp_path):
-    assert len(RECIPES) > 40
-    for path in RECIPES:
-        recipe = load(str(path))
-        save_config(recipe, tmp_path / "config.yaml")
-        again = load(str(tmp_path / "config.yaml"))
-        assert config_hash(again) == config_hash(recipe), path
-        assert same_order(recipe, again), path
-        assert "pickle" not in (tmp_path / "config.yaml").read_text(), path  # a person can read it
+# Of each kind one: ICD has an optimizer of its own, a later step of ERD registers its data.
+OFTEN = ("tar_shapes", "icd_bccd_retinanet", "erd_gfl_R_50_40_40_1x", "gfl_small_shapes")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in OFTEN else pytest.mark.sweep)
+        for path in RECIPES
+    ],
+)
+def test_every_recipe_is_the_same_when_read_back(path, tmp_path):
+    recipe = load(str(path))
+    save_config(recipe, tmp_path / "config.yaml")
+    again = load(str(tmp_path / "config.yaml"))
+    assert config_hash(again) == config_hash(recipe)
+    assert same_order(recipe, again)
+    assert "pickle" not in (tmp_path / "config.yaml").read_text()  # a person can read it
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) > 40 and {path.stem for path in RECIPES} >= set(OFTEN)
 
 
 COMMON = """

@@ -175,8 +175,9 @@ def test_every_command_they_name_is_there():
 def test_every_run_it_names_is_in_its_study(path):
     commands = re.findall(r"d2kd study\s+(\S+\.py)((?:[^\n`]*\\\n)*[^\n`]*)", path.read_text())
     assert len(commands) > 3
+    runs = {study: set(LazyConfig.load(str(ROOT / study)).runs) for study in dict(commands)}
     for study, options in commands:
-        known = set(LazyConfig.load(str(ROOT / study)).runs)
+        known = runs[study]
         _, _, words = options.replace("\\\n", " ").partition("--runs")
         named = list(itertools.takewhile(lambda word: not word.startswith("-"), words.split()))
         assert set(named) <= known, (study, named)
