@@ -217,10 +217,9 @@ def _to_plain_keys(distiller: Distiller, state: dict, prefix: str, _: Any) -> No
     """Hook of ``state_dict()``."""
     own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     state.update((_plain(key, prefix), value) for key, value in own.items())
-    metadata = getattr(
-        state, "_metadata", {}
-    )  # by module; the student's own takes the Distiller's place
+    metadata = getattr(state, "_metadata", {})
     for key in list(metadata):
+        # The student's own entry, which comes later, takes the Distiller's place.
         metadata[_plain(f"{key}.", prefix)[:-1]] = metadata.pop(key)
 
 
