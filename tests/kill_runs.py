@@ -209,10 +209,11 @@ def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
     last = named.read_text()
     if last not in checkpoints:  # it was cut, and nothing was written since
         return expected
+    # The final state is newer than whatever else is named as the last: a run never goes back to it.
     older = [
         begin
         for name, begin in checkpoints.items()
-        if name not in (last, "model_best.pth") and begin <= checkpoints[last]
+        if name not in (last, "model_best.pth", "model_final.pth") and begin <= checkpoints[last]
     ]
     if cut and older:
         status = (output / last).stat()

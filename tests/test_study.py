@@ -719,3 +719,12 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
         assert (tmp_path / row["name"] / "config.yaml").is_file()
     words = show_results(tmp_path, study, runs, rows)
     assert "gain in AP" in words and len(list((tmp_path / "pictures").iterdir())) == 1
+    # Killed in its last evaluation, when its weights were there and its record was not yet.
+    folder = tmp_path / "tar_seed0"
+    for name in ("run.json", "study.json"):
+        record = json.loads((folder / name).read_text())
+        record["rows"] = [] if name == "study.json" else [{"start_iter": 0}]
+        (folder / name).write_text(json.dumps(record))
+    again, failed = run_study(study, runs, tmp_path, console=io.StringIO())
+    assert not failed and [row["seconds"] for row in again] == [row["seconds"] for row in rows]
+    assert [row["AP"] for row in again] == [row["AP"] for row in rows]
