@@ -175,6 +175,15 @@ def test_a_subclass_overrides_what_detectron2_documents(data, tmp_path):  # noqa
     trainer.train()
 
 
+def test_what_a_subclass_does_not_load_is_not_measured(data, tmp_path):  # noqa: F811
+    class Unmeasured(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name):
+            return None
+
+    assert Unmeasured(recipe(data, tmp_path, max_iter=1)).train() == {}
+
+
 def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path):  # noqa: F811
     lock = threading.Lock()
     config = recipe(data, tmp_path, max_iter=1, user={"f": lambda: lock})

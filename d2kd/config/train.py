@@ -85,7 +85,7 @@ class Train:
         output_dir: the run's folder.
         init_checkpoint: weights to start the student from; what fits by name and shape is loaded.
         max_iter: iterations of the run.
-        seed: of weights, batches and sampling; null or negative: drawn anew for each run.
+        seed: of weights, batches and sampling, below 2**31; null or negative: drawn anew for each run.
         device: "cpu" or "cuda"; "auto": CUDA where there is some.
         best_checkpoint: the metric whose best state becomes ``model_best.pth``; "": none.
         eval_period: iterations between evaluations; 0: at the end alone.
@@ -150,14 +150,13 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
         raise InputError(culprit, found, "model, dataloader.train, optimizer and train")
     config = copy.deepcopy(cfg)
     check_train(config)
-    own = config.train.loss_optimizer
-    if own is not None and not is_distiller(config.model):
-        raise InputError("train.loss_optimizer", "no Distiller in the recipe", "null")
-    if own is not None and OmegaConf.is_missing(own, "optimizer"):
-        expected = "optimizer, and maybe lr_multiplier and clip_gradients"
-        raise InputError("train.loss_optimizer", "no optimizer", expected)
-    nodes = {"optimizer": config.optimizer}
+    nodes, own = {"optimizer": config.optimizer}, config.train.loss_optimizer
     if own is not None:
+        if not is_distiller(config.model):
+            raise InputError("train.loss_optimizer", "no Distiller in the recipe", "null")
+        if OmegaConf.is_missing(own, "optimizer"):
+            expected = "optimizer, and maybe lr_multiplier and clip_gradients"
+            raise InputError("train.loss_optimizer", "no optimizer", expected)
         nodes["train.loss_optimizer.optimizer"] = own.optimizer
     for key, node in nodes.items():
         if not OmegaConf.is_dict(node):

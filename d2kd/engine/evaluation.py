@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..compat import has_compiled_operators
-from ..data import check_dataset, use_seeded_loaders
+from ..data import use_seeded_loaders
 from .checkpoint import student_of
 from .random_state import preserved_random_state
 
@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 def the_test_set(config: DictConfig) -> str | None:
     """The registered name of the data set that a recipe measures on; None for several, or none."""
-    names = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
-    names = [] if names is None else check_dataset(names)
+    # Not looked at once more: that would read all annotations, and this is called at every evaluation.
+    names = instantiate(OmegaConf.select(config, "dataloader.test.dataset.names", default=None))
+    if names is None or isinstance(names, str):
+        return names
     return names[0] if len(names) == 1 else None
 
 
@@ -88,7 +90,7 @@ def do_test(
     Args:
         config: a recipe.
         model: a detector, a :class:`Distiller`, of which the student is measured, or a function of batches.
-        loader: what :func:`build_test_loader` gave, to spare reading the annotations again.
+        loader: by default what :func:`build_test_loader` gives.
         evaluator: one or several; by default what :func:`build_evaluator` gives.
         output_dir: as of :func:`build_evaluator`.
     """

@@ -235,8 +235,10 @@ class Trainer(DefaultTrainer):
         with preserved_random_state():
             name = the_test_set(cfg)
             loader = cls.build_test_loader(cfg, name)
-            if loader is not None:
-                evaluators = evaluators or cls.build_evaluator(cfg, name)
+            if loader is None:  # also where a subclass says so of a recipe that has one
+                logger.info("no test loader: nothing is measured")
+                return {}
+            evaluators = evaluators or cls.build_evaluator(cfg, name)
             return do_test(cfg, model, loader=loader, evaluator=evaluators)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:

@@ -27,7 +27,7 @@ from ..engine.launch import pick_device
 from ..engine.run_info import read_json, read_rows, save_config, write_json
 from ..engine.trainer import METRICS
 from ..errors import InputError
-from ..modeling.weights import load_strict, read, sha256
+from ..modeling.weights import fit, read, sha256
 from .console import quiet
 from .plan import Run
 from .results import PREDICTIONS, average_precision
@@ -184,13 +184,14 @@ def measure(config: DictConfig, test: str) -> Measured:
     with quiet():
         student = instantiate(without_weights(student_of(testing.model)))
         student.to(pick_device(testing.train.device))
-        load_strict(student, str(weights))
+        checkpoint = read(str(weights))
+        fit(student, checkpoint, str(weights))
         metrics = do_test(testing, student, output_dir=(folder / PREDICTIONS).parent)["bbox"]
     parts = read_rows(folder / "run.json")
     return Measured(
         metrics=metrics,
         parameters=sum(p.numel() for p in student.parameters()),
-        seconds=read(str(weights))["trainer"]["seconds"],
+        seconds=checkpoint["trainer"]["seconds"],
         weights=weights,
         peak_memory=max((part.get("peak_memory") or 0 for part in parts), default=0) or None,
     )
