@@ -36,14 +36,22 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from d2kd import attention_maps, benchmark, classes, config, deployment, export
-from d2kd.data import InstancePriors, TwoScales, catalog, estimate_priors, loader, shapes, steps
+from d2kd import benchmark, config
+from d2kd.comparison import comparison, detections, detectors
+from d2kd.config.saving import save_config
+from d2kd.data import (
+    InstancePriors,
+    TwoScales,
+    catalog,
+    estimate_priors,
+    incremental,
+    loader,
+    shapes,
+)
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
 from d2kd.engine import checkpoint, launch, optimizer, step, trainer
-from d2kd.engine.run_info import LOGGERS, save_config
-from d2kd.errors import InputError, reporting
-from d2kd.evaluation import comparison, detections, detectors
+from d2kd.export import formats, table
 from d2kd.layers import adapter, attention
 from d2kd.losses import (
     DistillLoss,
@@ -56,11 +64,17 @@ from d2kd.losses import (
     erd,
 )
 from d2kd.losses.icd import _width
-from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, backbone, outputs, weights
-from d2kd.modeling.distiller import class_map_of, grown_classes, inherit_weights
+from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone, outputs, weights
+from d2kd.modeling.backbone import torchvision_backbone
+from d2kd.modeling.inherit import inherit_weights
+from d2kd.modeling.meta_arch.distiller import class_map_of, grown_classes
+from d2kd.structures import class_map
 from d2kd.study import plan
 from d2kd.testing import tiny_fcos, tiny_gfl, tiny_mask_rcnn
 from d2kd.tools import install_detectron2, train, visualize
+from d2kd.utils.console import LOGGERS
+from d2kd.utils.errors import InputError, reporting
+from d2kd.visualization import icd_attention
 
 from . import common, tiny_run
 from .common import CLASSES, ROOT, build, tiny_faster_rcnn
@@ -308,28 +322,28 @@ def _empty_step(folder):
         content["annotations"] += [{**content["annotations"][0], "id": 99}]
 
     coco(only_first)(folder)()
-    name = steps.class_step(f"bad_{folder}", "2+1", 2)
+    name = incremental.class_step(f"bad_{folder}", "2+1", 2)
     return lambda: DatasetCatalog.get(name)
 
 
 def _old_step(folder):
-    name = steps.class_step(drawn(folder), "2+1", 1)
-    return lambda: steps.check_objects([name], CLASSES, 1)
+    name = incremental.class_step(drawn(folder), "2+1", 1)
+    return lambda: incremental.check_objects([name], CLASSES, 1)
 
 
 def _old_objects(folder):
     name = drawn(folder)
-    return lambda: steps.check_objects([name], CLASSES, CLASSES)
+    return lambda: incremental.check_objects([name], CLASSES, CLASSES)
 
 
 def _other_count(folder):
     name = drawn(folder)
-    return lambda: steps.check_objects([name], CLASSES + 1)
+    return lambda: incremental.check_objects([name], CLASSES + 1)
 
 
 def _no_step(folder):
     name = drawn(folder)
-    return lambda: steps.class_step(name, "2+1", 3)
+    return lambda: incremental.class_step(name, "2+1", 3)
 
 
 DATA: dict[str, Case] = {
@@ -393,11 +407,13 @@ DATA: dict[str, Case] = {
     ),
     "data/shapes write: of shapes": call(shapes.write, "nowhere", train=0),
     "data/shapes write: strerror": _unwritable,
-    "data/steps split_classes: repr(split)": call(steps.split_classes, NAMES, "two"),
-    "data/steps split_classes: sum(sizes)": call(steps.split_classes, NAMES, "2+2"),
-    "data/steps split_classes: 'a step without": call(steps.split_classes, NAMES, [[], NAMES]),
-    "data/steps split_classes: unknown class": call(steps.split_classes, NAMES, [["bird"]]),
-    "data/steps split_classes: in step": call(steps.split_classes, NAMES, [NAMES, NAMES]),
+    "data/steps split_classes: repr(split)": call(incremental.split_classes, NAMES, "two"),
+    "data/steps split_classes: sum(sizes)": call(incremental.split_classes, NAMES, "2+2"),
+    "data/steps split_classes: 'a step without": call(
+        incremental.split_classes, NAMES, [[], NAMES]
+    ),
+    "data/steps split_classes: unknown class": call(incremental.split_classes, NAMES, [["bird"]]),
+    "data/steps split_classes: in step": call(incremental.split_classes, NAMES, [NAMES, NAMES]),
     "data/steps class_step": _no_step,
     "data/steps ClassStep.load": _empty_step,
     "data/steps check_objects: {c!r}": _old_step,
@@ -478,7 +494,7 @@ def _undrawable(folder):
 
 def _nothing_to_ask_about(folder):
     name = drawn(folder, (0, 0))
-    return lambda: attention_maps.draw_attention(folder / "out", name, None, None, None, 1)
+    return lambda: icd_attention.draw_attention(folder / "out", name, None, None, None, 1)
 
 
 def _overridden(text: str) -> Case:
@@ -546,7 +562,7 @@ ENGINE: dict[str, Case] = {
     "engine/trainer _check_agreed": call(_apart),
     "engine/trainer Trainer._check_classes": _other_names,
     "attention_maps load_icd: 'no ICDLoss'": call(
-        attention_maps.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
+        icd_attention.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
     "attention_maps draw_attention": _nothing_to_ask_about,
     "benchmark/bench Setup.__post_init__: 'image sizes'": call(
@@ -573,19 +589,15 @@ ENGINE: dict[str, Case] = {
             for value in ("true", "false")
         ],
     ),
-    "classes class_names: repr(given)": call(classes.class_names, "no_such_data"),
-    "classes class_names: 'no class'": call(classes.class_names, []),
-    "classes renamed": call(classes.renamed, ["a"], {"b": "c"}),
-    "classes _numbers": call(classes.ClassMap.by_name, ["a", "a"], ["a"]),
+    "classes class_names: repr(given)": call(class_map.class_names, "no_such_data"),
+    "classes class_names: 'no class'": call(class_map.class_names, []),
+    "classes renamed": call(class_map.renamed, ["a"], {"b": "c"}),
+    "classes _numbers": call(class_map.ClassMap.by_name, ["a", "a"], ["a"]),
     "deployment _names": saved(
         {"model": {}},
-        lambda path: deployment._names(
-            OmegaConf.create({"dataloader": {}}), Like(num_classes=3), path
-        ),
+        lambda path: table._names(OmegaConf.create({"dataloader": {}}), Like(num_classes=3), path),
     ),
-    "deployment first_images": call(
-        deployment.first_images, OmegaConf.create({"dataloader": {}}), 1
-    ),
+    "deployment first_images": call(table.first_images, OmegaConf.create({"dataloader": {}}), 1),
     "config/files config_file": call(config.config_file, "nowhere.py"),
     "config/files _find": call(config.load, "nowhere.py"),
     "config/files load: 'a yacs config'": call(
@@ -607,9 +619,9 @@ ENGINE: dict[str, Case] = {
     "config/recipes increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
-    "export exportable": call(lambda: export.exportable(keypoint_rcnn())),
-    "export imported": call(export.imported, "no_such_package"),
-    "export ExportedDetector.__init__": call(export.ExportedDetector, "gone.ts"),
+    "export exportable": call(lambda: formats.exportable(keypoint_rcnn())),
+    "export imported": call(formats.imported, "no_such_package"),
+    "export ExportedDetector.__init__": call(formats.ExportedDetector, "gone.ts"),
 }
 
 
@@ -642,7 +654,7 @@ def _no_stem() -> None:
 
 
 def _unrelated() -> None:
-    loss = Like(class_map=classes.ClassMap.by_name(["a"], ["b"]))
+    loss = Like(class_map=class_map.ClassMap.by_name(["a"], ["b"]))
     erd.check_old_classes(loss, Like(num_classes=2), Like(num_classes=2))
 
 
@@ -807,9 +819,11 @@ MODELS: dict[str, Case] = {
     "modeling/backbone _classifier: no such classifier": call(TorchvisionBackbone, "none"),
     "modeling/backbone _classifier: cannot be fetched": call(_unloaded),
     "modeling/backbone _checkpoint: error.found": call(
-        backbone._checkpoint, "resnet18", "nowhere.pth"
+        torchvision_backbone._checkpoint, "resnet18", "nowhere.pth"
     ),
-    "modeling/backbone _last_blocks": call(backbone._last_blocks, nn.Linear(5, 5), "linear"),
+    "modeling/backbone _last_blocks": call(
+        torchvision_backbone._last_blocks, nn.Linear(5, 5), "linear"
+    ),
     "modeling/backbone _extractor": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"features.99": "res3"}
     ),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2kd.engine.run_info import LOGGERS
+from d2kd.utils.console import LOGGERS
 
 _LOGGERS = [logging.getLogger(name) for name in LOGGERS]
 

@@ -27,7 +27,7 @@ from d2kd.losses.functional import (
 )
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
 from d2kd.losses.tar import classification_term, dense_classification_term, regression_term
-from d2kd.modeling.gfl import distribution_focal_loss, integral, quality_focal_loss
+from d2kd.modeling.meta_arch.gfl import distribution_focal_loss, integral, quality_focal_loss
 
 from .recorded import LOSSES, Recorded
 from .resume_runs import quiet

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def sites() -> tuple[Site, ...]:
     found: list[Site] = []
     for path in sorted(ROOT.glob("d2kd/**/*.py")):
         name = path.relative_to(ROOT).as_posix()
-        if name != "d2kd/errors.py":
+        if name != "d2kd/utils/errors.py":
             _collect(ast.parse(path.read_text()), name, (), found)
     return tuple(found)
 

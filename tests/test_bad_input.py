@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from d2kd import benchmark
-from d2kd.errors import InputError, need, reporting
+from d2kd.utils.errors import InputError, need, reporting
 
 from .bad_input import CASES, ELSEWHERE, outcome, places
 from .raise_sites import sites

@@ -14,9 +14,8 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.config import add_d2kd_config, load
-from d2kd.errors import InputError
 from d2kd.modeling import GFL, LinearP6P7, Teacher
-from d2kd.modeling.gfl import (
+from d2kd.modeling.meta_arch.gfl import (
     StrideTransform,
     atss_matches,
     distribution_focal_loss,
@@ -24,6 +23,7 @@ from d2kd.modeling.gfl import (
     quality_focal_loss,
 )
 from d2kd.testing import odd_batches, step, tiny_gfl
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build
 from .parity.gfl_erd import detector

@@ -10,8 +10,8 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import check_dataset
-from ..errors import InputError
-from ..visualization import spread
+from ..data.datasets import spread
+from ..utils.errors import InputError
 from .findings import Finding
 
 SLACK = 1.0  # pixels that a box may lie outside the image: annotators round

@@ -12,14 +12,14 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import class_names, num_classes_of
 from ..config import reading_mapper
 from ..data import check_dataset
 from ..engine.checkpoint import student_of, unwrapped
-from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
-from ..modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from ..modeling.backbone.torchvision_backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from ..structures.class_map import class_names, num_classes_of
+from ..utils.errors import InputError
 from .findings import Finding
 
 logger = logging.getLogger("d2kd.doctor")

@@ -15,10 +15,10 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..compat import has_compiled_operators
 from ..data import use_seeded_loaders
+from ..utils.compat import has_compiled_operators
+from ..utils.random_state import preserved_random_state
 from .checkpoint import student_of
-from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
 

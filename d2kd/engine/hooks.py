@@ -19,15 +19,17 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import num_classes_of
 from ..data import check_dataset
-from ..errors import InputError
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, described, read_metrics, scenes, side_by_side
+from ..structures.class_map import num_classes_of
+from ..utils.env import config_hash
+from ..utils.errors import InputError
+from ..utils.io import read_rows, write_json
+from ..utils.random_state import preserved_random_state
+from ..visualization.curves import read_metrics
+from ..visualization.panels import Scene, described, scenes, side_by_side
 from .checkpoint import StudentCheckpointer, learned_classes, student_of, teacher_classes
-from .random_state import preserved_random_state
-from .run_info import config_hash, read_rows, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,16 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import ClassMap, num_classes_of
 from ..config import is_distiller, teacher_of, with_defaults
+from ..config.saving import save_config
 from ..data import check_dataset, use_seeded_loaders
-from ..data.steps import check_count, check_objects
-from ..errors import InputError
+from ..data.incremental import check_count, check_objects
 from ..modeling import Distiller
+from ..structures.class_map import ClassMap, num_classes_of
+from ..utils.errors import InputError
+from ..utils.io import disk_is_full, explaining_full_disk, remove_temporaries
+from ..utils.memory import Peak
+from ..utils.random_state import preserved_random_state, set_random_state
 from .checkpoint import (
     FINAL,
     NORMALIZER,
@@ -59,18 +63,8 @@ from .hooks import (
     has_tensorboard,
 )
 from .launch import pick_device
-from .memory import Peak
 from .optimizer import build_lr_scheduler, build_optimizer, students
-from .random_state import preserved_random_state, set_random_state
-from .run_info import (
-    RunLog,
-    RunRecord,
-    disk_is_full,
-    explaining_full_disk,
-    keep_metrics_before,
-    remove_temporaries,
-    save_config,
-)
+from .run_info import RunLog, RunRecord, keep_metrics_before
 from .step import NotFinite, Step, distributed, precision
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ from .backbone import (
     add_torchvision_config,
     basic_resnet,
 )
-from .distiller import Distiller, add_distiller_config
-from .gfl import GFL, GFLHead, add_gfl_config
+from .meta_arch import GFL, Distiller, GFLHead, add_distiller_config, add_gfl_config
 from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, outputs_of
 from .teacher import Teacher
 

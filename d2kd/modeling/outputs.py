@@ -22,10 +22,10 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..classes import num_classes_of
-from ..compat import box_tensors
-from ..errors import InputError
-from .gfl import integral
+from ..structures.class_map import num_classes_of
+from ..utils.compat import box_tensors
+from ..utils.errors import InputError
+from .meta_arch.gfl import integral
 
 Call = tuple[tuple, Any]
 

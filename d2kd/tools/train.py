@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -30,13 +30,13 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairw
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-from ..classes import ClassMap
-from ..compat import box_tensors
-from ..engine.run_info import config_hash
-from ..errors import InputError
 from ..losses.base import check_anchors
 from ..losses.tar import of_class
 from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, scores_by_sigmoid
+from ..structures.class_map import ClassMap
+from ..utils.compat import box_tensors
+from ..utils.env import config_hash
+from ..utils.errors import InputError
 from .detectors import Ready, input_scale
 from .matching import Truth
 

@@ -28,8 +28,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ..errors import InputError
-from ..processes import over_processes
+from ...utils.comm import over_processes
+from ...utils.errors import InputError
 
 
 @META_ARCH_REGISTRY.register()
@@ -62,7 +62,7 @@ class GFL(DenseDetector):
     """
 
     classifier = "head.cls_score"
-    """The layer whose row k is class k, for :func:`~d2kd.modeling.distiller.inherit_weights`."""
+    """The layer whose row k is class k, for :func:`~d2kd.modeling.inherit.inherit_weights`."""
 
     @configurable
     def __init__(
@@ -246,7 +246,7 @@ class GFL(DenseDetector):
     ) -> dict[str, Tensor]:
         """Each anchor's share of the losses, weighted and normalised.
 
-        Normalisers are means over processes, see :func:`~d2kd.processes.over_processes`. Classification is
+        Normalisers are means over processes, see :func:`~d2kd.utils.comm.over_processes`. Classification is
         divided by the foreground anchors of the batch, at least one an image; the other two weigh an anchor by
         its best score, and are divided by the sum of these weights, at least 1 in all processes together (the
         published code: in the mean of them). Logits of old classes are left aside, in the score as well.

@@ -10,10 +10,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .data import check_dataset
-from .losses import ERDLoss
-from .modeling import Teacher
-from .visualization import Scene, marked, save_pictures, scenes, side_by_side, spread
+from ..data import check_dataset
+from ..data.datasets import spread
+from ..losses import ERDLoss
+from ..modeling import Teacher
+from .panels import Scene, marked, save_pictures, scenes, side_by_side
 
 TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
 """What is selected, as the pictures call it."""

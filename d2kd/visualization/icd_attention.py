@@ -20,18 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from .classes import num_classes_of
-from .config import builds
-from .data import InstancePriors, check_dataset
-from .errors import InputError
-from .layers.attention import CellPositions
-from .layers.masks import valid_cells
-from .layers.queries import make_queries
-from .losses import ICDLoss
-from .losses.icd import tokens
-from .modeling import Teacher
-from .modeling.weights import fit, read
-from .visualization import GAP, save_pictures, scenes, spread, title_strip
+from ..config import builds
+from ..data import InstancePriors, check_dataset
+from ..data.datasets import spread
+from ..layers.attention import CellPositions
+from ..layers.masks import valid_cells
+from ..layers.queries import make_queries
+from ..losses import ICDLoss
+from ..losses.icd import tokens
+from ..modeling import Teacher
+from ..modeling.weights import fit, read
+from ..structures.class_map import num_classes_of
+from ..utils.errors import InputError
+from .panels import GAP, save_pictures, scenes, title_strip
 
 TILE = 160  # longer side of one of a panel's pictures, in pixels
 HEAT = np.array([255, 190, 0])

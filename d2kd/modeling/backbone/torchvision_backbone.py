@@ -8,17 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torchvision.models
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone import BasicStem, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import BasicBlock
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from ..errors import InputError
-from .weights import fit, read
+from ...utils.errors import InputError
+from ..weights import fit, read
 
 TORCHVISION_PIXEL_MEAN = [123.675, 116.28, 103.53]
 """Mean of the images torchvision's weights were trained on: RGB, in Detectron2's unit, 0 to 255."""
@@ -30,37 +27,6 @@ STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 """Features by stride, under the names that Detectron2's configs know them by, residual or not."""
 
 _SIDE = 128  # of the image by which strides are found, in pixels
-
-
-def basic_resnet(
-    width: int = 64,
-    blocks: Sequence[int] = (2, 2, 2, 2),
-    norm: str = "BN",
-    out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
-) -> ResNet:
-    """A ResNet of basic blocks of any width; 64 and (2, 2, 2, 2) give ResNet-18.
-
-    Args:
-        width: channels of the stem and of the first stage; each stage doubles them.
-        blocks: blocks of each of the four stages, at strides 4, 8, 16 and 32.
-        norm: Detectron2's name of a norm.
-        out_features: the stages to return.
-    """
-    stages, channels = [], width
-    for k, count in enumerate(blocks):
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                count,
-                stride_per_block=[1 if k == 0 else 2] + [1] * (count - 1),
-                in_channels=channels,
-                out_channels=width * 2**k,
-                norm=norm,
-            )
-        )
-        channels = width * 2**k
-    stem = BasicStem(in_channels=3, out_channels=width, norm=norm)
-    return ResNet(stem, stages, out_features=list(out_features))
 
 
 class TorchvisionBackbone(Backbone):
@@ -253,89 +219,3 @@ def add_torchvision_config(cfg: CfgNode) -> None:
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.MODEL.TORCHVISION.NORM = "BN"
     cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's own
-
-
-class StaticBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm whose statistics stay as they were loaded, and whose scale and offset learn.
-
-    Between Detectron2's "BN" and "FrozenBN"; MMDetection's detectors train so (``norm_eval``). As a node's ``norm``:
-    ``L(locate)(name="d2kd.modeling.StaticBatchNorm2d")``, ``locate`` of ``detectron2.utils.registry``.
-    """
-
-    def train(self, mode: bool = True) -> StaticBatchNorm2d:
-        return super().train(False)
-
-
-class LinearP6P7(LastLevelP6P7):
-    """Levels p6 and p7 from the pyramid's own p5; RetinaNet's come from res5, with a ReLU before p7.
-
-    Args:
-        in_channels: of p5, those of the pyramid.
-        out_channels: of p6 and p7, the same.
-        in_feature: the level to start from.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, in_feature: str = "p5"):
-        super().__init__(in_channels, out_channels, in_feature)
-
-    def forward(self, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(p6)]
-
-
-@BACKBONE_REGISTRY.register()
-def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, by default res3 to res5; p6 and p7 made of p5."""
-    in_features = cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"]
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.RESNETS.OUT_FEATURES = list(in_features)  # Detectron2's default is res4 alone
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=in_features,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LinearP6P7(channels, channels),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-
-
-@BACKBONE_REGISTRY.register()
-def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``MODEL.TORCHVISION`` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default p2 to p6."""
-    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())
-    return _fpn(cfg, in_features, lambda bottom_up: LastLevelMaxPool())
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``MODEL.TORCHVISION`` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default p3 to p7."""
-    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())[1:]
-    last = in_features[-1]
-    return _fpn(
-        cfg,
-        in_features,
-        lambda bottom_up: LastLevelP6P7(
-            bottom_up.output_shape()[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last
-        ),
-    )
-
-
-def _fpn(cfg: CfgNode, in_features: Sequence[str], top_block: Callable) -> FPN:
-    node = cfg.MODEL.TORCHVISION
-    bottom_up = TorchvisionBackbone(
-        node.NAME,
-        weights=node.WEIGHTS,
-        norm=node.NORM,
-        norm_momentum=node.NORM_MOMENTUM,
-        out_features=in_features,
-    )
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=in_features,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block(bottom_up),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )

@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .engine.run_info import write_text
-from .evaluation.accuracy import LABELS, METRICS
-from .evaluation.comparison import Comparison, Gain
-from .evaluation.error_kinds import KINDS
-from .report_pictures import LOST, WON, Pictures
+from ..comparison.accuracy import LABELS, METRICS
+from ..comparison.comparison import Comparison, Gain
+from ..comparison.error_kinds import KINDS
+from ..utils.io import write_text
+from .pictures import LOST, WON, Pictures
 
 COLORS = ("#4b5668", "#d18b1f", "#0f8577", "#7a5bb0", "#c0496b", "#2f6fb5", "#7c8a2c")
 """Of the detectors, in their order; the featured one has the third."""

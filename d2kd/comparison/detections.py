@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..engine.run_info import written_whole
-from ..errors import InputError
 from ..modeling.teacher import in_students_classes
+from ..utils.errors import InputError
+from ..utils.io import written_whole
 from .accuracy import accuracy
 from .detectors import Data, Detector, Ready, loader_of, read_results
 from .matching import Detections, match

@@ -19,7 +19,6 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
-from ..classes import ClassMap, class_names, num_classes_of, renamed
 from ..config import (
     builds,
     is_distiller,
@@ -32,10 +31,12 @@ from ..config import (
 )
 from ..config import detector as model_of
 from ..data import TwoScales, build_test_loader, check_dataset
-from ..engine.run_info import config_hash, read_json
-from ..errors import InputError
 from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
+from ..structures.class_map import ClassMap, class_names, num_classes_of, renamed
+from ..utils.env import config_hash
+from ..utils.errors import InputError
+from ..utils.io import read_json
 from .matching import Detections, Truth
 
 FEW = 32

@@ -26,10 +26,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from d2kd.classes import class_names
 from d2kd.data.catalog import is_registered
 from d2kd.data.datasets import check_dataset
-from d2kd.errors import InputError
+from d2kd.structures.class_map import class_names
+from d2kd.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

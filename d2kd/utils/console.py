@@ -10,7 +10,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from ..engine.run_info import LOGGERS
+LOGGERS = ("d2kd", "detectron2", "fvcore")
+"""Whose log a run keeps."""
 
 
 @contextlib.contextmanager

@@ -24,25 +24,18 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
 
-from . import __version__
-from .classes import num_classes_of
-from .config import (
-    builds,
-    is_distiller,
-    reading_mapper,
-    student_of,
-    teacher_of,
-    without_weights,
-)
-from .data import TwoScales
-from .engine.checkpoint import learned_classes
-from .engine.evaluation import build_test_loader, do_test
-from .engine.run_info import versions
-from .errors import InputError
-from .export import ExportedDetector, of_image, strangers, tracing
-from .modeling.distiller import class_map_of
-from .modeling.weights import CLASSES, load_strict, read
-from .study.console import quiet
+from .. import __version__
+from ..config import builds, is_distiller, reading_mapper, student_of, teacher_of, without_weights
+from ..data import TwoScales
+from ..engine.checkpoint import learned_classes
+from ..engine.evaluation import build_test_loader, do_test
+from ..modeling.meta_arch.distiller import class_map_of
+from ..modeling.weights import CLASSES, load_strict, read
+from ..structures.class_map import num_classes_of
+from ..utils.console import quiet
+from ..utils.env import versions
+from ..utils.errors import InputError
+from .formats import ExportedDetector, of_image, strangers, tracing
 
 FLOP_IMAGES = 3  # what two-stage detectors compute depends on the picture
 WARM_UPS = 2

@@ -13,8 +13,8 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
-from .evaluation.comparison import Comparison
-from .evaluation.objects import Change, Picture
+from ..comparison.comparison import Comparison
+from ..comparison.objects import Change, Picture
 
 WON, LOST = "#12915f", "#d1433f"
 RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"

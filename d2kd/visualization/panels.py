@@ -7,7 +7,6 @@ whatever panels they have. Around it: what turns Detectron2's records (dataset d
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import build_test_loader, check_dataset
+from ..data import build_test_loader, check_dataset
+from ..data.datasets import spread
 
 # Shorter side of a panel, in pixels: below it the labels of an 8 px object cannot be read. Larger images stay as they are.
 LEGIBLE_SIDE = 480
@@ -243,14 +243,6 @@ def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[
         yield Scene(name, image, batch, {"ground truth": truth})
 
 
-def spread(records: Sequence[dict], number: int) -> list[dict]:
-    """So many of the records, evenly, in their order; all where there are no more."""
-    if number >= len(records):
-        return list(records)
-    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
-    return [records[place] for place in places]
-
-
 def described(
     metadata, classes: Mapping[str, Sequence[str] | None], num_old_classes: int = 0
 ) -> dict[str, Metadata | None]:
@@ -314,59 +306,6 @@ def draw_detections(
             scene.add(title, see)
         drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata, threshold)
     return save_pictures(folder, drawn)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.json, one per iteration.
-
-    A resumed run repeats iterations, of which the last counts; a line cut by an interruption is left out.
-    """
-    found: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-            entry = json.loads(line)
-            found.setdefault(entry["iteration"], {}).update(entry)
-    return [found[i] for i in sorted(found)]
-
-
-def task_loss(entry: Mapping[str, float]) -> float | None:
-    """The student's own losses in a line of metrics.json: what all methods have in common."""
-    own = [value for key, value in entry.items() if key.startswith("loss_")]
-    return sum(own) if own else None
-
-
-def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -> None:
-    """Task loss and validation AP against iterations.
-
-    Args:
-        path: the picture.
-        metrics: method -> ``metrics.json`` of each of its runs; a colour per method, a line per run.
-        title: of the whole.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    loss, ap = figure.subplots(1, 2)
-    for index, (method, paths) in enumerate(metrics.items()):
-        style = {"color": f"C{index}", "alpha": 1.0 if len(paths) == 1 else 0.6}
-        for number, entries in enumerate(map(read_metrics, paths)):
-            losses = {e["iteration"] + 1: task_loss(e) for e in entries}
-            losses = {x: y for x, y in losses.items() if y is not None}
-            # The evaluation at the end is logged one iteration after the last step.
-            last = max(losses, default=0)
-            measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
-            measured = {x: y for x, y in measured.items() if y is not None}
-            label = method if number == 0 else "_"  # no legend of its own
-            loss.plot(losses.keys(), losses.values(), label=label, **style)
-            ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
-    loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")
-    ap.set(title="AP on the validation split", ylabel="AP")
-    for axes in (loss, ap):
-        axes.set_xlabel("iterations")
-        axes.grid(alpha=0.3)
-    loss.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
 
 
 def _draw(

@@ -20,10 +20,10 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from .compat import tracing_adapter
-from .engine.run_info import written_whole
-from .errors import InputError
-from .modeling import outputs_of
+from ..modeling import outputs_of
+from ..utils.compat import tracing_adapter
+from ..utils.errors import InputError
+from ..utils.io import written_whole
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 """What can be written, and the suffix of its file."""

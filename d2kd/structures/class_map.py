@@ -18,7 +18,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..utils.errors import InputError
 
 
 def num_classes_of(detector: nn.Module) -> int:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
-from ..engine.memory import Peak
-from ..engine.run_info import config_hash, written_whole
-from ..visualization import spread
+from ..data.datasets import spread
+from ..utils.env import config_hash
+from ..utils.io import written_whole
+from ..utils.memory import Peak
 from .detections import Report, Say
 from .detectors import Data, Ready, input_scale, loader_of
 from .features import FeatureSimilarity

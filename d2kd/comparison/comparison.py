@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ..classes import ClassMap
 from ..engine.launch import pick_device
-from ..engine.run_info import versions, write_json
-from ..errors import InputError
+from ..structures.class_map import ClassMap
+from ..utils.env import versions
+from ..utils.errors import InputError
+from ..utils.io import write_json
 from .accuracy import Accuracy, accuracy, bootstrap, difference, interval, resamples
 from .detections import Report, detections_of
 from .detectors import Data, Detector, Ready, build, same_mapper
