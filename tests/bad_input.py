@@ -50,7 +50,7 @@ from d2kd.data import (
 )
 from d2kd.data.datasets import check_dataset, coco_dataset
 from d2kd.data.voc import register_voc
-from d2kd.engine import checkpoint, launch, optimizer, step, trainer
+from d2kd.engine import checkpoint, launch, optimizer, resume, step, trainer
 from d2kd.export import formats, table
 from d2kd.layers import adapter, attention
 from d2kd.losses import (
@@ -468,7 +468,7 @@ def _other_names(folder):
 
 def _apart() -> None:
     with mock.patch.object(trainer.comm, "all_gather", lambda own: [own, "model_0000009.pth"]):
-        trainer._check_agreed(None)
+        resume.check_agreed(None)
 
 
 def _no_cuda() -> None:
@@ -559,7 +559,7 @@ ENGINE: dict[str, Case] = {
         step.precision, OmegaConf.create({"enabled": True, "dtype": "float16"}), torch.device("cpu")
     ),
     "engine/hooks DrawDetections.from_config": _undrawable,
-    "engine/trainer _check_agreed": call(_apart),
+    "engine/resume check_agreed": call(_apart),
     "engine/trainer Trainer._check_classes": _other_names,
     "attention_maps load_icd: 'no ICDLoss'": call(
         icd_attention.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"

@@ -17,7 +17,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..config import (
     builds,
@@ -31,6 +31,7 @@ from ..config import (
 )
 from ..config import detector as model_of
 from ..data import TwoScales, build_test_loader, check_dataset
+from ..data.datasets import dataset_names
 from ..modeling import Teacher
 from ..modeling.weights import CLASSES, read, sha256
 from ..structures.class_map import ClassMap, class_names, num_classes_of, renamed
@@ -267,9 +268,9 @@ def from_config(name: str, config: str, weights: str, results: str | None = None
 
 
 def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
-    names = OmegaConf.select(recipe, "dataloader.train.dataset.names", default=None)
     try:
-        return None if names is None else class_names(instantiate(names))
+        names = dataset_names(recipe, "train")
+        return class_names(names) if names else None
     except (InputError, OSError):
         return None  # data that is not here any more: the checkpoint may name its classes
 
@@ -315,10 +316,12 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
         )
     name = "distilled" if is_distiller(recipe.model) else "detector"
     found.append(from_config(name, str(config), str(weights)))
-    names = OmegaConf.select(recipe, "dataloader.test.dataset.names", default=None)
-    if dataset is None and names is None:
-        raise InputError(config, "no dataloader.test.dataset.names", "--dataset NAME")
-    return found, dataset or check_dataset(names)[0]
+    if dataset is None:
+        names = check_dataset(dataset_names(recipe, "test"))
+        if not names:
+            raise InputError(config, "no dataloader.test.dataset.names", "--dataset NAME")
+        dataset = names[0]
+    return found, dataset
 
 
 def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictConfig | None:

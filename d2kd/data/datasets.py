@@ -17,6 +17,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
 
 from d2kd.data.catalog import check_files, is_registered
 from d2kd.data.voc import check_voc
@@ -63,6 +64,21 @@ def coco_dataset(
         registered_as=given,
     )
     return name
+
+
+def dataset_names(recipe: DictConfig, part: str) -> list[str]:
+    """Names of the data sets that a recipe reads, which are registered if the recipe says how.
+
+    Args:
+        recipe: with or without data.
+        part: "train" or "test".
+
+    Returns:
+        the names in ``dataloader.<part>.dataset.names``; empty for a recipe without them.
+    """
+    names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
+    names = [] if names is None else instantiate(names)
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_dataset(names) -> list[str]:

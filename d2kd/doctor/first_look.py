@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import reading_mapper
 from ..data import check_dataset
+from ..data.datasets import dataset_names
 from ..engine.checkpoint import student_of, unwrapped
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
@@ -145,9 +146,9 @@ def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
 
 
 def data_classes(config: DictConfig) -> tuple[str, ...] | None:
-    node = OmegaConf.select(config, "dataloader.train.dataset.names", default=None)
     try:
-        return None if node is None else class_names(check_dataset(node))
+        names = check_dataset(dataset_names(config, "train"))
+        return class_names(names) if names else None
     except InputError:
         return None
 

@@ -16,7 +16,8 @@ from detectron2.utils import comm
 
 from ..utils.console import LOGGERS
 from ..utils.env import versions
-from ..utils.io import read_json, read_rows, write_json, write_text
+from ..utils.errors import InputError
+from ..utils.io import disk_is_full, read_json, read_rows, write_json, write_text
 
 
 def keep_metrics_before(path: str | Path, iteration: int) -> None:
@@ -114,3 +115,19 @@ class RunRecord:
         self.content |= values
         if comm.is_main_process():
             write_json(self._path, self.content)
+
+
+@contextlib.contextmanager
+def quiet_about_input_errors() -> Iterator[None]:
+    """Keep Detectron2's loop from printing the traceback of an error that is the input's."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not (isinstance(error, InputError) or disk_is_full(error))
+
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.addFilter(keep)
+    try:
+        yield
+    finally:
+        loop.removeFilter(keep)

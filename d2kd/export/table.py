@@ -27,6 +27,7 @@ from torch import nn
 from .. import __version__
 from ..config import builds, is_distiller, reading_mapper, student_of, teacher_of, without_weights
 from ..data import TwoScales
+from ..data.datasets import dataset_names
 from ..engine.checkpoint import learned_classes
 from ..engine.evaluation import build_test_loader, do_test
 from ..modeling.meta_arch.distiller import class_map_of
@@ -126,10 +127,7 @@ def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str,
 def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:
     names = read(weights).get(CLASSES)
     if names is None:
-        data = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
-        data = None if data is None else instantiate(data)
-        if data is not None:
-            names = learned_classes(detector, [data] if isinstance(data, str) else list(data))
+        names = learned_classes(detector, dataset_names(config, "test"))
     if names is None or len(names) != num_classes_of(detector):
         found = f"{len(names or ())} names of {num_classes_of(detector)} classes"
         raise InputError(weights, found, "a checkpoint or test data that name the classes")

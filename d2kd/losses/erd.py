@@ -16,7 +16,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..modeling.meta_arch.gfl import integral
+from ..modeling.box_regression import integral
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight, check_anchors

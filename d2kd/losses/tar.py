@@ -23,7 +23,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from ..modeling.meta_arch.gfl import is_foreground
+from ..modeling.matcher import is_foreground
 from ..modeling.outputs import scores_by_sigmoid
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError

@@ -10,9 +10,9 @@ import torch
 from detectron2.structures import Instances
 from torch import nn
 
-from ..structures.class_map import ClassMap, class_names, num_classes_of, renamed
+from ..structures.class_map import ClassMap, check_classes, class_names, num_classes_of, renamed
 from ..utils.errors import InputError
-from .outputs import DetectorOutputs, check_classes, outputs_of, precision_around, precision_of
+from .outputs import DetectorOutputs, outputs_of, precision_around, precision_of
 from .speed import compile_parts, fuse_norms, keep_weights
 from .weights import load_strict, sha256
 

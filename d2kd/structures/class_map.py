@@ -60,6 +60,16 @@ def _registered(name: str) -> bool:
     return name in DatasetCatalog.list()
 
 
+def check_classes(side: str, detector: nn.Module, classes: Sequence[str]) -> None:
+    """Raise InputError unless there are as many names as classes."""
+    if len(classes) != num_classes_of(detector):
+        raise InputError(
+            f"classes of the {side}",
+            f"{len(classes)} names",
+            f"{num_classes_of(detector)}, one for each class of the {type(detector).__name__}",
+        )
+
+
 @dataclass(frozen=True)
 class ClassMap:
     """The classes two detectors share.

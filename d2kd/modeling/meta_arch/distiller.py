@@ -14,12 +14,12 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.profiler import record_function
 
-from ...structures.class_map import ClassMap, class_names, num_classes_of
+from ...structures.class_map import ClassMap, check_classes, class_names, num_classes_of
 from ...utils.comm import anywhere
 from ...utils.errors import InputError
 from ..agreement import agreement
 from ..inherit import inherit_weights
-from ..outputs import RCNNOutputs, capture, check_classes, more_proposals, outputs_of
+from ..outputs import RCNNOutputs, capture, more_proposals, outputs_of
 from ..teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -14,22 +14,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
+from ...layers.losses import distribution_focal_loss, quality_focal_loss
 from ...utils.comm import over_processes
 from ...utils.errors import InputError
+from ..box_regression import StrideTransform, integral
+from ..matcher import atss_matches, is_foreground
 
 
 @META_ARCH_REGISTRY.register()
@@ -395,104 +396,6 @@ class GFLHead(nn.Module):
             for x, scale in zip(features, self.scales, strict=True)
         ]
         return logits, edges
-
-
-class StrideTransform(Box2BoxTransformLinear):
-    """FCOS's transform, distances from a box's centre to four edges in strides, for boxes of several strides.
-
-    Args:
-        anchor_scale: side of the source boxes in strides.
-    """
-
-    def __init__(self, anchor_scale: float):
-        super().__init__(normalize_by_size=True)
-        self.anchor_scale = anchor_scale
-
-    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """``(R, 4)`` distances of square source boxes' centres; a negative one lies beyond its edge."""
-        return super().get_deltas(src_boxes, target_boxes) * self.anchor_scale
-
-    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """``(R, 4)`` boxes XYXY; negative distances count as 0."""
-        return super().apply_deltas(deltas / self.anchor_scale, boxes)
-
-
-def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
-    """Which labels are a class: neither ignored (-1) nor background (``num_classes``)."""
-    return (labels >= 0) & (labels < num_classes)
-
-
-def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
-    """Match anchors to objects by adaptive training sample selection (ATSS, arXiv 1912.02424).
-
-    An object's candidates are the ``topk`` anchors of each level whose centres are nearest to its own.
-    Those match that overlap it by at least the mean and standard deviation of the candidates' IoU, and whose
-    centre lies inside it by more than 0.01 pixel. An anchor that matches several objects has the one it
-    overlaps most. An object may stay without a match.
-
-    Args:
-        anchors: of each level.
-        gt_boxes: G objects.
-
-    Returns:
-        ``(R,)`` the row of the matched object, -1 for none.
-    """
-    every = Boxes.cat(anchors)
-    matches = torch.full((len(every),), -1, device=every.device)
-    if not len(gt_boxes) or not len(every):
-        return matches
-    centers = every.get_centers()
-    distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
-    candidates, start = [], 0
-    for level in distance.split([len(level) for level in anchors]):
-        nearest = level.topk(min(topk, len(level)), dim=0, largest=False).indices
-        candidates.append(nearest + start)
-        start += len(level)
-    candidate = torch.cat(candidates)  # (C, G)
-
-    iou = pairwise_iou(every, gt_boxes)
-    overlap = iou.gather(0, candidate)
-    top_left, bottom_right = gt_boxes.tensor.split(2, dim=1)
-    center = centers[candidate]
-    inside = torch.cat([center - top_left, bottom_right - center], dim=-1).amin(dim=-1) > 0.01
-    positive = inside & (overlap >= overlap.mean(dim=0) + overlap.std(dim=0))
-
-    chosen = torch.full_like(iou, -1).scatter(0, candidate, torch.where(positive, overlap, -1.0))
-    best, index = chosen.max(dim=1)
-    return torch.where(best >= 0, index, matches)
-
-
-def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """``|q - p|^beta BCE(p, q)`` of each entry, p the logit's sigmoid; both factors have a gradient.
-
-    Args:
-        logits: any shape, which is that of the result.
-        quality: q in [0, 1] of equal shape: IoU at the label of a foreground anchor, 0 elsewhere.
-    """
-    entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-    return (quality - logits.sigmoid()).abs().pow(beta) * entropy
-
-
-def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
-    """Cross-entropy with the two whole distances around each target, in proportion to their nearness.
-
-    Args:
-        logits: ``(…, n + 1)``.
-        distances: ``(…)`` in the unit of the bins, clamped to [0, n - 0.1].
-    """
-    target = distances.clamp(0, logits.shape[-1] - 1 - 0.1)
-    below = target.floor()
-    share = (target - below)[..., None]
-    below = below.long()[..., None]
-    log_p = F.log_softmax(logits, dim=-1)
-    return -((1 - share) * log_p.gather(-1, below) + share * log_p.gather(-1, below + 1))[..., 0]
-
-
-def integral(logits: Tensor) -> Tensor:
-    """The mean distance ``(…)`` float32 of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
-    # A mean over bins loses in half precision what two detectors differ by.
-    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
-    return (logits.float().softmax(dim=-1) * bins).sum(dim=-1)
 
 
 def add_gfl_config(cfg: CfgNode) -> None:
