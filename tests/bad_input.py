@@ -378,18 +378,22 @@ DATA: dict[str, Case] = {
     "data/loader _blame_image: f'{width}": _record(_other_size),
     "data/loader _blame_image: f'cannot be decoded": _record(_undecodable),
     "data/loader _orientations": call(_loaded, [{"height": 3}]),
-    "data/priors InstancePriors.__post_init__: found": call(
+    "structures/instance_priors InstancePriors.__post_init__: found": call(
         InstancePriors, [1.0], [[1.0]], [[1.0]]
     ),
-    "data/priors InstancePriors.__post_init__: 'not finite": call(
+    "structures/instance_priors InstancePriors.__post_init__: 'not finite": call(
         InstancePriors, [-1.0], [[1.0, 1.0]], [[1.0, 1.0]]
     ),
-    "data/priors InstancePriors.__post_init__: '0 for every": call(
+    "structures/instance_priors InstancePriors.__post_init__: '0 for every": call(
         InstancePriors, [0.0], [[1.0, 1.0]], [[1.0, 1.0]]
     ),
-    "data/priors InstancePriors.load: 'no such file'": call(InstancePriors.load, "gone.json"),
-    "data/priors InstancePriors.load: type(error)": file_with("{", "p.json", InstancePriors.load),
-    "data/priors InstancePriors.load: error.culprit": file_with(
+    "structures/instance_priors InstancePriors.load: 'no such file'": call(
+        InstancePriors.load, "gone.json"
+    ),
+    "structures/instance_priors InstancePriors.load: type(error)": file_with(
+        "{", "p.json", InstancePriors.load
+    ),
+    "structures/instance_priors InstancePriors.load: error.culprit": file_with(
         '{"rows": [{"class": 0, "frequency": -1, "mean": [1, 1], "std": [1, 1]}]}',
         "p.json",
         InstancePriors.load,
@@ -407,18 +411,22 @@ DATA: dict[str, Case] = {
     ),
     "data/shapes write: of shapes": call(shapes.write, "nowhere", train=0),
     "data/shapes write: strerror": _unwritable,
-    "data/steps split_classes: repr(split)": call(incremental.split_classes, NAMES, "two"),
-    "data/steps split_classes: sum(sizes)": call(incremental.split_classes, NAMES, "2+2"),
-    "data/steps split_classes: 'a step without": call(
+    "data/incremental split_classes: repr(split)": call(incremental.split_classes, NAMES, "two"),
+    "data/incremental split_classes: sum(sizes)": call(incremental.split_classes, NAMES, "2+2"),
+    "data/incremental split_classes: 'a step without": call(
         incremental.split_classes, NAMES, [[], NAMES]
     ),
-    "data/steps split_classes: unknown class": call(incremental.split_classes, NAMES, [["bird"]]),
-    "data/steps split_classes: in step": call(incremental.split_classes, NAMES, [NAMES, NAMES]),
-    "data/steps class_step": _no_step,
-    "data/steps ClassStep.load": _empty_step,
-    "data/steps check_objects: {c!r}": _old_step,
-    "data/steps check_objects: file_name": _old_objects,
-    "data/steps check_count": _other_count,
+    "data/incremental split_classes: unknown class": call(
+        incremental.split_classes, NAMES, [["bird"]]
+    ),
+    "data/incremental split_classes: in step": call(
+        incremental.split_classes, NAMES, [NAMES, NAMES]
+    ),
+    "data/incremental class_step": _no_step,
+    "data/incremental ClassStep.load": _empty_step,
+    "data/incremental check_objects: {c!r}": _old_step,
+    "data/incremental check_objects: file_name": _old_objects,
+    "data/incremental check_count": _other_count,
     "data/voc register_voc": voc(names=["a", "a"]),
     "data/voc check_voc": voc(gone("JPEGImages")),
     "data/voc _expanded": call(register_voc, "bad", "$D2KD_NO_SUCH/x", "train", NAMES),
@@ -561,10 +569,10 @@ ENGINE: dict[str, Case] = {
     "engine/hooks DrawDetections.from_config": _undrawable,
     "engine/resume check_agreed": call(_apart),
     "engine/trainer Trainer._check_classes": _other_names,
-    "attention_maps load_icd: 'no ICDLoss'": call(
+    "visualization/icd_attention load_icd: 'no ICDLoss'": call(
         icd_attention.load_icd, L(Distiller)(losses=L(DistillLosses)()), None, None, "none"
     ),
-    "attention_maps draw_attention": _nothing_to_ask_about,
+    "visualization/icd_attention draw_attention": _nothing_to_ask_about,
     "benchmark/bench Setup.__post_init__: 'image sizes'": call(
         benchmark.Setup, "it", "none", image_sizes=()
     ),
@@ -589,15 +597,15 @@ ENGINE: dict[str, Case] = {
             for value in ("true", "false")
         ],
     ),
-    "classes class_names: repr(given)": call(class_map.class_names, "no_such_data"),
-    "classes class_names: 'no class'": call(class_map.class_names, []),
-    "classes renamed": call(class_map.renamed, ["a"], {"b": "c"}),
-    "classes _numbers": call(class_map.ClassMap.by_name, ["a", "a"], ["a"]),
-    "deployment _names": saved(
+    "structures/class_map class_names: repr(given)": call(class_map.class_names, "no_such_data"),
+    "structures/class_map class_names: 'no class'": call(class_map.class_names, []),
+    "structures/class_map renamed": call(class_map.renamed, ["a"], {"b": "c"}),
+    "structures/class_map _numbers": call(class_map.ClassMap.by_name, ["a", "a"], ["a"]),
+    "export/table _names": saved(
         {"model": {}},
         lambda path: table._names(OmegaConf.create({"dataloader": {}}), Like(num_classes=3), path),
     ),
-    "deployment first_images": call(table.first_images, OmegaConf.create({"dataloader": {}}), 1),
+    "export/table first_images": call(table.first_images, OmegaConf.create({"dataloader": {}}), 1),
     "config/files config_file": call(config.config_file, "nowhere.py"),
     "config/files _find": call(config.load, "nowhere.py"),
     "config/files load: 'a yacs config'": call(
@@ -619,9 +627,9 @@ ENGINE: dict[str, Case] = {
     "config/recipes increment: step": call(
         config.increment, "baselines/gfl_small_shapes.py", split="4+4", step=3
     ),
-    "export exportable": call(lambda: formats.exportable(keypoint_rcnn())),
-    "export imported": call(formats.imported, "no_such_package"),
-    "export ExportedDetector.__init__": call(formats.ExportedDetector, "gone.ts"),
+    "export/formats exportable": call(lambda: formats.exportable(keypoint_rcnn())),
+    "export/formats imported": call(formats.imported, "no_such_package"),
+    "export/formats ExportedDetector.__init__": call(formats.ExportedDetector, "gone.ts"),
 }
 
 
@@ -738,8 +746,10 @@ MODELS: dict[str, Case] = {
     "data/scales TwoScales.__init__": call(TwoScales, None, 1),
     "data/scales reduce_instances": call(_bitmaps),
     "losses/base check_anchors: times larger": call(base.check_anchors, Like(), Like(), 2),
-    "modeling/distiller Distiller.__init__: no RPN": call(_without_rpn),
-    "modeling/distiller Distiller.__init__: times the size": call(lambda: _across(2, share="both")),
+    "modeling/meta_arch/distiller Distiller.__init__: no RPN": call(_without_rpn),
+    "modeling/meta_arch/distiller Distiller.__init__: times the size": call(
+        lambda: _across(2, share="both")
+    ),
     "modeling/teacher Teacher.__init__: 'teacher.dtype'": call(Teacher, None, None, dtype="float8"),
     "modeling/teacher Teacher.__init__: 'teacher.aliases'": call(
         lambda: Teacher(build(tiny_faster_rcnn()), None, aliases={"a": "b"})
@@ -807,46 +817,50 @@ MODELS: dict[str, Case] = {
         lambda: TARLoss(feature_weight=0).bind(Like(num_classes=2), Like(num_classes=3))
     ),
     "losses/tar _ramp": call(TARLoss, feature_ramp=2),
-    "modeling/backbone TorchvisionBackbone.__init__: 'norm'": call(
+    "modeling/backbone/torchvision_backbone TorchvisionBackbone.__init__: 'norm'": call(
         TorchvisionBackbone, "none", norm="GN"
     ),
-    "modeling/backbone TorchvisionBackbone.__init__: no feature": call(
+    "modeling/backbone/torchvision_backbone TorchvisionBackbone.__init__: no feature": call(
         TorchvisionBackbone, "mobilenet_v3_small", out_features=["res6"]
     ),
-    "modeling/backbone TorchvisionBackbone.__init__: gives": call(
+    "modeling/backbone/torchvision_backbone TorchvisionBackbone.__init__: gives": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"classifier.0": "res3"}
     ),
-    "modeling/backbone _classifier: no such classifier": call(TorchvisionBackbone, "none"),
-    "modeling/backbone _classifier: cannot be fetched": call(_unloaded),
-    "modeling/backbone _checkpoint: error.found": call(
+    "modeling/backbone/torchvision_backbone _classifier: no such classifier": call(
+        TorchvisionBackbone, "none"
+    ),
+    "modeling/backbone/torchvision_backbone _classifier: cannot be fetched": call(_unloaded),
+    "modeling/backbone/torchvision_backbone _checkpoint: error.found": call(
         torchvision_backbone._checkpoint, "resnet18", "nowhere.pth"
     ),
-    "modeling/backbone _last_blocks": call(
+    "modeling/backbone/torchvision_backbone _last_blocks": call(
         torchvision_backbone._last_blocks, nn.Linear(5, 5), "linear"
     ),
-    "modeling/backbone _extractor": call(
+    "modeling/backbone/torchvision_backbone _extractor": call(
         TorchvisionBackbone, "mobilenet_v3_small", nodes={"features.99": "res3"}
     ),
-    "modeling/distiller Distiller.__init__: 'max_iter'": call(
+    "modeling/meta_arch/distiller Distiller.__init__: 'max_iter'": call(
         Distiller, student=None, teacher=None, losses=None, max_iter=0
     ),
-    "modeling/distiller Distiller.__init__: 'share', share": call(
+    "modeling/meta_arch/distiller Distiller.__init__: 'share', share": call(
         Distiller, student=None, teacher=None, losses=None, max_iter=1, share="all"
     ),
-    "modeling/distiller Distiller.__init__: both, of": call(_both),
-    "modeling/distiller Distiller._tapped": call(_tapped),
-    "modeling/distiller Distiller.from_config": _two_orders,
-    "modeling/distiller grown_classes": call(
+    "modeling/meta_arch/distiller Distiller.__init__: both, of": call(_both),
+    "modeling/meta_arch/distiller Distiller._tapped": call(_tapped),
+    "modeling/meta_arch/distiller Distiller.from_config": _two_orders,
+    "modeling/meta_arch/distiller grown_classes": call(
         grown_classes, Like(num_classes=3, num_old_classes=2), Like(num_classes=1), None
     ),
-    "modeling/distiller inherit_weights": call(_no_stem),
-    "modeling/distiller class_map_of": call(class_map_of, None, Like(classes=("a",)), None),
-    "modeling/gfl GFL.__init__": call(_grown),
-    "modeling/outputs check_classes": call(
-        outputs.check_classes, "student", Like(num_classes=2), ["a"]
+    "modeling/inherit inherit_weights": call(_no_stem),
+    "modeling/meta_arch/distiller class_map_of": call(
+        class_map_of, None, Like(classes=("a",)), None
     ),
-    "modeling/outputs outputs_of: whose outputs": call(outputs.outputs_of, nn.Linear(1, 1)),
-    "modeling/outputs outputs_of: rotated": call(_rotated),
+    "modeling/meta_arch/gfl GFL.__init__": call(_grown),
+    "structures/class_map check_classes": call(
+        class_map.check_classes, "student", Like(num_classes=2), ["a"]
+    ),
+    "modeling/outputs/build outputs_of: whose outputs": call(outputs.outputs_of, nn.Linear(1, 1)),
+    "modeling/outputs/build outputs_of: rotated": call(_rotated),
     "modeling/weights local_path: cannot be fetched": call(_unfetched),
     "modeling/weights local_path: 'no such file'": call(weights.local_path, "gone.pth"),
     "modeling/weights read: cannot be read": file_with(b"PK\x03\x04 no", "w.pth", weights.read),
@@ -913,44 +927,44 @@ def _comparing(*words: str) -> Case:
 
 
 EVALUATION: dict[str, Case] = {
-    "evaluation/comparison Comparison.load": file_with(
+    "comparison/comparison Comparison.load": file_with(
         "{}", "report.json", comparison.Comparison.load
     ),
-    "evaluation/comparison _check_names: 'none'": call(comparison._check_names, []),
-    "evaluation/comparison _check_names: 'a name'": call(comparison._check_names, ["."]),
-    "evaluation/comparison _check_names: 'other names'": call(
+    "comparison/comparison _check_names: 'none'": call(comparison._check_names, []),
+    "comparison/comparison _check_names: 'a name'": call(comparison._check_names, ["."]),
+    "comparison/comparison _check_names: 'other names'": call(
         comparison._check_names, ["it", "it"]
     ),
-    "evaluation/comparison _shared": call(
+    "comparison/comparison _shared": call(
         comparison._shared, [_knows("one", 0), _knows("other", 1)], Like(name="some data")
     ),
-    "evaluation/detections _known": _other_ap,
-    "evaluation/detectors read_results: found, f'detections on": _results(
+    "comparison/detections _known": _other_ap,
+    "comparison/detectors read_results: found, f'detections on": _results(
         '[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
     ),
-    "evaluation/detectors read_results: found, 'a COCO results file": _results("[1"),
-    "evaluation/detectors read_results: not finite": _results(
+    "comparison/detectors read_results: found, 'a COCO results file": _results("[1"),
+    "comparison/detectors read_results: not finite": _results(
         '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, NaN], "score": 1}]'
     ),
-    "evaluation/detectors read_results: boxes outside": _results(
+    "comparison/detectors read_results: boxes outside": _results(
         '[{"image_id": 1, "category_id": 1, "bbox": [65, 0, 1, 1], "score": 1}]'
     ),
-    "evaluation/detectors build: found, expected": _with_classes("one"),
-    "evaluation/detectors build: none of the classes": _with_classes("x", "y", "z"),
-    "evaluation/detectors study_of": file_with(
+    "comparison/detectors build: found, expected": _with_classes("one"),
+    "comparison/detectors build: none of the classes": _with_classes("x", "y", "z"),
+    "comparison/detectors study_of": file_with(
         "{}", "results.json", lambda path: detectors.study_of(Path(path).parent)
     ),
-    "evaluation/detectors detectors_of_run: no such file": call(
+    "comparison/detectors detectors_of_run: no such file": call(
         detectors.detectors_of_run, Path("nowhere")
     ),
-    "evaluation/detectors detectors_of_run: --dataset NAME": _unmeasured,
-    "evaluation/detectors _full_images": call(
+    "comparison/detectors detectors_of_run: --dataset NAME": _unmeasured,
+    "comparison/detectors _full_images": call(
         detectors._full_images, DictConfig({"_target_": "a.Mapper"}), 2, Path("config.yaml")
     ),
-    "evaluation/detectors detectors_of_study": call(
+    "comparison/detectors detectors_of_study": call(
         detectors.detectors_of_study, Path("nowhere"), []
     ),
-    "evaluation/detectors same_mapper": call(
+    "comparison/detectors same_mapper": call(
         detectors.same_mapper, [detectors.Detector("it", "none", "none", DictConfig({}))]
     ),
     "tools/compare run: f'--{name}'": _comparing("nowhere", "--observe", "0"),
@@ -1055,7 +1069,7 @@ TOOLS: dict[str, Case] = {
 CASES = DATA | ENGINE | MODELS | EVALUATION | TOOLS
 
 ELSEWHERE = {
-    "attention_maps load_icd: no losses.": "test_attention_maps.test_what_is_no_run_with_icd",
+    "visualization/icd_attention load_icd: no losses.": "test_attention_maps.test_what_is_no_run_with_icd",
     "benchmark/bench Bench._training.step": "test_benchmark.test_a_loss_that_is_not_finite",
     "benchmark/bench Bench.__init__": "test_bad_input.test_an_untrained_detector_that_explodes",
     "benchmark/step_cost step_cost": "test_step_cost.test_too_few_pairs",
@@ -1063,11 +1077,11 @@ ELSEWHERE = {
     "engine/checkpoint StudentCheckpointer.read_last": "test_resume.test_a_truncated_last_checkpoint_is_named_and_the_one_before_used",
     "engine/launch explaining_lost_process": "test_processes.test_a_process_that_dies_ends_the_other_with_a_clear_message",
     "engine/launch launch: ended by": "test_processes.test_launch_ends_all_and_says_why",
-    "engine/run_info explaining_full_disk": "test_resume.test_a_full_disk_is_the_users_to_mend",
-    "engine/run_info save_config": "test_config_yaml.test_a_recipe_that_cannot_be_written_says_so",
+    "utils/io explaining_full_disk": "test_resume.test_a_full_disk_is_the_users_to_mend",
+    "config/saving save_config": "test_config_yaml.test_a_recipe_that_cannot_be_written_says_so",
     "engine/trainer Trainer._keep_last_good_state": "test_trainer.test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept",
     "layers/queries make_queries": "test_icd.test_a_class_that_the_student_does_not_have",
-    "modeling/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
+    "modeling/meta_arch/gfl GFL._check_classes": "test_erd.test_old_objects_are_refused",
     "tools/__init__ main": "test_install.test_what_a_user_finds_without_detectron2",
     "tools/install_detectron2 repair: 'exists'": "test_install.test_a_repair_without_its_text_is_an_error",
     "tools/install_detectron2 download: 'not installed'": "test_install.test_what_a_user_finds_without_detectron2",
