@@ -206,8 +206,8 @@ class InstanceDecoderLayer(nn.Module):
     def _key(self, tokens: Tensor, positions: CellPositions) -> Tensor:
         if self.normalize_keys:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        # K (x + P y + b) + c is K x + (K P) y + K b + c, whose second part takes rows and columns alone. The first is
-        # added where that lies: one tensor as large as the tokens, not three.
+        # K (x + P y + b) + c = K x + (K P) y + K b + c. The terms of y are computed from rows and columns separately,
+        # and K x is added in place, so there is one tensor of the tokens' size instead of three.
         weight = self.key.weight @ self.position.weight
         bias = self.key.weight @ self.position.bias + self.key.bias
         key = positions.mapped(weight, bias)
@@ -216,7 +216,7 @@ class InstanceDecoderLayer(nn.Module):
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """``(N, L, C)`` to ``(N, M, L, d)``."""
+    """Split channels into heads: ``(N, L, C)`` to ``(N, M, L, d)``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
