@@ -1,4 +1,4 @@
-"""A thin FCOS on the generated shapes, alone: the schedule and rate of ``retinanet_small_shapes.py``."""
+"""A small FCOS on the generated shapes, with the schedule and learning rate of ``retinanet_small_shapes.py``."""
 
 from ..common.models.fcos_small import model
 from .retinanet_small_shapes import (  # noqa: F401  (parts of the recipe)

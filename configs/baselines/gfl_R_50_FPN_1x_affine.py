@@ -1,4 +1,4 @@
-"""GFL R-50 FPN on COCO, 1x, whose norms keep their statistics and learn scale and offset, as the authors' do."""
+"""GFL R-50 FPN on COCO, 1x schedule. Norms train scale and offset, with fixed statistics, as published."""
 
 from detectron2.config import LazyCall as L
 from detectron2.utils.registry import locate

@@ -1,4 +1,4 @@
-"""A thin GFL on blood cells, alone: the schedule of ``faster_rcnn_small_bccd.py``, and the best of three rates on val."""
+"""A small GFL on BCCD: the schedule of ``faster_rcnn_small_bccd.py``, the best of three learning rates on val."""
 
 from ..common.models.gfl_small import model
 from .faster_rcnn_small_bccd import (  # noqa: F401  (parts of the recipe)

@@ -1,7 +1,7 @@
-"""A thin GFL on the generated shapes, alone.
+"""A small GFL on the generated shapes.
 
-The schedule is that of ``faster_rcnn_small_shapes.py``, but longer; the rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 on
-``shapes_val`` in 2000 steps, with another seed than the studies'.
+The schedule is that of ``faster_rcnn_small_shapes.py``, but longer. The learning rate is the best of 1e-3, 2e-3, 4e-3
+and 8e-3 on ``shapes_val`` after 2000 iterations, with a seed that no study uses.
 """
 
 from ..common.models.gfl_small import model

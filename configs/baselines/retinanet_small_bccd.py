@@ -1,4 +1,4 @@
-"""A thin RetinaNet on blood cells, alone: the schedule of ``faster_rcnn_small_bccd.py``."""
+"""A small RetinaNet on BCCD, with the schedule of ``faster_rcnn_small_bccd.py``."""
 
 from ..common.models.retinanet_small import model
 from .faster_rcnn_small_bccd import (  # noqa: F401

@@ -1,6 +1,6 @@
-"""A thin RetinaNet on the generated shapes, alone.
+"""A small RetinaNet on the generated shapes.
 
-The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and at twice the rate, as a dense detector wants it.
+The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and with twice the learning rate.
 """
 
 from ..common.models.retinanet_small import model
