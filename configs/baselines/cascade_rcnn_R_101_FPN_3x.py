@@ -2,12 +2,7 @@
 
 from detectron2 import model_zoo
 
-from .cascade_rcnn_R_50_FPN_1x import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    model,
-    optimizer,
-    train,
-)
+from .cascade_rcnn_R_50_FPN_1x import dataloader, model, optimizer, train  # noqa: F401
 
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_3x
 

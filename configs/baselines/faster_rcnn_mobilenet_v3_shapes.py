@@ -7,13 +7,7 @@ from detectron2.config import LazyCall as L
 
 from d2kd.modeling.backbone.torchvision_backbone import TorchvisionBackbone
 
-from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .faster_rcnn_small_shapes import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up = L(TorchvisionBackbone)(
     name="mobilenet_v3_small",

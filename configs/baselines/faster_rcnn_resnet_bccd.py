@@ -4,12 +4,7 @@ Also try ``model.backbone.bottom_up.name`` (``resnet50``, ``mobilenet_v3_small``
 """
 
 from ..common.data.bccd import dataloader  # noqa: F401  (part of the recipe)
-from .faster_rcnn_mobilenet_v3_shapes import (  # noqa: F401
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .faster_rcnn_mobilenet_v3_shapes import lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up.name = "resnet18"
 model.roi_heads.num_classes = 3

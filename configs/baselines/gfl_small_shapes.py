@@ -5,12 +5,7 @@ and 8e-3 on ``shapes_val`` after 2000 iterations, with a seed that no study uses
 """
 
 from ..common.models.gfl_small import model
-from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    lr_multiplier,
-    optimizer,
-    train,
-)
+from .faster_rcnn_small_shapes import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]

@@ -4,12 +4,7 @@ The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and with twi
 """
 
 from ..common.models.retinanet_small import model
-from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    lr_multiplier,
-    optimizer,
-    train,
-)
+from .faster_rcnn_small_shapes import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]
