@@ -263,7 +263,7 @@ def summed_attention(
 
 
 def _attended(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention ``(M, S)`` and entropy, summed over queries. A function, so larger tensors are freed on return."""
+    """Return attention ``(M, S)`` and entropy, summed over queries. Larger tensors are freed on return."""
     attention = _logits(query, key, valid).softmax(dim=-1)
     return attention.sum(dim=1), torch.special.entr(attention).sum()
 

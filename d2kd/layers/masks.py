@@ -42,11 +42,6 @@ def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussi
 
     Returns:
         ``(N, H, W)`` float32.
-
-    Example:
-        >>> paint(torch.tensor([[[0.0, 0.0, 16.0, 8.0]]]), size=(2, 3), stride=8, kind="box")
-        tensor([[[1., 1., 0.],
-                 [0., 0., 0.]]])
     """
     assert kind in KINDS, kind
     y, x = ((torch.arange(n, device=boxes.device) + 0.5) * stride for n in size)

@@ -235,7 +235,7 @@ class ERDLoss(DistillLoss):
 
 @in_float32
 def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
-    """Return a mask of the responses ``(N, R)`` that exceed the mean of their row by ``alpha`` sample standard deviations.
+    """Return a mask of the responses ``(N, R)`` above their row's mean plus ``alpha`` sample standard deviations.
 
     Example:
         >>> elastic_selection(torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]]), 1.0)

@@ -282,23 +282,18 @@ class ICDLoss(DistillLoss):
             student = student.detach()
         use_attention = student is not None and self.weights == "attention"
         compared = valid if compared is None else compared
-        query_mask, queries = queries.is_real, queries.to(teacher.device)
+        query_mask = queries.is_real if use_attention else None
+        queries = queries.to(teacher.device)
         used, real, images = self.normalizer(
             queries.is_used.sum(),
             queries.is_real.sum(),
             valid.new_full((), len(valid), dtype=torch.float32),
         )
-        embeddings, query_positions = self.encoded(queries)
+        x, query_positions = self.encoded(queries)
         layer_losses = []
         for layer, student_value in zip(self.decoder, self.student_values):
             decoded = layer(
-                embeddings,
-                teacher,
-                positions,
-                valid,
-                query_mask if use_attention else None,
-                self.attention_mebibytes,
-                query_positions,
+                x, teacher, positions, valid, query_mask, self.attention_mebibytes, query_positions
             )
             logits = self.auxiliary_head(decoded.queries)
             losses = DecoderLayerLosses(
@@ -318,15 +313,12 @@ class ICDLoss(DistillLoss):
                     (total,) = self.normalizer(weights.float().sum(), least=1e-6)
                 else:
                     total = images * self.heads
+                values = by_head(student_value(student), self.heads)
                 losses.distance = value_distance(
-                    by_head(student_value(student), self.heads),
-                    decoded.values.detach(),
-                    weights,
-                    self.normalize_by,
-                    total,
+                    values, decoded.values.detach(), weights, self.normalize_by, total
                 )
             layer_losses.append(losses)
-            embeddings = decoded.queries
+            x = decoded.queries
         return layer_losses
 
     def encoded(self, queries: InstanceQueries) -> tuple[Tensor, Tensor | None]:

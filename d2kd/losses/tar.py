@@ -1,9 +1,9 @@
 """Task Adaptive Regularization: distill where the teacher predicts better than the student.
 
-TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. We had access to the abstract and
-to descriptions in other papers only, so this is *TAR as implemented here*. Known from these sources: shared proposals,
-three terms, the Gaussian mask, the regression gate and the decay. Chosen by this project: the constants of the
-formulas, the classification gate, the weights, and the whole one-stage form.
+TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract and
+descriptions in other papers were available, so this is *TAR as implemented here*. Known from these sources: shared
+proposals, three terms, the Gaussian mask, the regression gate and the decay. Chosen by this project: the constants of
+the formulas, the classification gate, the weights, and the whole one-stage form.
 
 Notation: K classes, R sampled regions, M anchors, P foreground regions or anchors, p_S and p_T the probabilities of
 student and teacher, t_S and t_T their box deltas, tau the temperature.

@@ -1,8 +1,8 @@
 """The mapping between the classes of a student and its teacher.
 
-Classes match if their names are equal. A name without an equal matches the name that differs only in case, or in spaces,
-hyphens and underscores between characters ("traffic light" and "Traffic_Light"), if there is exactly one. Classes of
-one side only are not compared.
+Classes match if their names are equal. A name without an equal matches the name that differs only in case, or in
+spaces, hyphens and underscores between characters ("traffic light" and "Traffic_Light"), if there is exactly one.
+Classes of one side only are not compared.
 """
 
 from __future__ import annotations
