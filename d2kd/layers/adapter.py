@@ -12,7 +12,7 @@ from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("auto", "1x1", "3x3", "none")
+ADAPTER_KINDS = ("auto", "1x1", "3x3", "none")
 
 
 def match_levels(
@@ -108,8 +108,8 @@ class FeatureAdapter(nn.Module):
         kind: str = "auto",
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise InputError("adapter", kind, " or ".join(KINDS))
+        if kind not in ADAPTER_KINDS:
+            raise InputError("adapter", kind, " or ".join(ADAPTER_KINDS))
         self.convs = nn.ModuleDict()
         for level, match in levels.items():
             in_channels, out_channels = student[level].channels, teacher[match].channels

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-KINDS = ("gaussian", "box")
+MASK_KINDS = ("gaussian", "box")
 
 AT_ONCE = 2**24
 """Maximum number of cells, over objects, per chunk (64 MiB); a chunk has at least one object of each image."""
@@ -43,7 +43,7 @@ def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussi
     Returns:
         ``(N, H, W)`` float32.
     """
-    assert kind in KINDS, kind
+    assert kind in MASK_KINDS, kind
     y, x = ((torch.arange(n, device=boxes.device) + 0.5) * stride for n in size)
     x0, y0, x1, y1 = boxes.float()[..., None].unbind(dim=2)
     # A two-dimensional Gaussian is the product of two one-dimensional ones, each (N, G, cells).

@@ -25,11 +25,11 @@ from .functional import in_float32, softmax_kl
 CLASS_POOLS = ("batch", "image")
 BOX_WEIGHTS = ("student", "teacher")
 
-CLASSES = "distill/erd_selected_classes"
+SELECTED_CLASSES = "distill/erd_selected_classes"
 """Scalar: the fraction of locations selected for the classification term."""
-LOCATIONS = "distill/erd_selected_boxes"
+SELECTED_BOXES = "distill/erd_selected_boxes"
 """Scalar: the fraction of locations selected for the box term, before non-maximum suppression."""
-KEPT = "distill/erd_kept_boxes"
+KEPT_BOXES = "distill/erd_kept_boxes"
 """Scalar: the mean number of boxes per image after non-maximum suppression, which the box term compares."""
 
 
@@ -178,8 +178,8 @@ class ERDLoss(DistillLoss):
             classification = (squares / values.clamp(min=1)).sum() * scale
         counts = torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2))
         classes, locations, kept = counts.tolist()
-        scalars = {CLASSES: classes / selection.classes.numel()}
-        scalars |= {LOCATIONS: locations / selection.boxes.numel(), KEPT: kept / n}
+        scalars = {SELECTED_CLASSES: classes / selection.classes.numel()}
+        scalars |= {SELECTED_BOXES: locations / selection.boxes.numel(), KEPT_BOXES: kept / n}
         get_event_storage().put_scalars(**scalars)
         return {"classification": classification, "box": boxes.sum() * scale}
 

@@ -156,8 +156,8 @@ class ICDLoss(DistillLoss):
         self.heads, self.layers = heads, layers
         self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
         self.query_positions, self.normalize_keys = query_positions, normalize_keys
-        self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
-        self.changes = aux_warmup, self.begin
+        self.aux_warmup, self.distill_start = aux_warmup, aux_warmup + start
+        self.changes = aux_warmup, self.distill_start
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed if seed >= 0 else secrets.randbits(31)
@@ -278,7 +278,7 @@ class ICDLoss(DistillLoss):
             queries: K slots per image; best on the CPU, where ``is_real`` is read without synchronization.
             compared: ``(N, S)`` bool, cells with equal weights unless weights are the attention. Default: ``valid``.
         """
-        if student is not None and self.progress < self.begin:
+        if student is not None and self.progress < self.distill_start:
             student = student.detach()
         use_attention = student is not None and self.weights == "attention"
         compared = valid if compared is None else compared
@@ -385,9 +385,9 @@ class ICDLoss(DistillLoss):
             for key, value in zip(values, torch.stack(list(values.values())).tolist()):
                 storage.put_scalar(key, value)
 
-        if self.progress < self.begin or self.draws == 1:
+        if self.progress < self.distill_start or self.draws == 1:
             self._before_distill = True
-        if self._before_distill and self.progress >= self.begin:
+        if self._before_distill and self.progress >= self.distill_start:
             self._before_distill = False
             found = {
                 key: storage.history(key).median(WINDOW)

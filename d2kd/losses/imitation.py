@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers.adapter import FeatureAdapter, match_levels
-from ..layers.masks import KINDS, pad_boxes, paint, valid_cells
+from ..layers.masks import MASK_KINDS, pad_boxes, paint, valid_cells
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
@@ -49,8 +49,8 @@ class ImitationLoss(DistillLoss):
     ):
         super().__init__(weight=weight, across_processes=across_processes)
         self.wanted = None if levels is None else list(levels)
-        if mask not in (*KINDS, "none"):
-            raise InputError("mask", mask, " or ".join((*KINDS, "none")))
+        if mask not in (*MASK_KINDS, "none"):
+            raise InputError("mask", mask, " or ".join((*MASK_KINDS, "none")))
         self.mask = mask
         self.adapter = adapter
 

@@ -50,12 +50,12 @@ class LwFLoss(DistillLoss):
         difference = (
             s[..., old_classes(self, "of_student")] - t[..., old_classes(self, "of_teacher")]
         )
-        valid = valid_rows(teacher)
+        valid = valid_locations(teacher)
         (count,) = self.normalizer(valid.sum() * difference.shape[-1])
         return (difference.square() * valid[..., None]).sum() / count
 
 
-def valid_rows(outputs: DenseOutputs) -> Tensor:
+def valid_locations(outputs: DenseOutputs) -> Tensor:
     """Return which of the R predictions of all levels are in cells that the images cover: ``(N, R)`` bool."""
     images, maps = outputs.images, outputs.predictions[0]
     sizes = [x.shape[-2:] for x in maps]
