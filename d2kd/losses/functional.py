@@ -20,17 +20,17 @@ def in_float32(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def wide(*args, **kwargs):
-        def widen(x):
+    def wrapper(*args, **kwargs):
+        def to_float(x):
             return x.float() if isinstance(x, Tensor) and x.dtype in _HALVES else x
 
-        args = tuple(widen(x) for x in args)
-        kwargs = {key: widen(x) for key, x in kwargs.items()}
+        args = tuple(to_float(x) for x in args)
+        kwargs = {key: to_float(x) for key, x in kwargs.items()}
         device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
-    return wide
+    return wrapper
 
 
 _HALVES = (torch.float16, torch.bfloat16)
