@@ -110,6 +110,16 @@ class DistillLosses(nn.Module):
 
     Terms are returned as ``distill/loss_<name>`` or ``distill/loss_<name>_<term>``. The prefix avoids a clash with
     the student's losses. Detectron2 prints every scalar that has "loss" in its name.
+
+    Example:
+        >>> from d2kd.losses import DistillLosses, ImitationLoss
+        >>> from d2kd.modeling import Distiller, Teacher
+        >>> from d2kd.testing import batch, build, step, tiny_retinanet
+        >>> student, teacher = build(tiny_retinanet()), Teacher(build(tiny_retinanet(), seed=1), weights=None)
+        >>> losses = DistillLosses(imitation=ImitationLoss())
+        >>> model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
+        >>> list(step(model, batch()))
+        ['loss_cls', 'loss_box_reg', 'distill/loss_imitation']
     """
 
     def __init__(self, **losses: DistillLoss):

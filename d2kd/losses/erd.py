@@ -84,7 +84,7 @@ class ERDLoss(DistillLoss):
 
     * first release (2022), two images per process: ``class_pool="batch", reference_images_per_process=2``. These are
       the defaults, except that here the mean over S_c is taken over the images of all processes.
-    * second release (2023), and our reference arrays: ``class_pool="image", reference_images_per_process=None``, the
+    * second release (2023), and the reference arrays of the tests: ``class_pool="image", reference_images_per_process=None``, the
       plain sum over the images of a process.
 
     It is not known which of them gave the paper's results. For non-maximum suppression, both releases decode boxes
@@ -110,7 +110,7 @@ class ERDLoss(DistillLoss):
 
     Raises:
         InputError: if an option is unknown. In ``bind``: if the detectors are not two GFLs with equal anchors, have no
-            class in common, or the student's first classes are not the teacher's.
+            class in common, or the student has fewer classes than the teacher.
 
     Example:
         >>> from d2kd.testing import batch, distillation, distiller, step, tiny_gfl

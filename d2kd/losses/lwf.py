@@ -27,8 +27,8 @@ class LwFLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: in ``bind``, if the detectors have different anchors, no class in common, or the student's first
-            classes are not the teacher's.
+        InputError: in ``bind``, if the detectors have different anchors, no class in common, or the student has fewer
+            classes than the teacher.
 
     Example:
         >>> from d2kd.testing import batch, distillation, distiller, step, tiny_fcos
