@@ -67,8 +67,8 @@ class ICDLoss(DistillLoss):
 
     Args:
         levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
-        priors: distribution of the negatives: an :class:`InstancePriors`, its JSON file, or None for equally frequent
-            classes of one size; see :func:`d2kd.data.priors.estimate_priors`.
+        priors: distribution of the negatives: an :class:`InstancePriors`, its JSON file, or None for the same
+            frequency and sizes of all classes; see :func:`d2kd.data.priors.estimate_priors`.
         distillation_weight: lambda. None: 3 for two-stage students, 8 for others.
         identification_weight, localization_weight: weights of the auxiliary terms.
         heads, layers: number of attention heads and of layers of the decoder, which has the teacher's channels.
@@ -190,7 +190,9 @@ class ICDLoss(DistillLoss):
             hidden: hidden units of the decoder's MLPs, see :class:`InstanceDecoderLayer`.
         """
         if self.priors is None:
-            logger.warning("no priors given: negatives have equally frequent classes of one size")
+            logger.warning(
+                "no priors given: negatives have the same frequency and sizes in all classes"
+            )
             self.priors = InstancePriors.unknown(num_classes)
         if self.priors.num_classes != num_classes:
             found = f"of {self.priors.num_classes} classes"
