@@ -114,8 +114,11 @@ class FeatureAdapter(nn.Module):
         for level, match in levels.items():
             in_channels, out_channels = student[level].channels, teacher[match].channels
             if kind == "none" and in_channels != out_channels:
-                found = f"none, but {level!r} has {in_channels} and {out_channels} channels"
-                raise InputError("adapter", found, "auto")
+                raise InputError(
+                    "adapter",
+                    f"none, but {level!r} has {in_channels} and {out_channels} channels",
+                    "auto",
+                )
             if kind == "none" or (kind == "auto" and in_channels == out_channels):
                 self.convs[level], name = nn.Identity(), "no adapter"
             else:

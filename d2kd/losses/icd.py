@@ -190,9 +190,7 @@ class ICDLoss(DistillLoss):
             hidden: hidden units of the decoder's MLPs, see :class:`InstanceDecoderLayer`.
         """
         if self.priors is None:
-            logger.warning(
-                "no priors given: negatives have the same frequency and sizes in all classes"
-            )
+            logger.warning("no priors given: all classes have the same frequency and sizes")
             self.priors = InstancePriors.unknown(num_classes)
         if self.priors.num_classes != num_classes:
             found = f"of {self.priors.num_classes} classes"
