@@ -169,7 +169,8 @@ class Bench:
             measure_statistics(teacher.detector, batches)
             recorded = [self._record(model, batch) for batch in self.batches]
         except FloatingPointError as error:  # raised by Detectron2 for non-finite proposals
-            raise InputError(setup.config_file, error, "finite outputs when untrained") from error
+            expected = "untrained detectors with finite outputs"
+            raise InputError(setup.config_file, error, expected) from error
         self.questions = [reads for reads, _ in recorded]
         self.losses = recorded[0][1]
         self.rows = {
