@@ -1,10 +1,9 @@
-"""What one detector said about one batch.
+"""Outputs of one detector for one batch, captured or lazily computed.
 
-The student's outputs are filled with what was captured while it trained, so they carry its graph; the
-teacher's compute themselves, without gradient, when a loss first reads them. One class serves both:
-*what was captured carries gradient; what is asked is constant.*
+The student's outputs are captured by forward hooks while it trains, and carry gradient. The teacher's are
+computed, without gradient, when a loss first reads them. Both have the same class.
 
-Letters: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the grid of level i.
+Notation: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the size of level i.
 """
 
 from .base import DetectorOutputs, Maps, Unreadable, asked, precision_around, precision_of
