@@ -1,4 +1,4 @@
-"""Feature pyramids that Detectron2 does not build by a name."""
+"""Feature pyramids that are not in Detectron2's ``BACKBONE_REGISTRY``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .torchvision_backbone import STAGES, TorchvisionBackbone
 
 
 class LinearP6P7(LastLevelP6P7):
-    """Levels p6 and p7 from the pyramid's own p5; RetinaNet's come from res5, with a ReLU before p7.
+    """Levels p6 and p7 computed from the pyramid's p5. RetinaNet's are computed from res5, with a ReLU before p7.
 
     Args:
-        in_channels: of p5, those of the pyramid.
-        out_channels: of p6 and p7, the same.
-        in_feature: the level to start from.
+        in_channels: channels of p5, which are those of the pyramid.
+        out_channels: channels of p6 and p7; the same number.
+        in_feature: name of the input level.
     """
 
     def __init__(self, in_channels: int, out_channels: int, in_feature: str = "p5"):
@@ -33,7 +33,7 @@ class LinearP6P7(LastLevelP6P7):
 
 @BACKBONE_REGISTRY.register()
 def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, by default res3 to res5; p6 and p7 made of p5."""
+    """Detectron2's ResNet and an FPN on ``MODEL.FPN.IN_FEATURES``, by default res3 to res5, and LinearP6P7."""
     in_features = cfg.MODEL.FPN.IN_FEATURES or ["res3", "res4", "res5"]
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     cfg = cfg.clone()
@@ -51,14 +51,14 @@ def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``MODEL.TORCHVISION`` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default p2 to p6."""
+    """A :class:`TorchvisionBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p2 to p6."""
     in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())
     return _fpn(cfg, in_features, lambda bottom_up: LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``MODEL.TORCHVISION`` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default p3 to p7."""
+    """A :class:`TorchvisionBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p3 to p7."""
     in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())[1:]
     last = in_features[-1]
     return _fpn(
