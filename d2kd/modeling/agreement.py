@@ -42,13 +42,11 @@ def agreement(
 
 def _same_in_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
     agreed = []
-    for regions, teacher_regions in zip(student.regions, teacher.regions):
-        logits, teacher_logits = regions.pred_class_logits, teacher_regions.pred_class_logits
+    for pair in zip(student.regions, teacher.regions):
+        x, y = (regions.pred_class_logits for regions in pair)
         if class_map is not None:
-            logits, teacher_logits = class_map.shared_logits(
-                logits, teacher_logits, background=True
-            )
-        agreed.append(logits.argmax(dim=1) == teacher_logits.argmax(dim=1))
+            x, y = class_map.shared_logits(x, y, background=True)
+        agreed.append(x.argmax(dim=1) == y.argmax(dim=1))
     return torch.cat(agreed)
 
 

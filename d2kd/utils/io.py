@@ -63,16 +63,11 @@ def explaining_full_disk(path: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's writer raises the second, caused by the first
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError from it
         reason = disk_is_full(error)
         if reason is None:
             raise
-        expected = (
-            "room on the disk; what was written before is whole, and --resume goes on from it"
-        )
+        expected = "room on the disk; earlier files are whole, and --resume continues from them"
         raise InputError(path, f"cannot be written ({reason})", expected) from error
 
 

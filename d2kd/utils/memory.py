@@ -31,9 +31,7 @@ class Peak:
             self.before = torch.cuda.memory_allocated(device)
             return
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # or freed memory that is still resident would be reused
+            ctypes.CDLL(None).malloc_trim(0)  # or freed, still resident memory would be reused
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
             self.before = _status("VmRSS")

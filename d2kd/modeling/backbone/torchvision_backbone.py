@@ -189,9 +189,7 @@ def _last_blocks(model: nn.Module, name: str) -> dict[str, str]:
     ]
     try:
         _eval_forward(model, _test_image(model))
-    except (
-        Exception
-    ) as error:  # transformers accept one image size, and raise various errors for others
+    except Exception as error:  # transformers accept one image size, and raise various errors
         raise InputError(
             name, f"fails on {_SIDE}x{_SIDE} pixels ({error})", "a CNN for images of any size"
         ) from error

@@ -300,9 +300,7 @@ def grown_classes(
     shared = range(count) if class_map is None else class_map.of_student
     if set(shared) != set(range(old)):
         found = f"{old}, and the teacher has the student's {', '.join(map(str, sorted(shared)))}"
-        raise InputError(
-            "num_old_classes", found, "the old classes first, and all of the teacher's"
-        )
+        raise InputError("num_old_classes", found, "the old classes first, all of the teacher's")
     names = tuple(map(str, range(num_classes)))
     return class_map or ClassMap(names, names[:old], tuple((k, k) for k in range(old)))
 
