@@ -9,7 +9,7 @@ Notation: N images, R regions of the batch, K classes, A anchors of a location, 
 from .base import DetectorOutputs, Maps, Unreadable, asked, precision_around, precision_of
 from .build import outputs_of
 from .capture import Call, capture
-from .dense import DenseOutputs, by_anchor
+from .dense import DenseOutputs
 from .rcnn import RCNNOutputs, Regions, box_stages, match_labels, more_proposals, scores_by_sigmoid
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Unreadable",
     "asked",
     "box_stages",
-    "by_anchor",
     "capture",
     "match_labels",
     "more_proposals",

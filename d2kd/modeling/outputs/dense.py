@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
@@ -49,14 +50,14 @@ class DenseOutputs(DetectorOutputs):
     @property
     def pred_logits(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, K)``, before the sigmoid."""
-        return [by_anchor(x, self.detector.num_classes) for x in self.predictions[0]]
+        return [permute_to_N_HWA_K(x, self.detector.num_classes) for x in self.predictions[0]]
 
     @property
     def pred_anchor_deltas(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, 4)``, deltas of the detector's ``box2box_transform``."""
         if hasattr(self.detector.head, "reg_max"):
             return [integral(x) for x in self.pred_distributions]
-        return [by_anchor(x, 4) for x in self.predictions[1]]
+        return [permute_to_N_HWA_K(x, 4) for x in self.predictions[1]]
 
     @property
     def pred_distributions(self) -> list[Tensor]:
@@ -64,14 +65,16 @@ class DenseOutputs(DetectorOutputs):
         if not hasattr(self.detector.head, "reg_max"):
             raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_distributions'")
         bins = self.detector.head.reg_max + 1
-        return [by_anchor(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]]
+        return [
+            permute_to_N_HWA_K(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]
+        ]
 
     @property
     def pred_centerness(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, 1)``, before the sigmoid (FCOS)."""
         if len(self.predictions) < 3:
             raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_centerness'")
-        return [by_anchor(x, 1) for x in self.predictions[2]]
+        return [permute_to_N_HWA_K(x, 1) for x in self.predictions[2]]
 
     @asked
     def anchors(self) -> list[Boxes]:
@@ -97,10 +100,3 @@ class DenseOutputs(DetectorOutputs):
     def matched_gt_boxes(self) -> Tensor:
         """``(N, sum Hi * Wi * A, 4)``; valid for foreground anchors alone."""
         return self.labels[1]
-
-
-def by_anchor(prediction: Tensor, size: int) -> Tensor:
-    """``(N, A * size, H, W)`` to ``(N, H * W * A, size)``, a row for each anchor."""
-    n, _, h, w = prediction.shape
-    prediction = prediction.view(n, -1, size, h, w).permute(0, 3, 4, 1, 2)
-    return prediction.reshape(n, -1, size)
