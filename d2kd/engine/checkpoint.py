@@ -196,10 +196,11 @@ class StudentCheckpointer(DetectionCheckpointer):
         """
         check_names(checkpoint, weights, self.classes)
         incompatible = self._load_model(checkpoint)
-        missing = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
-        if missing:
-            found = f"{missing[0]} is missing or of another shape"
-            raise InputError(weights, found, "a checkpoint of this recipe")
+        unmet = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        if unmet:
+            raise InputError(
+                weights, f"{unmet[0]} is missing or of another shape", "a checkpoint of this recipe"
+            )
         for key, value in self.checkpointables.items():
             if key not in checkpoint:
                 self.logger.warning("%s has no %r: its initial state is used", weights, key)

@@ -59,7 +59,7 @@ def inherit_weights(
     whole = [k for k in whole if k not in rows]
     stem = stem_of(student)
     if flip_channels and stem is None and any(k.startswith("backbone.") for k in whole):
-        found = "the teacher has another channel order, and no convolution has three channels"
+        found = "the teacher sees another channel order, and no convolution has three channels"
         raise InputError("inherit", found, "equal input_format, or no weights of the backbone")
     for key in whole:
         own[key].copy_(source[key].flip(1) if flip_channels and key == stem else source[key])
