@@ -198,7 +198,7 @@ def test_what_a_family_does_not_say_is_named():
         dense.regions  # noqa: B018
     two_stage = Teacher(build(DETECTORS["faster_rcnn"]()), None).ask(batch())
     assert isinstance(two_stage, RCNNOutputs)
-    with pytest.raises(Unreadable, match="no regions to ask"):
+    with pytest.raises(Unreadable, match="no region boxes"):
         two_stage.regions  # noqa: B018
 
 
