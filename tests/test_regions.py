@@ -59,8 +59,8 @@ class Said:
         self.classes, self.shift, self.asked = classes, shift, None
         self.num_classes = num_classes
 
-    def share(self, shared):
-        self.asked = shared["region_boxes"][0][0].tensor
+    def set_region_boxes(self, boxes):
+        self.asked = boxes[0][0].tensor
 
     @property
     def regions(self):

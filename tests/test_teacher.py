@@ -153,7 +153,7 @@ def answers(teacher):
     if not hasattr(teacher.detector, "roi_heads"):
         return [*outputs.features.values(), *outputs.pred_logits, *outputs.pred_anchor_deltas]
     boxes = [x["instances"].gt_boxes for x in batch()]
-    outputs.share({"region_boxes": [boxes]})
+    outputs.set_region_boxes([boxes])
     (regions,) = outputs.regions
     return [*outputs.features.values(), regions.pred_class_logits, regions.pred_proposal_deltas]
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.structures import Boxes
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
@@ -117,11 +118,11 @@ class TeacherReads:
     """The teacher outputs that are read in a step.
 
     Attributes:
-        shared: region inputs set by the student, in pixels of the teacher's images.
+        region_boxes: of the student, in pixels of the teacher's images.
         read: names of the outputs that the losses read, in order.
     """
 
-    shared: dict[str, Any]
+    region_boxes: list[list[Boxes]] | None
     read: tuple[str, ...]
 
 
@@ -212,11 +213,9 @@ class Bench:
             del model.teacher.ask
         (outputs,) = calls
         kind = type(outputs)
-        names = [name for name in vars(outputs) if hasattr(kind, name)]
-        read = tuple(name for name in names if isinstance(getattr(kind, name), asked))
-        shared = {name: vars(outputs)[name] for name in names if name not in read}
+        read = tuple(n for n in vars(outputs) if isinstance(getattr(kind, n, None), asked))
         losses = {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
-        return TeacherReads(shared, read), losses
+        return TeacherReads(outputs.region_boxes, read), losses
 
     def _d2kd_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
         return Step(model, self._loader, optimizer, self._precision, config.train)
@@ -249,7 +248,7 @@ class Bench:
             reads = self.questions[number]
             with self._precision[0]():
                 outputs = teacher.ask(self.batches[number])
-                vars(outputs).update(reads.shared)  # not share(), which would scale the boxes again
+                outputs.region_boxes = reads.region_boxes  # scaled already
                 for name in reads.read:
                     getattr(outputs, name)
 

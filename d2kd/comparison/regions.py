@@ -191,7 +191,7 @@ class RegionCounts:
         for e, output in enumerate(outputs):
             device = output.detector.device
             boxes = (proposals * image.scales[e]).to(device)
-            output.share({"region_boxes": [[Boxes(boxes)]]})
+            output.set_region_boxes([[Boxes(boxes)]])
             stage = output.regions[0]
             rows.top.append(self.dataset_classes[e][stage.pred_class_logits.argmax(dim=1).cpu()])
             label = self.own_labels[e][image.labels[objects[is_fg]]].to(device)

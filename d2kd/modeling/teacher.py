@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..structures.class_map import ClassMap, check_classes, class_names, num_classes_of, renamed
@@ -153,7 +152,9 @@ class Teacher:
         logger.warning("The teacher's AP is not measured: %s", reason)
         return None
 
-    def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
+    def ask(
+        self, batched_inputs: list[dict], region_boxes: list[list[Boxes]] | None = None
+    ) -> DetectorOutputs:
         """Return outputs that are computed, without gradient, when they are first read; nothing is computed here.
 
         If the teacher has no ``dtype``, the precision is that of the context of this call, also for outputs that
@@ -161,7 +162,8 @@ class Teacher:
 
         Args:
             batched_inputs: the student's batch.
-            shared: the student's ``region_boxes``, if known; ignored by detectors without regions.
+            region_boxes: see :attr:`DetectorOutputs.region_boxes`; if not known yet,
+                :meth:`DetectorOutputs.set_region_boxes` sets them later.
 
         Raises:
             InputError: its images are not ``scale`` times larger than the student's.
@@ -178,7 +180,7 @@ class Teacher:
                     found = f"{self.scale}, but an image of {full} beside the student's of {small}"
                     raise InputError("teacher.scale", found, "the scale of the mapper")
         outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
-        outputs.share(shared)
+        outputs.set_region_boxes(region_boxes)
         return outputs
 
     def _optimize_for_inference(self) -> None:

@@ -180,7 +180,7 @@ class Distiller(nn.Module):
                 stack.enter_context(more_proposals(heads, lambda: teacher.proposals))
             losses = self._student_losses(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
-        teacher.share(student.shared)
+        teacher.set_region_boxes(student.region_boxes)
         storage = get_event_storage()
         with record_function("d2kd/losses"):
             distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -71,6 +71,9 @@ class DetectorOutputs:
         captured: attributes captured in the detector's forward.
     """
 
+    region_boxes: list[list[Boxes]] | None = None
+    """For each stage, the boxes of the student's regions in each image; None for families without regions."""
+
     def __init__(
         self,
         detector: nn.Module,
@@ -119,14 +122,8 @@ class DetectorOutputs:
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         return {"features": Maps(calls["backbone"][0][1])}
 
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The student's inputs to its later stages that the teacher needs, such as ``region_boxes``."""
-        return {}
-
-    def share(self, shared: Mapping[str, Any]) -> None:
+    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
         """Set the student's ``region_boxes``; ignored by families without regions."""
-        self.__dict__.update({k: v for k, v in shared.items() if hasattr(type(self), k)})
 
     @asked
     def images(self) -> ImageList:

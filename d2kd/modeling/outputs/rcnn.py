@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,6 @@ def scores_by_sigmoid(detector: nn.Module) -> bool:
 class RCNNOutputs(DetectorOutputs):
     """Outputs of a ``GeneralizedRCNN`` on an FPN: Faster and Mask R-CNN, and Cascade R-CNN with several stages."""
 
-    region_boxes: list[list[Boxes]] | None = None
-    """For each stage, the boxes of the student's regions in each image. The teacher pools the same boxes."""
-
     predictor_calls: list[Call] | None = None
     """The recorded calls of a student's box predictors, one for each stage."""
 
@@ -125,12 +122,8 @@ class RCNNOutputs(DetectorOutputs):
             )
         return regions
 
-    @property
-    def shared(self) -> dict[str, Any]:
-        return {"region_boxes": self.region_boxes}
-
-    def share(self, shared: Mapping[str, Any]) -> None:
-        boxes = shared.get("region_boxes")
+    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
+        """Have :attr:`regions` pool the student's boxes, in pixels of the student's images."""
         if boxes is not None and self.shared_sizes is not None:
             boxes = [[image_boxes.clone() for image_boxes in stage] for stage in boxes]
             for stage in boxes:
@@ -139,8 +132,7 @@ class RCNNOutputs(DetectorOutputs):
                 ):
                     height, width = x["image"].shape[-2:]
                     image_boxes.scale(width / w, height / h)
-            shared = {**shared, "region_boxes": boxes}
-        super().share(shared)
+        self.region_boxes = boxes
 
     @asked
     def proposals(self) -> list[Instances]:
