@@ -8,7 +8,15 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2kd.evaluation.accuracy import METRICS, accuracy, bootstrap, difference, precisions, resamples
+from d2kd.evaluation.accuracy import (
+    METRICS,
+    accuracy,
+    bootstrap,
+    difference,
+    interval,
+    precisions,
+    resamples,
+)
 from d2kd.evaluation.matching import Detections, Truth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
@@ -79,6 +87,17 @@ def test_without_detections_ap_is_zero_and_without_objects_undefined():
     assert set(accuracy(nobody, match(nobody, nothing(truth)), [0], 0.5).metrics.values()) == {None}
 
 
+def test_the_best_f1_is_that_of_the_best_threshold():
+    """Of equal scores a threshold takes all or none, whichever is right."""
+    truth = generated_truth(images=4, seed=3)
+    detections = generated_detections(truth, seed=3)
+    detections.score[:] = detections.score.round(1)
+    matches = match(truth, detections)
+    at = [accuracy(truth, matches, range(4), t) for t in np.unique(detections.score)]
+    best = max((one.fixed for one in at), key=lambda fixed: fixed["f1"])
+    assert len(at) > 5 and [one.best for one in at] == [best] * len(at)
+
+
 def test_means_are_over_the_classes_asked_for():
     truth = generated_truth()
     matches = match(truth, generated_detections(truth))
@@ -145,6 +164,13 @@ def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
     same = difference(of_a, of_a, a, a)
     assert same["metrics"]["AP"] == {"gain": 0.0, "interval": [0.0, 0.0]}
     assert same["per_class"]["class 3"] == {"gain": None, "interval": None}
+
+
+def test_an_interval_holds_95_of_100_resamples():
+    values = np.random.default_rng(0).permutation(1000).astype(float)
+    low, high = interval(np.append(values, [np.nan, np.nan]))
+    assert np.mean((low < values) & (values < high)) == 0.95 == 1 - 2 * np.mean(values < low)
+    assert interval(np.full(3, np.nan)) is None
 
 
 def test_resamples_draw_as_many_images_as_there_are_and_repeat():
