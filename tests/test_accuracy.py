@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,15 @@ def test_means_are_over_the_classes_asked_for():
     assert some.metrics["AP"] == pytest.approx(
         (some.per_class["class 0"] + some.per_class["class 2"]) / 2
     )
+    alone = [accuracy(truth, matches, [k], 0.5).precision for k in (0, 2)]
+    assert some.precision == pytest.approx(np.mean(alone, axis=0))
+
+
+def test_sizes_are_cocos_and_the_smaller_one_on_their_bounds():
+    areas = np.array([1023, 1024, 1025, 9215, 9216, 9217.0])
+    truth = generated_truth(images=2, objects=9)
+    truth = replace(truth, area=np.resize(areas, len(truth)))
+    assert truth.size[:6].tolist() == [0, 0, 1, 1, 1, 2]
 
 
 def repeated(truth, detections, counts):

@@ -390,6 +390,13 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     for featured, last in (("weak", "weak"), ("gone", "tar")):
         asked = detectors_of_study(study, content["rows"], content["baseline"], featured)
         assert [d.name for d in asked] == ["teacher", "baseline", last]
+    more = []  # of a later seed, and better
+    for row in content["rows"][1::2]:
+        name = row["name"].replace("seed0", "seed1")
+        shutil.copytree(study / row["name"], study / name)
+        more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": None})
+    asked = detectors_of_study(study, [*more, *content["rows"]], content["baseline"])
+    assert [d.config for d in asked] == [d.config for d in detectors]
     test = study / "tar_seed0" / "test"
     test.mkdir()
     (test / "coco_instances_results.json").write_text("[]")

@@ -9,14 +9,15 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd.config import distill, override, with_defaults
 from d2kd.data import class_step
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.data import look_at_data
+from d2kd.doctor.data import _annotations, look_at_data
 from d2kd.doctor.measurements import (
     look_at_features,
     look_at_inputs,
@@ -96,7 +97,8 @@ def test_a_good_run(config, capfd):
     matched = by_subject["teacher's weights"].found
     assert "0 missing" in matched and "0 of another shape" in matched
     assert "16 and 24 channels" in by_subject["levels"].found
-    assert by_subject["learning rate"].state == "ok"  # 0.005 at 2 images: 2 times the usual
+    assert by_subject["learning rate"].state == "ok"
+    assert "0.005 of SGD at 2 images an iteration, 2 times" in by_subject["learning rate"].found
     assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
 
 
@@ -123,6 +125,18 @@ def test_what_was_found_before_a_failure_is_shown(tmp_path, monkeypatch, capsys)
     assert ended.value.code == 2 and "6 images" in said and "MemoryError: no room" in said
     with pytest.raises(MemoryError):
         command("doctor")([*arguments, "--debug"])
+
+
+def test_a_box_is_inside_by_the_width_and_height_of_its_image():
+    def said(*box):
+        one = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        record = {"width": 100, "height": 50, "annotations": [one]}
+        (boxes,) = (f for f in _annotations("it", [record], {0: "a"}) if "boxes" in f.subject)
+        return boxes.found
+
+    assert "all inside" in said(60, 20, 100.5, 50.5) == said(0, 0, 1, 1)
+    for box in ((60, 20, 90, 60), (60, 20, 110, 40), (-5, 0, 9, 9), (0, -5, 9, 9)):
+        assert said(*box).startswith("1 boxes lie outside their image, 0 have no area")
 
 
 def test_a_class_step_is_about_its_own_classes(tmp_path, config):
@@ -193,6 +207,12 @@ def test_its_overrides_bring_all_terms_to_the_target(config, node, loss):
     assert len({text for words in advice.values() for text in words.split()}) == len(values)
     after, _ = pulls(override(config, [f"{key}={value}" for key, value in values.items()]))
     assert after == pytest.approx(dict.fromkeys(before, 0.5), rel=0.05)
+
+
+def test_a_loss_that_begins_late_is_looked_at_where_it_is_on(config):
+    late = L(MultiStepParamScheduler)(values=[0.0, 1.0], num_updates=100, milestones=[40])
+    ratio, _ = pulls(with_loss(config, tiny_retinanet, L(ImitationLoss)(weight=late)))
+    assert all(ratio.values())
 
 
 def test_terms_that_share_their_weight_say_so(config):
@@ -367,6 +387,21 @@ class Counting(DatasetEvaluator):
         return {"seen": {"images": self.seen}}
 
 
+@pytest.mark.parametrize(
+    "ap, known, state",
+    [(0.5, 3, "error"), (0.5, 1, "warning"), (5.0, 3, "warning"), (5.0, 1, "ok"), (50.0, 3, "ok")],
+)
+def test_a_class_that_a_teacher_lacks_is_no_ignorance(config, monkeypatch, ap, known, state):
+    monkeypatch.setattr(Counting, "evaluate", lambda self: {"bbox": {"AP": ap}})
+    names = [f"class {k}" for k in range(CLASSES)]
+    config.model.classes = names
+    config.model.teacher.classes = [*names[:known], "x", "y"][:CLASSES]
+    config.dataloader.evaluator = L(Counting)()
+    trainer = Trainer(config)
+    (found,) = look_at_teacher(trainer.cfg, trainer.model, 1)
+    assert found.state == state
+
+
 def test_several_evaluators(config):
     trainer = Trainer(config)
     (one,) = look_at_teacher(trainer.cfg, trainer.model, 3)
@@ -379,9 +414,9 @@ def test_several_evaluators(config):
 def test_a_plain_recipe_of_a_dense_detector(tmp_path):
     draw_data(tmp_path / "data")
     config = recipe(tmp_path / "data", tmp_path / "out", tiny_retinanet(), max_iter=10)
-    config.optimizer.lr = 0.1  # 80 times a dense detector's at this batch
+    config.optimizer.lr = 0.1
     found = errors(examined(config, iterations=1))
-    assert list(found) == ["learning rate"]
+    assert list(found) == ["learning rate"] and ", 80 times" in found["learning rate"]
 
 
 SAID = {

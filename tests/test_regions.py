@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.classes import ClassMap
 from d2kd.errors import InputError
+from d2kd.evaluation.detectors import input_scale
 from d2kd.evaluation.features import FeatureSimilarity
 from d2kd.evaluation.matching import Truth
 from d2kd.evaluation.regions import RegionCounts, why_not
@@ -139,6 +140,11 @@ def test_a_detector_that_sees_the_image_larger_is_asked_about_the_same_places():
     # The crowd's row is asked about, too; it is left out of the counts.
     torch.testing.assert_close(said.asked, PROPOSALS * 2)
     assert table["detectors"][1]["iou_after"] == pytest.approx(table["detectors"][0]["iou_after"])
+
+
+def test_a_boxs_place_in_the_input_is_by_width_and_by_height():
+    given = {"image": torch.zeros(3, 20, 60), "height": 10, "width": 20}
+    assert (torch.ones(4) * input_scale(given)).tolist() == [3, 2, 3, 2]
 
 
 def test_an_object_whose_class_not_all_know_has_no_row():

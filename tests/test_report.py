@@ -17,17 +17,16 @@ from .coco_size import described, generated_data
 from .generated_detections import generated_detections
 
 
-def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0.5), **changes):
+def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0.5), seed=0):
     data = generated_data(images, classes, objects=4)
     names = ["teacher", "baseline", "distilled", "more", "last"][:detectors]
     seen = {
         name: generated_detections(data.truth, quality, seed=n)
         for n, (name, quality) in enumerate(zip(names, qualities))
     }
-    options = Options(resamples=20)
+    options = Options(resamples=20, seed=seed)
     found = analyse(seen, data, range(classes), options)
-    made = assemble(found, [described(n) for n in names], None, data, range(classes), options)
-    return dataclasses.replace(made, **changes)
+    return assemble(found, [described(n) for n in names], None, data, range(classes), options)
 
 
 def outside(text: str) -> list[str]:
@@ -120,6 +119,26 @@ def test_without_objects_nothing_is_defined_and_the_page_says_so():
     found = analyse(seen, data, [0, 1], options)
     made = assemble(found, [described(n) for n in seen], None, data, [0, 1], options)
     assert "Nothing" in sentence(made) and "–" in render(made)
+
+
+def test_what_is_won_is_found_by_one_and_not_by_the_other():
+    data, options = generated_data(12, 4, objects=6), Options(resamples=2)
+    seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
+    found = analyse(seen, data, [0, 2], options)
+    objects = assemble(found, [described(n) for n in seen], None, data, [0, 2], options).objects
+    for changes, finder, other in ((objects.won_objects, "b", "a"), (objects.lost_objects, "a", "b")):  # fmt: skip
+        assert changes
+        for change in changes:
+            picture = objects.pictures[change.picture]
+            assert picture.truth[change.object]["label"] in (0, 2)
+            assert not picture.truth[change.object]["crowd"]
+            scores = [s["score"] for s in picture.seen[finder] if s["object"] == change.object]
+            assert scores == [change.score] and change.score >= objects.thresholds[finder]
+            assert change.object not in [s["object"] for s in picture.seen[other]]
+    counted = ~data.truth.crowd & np.isin(data.truth.label, [0, 2])
+    assert sum(row["objects"] for row in objects.together) == counted.sum()
+    drawn = [compared(2, seed=seed)["baseline"].intervals for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_charts_show_the_figures():

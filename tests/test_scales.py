@@ -84,6 +84,7 @@ def test_pixels_are_means():
     small = reduce(image, 2)
     assert small[1, 1, 2] == image[1, 2:4, 4:6].mean()
     assert reduce(torch.full((3, 5, 7), 9, dtype=torch.uint8), 2).unique().tolist() == [9]
+    assert reduce(torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8), 2).item() == 1  # of 0.75
 
 
 def test_samples_that_are_none_stay_none():

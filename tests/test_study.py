@@ -478,6 +478,7 @@ def test_an_only_class_and_undefined_figures():
     assert average_precision({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
     for value in (math.nan, -1, None, math.inf):
         assert average_precision({"AP": value}, ["x"])["AP"] is None
+    assert average_precision({"AP": 0.0}, ["x"])["AP"] == 0.0
 
 
 def test_the_table_shows_each_seed():
@@ -723,8 +724,10 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     folder = tmp_path / "tar_seed0"
     for name in ("run.json", "study.json"):
         record = json.loads((folder / name).read_text())
-        record["rows"] = [] if name == "study.json" else [{"start_iter": 0}]
+        starts = [{"start_iter": 0, "peak_memory": 3 << 20}, {"peak_memory": 1 << 20}]
+        record["rows"] = [] if name == "study.json" else starts
         (folder / name).write_text(json.dumps(record))
     again, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and [row["seconds"] for row in again] == [row["seconds"] for row in rows]
     assert [row["AP"] for row in again] == [row["AP"] for row in rows]
+    assert again[-1]["peak_memory_mib"] == 3

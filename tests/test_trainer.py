@@ -139,15 +139,17 @@ def test_resumed_is_uninterrupted(data, tmp_path):
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     name = "model_0000001.pth"
-    (resumed / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    state = saved(tmp_path / "whole" / name)
+    state["trainer"]["seconds"] += 1000.0  # spent before
+    torch.save(state, resumed / name)
     (resumed / "last_checkpoint").write_text(name)
     (resumed / "metrics.json").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
     trainer = run(config("resumed"), resume=True)
     assert trainer.start_iter == 2
 
     one, other = saved(tmp_path / "whole/model_final.pth"), saved(resumed / "model_final.pth")
-    for state in (one, other):
-        assert state["trainer"].pop("seconds") > 0
+    for state, before in ((one, 0), (other, 1000)):
+        assert before < state["trainer"].pop("seconds") < before + 1000
     assert_same(one, other)
     iterations = [line["iteration"] for line in lines(resumed / "metrics.json")]
     assert iterations == sorted(iterations) and iterations.count(2) == 1 and iterations[0] == 1
@@ -418,6 +420,8 @@ def test_a_teacher_is_measured_in_the_students_classes(
     assert record["AP"] == pytest.approx(100)
     log = (tmp_path / "out/log.txt").read_text()
     assert "The teacher's AP is 100.00" in log and "knows nothing" not in log
+    for folder in ("out", "out/teacher"):  # each has its own detections
+        assert (tmp_path / folder / "inference/coco_instances_results.json").is_file()
 
     # The same teacher, beside a student that counts in another order, is measured anew on the same data.
     turned = tmp_path / "turned"
