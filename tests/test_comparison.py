@@ -394,7 +394,7 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     for row in content["rows"][1::2]:
         name = row["name"].replace("seed0", "seed1")
         shutil.copytree(study / row["name"], study / name)
-        more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": None})
+        more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": name})
     asked = detectors_of_study(study, [*more, *content["rows"]], content["baseline"])
     assert [d.config for d in asked] == [d.config for d in detectors]
     test = study / "tar_seed0" / "test"
