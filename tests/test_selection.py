@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.transforms import Resize
 from detectron2.structures import Instances
 from PIL import Image
 
@@ -69,10 +71,13 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     config.model.classes = ["class 0", "class 2", "class 1"]  # not the data set's order
     names = instantiate(config.dataloader.test.dataset.names)
     model = instantiate(config.model)
-    shown = []
+    shown, panels = [], []
     monkeypatch.setattr(
-        selection, "side_by_side", lambda *drawn: shown.append(drawn[2]) or side_by_side(*drawn)
+        selection,
+        "side_by_side",
+        lambda *drawn: shown.append(drawn[2]) or panels.append(drawn[1]) or side_by_side(*drawn),
     )
+    config.dataloader.test.mapper.augmentations = [L(Resize)(shape=(128, 256))]
     mapper = instantiate(config.dataloader.test.mapper)
     loss = model.losses.by_name["erd"]
     assert len(TITLES) == 3 and MetadataCatalog.get(names).thing_classes
@@ -81,6 +86,9 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     with Image.open(written[0]) as picture:
         width = picture.size[0]
     assert width > 4 * 480
+    # In the picture's pixels, whatever size the detectors were shown.
+    chosen = [one.locations for panel in panels for one in panel.values() if one.has("locations")]
+    assert 32 < torch.cat(chosen).max() < 64
     assert shown[0].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2 (new)"]
     # A class of a step to come is neither.
     loss.class_map = ClassMap.by_name(["class 2", "class 0"], ["class 0"])
