@@ -107,7 +107,7 @@ def test_means_are_over_the_classes_asked_for():
         (some.per_class["class 0"] + some.per_class["class 2"]) / 2
     )
     alone = [accuracy(truth, matches, [k], 0.5).precision for k in (0, 2)]
-    assert some.precision == pytest.approx(np.mean(alone, axis=0))
+    assert some.precision == pytest.approx(np.mean(alone, axis=0)) and alone[0] != alone[1]
 
 
 def test_sizes_are_cocos_and_the_smaller_one_on_their_bounds():

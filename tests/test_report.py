@@ -24,9 +24,13 @@ def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0
         name: generated_detections(data.truth, quality, seed=n)
         for n, (name, quality) in enumerate(zip(names, qualities))
     }
-    options = Options(resamples=20, seed=seed)
-    found = analyse(seen, data, range(classes), options)
-    return assemble(found, [described(n) for n in names], None, data, range(classes), options)
+    return made(data, seen, range(classes), resamples=20, seed=seed)
+
+
+def made(data, seen, classes, **options):
+    options = Options(**{"resamples": 5, **options})
+    found = analyse(seen, data, classes, options)
+    return assemble(found, [described(n) for n in seen], None, data, classes, options)
 
 
 def outside(text: str) -> list[str]:
@@ -63,17 +67,7 @@ def test_300_classes_and_names_that_are_not_ascii():
     truth = dataclasses.replace(data.truth, classes=("чашка & <script>", "猫"))
     data = dataclasses.replace(data, truth=truth)
     seen = {"señal": generated_detections(truth), "b": generated_detections(truth, seed=1)}
-    options = Options(resamples=5)
-    text = render(
-        assemble(
-            analyse(seen, data, [0, 1], options),
-            [described(n) for n in seen],
-            None,
-            data,
-            [0, 1],
-            options,
-        )
-    )
+    text = render(made(data, seen, [0, 1]))
     assert "чашка &amp; &lt;script&gt;" in text and "猫" in text and "señal" in text
     assert text.count("<script>") == 1
 
@@ -115,17 +109,14 @@ def test_pictures_are_inlined_and_one_that_is_gone_is_left_blank(tmp_path):
 def test_without_objects_nothing_is_defined_and_the_page_says_so():
     data = generated_data(3, 2, objects=0)
     seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
-    options = Options(resamples=5)
-    found = analyse(seen, data, [0, 1], options)
-    made = assemble(found, [described(n) for n in seen], None, data, [0, 1], options)
-    assert "Nothing" in sentence(made) and "–" in render(made)
+    found = made(data, seen, [0, 1])
+    assert "Nothing" in sentence(found) and "–" in render(found)
 
 
 def test_what_is_won_is_found_by_one_and_not_by_the_other():
-    data, options = generated_data(12, 4, objects=6), Options(resamples=2)
+    data = generated_data(12, 4, objects=6)
     seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
-    found = analyse(seen, data, [0, 2], options)
-    objects = assemble(found, [described(n) for n in seen], None, data, [0, 2], options).objects
+    objects = made(data, seen, [0, 2]).objects
     for changes, finder, other in ((objects.won_objects, "b", "a"), (objects.lost_objects, "a", "b")):  # fmt: skip
         assert changes
         for change in changes:
