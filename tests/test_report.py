@@ -154,8 +154,10 @@ def test_the_charts_show_the_figures():
 
 def test_the_sentence_says_what_the_interval_allows():
     better = compared(3)
-    assert "of the way to teacher" in sentence(better)
     gain = better.gain("distilled", "baseline")
+    of = {d.name: d.accuracy.metrics["AP"] for d in better.detectors}
+    share = (of["distilled"] - of["baseline"]) / (of["teacher"] - of["baseline"])
+    assert f": {100 * share:.0f} % of the way to teacher" in sentence(better)
     gain.metrics["AP"]["interval"] = [-0.1, 9.0]
     assert "might undo" in sentence(better) and "of the way" not in sentence(better)
 
