@@ -107,12 +107,6 @@ def test_a_loss_counts_for_the_share_of_the_run_in_which_it_is_on(faked, share, 
     assert faked({"a": 0.8}, a=weight).ratio == pytest.approx(1 + 0.8 * share, abs=2e-3)
 
 
-def test_on_for_half_the_run_is_the_mean_of_on_and_off(faked):
-    on, off = (faked({"a": 0.7, "b": 0.2}, a=weight, b=1.0).ratio for weight in (1.0, 0.0))
-    half = faked({"a": 0.7, "b": 0.2}, a=off_from(0.5), b=1.0)
-    assert half.ratio == pytest.approx((on + off) / 2, abs=2e-3)
-
-
 def test_each_set_of_losses_is_measured(faked):
     """Of two losses that take turns in thirds with a time when both are off."""
     weights = {"a": off_from(0.3), "b": off_from(0.7, before=0.0)}

@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,11 @@ from d2kd.config import increment, load
 from d2kd.data import coco_dataset, shapes
 from d2kd.errors import InputError
 from d2kd.evaluation.coco import forgetting, gaps, old_new_all
-from d2kd.study import Measured, OneByOne, parse, run_study, show_results
+from d2kd.study import OneByOne, parse, run_study, show_results
 from d2kd.study import load as load_study
 
 from .common import interrupted_in
+from .test_study import FakeTraining
 from .tiny_run import draw_data
 
 CLASSES = list(shapes.CLASSES)
@@ -64,26 +64,6 @@ def study_of(split="4+2+2", **study):
     )
     content = dict(study=given | study, runs=runs)
     return parse(OmegaConf.create(content, flags={"allow_objects": True}))
-
-
-class FakeTraining:
-    """AP by run and class; what is not told is undefined."""
-
-    def __init__(self, per_class):
-        self.per_class, self.tests = per_class, {}
-
-    def __call__(self, config, test, report):
-        folder = Path(config.train.output_dir)
-        self.tests[folder.name] = test
-        report(0, 1)
-        report(1, 1)
-        weights = folder / "model_final.pth"
-        weights.write_text(folder.name)
-        (folder / "metrics.json").touch()
-        known = self.per_class[folder.name]
-        metrics = {"AP": sum(known) / len(known)}
-        metrics |= {f"AP-{c}": ap for c, ap in zip(CLASSES, known)}
-        return Measured(metrics, 5, 1.0, weights)
 
 
 APS = {

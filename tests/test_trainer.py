@@ -31,6 +31,7 @@ from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Teacher
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .resume_runs import differences
 from .test_voc import write_voc
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
@@ -54,20 +55,7 @@ def saved(file):
 
 
 def assert_same(one, other):
-    """Equal down to the bit, whatever is nested in what."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other):
-            assert_same(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+    assert differences(one, other) == []
 
 
 def lines(file):
