@@ -21,6 +21,7 @@ from d2kd.evaluation.accuracy import (
 from d2kd.evaluation.matching import Detections, Truth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
+from .test_error_kinds import scene
 
 
 def cocoeval(truth, detections):
@@ -190,15 +191,11 @@ def test_resamples_draw_as_many_images_as_there_are_and_repeat():
 
 
 def test_precision_and_recall_at_a_threshold_by_hand():
-    # Two objects; scores 0.9 right, 0.8 wrong, 0.7 right, 0.6 wrong.
-    truth = Truth((0,), ("a",), np.zeros(2, int), np.zeros(2, int), np.array([[0, 0, 10, 10], [50, 50, 10, 10.0]]),
-                  np.full(2, 100.0), np.zeros(2, bool))  # fmt: skip
-    boxes = np.array([[0, 0, 10, 10], [90, 0, 10, 10], [50, 50, 10, 10], [70, 0, 5, 5.0]])
-    detections = Detections(
-        np.zeros(4, int), np.zeros(4, int), boxes, np.array([0.9, 0.8, 0.7, 0.6])
-    )
-    measured = accuracy(truth, match(truth, detections), [0], 0.85)
+    near, far = [0, 0, 10, 10], [50, 50, 10, 10]
+    seen = [(0, near, 0.9), (0, [90, 0, 10, 10], 0.8), (0, far, 0.7), (0, [70, 0, 5, 5], 0.6)]
+    truth, matches = scene([(0, near), (0, far)], seen)
+    measured = accuracy(truth, matches, [0], 0.85)
     assert measured.best["threshold"] == 0.7 and measured.best["recall"] == 100
     assert measured.best["precision"] == pytest.approx(200 / 3)
     assert (measured.fixed["precision"], measured.fixed["recall"]) == (100, 50)
-    assert match(truth, detections).found_at().tolist() == [0.9, 0.7]
+    assert matches.found_at().tolist() == [0.9, 0.7]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
 
 from d2kd.data import check_dataset, shapes
@@ -523,16 +523,6 @@ def test_closing_words_name_what_to_open(tmp_path):
     assert teacher["teacher_sha256"] is None
     assert taught["teacher_sha256"] == teacher["weights_sha256"]
     assert len(list((tmp_path / "pictures").iterdir())) == 2
-
-
-def test_the_shapes_study_is_whole():
-    study = load("projects/TAR/studies/shapes.py")
-    names = [run.name for run in study.plan()]
-    assert sorted(names) == [
-        "baseline_equal_time_seed0", "baseline_seed0", "imitation_seed0", "tar_seed0", "teacher",
-    ]  # fmt: skip
-    assert study.references == ["baseline", "baseline_equal_time", "imitation"]
-    assert MetadataCatalog.get(study.test).thing_classes == CLASSES
 
 
 STUDIES = [
