@@ -129,6 +129,12 @@ def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
     config.train.output_dir = str(tmp_path / "new")
     run(config, resume=True)
     assert not (tmp_path / "new/model_best.pth").exists()  # 25 is less than 30
+    # Where it is, also a state that was better than its checkpoint, which came before, could know.
+    config.train.output_dir = str(tmp_path / "there")
+    scores = iter([10.0, 30.0, 20.0, 25.0])
+    run(config, stop=2)
+    run(config, resume=True)
+    assert saved(tmp_path / "there/model_best.pth")["iteration"] == 1
 
 
 def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, caplog):
