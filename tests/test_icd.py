@@ -569,13 +569,15 @@ def test_priors_of_a_data_set_restated_and_kept(tmp_path):
     content = json.loads((tmp_path / "data.json").read_text())
     content["categories"].append({"id": 4, "name": "never seen"})
     content["annotations"][0]["iscrowd"] = 1
+    for image in content["images"]:
+        image["width"] = 128
     (tmp_path / "data.json").write_text(json.dumps(content))
     node = L(coco_dataset)(
         name=f"priors_{tmp_path}", json_file=str(tmp_path / "data.json"), image_root=str(tmp_path)
     )
     priors = estimate_priors(node)
     kept = [x for x in content["annotations"] if not x["iscrowd"]]
-    sides = [[x["bbox"][2] / 64, x["bbox"][3] / 64] for x in kept]
+    sides = [[x["bbox"][2] / 128, x["bbox"][3] / 64] for x in kept]
     for k in range(4):
         own = [s for s, x in zip(sides, kept) if x["category_id"] == k + 1]
         assert float(priors.frequency[k]) == pytest.approx(len(own) / len(kept))
