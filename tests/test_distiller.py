@@ -158,25 +158,26 @@ def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
 
 
 class Tapped(DistillLoss):
-    taps = ("head.cls_subnet.0",)
+    def __init__(self, *taps):
+        super().__init__()
+        self.taps = taps
 
     def forward(self, student, teacher):
-        (*_, last) = student.taps["head.cls_subnet.0"]
-        assert len(student.taps["head.cls_subnet.0"]) == 5, "one call for each level"
-        return last.square().mean()
+        calls = [student.taps[name] for name in self.taps]
+        assert all(len(of_one) == 5 for of_one in calls), "one call for each level"
+        return sum(of_one[-1].square().mean() for of_one in calls)
 
 
 def test_taps_listen_to_any_module_of_the_student():
-    model = make(losses=DistillLosses(tapped=Tapped())).train()
-    losses = step(model, batch())
-    losses["distill/loss_tapped"].backward()
-    assert model.student.head.cls_subnet[0].weight.grad.abs().sum() > 0
-    Tapped.taps = ("head.nothing",)
-    try:
-        with pytest.raises(InputError, match="no module 'head.nothing'"):
-            make(losses=DistillLosses(tapped=Tapped()))
-    finally:
-        Tapped.taps = ("head.cls_subnet.0",)
+    """Each loss to its own, and several to the same."""
+    classes, boxes = "head.cls_subnet.0", "head.bbox_subnet.0"
+    losses = DistillLosses(one=Tapped(classes), none=ImitationLoss(), both=Tapped(boxes, classes))
+    model = make(losses=losses).train()
+    step(model, batch())["distill/loss_both"].backward()
+    for name in (classes, boxes):
+        assert model.student.get_submodule(name).weight.grad.any()
+    with pytest.raises(InputError, match="no module 'head.nothing'"):
+        make(losses=DistillLosses(one=Tapped(classes), other=Tapped("head.nothing")))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 from detectron2.utils.events import EventStorage
 
+from d2kd.classes import ClassMap
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
 from d2kd.losses.erd import elastic_selection
@@ -155,6 +156,27 @@ def test_the_method_restated(options):
             torch.testing.assert_close(
                 a + torch.zeros_like(b), b + torch.zeros_like(a), rtol=1e-3, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("make", [ERDLoss, LwFLoss])
+def test_old_classes_go_by_name(make):
+    """A teacher whose classes have other numbers says the same, and the same is learned from it."""
+    student, teacher = answers()
+    order = [2, 0, 3, 1]
+    turned = [x[:, order] for x in teacher.predictions[0]], teacher.predictions[1]
+    turned = DenseOutputs(
+        teacher.detector, [], predictions=turned, anchors=teacher.anchors, images=teacher.images
+    )
+    found = []
+    for other, numbers in ((teacher, range(4)), (turned, order)):
+        loss = make()
+        loss.class_map = ClassMap.by_name("abcdef", ["abcd"[k] for k in numbers])
+        loss.bind(student.detector, other.detector)
+        value = of(loss, student, other)
+        value = sum(value.values()) if isinstance(value, dict) else value
+        gradients = torch.autograd.grad(value, student.predictions[0])
+        found.append((value, *gradients))
+    torch.testing.assert_close(*found)
 
 
 def test_what_stands_out():

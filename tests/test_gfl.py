@@ -177,7 +177,15 @@ def test_atss_by_hand():
     exact = [8.0, 8, 24, 24]
     # IoU 16 / 816, 64 / 768, 64 / 768, 256 / 576 and 144 / 1456: they are 0.316.
     larger = [4.0, 4, 28, 28]
-    for boxes, match in (([exact], 0), ([larger], 0), ([larger, exact], 1)):
+    # Only that anchor overlaps them, and its centre is 0.02 and 0.005 pixels inside.
+    inside, border = [15.98, 8, 40, 24], [15.995, 8, 40, 24]
+    for boxes, match in (
+        ([exact], 0),
+        ([larger], 0),
+        ([larger, exact], 1),
+        ([inside], 0),
+        ([border], -1),
+    ):
         matches = atss_matches(anchors, Boxes(boxes), topk=4).tolist()
         assert matches == [-1, -1, -1, match, -1], boxes
 
@@ -330,6 +338,21 @@ def test_ignored_anchors_give_nothing():
         columns = 32 // 2 ** (level + 3)
         assert x.grad[1, :, :, :columns].abs().min() > 0
         assert not x.grad[1, :, :, columns:].any()
+
+
+def test_an_answer_learns_from_its_own_term_alone():
+    """A score is constant where it weighs a box, and a box where a score is to say how well it fits."""
+    gfl, logits, edges = answers()
+    losses = losses_of(gfl, logits, edges, truths(objects=(3, 2)))
+    for name, value in losses.items():
+        taught = [
+            any(x is not None and x.any() for x in gradients)
+            for gradients in (
+                torch.autograd.grad(value, kind, retain_graph=True, allow_unused=True)
+                for kind in (logits, edges)
+            )
+        ]
+        assert taught == [name == "loss_cls", name != "loss_cls"], name
 
 
 def test_without_objects_there_is_nothing_to_box():

@@ -750,18 +750,26 @@ def test_images_without_objects():
     assert all(torch.isfinite(x) for x in losses.values())
 
 
+@pytest.mark.parametrize("normalizer", ["image", "instance"])
 @pytest.mark.parametrize("weights", ["attention", "uniform", "box"])
-def test_an_image_without_objects_counts_as_0(weights):
-    model = distiller(icd(weights=weights), tiny_retinanet)
+def test_images_count_the_same_or_objects_do(weights, normalizer):
+    """Whatever weighs the cells; an image without objects counts as 0, and there is no attention to tell of."""
+    loss = icd(weights=weights, normalizer=normalizer, jitter=0.0)
+    model = distiller(loss, tiny_retinanet)
+    images = batch(sizes=((128, 128),) * 3, objects=(3, 1, 0))
 
-    def distillation(*objects):
-        losses, storage = step_at(model, batch(objects=objects), 0.5)
-        assert (icd_module.ENTROPY in storage.latest()) == (weights == "attention" and any(objects))
+    def distillation(*chosen):
+        losses, storage = step_at(model, [images[i] for i in chosen], 0.5)
+        objects = set(chosen) != {2}
+        assert (icd_module.ENTROPY in storage.latest()) == (weights == "attention" and objects)
         return float(term(losses, "distillation").detach())
 
-    assert distillation(0, 0) == 0
-    # The mean over two images, of which one is as before but for what jitter moves.
-    assert 0 < distillation(2, 0) < 0.7 * distillation(2, 2)
+    three, one = distillation(0), distillation(1)
+    assert three != pytest.approx(one, rel=1e-3) and distillation(2) == 0
+    mean = (3 * three + one) / 4 if normalizer == "instance" else (three + one) / 2
+    assert distillation(0, 1) == pytest.approx(mean, rel=1e-4)
+    without = three if normalizer == "instance" else three / 2
+    assert distillation(0, 2) == pytest.approx(without, rel=1e-4)
 
 
 def test_box_weights_count_the_cells_in_boxes_alone():
@@ -808,15 +816,19 @@ def test_it_warns_once_where_the_decoder_has_not_learned(caplog):
     assert len(warnings()) == 1
 
 
-def test_a_run_repeats_and_leaves_the_other_generators_alone():
-    def values(seed, steps=2):
+def test_a_run_repeats_and_leaves_the_other_generators_alone(monkeypatch):
+    """Each process draws numbers of its own."""
+
+    def values(seed, rank=0, steps=2):
+        monkeypatch.setattr(icd_module.comm, "get_rank", lambda: rank)
         torch.manual_seed(7)
         model = distiller(icd(seed=seed), tiny_retinanet)
         model.requires_grad_(False)
         return [float(term(step_at(model, batch(), 0.5)[0], "localization")) for _ in range(steps)]
 
-    one, again, other = (values(seed) for seed in (1, 1, 2))
-    assert one == again != other and one[0] != one[1]
+    one, again, other, beside = (values(*key) for key in ((1,), (1,), (2,), (1, 1)))
+    assert one == again and one[0] != one[1]
+    assert not set(one) & {*other, *beside}
     model = distiller(icd(), tiny_retinanet)
     loss = model.losses.by_name["loss"]
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()

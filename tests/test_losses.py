@@ -1,6 +1,7 @@
 """Each loss has the house's properties, and agrees with a slow restatement of its formula."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
@@ -252,10 +253,9 @@ def test_classification_term_restated(gate, background_weight, margin):
         open_ = gate == "none" or p[y] > q[y] + margin
         weight = background_weight if y == 3 else 1.0
         slow += open_ * weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    ours = classification_term(
-        s, t, labels, gate=gate, margin=margin, background_weight=background_weight
-    )
-    assert float(ours) == pytest.approx(slow / 11, abs=1e-12)
+    loss = TARLoss(cls_gate=gate, cls_margin=margin, background_weight=background_weight)
+    student, teacher = (SimpleNamespace(pred_class_logits=x, gt_classes=labels) for x in (s, t))
+    assert float(loss.classification(student, teacher)) == pytest.approx(slow / 11, abs=1e-12)
 
 
 @pytest.mark.parametrize("gate", ["better", "none"])
@@ -279,15 +279,11 @@ def test_dense_classification_term_restated(gate, background_weight, margin, tau
             entropy = -p * math.log(q) - (1 - p) * math.log(1 - q)
             weight = background_weight if y == 3 else 1.0
             slow += open_ * weight * tau**2 * abs(p - q) * entropy
-    ours = dense_classification_term(
-        s,
-        t,
-        labels,
-        gate=gate,
-        margin=margin,
-        background_weight=background_weight,
-        temperature=tau,
+    loss = TARLoss(
+        cls_gate=gate, cls_margin=margin, background_weight=background_weight, temperature=tau
     )
+    student, teacher = (SimpleNamespace(pred_logits=[x[None]], gt_labels=labels) for x in (s, t))
+    ours = loss.dense_classification(student, teacher)
     assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
 
 
@@ -621,18 +617,27 @@ def test_weights_and_schedules(weight, progress, expected):
     assert "distill/weight_it" in storage.latest()
 
 
-def test_the_feature_term_ramps_up():
-    loss = TARLoss(feature_ramp=0.1)
-    assert isinstance(loss.weight, ParamScheduler)
-    assert [round(value_of(loss.ramp, x), 3) for x in (0, 0.05, 0.0999, 0.1, 0.5, 1.0)] == [
-        0,
-        0.5,
-        0.999,
-        1,
-        1,
-        1,
-    ]
-    assert value_of(TARLoss(feature_ramp=0).ramp, 0.0) == 1
+def test_terms_follow_their_schedules():
+    """The feature term grows while its ramp lasts; each term's own weight may be a schedule."""
+    names = ("feature", "classification", "regression")
+
+    def terms(iteration, **options):
+        torch.manual_seed(0)
+        model = distiller(lambda: TARLoss(weight=1.0, **options), DETECTORS["retinanet"])
+        model.max_iter = 4
+        with EventStorage(start_iter=iteration):
+            losses = model(batch())
+        return [float(losses[f"distill/loss_loss_{name}"].detach()) for name in names]
+
+    whole = terms(0, feature_ramp=0)
+    falling = {f"{name}_weight": LinearParamScheduler(0.02, 0.0) for name in names}
+    for iteration, grown, left in ((1, 0.5, 0.75), (3, 1.0, 0.25)):
+        ramped = [grown * whole[0], *whole[1:]]
+        assert terms(iteration, feature_ramp=0.5) == pytest.approx(ramped)
+        # Features count 0.01 by default, the others 1.
+        scheduled = [x * left * k for x, k in zip(whole, (2, 0.02, 0.02))]
+        assert terms(iteration, feature_ramp=0, **falling) == pytest.approx(scheduled)
+    assert value_of(TARLoss().ramp, 250 / 90000) == pytest.approx(0.5)  # 500 iterations long
 
 
 @pytest.mark.parametrize(
