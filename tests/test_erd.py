@@ -175,8 +175,10 @@ def test_old_classes_go_by_name(make):
         value = of(loss, student, other)
         value = sum(value.values()) if isinstance(value, dict) else value
         gradients = torch.autograd.grad(value, student.predictions[0])
+        assert not any(x[:, 4:].any() for x in gradients), "new classes were touched"
         found.append((value, *gradients))
     torch.testing.assert_close(*found)
+    assert all(value.item() > 0 for value, *_ in found)
 
 
 def test_what_stands_out():
@@ -231,14 +233,6 @@ def test_nothing_stands_out():
     )
     sum(losses.values()).backward()
     assert not any(x.grad.any() for kind in student.predictions for x in kind)
-
-
-def test_new_classes_are_not_touched():
-    student, teacher = answers()
-    sum(of(bound(student, teacher), student, teacher).values()).backward()
-    for x in student.predictions[0]:
-        assert x.grad[:, :4].any() or not x.grad.any()
-        assert not x.grad[:, 4:].any()
 
 
 def test_what_is_selected_is_logged():
@@ -496,18 +490,6 @@ def test_old_objects_are_refused():
         node = tiny_gfl()
         node.num_old_classes = 3
         build(node)
-
-
-def test_erd_trains_a_grown_detector():
-    model = grown(old_detector(), {"erd": ERDLoss()}).train()
-    with torch.no_grad():
-        model.student.head.bbox_pred.weight += 0.02
-        model.student.head.cls_score.weight[: len(OLD)] += 0.02
-    losses = step(model, new_batch())
-    assert float(losses["distill/loss_erd_classification"]) > 0
-    assert float(losses["distill/loss_erd_box"]) > 0
-    sum(losses.values()).backward()
-    assert model.student.head.cls_score.weight.grad[: len(OLD)].any()
 
 
 def test_a_student_is_the_next_teacher(tmp_path):

@@ -27,14 +27,6 @@ def test_gaussian_values_at_centre_edge_corner_and_outside():
     assert torch.equal(mask, mask.T)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "box"])
-def test_overlap_is_the_largest_and_not_the_sum(kind):
-    a, b = box(0, 0, 10, 10), box(4, 4, 20, 16)
-    both = paint(torch.cat([a, b])[None], (8, 12), 2, kind)
-    single = torch.maximum(*paint(torch.stack([a, b]), (8, 12), 2, kind))[None]
-    assert torch.equal(both, single) and both.max() <= 1
-
-
 def test_a_cell_is_inside_if_its_centre_is():
     (mask,) = paint(box(3, 0, 8, 4)[None], (2, 4), 4, "box")  # centres x 2, 6, 10, 14; y 2, 6
     assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
