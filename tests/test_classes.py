@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
 
 from d2kd.classes import ClassMap, class_names
 from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.teacher import in_students_classes
 from d2kd.testing import step
 
 from .common import DETECTORS, batch, build
@@ -74,6 +76,13 @@ def test_labels_among_the_shared_classes():
     assert classes.shared_labels(labels[:0]).shape == (0, 3)
     nothing = ClassMap.by_name(["a"], ["b"])
     assert nothing.shared_labels(torch.tensor([-1, 0, 1])).tolist() == [-1, -1, 0]
+
+
+def test_detections_by_the_students_numbers():
+    """Without those of classes that the student does not have."""
+    found = Instances((9, 9), scores=torch.arange(5.0), pred_classes=torch.tensor([0, 1, 2, 3, 1]))
+    ours = in_students_classes(found, ClassMap.by_name(STUDENT, TEACHER))
+    assert ours.pred_classes.tolist() == [2, 1, 2] and ours.scores.tolist() == [1, 3, 4]
 
 
 def test_names_of_a_data_set():

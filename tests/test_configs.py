@@ -173,9 +173,11 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
         teacher=("common/models/faster_rcnn_small.py", "weights.pth"),
         **method("imitation"),
         inherit=["backbone.fpn_"],
+        share="both",
     )
     assert not is_distiller(again.model.student), "a distiller was put inside a distiller"
-    assert list(again.model.inherit) == ["backbone.fpn_"]
+    assert (list(again.model.inherit), again.model.share) == (["backbone.fpn_"], "both")
+    assert recipe.model.share == "student"
 
 
 def test_a_recipe_survives_being_saved(tmp_path):

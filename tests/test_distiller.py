@@ -66,10 +66,16 @@ def test_the_teacher_is_no_part_of_the_module():
 
 
 def test_moving_the_distiller_moves_the_teacher():
+    """And a student that was moved before takes its losses and its teacher along."""
     model = make().to(torch.float64)
     assert all(p.dtype == torch.float64 for p in model.teacher.detector.parameters())
-    model = make().to("meta")
-    assert all(p.device.type == "meta" for p in model.teacher.detector.parameters())
+    wide = tiny_retinanet(channels=24)
+    for model in (
+        make(teacher=build(wide)).to("meta"),
+        make(build(tiny_retinanet()).to("meta"), build(wide)),
+    ):
+        moved = [*model.parameters(), *model.teacher.detector.parameters()]
+        assert all(p.device.type == "meta" for p in moved)
 
 
 def test_whatever_is_not_saved_is_frozen():
@@ -236,6 +242,13 @@ def test_taps_listen_to_any_module_of_the_student():
 def test_what_cannot_be_compared_is_refused_before_training(losses, student, teacher, line):
     with pytest.raises(InputError, match=line):
         make(build(student()), build(teacher()), DistillLosses(it=losses()))
+
+
+def test_anchors_of_another_padding_are_refused():
+    teacher = build(tiny_retinanet())
+    teacher.backbone._size_divisibility = 64
+    with pytest.raises(InputError, match="losses.it.anchors: padding: student 32, teacher 64"):
+        make(teacher=teacher, losses=DistillLosses(it=TARLoss()))
 
 
 class ReadsRegions(DistillLoss):

@@ -512,6 +512,8 @@ def test_the_published_recipe():
     assert isinstance(same, GFL) and same.input_format == cfg.INPUT.FORMAT
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
     assert shapes[0] == shapes[1]
+    for name in ("score_thresh", "topk_candidates", "nms_thresh"):
+        assert getattr(same, f"test_{name}") == getattr(model, f"test_{name}")
 
 
 def test_norms_of_which_scale_and_offset_learn():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +41,7 @@ from d2kd.losses.tar import (
 from d2kd.modeling import Regions
 from d2kd.testing import DETECTORS, check_loss, distillation, distiller, step
 
-from .common import batch
+from .common import batch, build
 
 LOSSES = {
     "imitation, whole map": (lambda: ImitationLoss(mask="none"), ["retinanet"]),
@@ -226,7 +226,8 @@ def test_the_maths_is_float32_inside_autocast(dtype):
         return a @ b
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert product(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2)).dtype == torch.float32
+        half = torch.ones(2, 2, dtype=dtype)
+        assert product(half, torch.ones(2, 2)).dtype == product(half, b=half).dtype == torch.float32
     big = torch.full((1, 64, 8, 8), 200.0, dtype=torch.float16)
     value = masked_squared_error(big, -big, torch.ones(1, 8, 8))
     assert torch.isfinite(value), "overflowed in half precision"
@@ -314,19 +315,15 @@ def test_targets_of_anchors_are_those_of_one_hot_without_its_integers(classes):
     assert torch.equal(found, (divergence * gate).sum() / foreground)
 
 
-def test_the_divergence_of_sigmoids_pulls_towards_the_teacher():
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_the_divergence_of_sigmoids_pulls_towards_the_teacher(tau):
+    """As hard as binary cross entropy does, times how far apart they are, which is constant."""
     s = torch.tensor([-2.0, 0.0, 3.0, 1.0], requires_grad=True)
     t = torch.tensor([0.0, -2.0, 4.0, 1.0])
-    sigmoid_divergence(s, t)[0].sum().backward()
+    sigmoid_divergence(s, t, tau)[0].sum().backward()
     assert torch.equal(s.grad.sign(), torch.tensor([-1.0, 1.0, -1.0, 0.0]))
-
-
-def test_a_student_that_is_better_everywhere_is_left_alone():
-    labels = torch.tensor([0, 1, 2])
-    s = (torch.eye(3)[labels] * 5).requires_grad_()
-    loss = classification_term(s, torch.eye(3)[labels] * 2, labels)
-    loss.backward()
-    assert float(loss.detach()) == 0 and s.grad.abs().sum() == 0
+    apart = (s.detach() / tau).sigmoid() - (t / tau).sigmoid()
+    torch.testing.assert_close(s.grad, tau * apart.abs() * apart)
 
 
 def test_no_regions_give_a_differentiable_zero():
@@ -555,6 +552,19 @@ def test_imitation_restated():
     assert float(value) == pytest.approx(0.5 * total / 2, rel=1e-4)
 
 
+def test_objects_lie_in_the_students_pixels():
+    """Nothing beside them counts, also where the teacher's images, and so its strides, are larger."""
+    loss = ImitationLoss(levels=["p3"])
+    loss.scale = 2
+    loss.bind(build(DETECTORS["retinanet"]()), build(DETECTORS["retinanet"]()))
+    assert loss.levels == {"p3": "p4"}
+    theirs = torch.full((1, 16, 8, 8), 100.0)
+    theirs[..., :4, :4] = 1.0
+    truth = Instances((64, 64), gt_boxes=Boxes([[0.0, 0.0, 32.0, 32.0]]))
+    student = SimpleNamespace(features={"p3": 0 * theirs}, gt_instances=[truth])
+    assert loss(student, SimpleNamespace(features={"p4": theirs})) == 16 / 2
+
+
 @pytest.mark.parametrize("family", ["retinanet", "gfl"])
 @pytest.mark.parametrize(
     "make", [lambda: ImitationLoss(mask="none"), ImitationLoss, LwFLoss, lambda: ICDLoss(heads=4)]
@@ -589,6 +599,10 @@ def test_decay_by_epoch():
 class Constant(DistillLoss):
     calls = 0
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.idle = torch.nn.Parameter(torch.ones(2))
+
     def forward(self, student, teacher):
         self.calls += 1
         return {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
@@ -605,15 +619,18 @@ class Constant(DistillLoss):
         ),
         (LinearParamScheduler(1.0, 0.0), 1.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
         (LinearParamScheduler(1.0, 0.0), 3.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
-        (0, 0.5, {}),
+        (0, 0.5, {"distill/loss_it": 0.0}),
     ],
 )
 def test_weights_and_schedules(weight, progress, expected):
+    """Parameters that nothing uses stay in the graph, in a term that is there if there is one."""
     loss = Constant(weight=weight)
     with EventStorage() as storage:
         terms = DistillLosses(it=loss)(None, None, progress=progress)
-    assert {key: float(value) for key, value in terms.items()} == pytest.approx(expected, abs=1e-9)
-    assert loss.calls == bool(expected)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(expected, abs=1e-9)
+    assert loss.calls == bool(weight)
+    sum(terms.values()).backward()
+    assert loss.idle.grad is not None and not loss.idle.grad.any()
     assert "distill/weight_it" in storage.latest()
 
 
