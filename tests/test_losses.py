@@ -241,7 +241,8 @@ def softmax(row):
 @pytest.mark.parametrize("gate", ["better", "none"])
 @pytest.mark.parametrize("background_weight", [1.0, 0.25])
 @pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_classification_term_restated(gate, background_weight, margin):
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_classification_term_restated(gate, background_weight, margin, tau):
     torch.manual_seed(1)
     s, t = torch.randn(2, 12, 4, dtype=torch.float64) * 2
     labels = torch.tensor([0, 1, 2, 3, 3, 3, 0, 1, -1, 2, 3, 0])
@@ -250,11 +251,13 @@ def test_classification_term_restated(gate, background_weight, margin):
         y = int(labels[i])
         if y < 0:
             continue
-        p, q = softmax(t[i].tolist()), softmax(s[i].tolist())
+        p, q = (softmax((x[i] / tau).tolist()) for x in (t, s))
         open_ = gate == "none" or p[y] > q[y] + margin
-        weight = background_weight if y == 3 else 1.0
+        weight = tau**2 * (background_weight if y == 3 else 1.0)
         slow += open_ * weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    loss = TARLoss(cls_gate=gate, cls_margin=margin, background_weight=background_weight)
+    loss = TARLoss(
+        cls_gate=gate, cls_margin=margin, background_weight=background_weight, temperature=tau
+    )
     student, teacher = (SimpleNamespace(pred_class_logits=x, gt_classes=labels) for x in (s, t))
     assert float(loss.classification(student, teacher)) == pytest.approx(slow / 11, abs=1e-12)
 
@@ -554,15 +557,16 @@ def test_imitation_restated():
 
 def test_objects_lie_in_the_students_pixels():
     """Nothing beside them counts, also where the teacher's images, and so its strides, are larger."""
-    loss = ImitationLoss(levels=["p3"])
-    loss.scale = 2
-    loss.bind(build(DETECTORS["retinanet"]()), build(DETECTORS["retinanet"]()))
-    assert loss.levels == {"p3": "p4"}
     theirs = torch.full((1, 16, 8, 8), 100.0)
     theirs[..., :4, :4] = 1.0
     truth = Instances((64, 64), gt_boxes=Boxes([[0.0, 0.0, 32.0, 32.0]]))
     student = SimpleNamespace(features={"p3": 0 * theirs}, gt_instances=[truth])
-    assert loss(student, SimpleNamespace(features={"p4": theirs})) == 16 / 2
+    teacher = SimpleNamespace(features={"p4": theirs})
+    plain, part = ImitationLoss(levels=["p3"]), TARLoss(levels=["p3"], mask="box")
+    for loss in (plain, part):
+        loss.scale = 2
+        loss.bind(build(DETECTORS["faster_rcnn"]()), build(DETECTORS["faster_rcnn"]()))
+    assert plain(student, teacher) == part.feature(student, teacher) == 16 / 2
 
 
 @pytest.mark.parametrize("family", ["retinanet", "gfl"])
