@@ -198,6 +198,22 @@ def test_a_zoo_recipe_runs_where_there_is_no_cuda():
     assert load("COCO-Detection/retinanet_R_50_FPN_1x.py").train.device == "auto"
 
 
+def test_what_a_node_builds():
+    """A saved recipe names the class; one of another name that ends alike is another's."""
+    for target, same in (
+        (Distiller, True),
+        ("d2kd.modeling.Distiller", True),
+        ("my.OwnDistiller", False),
+    ):
+        node = OmegaConf.create({"_target_": target}, flags={"allow_objects": True})
+        assert is_distiller(node) == same
+
+
+def test_a_step_learns_its_own_classes_and_is_tested_on_all_so_far():
+    data = load("projects/ERD/configs/erd_shapes.py").dataloader
+    assert [data[part].dataset.names.seen for part in ("train", "test")] == [False, True]
+
+
 def test_get_config_gives_a_fresh_copy():
     get_config("common/train.py").train.max_iter = 3
     assert get_config("common/train.py").train.max_iter != 3

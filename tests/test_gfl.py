@@ -508,12 +508,16 @@ def test_the_published_recipe():
     cfg.MODEL.META_ARCHITECTURE = "GFL"
     cfg.MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    gfl = cfg.MODEL.GFL
+    gfl.NUM_OLD_CLASSES, gfl.NUM_GROUPS = 40, 16
+    gfl.SCORE_THRESH_TEST, gfl.TOPK_CANDIDATES_TEST, gfl.NMS_THRESH_TEST = 0.1, 500, 0.5
     same = build_model(cfg)
     assert isinstance(same, GFL) and same.input_format == cfg.INPUT.FORMAT
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
     assert shapes[0] == shapes[1]
-    for name in ("score_thresh", "topk_candidates", "nms_thresh"):
-        assert getattr(same, f"test_{name}") == getattr(model, f"test_{name}")
+    assert (same.num_old_classes, same.head.cls_subnet[1].num_groups) == (40, 16)
+    tests = (same.test_score_thresh, same.test_topk_candidates, same.test_nms_thresh)
+    assert tests == (0.1, 500, 0.5)
 
 
 def test_norms_of_which_scale_and_offset_learn():

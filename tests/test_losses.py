@@ -563,10 +563,12 @@ def test_objects_lie_in_the_students_pixels():
     student = SimpleNamespace(features={"p3": 0 * theirs}, gt_instances=[truth])
     teacher = SimpleNamespace(features={"p4": theirs})
     plain, part = ImitationLoss(levels=["p3"]), TARLoss(levels=["p3"], mask="box")
-    for loss in (plain, part):
+    icd = ICDLoss(levels=["p3"], weights="box")
+    for loss in (plain, part, icd):
         loss.scale = 2
         loss.bind(build(DETECTORS["faster_rcnn"]()), build(DETECTORS["faster_rcnn"]()))
     assert plain(student, teacher) == part.feature(student, teacher) == 16 / 2
+    assert icd.strides == plain.strides == {"p3": 8}
 
 
 @pytest.mark.parametrize("family", ["retinanet", "gfl"])

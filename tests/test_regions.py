@@ -249,10 +249,13 @@ def taught(node, losses, same=False):
 def test_agreement_is_logged_and_complete_with_a_copy(family):
     for same in (True, False):
         model = taught(DETECTORS[family](), DistillLosses(tar=TARLoss()), same)
+        sides = []
+        model.losses.register_forward_pre_hook(lambda _, said, sides=sides: sides.extend(said))
         with EventStorage() as storage:
             model(batch())
         value = storage.latest()["distill/agreement"][0]
         assert value == 1 if same else 0 <= value < 1
+        assert value == agreement(*sides)
 
 
 def answers_of(levels, classes, seed):

@@ -46,13 +46,15 @@ def test_the_hash_follows_the_file(detector, weights):
     assert Teacher(copy.deepcopy(detector), str(weights)).weights_sha256 != before
 
 
-def test_statistics_and_anchors_of_old_files_are_forgiven(detector, tmp_path):
+def test_statistics_and_anchors_of_old_files_are_forgiven(detector, tmp_path, caplog):
     path = tmp_path / "old.pth"
     extra = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
     extra["anchor_generator.cell_anchors.0"] = torch.zeros(6, 4)
     torch.save({"model": {**detector.state_dict(), **extra}}, path)
     teacher = Teacher(build(tiny_retinanet()), str(path))
     assert torch.equal(teacher.detector.pixel_mean, detector.pixel_mean), "the file's came through"
+    for name in ("pixel_mean", "pixel_std"):
+        assert f"its {name} is" in caplog.text
 
 
 @pytest.mark.parametrize("old_format", [False, True])
