@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
@@ -15,7 +15,6 @@ from d2kd.config import (
     config_file,
     detector,
     distill,
-    from_yacs,
     get_config,
     is_distiller,
     load,
@@ -150,12 +149,6 @@ def test_a_yaml_of_ones_own_brings_its_statistics(tmp_path):
     model = instantiate(OmegaConf.create(node, flags={"allow_objects": True}))
     assert model.pixel_mean.flatten().tolist() == [1, 2, 3] and model.num_classes == 5
     assert Teacher(model, None, image_format="BGR").flip_channels
-
-
-def test_yacs_configs_survive_their_mapping():
-    cfg = get_cfg()
-    node = OmegaConf.create(yaml.safe_load(cfg.dump()))
-    assert type(from_yacs(node)).__name__ == cfg.MODEL.META_ARCHITECTURE
 
 
 def test_distill_leaves_its_base_alone_and_follows_its_channel_order():

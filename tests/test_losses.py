@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, Instances
@@ -34,7 +33,6 @@ from d2kd.losses.functional import (
 from d2kd.losses.tar import (
     _same_coder,
     classification_term,
-    dense_classification_term,
     of_class,
     regression_term,
 )
@@ -233,6 +231,18 @@ def test_the_maths_is_float32_inside_autocast(dtype):
     assert torch.isfinite(value), "overflowed in half precision"
 
 
+class Integers(TorchDispatchMode):
+    """The largest tensor of integers that is made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if getattr(result, "dtype", None) == torch.int64:
+            self.count = max(self.count, result.numel())
+        return result
+
+
 def softmax(row):
     e = [math.exp(x - max(row)) for x in row]
     return [x / sum(e) for x in e]
@@ -287,35 +297,10 @@ def test_dense_classification_term_restated(gate, background_weight, margin, tau
         cls_gate=gate, cls_margin=margin, background_weight=background_weight, temperature=tau
     )
     student, teacher = (SimpleNamespace(pred_logits=[x[None]], gt_labels=labels) for x in (s, t))
-    ours = loss.dense_classification(student, teacher)
-    assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
-
-
-class Integers(TorchDispatchMode):
-    """The largest tensor of integers that is made."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if getattr(result, "dtype", None) == torch.int64:
-            self.count = max(self.count, result.numel())
-        return result
-
-
-@pytest.mark.parametrize("classes", [1, 7])
-def test_targets_of_anchors_are_those_of_one_hot_without_its_integers(classes):
-    g = torch.Generator().manual_seed(0)
-    s, t = torch.randn(2, 40, classes, generator=g)
-    labels = torch.randint(-1, classes + 1, (40,), generator=g)
     with Integers() as integers:
-        found = dense_classification_term(s, t, labels)
-    assert integers.count <= 40
-    target = F.one_hot(labels.clamp(min=0), classes + 1)[:, :-1]
-    divergence, ours, theirs = sigmoid_divergence(s, t)
-    gate = ((theirs - target).abs() < (ours - target).abs()) & (labels >= 0)[:, None]
-    foreground = ((labels >= 0) & (labels < classes)).sum()
-    assert torch.equal(found, (divergence * gate).sum() / foreground)
+        ours = loss.dense_classification(student, teacher)
+    assert integers.count <= len(labels), "targets as large as the logits"
+    assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
@@ -513,13 +498,6 @@ def test_the_stages_of_a_cascade_add_up():
         terms = [float(getattr(loss, name)(*stage).detach()) for stage in stages]
         # half-way through the run the decay has come to a half
         assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(sum(terms) / 2)
-
-
-def test_deltas_of_a_class():
-    deltas = torch.arange(24.0).view(2, 12)
-    assert of_class(deltas, torch.tensor([2, 0])).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
-    assert of_class(deltas[:, :4], torch.tensor([2, 0])).tolist() == deltas[:, :4].tolist()
-    assert of_class(deltas[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 4)
 
 
 def test_imitation_restated():
