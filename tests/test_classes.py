@@ -81,8 +81,8 @@ def test_labels_among_the_shared_classes():
 def test_detections_by_the_students_numbers():
     """Without those of classes that the student does not have."""
     found = Instances((9, 9), scores=torch.arange(5.0), pred_classes=torch.tensor([0, 1, 2, 3, 1]))
-    ours = in_students_classes(found, ClassMap.by_name(STUDENT, TEACHER))
-    assert ours.pred_classes.tolist() == [2, 1, 2] and ours.scores.tolist() == [1, 3, 4]
+    known = in_students_classes(found, ClassMap.by_name(STUDENT, TEACHER))
+    assert known.pred_classes.tolist() == [2, 1, 2] and known.scores.tolist() == [1, 3, 4]
 
 
 def test_names_of_a_data_set():

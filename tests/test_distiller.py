@@ -383,8 +383,8 @@ def test_yacs_users_build_it_by_name(tmp_path):
     cfg.MODEL.DISTILLER.INHERIT, cfg.MODEL.DISTILLER.SHARE = ["backbone.fpn_output2"], "both"
     assert "Distiller" in META_ARCH_REGISTRY
     model = build_model(cfg)
-    ours, theirs = (m.backbone.fpn_output2.weight for m in (model.student, model.teacher.detector))
-    assert torch.equal(ours, theirs) and model.share == "both"
+    weights = [m.backbone.fpn_output2.weight for m in (model.student, model.teacher.detector)]
+    assert torch.equal(*weights) and model.share == "both"
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
     loss = step(model.train(), batch())["distill/loss_imitation"]

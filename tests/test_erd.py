@@ -160,7 +160,7 @@ def test_the_method_restated(options):
 
 @pytest.mark.parametrize("make", [ERDLoss, LwFLoss])
 def test_old_classes_go_by_name(make):
-    """A teacher whose classes have other numbers says the same, and the same is learned from it."""
+    """From a teacher whose classes have other numbers the student learns the same."""
     student, teacher = answers()
     order = [2, 0, 3, 1]
     turned = [x[:, order] for x in teacher.predictions[0]], teacher.predictions[1]

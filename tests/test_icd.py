@@ -515,8 +515,8 @@ def test_told_points_stay_inside_and_edges_are_the_box_s():
     torch.testing.assert_close(
         (centers - edges[:, :2]) * torch.tensor([width, height]), boxes[:, :2]
     )
-    told = describe(gt[0].gt_classes, centers, sides, CLASSES)
-    torch.testing.assert_close(queries.descriptors[0, real], told)
+    expected = describe(gt[0].gt_classes, centers, sides, CLASSES)
+    torch.testing.assert_close(queries.descriptors[0, real], expected)
 
 
 def test_fakes_follow_the_priors():

@@ -139,8 +139,8 @@ def test_adapter_kinds(kind, channels, parameters, caplog):
     assert f"teacher p3 ({channels} channels): {said}" in caplog.text
     # Maps are alike at their beginnings; what one has more at the end is padding.
     given, other = torch.rand(2, 4, 6, 7), torch.rand(2, channels, 5, 8)
-    ours, theirs = adapter(given, other, "p3")
-    assert torch.equal(theirs, other[..., :7])
-    assert torch.equal(ours, adapter.convs["p3"](given)[..., :5, :])
+    student, teacher = adapter(given, other, "p3")
+    assert torch.equal(teacher, other[..., :7])
+    assert torch.equal(student, adapter.convs["p3"](given)[..., :5, :])
     with pytest.raises(InputError, match="adapter: 5x5"):
         FeatureAdapter(shapes(4), shapes(4), {"p3": "p3"}, "5x5")

@@ -27,7 +27,7 @@ def listen(detector, examples):
 def test_a_copy_answers_what_the_student_said(family, objects):
     student = build(DETECTORS[family]())
     teacher = Teacher(build(DETECTORS[family]()), None)
-    teacher.detector.requires_grad_()  # what is asked is constant, whatever learns
+    teacher.detector.requires_grad_()  # a teacher's outputs are constant, even if its weights learn
     examples = batch(objects=objects)
     said = listen(student, examples)
     asked = teacher.ask(examples, **said.shared)

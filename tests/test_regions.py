@@ -250,7 +250,7 @@ def test_agreement_is_logged_and_complete_with_a_copy(family):
     for same in (True, False):
         model = taught(DETECTORS[family](), DistillLosses(tar=TARLoss()), same)
         sides = []
-        model.losses.register_forward_pre_hook(lambda _, said, sides=sides: sides.extend(said))
+        model.losses.register_forward_pre_hook(lambda _, both, sides=sides: sides.extend(both))
         with EventStorage() as storage:
             model(batch())
         value = storage.latest()["distill/agreement"][0]
