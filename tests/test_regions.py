@@ -20,7 +20,7 @@ from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
 from d2kd.structures.class_map import ClassMap
 from d2kd.utils.errors import InputError
 
-from .common import CLASSES, DETECTORS, batch, build, tiny_faster_rcnn
+from .common import CLASSES, DETECTORS, batch, build, lively, tiny_faster_rcnn
 
 CODER = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
 OBJECT, CROWD = [10.0, 10, 30, 30], [60.0, 60, 90, 90]
@@ -214,14 +214,27 @@ def test_anchors_by_hand(monkeypatch):
     assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
 
 
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
+def test_anchors_are_scored_as_detections_are(family):
+    teacher = Teacher(lively(build(DETECTORS[family]())), None)
+    examples = batch(sizes=((64, 64),), objects=(0,))
+    [found] = teacher.detect(examples)
+    scores = RegionCounts._scores(teacher.ask(examples))
+    torch.testing.assert_close(found["instances"].scores.max(), scores.max())
+
+
 def test_features_by_hand():
     similarity = FeatureSimilarity(["t", "s", "u"], [{"p3": 2}, {"p3": 2}, {"p3": 4}])
-    ours = torch.zeros(1, 2, 4, 4)
+    ours = torch.zeros(1, 2, 4, 6)
     ours[:, 0] = 1
     theirs = ours.clone()
-    theirs[:, :, :2, :2] = -1  # cosine -1/sqrt(2) in the upper left quarter
-    features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 4)}]
-    similarity.see(features, (32, 32), (32, 32), torch.tensor([[0.0, 0, 16, 16]]))
+    theirs[:, :, :2, :2] = -1  # cosine -1/sqrt(2) in the upper left quarter of the image
+    theirs[
+        ..., 4:
+    ] = -1  # and in the padding, which does not count, nor where an object reaches into it
+    features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 6)}]
+    objects = torch.tensor([[0.0, 0, 16, 16], [30, 0, 48, 32]])
+    similarity.see(features, (32, 32), (32, 48), objects)
     [row] = similarity.table()["rows"]
     assert row["in_objects"] == pytest.approx(-(0.5**0.5))
     assert row["everywhere"] == pytest.approx((12 - 4 * 0.5**0.5) / 16)
@@ -250,11 +263,13 @@ def test_agreement_is_logged_and_complete_with_a_copy(family):
     copy, turned, names = build(node, 0), counting_otherwise(node), ["a", "b", "c"]
     for teacher, whole in (([copy], True), ([turned, names, ["c", "a", "b"]], True),
                            ([turned], False), ([None], False)):  # fmt: skip
-        model = taught(node, DistillLosses(tar=TARLoss()), *teacher)
+        model, sides = taught(node, DistillLosses(tar=TARLoss()), *teacher), []
+        model.losses.register_forward_pre_hook(lambda _, both, sides=sides: sides.extend(both))
         with EventStorage() as storage:
             model(batch())
         value = storage.latest()["distill/agreement"][0]
         assert value == 1 if whole else 0 <= value < 1
+        assert value == agreement(*sides, model.class_map)
 
 
 def answers_of(levels, classes, seed):

@@ -140,7 +140,7 @@ def test_the_charts_show_the_figures():
     shown = {kind: text for kind, text in lines if kind in KINDS}
     assert shown == {k: f"{of['baseline'][k]:.1f} → {of['distilled'][k]:.1f}" for k in KINDS}
     # Of many classes the chart has those whose AP changed most, from gain to loss.
-    chart = page.split("that moved most</h3>")[1].split("<details")[0]
+    chart = page.split("with the largest changes</h3>")[1].split("<details")[0]
     gains = found.gain("distilled", "baseline").per_class
     gains = {name: one["gain"] for name, one in gains.items() if one["gain"] is not None}
     drawn = [gains.pop(name) for name in re.findall(r'class="name">([^<]*)<', chart)]
