@@ -290,7 +290,10 @@ def _no_data(config, folder):
 
 
 SPOILED = {
-    "wrong channel order": (_wrong_channels, {"channel order": "the teacher is told RGB"}),
+    "wrong channel order": (
+        _wrong_channels,
+        {"channel order": "the teacher's image_format is RGB"},
+    ),
     "foreign weights": (
         _foreign_weights,
         {"teacher's weights": "of another shape", "the run": "misshapen"},
@@ -390,11 +393,11 @@ def test_a_plain_recipe_of_a_dense_detector(tmp_path):
 SAID = {
     "a loader without an order": (
         lambda c: c.dataloader.train.mapper.pop("image_format"),
-        ("channel order", "ok", "the loader does not say it"),
+        ("channel order", "ok", "the mapper has no image_format"),
     ),
     "data without names": (
         lambda c: c.dataloader.train.dataset.pop("names"),
-        ("classes", "ok", "the data do not name theirs"),
+        ("classes", "ok", "the data have no class names"),
     ),
     "data of other classes": (
         lambda c: c.model.student.roi_heads.update(num_classes=CLASSES + 1),
