@@ -309,7 +309,7 @@ class _Annotations(PathHandler):
 
     def _get_local_path(self, path: str, **_) -> str:
         part = MetadataCatalog.get(path.removeprefix(_PREFIX)).class_step
-        return _written(part, MetadataCatalog.get(part.dataset).get("json_file"))
+        return _write_annotations(part, MetadataCatalog.get(part.dataset).get("json_file"))
 
     def _isfile(self, path: str, **_) -> bool:
         return path.removeprefix(_PREFIX) in DatasetCatalog.list()
@@ -323,7 +323,7 @@ PathManager.register_handler(_Annotations())
 
 
 @functools.cache
-def _written(part: ClassStep, source: str | None) -> str:
+def _write_annotations(part: ClassStep, source: str | None) -> str:
     """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
     folder = tempfile.mkdtemp(prefix="d2kd_step_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

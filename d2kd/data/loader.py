@@ -155,7 +155,7 @@ def _replace(node, old: Callable, new: Callable) -> None:
     node["_target_"] = f"{new.__module__}.{new.__qualname__}"
 
 
-def _words(*key: int) -> np.ndarray:
+def _seeds(*key: int) -> np.ndarray:
     """Hash a key to 8 seed words, which are the same on every machine."""
     return np.random.SeedSequence(key).generate_state(8)
 
@@ -164,7 +164,7 @@ def _words(*key: int) -> np.ndarray:
 def seeded(*key: int) -> Iterator[None]:
     """Seed the global generators of NumPy, Python and torch (CPU), and restore them at the end."""
     former = np.random.get_state(), random.getstate(), torch.default_generator.get_state()
-    words = _words(*key)
+    words = _seeds(*key)
     np.random.seed(words)
     random.seed(int(words[0]) << 32 | int(words[1]))
     torch.default_generator.manual_seed(int(words[2]) << 31 | int(words[3]) >> 1)
@@ -247,9 +247,9 @@ class _TrainingBatches(Sampler):
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._from_the_beginning(), self.start, None)
+        return itertools.islice(self._all_batches(), self.start, None)
 
-    def _from_the_beginning(self) -> Iterator[list[tuple[int, int]]]:
+    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
         waiting = defaultdict(list)
         for position, index in self._stream():
             group = 0 if self.groups is None else self.groups[index]
@@ -261,7 +261,7 @@ class _TrainingBatches(Sampler):
         for epoch in itertools.count():
             first = epoch * self.size
             # RandomState, because later versions of NumPy may change Generator.permutation.
-            order = np.random.RandomState(_words(self.seed, _ORDER, epoch)).permutation(self.size)
+            order = np.random.RandomState(_seeds(self.seed, _ORDER, epoch)).permutation(self.size)
             for i in range((self.rank - first) % self.world, self.size, self.world):
                 yield first + i, int(order[i])
 

@@ -14,9 +14,9 @@ from ..data.datasets import dataset_names, spread
 from ..utils.errors import InputError
 from .findings import Finding
 
-SLACK = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
-MANY = 0.01  # fraction of bad boxes from which they are an error
-MOSTLY = 0.5  # fraction of images without objects above which there is a warning
+BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
+MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
+MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
 def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
@@ -37,12 +37,12 @@ def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
             yield Finding(f"{part} data", "ok", "no names of data sets")
             continue
         records = [record for name in names for record in DatasetCatalog.get(name)]
-        classes = _wanted(MetadataCatalog.get(names[0]))
-        yield from _annotations(f"{part} data", records, classes)
-        yield _files(f"{part} images", records, images)
+        classes = _annotated_classes(MetadataCatalog.get(names[0]))
+        yield from _check_annotations(f"{part} data", records, classes)
+        yield _check_images(f"{part} images", records, images)
 
 
-def _wanted(metadata: Metadata) -> dict[int, str]:
+def _annotated_classes(metadata: Metadata) -> dict[int, str]:
     """Return the annotated classes, class index -> name; those of an increment are a subset."""
     part, names = metadata.get("class_step"), metadata.get("thing_classes") or []
     if part is None:
@@ -50,7 +50,7 @@ def _wanted(metadata: Metadata) -> dict[int, str]:
     return {k: name for name, k in part.numbers.items()}
 
 
-def _annotations(
+def _check_annotations(
     subject: str, records: Sequence[dict], classes: Mapping[int, str]
 ) -> Iterator[Finding]:
     rows, empty = [], 0
@@ -65,17 +65,17 @@ def _annotations(
     if not rows:
         yield Finding(subject, "error", found, "annotations; without any nothing is learned")
         return
-    state = "warning" if empty > MOSTLY * len(records) else "ok"
+    state = "warning" if empty > MAX_EMPTY_IMAGES * len(records) else "ok"
     advice = "leave them out (of a dataset node: filter_empty=True), if they are not meant"
     yield Finding(subject, state, f"{found}, {empty} images without any", advice * (state != "ok"))
 
     values = np.asarray(rows, dtype=float)
     box, size, category = values[:, :4], values[:, 4:6], values[:, 6].astype(int)
-    outside = ((box[:, :2] < -SLACK) | (box[:, 2:] > size + SLACK)).any(axis=1)
+    outside = ((box[:, :2] < -BOX_MARGIN) | (box[:, 2:] > size + BOX_MARGIN)).any(axis=1)
     flat = (box[:, 2:] <= box[:, :2]).any(axis=1)
     bad = int((outside | flat).sum())
     if bad:
-        state = "error" if bad >= MANY * len(rows) else "warning"
+        state = "error" if bad >= MAX_BAD_BOXES * len(rows) else "warning"
         found = (
             f"{int(outside.sum())} boxes lie outside their image, {int(flat.sum())} have no area"
         )
@@ -89,7 +89,7 @@ def _annotations(
         yield Finding(f"{subject}, classes", "warning", found, "leave them out, or add examples")
 
 
-def _files(subject: str, records: Sequence[dict], images: int) -> Finding:
+def _check_images(subject: str, records: Sequence[dict], images: int) -> Finding:
     chosen = spread(records, images or len(records))
     bad = []
     for record in chosen:

@@ -47,7 +47,7 @@ def diagnose(
     """
     config = with_defaults(config)
     yield from look_at_data(config, images)
-    yield from _weights(config)
+    yield from _check_checkpoints(config)
     try:
         with quiet():
             trainer = Trainer(config)
@@ -71,11 +71,11 @@ def diagnose(
         yield Finding("a step", "error", f"{error.culprit}: {error.found}", error.expected)
 
 
-def _weights(config: DictConfig) -> Iterator[Finding]:
+def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
     """Check how many weights of each checkpoint match its detector."""
     if config.train.init_checkpoint:
         file = config.train.init_checkpoint
-        yield from _fitting("student's weights", student_of(config.model), file, partly=True)
+        yield from _check_file("student's weights", student_of(config.model), file, partly=True)
     if not is_distiller(config.model):
         return
     teacher = config.model.teacher
@@ -83,11 +83,11 @@ def _weights(config: DictConfig) -> Iterator[Finding]:
         found, advice = "none: it is untrained", "model.teacher.weights=FILE"
         yield Finding("teacher's weights", "error", found, advice)
         return
-    yield from _fitting("teacher's weights", teacher.detector, teacher.weights, partly=False)
-    yield from _named_classes(config, teacher)
+    yield from _check_file("teacher's weights", teacher.detector, teacher.weights, partly=False)
+    yield from _check_teacher_classes(config, teacher)
 
 
-def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
+def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
     try:
         with quiet():
             detector: nn.Module = instantiate(without_weights(node))
@@ -121,7 +121,7 @@ def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iter
         yield Finding(subject, "error", found, advice)
 
 
-def _named_classes(config: DictConfig, teacher: DictConfig) -> Iterator[Finding]:
+def _check_teacher_classes(config: DictConfig, teacher: DictConfig) -> Iterator[Finding]:
     """If classes are matched by index, check that the teacher's checkpoint and the data have the same names."""
     try:
         stored, names = read(teacher.weights).get(CLASSES), data_classes(config)

@@ -47,7 +47,7 @@ def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
         model: its model, which may be wrapped in DDP.
     """
     model = unwrapped(model)
-    checks = (_channels, _classes, _levels, _learning_rate)
+    checks = (_check_channels, _check_classes, _check_levels, _check_learning_rate)
     return [finding for check in checks for finding in check(config, model)]
 
 
@@ -63,7 +63,7 @@ class FirstLook(HookBase):
             logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
 
 
-def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     readers = [
         reading_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
         for part in ("train", "test")
@@ -81,7 +81,7 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if wanted != train:
         found = f"images are {train}, the student's input_format is {wanted}"
         yield Finding("channel order", "error", found, f"{train_key}={wanted}")
-    yield _statistics("student", student, train, train_key)
+    yield _check_pixels("student", student, train, train_key)
     if not isinstance(model, Distiller):
         return
     declared = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
@@ -90,18 +90,18 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
         yield Finding("channel order", "error", found, f"model.teacher.image_format={train}")
         return
     seen = train[::-1] if model.teacher.flip_channels else train
-    yield _statistics("teacher", model.teacher.detector, seen, "model.teacher.input_format")
+    yield _check_pixels("teacher", model.teacher.detector, seen, "model.teacher.input_format")
 
 
-def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
+def _check_pixels(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
     """Check that a detector's pixel mean has the channel order of its inputs, and fits its weights."""
     mean, std = (x.flatten().tolist() for x in (detector.pixel_mean, detector.pixel_std))
     for order, known in IMAGENET_MEAN.items():
-        if order != seen and _near(mean, known):
+        if order != seen and _close(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
-    wanted = seen == "RGB" and _near(mean, TORCHVISION_PIXEL_MEAN)
-    wanted = wanted and _near(std, TORCHVISION_PIXEL_STD)
+    wanted = seen == "RGB" and _close(mean, TORCHVISION_PIXEL_MEAN)
+    wanted = wanted and _close(std, TORCHVISION_PIXEL_STD)
     if getattr(getattr(detector.backbone, "bottom_up", None), "pretrained", False) and not wanted:
         found = (
             f"the {who} sees {seen}, its torchvision weights want RGB and statistics of their own"
@@ -117,17 +117,17 @@ def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
     )
 
 
-def _near(values: Sequence[float], known: Sequence[float]) -> bool:
+def _close(values: Sequence[float], known: Sequence[float]) -> bool:
     return all(abs(a - b) < 1 for a, b in zip(values, known, strict=True))
 
 
-def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     student = student_of(model)
     count, names = num_classes_of(student), data_classes(config)
     if names is None:
         yield Finding("classes", "ok", f"{count} of the student; the data have no class names")
     elif len(names) != count:
-        found = f"{count} of the student, {len(names)} of the data ({_few(names)})"
+        found = f"{count} of the student, {len(names)} of the data ({_join(names)})"
         yield Finding("classes", "error", found, f"num_classes={len(names)} of the student")
     else:
         yield Finding("classes", "ok", f"{count} of the student and of the data")
@@ -153,11 +153,11 @@ def data_classes(config: DictConfig) -> tuple[str, ...] | None:
         return None
 
 
-def _few(names: Sequence[str], most: int = 4) -> str:
+def _join(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if not isinstance(model, Distiller):
         return
     backbones = model.student.backbone, model.teacher.detector.backbone
@@ -175,7 +175,7 @@ def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     yield Finding("levels", "ok", ", ".join(pairs))
 
 
-def _learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     rate = OmegaConf.select(config, "optimizer.lr", default=None)
     batch = OmegaConf.select(config, "dataloader.train.total_batch_size", default=None)
     kind = config.optimizer.get("_target_")

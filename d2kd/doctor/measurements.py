@@ -28,14 +28,14 @@ from ..structures.class_map import num_classes_of
 from ..utils.console import quiet
 from .findings import Finding
 
-MEAN, DEVIATION = 1.5, (0.2, 100)
+MAX_MEAN, STD_RANGE = 1.5, (0.2, 100)
 """Of normalised pixels: largest usual mean, in standard deviations, and their usual range (57 if pixel_std is 1)."""
 
-KNOWS_NOTHING, KNOWS_LITTLE = 1.0, 10.0  # AP of 100
-STRENGTH = 4.0
+MIN_AP, LOW_AP = 1.0, 10.0  # AP of 100
+DOMINANT_RATIO = 4.0
 """RMS of a level's features relative to the other levels, from which this level dominates an imitation loss."""
 
-RATIO = (0.05, 5.0)
+GRADIENT_RATIO = (0.05, 5.0)
 """Usual range of the gradient of a distillation loss, relative to that of the task losses, in the student's features."""
 
 
@@ -52,8 +52,8 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
         pixels = [student.preprocess_image([{"image": x["image"]}]).tensor[0] for x in examples]
     values = torch.cat([p.flatten(1) for p in pixels], dim=1)
     mean, deviation = values.mean(dim=1), values.std(dim=1)
-    usual = bool((mean.abs() <= MEAN * deviation).all())
-    usual &= bool((deviation >= DEVIATION[0]).all() and (deviation <= DEVIATION[1]).all())
+    usual = bool((mean.abs() <= MAX_MEAN * deviation).all())
+    usual &= bool((deviation >= STD_RANGE[0]).all() and (deviation <= STD_RANGE[1]).all())
     found = "normalised: mean {}, deviation {}".format(
         *(", ".join(f"{v:.2f}" for v in x.tolist()) for x in (mean, deviation))
     )
@@ -91,10 +91,10 @@ def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterat
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
     # A class that the teacher lacks counts as an AP of 0.
     share = 1.0 if class_map is None else class_map.share
-    if not value >= KNOWS_NOTHING * share:
+    if not value >= MIN_AP * share:
         advice = "its weights, its config, its classes, their order"
         yield Finding("teacher", "error", text, advice)
-    elif value < KNOWS_LITTLE * share:
+    elif value < LOW_AP * share:
         yield Finding("teacher", "warning", text, "a better teacher, if there is one")
     else:
         yield Finding("teacher", "ok", text)
@@ -122,7 +122,7 @@ def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Fi
     dominant = []
     for level, value in strength.items():
         usual = statistics.median(other for name, other in strength.items() if name != level)
-        if value > STRENGTH * usual:
+        if value > DOMINANT_RATIO * usual:
             dominant.append(level)
     found = ", ".join(f"{level} {value:.3g}" for level, value in strength.items())
     if not dominant:
@@ -173,7 +173,7 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
             yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")
             continue
         ratio = ratios[name]
-        state = "ok" if RATIO[0] <= ratio <= RATIO[1] else "warning"
+        state = "ok" if GRADIENT_RATIO[0] <= ratio <= GRADIENT_RATIO[1] else "warning"
         if not math.isfinite(value) or not math.isfinite(norm):
             yield Finding(name, "error", f"{value}, gradient {norm}", "a smaller weight")
             continue
@@ -230,7 +230,7 @@ def _overrides(
         if solvable:
             common = change[sharing[0]]
             change |= {t: factor / common for t, factor in change.items() if t not in sharing}
-        texts = {t: _times(config, name, loss, weights[t], factor) for t, factor in change.items()}
+        texts = {t: _scaled(config, name, loss, weights[t], factor) for t, factor in change.items()}
         for term, key in key_of.items():
             if solvable:
                 advice[key] = " ".join(texts.values())
@@ -248,7 +248,7 @@ def _weight_of(loss: nn.Module, term: str) -> str:
     return own if own in inspect.signature(type(loss)).parameters else "weight"
 
 
-def _times(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
+def _scaled(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
     value = config.model.losses[name].get(weight)
     if value is None:
         default = inspect.signature(type(loss)).parameters.get(weight)

@@ -68,10 +68,10 @@ def of_image(detector: nn.Module, image: Tensor) -> nn.Module:
         pixels of the image; scores (D,); classes (D,), int64; and of a Mask R-CNN masks (D, 1, 28, 28), the
         probabilities predicted by its mask head.
     """
-    return tracing_adapter()(detector, [{"image": image}], _found).eval()
+    return tracing_adapter()(detector, [{"image": image}], _detect).eval()
 
 
-def _found(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
+def _detect(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
     if hasattr(detector, "roi_heads"):  # its postprocessing would paste masks into the image
         (found,) = detector.inference(inputs, do_postprocess=False)
         found = found[found.pred_boxes.nonempty()]

@@ -136,7 +136,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class AttentionPictures:
     """The pictures, and how much attention is on the objects.
 
     Attributes:
@@ -244,7 +244,7 @@ def draw_attention(
     teacher: Teacher,
     mapper: Callable[[dict], dict],
     number: int,
-) -> Drawn:
+) -> AttentionPictures:
     """Draw the attention for evenly spaced images with objects, one picture per image and one panel per object.
 
     Args:
@@ -282,7 +282,7 @@ def draw_attention(
             panels.append(attention_panel(scene.image, own, box, title))
         drawn[scene.name] = _grid(panels)
     files = save_pictures(folder, drawn)
-    return Drawn(files, float(np.mean(inside)), float(np.mean(by_chance)))
+    return AttentionPictures(files, float(np.mean(inside)), float(np.mean(by_chance)))
 
 
 def _grid(panels: list[np.ndarray]) -> np.ndarray:
