@@ -165,9 +165,7 @@ def increment(
                 raise InputError(key, f"{len(names)} data sets", "one alone")
             data[part].dataset.names = names[0]
     names = data.train.dataset.names
-    if OmegaConf.is_dict(
-        names
-    ):  # a registering call may list the classes; the data are not read then
+    if OmegaConf.is_dict(names):  # a call that registers data may list their classes
         names = list(names.get("classes") or class_names(instantiate(names)))
     steps = split_classes(names, split)
     if not 1 <= step <= len(steps):

@@ -41,11 +41,11 @@ class TwoScales:
         if sample is None:
             return None
         full = sample["image"]
-        reduced = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
+        small = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
         for key in {"instances", "proposals"} & sample.keys():
-            size = tuple(reduced["image"].shape[-2:])
-            reduced[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
-        return reduced
+            size = tuple(small["image"].shape[-2:])
+            small[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
+        return small
 
 
 def reduce(image: Tensor, scale: int) -> Tensor:
@@ -68,7 +68,7 @@ def reduce_instances(
         InputError: if masks are bitmaps, for which the resampling method would matter.
     """
     y, x = (new / old for new, old in zip(image_size, full_size))
-    reduced = Instances(image_size)
+    small = Instances(image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
             value = value.clone()
@@ -84,5 +84,5 @@ def reduce_instances(
             value = Keypoints(points)
         elif name == "gt_masks":
             raise InputError("mapper", "masks as bitmaps", "instance_mask_format='polygon'")
-        reduced.set(name, value)
-    return reduced
+        small.set(name, value)
+    return small

@@ -1,6 +1,6 @@
 """Sanity checks of a recipe before training. Each reports ok, a warning or an error, with advice.
 
-``d2kd doctor`` builds everything and runs all checks; ``d2kd train`` runs those that are free.
+``d2kd doctor`` runs all checks; ``d2kd train`` runs those that need no extra time.
 """
 
 from .examination import diagnose

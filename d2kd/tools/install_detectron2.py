@@ -3,7 +3,7 @@
 Detectron2 is not on PyPI under its own name, and its last release does not work with current versions of torch,
 NumPy, Pillow and setuptools. ``pb1-detectron2`` has its unchanged Python files, but not the C++ sources, so pip alone
 cannot install it. This command downloads that archive with pip, verifies its SHA-256, applies patches, each of which
-must match, and builds the wheel ``detectron2`` 0.6. It lacks the compiled operators: rotated boxes, deformable
+must match, and packs a wheel of Detectron2 0.6. It lacks the compiled operators: rotated boxes, deformable
 convolutions and the fast COCO evaluator. An existing installation of Detectron2 is not changed.
 
 torch and setuptools must be installed: the archive's own ``setup.py`` imports them when pip asks for its metadata.
