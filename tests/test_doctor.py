@@ -290,10 +290,7 @@ def _no_data(config, folder):
 
 
 SPOILED = {
-    "wrong channel order": (
-        _wrong_channels,
-        {"channel order": "the teacher's image_format is RGB"},
-    ),
+    "wrong channel order": (_wrong_channels, {"channel order": "teacher's image_format is RGB"}),
     "foreign weights": (
         _foreign_weights,
         {"teacher's weights": "of another shape", "the run": "misshapen"},

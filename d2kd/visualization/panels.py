@@ -154,9 +154,7 @@ def draw_differences(
         number: number of images.
         threshold: minimum score of a detection, to be counted and drawn.
     """
-    records = DatasetCatalog.get(
-        dataset
-    )  # first, because loading adds category ids to the metadata
+    records = DatasetCatalog.get(dataset)  # first, because this adds category ids to the metadata
     metadata = MetadataCatalog.get(dataset)
     class_of = metadata.get("thing_dataset_id_to_contiguous_id")
     if class_of is None:  # COCOEvaluator then uses class indices as category ids
