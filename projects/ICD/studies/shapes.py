@@ -13,7 +13,7 @@ STUDENT_STEPS, TEACHER_STEPS = 2000, 2000
 def on_shapes(baseline, **options):
     """Return the runs and the study of a small dense detector and its wider teacher."""
     runs = compared(
-        # Each learning rate is the best for RetinaNet on shapes_val.
+        # Each learning rate is the best of those tried with RetinaNet on shapes_val.
         thin(baseline, STUDENT_STEPS),
         wide(baseline, TEACHER_STEPS, lr=2e-3),
         inherit=["backbone.fpn_", "backbone.top_block.", "head."],

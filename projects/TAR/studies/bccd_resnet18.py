@@ -1,7 +1,7 @@
 """TAR and ICD on blood cells: ResNet-18 from ResNet-50.
 
-The data are those of ``bccd.py``. Learning rates were chosen on ``val`` with another seed, from the same candidates for
-teacher and student; ``test`` is used for the final weights only. Settings of the losses are those for shapes.
+The data are those of ``bccd.py``. Learning rates were chosen on ``val`` with another seed, from as many values for the
+teacher as for the student; ``test`` is used for the final weights only. Loss settings are those for shapes.
 """
 
 from ....configs.common.study import on_blood_cells, taught, thin

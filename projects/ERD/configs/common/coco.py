@@ -1,7 +1,7 @@
 """The recipe of a COCO increment: 12 epochs with 16 images per batch, and learning rate steps after epochs 8 and 11.
 
 For 40+40, the numbers of images are 97.2 and 54.6 thousand, from logs of the published code. Other splits use the same
-number of iterations, which is not exactly 12 epochs. A run logs the number of its images; for 12 epochs, set
+numbers of iterations, which are not 12 epochs of them. A run logs the number of its images; for 12 epochs, set
 ``train.max_iter=$((12 * images / 16))``, and ``lr_multiplier.warmup_length`` to 500 / max_iter.
 """
 
