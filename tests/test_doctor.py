@@ -280,7 +280,7 @@ def _too_many_classes(config, folder):
 SPOILED = {
     "wrong channel order": (
         _set("model.teacher.image_format", "RGB"),
-        {"channel order": "the teacher is told RGB"},
+        {"channel order": "teacher's image_format is RGB"},
     ),
     "foreign weights": (
         _set("model.teacher.detector", tiny_faster_rcnn(channels=32)),
@@ -411,11 +411,11 @@ def test_a_plain_recipe_of_a_dense_detector(tmp_path):
 SAID = {
     "a loader without an order": (
         lambda c: c.dataloader.train.mapper.pop("image_format"),
-        ("channel order", "ok", "the loader does not say it"),
+        ("channel order", "ok", "the mapper has no image_format"),
     ),
     "data without names": (
         lambda c: c.dataloader.train.dataset.pop("names"),
-        ("classes", "ok", "the data do not name theirs"),
+        ("classes", "ok", "the data have no class names"),
     ),
     "data of other classes": (
         lambda c: c.model.student.roi_heads.update(num_classes=CLASSES + 1),

@@ -284,7 +284,7 @@ def test_the_table(dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     assert exported["megabytes"] == path.stat().st_size / 1e6
     assert all(row["milliseconds"] > 0 for row in rows.values())
-    assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
+    assert "0 without a match" in said and (tmp_path / "table.txt").read_text() in said
     assert ExportedDetector(path).classes == NAMES  # by the test data
 
 
@@ -297,7 +297,9 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     words = [*map(str, words), "model.student.test_score_thresh=0.0"]
 
     def told():
-        found = re.findall(r"(\d+) detections of both, (\d+) not", capsys.readouterr().out)
+        found = re.findall(
+            r"(\d+) detections of both, (\d+) without a match", capsys.readouterr().out
+        )
         totals, alone = zip(*(map(int, pair) for pair in found))
         return totals, list(alone)
 

@@ -1,4 +1,4 @@
-"""Configs by name, detectors out of any of Detectron2's config kinds, and whole recipes in a few lines."""
+"""Load configs, take detectors from any of Detectron2's config formats, and make distillation recipes."""
 
 from .files import (
     add_d2kd_config,

@@ -1,4 +1,4 @@
-"""Configs by name, and detectors and whole recipes out of any of Detectron2's config kinds."""
+"""Load configs by name, and detectors and recipes from any of Detectron2's config formats."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .train import check_train, with_defaults
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
-    """Add this project's keys to a yacs config: ``MODEL.DISTILLER``, ``MODEL.GFL``, ``MODEL.TORCHVISION``."""
+    """Add d2kd's keys to a yacs config: ``MODEL.DISTILLER``, ``MODEL.GFL``, ``MODEL.TORCHVISION``."""
     add_distiller_config(cfg)
     add_gfl_config(cfg)
     add_torchvision_config(cfg)
 
 
 def config_file(name: str) -> Path:
-    """Where a config or recipe of this project lies: ``"common/train.py"``, ``"projects/TAR/…"``.
+    """Return the path of one of d2kd's configs or recipes: ``"common/train.py"``, ``"projects/TAR/…"``.
 
-    In a source tree configs and projects lie beside the package, in an installed one inside it.
+    In a source tree, ``configs`` and ``projects`` are beside the package; once installed, they are inside it.
 
     Raises:
-        InputError: there is no such file.
+        InputError: if there is no such file.
     """
     package = Path(__file__).parents[1]
     relative = Path(name) if name.startswith("projects/") else Path("configs", name)
@@ -48,17 +48,17 @@ def config_file(name: str) -> Path:
 
 
 def get_config(name: str) -> DictConfig:
-    """A config of this project by its name, the twin of ``detectron2.model_zoo.get_config``."""
+    """Load one of d2kd's configs by name, as ``detectron2.model_zoo.get_config`` loads Detectron2's."""
     return LazyConfig.load(str(config_file(name)))
 
 
 def _find(path: str) -> Path:
-    """A config file: on disk, of this project, or of Detectron2's model zoo."""
+    """Return the path of a config: a file, or the name of a config of d2kd or Detectron2's model zoo."""
     if Path(path).is_file():
         return Path(path)
-    for look in (config_file, lambda name: Path(model_zoo.get_config_file(name))):
+    for find in (config_file, lambda name: Path(model_zoo.get_config_file(name))):
         try:
-            return look(path)
+            return find(path)
         except (InputError, RuntimeError):
             continue
     raise InputError(
@@ -67,17 +67,17 @@ def _find(path: str) -> Path:
 
 
 def _is_yacs(path: Path) -> bool:
-    """Whether a file is a yacs config; a YAML with a model is a LazyConfig that was saved, as runs do."""
+    """Return whether a file is a yacs config. A YAML file with a ``model`` is a saved LazyConfig."""
     if path.suffix not in (".yaml", ".yml"):
         return False
     return not re.search(r"^model:", path.read_text(errors="replace"), flags=re.MULTILINE)
 
 
 def _read(path: str) -> DictConfig:
-    """What a LazyConfig defines, a model and maybe more.
+    """Load a LazyConfig that defines at least a model.
 
     Raises:
-        InputError: the file is missing or fails to load, or defines no model.
+        InputError: if the file is missing, fails to load, or defines no model.
     """
     file = _find(path)
     try:
@@ -85,7 +85,7 @@ def _read(path: str) -> DictConfig:
             config = LazyConfig.load(str(file))
     except InputError:
         raise
-    except Exception as error:  # a config is code, and may fail in any way
+    except Exception as error:  # a config is code and may raise anything
         raise InputError(
             path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
         ) from error
@@ -95,14 +95,14 @@ def _read(path: str) -> DictConfig:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A LazyConfig recipe with overrides such as ``train.max_iter=100`` applied.
+    """Load a LazyConfig recipe and apply overrides such as ``train.max_iter=100``.
 
-    It may be a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` have their defaults,
-    see :class:`d2kd.config.Train`.
+    The file is a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` get their
+    defaults, see :class:`d2kd.config.Train`.
 
     Raises:
-        InputError: the file is missing, is no LazyConfig or no whole recipe, or fails to load; ``train`` or an
-            override has a key that does not exist, or a value of another type.
+        InputError: if the file is missing, is not a complete LazyConfig recipe, or fails to load; or if ``train``
+            or an override has an unknown key or a value of the wrong type.
     """
     file = _find(path)
     if _is_yacs(file):
@@ -113,21 +113,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         )
     config = _read(path)
     if "train" in config and Path(model_zoo.__file__).parent in file.parents:
-        config.train.device = "auto"  # the zoo says CUDA, but nobody asked for it here
+        config.train.device = "auto"  # the zoo's default is CUDA, which this machine may lack
     return override(with_defaults(config, path), overrides)
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A recipe with overrides such as ``train.max_iter=100`` applied.
+    """Return a recipe with overrides such as ``train.max_iter=100`` applied.
 
     Raises:
-        InputError: an override names a key that does not exist, or cannot be read, or its value is of another type.
+        InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type.
     """
     for text in overrides:
         _check_override(config, text)
     try:
         config = LazyConfig.apply_overrides(config, list(overrides))
-    except Exception as error:  # hydra's parser and omegaconf each have their own
+    except Exception as error:  # hydra and OmegaConf have different exceptions
         raise InputError(
             " ".join(overrides), error, "overrides such as train.max_iter=100"
         ) from error
@@ -136,7 +136,7 @@ def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _check_override(config: DictConfig, override: str) -> None:
-    """Refuse a misspelt key: unknown ones are arguments only where a call takes them."""
+    """Raise InputError for an unknown key. A new key may only be an argument of a ``_target_``."""
     key = override.split("=", 1)[0].lstrip("+~")
     if "=" not in override and not override.startswith("~"):
         raise InputError(override, "no value", "KEY=VALUE")
@@ -160,7 +160,7 @@ def _check_override(config: DictConfig, override: str) -> None:
 
 
 def from_yacs(config: DictConfig) -> nn.Module:
-    """Build the detector of a yacs config that was written out as a plain mapping, on the CPU."""
+    """Build the detector of a yacs config, given as a plain mapping, on the CPU."""
     cfg = get_cfg()
     add_d2kd_config(cfg)
     cfg.merge_from_other_cfg(CfgNode(OmegaConf.to_container(config, resolve=True)))
@@ -169,13 +169,13 @@ def from_yacs(config: DictConfig) -> nn.Module:
 
 
 def detector(path: str) -> DictConfig:
-    """The model node of a zoo name, a LazyConfig or a yacs YAML, to use as student or as teacher.
+    """Return the model node of a zoo config, a LazyConfig or a yacs YAML, to use as student or teacher.
 
-    A recipe whose model is a :class:`Distiller` gives its student. Pixel statistics and channel order are
-    the node's own: a yacs config travels in it whole.
+    If the model is a :class:`Distiller`, its student is returned. The node includes the pixel statistics and
+    the channel order: for a yacs config, it holds the complete config.
 
     Raises:
-        InputError: there is no such config, or it does not load or holds no model.
+        InputError: if there is no such config, or it fails to load or has no model.
     """
     file = _find(path)
     if _is_yacs(file):
@@ -183,7 +183,7 @@ def detector(path: str) -> DictConfig:
         add_d2kd_config(cfg)
         try:
             cfg.merge_from_file(str(file))
-        except Exception as error:  # YAML's errors, yacs's KeyErrors and assertions
+        except Exception as error:  # a YAMLError, or yacs's KeyError and AssertionError
             raise InputError(
                 path, f"does not load ({error})", "a Detectron2 yacs config"
             ) from error
@@ -192,10 +192,10 @@ def detector(path: str) -> DictConfig:
 
 
 def recipe_of(path: str) -> DictConfig | None:
-    """The LazyConfig of a file with more than a model in it; None for a yacs config or a model alone.
+    """Load a LazyConfig recipe; None for a yacs config, or for a LazyConfig without a ``dataloader``.
 
     Raises:
-        InputError: there is no such config, or it does not load or holds no model.
+        InputError: if there is no such config, or it fails to load or has no model.
     """
     if _is_yacs(_find(path)):
         return None
@@ -204,14 +204,13 @@ def recipe_of(path: str) -> DictConfig | None:
 
 
 def test_mapper(config: str | DictConfig) -> DictConfig | None:
-    """The node of what reads a detector's test images.
+    """Return the node of the dataset mapper for a detector's test images.
 
     Args:
-        config: a recipe, whose ``dataloader.test.mapper`` it is, or the path of a yacs config, whose ``INPUT``
-            says it.
+        config: a recipe with a ``dataloader.test.mapper``, or the path of a yacs config with an ``INPUT`` node.
 
     Returns:
-        None where neither tells.
+        DictConfig or None: None if the config has neither.
     """
     if OmegaConf.is_config(config):
         return OmegaConf.select(config, "dataloader.test.mapper", default=None)

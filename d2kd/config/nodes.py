@@ -1,4 +1,4 @@
-"""What a node of a recipe builds, and copies of it that are built with less."""
+"""Inspect the nodes of a recipe, and copy them without weights or priors."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ..modeling import Distiller, TorchvisionBackbone
 
 
 def builds(node: DictConfig, kind: type) -> bool:
-    """Whether a node builds an object of this very class; a saved recipe names it."""
+    """Return whether a node's ``_target_`` is this class. In a saved recipe, ``_target_`` is a string."""
     target = node.get("_target_")
     return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))
 
 
 def is_distiller(model: DictConfig) -> bool:
-    """Whether a model node builds a :class:`Distiller`."""
+    """Return whether the target of a model node is :class:`Distiller`."""
     return builds(model, Distiller)
 
 
 def student_of(model: DictConfig) -> DictConfig:
-    """The detector inside a model node: a Distiller's student, or the node itself."""
+    """Return the detector's node: a Distiller's ``student``, otherwise the model node itself."""
     return model.student if is_distiller(model) else model
 
 
 def teacher_of(model: DictConfig) -> DictConfig:
-    """The node of a Distiller's :class:`Teacher`, as it is built: all it is to know is in its own weights, if it has any."""
+    """Copy a Distiller's :class:`Teacher` node. If it has weights, no classifier weights are downloaded first."""
     teacher = copy.deepcopy(model.teacher)
     if teacher.get("weights"):
         teacher.detector = without_weights(teacher.detector)
@@ -36,14 +36,14 @@ def teacher_of(model: DictConfig) -> DictConfig:
 
 
 def reading_mapper(mapper: DictConfig | None) -> DictConfig:
-    """The node of the mapper that reads the file, which a :class:`TwoScales` holds; an empty one for None."""
+    """Return the mapper node that reads the image file, unwrapped from any :class:`TwoScales`; empty for None."""
     while mapper is not None and builds(mapper, TwoScales):
         mapper = mapper.mapper
     return OmegaConf.create() if mapper is None else mapper
 
 
 def without_priors(losses: DictConfig) -> DictConfig:
-    """The losses node, changed so that none wants a data set to estimate its priors from."""
+    """Set every ``priors`` of a losses node to None in place, so that building it reads no data set."""
     for loss in losses.values():
         if OmegaConf.is_dict(loss) and "priors" in loss:
             loss.priors = None
@@ -51,7 +51,7 @@ def without_priors(losses: DictConfig) -> DictConfig:
 
 
 def without_weights(model: DictConfig) -> DictConfig:
-    """A copy of a model node that fetches no classifier's weights while it is built: a checkpoint brings all."""
+    """Copy a model node without pretrained backbone weights, for a model that loads a whole checkpoint."""
     model = copy.deepcopy(model)
     for node in _mappings(model):
         if builds(node, TorchvisionBackbone):
@@ -62,7 +62,7 @@ def without_weights(model: DictConfig) -> DictConfig:
 
 
 def _mappings(node: DictConfig | ListConfig) -> Iterator[DictConfig]:
-    """Every mapping in a node, itself included; what is taken from elsewhere aside."""
+    """Iterate over all mappings in a node, itself included, without following interpolations."""
     if OmegaConf.is_dict(node):
         yield node
     for key in range(len(node)) if OmegaConf.is_list(node) else list(node):

@@ -1,4 +1,4 @@
-"""Whole recipes in a few lines: a detector beside its teacher, or one step of learning classes a few at a time."""
+"""Make complete recipes: a student with a teacher, or one increment of class-incremental detection."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "imitation": lambda: {"losses": L(DistillLosses)(imitation=L(ImitationLoss)())},
     "icd": lambda: dict(get_config("common/icd.py")),
 }
-"""What ``--distill NAME`` means: what :func:`distill` is given for a method at its defaults."""
+"""The methods of ``--distill NAME``, with their defaults: keyword arguments of :func:`distill`."""
 
 
 def method(name: str) -> dict[str, DictConfig]:
-    """A method at its defaults, by name: ``distill(…, **method("icd"))``.
+    """Return the default arguments of a distillation method: ``distill(…, **method("icd"))``.
 
     Returns:
-        ``losses`` and, where these are trained by an optimizer of their own, ``loss_optimizer``.
+        dict: ``losses``, and ``loss_optimizer`` if the parameters of the losses have a separate optimizer.
 
     Raises:
-        InputError: there is no such method.
+        InputError: if there is no such method.
     """
     if name not in METHODS:
         raise InputError("--distill", name, " or ".join(METHODS))
@@ -42,7 +42,7 @@ def method(name: str) -> dict[str, DictConfig]:
 
 
 class Recipe(NamedTuple):
-    """The nodes of a training recipe, in the order in which a config unpacks them."""
+    """The nodes of a training recipe, in the order in which configs unpack them."""
 
     model: DictConfig
     dataloader: DictConfig
@@ -61,22 +61,21 @@ def distill(
     share: str = "student",
     scale: int = 1,
 ) -> Recipe:
-    """A plain recipe with its model put beside a teacher.
+    """Add a teacher and distillation losses to a student's recipe. In a config::
+
+        model, dataloader, optimizer, lr_multiplier, train = distill(…)
 
     Args:
-        base: the student's own recipe, by path or name or loaded.
-        teacher: a ``Teacher`` node, or its config and weights as for :func:`detector`.
+        base: the student's recipe, or its path or name. It is not modified.
+        teacher: a ``Teacher`` node, or (config, weights), where the config is as in :func:`detector`.
         losses: a ``DistillLosses`` node.
-        loss_optimizer: ``optimizer``, ``lr_multiplier`` and ``clip_gradients`` of the parameters that the losses
-            own, such as those of ``common/icd.py``; the recipe has them as ``train.loss_optimizer``. None: they
-            are trained as the student's.
+        loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
+            of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
         inherit, share: see :class:`Distiller`.
-        scale: of a teacher whose images are the recipe's, while the student's are reduced that many times, see
-            :func:`reduced`.
+        scale: factor by which the student's images are smaller than the teacher's, see :func:`reduced`.
 
     Returns:
-        the whole recipe; ``base`` is left as it was. A config writes
-        ``model, dataloader, optimizer, lr_multiplier, train = distill(…)``.
+        Recipe: the complete recipe.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     if not isinstance(teacher, DictConfig):
@@ -97,7 +96,7 @@ def distill(
         share=share,
     )
     if teacher.get("classes") is not None:
-        # Where the student's classes are those of its data.
+        # The student's classes are those of its training data.
         model.classes = "${dataloader.train.dataset.names}"
     if loss_optimizer is not None:
         base.train.loss_optimizer = loss_optimizer
@@ -105,20 +104,20 @@ def distill(
 
 
 def reduced(recipe: DictConfig, scale: int) -> DictConfig:
-    """A recipe whose detector gets its images ``scale`` times smaller, beside the full ones for a teacher.
+    """Copy a recipe so that its detector gets images ``scale`` times smaller, and a teacher the full ones.
 
-    Its mappers of training and test data are put into :class:`d2kd.data.TwoScales`; ``recipe`` is left as it was.
+    The mappers of training and test data are wrapped in :class:`d2kd.data.TwoScales`.
     """
     recipe = copy.deepcopy(recipe)
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
-        _resolve(loader.mapper)  # what it takes from elsewhere is found no more from inside
+        _resolve(loader.mapper)  # relative interpolations would break once it is nested
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         loader.mapper = L(TwoScales)(mapper=loader.mapper, scale=scale)
     return recipe
 
 
 def _resolve(config: DictConfig | ListConfig) -> None:
-    """Put the values of all interpolations in their place, at any depth."""
+    """Replace all interpolations by their values, in place and recursively."""
     for key in config if isinstance(config, DictConfig) else range(len(config)):
         if OmegaConf.is_interpolation(config, key):
             config[key] = copy.deepcopy(config[key])
@@ -134,24 +133,25 @@ def increment(
     weights: str = "",
     losses: DictConfig | None = None,
 ) -> Recipe:
-    """A plain recipe of all classes as one step of learning them a few at a time.
+    """Make the recipe of one increment from a recipe that trains all classes.
 
-    Its data become a class step of its data. From step 2 on its detector has the old classes and the new ones,
-    starts as the detector of the step before, which is also its teacher, and its own losses see new classes
-    alone. The classes of both are named, so that another step's weights are refused.
+    The data sets become those of the increment. From the second on, the detector has the old and the new classes,
+    inherits the weights of the previous increment's detector, which is also its teacher, and its task losses are
+    over the new classes only. Both have class names, so weights of another increment raise an error.
 
     Args:
-        base: the recipe, by path or name or loaded; its model is a GFL.
-        split: the classes of each step, see :func:`d2kd.data.split_classes`.
-        step: from 1.
-        weights: of the step before.
-        losses: a ``DistillLosses`` node; None: none, which is fine-tuning.
+        base: the recipe of a GFL, or its path or name. It is not modified.
+        split: the classes of each increment, see :func:`d2kd.data.split_classes`.
+        step: the increment, from 1.
+        weights: checkpoint of the previous increment.
+        losses: a ``DistillLosses`` node. By default there are none, which is fine-tuning.
 
     Returns:
-        the whole recipe; ``base`` is left as it was.
+        Recipe: the complete recipe.
 
     Raises:
-        InputError: the split does not fit the data's classes, the data are several sets, or the detector is no GFL.
+        InputError: if the split does not match the data's classes, there are several training or test data sets,
+            or the detector is not a GFL.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     model, data = student_of(base.model), base.dataloader
@@ -165,7 +165,7 @@ def increment(
                 raise InputError(key, f"{len(names)} data sets", "one alone")
             data[part].dataset.names = names[0]
     names = data.train.dataset.names
-    if OmegaConf.is_dict(names):  # what registers the data may tell its classes without them
+    if OmegaConf.is_dict(names):  # a call that registers data may list their classes
         names = list(names.get("classes") or class_names(instantiate(names)))
     steps = split_classes(names, split)
     if not 1 <= step <= len(steps):
@@ -187,7 +187,7 @@ def increment(
         base,
         teacher=L(Teacher)(detector=old, weights=weights, classes=learned[: model.num_old_classes]),
         losses=losses or L(DistillLosses)(),
-        inherit=[""],  # all of it, the classifier by class
+        inherit=[""],  # all weights; those of the classifier class by class
     )
     recipe.model.classes = learned
     return recipe

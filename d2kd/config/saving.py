@@ -1,4 +1,4 @@
-"""Recipes as YAML files that build the same again."""
+"""Save recipes as YAML files that build the same objects again."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from ..utils.io import write_text
 
 
 def save_config(config: DictConfig, path: str | Path) -> None:
-    """Write a config as YAML that builds the same again: by ``LazyConfig.load``, and so by any of d2kd's commands.
+    """Save a config as YAML, to be loaded by ``LazyConfig.load`` or any of d2kd's commands.
 
-    Classes and functions of modules stand there by their names. Those that no module has, such as a lambda or a class
-    of the recipe's own file, and objects that YAML does not know are in it as one pickle, which a later version of
-    Python may fail to read. A data set that a recipe's or a study's file registers stands there with that file, which
-    is run again. Reading such a YAML executes code, as a recipe does.
+    Classes and functions are saved by their import path. Those without one, such as a lambda or a class defined in
+    the recipe, and objects that YAML cannot represent are saved together in one pickle, which a later version of
+    Python may fail to load. A data set that the file of a recipe or study registers is saved with the path of that
+    file, which is executed again. Loading such a YAML executes code, as loading a recipe does.
 
     Raises:
-        InputError: the config holds what cannot be pickled.
+        InputError: if the config contains an object that cannot be pickled.
     """
-    content = _to_write(OmegaConf.to_container(config, resolve=False))
+    content = _serializable(OmegaConf.to_container(config, resolve=False))
     layout = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 9999}
     try:
         text = yaml.dump(content, Dumper=_Dumper, **layout)
-    except Exception as error:  # an object decides itself how it fails
+    except Exception as error:  # pickling an object may raise anything
         expected = "a recipe of values that can be pickled"
         raise InputError(path, f"cannot be written ({error})", expected) from error
     write_text(path, text)
 
 
 class _Registered(str):
-    """The name of a data set that a file of configs registers."""
+    """The name of a data set that a config file registers."""
 
 
-def _to_write(value: Any) -> Any:
+def _serializable(value: Any) -> Any:
     if isinstance(value, dict):
-        value = {key: _to_write(item) for key, item in value.items()}
+        value = {key: _serializable(item) for key, item in value.items()}
         target = value.get("_target_")
         return (
             value | {"_target_": importable_name(target) or target} if callable(target) else value
         )
     if isinstance(value, list):
-        return [_to_write(item) for item in value]
+        return [_serializable(item) for item in value]
     return _Registered(value) if isinstance(value, str) and value in REGISTERED_BY else value
 
 
 class _Dumper(yaml.Dumper):
-    """Keeps what YAML has no word for in one pickle, so that what its parts share stays shared."""
+    """Puts all objects that YAML cannot represent into one pickle, so that shared parts stay shared."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)

@@ -1,7 +1,7 @@
-"""The keys of a recipe's ``train``: their types, their defaults, and what they mean.
+"""The keys of a recipe's ``train``, with types, defaults and meanings: Detectron2's wherever it has the key.
 
-Keys and meanings are Detectron2's where it has them. ``train`` is checked against :class:`Train` when a recipe is
-loaded, after overrides, and when a trainer is built, so that a misspelt key or a value of another type ends in one line.
+``train`` is checked against :class:`Train` when a recipe is loaded, after overrides, and when a trainer is built, so
+that a misspelt key or a value of the wrong type is a one-line error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _positive(default: float) -> Any:
 
 
 def _one_of(*choices: str) -> Any:
-    """A string; the first is the default."""
+    """A string out of several; the first is the default."""
     return field(default=choices[0], metadata={"choices": choices})
 
 
 @dataclass
 class AMP:
-    """``train.amp``, mixed precision. bfloat16 is the only one of the two for a CPU."""
+    """``train.amp``: mixed precision. Only bfloat16 works on a CPU."""
 
     enabled: bool = False
     dtype: str = _one_of("float16", "bfloat16")
@@ -43,7 +43,7 @@ class AMP:
 
 @dataclass
 class ClipGradients:
-    """``clip_gradients``. "full_model": one norm over all; "norm": each parameter's; "value": each entry."""
+    """``clip_gradients``: "full_model" clips the norm of all gradients, "norm" each parameter's, "value" entries."""
 
     enabled: bool = False
     clip_type: str = _one_of("full_model", "norm", "value")
@@ -53,7 +53,7 @@ class ClipGradients:
 
 @dataclass
 class DDP:
-    """``train.ddp``, arguments of ``DistributedDataParallel``, and whether gradients travel as float16."""
+    """``train.ddp``: arguments of ``DistributedDataParallel``, and whether gradients are sent as float16."""
 
     broadcast_buffers: bool = False
     find_unused_parameters: bool = False
@@ -62,7 +62,7 @@ class DDP:
 
 @dataclass
 class Checkpointer:
-    """``train.checkpointer``: iterations between checkpoints, and how many are kept (null: all)."""
+    """``train.checkpointer``: iterations between checkpoints, and how many of them are kept (null: all)."""
 
     period: int = _at_least(1, 5000)
     max_to_keep: int | None = _at_least(1, 100)
@@ -70,7 +70,7 @@ class Checkpointer:
 
 @dataclass
 class LossOptimizer:
-    """``train.loss_optimizer``: how the parameters of ``model.losses`` are trained, apart from the student's."""
+    """``train.loss_optimizer``: a separate optimizer for the parameters of ``model.losses``."""
 
     optimizer: Any = MISSING
     lr_multiplier: Any = None
@@ -82,19 +82,19 @@ class Train:
     """``train``.
 
     Attributes:
-        output_dir: the run's folder.
-        init_checkpoint: weights to start the student from; what fits by name and shape is loaded.
-        max_iter: iterations of the run.
-        seed: of weights, batches and sampling, below 2**31; null or negative: drawn anew for each run.
-        device: "cpu" or "cuda"; "auto": CUDA where there is some.
-        best_checkpoint: the metric whose best state becomes ``model_best.pth``; "": none.
-        eval_period: iterations between evaluations; 0: at the end alone.
-        eval_teacher: whether to measure the teacher before the first step.
+        output_dir: folder of the run.
+        init_checkpoint: initial weights of the student; those that match by name and shape are loaded.
+        max_iter: number of iterations.
+        seed: for weights, batches and sampling, below 2**31; null or negative: a random seed.
+        device: "cpu" or "cuda"; "auto": CUDA if available.
+        best_checkpoint: metric by which ``model_best.pth`` is chosen; "": no such file.
+        eval_period: iterations between evaluations; 0: only at the end.
+        eval_teacher: whether to evaluate the teacher before the first iteration.
         draw_period: iterations between pictures of detections in TensorBoard; 0: none.
-        draw_images: how many of them each time, always the first of the test data.
+        draw_images: number of pictures, of the first test images.
         log_period: iterations between lines of the log.
-        loss_optimizer: None: the losses' parameters are trained as the student's.
-        user: anything, for hooks of your own.
+        loss_optimizer: by default, the student's optimizer trains the parameters of the losses.
+        user: any keys, for custom hooks.
     """
 
     output_dir: str = "./output"
@@ -127,19 +127,19 @@ _EXPECTED = {
 
 
 def train_defaults() -> dict[str, Any]:
-    """A plain dict of every key and its default."""
+    """Return a plain dict of all keys and their defaults."""
     return OmegaConf.to_container(OmegaConf.structured(Train))
 
 
 def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
-    """A copy of a recipe whose ``train`` has been checked, and has every key of :class:`Train`.
+    """Copy a recipe, check its ``train`` and add the missing keys of :class:`Train`.
 
     Args:
-        cfg: a config, a mapping, or what :func:`d2kd.config.distill` gives.
-        culprit: what to call it in an error.
+        cfg: a config, a mapping, or a :class:`~d2kd.config.Recipe`.
+        culprit: name of the recipe in an error.
 
     Raises:
-        InputError: a part of the recipe is missing; ``train`` has a key or a value that it cannot have.
+        InputError: if a part of the recipe is missing, or ``train`` has an unknown key or an invalid value.
     """
     if not OmegaConf.is_config(cfg):
         parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
@@ -165,17 +165,17 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
 
 
 def check_train(config: DictConfig) -> None:
-    """Check a config's ``train``, and give it what it lacks in place; it stays an ordinary mapping.
+    """Check a config's ``train`` and add missing keys in place. It stays an untyped mapping.
 
     Raises:
-        InputError: it has a key or a value that it cannot have.
+        InputError: if it has an unknown key or an invalid value.
     """
     if not OmegaConf.is_dict(config.train):
         raise InputError("train", config.train, "a mapping")
     typed = OmegaConf.structured(Train, flags={"allow_objects": True})
     kinds = _types(Train)
     for key, value in OmegaConf.to_container(config.train).items():
-        # OmegaConf would take the first for "not given", and the second for its name.
+        # OmegaConf would treat "???" as missing, and convert a bool to a string.
         if value == "???" or (isinstance(value, bool) and kinds.get(key) is str):
             raise InputError(f"train.{key}", value, _EXPECTED.get(kinds.get(key), "a value"))
         try:
@@ -185,13 +185,13 @@ def check_train(config: DictConfig) -> None:
     config.train = typed
     try:
         _check_values(config.train)
-    except OmegaConfBaseException as error:  # of what an interpolation leads to
+    except OmegaConfBaseException as error:  # an interpolation cannot be resolved
         raise _explained(error, "", config.train) from None
     config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
 
 
 def _explained(error: OmegaConfBaseException, key: str, train: DictConfig) -> InputError:
-    """What OmegaConf found at a key of ``train``, in one line."""
+    """Convert OmegaConf's error about a key of ``train`` to a one-line InputError."""
     full = (error.full_key or key).removeprefix("train.")
     kind: Any = Train
     for depth, part in enumerate(full.split(".")):
@@ -211,13 +211,13 @@ def _explained(error: OmegaConfBaseException, key: str, train: DictConfig) -> In
         expected = _EXPECTED.get(get_origin(kind) or kind, "another value")
     try:
         found = OmegaConf.select(train, full)
-    except OmegaConfBaseException:  # an interpolation that leads nowhere, or to another type
+    except OmegaConfBaseException:  # an interpolation without a target, or of the wrong type
         found = str(error).splitlines()[0]
     return InputError(f"train.{full}", found, expected)
 
 
 def _types(kind: type) -> dict[str, Any]:
-    """The type of each field, without its None."""
+    """Return the type of each field; ``T`` for ``T | None``."""
     return {
         name: hint.__args__[0] if isinstance(hint, UnionType) else hint
         for name, hint in get_type_hints(kind).items()
@@ -225,7 +225,7 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _check_values(node: DictConfig, where: str = "train") -> None:
-    """Raise InputError for a number below its least, or a string that is no choice."""
+    """Raise InputError for a number out of range or a string that is not among the choices."""
     for one in dataclasses.fields(OmegaConf.get_type(node)):
         if OmegaConf.is_missing(node, one.name):
             continue

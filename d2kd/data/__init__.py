@@ -1,4 +1,4 @@
-"""The generated set shapes_{train,val,test}, the user's own data, steps of any, and loaders that repeat themselves."""
+"""The generated data set shapes_{train,val,test}, custom and incremental data sets, and reproducible loaders."""
 
 from d2kd.data import shapes
 from d2kd.data.datasets import check_dataset, coco_dataset, dataset_names
@@ -27,4 +27,4 @@ __all__ = [
     "use_seeded_loaders",
 ]
 
-shapes.register()  # names only; the images are drawn when first asked for
+shapes.register()  # names only; the images are drawn when the set is first loaded

@@ -1,4 +1,4 @@
-"""What registering the user's own data needs, whatever its format."""
+"""Helpers to register custom data sets of any format."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from omegaconf import OmegaConf
 from d2kd.utils.errors import InputError
 
 REGISTERED_BY: dict[str, str] = {}
-"""By name, the Python file of configs whose code registered a data set of this process."""
+"""Data set name -> the Python config file that registered it in this process."""
 
 
 @contextlib.contextmanager
 def registering(file: str | Path) -> Iterator[None]:
-    """Inside, a file of configs is loaded; the data sets that its own code registers are remembered as its own."""
+    """While a config file is loaded: add the data sets that its code registers to :data:`REGISTERED_BY`."""
     before = set(DatasetCatalog.list())
     yield
-    if str(file).endswith(".py"):  # a saved config says itself where its data come from
+    if str(file).endswith(".py"):  # a saved config already refers to the registering files
         new = set(DatasetCatalog.list()) - before
         REGISTERED_BY.update(dict.fromkeys(new, str(Path(file).resolve())))
 
 
 def registered(name: str, file: str) -> str:
-    """The name of a data set, registered if need be by loading the file of configs that does so."""
+    """Return the name of a data set; if it is not registered, first load the config file that registers it."""
     if name not in DatasetCatalog.list():
         with registering(file):
             LazyConfig.load(file)
@@ -38,10 +38,10 @@ def registered(name: str, file: str) -> str:
 
 
 def is_registered(name: str, given: tuple) -> bool:
-    """Whether `name` means this data already: the same file, folder and classes.
+    """Return whether ``name`` is already registered for this data: the same file, folder and classes.
 
     Raises:
-        InputError: it means other data.
+        InputError: if the name is registered for other data.
     """
     if name not in DatasetCatalog.list():
         return False
@@ -53,20 +53,20 @@ def is_registered(name: str, given: tuple) -> bool:
 
 
 def register_described(recipe, dataset: str) -> None:
-    """Register a data set if a recipe describes it: ``names=L(coco_dataset)(name=…)``."""
+    """Register a data set if a recipe has a node for it, such as ``names=L(coco_dataset)(name=…)``."""
     for part in ("train", "test"):
         names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
         for node in names if OmegaConf.is_list(names) else [names]:
-            # A class step is called what its parts are called.
+            # A node without a name, such as one increment's, may register it, too.
             if OmegaConf.is_dict(node) and node.get("name", dataset) == dataset:
                 instantiate(node)
 
 
 def check_files(names: Iterable[str], root: str, expected: str) -> None:
-    """Look for files below a folder, with one listing per folder.
+    """Check that files exist below a folder, with one listing per directory.
 
     Raises:
-        InputError: naming the first that is missing, and how many more of its folder are.
+        InputError: if some are missing; the message names the first and counts the others of its directory.
     """
     folders = defaultdict(set)
     for name in names:

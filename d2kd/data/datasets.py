@@ -1,6 +1,6 @@
-"""The user's own COCO-style data, registered from a config; and a look at any data before training.
+"""Register COCO-style data sets from a config, and check data sets before training.
 
-What would fail after an hour, deep inside a worker or at the first evaluation, is said in one line
+Errors that would otherwise appear in a worker or at the first evaluation are reported in one line
 at the start.
 """
 
@@ -23,7 +23,7 @@ from d2kd.data.catalog import check_files, is_registered
 from d2kd.data.voc import check_voc
 from d2kd.utils.errors import InputError
 
-# What loading reads, and what COCO's evaluation reads of every annotation (`area` and `iscrowd`).
+# The keys needed for loading, and for COCO's evaluation (`area` and `iscrowd`).
 _KEYS = {
     "categories": {"id", "name"},
     "images": {"id", "file_name", "width", "height"},
@@ -34,20 +34,20 @@ _KEYS = {
 def coco_dataset(
     name: str, json_file: str, image_root: str, classes: Sequence[str] | None = None
 ) -> str:
-    """Register COCO-style data and return its name: a config says it where a name is expected::
+    """Register a COCO-style data set and return its name, for use in a config::
 
         dataloader.train.dataset.names = L(coco_dataset)(
             name="birds_train", json_file="birds/train.json", image_root="birds/images"
         )
 
     Args:
-        classes: if given, the file must have exactly these, in the order of their category ids (row
-            k of a classifier is class k). Give the same list for training and validation, and the
-            two cannot disagree.
+        classes: if given, the file must have exactly these classes, in the order of their category
+            ids. Pass the same list for training and validation to guarantee that their class
+            indices agree.
 
     Raises:
-        InputError: the files cannot be used (see :func:`check_dataset`), or `name` means other data
-            already.
+        InputError: if the files are invalid (see :func:`check_dataset`), or ``name`` is already
+            registered for other data.
     """
     classes = None if classes is None else tuple(classes)
     given = (str(json_file), str(image_root), classes)
@@ -67,14 +67,14 @@ def coco_dataset(
 
 
 def dataset_names(recipe: DictConfig, part: str) -> list[str]:
-    """Names of the data sets that a recipe reads, which are registered if the recipe says how.
+    """Return the names of a recipe's data sets, and register those that the recipe registers.
 
     Args:
-        recipe: with or without data.
+        recipe: a recipe, possibly without data.
         part: "train" or "test".
 
     Returns:
-        the names in ``dataloader.<part>.dataset.names``; empty for a recipe without them.
+        list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has none.
     """
     names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
     names = [] if names is None else instantiate(names)
@@ -82,21 +82,20 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
 
 
 def check_dataset(names) -> list[str]:
-    """Look at data sets before they are used.
+    """Check data sets before they are used.
 
-    Generated sets are drawn now. Of COCO-style and VOC-style sets, ours or registered with
-    Detectron2, the annotations are read and every image they name is looked for (one listing per
-    folder; images are not decoded).
+    Generated sets are drawn now. For COCO-style and VOC-style sets, whether d2kd or Detectron2
+    registered them, all annotations are read and all image files must exist; images are not decoded.
 
     Args:
-        names: a name, several, or config nodes that give names
+        names: a name, a list of names, or config nodes that build names
             (``cfg.dataloader.train.dataset.names``).
 
     Returns:
-        The names, as a list.
+        list[str]: the names.
 
     Raises:
-        InputError: naming the folder, file, image or annotation at fault.
+        InputError: if a data set is invalid; the message names the folder, file, image or annotation.
     """
     names = instantiate(names)
     names = [names] if isinstance(names, str) else list(names)
@@ -121,11 +120,11 @@ def check_dataset(names) -> list[str]:
     return names
 
 
-@lru_cache  # asked again by the evaluator's node and the trainer; an error is never remembered
+@lru_cache  # called again by the evaluator's node and the trainer; exceptions are not cached
 def _check_coco(
     json_file: str, image_root: str, classes: tuple[str, ...] | None
 ) -> tuple[str, ...]:
-    """The class names in the order of their category ids, or an InputError."""
+    """Check the files and return the class names in the order of their category ids."""
     if not PathManager.isdir(image_root):
         raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
     content = _read(json_file)
@@ -147,10 +146,10 @@ def _check_coco(
             f"the order of the category ids: {', '.join(names)}",
         )
 
-    step = content.get("d2kd_step", names)  # the classes that a file of several is about
+    step = content.get("d2kd_step", names)  # of an incremental set, the annotated classes
     for one in content["annotations"]:
         culprit = f"{json_file}: annotation {one['id']}"
-        # COCOeval marks a detection with the id of what it found, and takes 0 for nothing.
+        # COCOeval stores the id of the matched object for each detection, where 0 means no match.
         if one["id"] < 1:
             raise InputError(culprit, f"id {one['id']}", "ids from 1, as COCOeval counts them")
         if one["category_id"] not in categories:
@@ -214,8 +213,8 @@ def _is_box(box) -> bool:
 
 
 def spread(records: Sequence[dict], number: int) -> list[dict]:
-    """So many of the records, evenly, in their order; all where there are no more."""
+    """Return ``number`` evenly spaced records in their order, or all if there are fewer."""
     if number >= len(records):
         return list(records)
-    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
-    return [records[place] for place in places]
+    indices = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
+    return [records[i] for i in indices]

@@ -1,9 +1,9 @@
-"""Classes learned in steps: the part of a data set that is about some of its classes, as a data set of its own.
+"""Data sets for class-incremental detection: the annotations of some classes of a data set, as a new data set.
 
-The published rule (ERD, arXiv 2204.02136, and its code): of the classes of a step keep their annotations, and the
-images that have at least one of these. An image with objects of two steps is in both, each time with that step's
-objects alone; what the other step labels is background. Classes keep one numbering through all steps: the first
-step's first.
+The rule is that of ERD (arXiv 2204.02136) and its code: an increment has the annotations of its classes, and the
+images with at least one of these. An image with objects of two increments is in both, each time with only the objects
+of that increment; the other objects are background. A class has the same index in all increments, and classes of
+earlier increments come first.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from d2kd.utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 PUBLISHED_SPLITS = ("40+40", "50+30", "60+20", "70+10", "40+20+20", "40+10x4")
-"""Of COCO's 80 classes in the order of their category ids."""
+"""ERD's splits of COCO's 80 classes, which are in the order of their category ids."""
 
 Split = str | Sequence[Sequence[str]]
-"""Numbers of classes, in the data set's order, such as "40+20x2"; or the names of each step's classes."""
+"""Numbers of classes, in the data set's order, such as "40+20x2"; or the class names of each increment."""
 
 
 def split_classes(classes: str | Sequence[str], split: Split) -> tuple[tuple[str, ...], ...]:
-    """The classes of each step.
+    """Return the classes of each increment.
 
     Args:
-        classes: names in their order, or a registered data set that has them.
-        split: how many each step takes, which must be all together; or the names for each step, in any order,
-            where classes may be left out.
+        classes: class names in their order, or the name of a registered data set.
+        split: the number of classes in each increment, which must add up to all classes; or their names, in any
+            order, where classes may be left out.
 
     Raises:
-        InputError: a number of classes, a name or a data set is wrong, or a class is in two steps.
+        InputError: if a number, a class or the data set does not exist, or a class is in two increments.
     """
     names = class_names(_loaded(classes) if isinstance(classes, str) else classes, "dataset")
     if isinstance(split, str):
@@ -78,33 +78,35 @@ def split_classes(classes: str | Sequence[str], split: Split) -> tuple[tuple[str
 def class_step(
     dataset: str, split: Split, step: int, *, seen: bool = False, name: str | None = None
 ) -> str:
-    """Register a step of a registered data set and return its name: a config says it where one is expected::
+    """Register an increment of a registered data set and return its name, for use in a config::
 
         dataloader.train.dataset.names = L(class_step)(dataset="coco_2017_train", split="40+40", step=2)
         dataloader.test.dataset.names = L(class_step)(
             dataset="coco_2017_val", split="40+40", step=2, seen=True
         )
 
-    Nothing is read before the step is loaded; loading logs its images and boxes, and how many of the images are
-    in other steps, too. ``thing_classes`` are those of all steps, and what ``COCOEvaluator`` compares with is
-    filtered by the same rule.
+    Nothing is read before the data set is loaded; loading logs the number of its images and boxes, and how many of
+    the images are also in other increments. ``thing_classes`` are the classes of all increments. The ground truth
+    of ``COCOEvaluator`` is filtered by the same rule.
 
     Args:
-        dataset: COCO-style, VOC-style or generated, its metadata with ``thing_classes``.
+        dataset: a COCO-style, VOC-style or generated data set whose metadata has ``thing_classes``.
         split: see :func:`split_classes`.
-        step: from 1.
-        seen: all classes up to this step, to measure a detector with. At the last step no image is left out.
-        name: to register; of data set, split and step by default; of a split in another order, a hash, too.
+        step: the increment, from 1.
+        seen: include the classes of all increments up to this one, for evaluation. The last increment then has all
+            images of the data set.
+        name: name to register; by default from data set, split and increment, and from a hash if the split has
+            another order of classes.
 
     Raises:
-        InputError: there is no such data set, class or step, or the name is taken; when it is loaded, no image
-            has an object of the step.
+        InputError: if there is no such data set, class or increment, or the name is taken; while loading, if no
+            image has an object of the increment.
     """
     steps = split_classes(dataset, split)
     if not 1 <= step <= len(steps):
         raise InputError("step", step, f"from 1 to {len(steps)}")
     parts = "+".join(str(len(classes)) for classes in steps)
-    if tuple(chain(*steps)) != class_names(dataset):  # their counts alone could be another split's
+    if tuple(chain(*steps)) != class_names(dataset):  # another split may have the same counts
         parts += f"_{hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:8]}"
     name = name or f"{dataset}_{parts}_{'seen' if seen else 'step'}{step}"
     given = (f"step {step} of {steps}{', seen' if seen else ''}", dataset)
@@ -126,13 +128,13 @@ def class_step(
 
 @dataclass(frozen=True)
 class ClassStep:
-    """What a registered step is made of, its metadata's ``class_step``.
+    """An increment of a data set; its metadata has it as ``class_step``.
 
     Attributes:
-        dataset: the whole one.
-        steps: classes of each step.
-        step: from 1.
-        seen: whether it has the classes up to this step, or this step's alone.
+        dataset: name of the complete data set.
+        steps: classes of each increment.
+        step: this increment, from 1.
+        seen: whether the classes of all increments up to this one are included, or only those of this one.
     """
 
     dataset: str
@@ -142,17 +144,17 @@ class ClassStep:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Classes of all steps; class k of a detector is the k-th."""
+        """Classes of all increments, in the order of a detector's class indices."""
         return tuple(chain(*self.steps))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those whose annotations are kept."""
+        """Classes whose annotations are kept."""
         return tuple(chain(*self.steps[: self.step])) if self.seen else self.steps[self.step - 1]
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The same by the numbers that a detector has for them."""
+        """Detector's index of each of :attr:`classes`."""
         return {name: self.order.index(name) for name in self.classes}
 
     @property
@@ -160,30 +162,26 @@ class ClassStep:
         return not (self.seen and self.step == len(self.steps))
 
     def load(self, name: str) -> list[dict]:
-        """Detectron2's dataset dicts, filtered."""
-        records = DatasetCatalog.get(
-            self.dataset
-        )  # first: loading tells the metadata its category ids
+        """Return the dataset dicts of the increment."""
+        # First, because loading adds the category ids to the metadata.
+        records = DatasetCatalog.get(self.dataset)
         MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id = {
             id: k for k, id in enumerate(self._category_ids().values())
         }
-        theirs = MetadataCatalog.get(self.dataset).thing_classes
-        number = [self.order.index(c) if c in self.order else -1 for c in theirs]
+        all_classes = MetadataCatalog.get(self.dataset).thing_classes
+        number = [self.order.index(c) if c in self.order else -1 for c in all_classes]
         step_of = [i for i, classes in enumerate(self.steps, 1) for _ in classes]
         wanted = set(self.numbers.values())
         kept, boxes, elsewhere = [], 0, Counter()
         for record in records:
-            every = [number[a["category_id"]] for a in record.get("annotations", ())]
-            mine = [
-                {**a, "category_id": k}
-                for a, k in zip(record.get("annotations", ()), every)
-                if k in wanted
-            ]
-            if not mine and self.filters_images:
+            annotations = record.get("annotations", ())
+            labels = [number[a["category_id"]] for a in annotations]
+            own = [{**a, "category_id": k} for a, k in zip(annotations, labels) if k in wanted]
+            if not own and self.filters_images:
                 continue
-            kept.append({**record, "annotations": mine})
-            boxes += len(mine)
-            elsewhere.update({step_of[k] for k in every if k >= 0} if mine else ())
+            kept.append({**record, "annotations": own})
+            boxes += len(own)
+            elsewhere.update({step_of[k] for k in labels if k >= 0} if own else ())
         if not boxes:
             raise InputError(
                 f"data set {name!r}", f"no object of {', '.join(self.classes)}", "at least one"
@@ -199,21 +197,23 @@ class ClassStep:
         return kept
 
     def _category_ids(self) -> dict[str, int]:
-        """Ids of the classes in their order: the data set's own, or new ones where those are not ascending.
+        """Return the category id of each class: the data set's ids, or new ones if these are not ascending.
 
         COCO's evaluation sorts classes by their ids.
         """
         metadata = MetadataCatalog.get(self.dataset)
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        of = {k: id for id, k in (ids or {}).items()}  # VOC's classes are their own ids
-        theirs = {name: of.get(k, k) for k, name in enumerate(metadata.thing_classes)}
-        own = {name: theirs[name] for name in self.order}
-        if list(own.values()) == sorted(own.values()):
-            return own
+        id_of = {
+            k: id for id, k in (ids or {}).items()
+        }  # in VOC-style sets, the class index is the id
+        known = {name: id_of.get(k, k) for k, name in enumerate(metadata.thing_classes)}
+        ordered = {name: known[name] for name in self.order}
+        if list(ordered.values()) == sorted(ordered.values()):
+            return ordered
         return {name: k for k, name in enumerate(self.order, 1)}
 
     def annotations(self) -> dict:
-        """The step in COCO's format: all its classes, but annotations and images of its own."""
+        """Return the increment in COCO's format, with the categories of all increments."""
         DatasetCatalog.get(self.dataset)  # a generated one is drawn now
         file = MetadataCatalog.get(self.dataset).get("json_file")
         if file is None:
@@ -241,18 +241,18 @@ class ClassStep:
 
 
 def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int = 0) -> None:
-    """Look whether the objects that a detector is to learn are of its classes, and of new ones alone.
+    """Check that all training objects have a class of the detector, and only new classes.
 
-    Classes are counted where the data name them. Where that leaves a doubt, objects are read, too: where some classes
-    are old, and where no file of annotations says that there are no others.
+    If the data sets have class names, their number is compared. Objects are read, too, if some classes are old, or if
+    there is no annotation file, whose classes :func:`~d2kd.data.check_dataset` has compared.
 
     Args:
-        names: of data sets.
-        num_classes: the detector's.
-        num_old_classes: how many of them, the first ones, it has learned before.
+        names: names of the data sets.
+        num_classes: number of the detector's classes.
+        num_old_classes: number of its old classes, which are the first ones.
 
     Raises:
-        InputError: naming the data set, or the image, and the class; or how many classes there are.
+        InputError: naming the data set, or the image, and the class; or the number of classes.
     """
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -284,9 +284,9 @@ def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int =
 
 
 def check_count(name: str, num_classes: int, least: int) -> None:
-    """Raise InputError unless a detector has at least so many classes, and no more than the data set names.
+    """Raise InputError unless a detector has at least ``least`` classes, and no more than the data set.
 
-    A data set that names none takes any.
+    A data set without class names has no upper limit.
     """
     most = len(MetadataCatalog.get(name).get("thing_classes") or ()) or num_classes
     if not least <= num_classes <= most:
@@ -296,20 +296,20 @@ def check_count(name: str, num_classes: int, least: int) -> None:
 
 
 STEP_KEY = "d2kd_step"
-"""In an annotation file: the classes it is about, where its list of categories has more."""
+"""Key of an annotation file: the annotated classes, if its list of categories has more."""
 
 _PREFIX = "d2kd_step://"
 
 
 class _Annotations(PathHandler):
-    """``d2kd_step://NAME``: the step's annotations as a file, made when somebody asks, so training never does."""
+    """``d2kd_step://NAME``: an increment's annotation file, written when it is first opened, never by training."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [_PREFIX]
 
     def _get_local_path(self, path: str, **_) -> str:
         part = MetadataCatalog.get(path.removeprefix(_PREFIX)).class_step
-        return _written(part, MetadataCatalog.get(part.dataset).get("json_file"))
+        return _write_annotations(part, MetadataCatalog.get(part.dataset).get("json_file"))
 
     def _isfile(self, path: str, **_) -> bool:
         return path.removeprefix(_PREFIX) in DatasetCatalog.list()
@@ -323,8 +323,8 @@ PathManager.register_handler(_Annotations())
 
 
 @functools.cache
-def _written(part: ClassStep, source: str | None) -> str:
-    """The file, which lives as long as this process; another one where the source has moved."""
+def _write_annotations(part: ClassStep, source: str | None) -> str:
+    """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
     folder = tempfile.mkdtemp(prefix="d2kd_step_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = Path(folder, "annotations.json")
@@ -333,7 +333,7 @@ def _written(part: ClassStep, source: str | None) -> str:
 
 
 def _loaded(name: str) -> str:
-    """The data set's name; its metadata has class names from now on, as some have only when they are loaded."""
+    """Load a data set without class names, as some get them while they are loaded; return its name."""
     if name in DatasetCatalog.list() and not MetadataCatalog.get(name).get("thing_classes"):
         DatasetCatalog.get(name)
     return name

@@ -1,12 +1,11 @@
-"""Data loaders in which every random draw comes from (seed, sample position).
+"""Data loaders in which all randomness depends only on (seed, sample position).
 
-Two runs with one seed then see the same images, flipped and cropped alike, whatever the number of
-workers, whatever was built or drawn before, and also after a resume: the pair differs in what is
-compared and in nothing else. Detectron2's own loaders draw from worker-global state and deal images
-to workers, so they differ in all of these.
+Runs with the same seed get the same images with the same augmentations. This does not depend on the
+number of workers, on random numbers drawn before, or on a resume, so compared runs differ only in
+the method. With Detectron2's loaders it does: they draw from each worker's global generators.
 
-A *position* counts samples from the start of training, over all processes; epoch e is positions e·n
-to (e+1)·n.
+A *position* counts the samples of all processes from the start of training; epoch e has positions
+e·n to (e+1)·n, for n images.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2kd.utils.errors import InputError
 
-_ORDER, _SAMPLE = range(2)  # what a random number is for
+_ORDER, _SAMPLE = range(2)  # keys of independent random streams
 
 
 def build_train_loader(
@@ -49,20 +48,18 @@ def build_train_loader(
     num_workers: int = 0,
     aspect_ratio_grouping: bool = True,
 ) -> DataLoader:
-    """An endless loader, in place of Detectron2's `build_detection_train_loader`.
+    """Build an infinite loader, like Detectron2's ``build_detection_train_loader``.
 
     Args:
         dataset: dataset dicts in Detectron2's format, or a map-style dataset of them.
-        mapper: makes a sample of a dataset dict; None says "not this one", and the next takes its
-            place.
+        mapper: maps a dataset dict to a sample, or to None to use the next image instead.
         total_batch_size: images per iteration over all processes.
-        seed: decides everything random; None or negative draws one, as in Detectron2.
-        start: iterations already done; the loader goes on exactly where an uninterrupted one would
-            be.
-        aspect_ratio_grouping: batch wide images with wide, tall with tall.
+        seed: seed of all randomness; None or negative: a random one, as in Detectron2.
+        start: number of completed iterations; the loader continues exactly from there.
+        aspect_ratio_grouping: whether a batch has either only wide or only tall images.
 
     Returns:
-        A loader of lists of samples, ``total_batch_size / world size`` each.
+        DataLoader: of lists of ``total_batch_size / world size`` samples.
     """
     world = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % world:
@@ -79,7 +76,7 @@ def build_train_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
-        generator=torch.Generator(),  # or the first iteration would draw from the global one
+        generator=torch.Generator(),  # otherwise, starting to iterate draws from the global one
     )
 
 
@@ -91,12 +88,12 @@ def build_test_loader(
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Every image once, dealt to the processes as by Detectron2's own test loader.
+    """Build a loader of every image once, with Detectron2's ``InferenceSampler`` by default.
 
     Args:
-        sampler: the indices that this process gets, instead of its share.
-        batch_size: images of a batch, at most. Several suit small detectors and images of one size; images of
-            different sizes are padded to the largest of their batch, which may change what is detected in them.
+        sampler: indices for this process, instead of the default.
+        batch_size: maximum images per batch. More than 1 suits small detectors and images of one size; others are
+            padded to the largest of their batch, which may change the detections.
     """
     if len(dataset) == 0:
         raise InputError("the test set", "no image", "at least one")
@@ -116,11 +113,11 @@ def build_test_loader(
 
 
 def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None) -> None:
-    """Make a recipe's `dataloader` node build our loaders where it says Detectron2's, in place.
+    """Replace Detectron2's loaders in a recipe's ``dataloader`` node by those of this module, in place.
 
-    Every zoo recipe becomes a seeded one this way. A node with an option that ours do not have (a
-    sampler or collate function of its own) is left as it is, with a warning. `seed` is for training
-    nodes that name none, `start` for all of them.
+    Recipes of the model zoo thus become reproducible. A node with an option that these loaders lack,
+    such as a custom sampler or collate function, is left unchanged with a warning. ``seed`` is the
+    default of training nodes without one; ``start`` is set in any case.
     """
     tests = dataloader.get("test") or []
     for node in tests if OmegaConf.is_list(tests) else [tests]:
@@ -132,7 +129,7 @@ def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None
         if _target(train) is build_train_loader:
             if start is not None:
                 train["start"] = start
-            # A reference to a `train.seed` that the recipe lacks names none, either.
+            # An interpolation of a `train.seed` that does not exist counts as no seed, too.
             if OmegaConf.select(train, "seed", throw_on_resolution_failure=False) is None:
                 train["seed"] = seed
 
@@ -142,32 +139,32 @@ def _target(node) -> object:
     return locate(target) if isinstance(target, str) else target
 
 
-def _replace(node, theirs: Callable, ours: Callable) -> None:
-    if _target(node) is not theirs:
+def _replace(node, old: Callable, new: Callable) -> None:
+    if _target(node) is not old:
         return
-    unknown = sorted(node.keys() - inspect.signature(ours).parameters.keys() - {"_target_"})
+    unknown = sorted(node.keys() - inspect.signature(new).parameters.keys() - {"_target_"})
     used = [name for name in unknown if node[name] is not None]
     if used:
         logging.getLogger(__name__).warning(
-            f"Detectron2's {theirs.__name__} stays because of {', '.join(used)}: "
+            f"Detectron2's {old.__name__} stays because of {', '.join(used)}: "
             "its random draws depend on the number of workers"
         )
         return
     for name in unknown:
         del node[name]
-    node["_target_"] = f"{ours.__module__}.{ours.__qualname__}"
+    node["_target_"] = f"{new.__module__}.{new.__qualname__}"
 
 
-def _words(*key: int) -> np.ndarray:
-    """Well mixed seed material of a key; the same on every machine."""
+def _seeds(*key: int) -> np.ndarray:
+    """Hash a key to 8 seed words, which are the same on every machine."""
     return np.random.SeedSequence(key).generate_state(8)
 
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """The global generators of NumPy, Python and torch (CPU) start from `key`; after, as before."""
+    """Seed the global generators of NumPy, Python and torch (CPU), and restore them at the end."""
     former = np.random.get_state(), random.getstate(), torch.default_generator.get_state()
-    words = _words(*key)
+    words = _seeds(*key)
     np.random.seed(words)
     random.seed(int(words[0]) << 32 | int(words[1]))
     torch.default_generator.manual_seed(int(words[2]) << 31 | int(words[3]) >> 1)
@@ -180,14 +177,14 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class _Mapped(Dataset):
-    """The samples of a dataset, addressed by (position, index).
+    """The samples of a dataset, indexed by (position, index).
 
-    An :class:`InputError` is returned, not raised: between processes torch would rebuild it from
-    one message and lose what it says. :class:`_Loader` raises it in the main process.
+    An :class:`InputError` is returned, not raised, because torch would rebuild an exception of a
+    worker from its message alone. :class:`_Loader` raises it in the main process.
     """
 
     def __init__(self, dataset, mapper, seed: int):
-        # As Detectron2 does: one serialised copy for all workers, and no mapper can change it.
+        # As in Detectron2: one serialised copy for all workers, which no mapper can modify.
         self.dataset = (
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         )
@@ -216,7 +213,7 @@ class _Mapped(Dataset):
 
 
 def _blame_image(record: dict, error: Exception) -> InputError | None:
-    """What is wrong with the record's image, or None if the mapper failed for another reason."""
+    """Return an error about the record's image, or None if the mapper failed for another reason."""
     name = record.get("file_name") if isinstance(record, dict) else None
     if name is None:
         return None
@@ -235,11 +232,11 @@ def _blame_image(record: dict, error: Exception) -> InputError | None:
 
 
 class _TrainingBatches(Sampler):
-    """This process's batches of (position, index), without end, after the first `start`.
+    """Infinite batches of (position, index) for this process, from batch ``start``.
 
-    Positions are dealt to the processes in turn, as by Detectron2's `TrainingSampler`. Skipping
-    replays the stream, which costs about a microsecond a sample and keeps a resumed run exact even
-    with half-filled groups.
+    Processes take positions in turn, as in Detectron2's ``TrainingSampler``. The first batches are
+    skipped by replaying the stream: this takes about a microsecond per sample, and a resumed run is
+    exact even with incomplete groups.
     """
 
     def __init__(
@@ -250,9 +247,9 @@ class _TrainingBatches(Sampler):
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._from_the_beginning(), self.start, None)
+        return itertools.islice(self._all_batches(), self.start, None)
 
-    def _from_the_beginning(self) -> Iterator[list[tuple[int, int]]]:
+    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
         waiting = defaultdict(list)
         for position, index in self._stream():
             group = 0 if self.groups is None else self.groups[index]
@@ -263,8 +260,8 @@ class _TrainingBatches(Sampler):
     def _stream(self) -> Iterator[tuple[int, int]]:
         for epoch in itertools.count():
             first = epoch * self.size
-            # RandomState, because its permutation is frozen and Generator's is not.
-            order = np.random.RandomState(_words(self.seed, _ORDER, epoch)).permutation(self.size)
+            # RandomState, because later versions of NumPy may change Generator.permutation.
+            order = np.random.RandomState(_seeds(self.seed, _ORDER, epoch)).permutation(self.size)
             for i in range((self.rank - first) % self.world, self.size, self.world):
                 yield first + i, int(order[i])
 
@@ -280,7 +277,7 @@ def _orientations(dataset) -> list[int]:
 
 
 class _Loader(DataLoader):
-    """A DataLoader that raises the errors its workers met."""
+    """A DataLoader that raises the errors its workers return."""
 
     def __iter__(self):
         for batch in super().__iter__():

@@ -1,4 +1,4 @@
-"""Detectron2's mapper, on faster libraries."""
+"""Detectron2's dataset mapper with faster image libraries."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RESIZES = (T.Resize, T.ResizeShortestEdge)
 
 
 class QuickMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, which OpenCV decodes for and torch resizes for, in place of Pillow.
+    """Detectron2's ``DatasetMapper``, but OpenCV decodes and torch resizes, instead of Pillow.
 
-    Its arguments, its samples and its random draws are ``DatasetMapper``'s; a recipe takes it by
-    ``dataloader.train.mapper._target_=d2kd.data.QuickMapper``. JPEG files decode to the same pixels where both
-    libraries come with libjpeg-turbo, as their wheels do; resized pixels differ by 1 of 255 at most, for both
-    filter with a triangle as wide as the scale and round elsewhere. What OpenCV cannot decode, images in other formats
-    than BGR and RGB, maps for semantic segmentation and precomputed proposals go Detectron2's way, as do resizes
-    other than a bilinear ``Resize`` or ``ResizeShortestEdge`` that stands in the list of augmentations itself.
+    Arguments, outputs and random numbers are those of ``DatasetMapper``. To use it in a recipe:
+    ``dataloader.train.mapper._target_=d2kd.data.QuickMapper``. JPEG files decode to the same pixels if both
+    libraries use libjpeg-turbo, as their wheels do. Resized pixels differ by at most 1 of 255: both libraries use the
+    same triangle filter, but round differently. ``DatasetMapper``'s code is used for files that OpenCV cannot
+    decode, formats other than BGR and RGB, semantic segmentation, precomputed proposals, and resizes other than a
+    bilinear ``Resize`` or ``ResizeShortestEdge`` directly in the list of augmentations.
     """
 
     def __init__(self, *args, **kwargs):
@@ -38,34 +38,34 @@ class QuickMapper(DatasetMapper):
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
-        seen = T.AugInput(image)
-        transforms = self.augmentations(seen)
-        record["image"] = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        record["image"] = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
-            self._transform_annotations(record, transforms, seen.image.shape[:2])
+            self._transform_annotations(record, transforms, aug_input.image.shape[:2])
         return record
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """As ``detectron2.data.detection_utils.read_image``, by OpenCV where that can.
+    """Read an image as ``detectron2.data.detection_utils.read_image`` does, with OpenCV if it can.
 
     Returns:
-        ``(H, W, C)``, turned as the file's EXIF orientation says; uint8 of BGR or RGB.
+        np.ndarray: (H, W, 3) uint8 for BGR or RGB, rotated by the file's EXIF orientation.
     """
     image = None
     if image_format in ("BGR", "RGB"):
         with PathManager.open(file_name, "rb") as file:
             content = np.frombuffer(file.read(), np.uint8)
         image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    if image is None:  # Pillow reads it, or says why not
+    if image is None:  # Pillow reads it, or raises an informative error
         return detection_utils.read_image(file_name, format=image_format)
     return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 class _Quick(T.Augmentation):
-    """A resize whose transform is a :class:`_QuickResize`."""
+    """A resize augmentation that returns a :class:`_QuickResize`."""
 
     def __init__(self, resize: T.Augmentation):
         self.resize = resize
@@ -81,11 +81,11 @@ class _Quick(T.Augmentation):
 
 
 class _QuickResize(T.ResizeTransform):
-    """Resizes images of bytes by torch's kernel for them."""
+    """A bilinear resize by torch, for uint8 images."""
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        how = self.interp if interp is None else interp  # NEAREST is 0
-        if img.dtype != np.uint8 or img.ndim != 3 or how != Image.BILINEAR:
+        method = self.interp if interp is None else interp  # NEAREST is 0
+        if img.dtype != np.uint8 or img.ndim != 3 or method != Image.BILINEAR:
             return super().apply_image(img, interp)
         pixels = torch.from_numpy(np.ascontiguousarray(img)).permute(2, 0, 1)[None]
         size = self.new_h, self.new_w

@@ -1,4 +1,4 @@
-"""What the objects of each class are like in a data set: how frequent they are, and how large."""
+"""Estimate the frequency and the size of the objects of each class in a data set."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from d2kd.utils.errors import InputError
 
 
 def estimate_priors(names: Any, num_classes: int | None = None) -> InstancePriors:
-    """Count and measure the annotated objects of data sets; crowds are left out, as in training.
+    """Estimate class frequencies and box sizes from annotations. Crowd regions are ignored, as in training.
 
-    A class without any objects has frequency 0 and the mean and spread of all objects.
+    A class without objects has frequency 0, and mean and standard deviation of all objects.
 
     Args:
-        names: names of registered data sets, or what :func:`check_dataset` takes.
-        num_classes: None: as many as the first data set has class names, see :func:`d2kd.structures.class_map.class_names`.
+        names: data sets, as in :func:`check_dataset`.
+        num_classes: by default, the number of class names of the first data set.
 
     Raises:
-        InputError: a data set cannot be used, has no objects, or has objects of other classes.
+        InputError: if a data set is invalid, has no objects, or has objects of other classes.
     """
     names = check_dataset(names)
     label = ", ".join(names)
-    # Some data sets know their classes only once they were loaded.
+    # Some data sets have class names only after they are loaded.
     records = [record for name in names for record in DatasetCatalog.get(name)]
     if num_classes is None:
         num_classes = len(class_names(names))

@@ -1,4 +1,4 @@
-"""A student of small images beside a teacher of large ones: one view of a scene, in two sizes."""
+"""Inputs for a student on downscaled images and a teacher on the full ones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..utils.errors import InputError
 
 
 class TwoScales:
-    """A mapper's sample made smaller, with the full image kept for the teacher.
+    """A dataset mapper that downscales the output of another mapper, and keeps the full image for the teacher.
 
-    Crop, flip and all else happen once, at full size; the student gets the reduced copy.
+    Augmentations are applied once, at full size, so both images show the same view.
 
     Args:
-        mapper: makes a sample of a dataset dict, such as Detectron2's ``DatasetMapper``.
-        scale: how many times larger the teacher's images are, an integer; see ``Teacher(scale=…)``.
+        mapper: a dataset mapper, such as Detectron2's ``DatasetMapper``.
+        scale: factor by which the teacher's images are larger, an integer; see ``Teacher(scale=…)``.
 
     Raises:
-        InputError: the scale is no integer of at least 2.
+        InputError: if the scale is not an integer of at least 2.
     """
 
     def __init__(self, mapper: Callable[[dict], dict | None], scale: int):
@@ -33,26 +33,26 @@ class TwoScales:
         self.mapper, self.scale = mapper, int(scale)
 
     def __call__(self, dataset_dict: dict) -> dict | None:
-        """The sample with ``image``, ``instances`` and ``proposals`` reduced, and ``teacher_image``, the full one.
+        """Return the sample with ``image``, ``instances`` and ``proposals`` downscaled, and the full ``teacher_image``.
 
-        ``height`` and ``width`` stay the file's: detections of both sizes are given in its pixels.
+        ``height`` and ``width`` are still those of the file, to which detections are rescaled.
         """
         sample = self.mapper(dataset_dict)
         if sample is None:
             return None
         full = sample["image"]
-        reduced = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
+        small = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
         for key in {"instances", "proposals"} & sample.keys():
-            size = tuple(reduced["image"].shape[-2:])
-            reduced[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
-        return reduced
+            size = tuple(small["image"].shape[-2:])
+            small[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
+        return small
 
 
 def reduce(image: Tensor, scale: int) -> Tensor:
-    """``(C, H, W)`` to ``(C, ceil(H / scale), ceil(W / scale))``, each pixel the mean of those it covers.
+    """Downscale an image by area interpolation: (C, H, W) to (C, ceil(H / scale), ceil(W / scale)).
 
-    The whole image becomes the whole image: where a side is no multiple, its factor is a little less than ``scale``,
-    and coordinates are multiplied by new side / old side, as Detectron2 does when it brings detections back.
+    If a side is not a multiple of ``scale``, its factor is slightly smaller. Coordinates are multiplied by
+    new side / old side, as in Detectron2's postprocessing.
     """
     size = [math.ceil(side / scale) for side in image.shape[-2:]]
     values = F.interpolate(image[None].float(), size, mode="area")[0]
@@ -62,13 +62,13 @@ def reduce(image: Tensor, scale: int) -> Tensor:
 def reduce_instances(
     instances: Instances, full_size: tuple[int, int], image_size: tuple[int, int]
 ) -> Instances:
-    """Instances of an image of ``full_size`` (H, W) in the coordinates of the reduced one, of ``image_size``.
+    """Rescale instances from an image of ``full_size`` (H, W) to one of ``image_size``.
 
     Raises:
-        InputError: masks that are bitmaps, whose reduced edges would be another's choice.
+        InputError: if masks are bitmaps, for which the resampling method would matter.
     """
     y, x = (new / old for new, old in zip(image_size, full_size))
-    reduced = Instances(image_size)
+    small = Instances(image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
             value = value.clone()
@@ -84,5 +84,5 @@ def reduce_instances(
             value = Keypoints(points)
         elif name == "gt_masks":
             raise InputError("mapper", "masks as bitmaps", "instance_mask_format='polygon'")
-        reduced.set(name, value)
-    return reduced
+        small.set(name, value)
+    return small

@@ -1,22 +1,21 @@
-"""Shapes: a small detection set, drawn rather than downloaded, and hard enough to need capacity.
+"""Shapes: a small generated detection data set on which larger models are clearly better.
 
-Eight classes, four outlines times solid or striped, in textured images of 160 pixels. Objects are
-8 to 100 pixels long, tilted, squeezed, cut by the border and hidden by each other; unlabelled
-figures of other outlines lie among them, the background has stripes of its own, and about one image
-in twenty has no object.
+Eight classes, four outlines times solid or striped, in textured images of 160 x 160 pixels. Objects
+are 8 to 100 pixels long, rotated, squeezed, truncated by the border and occluded by each other;
+there are unlabelled figures of other outlines and stripes in the background, and about one image in
+twenty has no object.
 
-What the annotations mean:
+Annotations:
 
-* ``bbox`` is the extent of the whole figure, also of its hidden part, clipped to the image, exact
+* ``bbox`` is the extent of the whole figure, occluded parts included, clipped to the image, exact
   to 1/64 pixel;
-* ``area`` counts the figure's pixels inside the image, hidden ones too;
-* an object always shows at least half of its pixels: a figure that would hide or lose more is put
-  elsewhere, so nothing that shows a class outline is left unlabelled.
+* ``area`` counts the figure's pixels inside the image, occluded ones included;
+* at least half of the pixels of an object are visible: a figure that would violate this is moved,
+  so no figure with the outline of a class is unlabelled.
 
-The same seed gives the same JSON and the same decoded pixels everywhere. So everything here is
-integer arithmetic on raw bits of PCG64 (whose stream NumPy never changes, unlike ``Generator``'s
-methods): no sine, no rounding that a library could do differently. An image depends on (seed,
-split, index) only, whatever the counts.
+The same seed gives the same JSON and the same decoded pixels on every machine. Therefore all
+arithmetic is on integers and on the raw bits of PCG64, a stream that NumPy guarantees, unlike the
+methods of ``Generator``. An image depends on (seed, split, index) only, not on the counts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from d2kd.utils.errors import InputError
 
-VERSION = 2  # of the drawing: raised whenever a pixel or a box changes
+VERSION = 2  # incremented whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
 SPLITS = ("train", "val", "test")
 
@@ -44,7 +43,7 @@ OUTLINES = {
     "pentagon": [(0, -1000), (951, -309), (588, 809), (-588, 809), (-951, -309)],
     "circle": [(1000, 0), (966, 259), (866, 500), (707, 707), (500, 866), (259, 966)],
 }
-# The circle is given by a quarter of its 24 corners; a quarter turn is (x, y) -> (-y, x).
+# A quarter of the circle's 24 corners is listed; a quarter turn is (x, y) -> (-y, x).
 for _ in range(3):
     OUTLINES["circle"] += [(-y, x) for x, y in OUTLINES["circle"][-6:]]
 DISTRACTORS = {
@@ -60,7 +59,7 @@ CLASSES = tuple(f"{fill}_{outline}" for outline in OUTLINES for fill in ("solid"
 _UNIT = 64  # polygon coordinates are in 1/64 pixel
 _FINE = 4  # samples per pixel and axis: coverage is counted in sixteenths
 _FULL = _FINE * _FINE
-_TILT = 12  # figures lean by at most 21 degrees: half-angle tangent 12/64
+_TILT = 12  # figures are rotated by at most 21 degrees: half-angle tangent 12/64
 
 
 class _Draw:
@@ -70,16 +69,16 @@ class _Draw:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
 
     def __call__(self, low: int, high: int, shape: tuple[int, ...] | None = None):
-        """An int, or an int32 array of `shape`, in [low, high)."""
+        """Return an int, or an int32 array of ``shape``, in [low, high)."""
         if shape is None:
             return low + ((int(self._bits.random_raw()) >> 32) * (high - low) >> 32)
         raw = (self._bits.random_raw(math.prod(shape)) >> np.uint64(32)).astype(np.int64)
         return (low + (raw * (high - low) >> 32)).astype(np.int32).reshape(shape)
 
     def direction(self, most: int = 64) -> tuple[int, int]:
-        """A unit vector times 1024, from a rational half-angle tangent instead of a sine.
+        """Return a random unit vector times 1024, from a rational half-angle tangent.
 
-        The half-angle's tangent is at most `most` / 64; at 64 every direction is drawn.
+        The tangent is at most ``most`` / 64; with 64, all directions are possible.
         """
         k, sign = self(-most, most + 1), 1 if most < 64 else 2 * self(0, 2) - 1
         norm = 64 * 64 + k * k
@@ -87,7 +86,7 @@ class _Draw:
 
 
 def _smooth_noise(draw: _Draw, cell: int, amplitude: int, channels: int) -> np.ndarray:
-    """Random values every `cell` pixels, bilinear between them; (SIZE, SIZE, channels)."""
+    """Interpolate random values ``cell`` pixels apart bilinearly to (SIZE, SIZE, channels)."""
     grid = draw(-amplitude, amplitude + 1, (SIZE // cell + 1, SIZE // cell + 1, channels))
     pixel = np.arange(SIZE, dtype=np.int32)
     at, t = pixel // cell, pixel % cell
@@ -97,7 +96,7 @@ def _smooth_noise(draw: _Draw, cell: int, amplitude: int, channels: int) -> np.n
 
 
 def _background(draw: _Draw) -> np.ndarray:
-    """Blotches of several sizes and patches of stripes, so that stripes alone show no object."""
+    """Draw blotches of several sizes and patches of stripes; stripes alone thus indicate no object."""
     image = np.zeros((SIZE, SIZE, 3), np.int32) + draw(56, 200, (3,))
     for cell in (32, 16, 8):
         image += _smooth_noise(draw, cell, draw(4, 26), 3)
@@ -111,7 +110,7 @@ def _background(draw: _Draw) -> np.ndarray:
 
 
 def _polygon(draw: _Draw, outline: list[tuple[int, int]], size: int) -> np.ndarray:
-    """The outline squeezed, turned, scaled to `size` pixels of longer side, near (0, 0); (V, 2)."""
+    """Squeeze, rotate and scale an outline to a longer side of ``size`` pixels, near (0, 0); (V, 2)."""
     points = np.array(outline, np.int64)
     points[:, 0] = points[:, 0] * draw(10, 17) // 16
     c, s = draw.direction(_TILT)
@@ -122,9 +121,9 @@ def _polygon(draw: _Draw, outline: list[tuple[int, int]], size: int) -> np.ndarr
 
 
 def _fill(points: np.ndarray) -> np.ndarray:
-    """Which samples lie inside the polygon (even-odd rule); (4 * height, 4 * width) bool.
+    """Return which samples are inside a polygon (even-odd rule); (4 * height, 4 * width) bool.
 
-    Each edge flips, in every row it crosses, all samples right of it; running parity is the inside.
+    In every row that it crosses, an edge flips all samples to its right.
     """
     step = _UNIT // _FINE
     width, height = (-(-points.max(axis=0) // _UNIT) * _FINE).tolist()
@@ -139,31 +138,31 @@ def _fill(points: np.ndarray) -> np.ndarray:
 
 
 def _per_pixel(samples: np.ndarray) -> np.ndarray:
-    """Samples set per pixel, 0 to 16; (height, width)."""
+    """Count the samples of each pixel, 0 to 16; (height, width)."""
     h, w = samples.shape
     rows = samples.reshape(h // _FINE, _FINE, w).sum(axis=1, dtype=np.int32)
     return rows.reshape(h // _FINE, w // _FINE, _FINE).sum(axis=2, dtype=np.int32)
 
 
 class _Scene:
-    """An image being drawn, and what can be seen of each object in it."""
+    """An image in progress, and the visible pixels of each object in it."""
 
     def __init__(self, draw: _Draw):
         self.draw = draw
         self.image = _background(draw)
-        self.owner = np.full((SIZE, SIZE), -1, np.int32)  # the object seen there; unlabelled: -1
-        self.visible: list[int] = []  # per object: its pixels that show
-        self.whole: list[int] = []  # per object: its pixels with nothing in the way
+        self.owner = np.full((SIZE, SIZE), -1, np.int32)  # index of the visible object, or -1
+        self.visible: list[int] = []  # of each object, the number of visible pixels
+        self.whole: list[int] = []  # of each object, the number of all pixels
         self.objects: list[dict] = []
 
     def add(self, outline: list[tuple[int, int]], striped: int, size: int, category: int | None):
-        """Draw one figure over the others, where it fits; without a category it is a distractor."""
+        """Draw a figure on top, if there is a place for it; with category None, as a distractor."""
         points = _polygon(self.draw, outline, size)
         inside = _fill(points)
         cover = _per_pixel(inside)
         core = 2 * cover >= _FULL
         height, width = core.shape
-        for _ in range(8):  # places tried before the figure is given up
+        for _ in range(8):  # places to try before the figure is dropped
             left = self.draw(-width // 2, SIZE - width // 2)
             top = self.draw(-height // 2, SIZE - height // 2)
             y0, y1 = max(top, 0), min(top + height, SIZE)
@@ -198,9 +197,9 @@ class _Scene:
         return inside & ((column * c + row * s) // (1024 * band) % 2 == 1)
 
     def _paint(self, here, seen: np.ndarray, cover: np.ndarray, second: np.ndarray) -> None:
-        """Two colours, each at least 32 from what lies below or from the other in every channel.
+        """Use two colours that differ by at least 32 in every channel from below and from each other.
 
-        Modulo 256 keeps them in range and leaves every value possible.
+        Modulo 256 keeps them in range, with every value possible.
         """
         ground = self.image[here]
         colour = (ground[seen].sum(axis=0) // seen.sum() + self.draw(32, 225, (3,))) % 256
@@ -211,7 +210,7 @@ class _Scene:
 
 
 def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict]]:
-    """One image and its objects.
+    """Draw one image.
 
     Returns:
         image: (160, 160, 3) uint8, RGB.
@@ -256,7 +255,7 @@ def _draw_set(folder: Path, settings: dict, bar: tqdm) -> None:
 
 
 def _present(root: Path, settings: dict) -> bool:
-    """Whether `root` holds this very set; InputError if it holds anything else."""
+    """Return whether ``root`` contains exactly this set; raise InputError if it contains anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     expected = f"shapes of {settings}, or a folder that does not exist yet"
@@ -281,14 +280,13 @@ def _present(root: Path, settings: dict) -> bool:
 def write(
     root: str | Path, *, seed: int = 0, train: int = 800, val: int = 200, test: int = 200
 ) -> Path:
-    """Make ``root/{train,val,test}.json`` and ``root/{train,val,test}/*.png``, unless present.
+    """Write ``root/{train,val,test}.json`` and ``root/{train,val,test}/*.png``, unless they exist.
 
-    The set appears whole or not at all: it is drawn in a temporary folder beside `root` and
-    renamed. When several processes draw at once, the first to finish wins and the others find the
-    same set. An image takes about 15 ms.
+    Writing is atomic: the set is drawn in a temporary folder beside ``root``, which is then renamed.
+    Several processes may do this at the same time. An image takes about 15 ms.
 
     Raises:
-        InputError: `root` holds something else, or an incomplete set.
+        InputError: if ``root`` contains something else, or an incomplete set.
     """
     root = Path(root)
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "test": test}
@@ -301,7 +299,7 @@ def write(
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as beside:
-            # A folder inside, because TemporaryDirectory's own is closed to other users.
+            # In a subfolder, because other users cannot read a TemporaryDirectory itself.
             drawn = Path(beside) / root.name
             total = train + val + test
             with tqdm(total=total, desc=f"drawing {root}", unit="image", mininterval=1) as bar:
@@ -317,7 +315,7 @@ def write(
 
 
 def default_root(*, seed: int = 0, train: int = 800, val: int = 200, test: int = 200) -> Path:
-    """The set's own folder in ``$D2KD_DATASETS``, or else in ``datasets`` of the working folder."""
+    """Return the set's folder in ``$D2KD_DATASETS``, by default ``datasets`` of the working folder."""
     name = f"shapes_v{VERSION}_seed{seed}_{train}_{val}_{test}"
     return Path(os.environ.get("D2KD_DATASETS") or "datasets") / name
 
@@ -332,7 +330,7 @@ def register(
 ) -> None:
     """Register ``shapes_train``, ``shapes_val`` and ``shapes_test`` with Detectron2.
 
-    Nothing is drawn before a set is loaded or `check_dataset` looks at it. Importing `d2kd.data`
+    Nothing is drawn before a set is loaded or checked by ``check_dataset``. Importing ``d2kd.data``
     registers the default set; a later call replaces it.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog

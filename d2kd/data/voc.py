@@ -1,8 +1,8 @@
-"""The user's own data in Pascal VOC's format, read by Detectron2's own loader.
+"""Custom data sets in Pascal VOC's format, read by Detectron2's loader.
 
-``ImageSets/Main/<split>.txt`` names the images, one a line; ``Annotations/<image>.xml`` has the boxes
-and ``JPEGImages/<image>.jpg`` the pixels. That ending is Detectron2's: VOC-style data with other
-images is converted first, or given as COCO-style data.
+``ImageSets/Main/<split>.txt`` lists the images, one per line; ``Annotations/<image>.xml`` has the
+boxes and ``JPEGImages/<image>.jpg`` the pixels. Detectron2's loader needs the suffix ``.jpg``: convert
+other images first, or use COCO's format.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from d2kd.utils.errors import InputError
 
 
 def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> str:
-    """Register VOC-style data and return its name: a config says it where a name is expected::
+    """Register a VOC-style data set and return its name, for use in a config::
 
         dataloader.train.dataset.names = L(register_voc)(
             name="birds_train", root="birds", split="train", classes=["robin", "wren"]
         )
 
-    Coordinates count from 1 in the files and from 0 after loading. Boxes without area in their
-    image are left out, and one warning says how many. Evaluate with ``COCOEvaluator``.
+    Coordinates start at 1 in the files and at 0 after loading. Boxes without area inside their
+    image are dropped, with a warning. Evaluate with ``COCOEvaluator``.
 
     Args:
-        root: the folder of Annotations, ImageSets and JPEGImages. It may begin with an environment
-            variable, as in ``"$BIRDS/2024"``: the recipe then says nothing about this machine.
-        classes: row k of a classifier is class k.
+        root: the folder of Annotations, ImageSets and JPEGImages. It may start with an environment
+            variable, as in ``"$BIRDS/2024"``, so that the recipe works on any machine.
+        classes: class names in the order of their class indices.
 
     Raises:
-        InputError: the files cannot be used (see :func:`check_voc`), the variable is not set, or
-            `name` means other data already.
+        InputError: if the files are invalid (see :func:`check_voc`), the variable is not set, or
+            ``name`` is already registered for other data.
     """
     root, classes = _expanded(str(root), name), tuple(classes)
     if not classes or len(set(classes)) < len(classes):
@@ -75,15 +75,15 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
     return name
 
 
-@lru_cache  # asked again by the evaluator's node and the trainer; an error is never remembered
+@lru_cache  # called again by the evaluator's node and the trainer; exceptions are not cached
 def check_voc(root: str, split: str, classes: tuple[str, ...]) -> int:
-    """Read every annotation of a split and look for its images, which are not decoded.
+    """Read all annotations of a split and check that its images exist, without decoding them.
 
     Returns:
-        The number of boxes, those without area included.
+        int: the number of boxes, those without area included.
 
     Raises:
-        InputError: naming the folder, file or object at fault.
+        InputError: if the data set is invalid; the message names the folder, file or object.
     """
     for folder in (root, *(os.path.join(root, name) for name in ("Annotations", "JPEGImages"))):
         if not PathManager.isdir(folder):
@@ -116,7 +116,7 @@ def _names(root: str, split: str) -> list[str]:
     try:
         with PathManager.open(file) as lines:
             for number, line in enumerate(lines, 1):
-                words = line.partition("#")[0].split()  # a comment for NumPy, which reads it again
+                words = line.partition("#")[0].split()  # np.loadtxt, used later, skips comments
                 if len(words) > 1:
                     raise InputError(f"{file}: line {number}", line.strip(), "an image's name")
                 names += words
@@ -130,7 +130,7 @@ def _names(root: str, split: str) -> list[str]:
 
 
 def _check_xml(file: str, classes: tuple[str, ...]) -> int:
-    """The number of objects, all of which Detectron2's loader can read; or an InputError."""
+    """Check that Detectron2's loader can read a file, and return its number of objects."""
     try:
         with PathManager.open(file) as content:
             tree = ET.parse(content)
@@ -159,12 +159,12 @@ def _check_number(text: str | None, kind: Callable, culprit: str, key: str) -> f
 
 
 def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
-    """Detectron2's dataset dicts, without the boxes that have no area in their image."""
+    """Return Detectron2's dataset dicts, without boxes that have no area inside their image."""
     names = _names(root, split)
     if len(names) > 1:
         records = load_voc_instances(root, split, classes)
     else:
-        # The loader cannot read a list of one name. It does take a list that lies elsewhere.
+        # The loader fails for a list of one name, but accepts a list in another folder.
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "twice.txt").write_text(f"{names[0]}\n" * 2)
             records = load_voc_instances(root, os.path.join(folder, "twice"), classes)[:1]
@@ -175,17 +175,17 @@ def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
 
 
 def _has_area(x0: float, y0: float, x1: float, y1: float, width: float, height: float) -> bool:
-    """In the file's coordinates, and in the image: the loader has taken 1 from xmin and ymin, and so given a line width."""
+    """Return whether a box has area in the file's coordinates, where xmin and ymin are larger by 1, and in the image."""
     meets = x0 < width and y0 < height and x1 > 0 and y1 > 0
     return meets and x0 < x1 - 1 and y0 < y1 - 1
 
 
 def _write(coco: dict, root: str) -> str:
-    """The set in COCO's format for COCOEvaluator, in a file that lives as long as this process.
+    """Write the set in COCO's format for COCOEvaluator, to a file that this process deletes at exit.
 
-    Left to itself the evaluator keeps such a file in its output folder and trusts it ever after,
-    also when the annotations have changed. Here equal annotations give equal bytes, wherever the
-    data lies and whenever: a teacher's AP is remembered by their hash.
+    By default, the evaluator caches such a file in its output folder and does not notice changed
+    annotations. The content depends on the annotations only, not on their location or the time,
+    because a teacher's AP is cached by its hash.
     """
     coco["info"] = {}
     coco.setdefault("annotations", [])

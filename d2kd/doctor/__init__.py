@@ -1,6 +1,6 @@
-"""A look at a run before the days are spent on it: what is right, what is odd, what is wrong, and what to do.
+"""Sanity checks of a recipe before training. Each reports ok, a warning or an error, with advice.
 
-``d2kd doctor`` builds everything and looks at all of it; ``d2kd train`` looks at what costs nothing.
+``d2kd doctor`` runs all checks; ``d2kd train`` runs those that need no extra time.
 """
 
 from .examination import diagnose

@@ -1,4 +1,4 @@
-"""Images that cannot be read, images without objects, boxes that lie outside."""
+"""Checks of data sets: unreadable images, images without objects, boxes outside their images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..data.datasets import dataset_names, spread
 from ..utils.errors import InputError
 from .findings import Finding
 
-SLACK = 1.0  # pixels that a box may lie outside the image: annotators round
-MANY = 0.01  # the share of bad boxes from which they are no slips
-MOSTLY = 0.5  # the share of images without objects from which they are worth a word
+BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
+MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
+MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
 def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
-    """Look at training and test data.
+    """Check the training and the test data.
 
     Args:
         config: a complete recipe.
-        images: how many of each to decode, spread over the set; 0: all.
+        images: number of images to decode from each, evenly spaced; 0: all.
     """
     for part in ("train", "test"):
         try:
@@ -34,23 +34,23 @@ def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
             yield Finding(f"{part} data", "error", f"{error.culprit}: {error.found}", advice)
             continue
         if not names:
-            yield Finding(f"{part} data", "ok", "no names of data sets: not looked at")
+            yield Finding(f"{part} data", "ok", "no names of data sets")
             continue
         records = [record for name in names for record in DatasetCatalog.get(name)]
-        classes = _wanted(MetadataCatalog.get(names[0]))
-        yield from _annotations(f"{part} data", records, classes)
-        yield _files(f"{part} images", records, images)
+        classes = _annotated_classes(MetadataCatalog.get(names[0]))
+        yield from _check_annotations(f"{part} data", records, classes)
+        yield _check_images(f"{part} images", records, images)
 
 
-def _wanted(metadata: Metadata) -> dict[int, str]:
-    """The classes a data set is about: of a class step its own, by the numbers that all steps have."""
+def _annotated_classes(metadata: Metadata) -> dict[int, str]:
+    """Return the annotated classes, class index -> name; those of an increment are a subset."""
     part, names = metadata.get("class_step"), metadata.get("thing_classes") or []
     if part is None:
         return dict(enumerate(names))
     return {k: name for name, k in part.numbers.items()}
 
 
-def _annotations(
+def _check_annotations(
     subject: str, records: Sequence[dict], classes: Mapping[int, str]
 ) -> Iterator[Finding]:
     rows, empty = [], 0
@@ -65,21 +65,21 @@ def _annotations(
     if not rows:
         yield Finding(subject, "error", found, "annotations; without any nothing is learned")
         return
-    state = "warning" if empty > MOSTLY * len(records) else "ok"
+    state = "warning" if empty > MAX_EMPTY_IMAGES * len(records) else "ok"
     advice = "leave them out (of a dataset node: filter_empty=True), if they are not meant"
     yield Finding(subject, state, f"{found}, {empty} images without any", advice * (state != "ok"))
 
     values = np.asarray(rows, dtype=float)
     box, size, category = values[:, :4], values[:, 4:6], values[:, 6].astype(int)
-    outside = ((box[:, :2] < -SLACK) | (box[:, 2:] > size + SLACK)).any(axis=1)
+    outside = ((box[:, :2] < -BOX_MARGIN) | (box[:, 2:] > size + BOX_MARGIN)).any(axis=1)
     flat = (box[:, 2:] <= box[:, :2]).any(axis=1)
     bad = int((outside | flat).sum())
     if bad:
-        state = "error" if bad >= MANY * len(rows) else "warning"
+        state = "error" if bad >= MAX_BAD_BOXES * len(rows) else "warning"
         found = (
             f"{int(outside.sum())} boxes lie outside their image, {int(flat.sum())} have no area"
         )
-        advice = "correct the annotations: such boxes are cut or dropped without a word"
+        advice = "correct the annotations: such boxes are clipped or dropped without a warning"
         yield Finding(f"{subject}, boxes", state, found, advice)
     else:
         yield Finding(f"{subject}, boxes", "ok", "all inside their images")
@@ -89,7 +89,7 @@ def _annotations(
         yield Finding(f"{subject}, classes", "warning", found, "leave them out, or add examples")
 
 
-def _files(subject: str, records: Sequence[dict], images: int) -> Finding:
+def _check_images(subject: str, records: Sequence[dict], images: int) -> Finding:
     chosen = spread(records, images or len(records))
     bad = []
     for record in chosen:
@@ -98,7 +98,7 @@ def _files(subject: str, records: Sequence[dict], images: int) -> Finding:
             detection_utils.check_image_size(dict(record), image)
         except detection_utils.SizeMismatchError:
             bad.append(f"{record['file_name']} (another size than annotated)")
-        except Exception as error:  # PIL has many
+        except Exception as error:  # Pillow raises many types
             bad.append(f"{record['file_name']} ({type(error).__name__})")
     if bad:
         found = f"{len(bad)} of {len(chosen)} cannot be used, such as {bad[0]}"

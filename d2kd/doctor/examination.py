@@ -1,4 +1,4 @@
-"""All there is to look at, in the order in which it would fail."""
+"""Run all checks, in the order in which a run would fail."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def diagnose(
     iterations: int = 20,
     target: float = 1.0,
 ) -> Iterator[Finding]:
-    """Build everything a recipe names, and look at it. Nothing is written.
+    """Build everything in a recipe and check it. Nothing is written.
 
     Args:
         config: a recipe.
-        images: how many of each data set to decode, and to measure the teacher on; 0: all.
-        iterations: steps of training before losses are compared; 0: they are not.
+        images: number of images to decode from each data set, and to evaluate the teacher on; 0: all.
+        iterations: training iterations before losses are compared; 0: skip this.
         target: see :func:`~d2kd.doctor.measurements.look_at_losses`.
 
     Yields:
-        each finding as it is made.
+        Finding: the result of each check.
 
     Raises:
-        InputError: a part of the recipe is missing.
+        InputError: if a part of the recipe is missing.
     """
     config = with_defaults(config)
     yield from look_at_data(config, images)
-    yield from _weights(config)
+    yield from _check_checkpoints(config)
     try:
         with quiet():
             trainer = Trainer(config)
@@ -71,23 +71,23 @@ def diagnose(
         yield Finding("a step", "error", f"{error.culprit}: {error.found}", error.expected)
 
 
-def _weights(config: DictConfig) -> Iterator[Finding]:
-    """How much of each file its detector takes."""
+def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
+    """Check how many weights of each checkpoint match its detector."""
     if config.train.init_checkpoint:
         file = config.train.init_checkpoint
-        yield from _fitting("student's weights", student_of(config.model), file, partly=True)
+        yield from _check_file("student's weights", student_of(config.model), file, partly=True)
     if not is_distiller(config.model):
         return
     teacher = config.model.teacher
     if teacher.get("weights") is None:
-        found, advice = "none: it knows nothing", "model.teacher.weights=FILE"
+        found, advice = "none: it is untrained", "model.teacher.weights=FILE"
         yield Finding("teacher's weights", "error", found, advice)
         return
-    yield from _fitting("teacher's weights", teacher.detector, teacher.weights, partly=False)
-    yield from _named_classes(config, teacher)
+    yield from _check_file("teacher's weights", teacher.detector, teacher.weights, partly=False)
+    yield from _check_teacher_classes(config, teacher)
 
 
-def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
+def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
     try:
         with quiet():
             detector: nn.Module = instantiate(without_weights(node))
@@ -108,7 +108,7 @@ def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iter
         f"{len(unexpected)} of {len(given)} unexpected, {len(misshapen)} of another shape"
     )
     examples = [*misshapen, *missing, *unexpected]
-    # A classifier's weights are the least that a student is meant to be given.
+    # A student should at least get the weights of an image classifier.
     wanted = {key for key in own if key.startswith("backbone.bottom_up.")} or own
     met = wanted.difference(missing, misshapen)
     if not examples or (partly and 2 * len(met) > len(wanted)):
@@ -121,19 +121,19 @@ def _fitting(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iter
         yield Finding(subject, "error", found, advice)
 
 
-def _named_classes(config: DictConfig, teacher: DictConfig) -> Iterator[Finding]:
-    """Whether the teacher's file and the data call the classes alike, where they are compared by number."""
+def _check_teacher_classes(config: DictConfig, teacher: DictConfig) -> Iterator[Finding]:
+    """If classes are matched by index, check that the teacher's checkpoint and the data have the same names."""
     try:
-        theirs, ours = read(teacher.weights).get(CLASSES), data_classes(config)
+        stored, names = read(teacher.weights).get(CLASSES), data_classes(config)
     except InputError:
         return
-    if teacher.get("classes") is not None or theirs is None or ours is None:
+    if teacher.get("classes") is not None or stored is None or names is None:
         return
-    if list(theirs) != list(ours):
-        differ = next((k for k, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
-        found = f"{len(theirs)} names in the file, {len(ours)} of the data"
+    if list(stored) != list(names):
+        differ = next((k for k, (a, b) in enumerate(zip(stored, names)) if a != b), None)
+        found = f"{len(stored)} names in the file, {len(names)} of the data"
         if differ is not None:
-            found = f"class {differ} is {theirs[differ]} in the file, {ours[differ]} in the data"
+            found = f"class {differ} is {stored[differ]} in the file, {names[differ]} in the data"
         yield Finding("teacher's classes", "error", found, "model.teacher.classes, its names")
     else:
         yield Finding("teacher's classes", "ok", "the file names those of the data")

@@ -1,4 +1,4 @@
-"""What was found, in lines of one table."""
+"""The results of the checks, and their table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ STATES = ("ok", "warning", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """A line.
+    """The result of one check.
 
     Args:
-        subject: what was looked at.
-        state: "ok", "warning" (it may be meant so) or "error" (it cannot be).
-        found: what is there.
-        advice: what to do.
+        subject: what was checked.
+        state: "ok", "warning" (possibly intended) or "error".
+        found: the result.
+        advice: how to fix it.
     """
 
     subject: str
@@ -26,12 +26,12 @@ class Finding:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """0: all is well; 1: there are warnings; 2: there are errors."""
+    """Return 0 if everything is ok, 1 if there are warnings, 2 if there are errors."""
     return max((STATES.index(finding.state) for finding in findings), default=0)
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The lines, one below the other; what to do stands below what was found."""
+    """Return the findings as text, each with its advice below."""
     width = max((len(finding.subject) for finding in findings), default=0)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""What can be seen of a recipe and its built model without data, drawing a random number or computing anything."""
+"""Checks of a recipe and its model that read no data, draw no random numbers and run no model."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ logger = logging.getLogger("d2kd.doctor")
 IMAGENET_MEAN = {"RGB": [123.675, 116.28, 103.53], "BGR": [103.53, 116.28, 123.675]}
 
 SGD_RATE = {True: 0.02, False: 0.01}
-"""Detectron2's learning rates of SGD at 16 images an iteration: of two-stage detectors, and of dense ones."""
+"""Detectron2's learning rates for SGD at 16 images per iteration: of two-stage (True) and dense detectors."""
 
 REFERENCE_BATCH = 16
 SGD_MULTIPLES = (1 / 20, 4, 12)
-"""Of these rates, scaled with the batch (arXiv 1706.02677): below the first or above the second a warning,
-above the third an error."""
+"""Multiples of these rates, scaled with the batch size (arXiv 1706.02677): below the first or above the second is a
+warning, above the third an error."""
 
 ADAM_RATES = (1e-5, 1e-2, 5e-2)
-"""Of Adam and AdamW, for any batch: below the first or above the second a warning, above the third an error."""
+"""For Adam and AdamW at any batch size: below the first or above the second is a warning, above the third an error."""
 
 
 def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
-    """Channel order, classes, levels and learning rate.
+    """Check channel order, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
-        model: what was built of it, inside DDP or bare.
+        model: its model, which may be wrapped in DDP.
     """
     model = unwrapped(model)
-    parts = (_channels, _classes, _levels, _learning_rate)
-    return [finding for look in parts for finding in look(config, model)]
+    checks = (_check_channels, _check_classes, _check_levels, _check_learning_rate)
+    return [finding for check in checks for finding in check(config, model)]
 
 
 class FirstLook(HookBase):
-    """Says at the start of a training what :func:`first_look` finds; what is not well, as a warning."""
+    """Logs the results of :func:`first_look` before training; warnings and errors as a warning."""
 
     def before_train(self) -> None:
         if not comm.is_main_process():
@@ -63,7 +63,7 @@ class FirstLook(HookBase):
             logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
 
 
-def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     readers = [
         reading_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
         for part in ("train", "test")
@@ -71,7 +71,7 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     train, test = (reader.get("image_format") for reader in readers)
     train_key, test_key = (reader._get_full_key("image_format") for reader in readers)
     if train is None:
-        yield Finding("channel order", "ok", "the loader does not say it: not looked at")
+        yield Finding("channel order", "ok", "the mapper has no image_format")
         return
     if test is not None and test != train:
         found = f"training images are {train}, test images {test}"
@@ -81,27 +81,27 @@ def _channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if wanted != train:
         found = f"images are {train}, the student's input_format is {wanted}"
         yield Finding("channel order", "error", found, f"{train_key}={wanted}")
-    yield _statistics("student", student, train, train_key)
+    yield _check_pixels("student", student, train, train_key)
     if not isinstance(model, Distiller):
         return
-    told = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
-    if told != train:
-        found = f"images are {train}, the teacher is told {told}"
+    declared = OmegaConf.select(config, "model.teacher.image_format", default="BGR")
+    if declared != train:
+        found = f"images are {train}, the teacher's image_format is {declared}"
         yield Finding("channel order", "error", found, f"model.teacher.image_format={train}")
         return
     seen = train[::-1] if model.teacher.flip_channels else train
-    yield _statistics("teacher", model.teacher.detector, seen, "model.teacher.input_format")
+    yield _check_pixels("teacher", model.teacher.detector, seen, "model.teacher.input_format")
 
 
-def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
-    """Whether a detector's mean is that of images in the order it sees, and its statistics its weights'."""
+def _check_pixels(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
+    """Check that a detector's pixel mean has the channel order of its inputs, and fits its weights."""
     mean, std = (x.flatten().tolist() for x in (detector.pixel_mean, detector.pixel_std))
     for order, known in IMAGENET_MEAN.items():
-        if order != seen and _near(mean, known):
+        if order != seen and _close(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
-    wanted = seen == "RGB" and _near(mean, TORCHVISION_PIXEL_MEAN)
-    wanted = wanted and _near(std, TORCHVISION_PIXEL_STD)
+    wanted = seen == "RGB" and _close(mean, TORCHVISION_PIXEL_MEAN)
+    wanted = wanted and _close(std, TORCHVISION_PIXEL_STD)
     if getattr(getattr(detector.backbone, "bottom_up", None), "pretrained", False) and not wanted:
         found = (
             f"the {who} sees {seen}, its torchvision weights want RGB and statistics of their own"
@@ -117,32 +117,32 @@ def _statistics(who: str, detector: nn.Module, seen: str, key: str) -> Finding:
     )
 
 
-def _near(values: Sequence[float], known: Sequence[float]) -> bool:
+def _close(values: Sequence[float], known: Sequence[float]) -> bool:
     return all(abs(a - b) < 1 for a, b in zip(values, known, strict=True))
 
 
-def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     student = student_of(model)
-    ours, names = num_classes_of(student), data_classes(config)
+    count, names = num_classes_of(student), data_classes(config)
     if names is None:
-        yield Finding("classes", "ok", f"{ours} of the student; the data do not name theirs")
-    elif len(names) != ours:
-        found = f"{ours} of the student, {len(names)} of the data ({_few(names)})"
+        yield Finding("classes", "ok", f"{count} of the student; the data have no class names")
+    elif len(names) != count:
+        found = f"{count} of the student, {len(names)} of the data ({_join(names)})"
         yield Finding("classes", "error", found, f"num_classes={len(names)} of the student")
     else:
-        yield Finding("classes", "ok", f"{ours} of the student and of the data")
+        yield Finding("classes", "ok", f"{count} of the student and of the data")
     if not isinstance(model, Distiller):
         return
-    theirs = num_classes_of(model.teacher.detector)
+    teacher_count = num_classes_of(model.teacher.detector)
     if model.class_map is not None:
         state = "ok" if model.class_map.pairs else "warning"
         advice = "" if model.class_map.pairs else "model.teacher.aliases, or features alone"
         yield Finding("class map", state, str(model.class_map), advice)
-    elif theirs != ours:
-        found = f"{ours} of the student, {theirs} of the teacher, compared by number"
+    elif teacher_count != count:
+        found = f"{count} of the student, {teacher_count} of the teacher, compared by number"
         yield Finding("class map", "error", found, "model.teacher.classes, its names")
     else:
-        yield Finding("class map", "ok", f"{ours} on both sides, compared by number")
+        yield Finding("class map", "ok", f"{count} on both sides, compared by number")
 
 
 def data_classes(config: DictConfig) -> tuple[str, ...] | None:
@@ -153,11 +153,11 @@ def data_classes(config: DictConfig) -> tuple[str, ...] | None:
         return None
 
 
-def _few(names: Sequence[str], most: int = 4) -> str:
+def _join(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if not isinstance(model, Distiller):
         return
     backbones = model.student.backbone, model.teacher.detector.backbone
@@ -166,23 +166,23 @@ def _levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("levels", "warning", error.found, "losses that do not compare features")
         return
-    ours, theirs = (backbone.output_shape() for backbone in backbones)
+    student, teacher = (backbone.output_shape() for backbone in backbones)
     pairs = [
-        f"{a if a == b else f'{a} with {b}'} (stride {ours[a].stride}, "
-        f"{ours[a].channels} and {theirs[b].channels} channels)"
+        f"{a if a == b else f'{a} with {b}'} (stride {student[a].stride}, "
+        f"{student[a].channels} and {teacher[b].channels} channels)"
         for a, b in matches.items()
     ]
     yield Finding("levels", "ok", ", ".join(pairs))
 
 
-def _learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+def _check_learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     rate = OmegaConf.select(config, "optimizer.lr", default=None)
     batch = OmegaConf.select(config, "dataloader.train.total_batch_size", default=None)
     kind = config.optimizer.get("_target_")
     kind = locate(kind) if isinstance(kind, str) else kind
     name = getattr(kind, "__name__", str(kind))
     if rate is None or batch is None:
-        yield Finding("learning rate", "ok", f"{name} without a rate or batch size to look at")
+        yield Finding("learning rate", "ok", f"{name} without a rate or batch size to check")
         return
     found = f"{rate:g} of {name} at {batch} images an iteration"
     if isinstance(kind, type) and issubclass(kind, torch.optim.SGD):

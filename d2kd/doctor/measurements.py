@@ -1,4 +1,4 @@
-"""What only running tells: inputs, the teacher's AP on a few images, and how hard each loss pulls."""
+"""Checks that run the model: its inputs, the teacher's AP on a few images, and the gradient of each loss."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from ..structures.class_map import num_classes_of
 from ..utils.console import quiet
 from .findings import Finding
 
-MEAN, DEVIATION = 1.5, (0.2, 100)
-"""Of normalised pixels: the largest mean, in deviations, and deviations that are usual (57 with a pixel_std of 1)."""
+MAX_MEAN, STD_RANGE = 1.5, (0.2, 100)
+"""Of normalised pixels: largest usual mean, in standard deviations, and their usual range (57 if pixel_std is 1)."""
 
-KNOWS_NOTHING, KNOWS_LITTLE = 1.0, 10.0  # AP of 100
-STRENGTH = 4.0
-"""Of a level, relative to the others': from here on, squared differences there are nearly all that is imitated."""
+MIN_AP, LOW_AP = 1.0, 10.0  # AP of 100
+DOMINANT_RATIO = 4.0
+"""RMS of a level's features relative to the other levels, from which this level dominates an imitation loss."""
 
-RATIO = (0.05, 5.0)
-"""Of a distillation loss's gradient in the student's features to that of the task losses: what is usual."""
+GRADIENT_RATIO = (0.05, 5.0)
+"""Usual range of the gradient of a distillation loss, relative to that of the task losses, in the student's features."""
 
 
 def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
-    """The range of the pixels, and what the student makes of them."""
+    """Check the range of the pixels, and their statistics after the student's normalisation."""
     examples = list(itertools.chain.from_iterable(batches))
     highest = max(float(example["image"].max()) for example in examples)
     if highest <= 1:
@@ -52,8 +52,8 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
         pixels = [student.preprocess_image([{"image": x["image"]}]).tensor[0] for x in examples]
     values = torch.cat([p.flatten(1) for p in pixels], dim=1)
     mean, deviation = values.mean(dim=1), values.std(dim=1)
-    usual = bool((mean.abs() <= MEAN * deviation).all())
-    usual &= bool((deviation >= DEVIATION[0]).all() and (deviation <= DEVIATION[1]).all())
+    usual = bool((mean.abs() <= MAX_MEAN * deviation).all())
+    usual &= bool((deviation >= STD_RANGE[0]).all() and (deviation <= STD_RANGE[1]).all())
     found = "normalised: mean {}, deviation {}".format(
         *(", ".join(f"{v:.2f}" for v in x.tolist()) for x in (mean, deviation))
     )
@@ -62,9 +62,9 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
 
 
 def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator[Finding]:
-    """The teacher's AP on some of the test data, spread over it; on all of it if ``images`` is 0.
+    """Evaluate the teacher on ``images`` evenly spaced test images, or on all if ``images`` is 0.
 
-    Nothing of one that shares no class, or has more of them without names: the class map says so.
+    A teacher without common classes, or with more classes and no names, is skipped; the class map is checked elsewhere.
     """
     class_map = model.class_map
     with quiet():
@@ -89,23 +89,23 @@ def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterat
             found |= one.evaluate(**options) or {}
     value = found.get("bbox", {}).get("AP", math.nan)
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
-    # A class that it does not know counts as an AP of 0.
+    # A class that the teacher lacks counts as an AP of 0.
     share = 1.0 if class_map is None else class_map.share
-    if not value >= KNOWS_NOTHING * share:
+    if not value >= MIN_AP * share:
         advice = "its weights, its config, its classes, their order"
         yield Finding("teacher", "error", text, advice)
-    elif value < KNOWS_LITTLE * share:
+    elif value < LOW_AP * share:
         yield Finding("teacher", "warning", text, "a better teacher, if there is one")
     else:
         yield Finding("teacher", "ok", text)
 
 
 def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Finding]:
-    """How strong the teacher's levels are beside each other, of those that losses compare.
+    """Compare the RMS of the teacher's features between the levels that the losses use.
 
-    A level on which no object is learned has features that only say no, and often loudly.
+    A level to which no object is assigned in training often has large features that only suppress detections.
     """
-    levels: dict[str, Mapping[str, str]] = {}  # of each loss, the student's and the teacher's
+    levels: dict[str, Mapping[str, str]] = {}  # loss -> student's level -> teacher's level
     for name, loss in model.losses.by_name.items():
         for part in loss.modules():  # TAR's feature term is an ImitationLoss
             if isinstance(compared := getattr(part, "levels", None), Mapping):
@@ -114,36 +114,36 @@ def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Fi
     if len(pairs) < 2:
         return
     with torch.no_grad():
-        asked = [model.teacher.ask(batch).features for batch in batches]
+        maps = [model.teacher.ask(batch).features for batch in batches]
     strength = {
-        level: math.sqrt(statistics.fmean(m[match].float().square().mean().item() for m in asked))
+        level: math.sqrt(statistics.fmean(m[match].float().square().mean().item() for m in maps))
         for level, match in pairs.items()
     }
-    loud = []
+    dominant = []
     for level, value in strength.items():
         usual = statistics.median(other for name, other in strength.items() if name != level)
-        if value > STRENGTH * usual:
-            loud.append(level)
+        if value > DOMINANT_RATIO * usual:
+            dominant.append(level)
     found = ", ".join(f"{level} {value:.3g}" for level, value in strength.items())
-    if not loud:
+    if not dominant:
         yield Finding("teacher's features", "ok", found)
         return
-    rest = {name: [x for x in compared if x not in loud] for name, compared in levels.items()}
+    rest = {name: [x for x in compared if x not in dominant] for name, compared in levels.items()}
     overrides = [f"model.losses.{name}.levels=[{','.join(few)}]" for name, few in rest.items()]
-    found += f": {', '.join(loud)} outweighs the others"
+    found += f": {', '.join(dominant)} outweighs the others"
     advice = f"if no objects are learned there, {' '.join(overrides)}"
     yield Finding("teacher's features", "warning", found, advice)
 
 
 def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:
-    """Train a little, then compare what each loss asks of the student's features.
+    """Train for a few iterations, then compare the losses by their gradient in the student's features.
 
-    Coefficients are those of the middle of the run, where what decays or begins late is on.
+    Loss weights are those of the middle of the run, where losses that decay or start late are active.
 
     Args:
-        trainer: as built; its model is changed, nothing is written.
-        iterations: steps before.
-        target: the ratio of gradients for which overrides are given.
+        trainer: a new trainer. Its model is modified; nothing is written.
+        iterations: number of training iterations.
+        target: the ratio of gradients for which the advised overrides are computed.
     """
     step, model = trainer._trainer, unwrapped(trainer.model)
     model.train()
@@ -173,17 +173,17 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
             yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")
             continue
         ratio = ratios[name]
-        state = "ok" if RATIO[0] <= ratio <= RATIO[1] else "warning"
+        state = "ok" if GRADIENT_RATIO[0] <= ratio <= GRADIENT_RATIO[1] else "warning"
         if not math.isfinite(value) or not math.isfinite(norm):
             yield Finding(name, "error", f"{value}, gradient {norm}", "a smaller weight")
             continue
         found = f"{value:.3g}, gradient {ratio:.2g} of the task losses'"
-        said = f"for {target:g}: {advice[name]}" if name in advice else ""
-        yield Finding(name, state, found, said)
+        text = f"for {target:g}: {advice[name]}" if name in advice else ""
+        yield Finding(name, state, found, text)
 
 
 def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
-    """Value and norm of the gradient in the student's features: of the task losses and of each other."""
+    """Return value and gradient norm in the student's features, of the task losses and each distillation loss."""
     model = unwrapped(trainer.model)
     student = student_of(model)
     with (
@@ -194,12 +194,12 @@ def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, fl
     ((_, features),) = calls["backbone"]
     maps = [value for value in features.values() if value.requires_grad]
     own = {k: v for k, v in losses.items() if not k.startswith("distill/")}
-    rows = {"task losses": _pull(sum(own.values()), maps)}
-    rows |= {k: _pull(v, maps) for k, v in losses.items() if k not in own}
+    rows = {"task losses": _value_and_norm(sum(own.values()), maps)}
+    rows |= {k: _value_and_norm(v, maps) for k, v in losses.items() if k not in own}
     return rows
 
 
-def _pull(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
+def _value_and_norm(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
     found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
     found = [gradient.float().norm() for gradient in found if gradient is not None]
     return loss.item(), torch.stack(found).norm().item() if found else None
@@ -208,18 +208,18 @@ def _pull(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | None]:
 def _overrides(
     config: DictConfig, model: nn.Module, factors: Mapping[str, float]
 ) -> dict[str, str]:
-    """What multiplies each term by its factor: ``model.losses.tar.feature_weight=0.03``.
+    """Return overrides that multiply each loss term by its factor: ``model.losses.tar.feature_weight=0.03``.
 
-    A term without a weight of its own is multiplied by its loss's, which multiplies the others, too: such a
-    loss has one advice for all its terms, in which the others make up for it.
+    A term without its own weight is scaled by the weight of the whole loss, and the weights of the other terms then
+    compensate for this: all terms of such a loss have the same, combined advice.
     """
     if not isinstance(model, Distiller):
         return {}
-    keys: dict[str, dict[str, str]] = {}  # of each loss, by term
+    keys: dict[str, dict[str, str]] = {}  # loss -> term -> key of the loss dict
     for key in factors:
-        said = key.removeprefix("distill/loss_")
-        name = max((n for n in model.losses.by_name if said.startswith(n)), key=len)
-        keys.setdefault(name, {})[said.removeprefix(name).removeprefix("_")] = key
+        suffix = key.removeprefix("distill/loss_")
+        name = max((n for n in model.losses.by_name if suffix.startswith(n)), key=len)
+        keys.setdefault(name, {})[suffix.removeprefix(name).removeprefix("_")] = key
     advice = {}
     for name, key_of in keys.items():
         loss = model.losses.by_name[name]
@@ -230,25 +230,25 @@ def _overrides(
         if solvable:
             common = change[sharing[0]]
             change |= {t: factor / common for t, factor in change.items() if t not in sharing}
-        said = {t: _times(config, name, loss, weights[t], factor) for t, factor in change.items()}
+        texts = {t: _scaled(config, name, loss, weights[t], factor) for t, factor in change.items()}
         for term, key in key_of.items():
             if solvable:
-                advice[key] = " ".join(said.values())
+                advice[key] = " ".join(texts.values())
             elif term in sharing:
                 others = ", ".join(other for other in key_of if other != term)
-                advice[key] = f"{said[term]}, which multiplies {others} as well"
+                advice[key] = f"{texts[term]}, which multiplies {others} as well"
             else:
-                advice[key] = said[term]
+                advice[key] = texts[term]
     return advice
 
 
 def _weight_of(loss: nn.Module, term: str) -> str:
-    """The argument that multiplies a term of a loss: its own, or that of the whole loss."""
+    """Return the name of the argument that scales a term: its own weight, or that of the whole loss."""
     own = loss.term_weights.get(term, f"{term}_weight")
     return own if own in inspect.signature(type(loss)).parameters else "weight"
 
 
-def _times(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
+def _scaled(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
     value = config.model.losses[name].get(weight)
     if value is None:
         default = inspect.signature(type(loss)).parameters.get(weight)

@@ -1,1 +1,1 @@
-"""Trained detectors as ONNX or TorchScript, measured beside where they came from."""
+"""Export trained detectors to ONNX or TorchScript, and compare them with the originals."""

@@ -1,7 +1,7 @@
-"""A trained detector as one file that needs neither Detectron2 nor this project: ONNX or TorchScript.
+"""Export a trained detector to an ONNX or TorchScript file that needs neither Detectron2 nor d2kd.
 
-The graph takes an image of any size and gives detections; proposals, RoIAlign and NMS are inside. It is Detectron2's
-own inference, traced through its ``TracingAdapter``. Letters: H and W of the image, D detections.
+The graph maps an image of any size to detections, with proposals, RoIAlign and NMS inside. It is Detectron2's
+inference, traced with its ``TracingAdapter``. Notation: H, W: image size; D: number of detections.
 """
 
 from __future__ import annotations
@@ -26,29 +26,28 @@ from ..utils.errors import InputError
 from ..utils.io import written_whole
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
-"""What can be written, and the suffix of its file."""
+"""Format -> file suffix."""
 
-OPSET = 17  # of ONNX; RoIAlign as Detectron2 has it came with 16
-EXAMPLE = (192, 160)  # H and W of the image that is traced; it leaves no mark in the graph
+OPSET = 17  # of ONNX; Detectron2's RoIAlign needs at least 16
+EXAMPLE = (192, 160)  # H and W of the image used for tracing; the graph does not depend on it
 FIELDS = {
     "boxes": "pred_boxes",
     "scores": "scores",
     "classes": "pred_classes",
     "masks": "pred_masks",
 }
-"""Outputs of a file, in this order, and the field of Detectron2's ``Instances`` each is; masks where there are some."""
+"""Names of the outputs, in this order -> field of Detectron2's ``Instances``. Not every detector has masks."""
 
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.1, 1e-3, 0.01
-"""How far a detection of the file may lie from the detector's to be the same: in pixels, of 1, and in the share of
-the box's pixels that one mask has and the other has not."""
+"""Largest differences between matching detections: of box coordinates in pixels, of scores, and of masks as the
+fraction of the box's pixels in which they differ."""
 
 
 def exportable(detector: nn.Module) -> nn.Module:
-    """The detector in ``eval()`` on the CPU, if :func:`write` can write all that it finds.
+    """Return the detector in eval mode on the CPU, after checking that :func:`write` supports it.
 
     Raises:
-        InputError: another kind of detector than a Faster, Mask or Cascade R-CNN on an FPN, a RetinaNet, an FCOS
-            or a GFL.
+        InputError: if it is not a Faster, Mask or Cascade R-CNN with FPN, a RetinaNet, an FCOS or a GFL.
     """
     outputs_of(detector)
     if getattr(getattr(detector, "roi_heads", None), "keypoint_on", False):
@@ -57,23 +56,23 @@ def exportable(detector: nn.Module) -> nn.Module:
 
 
 def of_image(detector: nn.Module, image: Tensor) -> nn.Module:
-    """A detector as a function of one image, to be traced inside :func:`tracing`.
+    """Wrap a detector as a function of one image, to be traced inside :func:`tracing`.
 
     Args:
-        detector: what :func:`exportable` returns, or another of Detectron2's interface.
-        image: an example.
+        detector: the result of :func:`exportable`, or another detector with Detectron2's interface.
+        image: an example image.
 
     Returns:
-        Detectron2's ``TracingAdapter``, whose ``flattened_inputs`` are the example. It takes ``(3, H, W)`` float32
-        from 0 to 255, channels in the detector's ``input_format``, and returns, best first: boxes ``(D, 4)``, XYXY
-        in pixels of the image; scores ``(D,)``; classes ``(D,)`` int64; of a Mask R-CNN masks ``(D, 1, 28, 28)``,
-        the probability at each point of the box, as its head gives them.
+        Detectron2's ``TracingAdapter``, whose ``flattened_inputs`` are the example. Its input is a (3, H, W) float32
+        image in [0, 255] in the detector's ``input_format``. Its outputs, sorted by score, are boxes (D, 4), XYXY in
+        pixels of the image; scores (D,); classes (D,), int64; and of a Mask R-CNN masks (D, 1, 28, 28), the
+        probabilities predicted by its mask head.
     """
-    return tracing_adapter()(detector, [{"image": image}], _found).eval()
+    return tracing_adapter()(detector, [{"image": image}], _detect).eval()
 
 
-def _found(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
-    if hasattr(detector, "roi_heads"):  # its postprocessing would paste the masks
+def _detect(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
+    if hasattr(detector, "roi_heads"):  # its postprocessing would paste masks into the image
         (found,) = detector.inference(inputs, do_postprocess=False)
         found = found[found.pred_boxes.nonempty()]
     else:
@@ -83,16 +82,16 @@ def _found(detector: nn.Module, inputs: list[dict]) -> list[Boxes | Tensor]:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """For the time of a trace, so that it holds for every image and can be saved.
+    """Patch Detectron2 during tracing, so that the graph is valid for every image and can be saved.
 
-    Without the remarks, too, that tracing, and an exporter on its way out, make at every line of Detectron2.
+    Warnings of tracing, and of the deprecated exporter, are suppressed.
     """
     modeling = "detectron2.modeling"
     with (
         warnings.catch_warnings(),
-        # The smaller of a limit and a size would be a constant; the slice that it is for ends by itself.
+        # min(limit, size) would become a constant. It is only used as the end of a slice, for which limit works, too.
         mock.patch(f"{modeling}.meta_arch.dense_detector.min", lambda limit, size: limit),
-        # It changes gradients alone, and TorchScript cannot save a function of Python.
+        # This only changes gradients, and TorchScript cannot save Python functions.
         mock.patch(f"{modeling}.roi_heads.cascade_rcnn._ScaleGradient.apply", lambda x, scale: x),
     ):
         for category in (FutureWarning, DeprecationWarning, UserWarning, torch.jit.TracerWarning):
@@ -101,16 +100,16 @@ def tracing() -> Iterator[None]:
 
 
 def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write the detector, whole or not at all; the suffix of ``path`` says in which format.
+    """Write the detector to a file, atomically; the suffix selects the format.
 
     Args:
-        detector: what :func:`exportable` returned.
+        detector: the result of :func:`exportable`.
         path: ``*.onnx`` or ``*.ts``.
-        metadata: strings by key, kept in the file, with the names of its ``outputs``: ONNX's ``metadata_props``;
-            TorchScript's extra file ``metadata.json``.
+        metadata: strings to save in the file, together with the names of its ``outputs``: in ONNX's
+            ``metadata_props``, or TorchScript's extra file ``metadata.json``.
 
     Raises:
-        InputError: the packages that write ONNX are missing.
+        InputError: if the packages to write ONNX are not installed.
     """
     image = torch.rand(3, *EXAMPLE, generator=torch.Generator().manual_seed(0)) * 255
     model = of_image(detector, image)
@@ -127,7 +126,7 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
             model,
             model.flattened_inputs,
             str(temporary),
-            dynamo=False,  # the exporter for graphs whose sizes depend on the picture
+            dynamo=False,  # the exporter that supports sizes that depend on the image
             opset_version=OPSET,
             input_names=["image"],
             output_names=outputs,
@@ -143,10 +142,10 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
 
 
 def imported(name: str) -> ModuleType:
-    """A package of the extra ``export``.
+    """Import a package of the extra ``export``.
 
     Raises:
-        InputError: it is not installed.
+        InputError: if it is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -157,16 +156,16 @@ def imported(name: str) -> ModuleType:
 
 
 class ExportedDetector:
-    """A file that :func:`write` wrote, run as any program may run it; callable on Detectron2's batches.
+    """Runs a file of :func:`write`; callable with Detectron2's batches.
 
     Args:
-        path: ``*.onnx``, for onnxruntime, or ``*.ts``.
+        path: ``*.onnx``, which onnxruntime runs, or ``*.ts``.
 
     Attributes:
-        metadata: strings by key, as they were given.
+        metadata: the strings saved with :func:`write`.
 
     Raises:
-        InputError: the file cannot be read, or onnxruntime is missing.
+        InputError: if the file cannot be read, or onnxruntime is not installed.
     """
 
     def __init__(self, path: str | Path):
@@ -174,7 +173,7 @@ class ExportedDetector:
         runtime = None if self.path.suffix == FORMATS["torchscript"] else imported("onnxruntime")
         try:
             self._open(runtime)
-        except Exception as error:  # torch and onnxruntime each have their own
+        except Exception as error:  # torch and onnxruntime have different exceptions
             found = f"cannot be read ({type(error).__name__})"
             raise InputError(path, found, "a file that `d2kd export` wrote") from error
 
@@ -187,7 +186,7 @@ class ExportedDetector:
             return
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; a graph without constants to fold is none
+        options.log_severity_level = 3  # errors only; the warnings are about constant folding
         self._module = None
         self._session = onnxruntime.InferenceSession(
             str(self.path), options, providers=["CPUExecutionProvider"]
@@ -196,19 +195,19 @@ class ExportedDetector:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers."""
+        """Class names, in the order of their indices."""
         return json.loads(self.metadata["classes"])
 
     @torch.no_grad()
     def detect(self, image: Tensor) -> tuple[Tensor, ...]:
-        """What the file gives for an image, see :func:`of_image`."""
+        """Run the file on an image; inputs and outputs are those of :func:`of_image`."""
         image = image.float()
         if self._module is not None:
             return self._module(image)
         return tuple(map(torch.from_numpy, self._session.run(None, {"image": image.numpy()})))
 
     def __call__(self, batched_inputs: list[dict]) -> list[dict]:
-        """As a detector of Detectron2 in ``eval()``: each image's ``instances``, in its ``height`` and ``width``."""
+        """Return each image's ``instances`` as Detectron2's detectors do, at its ``height`` and ``width``."""
         results = []
         for one in batched_inputs:
             boxes, *others = self.detect(one["image"])
@@ -220,18 +219,19 @@ class ExportedDetector:
         return results
 
 
-def strangers(ours: Instances, theirs: Instances) -> int:
-    """How many detections, of either side, the other side does not have.
+def strangers(a: Instances, b: Instances) -> int:
+    """Count the detections in ``a`` and ``b`` without a match in the other.
 
-    Two are the same if their class is, and boxes, scores and masks differ by no more than :data:`BOX_TOLERANCE`,
-    :data:`SCORE_TOLERANCE` and :data:`MASK_TOLERANCE`. Their order does not count: equal scores may change places.
+    Two detections match if they have the same class, and boxes, scores and masks differ by no more than
+    :data:`BOX_TOLERANCE`, :data:`SCORE_TOLERANCE` and :data:`MASK_TOLERANCE`. Their order is ignored, because
+    detections with equal scores may be swapped.
     """
-    box = (ours.pred_boxes.tensor[:, None] - theirs.pred_boxes.tensor).abs().amax(dim=-1)
-    score = (ours.scores[:, None] - theirs.scores).abs()
+    box = (a.pred_boxes.tensor[:, None] - b.pred_boxes.tensor).abs().amax(dim=-1)
+    score = (a.scores[:, None] - b.scores).abs()
     same = (box <= BOX_TOLERANCE) & (score <= SCORE_TOLERANCE)
-    same &= ours.pred_classes[:, None] == theirs.pred_classes
-    if ours.has("pred_masks") or theirs.has("pred_masks"):
+    same &= a.pred_classes[:, None] == b.pred_classes
+    if a.has("pred_masks") or b.has("pred_masks"):
         row, other = pairs = same.nonzero(as_tuple=True)
-        pixels = (ours.pred_masks[row] != theirs.pred_masks[other]).sum(dim=(1, 2))
-        same[pairs] = pixels <= (MASK_TOLERANCE * ours.pred_boxes.area()[row]).clamp(min=1)
+        pixels = (a.pred_masks[row] != b.pred_masks[other]).sum(dim=(1, 2))
+        same[pairs] = pixels <= (MASK_TOLERANCE * a.pred_boxes.area()[row]).clamp(min=1)
     return int((~same.any(dim=1)).sum() + (~same.any(dim=0)).sum())

@@ -1,7 +1,7 @@
-"""What a study ends with: teacher, baseline, student and the student's exported file in one table.
+"""Compare teacher, baseline, student and the exported student in one table.
 
-AP is measured by the recipe's own evaluator, that of a file through its own runtime. Time is one image after the
-other on the CPU, from pixels to detections; the rows take turns on the same images.
+AP is that of the recipe's evaluator; an exported file runs in its own runtime. Time is that of single images on the
+CPU, from pixels to detections, where the rows alternate on the same images.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from ..utils.env import versions
 from ..utils.errors import InputError
 from .formats import ExportedDetector, of_image, strangers, tracing
 
-FLOP_IMAGES = 3  # what two-stage detectors compute depends on the picture
+FLOP_IMAGES = 3  # operations of two-stage detectors depend on the image
 WARM_UPS = 2
 MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A detector to measure, one row of the table.
 
     Args:
-        name: what to call it.
-        detect: gives detections of Detectron2's batches.
-        module: whose operations are counted.
-        size: bytes of its weights; of a file, all of it.
-        inputs: gives what the module sees of Detectron2's batches.
-        measurable: whether its detections are in the data's classes, so that they have an AP.
+        name: name in the table.
+        detect: maps Detectron2's batches to detections.
+        module: the model whose operations are counted.
+        size: bytes of the weights, or of the exported file.
+        inputs: converts Detectron2's batches to the module's inputs.
+        measurable: whether it predicts the data's classes, so that AP can be computed.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Row:
 
 
 def built(config: DictConfig, weights: str) -> nn.Module:
-    """The recipe's student with these weights, to detect on the CPU.
+    """Build the recipe's student with these weights, in eval mode on the CPU.
 
     Raises:
-        InputError: the weights cannot be read or do not fit.
+        InputError: if the weights cannot be read or do not match.
     """
     detector = instantiate(without_weights(student_of(config.model)))
     load_strict(detector, weights)
@@ -76,13 +76,13 @@ def built(config: DictConfig, weights: str) -> nn.Module:
 
 
 def detector_row(name: str, detector: nn.Module) -> Row:
-    """A line for a detector."""
+    """Return the row of a detector."""
     size = sum(value.nbytes for value in detector.state_dict().values())
     return Row(name, detector, detector, size)
 
 
 def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
-    """A line for the recipe's teacher, if it has one; its AP is that of the classes it shares with the student."""
+    """Return the row of the recipe's teacher, if any. Its AP is over the student's classes."""
     if not is_distiller(config.model):
         return None
     teacher = instantiate(teacher_of(config.model))
@@ -97,15 +97,15 @@ def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
 
 
 def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> Row:
-    """A line for a file; its operations are the detector's, whose trace it is."""
+    """Return the row of an exported file; its operations are those of the detector."""
     return Row(name, exported, detector, exported.path.stat().st_size)
 
 
 def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
-    """What a user of the file must know, as strings: classes, image format, how test images are resized.
+    """Return the metadata of an exported file: class names, image format, resizing of test images, as strings.
 
     Raises:
-        InputError: neither the weights nor the data tell the classes' names.
+        InputError: if neither the weights nor the data have class names.
     """
     mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None)
     reading = reading_mapper(mapper)
@@ -135,10 +135,10 @@ def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:
 
 
 def first_images(config: DictConfig, count: int) -> list[list[dict]]:
-    """The first images of the test data, each a batch of its own.
+    """Return the first test images, as batches of one.
 
     Raises:
-        InputError: the recipe has no test data or no evaluator.
+        InputError: if the recipe has no test data or no evaluator.
     """
     loader = build_test_loader(config)
     if loader is None:
@@ -148,19 +148,19 @@ def first_images(config: DictConfig, count: int) -> list[list[dict]]:
 
 
 @torch.no_grad()
-def agreement(ours: Callable, theirs: Callable, batches: Sequence[list[dict]]) -> tuple[int, int]:
-    """How many detections both give, of either side together, and how many are the one's alone."""
-    total = alone = 0
+def agreement(first: Callable, second: Callable, batches: Sequence[list[dict]]) -> tuple[int, int]:
+    """Return the number of detections of both, and how many of them have no match in the other."""
+    total = unmatched = 0
     for batch in batches:
-        for one, other in zip(ours(batch), theirs(batch), strict=True):
-            total += len(one["instances"]) + len(other["instances"])
-            alone += strangers(one["instances"], other["instances"])
-    return total, alone
+        for a, b in zip(first(batch), second(batch), strict=True):
+            total += len(a["instances"]) + len(b["instances"])
+            unmatched += strangers(a["instances"], b["instances"])
+    return total, unmatched
 
 
 @torch.no_grad()
 def milliseconds(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[float]:
-    """The median time of an image, for each row."""
+    """Return the median time per image of each row."""
     for row, batch in itertools.product(rows, batches[:WARM_UPS]):
         row.detect(batch)
     times: list[list[float]] = [[] for _ in rows]
@@ -174,7 +174,7 @@ def milliseconds(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[flo
 
 @torch.no_grad()
 def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
-    """Multiply-adds of an image, as fvcore counts them, in 10^9; the mean over the batches' first."""
+    """Return fvcore's multiply-adds per image in 10^9, averaged over the first image of each batch."""
     counts = []
     for first, *_ in batches:
         model = of_image(detector, first["image"].float())
@@ -188,16 +188,16 @@ def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
 def compare(
     config: DictConfig, rows: Sequence[Row], batches: Sequence[list[dict]], output: Path
 ) -> dict[str, Any]:
-    """Measure every row.
+    """Measure all rows.
 
     Args:
         config: the recipe, for its test data and evaluator.
-        rows: what to measure.
-        batches: images to time and to count operations on.
-        output: for the evaluator's files.
+        rows: the detectors.
+        batches: images for times and operation counts.
+        output: folder of the evaluator's files.
 
     Returns:
-        what ``table.json`` holds: the circumstances and ``rows`` of ``name``, ``AP``, ``AP50``,
+        dict: the content of ``table.json``: versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
         ``milliseconds``, ``megabytes`` and ``gflops``.
     """
     times = milliseconds(rows, batches)
@@ -229,7 +229,7 @@ def compare(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A result of :func:`compare` as text."""
+    """Return the result of :func:`compare` as text."""
     columns = ("name", "AP", "AP50", "milliseconds", "megabytes", "gflops")
     return tabulate(
         [[row[column] for column in columns] for row in result["rows"]],

@@ -1,7 +1,7 @@
 """The commands: ``d2kd COMMAND …``, or ``python -m d2kd COMMAND …``.
 
-A command is a module of this package. Its docstring is its help, ``add_arguments(parser)`` adds what it takes, and
-``run(args)`` does it. Only ``run`` imports what needs Detectron2 or torch, so that help is quick and works without.
+A command is a module of this package. Its docstring is the help text, ``add_arguments(parser)`` defines its arguments,
+and ``run(args)`` executes it. Only ``run`` imports Detectron2 and torch, so the help is fast and works without them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..utils.errors import InputError, reporting
 
 COMMANDS = {
     "train": "train or evaluate a recipe",
-    "study": "train all runs of a study; a table, curves, pictures and a report of them",
-    "compare": "one page on how several detectors differ",
-    "visualize": "pictures of what teacher and student detect, and of where losses look",
+    "study": "train all runs of a study, and write a table, curves, pictures and a report",
+    "compare": "write a report that compares several detectors",
+    "visualize": "draw the detections of teacher and student, or what a loss attends to",
     "doctor": "check a recipe, its data and its weights before training",
-    "benchmark": "measure seconds and memory of a distilled step",
+    "benchmark": "measure time and memory of a distillation step",
     "export": "write a trained detector as ONNX or TorchScript",
     "install-detectron2": "install Detectron2 0.6 without a compiler",
 }
@@ -30,14 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        arguments: the words after ``d2kd``; those of this process by default.
+        arguments: the arguments after ``d2kd``; by default those of this process.
 
     Raises:
-        SystemExit: with code 2 for bad input, else with what the command ends with, if not 0.
+        SystemExit: with code 2 for bad input, or with the exit code of the command, if not 0.
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        sys.argv[0] = "d2kd"  # results name the command that made them: as it is typed
+        sys.argv[0] = "d2kd"  # results contain the command line
     parser = argparse.ArgumentParser(
         prog="d2kd", description="Knowledge distillation for Detectron2's detectors."
     )

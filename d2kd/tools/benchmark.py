@@ -1,12 +1,12 @@
-"""Measure what distillation costs: seconds and memory of a step, beside the student's and the teacher's part.
+"""Measure the cost of distillation: time and memory of a training step, compared with student and teacher alone.
 
     d2kd benchmark --config-file RECIPE [--config-file …] [--variant NAME KEY=VALUE … [--variant …]]
                    [--image-size 800x1333 [--image-size …]] [--data STEPS] [--no-memory]
                    [--json FILE] [--markdown FILE] [--bound 1.05] [KEY=VALUE …]
 
-RECIPE is a LazyConfig with a teacher; neither weights nor, without --data, data are read. Several are measured in
-turn on the same batches, and so is each with the overrides of every variant. A bound is met if, for each, the lower
-end of the 95 % interval of distilled / (student + teacher) is not above it; otherwise the exit code is 1.
+RECIPE is a LazyConfig with a teacher. No weights are read, and no data without --data. All recipes, and each recipe
+with the overrides of each variant, are measured alternately on the same batches. The exit code is 1 if, for any of
+them, the lower end of the 95 % interval of distilled / (student + teacher) exceeds the bound.
 """
 
 import argparse
@@ -25,48 +25,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar=("NAME", "KEY=VALUE"),
-        help="each recipe once more, with these overrides",
+        help="also measure each recipe with these overrides",
     )
     parser.add_argument(
         "--image-size",
         action="append",
         metavar="PIXELS",
-        help="512, or height x width as in 800x1333; the teacher's where it sees larger ones. "
-        "Several are taken in turn by the batches; 320 by default",
+        help="512, or height x width as in 800x1333, of the teacher's images if they are larger. "
+        "Batches alternate between several sizes; 320 by default",
     )
-    parser.add_argument("--batch-size", type=int, default=2, help="images in a batch")
-    parser.add_argument("--device", help="instead of the recipe's: auto, cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=15, help="how often each row is timed")
+    parser.add_argument("--batch-size", type=int, default=2, help="images per batch")
+    parser.add_argument("--device", help="auto, cpu or cuda; the recipe's by default")
+    parser.add_argument("--rounds", type=int, default=15, help="number of timings of each row")
     parser.add_argument(
         "--data",
         type=int,
         default=0,
         metavar="STEPS",
-        help="also read the recipe's training data, in its own sizes: its loader alone, then feeding so many steps",
+        help="also time the recipe's data loader, alone and in this many training steps, with its own image sizes",
     )
     parser.add_argument(
         "--no-memory",
         action="store_true",
-        help="leave out the peaks of memory, which take longer than a few rounds of time",
+        help="do not measure peak memory, which takes longer than a few rounds of timing",
     )
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="where to write all figures; the times as soon as they are known",
+        help="write all results here; times are written as soon as they are measured",
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the tables")
-    parser.add_argument("--bound", type=float, help="what the ratio shall not exceed, such as 1.05")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here")
+    parser.add_argument("--bound", type=float, help="maximum of the ratio, such as 1.05")
     parser.add_argument(
         "opts", nargs="*", help="overrides of each recipe, such as model.inherit=[]"
     )
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """(height, width), of "800x1333" or, for a square, of "512".
+    """Parse "800x1333" or, for a square, "512" to (height, width).
 
     Raises:
-        InputError: the text is neither.
+        InputError: if the text is neither.
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):

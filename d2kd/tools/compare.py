@@ -1,14 +1,14 @@
-"""See what distillation changed: one page about several detectors on one data set.
+"""Write a report of what distillation changed, for several detectors on one data set.
 
     d2kd compare --dataset mine_val --output DIR --detector teacher=CONFIG,WEIGHTS \\
         --detector baseline=CONFIG,WEIGHTS --detector distilled=CONFIG,WEIGHTS
-    d2kd compare output/shapes        # of a study: teacher, baseline, the student it is about
-    d2kd compare output/mine          # of a run: teacher and student
+    d2kd compare output/shapes        # a study: teacher, baseline and featured student
+    d2kd compare output/mine          # a run: teacher and student
 
-CONFIG is a recipe (of one that distils, its student), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS,
-names a COCO results file of that detector. The first detector is the reference, normally the teacher, the second the
-baseline, the last is the one asked about. Detections and counts are kept in DIR/comparison; interrupted, the same
-command goes on.
+CONFIG is a recipe (its student, if it has a teacher), a yacs YAML or a model zoo name. A third part, WEIGHTS,RESULTS,
+is a COCO results file of the detector. The first detector is the reference, usually the teacher, the second is the
+baseline, and the last is the student to evaluate. Detections and counts are stored in DIR/comparison; if interrupted,
+run the same command again to continue.
 """
 
 import argparse
@@ -23,27 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, help="the output folder of a study or a run"
     )
-    parser.add_argument("--dataset", help="one that is registered or in a recipe")
+    parser.add_argument("--dataset", help="a data set that is registered or in a recipe")
     parser.add_argument(
         "--detector",
         action="append",
         default=[],
         metavar="NAME=CONFIG,WEIGHTS[,RESULTS]",
-        help="once for each",
+        help="a detector; repeat for each",
     )
-    parser.add_argument("--output", type=Path, help="folder of the report; FOLDER by default")
+    parser.add_argument("--output", type=Path, help="folder for the report; FOLDER by default")
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.5,
-        help="a score at which precision and recall are told",
+        help="score threshold for precision and recall",
     )
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--resamples", type=int, default=1000, help="number of bootstrap samples")
     parser.add_argument(
         "--observe",
         type=int,
         metavar="N",
-        help="regions and features of so many images, not of all",
+        help="compare regions and features on N images instead of all",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def given(args: argparse.Namespace) -> tuple:
-    """The detectors of the command line, and the data set."""
+    """Return the detectors and the data set of the command line."""
     from ..comparison.detectors import from_config
     from ..config import recipe_of
     from ..data.catalog import register_described
@@ -97,7 +97,7 @@ def given(args: argparse.Namespace) -> tuple:
 
 
 def found_in(folder: Path, dataset: str | None) -> tuple:
-    """The detectors of an output folder, and the data set they were measured on unless another is given."""
+    """Return the detectors of an output folder, and ``dataset``, by default the one of their evaluation."""
     from ..comparison.detectors import detectors_of_run, detectors_of_study, study_of
     from ..config import load
     from ..data.catalog import register_described

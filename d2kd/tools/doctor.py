@@ -1,10 +1,10 @@
-"""Look at a run before the days are spent: models, data, classes, learning rate, losses.
+"""Check a recipe before a long training: models, data, classes, learning rate, losses.
 
     d2kd doctor --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
 
-Everything is built as for training, some images are read, the teacher is measured on some, and a few steps are taken in
-memory; nothing is written but FILE. Each line is ok, warning or error, with what to do. Exit code: 0 all is ok,
-1 there are warnings, 2 there are errors.
+Everything is built as for training, the teacher is evaluated on some images, and the student is trained for a few
+iterations; only FILE is written. Each line is ok, warning or error, with advice. Exit code: 0: everything is ok,
+1: there are warnings, 2: there are errors.
 """
 
 import argparse
@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=int,
         default=200,
-        help="to decode and to measure the teacher on; 0: all",
+        help="images to decode and to evaluate the teacher on; 0: all",
     )
     parser.add_argument(
-        "--iterations", type=int, default=20, help="before losses are compared; 0: they are not"
+        "--iterations", type=int, default=20, help="before losses are compared; 0: do not compare"
     )
     parser.add_argument(
-        "--target", type=float, default=1.0, help="ratio of gradients that overrides are given for"
+        "--target", type=float, default=1.0, help="ratio of gradients for the advised overrides"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the lines")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
 
 
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> None:
             findings.append(finding)
     except InputError:
         raise
-    except Exception as error:  # what was found before it is still worth its time
+    except Exception as error:  # still print the findings so far
         if args.debug:
             raise
         found = f"{type(error).__name__}: {error}".splitlines()[0]
-        findings.append(Finding("looking", "error", found, "--debug shows the traceback"))
+        findings.append(Finding("doctor", "error", found, "--debug shows the traceback"))
     print(table(findings))
     if args.json:
         rows = [dataclasses.asdict(finding) for finding in findings]

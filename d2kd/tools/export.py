@@ -1,13 +1,13 @@
-"""Hand a trained detector on: a file that runs without Detectron2, and a table that says what it is worth.
+"""Export a trained detector to a file that runs without Detectron2, and compare it with the original.
 
     d2kd export --config-file RECIPE --weights FILE --output DIR [--format onnx torchscript]
                 [--table [--baseline FILE]] [KEY=VALUE …]
 
-RECIPE is a LazyConfig; of one with a teacher the student is exported. ``DIR/model.onnx`` (``model.ts``) takes an image,
-float32 (3, H, W) from 0 to 255 of any size, and gives boxes, scores and classes, of a Mask R-CNN masks, too. The
-student is a Faster, Mask or Cascade R-CNN, a RetinaNet, an FCOS or a GFL. Its detections are compared with the file's
-on the first test images; the exit code is 1 if more than one in a hundred differ. ``--table`` measures
-teacher, baseline, student and file: ``DIR/table.txt`` and ``DIR/table.json``.
+RECIPE is a LazyConfig; if it has a teacher, its student is exported. The input of ``DIR/model.onnx`` (``model.ts``) is
+an image of any size, float32 (3, H, W) in [0, 255]; its outputs are boxes, scores and classes, and masks of a Mask
+R-CNN. Supported are Faster, Mask and Cascade R-CNN, RetinaNet, FCOS and GFL. The detections of student and file are
+compared on the first test images; the exit code is 1 if more than 1 % differ. ``--table`` measures teacher, baseline,
+student and file, and writes ``DIR/table.txt`` and ``DIR/table.json``.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from ..utils.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument("--weights", required=True, help="the student's checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument(
-        "--format", nargs="+", choices=["onnx", "torchscript"], default=["onnx"], help="of the file"
+        "--format", nargs="+", choices=["onnx", "torchscript"], default=["onnx"], help="file format"
     )
     parser.add_argument("--table", action="store_true", help="measure AP, time, size, operations")
-    parser.add_argument("--baseline", metavar="FILE", help="the student's recipe trained alone")
+    parser.add_argument("--baseline", metavar="FILE", help="weights trained without a teacher")
     parser.add_argument(
-        "--images", type=int, default=20, help="of the test data to compare and to time; 0: none"
+        "--images", type=int, default=20, help="test images to compare and to time; 0: none"
     )
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
 
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> None:
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
-            total, alone = table.agreement(student, exported, batches)
-            differ |= alone * 100 > total
+            total, unmatched = table.agreement(student, exported, batches)
+            differ |= unmatched * 100 > total
             print(
-                f"{len(batches)} images, {total} detections of both, {alone} not the other's "
+                f"{len(batches)} images, {total} detections of both, {unmatched} without a match "
                 f"(boxes to {BOX_TOLERANCE} px, scores to {SCORE_TOLERANCE})"
             )
         rows.append(table.exported_row(f"exported, {form}", exported, student))

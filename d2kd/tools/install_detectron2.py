@@ -1,11 +1,10 @@
-"""Install Detectron2 0.6 without a compiler: fetch, check, repair, build a pure-Python wheel, install.
+"""Install Detectron2 0.6 without a compiler: download, verify and patch it, build a pure-Python wheel, install.
 
-Detectron2 is not on PyPI under its own name, and its last release predates today's torch, NumPy, Pillow and
-setuptools. ``pb1-detectron2`` holds its Python files unchanged but not the C++ sources, so pip alone cannot
-install it. This command has pip download that archive against a pinned SHA-256, applies repairs, each of which
-must find its text, and builds the wheel ``detectron2`` 0.6 from the result. Missing from it are the compiled
-operators: rotated boxes, the compiled deformable convolutions and the compiled COCO evaluator. A Detectron2
-that is already installed is left alone.
+Detectron2 is not on PyPI under its own name, and its last release does not work with current versions of torch,
+NumPy, Pillow and setuptools. ``pb1-detectron2`` has its unchanged Python files, but not the C++ sources, so pip alone
+cannot install it. This command downloads that archive with pip, verifies its SHA-256, applies patches, each of which
+must match, and packs a wheel of Detectron2 0.6. It lacks the compiled operators: rotated boxes, deformable
+convolutions and the fast COCO evaluator. An existing installation of Detectron2 is not changed.
 
 torch and setuptools must be installed: the archive's own ``setup.py`` imports them when pip asks for its metadata.
 """
@@ -28,7 +27,7 @@ from ..utils.errors import InputError
 ARCHIVE = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
-# What Detectron2 imports at run time. torch, torchvision and OpenCV are left to the user, as Detectron2 does:
+# Detectron2's dependencies. As for Detectron2, torch, torchvision and OpenCV must be installed separately, because
 # the right build depends on the machine.
 REQUIREMENTS = (
     "Pillow>=9.1",
@@ -77,7 +76,7 @@ def __getattr__(name):
     return missing
 '''
 
-# The archive's own setup.py compiles; this one only packs. build() fills in the requirements.
+# The archive's setup.py compiles C++ code; this one does not. build() fills in the requirements.
 SETUP = """\
 from setuptools import find_packages, setup
 
@@ -102,7 +101,7 @@ setup(
 
 
 class Repair(NamedTuple):
-    """One replacement in one file of the archive: ``old`` is a regular expression."""
+    """One replacement in one file of the archive; ``old`` is a regular expression."""
 
     reason: str
     path: str
@@ -111,7 +110,7 @@ class Repair(NamedTuple):
 
 
 def _numpy_aliases(*paths: str) -> list[Repair]:
-    """``np.bool`` and its like, in each of these files."""
+    """Replace ``np.bool`` and similar aliases in each of these files."""
     reason = "aliases of the builtins are gone from NumPy 1.24"
     return [
         Repair(reason, path, r"\bnp\.(bool|int|float|object|str)\b(?!_)", r"\1") for path in paths
@@ -135,7 +134,7 @@ REPAIRS = [
         "utils/visualizer.py",
     ),
     Repair(
-        "a GroupNorm of one channel cannot be built, even to ask for its name",
+        "a GroupNorm of one channel cannot be built, even to get its name",
         "modeling/meta_arch/retinanet.py",
         r"get_norm\(norm, 1\)",
         "get_norm(norm, 32)",
@@ -179,7 +178,7 @@ REPAIRS = [
 
 
 def repair(package: Path) -> None:
-    """Apply every repair to the folder ``detectron2`` of the unpacked archive, or fail."""
+    """Apply all repairs to the unpacked folder ``detectron2``; raise InputError if one does not match."""
     for one in REPAIRS:
         path = package / one.path
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -195,7 +194,7 @@ def repair(package: Path) -> None:
 
 
 def pip(*arguments: object, show: bool = False) -> subprocess.CompletedProcess:
-    """Run this interpreter's pip; its output is kept for :func:`complaint` unless shown."""
+    """Run this interpreter's pip, and capture its output unless ``show`` is true."""
     command = [sys.executable, "-m", "pip", *map(str, arguments)]
     return subprocess.run(
         command, stdout=None if show else subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -203,7 +202,7 @@ def pip(*arguments: object, show: bool = False) -> subprocess.CompletedProcess:
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
-    """The line in which pip says what went wrong: an exception's, or its own last error."""
+    """Return the last exception or error in pip's output."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     raised = [line for line in lines if re.match(r"\w+Error: ", line)]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
@@ -211,7 +210,7 @@ def complaint(result: subprocess.CompletedProcess) -> str:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the archive into ``folder``; pip checks its hash before anything of it runs."""
+    """Download the archive into ``folder``; pip verifies its hash before executing any of it."""
     for module in ("torch", "setuptools"):
         if importlib.util.find_spec(module) is None:
             packages = "pip install torch torchvision setuptools, before Detectron2"
@@ -235,7 +234,7 @@ def download(folder: Path) -> Path:
 
 
 def build(archive: Path, destination: Path) -> Path:
-    """Repair the archive's files and pack them into a wheel in ``destination``."""
+    """Repair the archive's files and build a wheel from them in ``destination``."""
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")
@@ -262,7 +261,7 @@ def build(archive: Path, destination: Path) -> Path:
 
 
 def install(wheel: Path, constraints: Path | None) -> None:
-    """Install what Detectron2 needs, then itself, so that a failure leaves nothing half installed."""
+    """Install first the requirements, then the wheel, so that a failure leaves no broken Detectron2."""
     limits = ("-c", constraints) if constraints else ()
     for arguments in (
         (*limits, *REQUIREMENTS),

@@ -1,9 +1,9 @@
-"""Run a study: train what is missing, then one table, curves, pictures and the comparison report.
+"""Run a study: train missing runs, then write a table, curves, pictures and the comparison report.
 
     d2kd study projects/TAR/studies/shapes.py --output output/shapes --seeds 0 1 2
 
-Interrupted, the same command continues. The table has all runs of these seeds that are finished in the folder, so
-that several commands with other --runs add up to one. See d2kd/study for what a study file says.
+If interrupted, run the same command again to continue. The table has all finished runs of these seeds in the folder,
+including those of earlier commands with other --runs. See d2kd/study for the format of a study file.
 """
 
 import argparse
@@ -17,27 +17,27 @@ INTERRUPTED = "interrupted; the same command continues"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="a study file, such as projects/TAR/studies/shapes.py")
     parser.add_argument(
-        "--output", type=Path, help="folder of the results; output/<study> by default"
+        "--output", type=Path, help="folder for the results; output/<study> by default"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[], help="instead of the study's own"
+        "--seeds", type=int, nargs="+", default=[], help="by default, those of the study"
     )
     parser.add_argument(
         "--runs",
         nargs="+",
         default=[],
         metavar="METHOD",
-        help="train only these, and what they need",
+        help="train only these runs, and those they depend on",
     )
     parser.add_argument(
-        "--fast", action="store_true", help="a few steps on a few images, to see that it runs"
+        "--fast", action="store_true", help="a few iterations on a few images, as a test"
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
-        help="train so many runs at a time, each with its share of the cores; --fast trains one by one",
+        help="train N runs in parallel, which share the cores; with --fast, runs are sequential",
     )
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
-    # --fast: in this process, where fewer images are registered.
+    # --fast registers smaller data sets in this process, so runs cannot be subprocesses.
     trainer = OneByOne() if args.fast else Commands(args.jobs)
     rows, failed = run_study(study, runs, output, trainer, others=every_run)
     if rows:

@@ -1,11 +1,11 @@
-"""Train or evaluate what a recipe says.
+"""Train or evaluate a recipe.
 
     d2kd train --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
     d2kd train --config-file RECIPE --eval-only (--resume | train.init_checkpoint=WEIGHTS)
     d2kd train --config-file PLAIN --distill METHOD --teacher CONFIG WEIGHTS [KEY=VALUE …]
 
-RECIPE is a LazyConfig, on disk or by its name in d2kd or in Detectron2's model zoo. The third form makes a
-plain recipe one with a teacher. On several GPUs: ``--num-gpus``; in several processes on a CPU: torchrun.
+RECIPE is a LazyConfig: a file, or a name in d2kd or Detectron2's model zoo. The third form adds a teacher to a plain
+recipe. Use ``--num-gpus`` for several GPUs, and torchrun for several processes on a CPU.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="a LazyConfig recipe")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
+        "--resume", action="store_true", help="resume from the last checkpoint in the output folder"
     )
-    parser.add_argument("--eval-only", action="store_true", help="measure the student alone")
+    parser.add_argument("--eval-only", action="store_true", help="only evaluate the student")
     parser.add_argument(
         "--distill",
         metavar="METHOD",
-        help="make a plain recipe one with a teacher, by tar, icd or imitation",
+        help="add a teacher to a plain recipe, with the method tar, icd or imitation",
     )
     parser.add_argument(
         "--teacher",
         nargs=2,
         metavar=("CONFIG", "WEIGHTS"),
-        help="of --distill: a LazyConfig, a yacs YAML or a name in the model zoo, and its weights",
+        help="for --distill: a LazyConfig, a yacs YAML or a model zoo name, and weights",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of this machine")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="per machine")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="from 0")
     parser.add_argument(
         "--dist-url",
         default="auto",
         metavar="URL",
-        help="where the machines meet, such as tcp://FIRST:29500",
+        help="address for several machines, such as tcp://FIRST:29500",
     )
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
 
 
 def recipe(args: argparse.Namespace) -> DictConfig:
-    """The recipe of the command line, overrides applied."""
+    """Return the recipe of the command line, with overrides applied."""
     from ..config import distill, load, method, override, with_defaults
 
     if (args.distill is None) != (args.teacher is None):
@@ -61,10 +61,10 @@ def recipe(args: argparse.Namespace) -> DictConfig:
 
 
 def evaluate(config: DictConfig, resume: bool) -> dict:
-    """Measure the student alone: of ``train.init_checkpoint``, or of the run's last checkpoint.
+    """Evaluate the student with the weights of ``train.init_checkpoint``, or of the run's last checkpoint.
 
     Raises:
-        InputError: there is no checkpoint, or it does not fit; or its classes are not those of the test data.
+        InputError: if there is no checkpoint, it does not match, or its classes are not those of the test data.
     """
     from detectron2.config import instantiate
 
@@ -102,7 +102,7 @@ def train(config: DictConfig, resume: bool) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process does."""
+    """Train or evaluate, in each process."""
     from ..engine.launch import joined
 
     config = recipe(args)

@@ -1,14 +1,14 @@
-"""Pictures of what a recipe's detectors see: ground truth | teacher | student; and of where ICD looks.
+"""Draw the detections of a recipe: ground truth | teacher | student; or ICD's attention, or ERD's selected locations.
 
     d2kd visualize --what detections --config-file RECIPE --dataset shapes_test --output DIR \\
         --weights student=output/model_final.pth teacher=teacher.pth
     d2kd visualize --what attention --config-file output/config.yaml --dataset shapes_test --output DIR
     d2kd visualize --what selection --config-file RECIPE --dataset shapes_test --output DIR
 
-A detector is drawn if its weights are known: given here, the teacher's also by the recipe, and the student's by what
-training left in the recipe's output folder. That file holds ICD's decoder, too: ``attention`` shows, with a panel for
-each object, which cells of the teacher's levels it is recognised by. ``selection`` shows where ERD compares student and
-teacher: the locations of class logits, those of boxes, and what non-maximum suppression leaves of these.
+A detector is drawn if it has weights. The default weights are, for the teacher, those of the recipe and, for the
+student, those in the recipe's output folder, which include ICD's decoder. ``attention`` draws, for each object, the
+decoder's attention over the teacher's feature maps. ``selection`` draws the locations at which ERD compares class
+logits and boxes of student and teacher, and those of the boxes that remain after non-maximum suppression.
 """
 
 import argparse
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", nargs="+", default=[], metavar="WHO=FILE", help="WHO is student or teacher"
     )
-    parser.add_argument("--dataset", required=True, help="one that is registered or in the recipe")
+    parser.add_argument("--dataset", required=True, help="registered or in the recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--number", type=int, default=8, help="of images, spread over the data set")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of a detection")
+    parser.add_argument("--number", type=int, default=8, help="number of images, evenly spaced")
+    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of detections")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe, such as train.device=cpu")
 
 
@@ -80,15 +80,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def left_by_training(config, weights: dict[str, str]) -> str:
-    """The run's checkpoint: what was given as the student's, or what lies in the output folder."""
-    left = Path(config.train.output_dir, "model_final.pth")
-    if "student" not in weights and not left.is_file():
-        raise InputError("--weights", f"no student, and no {left}", "student=FILE")
-    return weights.get("student", str(left))
+    """Return the run's checkpoint: the student's ``--weights``, or ``model_final.pth`` of the output folder."""
+    final = Path(config.train.output_dir, "model_final.pth")
+    if "student" not in weights and not final.is_file():
+        raise InputError("--weights", f"no student, and no {final}", "student=FILE")
+    return weights.get("student", str(final))
 
 
 def give_teacher(config, weights: dict[str, str], what: str, method: str) -> None:
-    """Give the recipe's teacher the weights asked for; refuse a recipe without a teacher, or one without weights."""
+    """Set the weights of the recipe's teacher; raise InputError if there is no teacher, or no weights."""
     from ..config import is_distiller
 
     if not is_distiller(config.model):
@@ -100,7 +100,7 @@ def give_teacher(config, weights: dict[str, str], what: str, method: str) -> Non
 
 
 def icd_of(config, weights: dict[str, str]) -> tuple:
-    """The recipe's ICD loss, as trained, and the teacher it looks at."""
+    """Return the recipe's trained ICD loss and its teacher."""
     from detectron2.config import instantiate
 
     from ..config import teacher_of, without_weights
@@ -118,7 +118,7 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
 
 
 def erd_of(config, weights: dict[str, str]) -> tuple:
-    """The recipe's ERD loss and its teacher."""
+    """Return the recipe's ERD loss and its teacher."""
     from detectron2.config import instantiate
 
     from ..config import without_weights
@@ -134,9 +134,9 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
 
 
 def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
-    """Teacher, if the recipe has one with weights, and student: title -> (function of batches, names of its classes).
+    """Return title -> (function of batches, class names), for the teacher, if it has weights, and the student.
 
-    The student's are those in its file, else the recipe's, else the data set's.
+    The student's class names are those of its checkpoint, otherwise of the recipe, otherwise of the data set.
     """
     from detectron2.config import instantiate
 

@@ -1,1 +1,1 @@
-"""Pictures: detections beside each other, curves, and what ERD's and ICD's losses look at."""
+"""Visualize detections, training curves, ERD's selected locations and ICD's attention."""

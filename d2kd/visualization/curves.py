@@ -1,4 +1,4 @@
-"""Curves of losses and AP over a run's iterations."""
+"""Plots of losses and AP over the iterations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.json, one per iteration.
+    """Read a run's metrics.json, one dict per iteration.
 
-    A resumed run repeats iterations, of which the last counts; a line cut by an interruption is left out.
+    If a resumed run has repeated an iteration, the last values are used. Incomplete lines are skipped.
     """
     found: dict[int, dict] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -22,18 +22,18 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def task_loss(entry: Mapping[str, float]) -> float | None:
-    """The student's own losses in a line of metrics.json: what all methods have in common."""
+    """Return the sum of the task losses in a line of metrics.json, which all methods have."""
     own = [value for key, value in entry.items() if key.startswith("loss_")]
     return sum(own) if own else None
 
 
 def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -> None:
-    """Task loss and validation AP against iterations.
+    """Plot task loss and validation AP over the iterations.
 
     Args:
-        path: the picture.
-        metrics: method -> ``metrics.json`` of each of its runs; a colour per method, a line per run.
-        title: of the whole.
+        path: file to write.
+        metrics: method -> ``metrics.json`` of each of its runs; one colour per method, one line per run.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -48,7 +48,7 @@ def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -
             last = max(losses, default=0)
             measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
             measured = {x: y for x, y in measured.items() if y is not None}
-            label = method if number == 0 else "_"  # no legend of its own
+            label = method if number == 0 else "_"  # one legend entry per method
             loss.plot(losses.keys(), losses.values(), label=label, **style)
             ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
     loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")

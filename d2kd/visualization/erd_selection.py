@@ -1,4 +1,4 @@
-"""Pictures of elastic selection: the locations where ERD compares a student with the old detector."""
+"""Visualize elastic response selection: the locations where ERD compares student and teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..modeling import Teacher
 from .panels import Scene, marked, save_pictures, scenes, side_by_side
 
 TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
-"""What is selected, as the pictures call it."""
+"""Field of the selection -> title of its panel."""
 
 
 def draw_selection(
@@ -28,20 +28,20 @@ def draw_selection(
     mapper: Callable[[dict], dict],
     number: int,
 ) -> list[Path]:
-    """Ground truth and the selected locations, for images spread evenly over a data set.
+    """Draw ground truth and selected locations for evenly spaced images of a data set.
 
-    A location is a dot, in a colour for each level and larger on coarser ones.
+    Each location is a dot, with one colour per level and a larger size on coarser levels.
 
     Args:
-        folder: where to write them.
+        folder: output folder.
         dataset: a registered data set.
-        loss: that was bound to student and teacher.
-        teacher: the old detector.
-        mapper: makes an input of a dataset dict, as for evaluation.
-        number: of images.
+        loss: an ERD loss that is set up for student and teacher.
+        teacher: the teacher, a detector of the old classes.
+        mapper: a dataset mapper for evaluation.
+        number: number of images.
 
     Raises:
-        InputError: the data set is not registered, or an image cannot be read.
+        InputError: if the data set is not registered, or an image cannot be read.
     """
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
@@ -55,7 +55,7 @@ def draw_selection(
 
 
 def _old_and_new(loss: ERDLoss, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The student's classes that the teacher knows, and the others; without names it has the data set's first ones."""
+    """Return the student's classes that the teacher has, and the others. By default, the first ones are old."""
     known: Sequence[int] = range(loss.num_old_classes)
     names = names[: loss.num_classes]
     if loss.class_map is not None:
@@ -65,7 +65,7 @@ def _old_and_new(loss: ERDLoss, names: Sequence[str]) -> tuple[list[str], list[s
 
 
 def add_selection(scene: Scene, loss: ERDLoss, teacher: Teacher) -> None:
-    """Add a panel for each of :data:`TITLES`, with the number of locations in its title."""
+    """Add a panel for each of :data:`TITLES`, with the number of locations in the title."""
     outputs = teacher.ask(scene.batch)
     with torch.no_grad():
         selection = loss.select(outputs, loss.answer(outputs, "of_teacher"))

@@ -1,6 +1,6 @@
-"""Where ICD's decoder looks: each object's attention over the teacher's pyramid, drawn on the picture.
+"""Visualize the attention of ICD's decoder over the teacher's feature pyramid, for each object.
 
-Letters: K objects of an image; R rows, the heads of all layers of the decoder; (H, W) cells of a level.
+Notation: K: objects of an image; R: rows, the heads of all layers of the decoder; (H, W): cells of a level.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
 from .panels import GAP, save_pictures, scenes, title_strip
 
-TILE = 160  # longer side of one of a panel's pictures, in pixels
+TILE = 160  # longer side of each image in a panel, in pixels
 HEAT = np.array([255, 190, 0])
 
 
 def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: str) -> ICDLoss:
-    """The ICD loss of a recipe as a run has trained it.
+    """Build a recipe's ICD loss and load its weights from a checkpoint.
 
     Args:
         model: the recipe's ``model`` node.
-        student, teacher: built of it; the student's weights do not matter.
-        weights: a checkpoint of the run, such as ``model_final.pth``: it holds what the losses have learned.
+        student, teacher: the models of the recipe. The student's weights are not used.
+        weights: a checkpoint of the run, such as ``model_final.pth``, which includes the weights of the losses.
 
     Raises:
-        InputError: the recipe has no such loss, or the checkpoint holds none or another.
+        InputError: if the recipe has no ICD loss, or the checkpoint has none or a different one.
     """
     named = [
         name
@@ -59,7 +59,7 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
     node = copy.deepcopy(model.losses[named[0]])
     node.priors = None
     loss = instantiate(node)
-    # Of what fakes are drawn does not matter here, where there are none.
+    # The priors are not used, because no negatives are sampled here.
     loss.priors = InstancePriors.unknown(num_classes_of(student))
     loss.scale = teacher.scale
     loss.bind(student, teacher.detector)
@@ -75,29 +75,29 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
 
 @dataclass(frozen=True)
 class Attention:
-    """How much the decoder reads in each cell, for each object of an image.
+    """The decoder's attention weights for the objects of an image.
 
     Attributes:
-        levels: level -> ``(K, R, H, W)``; over all levels a row of an object sums to 1.
-        extent: how many heights and widths of the image the levels cover, padding included; 1 or more.
+        levels: level -> (K, R, H, W) weights. For each object and row, all levels together sum to 1.
+        extent: padded height and width that the levels cover, in units of the image's; at least 1.
     """
 
     levels: dict[str, np.ndarray]
     extent: tuple[float, float]
 
     def of_object(self, k: int) -> Attention:
-        """That of object k alone, K = 1."""
+        """Return the attention of object k, with K = 1."""
         return Attention({level: x[k : k + 1] for level, x in self.levels.items()}, self.extent)
 
     def shares(self, k: int) -> dict[str, float]:
-        """Level -> how much of object k's attention is there, on average over the rows."""
+        """Return, for each level, the fraction of object k's attention, averaged over the rows."""
         return {level: float(x[k].sum((-1, -2)).mean()) for level, x in self.levels.items()}
 
     def inside(self, box: np.ndarray) -> np.ndarray:
-        """How much of the attention is in a box, ``(K, R)``; a cell counts by the part of it that the box covers.
+        """Return the fraction of the attention inside a box, (K, R). Cells are weighted by the covered area.
 
         Args:
-            box: XYXY in widths and heights of the image.
+            box: XYXY, relative to the width and height of the image.
         """
         x0, y0, x1, y1 = box
 
@@ -118,7 +118,7 @@ class Attention:
         )
 
     def on_picture(self, level: str, size: tuple[int, int]) -> np.ndarray:
-        """The cells of a level under each pixel of a picture of the image: ``(K, R, *size)``."""
+        """Upsample a level to an image of ``size`` (height, width) by nearest neighbour: (K, R, *size)."""
         cells = self.levels[level]
         rows, columns = (
             ((np.arange(n) + 0.5) / n / covered * count).astype(int)
@@ -127,7 +127,7 @@ class Attention:
         return cells[..., rows[:, None], columns]
 
     def density(self, size: tuple[int, int]) -> np.ndarray:
-        """All levels together, by pixel instead of by cell: ``(K, R, *size)``, 1 on average or less."""
+        """Return the attention per area, summed over levels: (K, R, *size), with a mean of at most 1."""
         height, width = self.extent
         return sum(
             self.on_picture(level, size) * (cells.shape[-2] * cells.shape[-1] / height / width)
@@ -136,13 +136,13 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What was drawn, and how well the attention points at the objects.
+class AttentionPictures:
+    """The pictures, and how much attention is on the objects.
 
     Attributes:
-        files: one for each image.
-        inside: the share of an object's attention that is in its box, on average over objects and rows.
-        by_chance: the same of attention that is even over the image: the share that a box covers.
+        files: one picture per image.
+        inside: fraction of an object's attention inside its box, averaged over objects and rows.
+        by_chance: the same for uniform attention, which is the fraction of the image that a box covers.
     """
 
     files: list[Path]
@@ -152,53 +152,53 @@ class Drawn:
 
 @torch.no_grad()
 def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Instances) -> Attention:
-    """The attention of an image's objects, asked without jitter.
+    """Compute the attention of an image's objects, with queries without jitter.
 
     Args:
-        batch: one image as the student's loader gives it.
+        batch: a batch of one image, from the student's loader.
         truth: its objects, at least one: ``gt_boxes`` in pixels of ``truth.image_size``, and ``gt_classes``.
 
     Raises:
-        InputError: an object's class is none of the student's.
+        InputError: if an object's class is not one of the student's.
     """
-    said = teacher.ask(batch)
-    # The objects as the student is asked about them; the teacher's own image may be larger.
+    outputs = teacher.ask(batch)
+    # Boxes in pixels of the student's image, as in training; the teacher's image may be larger.
     height, width = batch[0]["image"].shape[-2:]
     gt = Instances((height, width))
     gt.gt_boxes = Boxes(truth.gt_boxes.tensor.clone())
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
     gt.gt_classes = truth.gt_classes
-    maps = {level: said.features[match].float() for level, match in loss.levels.items()}
-    padded = said.images.tensor.shape[-2:]
+    maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
+    padded = outputs.images.tensor.shape[-2:]
     cells, sizes = tokens(maps.values()), [x.shape[-2:] for x in maps.values()]
-    valid = valid_cells(said.images.image_sizes, padded, sizes, cells.device)
+    valid = valid_cells(outputs.images.image_sizes, padded, sizes, cells.device)
     positions = CellPositions.of(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
     queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
-    (asked, places), rows = loss.encoded(queries), []
+    (x, query_positions), rows = loss.encoded(queries), []
     for layer in loss.decoder:
-        rows.append(layer.logits(asked, cells, positions, valid, places)[0].softmax(-1))
-        asked = layer(asked, cells, positions, valid, query_positions=places).queries
+        rows.append(layer.logits(x, cells, positions, valid, query_positions)[0].softmax(-1))
+        x = layer(x, cells, positions, valid, query_positions=query_positions).queries
     split = torch.cat(rows).transpose(0, 1).split([h * w for h, w in sizes], dim=-1)
     levels = {
         level: part.unflatten(-1, size).cpu().numpy()
         for level, part, size in zip(maps, split, sizes)
     }
-    own_height, own_width = said.images.image_sizes[0]
+    own_height, own_width = outputs.images.image_sizes[0]
     return Attention(levels, (padded[0] / own_height, padded[1] / own_width))
 
 
 def attention_panel(
     image: np.ndarray, attention: Attention, box: np.ndarray, title: str
 ) -> np.ndarray:
-    """What an object is recognised by: from above the mean of all rows, then each; from the left all levels, then each.
+    """Draw the attention of one object. The first row is the mean over rows, the first column is over all levels.
 
-    The brightest cell of a row is its largest over all levels; the first column has a scale of its own.
+    Brightness is relative to the largest weight of a row over all levels, and in the first column to its own maximum.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        attention: of that object alone.
-        box: of the object, XYXY in pixels of ``image``.
+        attention: attention of this object, with K = 1.
+        box: its box, XYXY in pixels of ``image``.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -209,7 +209,7 @@ def attention_panel(
     levels = [attention.on_picture(level, size)[0] for level in attention.levels]
     shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
     shown = np.concatenate([shown.mean(0, keepdims=True), shown])
-    # The largest of all cells, also of those that so small a picture leaves out.
+    # The maximum over all cells, including those that the small image skips.
     cells = np.stack([x[0].max((-1, -2)) for x in attention.levels.values()])
     mean = max(x[0].mean(0).max() for x in attention.levels.values())
     brightest = np.concatenate([[mean], cells.max(0)])
@@ -244,19 +244,19 @@ def draw_attention(
     teacher: Teacher,
     mapper: Callable[[dict], dict],
     number: int,
-) -> Drawn:
-    """A picture for each of some images with objects, spread evenly over a data set: a panel for each object.
+) -> AttentionPictures:
+    """Draw the attention for evenly spaced images with objects, one picture per image and one panel per object.
 
     Args:
-        folder: where to write them.
+        folder: output folder.
         dataset: a registered data set.
-        loss: of :func:`load_icd`.
-        mapper: makes an input of a dataset dict, as for evaluation.
-        number: of images.
+        loss: the result of :func:`load_icd`.
+        mapper: a dataset mapper for evaluation.
+        number: number of images.
 
     Raises:
-        InputError: the data set is not registered or has no objects, an image cannot be read, or an object's
-            class is none of the student's.
+        InputError: if the data set is not registered or has no objects, an image cannot be read, or an object's
+            class is not one of the student's.
     """
     check_dataset(dataset)
     metadata = MetadataCatalog.get(dataset)
@@ -266,7 +266,7 @@ def draw_attention(
         if any(not one.get("iscrowd", 0) for one in record.get("annotations", ()))
     ]
     if not records:
-        raise InputError(dataset, "no annotated object", "images with objects to ask about")
+        raise InputError(dataset, "no annotated object", "images with objects")
     names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
     for scene in scenes(spread(records, number), mapper):
         truth = scene.panels["ground truth"]
@@ -282,11 +282,11 @@ def draw_attention(
             panels.append(attention_panel(scene.image, own, box, title))
         drawn[scene.name] = _grid(panels)
     files = save_pictures(folder, drawn)
-    return Drawn(files, float(np.mean(inside)), float(np.mean(by_chance)))
+    return AttentionPictures(files, float(np.mean(inside)), float(np.mean(by_chance)))
 
 
 def _grid(panels: list[np.ndarray]) -> np.ndarray:
-    """Panels of one size in rows, about as wide together as high."""
+    """Arrange panels of equal size in a grid that is about square."""
     height, width = (side + GAP for side in panels[0].shape[:2])
     columns = min(len(panels), max(1, math.ceil(math.sqrt(len(panels) * height / width))))
     rows = math.ceil(len(panels) / columns)

@@ -1,8 +1,7 @@
-"""Ground truth | teacher | student: what several detectors see in one image, side by side.
+"""Draw the detections of several detectors side by side: ground truth | teacher | student.
 
-One function draws, :func:`side_by_side`; the training hook, the study and ``d2kd visualize`` call it with
-whatever panels they have. Around it: what turns Detectron2's records (dataset dicts, COCO results) into the
-:class:`Instances` it draws, the choice of images in which two detectors differ, and the curves of runs.
+The training hook, studies and ``d2kd visualize`` all draw with :func:`side_by_side`. Other functions convert
+dataset dicts and COCO results to :class:`Instances`, and select images in which two detectors differ.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import spread
 
-# Shorter side of a panel, in pixels: below it the labels of an 8 px object cannot be read. Larger images stay as they are.
+# Smaller images are enlarged to this shorter side, in pixels, so that the labels of an 8 px object are legible.
 LEGIBLE_SIDE = 480
 STRIP = 30  # height of the title strip
 GAP = 6  # between two panels
 
-# Ten hues that stay apart on textures and for most colour-blind eyes; class k has the same in every panel.
+# Ten colours that can be distinguished on textures and by most colour-blind people; class k has the same in all panels.
 COLORS = np.array(
     [
         [230, 159, 0],
@@ -53,16 +52,16 @@ def side_by_side(
     threshold: float = 0.5,
     longest: int | None = None,
 ) -> np.ndarray:
-    """Draw the same image once per panel, each with its own boxes and a title strip.
+    """Draw an image once per panel, each with its boxes and a title.
 
     Args:
-        image: (H, W, 3) RGB, or gray as (H, W) or (H, W, 1); uint8, or anything whose values are in 0..255.
+        image: (H, W, 3) RGB, or gray as (H, W) or (H, W, 1); values in [0, 255] of any type.
         panels: title -> instances in pixels of ``image``: ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``,
             ``pred_classes`` and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots.
-        metadata: Detectron2's metadata of the data set, for ``thing_classes``; or a mapping title -> metadata where a
-            detector has a class list of its own. A class without a name is drawn as its number.
-        threshold: predictions below this score are left out; ground truth has no score and is always drawn.
-        longest: side of a panel, in pixels, to which larger ones are shrunk.
+        metadata: metadata with ``thing_classes``; or a mapping title -> metadata, if detectors have different classes.
+            The label of a class without a name is its index.
+        threshold: minimum score of predictions. Ground truth is always drawn.
+        longest: maximum size of the longer side of a panel, in pixels.
 
     Returns:
         (H', W', 3) uint8 RGB, the panels from left to right.
@@ -74,7 +73,7 @@ def side_by_side(
     if longest is not None:
         scale = min(scale, longest / max(image.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    # Nearest for what is enlarged: the student was shown these pixels, not smooth ones.
+    # Enlarge by nearest neighbour, to show the pixels that the student was given.
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     scaled = np.asarray(Image.fromarray(image).resize((width, height), resampling))
     columns = []
@@ -89,7 +88,7 @@ def side_by_side(
 
 
 def ground_truth(annotations: Iterable[Mapping], image_size: tuple[int, int]) -> Instances:
-    """The annotations of a dataset dict as instances; crowd regions are no single object and are left out.
+    """Convert the annotations of a dataset dict to instances, without crowd regions.
 
     Args:
         annotations: ``dataset_dict["annotations"]``.
@@ -106,12 +105,12 @@ def ground_truth(annotations: Iterable[Mapping], image_size: tuple[int, int]) ->
 def predictions(
     results: Iterable[Mapping], image_size: tuple[int, int], class_of: Mapping[int, int]
 ) -> Instances:
-    """The rows of one image in a COCO results file as instances.
+    """Convert the COCO results of one image to instances.
 
     Args:
         results: dicts with ``bbox`` (XYWH), ``score`` and ``category_id``.
         image_size: (height, width).
-        class_of: category id -> contiguous class (``metadata.thing_dataset_id_to_contiguous_id``).
+        class_of: category id -> class index (``metadata.thing_dataset_id_to_contiguous_id``).
     """
     results = list(results)
     boxes = [BoxMode.convert(r["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for r in results]
@@ -127,7 +126,7 @@ def predictions(
 def found_objects(
     truth: Instances, predicted: Instances, threshold: float, iou: float = 0.5
 ) -> int:
-    """How many objects are found: matched at IoU >= ``iou`` by a detection of their class, best scores first."""
+    """Count the objects matched at IoU >= ``iou`` by a detection of their class, highest scores first."""
     order = predicted.scores.argsort(descending=True)
     predicted = predicted[order[predicted.scores[order] >= threshold]]
     overlap = pairwise_iou(truth.gt_boxes, predicted.pred_boxes)
@@ -135,7 +134,7 @@ def found_objects(
     count = 0
     for column in range(len(predicted)):
         if len(truth) and overlap[:, column].max() >= iou:
-            overlap[overlap[:, column].argmax()] = -1  # an object is found once
+            overlap[overlap[:, column].argmax()] = -1  # an object is matched once
             count += 1
     return count
 
@@ -143,22 +142,22 @@ def found_objects(
 def draw_differences(
     folder: Path, dataset: str, results: Mapping[str, Path], number: int, threshold: float
 ) -> list[Path]:
-    """Ground truth | … | baseline | student for the images in which the last two differ most.
+    """Draw ground truth | … | baseline | student for the images in which the last two differ most.
 
-    An image's score is the difference between the numbers of objects the two find (:func:`found_objects`),
-    *whichever finds more*: losses belong in the pictures as much as gains.
+    Images are ranked by the absolute difference between the numbers of objects that the two detectors find, see
+    :func:`found_objects`, so gains and losses are shown alike.
 
     Args:
-        folder: where to write them; pictures of an earlier call go.
+        folder: output folder; pictures of an earlier call are deleted.
         dataset: a registered data set.
-        results: title -> ``coco_instances_results.json`` of that detector, the last two being those compared.
-        number: of images.
-        threshold: score from which a detection counts, and is drawn.
+        results: title -> ``coco_instances_results.json`` of a detector; the last two are compared.
+        number: number of images.
+        threshold: minimum score of a detection, to be counted and drawn.
     """
-    records = DatasetCatalog.get(dataset)  # first: loading tells the metadata its category ids
+    records = DatasetCatalog.get(dataset)  # first, because this adds category ids to the metadata
     metadata = MetadataCatalog.get(dataset)
     class_of = metadata.get("thing_dataset_id_to_contiguous_id")
-    if class_of is None:  # COCOEvaluator then numbers categories as classes
+    if class_of is None:  # COCOEvaluator then uses class indices as category ids
         class_of = {i: i for i in range(len(metadata.thing_classes))}
     by_image = {title: _by_image(path) for title, path in results.items()}
     scored = []
@@ -172,7 +171,7 @@ def draw_differences(
         found = {t: found_objects(truth, p, threshold) for t, p in seen.items()}
         baseline, student = list(found.values())[-2:]
         scored.append((abs(student - baseline), record, truth, seen, found))
-    scored.sort(key=lambda entry: -entry[0])  # stable: ties stay in the data set's order
+    scored.sort(key=lambda entry: -entry[0])  # stable: ties are in the data set's order
 
     for old in folder.glob("*.png"):
         old.unlink()
@@ -187,7 +186,7 @@ def draw_differences(
 
 
 def save_pictures(folder: Path, drawn: Mapping[str, np.ndarray]) -> list[Path]:
-    """Write pictures (H, W, 3) as PNG, by name without its suffix; returns the files."""
+    """Write pictures, file name without suffix -> (H, W, 3), as PNG, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
@@ -203,13 +202,13 @@ def _by_image(path: Path) -> dict[Any, list[dict]]:
 
 @dataclass
 class Scene:
-    """An image to be drawn, and its panels so far.
+    """An image and the panels to draw.
 
     Attributes:
-        name: its place among the scenes and its file's name, such as ``"01_000139"``.
+        name: number of the scene and name of the image file, such as ``"01_000139"``.
         image: (H, W, 3) uint8 RGB.
-        batch: what detectors are given of it, a list of one dict.
-        panels: title -> instances in pixels of ``image``; ``"ground truth"`` comes first.
+        batch: the detectors' inputs, a list of one dict.
+        panels: title -> instances in pixels of ``image``; ``"ground truth"`` is the first.
     """
 
     name: str
@@ -218,23 +217,23 @@ class Scene:
     panels: dict[str, Instances]
 
     def add(self, title: str, detector: Callable[[list[dict]], list[dict]]) -> None:
-        """Add the panel of what a detector in ``eval()``, or another function of batches, sees."""
+        """Add a panel with the outputs of a detector in eval mode, or of another function of batches."""
         with torch.no_grad():
-            [seen] = detector(self.batch)
-        self.panels[title] = seen["instances"].to("cpu")
+            [output] = detector(self.batch)
+        self.panels[title] = output["instances"].to("cpu")
 
 
 def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[Scene]:
-    """The images of dataset dicts, with their ground truth.
+    """Iterate over the images of dataset dicts, with their ground truth.
 
     Args:
-        records: the dataset dicts, whose annotations are the ground truth.
-        mapper: makes an input of a dataset dict, as for evaluation.
+        records: dataset dicts with annotations.
+        mapper: a dataset mapper for evaluation.
 
     Raises:
-        InputError: there is no record, or an image cannot be read.
+        InputError: if there is no record, or an image cannot be read.
     """
-    # All of them in whatever process: one may draw while the others train.
+    # Not split over processes: one may draw while the others train.
     loader = build_test_loader(records, mapper=mapper, sampler=range(len(records)))
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         image = read_image(record["file_name"], "RGB")
@@ -246,12 +245,12 @@ def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[
 def described(
     metadata, classes: Mapping[str, Sequence[str] | None], num_old_classes: int = 0
 ) -> dict[str, Metadata | None]:
-    """Metadata by panel: the data set's for the ground truth, for each detector its own.
+    """Return the metadata of each panel: of the data set for the ground truth, of the detector otherwise.
 
     Args:
-        metadata: the data set's.
-        classes: a detector's title -> names in its order; None where nothing tells them, and numbers are drawn.
-        num_old_classes: of the student's, the first ones, which its teacher has, too.
+        metadata: metadata of the data set.
+        classes: title -> class names of the detector, or None to draw class indices.
+        num_old_classes: number of the student's old classes, which are the first ones.
     """
     old: Sequence[str] = ()
     new: Sequence[str] = ()
@@ -265,7 +264,7 @@ def described(
 def marked(
     names: Sequence[str] | None, old: Collection[str], new: Collection[str]
 ) -> Metadata | None:
-    """Metadata with "old" or "new" after the classes that a student learns in steps; None where there are no names."""
+    """Return metadata with "(old)" or "(new)" after the names of these classes; None if there are no names."""
     if not names:
         return None
     marks = dict.fromkeys(old, " (old)") | dict.fromkeys(new, " (new)")
@@ -281,20 +280,19 @@ def draw_detections(
     threshold: float,
     num_old_classes: int = 0,
 ) -> list[Path]:
-    """Ground truth and what detectors see, for images spread evenly over a data set.
+    """Draw ground truth and detections for evenly spaced images of a data set.
 
     Args:
-        folder: where to write them.
+        folder: output folder.
         dataset: a registered data set.
-        detectors: title -> a function of batches, such as a detector in ``eval()``, and the names of its classes, see
-            :func:`described`.
-        mapper: makes an input of a dataset dict, as for evaluation.
-        number: of images.
-        threshold: lowest score to draw.
+        detectors: title -> (detector in eval mode or other function of batches, class names as in :func:`described`).
+        mapper: a dataset mapper for evaluation.
+        number: number of images.
+        threshold: minimum score to draw.
         num_old_classes: see :func:`described`.
 
     Raises:
-        InputError: the data set is not registered, or an image cannot be read.
+        InputError: if the data set is not registered, or an image cannot be read.
     """
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
@@ -302,8 +300,8 @@ def draw_detections(
     metadata = described(MetadataCatalog.get(dataset), classes, num_old_classes)
     drawn = {}
     for scene in scenes(spread(records, number), mapper):
-        for title, (see, _) in detectors.items():
-            scene.add(title, see)
+        for title, (detector, _) in detectors.items():
+            scene.add(title, detector)
         drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata, threshold)
     return save_pictures(folder, drawn)
 
@@ -311,8 +309,8 @@ def draw_detections(
 def _draw(
     image: np.ndarray, instances: Instances, metadata, threshold: float, scale: float
 ) -> np.ndarray:
-    """One panel: boxes of ``instances``, scaled, on ``image``."""
-    # Late: it brings matplotlib, which takes a second, and the trainer imports this module.
+    """Draw the boxes of ``instances``, scaled, on a copy of ``image``."""
+    # Imported here because matplotlib takes a second to import, and the trainer imports this module.
     from detectron2.utils.visualizer import Visualizer
 
     instances = instances.to("cpu")
@@ -329,7 +327,7 @@ def _draw(
     boxes = boxes[shown].detach().numpy() * scale
     colors = [COLORS[classes[i] % len(COLORS)] / 255 for i in shown]
     visualizer = Visualizer(image)
-    # overlay_instances alone draws them half transparent: too faint on textures.
+    # overlay_instances alone draws boxes half transparent, which is too faint on textures.
     for box, color in zip(boxes, colors):
         visualizer.draw_box(box, alpha=1.0, edge_color=color)
     labels = [_label(classes[i], scores[i], names) for i in shown]
@@ -338,7 +336,7 @@ def _draw(
 
 
 def _dots(image: np.ndarray, instances: Instances, scale: float) -> np.ndarray:
-    """Locations on the image, from fine to coarse levels in other colours and sizes."""
+    """Draw locations as dots, with one colour and size per level."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     for (x, y), level in zip((instances.locations * scale).tolist(), instances.levels.tolist()):
@@ -354,7 +352,7 @@ def _label(index: int, score: float | None, names: Sequence[str] | None) -> str:
 
 
 def title_strip(title: str, width: int) -> np.ndarray:
-    """The title on a dark strip, in the largest size that fits."""
+    """Draw a title on a dark strip, in the largest font size that fits."""
     strip = Image.new("RGB", (width, STRIP), (32, 34, 40))
     draw = ImageDraw.Draw(strip)
     for size in (18, 16, 14, 12, 10, 8):
@@ -377,5 +375,5 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _matrix(boxes: Sequence[Sequence[float]]) -> torch.Tensor:
-    """(N, 4), also where N is 0."""
+    """Convert boxes to (N, 4), even if N is 0."""
     return torch.tensor(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))

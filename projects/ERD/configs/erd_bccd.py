@@ -1,4 +1,4 @@
-"""ERD on blood cells: platelets after red and white cells."""
+"""ERD on blood cells, second increment: platelets, after red and white cells."""
 
 from detectron2.config import LazyCall as L
 

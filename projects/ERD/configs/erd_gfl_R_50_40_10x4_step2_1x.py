@@ -1,4 +1,4 @@
-"""ERD on COCO, 40+10x4, step 2: from the student of step 1."""
+"""ERD on COCO, 40+10x4, increment 2: from the student of increment 1."""
 
 from detectron2.config import LazyCall as L
 

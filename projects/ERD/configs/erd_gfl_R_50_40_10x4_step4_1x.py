@@ -1,4 +1,4 @@
-"""ERD on COCO, 40+10x4, step 4: from the student of step 3."""
+"""ERD on COCO, 40+10x4, increment 4: from the student of increment 3."""
 
 from detectron2.config import LazyCall as L
 

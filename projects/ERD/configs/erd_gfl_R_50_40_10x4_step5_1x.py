@@ -1,4 +1,4 @@
-"""ERD on COCO, 40+10x4, step 5: from the student of step 4."""
+"""ERD on COCO, 40+10x4, increment 5: from the student of increment 4."""
 
 from detectron2.config import LazyCall as L
 

@@ -1,4 +1,4 @@
-"""ERD on COCO, 40+20+20, step 3: from the student of step 2."""
+"""ERD on COCO, 40+20+20, increment 3: from the student of increment 2."""
 
 from detectron2.config import LazyCall as L
 

@@ -1,4 +1,4 @@
-"""ERD on the generated shapes: the other four after those of ``gfl_shapes_first_half.py``."""
+"""ERD on generated shapes, second increment: four more classes, after those of ``gfl_shapes_first_half.py``."""
 
 from detectron2.config import LazyCall as L
 

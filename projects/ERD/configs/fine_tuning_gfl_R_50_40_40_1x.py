@@ -1,4 +1,4 @@
-"""COCO, 40+40, the last 40 classes learned without the old detector: what ERD is to prevent."""
+"""Fine-tuning on the last 40 classes of COCO, 40+40, without a teacher: the baseline of ERD."""
 
 from .common.coco import coco_step
 

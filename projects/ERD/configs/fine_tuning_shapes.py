@@ -1,4 +1,4 @@
-"""The other four shapes learned without the old detector: what ERD is to prevent."""
+"""Fine-tuning on the last four classes of generated shapes, without a teacher: the baseline of ERD."""
 
 from d2kd.config import increment
 

@@ -1,4 +1,4 @@
-"""GFL R-50 FPN on the first 50 of COCO's classes: step 1 of 50+30."""
+"""GFL R-50 FPN on the first 50 classes of COCO: increment 1 of 50+30."""
 
 from .common.coco import coco_step
 

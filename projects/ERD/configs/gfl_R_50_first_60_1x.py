@@ -1,4 +1,4 @@
-"""GFL R-50 FPN on the first 60 of COCO's classes: step 1 of 60+20."""
+"""GFL R-50 FPN on the first 60 classes of COCO: increment 1 of 60+20."""
 
 from .common.coco import coco_step
 

@@ -1,4 +1,4 @@
-"""GFL R-50 FPN on the first 70 of COCO's classes: step 1 of 70+10."""
+"""GFL R-50 FPN on the first 70 classes of COCO: increment 1 of 70+10."""
 
 from .common.coco import coco_step
 

@@ -1,4 +1,4 @@
-"""A thin GFL on red and white blood cells: step 1, before platelets."""
+"""A small GFL on red and white blood cells: the first increment, before platelets."""
 
 from d2kd.config import increment
 

@@ -1,4 +1,4 @@
-"""A thin GFL on the first four of the generated shapes: step 1 of 4+4.
+"""A small GFL on the first four classes of generated shapes: increment 1 of 4+4.
 
 d2kd train --config-file projects/ERD/configs/gfl_shapes_first_half.py
 """

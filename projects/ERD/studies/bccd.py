@@ -1,6 +1,6 @@
-"""Blood cells in two steps: platelets after red and white cells. D2KD_BCCD names the folder of the data.
+"""Incremental detection of blood cells: platelets after red and white cells. D2KD_BCCD is the folder of the data.
 
-Nothing is chosen on ``test``, which is read once, by a run's last weights.
+No setting is chosen on ``test``, on which only the final weights are evaluated.
 """
 
 from d2kd.config import get_config

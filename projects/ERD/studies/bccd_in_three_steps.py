@@ -1,4 +1,4 @@
-"""Blood cells one class at a time: red cells, white cells, platelets."""
+"""Incremental detection of blood cells, one class at a time: red cells, white cells, platelets."""
 
 from d2kd.config import get_config
 

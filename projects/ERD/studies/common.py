@@ -1,4 +1,4 @@
-"""What the studies here have in common: a detector that learns in steps, by several methods, and all at once."""
+"""The runs shared by ERD's studies: a detector that learns classes in increments by several methods, or all at once."""
 
 from detectron2.config import LazyCall as L
 
@@ -10,22 +10,22 @@ METHODS = {
     "lwf": lambda: L(DistillLosses)(lwf=L(LwFLoss)()),
     "erd": lambda: L(DistillLosses)(erd=L(ERDLoss)()),
 }
-# Ablations run where they are named.
+# Ablations run only if they are selected by name.
 ABLATIONS = {
     "erd_with_stride": lambda: L(DistillLosses)(erd=L(ERDLoss)(decode_with_stride=True)),
 }
 
 
 def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
-    """The runs: the first step, each method's other steps, everything at once.
+    """Return the runs: the first increment, the other increments with each method, and all classes at once.
 
-    "everything" takes as long as a step; "everything_longer", which runs where it is named, as long as all of them.
+    "everything" is trained as long as one increment; "everything_longer", an optional run, as long as all increments.
 
     Args:
-        baseline: the recipe of all classes, by name.
-        split, number: see :func:`d2kd.data.split_classes`, and how many steps that are.
-        steps: of training, of each run.
-        methods: names of ``METHODS`` and ``ABLATIONS``.
+        baseline: name of the recipe that trains all classes.
+        split, number: the split, see :func:`d2kd.data.split_classes`, and its number of increments.
+        steps: iterations of each run.
+        methods: names in ``METHODS`` and ``ABLATIONS``.
     """
 
     def recipe(step=None, losses=None, steps=steps):
@@ -51,7 +51,7 @@ def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
 
 
 def study_of(title, test, split, number, **options):
-    """The study of these runs, that compares with fine-tuning."""
+    """Return the study of these runs, with fine-tuning as the baseline."""
     last = "" if number == 2 else f"_step{number}"
     return dict(
         title=title,

@@ -1,6 +1,6 @@
-"""How good is GFL? Beside a RetinaNet of the same thin backbone and the same schedule, on the generated shapes.
+"""Compare GFL with a RetinaNet of the same small backbone and the same schedule, on generated shapes.
 
-Both learn alone. Each one's learning rate is the best of the same four on ``shapes_val``, with another seed.
+There is no teacher. Each learning rate is the best of the same four on ``shapes_val``, with another seed.
 """
 
 from ....configs.common.study import fast_shapes, thin

@@ -1,8 +1,8 @@
-"""How much of four generated shapes is forgotten while the other four are learned?
+"""Measure how much a detector forgets of four classes of generated shapes while it learns four more.
 
-A thin GFL learns four classes, and then four more from images in which only these are labelled: by fine-tuning, with
-all old logits kept (LwF, our port), by ERD. Beside them the same detector learns all eight at once. The schedule is cut
-to fit one seed into twenty minutes on two cores.
+A small GFL learns four classes, then four more from images in which only these are labelled, with fine-tuning, LwF or
+ERD. For comparison, the same detector learns all eight at once. The schedule is short, so that one seed takes twenty
+minutes on two cores.
 """
 
 from ....configs.common.study import fast_shapes

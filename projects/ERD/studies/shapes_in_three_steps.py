@@ -1,4 +1,4 @@
-"""The question of ``shapes.py`` in three steps, 4+2+2: each step's student is the next one's teacher."""
+"""The study of ``shapes.py`` in three increments, 4+2+2: each student is the teacher of the next increment."""
 
 from ....configs.common.study import fast_shapes
 from .common import in_steps, study_of

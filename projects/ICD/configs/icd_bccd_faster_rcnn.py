@@ -1,4 +1,4 @@
-"""ICD on blood cells: Faster R-CNN, from a teacher that ``studies/bccd_faster_rcnn.py`` has trained.
+"""ICD on blood cells: Faster R-CNN, with the teacher of ``studies/bccd_faster_rcnn.py``.
 
 D2KD_BCCD=…/BCCD d2kd train --config-file projects/ICD/configs/icd_bccd_faster_rcnn.py
 """
@@ -18,4 +18,4 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
 )
 
 model.teacher.detector.roi_heads.num_classes = 3
-model.losses.icd.levels = None  # all that match
+model.losses.icd.levels = None  # all common levels

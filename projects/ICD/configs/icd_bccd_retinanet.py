@@ -1,4 +1,4 @@
-"""ICD on blood cells: RetinaNet, from a teacher that ``studies/bccd_retinanet.py`` has trained.
+"""ICD on blood cells: RetinaNet, with the teacher of ``studies/bccd_retinanet.py``.
 
 D2KD_BCCD=…/BCCD d2kd train --config-file projects/ICD/configs/icd_bccd_retinanet.py
 """
@@ -18,4 +18,4 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
 )
 
 model.teacher.detector.num_classes = 3
-model.losses.icd.levels = None  # all that match
+model.losses.icd.levels = None  # all common levels

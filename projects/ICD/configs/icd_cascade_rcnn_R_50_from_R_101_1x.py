@@ -1,4 +1,4 @@
-"""ICD on COCO: Cascade R-CNN R-50 FPN, 1x, from R-101 FPN. No figure of it is published.
+"""ICD on COCO: Cascade R-CNN R-50 FPN, 1x, from R-101 FPN. There is no published result.
 
 The model zoo has no Cascade R-CNN R-101: ``baselines/cascade_rcnn_R_101_FPN_3x.py`` trains one.
 """

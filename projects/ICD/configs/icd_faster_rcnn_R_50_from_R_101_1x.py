@@ -1,4 +1,4 @@
-"""ICD on COCO: Faster R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN. Published: 37.9 alone, 40.9 so."""
+"""ICD on COCO: Faster R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN. Published AP: 37.9 without and 40.9 with ICD."""
 
 from d2kd.config import distill, method
 

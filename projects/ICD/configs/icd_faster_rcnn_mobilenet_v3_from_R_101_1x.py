@@ -1,6 +1,6 @@
 """ICD on COCO: Faster R-CNN MobileNetV3-Large FPN, 1x, from the zoo's R-101 FPN.
 
-Lateral convolutions read other widths than the teacher's and are not inherited; the log names them.
+The lateral convolutions have other input channels than the teacher's and are not inherited; the log lists them.
 """
 
 from d2kd.config import distill, method

@@ -1,6 +1,6 @@
 """ICD on COCO: Mask R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN.
 
-Published: 38.6 box and 35.2 mask AP alone, 41.2 and 37.4 so.
+Published: box AP 38.6 without and 41.2 with ICD, mask AP 35.2 and 37.4.
 """
 
 from d2kd.config import distill, method

@@ -1,4 +1,4 @@
-"""ICD on COCO: RetinaNet R-50 FPN, 1x, from the zoo's R-101 FPN. Published: 37.4 alone, 40.7 so."""
+"""ICD on COCO: RetinaNet R-50 FPN, 1x, from the zoo's R-101 FPN. Published AP: 37.4 without and 40.7 with ICD."""
 
 from d2kd.config import distill, method
 

@@ -1,8 +1,8 @@
-"""ICD on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
+"""ICD on generated shapes, with the teacher of ``studies/shapes.py``.
 
 d2kd train --config-file projects/ICD/configs/icd_shapes.py model.teacher.weights=WEIGHTS
 
-Some hundreds of steps, and a pyramid 32 channels wide: what differs from the published settings is here.
+Settings that differ from the paper are for a short schedule and an FPN of 32 channels.
 """
 
 from detectron2.config import LazyCall as L
@@ -19,12 +19,12 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
     **method("icd"),
 )
 
-model.losses.icd.heads = 4  # of 8 channels: fewer would leave a normalised vector little to tell
-# No object is large enough for p7: only there to say no, the teacher's is eight times as strong as the others.
+model.losses.icd.heads = 4  # of 8 channels; normalised vectors of fewer lose too much
+# No object is assigned to p7, where the teacher's features are eight times as large as on the other levels.
 model.losses.icd.levels = ["p3", "p4", "p5", "p6"]
-# The published decoder finds where to look in some ten thousand iterations.
+# The published decoder needs about ten thousand iterations to learn where to attend.
 model.losses.icd.query_positions = True
 model.losses.icd.normalize_keys = True
 model.losses.icd.aux_warmup = 0.3
 model.losses.icd.start = 0.1
-train.loss_optimizer.optimizer.lr = 2e-3  # the published 1e-4 has 90k iterations to get somewhere
+train.loss_optimizer.optimizer.lr = 2e-3  # published: 1e-4 for 90k iterations

@@ -1,4 +1,4 @@
-"""The question of ``bccd_retinanet.py``, asked of a Faster R-CNN."""
+"""The study of ``bccd_retinanet.py`` with Faster R-CNN."""
 
 from ....configs.common.study import blood_cells
 from .bccd_retinanet import STUDENT_STEPS, TEACHER_STEPS

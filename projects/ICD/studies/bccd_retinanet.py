@@ -1,7 +1,7 @@
-"""Does ICD help a small RetinaNet on photographs: blood cells, with real annotations and their faults?
+"""Does ICD improve a small RetinaNet on photographs of blood cells, with real annotations and their errors?
 
-The runs of ``shapes.py``, on data that D2KD_BCCD points to. Nothing is chosen on ``test``, which is read once,
-by a run's last weights: learning rates were on ``val`` with another seed, ICD's settings are those of ``shapes.py``.
+The runs are those of ``shapes.py``, on the data in D2KD_BCCD. No setting is chosen on ``test``, on which only the final
+weights are evaluated: learning rates are from ``val`` with another seed, ICD's settings are those of ``shapes.py``.
 """
 
 from ....configs.common.study import blood_cells

@@ -1,4 +1,4 @@
-"""What the studies here have in common: the runs that ICD is compared with, and its parts."""
+"""The runs shared by ICD's studies: ICD, its ablations, and the runs it is compared with."""
 
 import copy
 
@@ -11,23 +11,23 @@ from ....configs.common.study import controls, taught
 
 
 def icd_method(levels=None):
-    """``losses`` and ``loss_optimizer`` of ICD as it was set on the shapes; all levels unless some are named."""
+    """Return ``losses`` and ``loss_optimizer`` of ICD with the settings for shapes, on ``levels`` or all by default."""
     recipe = get_config("projects/ICD/configs/icd_shapes.py")
     recipe.model.losses.icd.levels = levels
     return dict(losses=recipe.model.losses, loss_optimizer=recipe.train.loss_optimizer)
 
 
 def compared(student, teacher, inherit, levels=None):
-    """The runs: teacher, baseline, the baseline given as many seconds, imitation, ICD, and ICD's parts.
+    """Return the runs: teacher, baseline, baseline with the time of ICD, imitation, ICD, and ICD's ablations.
 
-    ``inherit`` starts from the teacher's weights and learns alone; ``icd_inherit`` does both. ``icd_uniform``
-    compares the same values, but in all cells alike: what ICD gains over it is what the decoder's attention
-    earns. ``icd_published`` has the published decoder, which must learn where to look.
+    ``inherit`` starts from weights of the teacher and has no distillation loss; ``icd_inherit`` has both.
+    ``icd_uniform`` weights all cells equally: the gain of ICD over it is due to the decoder's attention.
+    ``icd_published`` has the published decoder, which must learn where to attend.
 
     Args:
-        student, teacher: whole recipes.
-        inherit: prefixes of the weights to inherit.
-        levels: that ICD and imitation compare; all by default.
+        student, teacher: complete recipes.
+        inherit: prefixes of the inherited weights.
+        levels: levels that ICD and imitation compare; all by default.
     """
     icd = icd_method(levels)
     uniform, published = copy.deepcopy(icd), copy.deepcopy(icd)
@@ -44,6 +44,6 @@ def compared(student, teacher, inherit, levels=None):
 
 
 def study_of(runs, **options):
-    """The study of these runs."""
+    """Return the study of these runs."""
     compare = ["baseline_equal_time", "imitation", "inherit", "icd_uniform"]
     return dict(baseline="baseline", compare=compare, featured="icd", **options)

@@ -1,8 +1,7 @@
-"""Does ICD help a small detector on the generated shapes, and what of it is the decoder's?
+"""Does ICD improve a small detector on generated shapes, and how much of the gain is due to the decoder?
 
-A RetinaNet with a thin backbone learns alone, alone for as long as ICD takes, beside a teacher by plain feature
-imitation, and by ICD; then with the teacher's neck and head to start from, alone and by ICD; and by ICD with
-uniform weights.
+A small RetinaNet is trained without a teacher, without a teacher for the time of ICD, with feature imitation, and with
+ICD; then with inherited neck and head, with and without ICD; and with ICD with uniform weights.
 """
 
 from ....configs.common.study import fast_shapes, thin, wide
@@ -12,14 +11,14 @@ STUDENT_STEPS, TEACHER_STEPS = 2000, 2000
 
 
 def on_shapes(baseline, **options):
-    """The runs and the study of a thin dense detector and its wider teacher."""
+    """Return the runs and the study of a small dense detector and its wider teacher."""
     runs = compared(
-        # Each rate is the best of those tried on shapes_val, with RetinaNets.
+        # Each learning rate is the best of those tried with RetinaNet on shapes_val.
         thin(baseline, STUDENT_STEPS),
         wide(baseline, TEACHER_STEPS, lr=2e-3),
         inherit=["backbone.fpn_", "backbone.top_block.", "head."],
-        # No object is large enough for p7: only there to say no, the teacher's is eight times as strong as the others,
-        # and a student that imitates it learns little else.
+        # No object is assigned to p7, where the teacher's features are eight times as large as on the other levels and
+        # would dominate imitation.
         levels=["p3", "p4", "p5", "p6"],
     )
     return runs, study_of(runs, test="shapes_test", **options, **fast_shapes)

@@ -1,13 +1,13 @@
-"""What of ICD does the work: the tasks that train its decoder, the decoder's size, and where it is compared.
+"""Ablations of ICD: the tasks that train its decoder, the decoder's size, and the weights of the cells.
 
-The detectors and the schedule of ``shapes.py``: in its output folder what was trained there is not trained again.
+Detectors and schedule are those of ``shapes.py``; in the same output folder, its runs are not repeated.
 """
 
 import copy
 
 from .shapes import runs, study
 
-# By a run's name, what differs from ICD as in shapes.py.
+# Name of a run -> its differences from ICD in shapes.py.
 VARIED = {
     "icd_identification": dict(localization_weight=0),
     "icd_localization": dict(identification_weight=0),

@@ -1,4 +1,4 @@
-"""ICD on the generated shapes once more, with FCOS: everything is as in ``shapes.py``, nothing was tuned for it."""
+"""The study of ``shapes.py`` with FCOS. All settings are the same; none was tuned for FCOS."""
 
 from .shapes import on_shapes
 

@@ -1,7 +1,7 @@
-"""ICD on generated shapes where the baseline has little left to gain by more steps.
+"""ICD on generated shapes with a long schedule, where the baseline gains little from more iterations.
 
-The Faster R-CNNs of TAR's ``shapes_long.py`` and its steps, so that the two methods' tables can be laid side by side;
-ICD's settings are those of ``shapes.py``, nothing was tuned for it. Some hours on two cores for each seed.
+Detectors and iterations are those of TAR's ``shapes_long.py``, so that the results of both methods are comparable.
+ICD's settings are those of ``shapes.py``; none was tuned for this study. A seed takes several hours on two cores.
 """
 
 from ....configs.common.study import fast_shapes, thin, wide

@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 from d2kd.config import distill
 from d2kd.losses import DistillLosses, TARLoss
 
-# The zoo's R-101 was trained 3x and holds 42.0 AP; the paper's teacher has 38.5, probably at 1x.
+# The zoo's R-101 was trained for 3x and has an AP of 42.0; the paper's teacher has 38.5, probably from 1x.
 model, dataloader, optimizer, lr_multiplier, train = distill(
     "baselines/faster_rcnn_R_50_FPN_1x.py",
     teacher=(

@@ -1,4 +1,4 @@
-"""TAR on COCO: Mask R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN; masks are the student's own task."""
+"""TAR on COCO: Mask R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN. Masks are not distilled."""
 
 from detectron2.config import LazyCall as L
 

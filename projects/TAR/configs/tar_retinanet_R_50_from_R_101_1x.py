@@ -1,4 +1,4 @@
-"""TAR's one-stage form on COCO: RetinaNet R-50 FPN, 1x, from the zoo's R-101 FPN."""
+"""TAR for one-stage detectors on COCO: RetinaNet R-50 FPN, 1x, from the zoo's R-101 FPN."""
 
 from detectron2.config import LazyCall as L
 

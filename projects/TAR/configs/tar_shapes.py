@@ -1,8 +1,8 @@
-"""TAR on the generated shapes, from a teacher that ``studies/shapes.py`` has trained.
+"""TAR on generated shapes, with the teacher of ``studies/shapes.py``.
 
 d2kd train --config-file projects/TAR/configs/tar_shapes.py model.teacher.weights=WEIGHTS
 
-The weights were chosen on ``shapes_val`` with a seed that no study uses.
+The loss weights were chosen on ``shapes_val`` with a seed that no study uses.
 """
 
 from detectron2.config import LazyCall as L

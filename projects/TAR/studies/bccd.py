@@ -1,8 +1,8 @@
-"""Does TAR help a small Faster R-CNN on photographs: blood cells, with real annotations and their faults?
+"""Does TAR improve a small Faster R-CNN on photographs of blood cells, with real annotations and their errors?
 
-The runs of ``shapes.py``, on data that D2KD_BCCD points to. Nothing is chosen on ``test``, which is read once, by a
-run's last weights: learning rates were on ``val`` with another seed, the losses' weights are those of ``shapes.py``.
-Its 72 images are few, and a gain is to be believed over several seeds only.
+The runs are those of ``shapes.py``, on the data in D2KD_BCCD. No setting is chosen on ``test``, on which only the final
+weights are evaluated: learning rates are from ``val`` with another seed, loss weights are those of ``shapes.py``.
+``test`` has only 72 images, so a gain is reliable only over several seeds.
 """
 
 from ....configs.common.study import blood_cells
@@ -12,7 +12,7 @@ STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
 
 def on_blood_cells(baseline, title):
-    """The runs and the study of a thin detector and its wider teacher."""
+    """Return the runs and the study of a small detector and its wider teacher."""
     student, teacher, options = blood_cells(baseline, STUDENT_STEPS, TEACHER_STEPS)
     runs = compared(student, teacher)
     return runs, study_of(runs, title=title, **options)

@@ -1,7 +1,7 @@
-"""What a ResNet-18 learns from a ResNet-50 on blood cells, by TAR and by ICD.
+"""TAR and ICD on blood cells: ResNet-18 from ResNet-50.
 
-Data as in ``bccd.py``: D2KD_BCCD points to them, ``test`` is read once, and learning rates were chosen on ``val`` with
-another seed, as many for the teacher as for the student. The losses' settings are those of the shapes.
+The data are those of ``bccd.py``. Learning rates were chosen on ``val`` with another seed, from as many values for the
+teacher as for the student; ``test`` is used for the final weights only. Loss settings are those for shapes.
 """
 
 from ....configs.common.study import on_blood_cells, taught, thin
@@ -17,7 +17,7 @@ def resnet(name, steps, lr):
 
 
 def from_resnet50(teacher_steps):
-    """The runs, and what the study says of them."""
+    """Return the runs and the study."""
     student, teacher = resnet("resnet18", 400, 1e-3), resnet("resnet50", teacher_steps, 1e-3)
     runs = compared(student, teacher)
     runs["icd"] = taught(student, teacher, **icd_method())

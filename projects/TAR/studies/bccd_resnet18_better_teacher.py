@@ -1,4 +1,4 @@
-"""``bccd_resnet18.py`` with a teacher of 1500 steps instead of 600, which is the better detector."""
+"""The study of ``bccd_resnet18.py`` with a better teacher, trained for 1500 instead of 600 iterations."""
 
 from .bccd_resnet18 import from_resnet50
 

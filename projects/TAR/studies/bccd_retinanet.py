@@ -1,4 +1,4 @@
-"""The question of ``bccd.py``, asked of a dense detector."""
+"""The study of ``bccd.py`` with a dense detector."""
 
 from .bccd import on_blood_cells
 

@@ -1,6 +1,6 @@
-"""What a student of small images learns from a teacher of images twice as wide and high, on blood cells.
+"""TAR on blood cells with a student on downscaled images and a teacher on images twice as wide and high.
 
-The detectors of ``bccd.py``, and its teacher's images; the students' are 160 x 120.
+Detectors and the teacher's images are those of ``bccd.py``; the students' images are 160 x 120.
 """
 
 from ....configs.common.study import blood_cells

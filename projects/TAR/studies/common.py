@@ -1,4 +1,4 @@
-"""What the studies here have in common: the runs that TAR is compared with, and its parts."""
+"""The runs shared by TAR's studies: TAR, its terms, and the runs it is compared with."""
 
 import copy
 
@@ -13,7 +13,7 @@ _tar = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
 
 
 def tar_losses(term=None, **options):
-    """TAR with the weights that were chosen on shapes_val; one of its terms alone, or with other options."""
+    """Return TAR with the weights chosen on shapes_val, with only one term if given, or with other options."""
     tar = copy.deepcopy(_tar)
     for other in {"feature", "classification", "regression"} - {term} if term else ():
         tar[f"{other}_weight"] = 0
@@ -22,15 +22,15 @@ def tar_losses(term=None, **options):
 
 
 def compared(student, teacher, *, tar=True, inherit=(), scale=1):
-    """The runs: teacher, baseline, the baseline given as many seconds, imitation, TAR.
+    """Return the runs: teacher, baseline, baseline with the time of TAR, imitation, TAR.
 
-    Those asked for by name (``--runs tar inherit tar_feature …``): inherit alone, and TAR's terms one by one.
+    Optional runs (``--runs tar inherit tar_feature …``) are ``inherit`` without distillation, and each term of TAR.
 
     Args:
-        student, teacher: whole recipes.
-        tar: False where only features can be compared; imitation then sets the seconds.
-        inherit: prefixes of the weights to inherit.
-        scale: how much larger than the student's the teacher's images, the recipes' own, are.
+        student, teacher: complete recipes.
+        tar: False if only features can be compared; the time is then that of imitation.
+        inherit: prefixes of the inherited weights.
+        scale: factor by which the teacher's images, those of the recipes, are larger than the student's.
     """
     runs = controls(student, teacher, steps_like="tar" if tar else "imitation", scale=scale)
     if tar:
@@ -45,7 +45,7 @@ def compared(student, teacher, *, tar=True, inherit=(), scale=1):
 
 
 def study_of(runs, title, test, **options):
-    """The study of these runs."""
+    """Return the study of these runs."""
     last = "tar" if "tar" in runs else "imitation"
     references = ["baseline_equal_time"] + (["imitation"] if last == "tar" else [])
     return dict(

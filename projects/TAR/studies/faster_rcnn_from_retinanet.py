@@ -1,4 +1,4 @@
-"""What a Faster R-CNN learns from the features of a RetinaNet, on the generated shapes."""
+"""Feature imitation on generated shapes: Faster R-CNN from RetinaNet."""
 
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of

@@ -1,4 +1,4 @@
-"""What a MobileNetV3 student learns from a ResNet teacher, on the generated shapes."""
+"""TAR on generated shapes: MobileNetV3 from ResNet."""
 
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of

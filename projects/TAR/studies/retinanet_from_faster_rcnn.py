@@ -1,4 +1,4 @@
-"""What a RetinaNet learns from the features of a Faster R-CNN, on the generated shapes."""
+"""Feature imitation on generated shapes: RetinaNet from Faster R-CNN."""
 
 from ....configs.common.study import fast_shapes, thin, wide
 from .common import compared, study_of

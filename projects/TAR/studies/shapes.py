@@ -1,8 +1,8 @@
-"""Does TAR help a small detector on the generated shapes, and more than what its seconds buy otherwise?
+"""Does TAR improve a small detector on generated shapes, and more than a longer training of the same time?
 
-A Faster R-CNN with a thin backbone learns alone, alone for as long as TAR takes, beside a teacher by plain feature
-imitation, and by TAR. The schedule is cut to fit one seed into twenty minutes on two cores, and short schedules
-flatter every method.
+A small Faster R-CNN is trained without a teacher, without a teacher for the time of TAR, with feature imitation, and
+with TAR. The schedule is short, so that one seed takes twenty minutes on two cores; short schedules exaggerate the
+gain of any method.
 """
 
 from ....configs.common.study import fast_shapes, thin, wide

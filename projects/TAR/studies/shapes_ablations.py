@@ -1,6 +1,6 @@
-"""Which of TAR's parts earn their place: terms alone, with and without their gates, and all under three decays.
+"""Ablations of TAR: single terms with and without their gates, and all terms with three weight schedules.
 
-The detectors, the schedule and the weights of ``shapes.py``.
+Detectors, schedule and loss weights are those of ``shapes.py``.
 """
 
 from detectron2.config import LazyCall as L
@@ -25,7 +25,7 @@ VARIED = {
 }
 
 
-# Every part is named here; what costs as much without a teacher, and imitation, are in shapes.py.
+# Ablations run by default; the baseline of equal time and imitation, which are in shapes.py, are optional.
 runs = {
     name: dict(run, optional=name in ("baseline_equal_time", "imitation"))
     for name, run in compared(_student, _teacher).items()

@@ -1,6 +1,6 @@
-"""The study of ``shapes.py`` on a schedule where the baseline has little left to gain by more steps.
+"""The study of ``shapes.py`` with a long schedule, where the baseline gains little from more iterations.
 
-How little, ``baseline_longer`` shows, which has half as many steps again. Some hours on two cores for each seed.
+``baseline_longer`` shows how little, with 1.5 times the iterations. A seed takes several hours on two cores.
 """
 
 import copy

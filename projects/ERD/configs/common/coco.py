@@ -1,8 +1,8 @@
-"""A step of COCO, as the recipes here share it: 12 epochs of batches of 16 images, the rate falling after 8 and 11.
+"""The recipe of a COCO increment: 12 epochs with 16 images per batch, and learning rate steps after epochs 8 and 11.
 
-Of 40+40 the lengths are known: 97.2 and 54.6 thousand images, as users of the published code have logged. The other
-splits are given the same ones, which are not 12 epochs of theirs. What a step's data holds stands in the run's log; 12
-epochs of it are ``train.max_iter=$((12 * images / 16))``, and its warm-up ``lr_multiplier.warmup_length=``, 500 by that.
+For 40+40, the numbers of images are 97.2 and 54.6 thousand, from logs of the published code. Other splits use the same
+numbers of iterations, which are not 12 epochs of them. A run logs the number of its images; for 12 epochs, set
+``train.max_iter=$((12 * images / 16))``, and ``lr_multiplier.warmup_length`` to 500 / max_iter.
 """
 
 from d2kd.config import increment
@@ -11,7 +11,7 @@ FIRST, NEXT = 72890, 40945
 
 
 def coco_step(split, step, losses=None, method="erd"):
-    """The recipe of a step, in ``output/<method>_<split>_step<step>``; of a first one, ``output/gfl_first_<number>``."""
+    """Return the recipe of an increment, for ``output/<method>_<split>_step<step>`` or ``output/gfl_first_<number>``."""
 
     def folder(step):
         first = f"gfl_first_{split.split('+')[0]}"
