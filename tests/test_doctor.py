@@ -17,7 +17,7 @@ from PIL import Image
 from d2kd.config import distill, override, with_defaults
 from d2kd.data import class_step
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.data import _annotations, look_at_data
+from d2kd.doctor.data import _check_annotations, look_at_data
 from d2kd.doctor.measurements import (
     look_at_features,
     look_at_inputs,
@@ -134,7 +134,7 @@ def test_a_box_is_inside_by_the_width_and_height_of_its_image():
     def said(*box):
         one = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
         record = {"width": 100, "height": 50, "annotations": [one]}
-        (boxes,) = (f for f in _annotations("it", [record], {0: "a"}) if "boxes" in f.subject)
+        (boxes,) = (f for f in _check_annotations("it", [record], {0: "a"}) if "boxes" in f.subject)
         return boxes.found
 
     assert "all inside" in said(60, 20, 100.5, 50.5) == said(0, 0, 1, 1)
