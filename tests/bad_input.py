@@ -64,7 +64,7 @@ from d2kd.tools import install_detectron2, train, visualize
 
 from . import common, tiny_run
 from .common import CLASSES, ROOT, build, tiny_faster_rcnn
-from .raise_sites import plain_quotes, recorded, sites
+from .old_raise_sites import plain_quotes, recorded, sites
 from .test_voc import gone, text, write_voc, written
 from .tiny_run import distiller, draw_data, without_evaluation
 

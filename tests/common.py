@@ -1,6 +1,7 @@
 """Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the commands as functions."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from d2kd.errors import reporting
 from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     CLASSES,
     DETECTORS,
@@ -46,17 +48,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def refusal(command: Callable[..., object], words: list[str], capture) -> str:
-    """What a command says that refuses its input as all must: in one line, with exit code 2.
+def refusal(act: Callable[..., object], words: list | tuple, capture) -> str:
+    """What is said by a command that refuses its words, or by a function its arguments, as all must.
+
+    In one line, ``error: <culprit>: <found>; expected <…>``, and with exit code 2.
 
     Args:
+        act: a command, as :func:`command` gives it, takes a list; a function, a tuple of arguments.
         capture: pytest's ``capfd`` or ``capsys``.
     """
-    with pytest.raises(SystemExit) as exit:
-        command(words)
+    with pytest.raises(SystemExit) as exit, reporting():
+        act(words) if isinstance(words, list) else act(*words)
     assert exit.value.code == 2
     error = capture.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.fullmatch(r"error: .+: .+; expected .+\n", error)
     return error
 
 

@@ -9,7 +9,7 @@ from d2kd import benchmark
 from d2kd.errors import InputError, need, reporting
 
 from .bad_input import CASES, ELSEWHERE, outcome, places
-from .raise_sites import sites
+from .old_raise_sites import sites
 
 HERE = Path(__file__).parent
 

@@ -446,3 +446,38 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
     ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
     assert "baseline reads images otherwise" in why_not(ready)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"name": "."}, "--detector: '.'; expected a name"),
+        ({"classes": ["one"]}, "detector 'it': 3 classes, 1 names; expected a recipe or"),
+        ({"mapper": None}, "config.yaml: does not say how test images are read; expected at least"),
+    ],
+    ids=["a name of dots", "too few names", "no way to read images"],
+)
+def test_a_detector_that_cannot_be_compared(data, tmp_path, refuses, change, line):
+    one = from_config("it", *saved(tmp_path / "it", data, tiny_faster_rcnn(), 0))
+    detector = replace(one, **change)
+    found = load_data(named(data))
+    refuses(lambda: compare([detector], found, Path("kept"), QUICK), line)
+
+
+def test_nothing_to_compare_is_refused(refuses):
+    line = "--detector: none; expected NAME=CONFIG,WEIGHTS"
+    refuses(lambda: compare([], None, Path("kept"), QUICK), line)
+
+
+def test_a_run_that_does_not_say_its_data_or_its_images(data, tmp_path, refuses):
+    config = recipe(data, tmp_path, distiller(teacher_weights(tmp_path)))
+    torch.save({"model": {}}, tmp_path / "model_final.pth")
+    config.model.teacher.scale = 2
+    save_config(config, tmp_path / "config.yaml")
+    line = "config.yaml: a teacher of images 2 times larger, and dataloader.test.mapper is no TwoSc"
+    refuses(lambda: detectors_of_run(tmp_path), line)
+    config.model.teacher.scale = 1
+    del config.dataloader.test.dataset["names"]
+    save_config(config, tmp_path / "config.yaml")
+    line = "config.yaml: no dataloader.test.dataset.names; expected --dataset NAME"
+    refuses(lambda: detectors_of_run(tmp_path), line)

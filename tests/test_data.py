@@ -18,6 +18,7 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    detection_utils,
     get_detection_dataset_dicts,
 )
 from detectron2.utils import comm
@@ -480,3 +481,44 @@ def test_checking_draws_a_generated_set(tmp_path):
         assert (tmp_path / "set" / "test.json").is_file()
     finally:
         shapes.register()
+
+
+def _read_at_another_size(record):
+    raise detection_utils.SizeMismatchError()
+
+
+GONE = {"file_name": "gone.png", "width": 65, "height": 64}
+
+
+@pytest.mark.parametrize(
+    "act, line",
+    [
+        (
+            lambda: build_test_loader([], mapper=Probe()),
+            "the test set: no image; expected at least",
+        ),
+        (
+            lambda: build_test_loader([{}], mapper=Probe(), batch_size=0),
+            "batch_size: 0; expected at least 1",
+        ),
+        (
+            lambda: list(build_test_loader([GONE], mapper=_read_at_another_size)),
+            "gone.png: another size; expected 65 x 64 as in the annotations",
+        ),
+        (
+            lambda: shapes.write("file/shapes", **SMALL),
+            "file/shapes: .*; expected a folder that can be written",
+        ),
+    ],
+    ids=["no image", "no batch", "a file that is gone meanwhile", "a folder in a file"],
+)
+def test_what_is_refused_too(refuses, tmp_path, act, line):
+    (tmp_path / "file").touch()
+    refuses(act, line)
+
+
+def test_an_id_that_means_nothing_found_is_refused(refuses, own):
+    change(own[0], with_value("annotations", "id", 0))
+    refuses(
+        lambda: coco_dataset("own", *map(str, own)), "own.json: annotation 0: id 0; expected ids"
+    )

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.data.datasets import register_coco_instances
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -941,3 +943,10 @@ def test_what_is_left_is_a_plain_student():
         return count.get_total_flops()
 
     assert flops(model) == flops(plain) > 0
+
+
+def test_levels_of_two_widths_are_refused(refuses):
+    levels = {"p3": ShapeSpec(channels=8), "p4": ShapeSpec(channels=9)}
+    backbone = SimpleNamespace(output_shape=lambda: levels)
+    line = "levels: the student's p3 has 8 channels, p4 has 9 channels; expected one width"
+    refuses(lambda: icd_module._width("student", backbone, levels), line)

@@ -23,7 +23,7 @@ from d2kd.losses import (
     LwFLoss,
     TARLoss,
 )
-from d2kd.losses.base import value_of
+from d2kd.losses.base import check_anchors, value_of
 from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
@@ -40,7 +40,7 @@ from d2kd.losses.tar import (
 from d2kd.modeling import Regions
 from d2kd.testing import DETECTORS, check_loss, distillation, distiller, step
 
-from .common import batch
+from .common import batch, build
 
 LOSSES = {
     "imitation, whole map": (lambda: ImitationLoss(mask="none"), ["retinanet"]),
@@ -666,3 +666,28 @@ def test_coders_are_the_same_whatever_holds_their_weights():
     assert _same_coder(one, other)
     assert not _same_coder(one, Box2BoxTransform(weights=(10, 10, 5, 6)))
     assert not _same_coder(one, Box2BoxTransformLinear())
+
+
+class Split(DistillLoss):
+    """Has one term."""
+
+    def __init__(self, term):
+        super().__init__()
+        self.term = term
+
+    def forward(self, student, teacher):
+        return {self.term: torch.ones(())}
+
+
+def test_two_losses_of_one_name_are_refused(refuses):
+    losses = DistillLosses(one=Split("of_it"), one_of=Split("it"))
+    with EventStorage():
+        refuses(
+            lambda: losses({}, {}), "losses.one_of: a second distill/loss_one_of_it; expected a"
+        )
+
+
+def test_anchors_beside_none_are_refused(refuses):
+    detectors = build(DETECTORS["retinanet"]()), build(DETECTORS["faster_rcnn"]())
+    line = "anchors: student RetinaNet, teacher GeneralizedRCNN; expected the same anchors"
+    refuses(lambda: check_anchors(*detectors), line)

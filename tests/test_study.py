@@ -32,7 +32,7 @@ from d2kd.study.console import Progress
 from d2kd.study.results import average_precision, gains, table, training_time
 from d2kd.study.text import aligned, markdown, t_interval
 
-from .common import ROOT, interrupted_in
+from .common import ROOT, command, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
 from .tiny_run import draw_data
 from .tiny_run import recipe as tiny_recipe
@@ -728,3 +728,13 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     again, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and [row["seconds"] for row in again] == [row["seconds"] for row in rows]
     assert [row["AP"] for row in again] == [row["AP"] for row in rows]
+
+
+def test_a_study_without_data_to_test_on_is_refused(refuses):
+    content = {"study": {}, "runs": {}}
+    refuses(lambda: parse(content), "study: no 'test'; expected test=<data set>, baseline=<method>")
+
+
+def test_no_runs_at_a_time_are_refused(refuses):
+    line = "--jobs: 0; expected 1 or more"
+    refuses(lambda: command("study")(["none.py", "--jobs", 0]), line)

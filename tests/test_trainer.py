@@ -573,3 +573,11 @@ def test_weights_to_start_from_meet_the_student_alone(data, tmp_path, kind):
     student = trainer.model.student.state_dict()
     assert_same(student[stem], source[stem])
     assert_same(student[untouched], before)
+
+
+def test_classes_named_otherwise_than_in_the_data(data, refuses):
+    config = without_evaluation(recipe(data, "out", distiller()))
+    names = [f"class {k}" for k in (1, 0, *range(2, CLASSES))]
+    config.model.classes = config.model.teacher.classes = names
+    line = "model.classes: class 0 is 'class 1'; expected 'class 0', as in the data"
+    refuses(lambda: Trainer(config), line)

@@ -146,3 +146,32 @@ def test_attention_of_a_run(folder):
         assert done.returncode == 2
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and complaint in last
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("recipe.py --weights me=x", "--weights: me=x; expected student=FILE or teacher=FILE"),
+        ("recipe.py --number 0", "--number: 0; expected at least 1"),
+        ("recipe.py dataloader.test.mapper=null", "recipe.py: no dataloader.test.mapper; expected"),
+        ("recipe.py train.output_dir=gone", "--weights: no student, and no gone/model_final.pth; "),
+        (
+            "plain.py --what attention",
+            "--what attention: a plain recipe; expected one that distils",
+        ),
+        ("recipe.py --what selection", "--weights: no teacher, and none in the recipe; expected"),
+        (
+            "recipe.py --what selection --weights teacher={folder}/teacher.pth",
+            "--what selection: a recipe without it; expected one that distils by ERD",
+        ),
+        (
+            "plain.py --weights student=x teacher=y",
+            "--weights: teacher=, and the recipe has none; expected a distillation recipe",
+        ),
+    ],
+)
+def test_refused_in_one_line(folder, refuses, words, line):
+    (folder / "plain.py").write_text(RECIPE.replace("distiller())", "None)"))
+    config, *more = words.format(folder=folder).split()
+    given = ["--config-file", folder / config, "--dataset", "mine_val", "--output", "pictures"]
+    refuses(lambda: command("visualize")([*given, *more]), line)
