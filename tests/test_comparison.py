@@ -107,7 +107,7 @@ def test_it_is_read_back_as_it_was_written(compared):
     assert Comparison.load(page.with_name("report.json")) == found
     assert json.loads(page.with_name("report.json").read_text())["schema"] == 1
     (folder / "other.json").write_text("{}")
-    with pytest.raises(InputError, match="other.json"):
+    with pytest.raises(InputError, match="other.json: cannot be read .*; expected a report.json"):
         Comparison.load(folder / "other.json")
 
 
@@ -236,16 +236,20 @@ def test_detectors_that_share_no_class_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="'other'.*none of the classes"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     one.classes, other.classes = ("class 1", "x", "y"), ("class 2", "x", "y")
-    with pytest.raises(InputError, match="one, other"):
+    with pytest.raises(InputError, match="one, other: no class of tiny_.* that all know"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
 def test_names_that_cannot_be_told_apart_are_refused(data, tmp_path):
     one, other, _ = three(tmp_path, data)
     other.name = one.name
-    with pytest.raises(InputError, match="--detector"):
+    line = "--detector: 'teacher' and 'teacher'; expected other names"
+    with pytest.raises(InputError, match=line):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     assert not (tmp_path / "kept").exists()
+
+
+OUTSIDE = ([70, 2, 3, 4], [1, 70, 3, 4], [-5, 2, 3, 4])
 
 
 def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
@@ -257,13 +261,22 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
     assert found["one"].accuracy.fixed["wrong"] == 1
     assert found.notes == [f"{results}: detections on 1 of 6 images alone"]
-    faults = ({"image_id": 99}, {"category_id": 9}, {"bbox": [1] * 8}, {"bbox": [1, 2]})
-    faults += ({"bbox": [1, 2, 3, float("nan")]}, {"score": float("inf")})
-    faults += ({"bbox": [70, 2, 3, 4]}, {"bbox": [1, 70, 3, 4]}, {"bbox": [-5, 2, 3, 4]})
-    for content in (*([row, row | fault] for fault in faults), [{}], {"a": 1}):
-        results.write_text(json.dumps(content))
-        with pytest.raises(InputError, match="results.json"):
-            compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    for line, *faults in (
+        ("1 detections of images, 0 of classes it lacks; expected .* on tiny_", {"image_id": 99}),
+        ("0 detections of images, 1 of classes it lacks", {"category_id": 9}),
+        (r"cannot be read \(ValueError\)", {"bbox": [1] * 8}, {"bbox": [1, 2]}),
+        ("not finite", {"bbox": [1, 2, 3, float("nan")]}, {"score": float("inf")}),
+        ("1 of 2 boxes outside their image", *({"bbox": b} for b in OUTSIDE)),
+        (r"cannot be read \(KeyError\); expected a COCO results file", None),
+    ):
+        for fault in faults:
+            results.write_text(json.dumps([row, row | fault] if fault else [{}]))
+            with pytest.raises(InputError, match=f"results.json: .*{line}"):
+                compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    results.write_text(json.dumps([row]))
+    detector.expected_AP = 50.0
+    with pytest.raises(InputError, match="AP 0.000; expected 50.000, as the study found"):
+        compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
 def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):

@@ -626,13 +626,23 @@ def test_priors_that_cannot_be(tmp_path):
         distiller(icd(priors=InstancePriors.unknown(2)), tiny_retinanet)
     with pytest.raises(InputError, match="no such file"):
         ICDLoss(priors=str(tmp_path / "nowhere.json"))
-    for frequency in ([0.0, 0.0], [float("nan"), 1.0], [-1.0, 2.0], [1.0]):
-        with pytest.raises(InputError, match="priors"):
+    for frequency, line in (
+        ([0.0, 0.0], "priors.frequency: 0 for every class; expected at least one that occurs"),
+        ([float("nan"), 1.0], "priors.frequency: not finite or negative; expected numbers from 0"),
+        ([-1.0, 2.0], "priors.frequency: not finite or negative"),
+        ([1.0], r"priors.mean: shape \(2, 2\); expected a row for each class, width and height"),
+    ):
+        with pytest.raises(InputError, match=line):
             InstancePriors(frequency, [[0.1, 0.1]] * 2, [[0.0, 0.0]] * 2)
     row = PRIORS.rows()[0]
-    for content in ("[]", "{", json.dumps({"rows": [row, row]}), json.dumps({"rows": []})):
+    for content, line in (
+        ("[]", "TypeError: .*; expected JSON with .rows. of class, frequency, mean and std"),
+        ("{", "JSONDecodeError: .*line 1 column 2"),
+        (json.dumps({"rows": [row, row]}), "classes are not 0, 1, 2 … once each"),
+        (json.dumps({"rows": []}), r"priors.mean: shape \(0,\); expected a row for each class"),
+    ):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(InputError, match="bad.json"):
+        with pytest.raises(InputError, match=f"bad.json: .*{line}"):
             InstancePriors.load(str(tmp_path / "bad.json"))
 
 
