@@ -13,7 +13,7 @@ ifdef PYTHON
 PY := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 setup:
-	$(PY) -c "import d2kd.compat"
+	$(PY) -c "import d2kd.utils.compat"
 else
 PY := .venv/bin/python
 setup: .venv/ready

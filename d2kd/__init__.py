@@ -13,7 +13,10 @@ class _NeedsDetectron2:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         package, _, module = name.partition(".")
-        if package != "d2kd" or module.split(".")[0] in ("__main__", "errors", "tools"):
+        first = module.split(".")[0]
+        if package != "d2kd" or first in ("__main__", "tools"):
+            return
+        if module in ("utils", "utils.errors"):
             return
         if importlib.util.find_spec("detectron2") is None:  # it may be installed by now
             raise ModuleNotFoundError(

@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from .config import METHODS, get_config, method, without_priors
-from .errors import InputError
 from .losses import DistillLoss, DistillLosses
 from .modeling import Distiller, Teacher
+from .utils.errors import InputError
 
 CLASSES = 3
 

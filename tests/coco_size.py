@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from d2kd.evaluation.comparison import Options, analyse, assemble
-from d2kd.evaluation.detectors import Data
-from d2kd.report import write_report
+from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.comparison.detectors import Data
+from d2kd.report.page import write_report
 
 from .generated_detections import generated_detections, generated_truth
 

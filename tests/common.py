@@ -2,14 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from d2kd.errors import reporting
 from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     CLASSES,
     DETECTORS,
@@ -20,6 +19,7 @@ from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     tiny_retinanet,
 )
 from d2kd.tools import main
+from d2kd.utils.errors import reporting
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,20 +48,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def refusal(act: Callable[..., object], words: list | tuple, capture) -> str:
-    """What is said by a command that refuses its words, or by a function its arguments, as all must.
+def refusal(act: Callable[..., object], words: Sequence | None, capture) -> str:
+    """What is said by a command that refuses its words, or by other code that refuses its input.
 
-    In one line, ``error: <culprit>: <found>; expected <…>``, and with exit code 2.
+    As all must, in one line, ``error: <culprit>: <found>; expected <…>``, and with exit code 2.
 
     Args:
-        act: a command, as :func:`command` gives it, takes a list; a function, a tuple of arguments.
+        words: of a command, as :func:`command` gives it; None: `act` takes nothing.
         capture: pytest's ``capfd`` or ``capsys``.
     """
     with pytest.raises(SystemExit) as exit, reporting():
-        act(words) if isinstance(words, list) else act(*words)
+        act() if words is None else act(words)
     assert exit.value.code == 2
     error = capture.readouterr().err
-    assert re.fullmatch(r"error: .+: .+; expected .+\n", error)
+    assert re.fullmatch(r"error: .+: .+; expected .+\n", error), error
     return error
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2kd.engine.run_info import LOGGERS
+from d2kd.utils.console import LOGGERS
 
 from .common import refusal
 
@@ -50,7 +50,7 @@ def refuses(tmp_path, monkeypatch, capfd):
 
     def check(act, match):
         before = contents()
-        line = refusal(act, (), capfd)
+        line = refusal(act, None, capfd)
         assert re.search(match, line), line
         assert contents() == before
 

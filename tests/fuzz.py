@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
 from d2kd.losses.erd import elastic_selection
 from d2kd.losses.functional import (
     masked_squared_error,
@@ -27,7 +28,7 @@ from d2kd.losses.functional import (
 )
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
 from d2kd.losses.tar import classification_term, dense_classification_term, regression_term
-from d2kd.modeling.gfl import distribution_focal_loss, integral, quality_focal_loss
+from d2kd.modeling.box_regression import integral
 
 from .recorded import LOSSES, Recorded
 from .resume_runs import quiet

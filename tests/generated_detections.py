@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2kd.evaluation.matching import Detections, Truth
+from d2kd.comparison.matching import Detections, Truth
 
 
 def generated_truth(

@@ -28,7 +28,7 @@ from detectron2.config import LazyCall as L
 from detectron2.evaluation import DatasetEvaluator
 from omegaconf import DictConfig
 
-from d2kd.engine import run_info
+from d2kd.utils import io
 
 from .resume_runs import OBJECTS, differences, icd_one_stage, quiet, run, saved
 from .tiny_run import draw_data
@@ -67,7 +67,7 @@ def killed_at(point: str | None, number: int) -> Iterator[None]:
     if point is None:
         yield
         return
-    to_disk, replace, counted = run_info._to_disk, os.replace, [0]
+    to_disk, replace, counted = io._to_disk, os.replace, [0]
 
     def of_checkpoint(path: Path) -> bool:
         return path.name.lstrip(".").startswith("model_") and ".pth" in path.name
@@ -90,7 +90,7 @@ def killed_at(point: str | None, number: int) -> Iterator[None]:
             die()
         counted[0] += mine
 
-    run_info._to_disk, os.replace = syncing, replacing
+    io._to_disk, os.replace = syncing, replacing
     yield
 
 

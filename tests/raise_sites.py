@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from d2kd import errors
+import d2kd
+from d2kd.utils.errors import InputError
 
-SOURCE = Path(errors.__file__).parent
-_init = errors.InputError.__init__
+SOURCE = Path(d2kd.__file__).parent
+_init = InputError.__init__
 _met: set[tuple[str, int]] = set()
 
 
@@ -34,11 +35,11 @@ def _sites() -> set[tuple[str, int]]:
 
 
 def pytest_configure():
-    errors.InputError.__init__ = _noting
+    InputError.__init__ = _noting
 
 
 def pytest_unconfigure():
-    errors.InputError.__init__ = _init
+    InputError.__init__ = _init
 
 
 def pytest_sessionfinish(session):

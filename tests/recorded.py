@@ -11,11 +11,11 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 import d2kd.losses.icd as icd_module
-from d2kd.data.priors import InstancePriors
 from d2kd.layers.queries import InstanceQueries, make_queries
 from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.outputs import Regions, capture
+from d2kd.structures.instance_priors import InstancePriors
 from d2kd.testing import (
     CLASSES,
     batch,

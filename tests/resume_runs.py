@@ -22,9 +22,9 @@ from omegaconf import DictConfig
 from d2kd.config import get_config, increment
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
-from d2kd.engine.run_info import LOGGERS
 from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
 from d2kd.testing import tiny_faster_rcnn, tiny_fcos, tiny_gfl, tiny_retinanet
+from d2kd.utils.console import LOGGERS
 
 from .tiny_run import distiller, draw_data, recipe, without_evaluation
 

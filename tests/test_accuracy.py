@@ -8,8 +8,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2kd.evaluation.accuracy import METRICS, accuracy, bootstrap, difference, precisions, resamples
-from d2kd.evaluation.matching import Detections, Truth, match
+from d2kd.comparison.accuracy import METRICS, accuracy, bootstrap, difference, precisions, resamples
+from d2kd.comparison.matching import Detections, Truth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 
@@ -106,7 +106,7 @@ def repeated(truth, detections, counts):
 
 @pytest.mark.parametrize("cells", [8_000_000, 50])
 def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
-    monkeypatch.setattr("d2kd.evaluation.accuracy.CELLS", cells)
+    monkeypatch.setattr("d2kd.comparison.accuracy.CELLS", cells)
     truth = generated_truth(images=12, objects=6, crowds=0.1)
     detections = generated_detections(truth, background=6)
     # Equal scores in different images are ordered by image, which is another order once images are repeated.

@@ -9,8 +9,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from d2kd import attention_maps
-from d2kd.attention_maps import (
+from d2kd.data import coco_dataset
+from d2kd.layers.queries import make_queries
+from d2kd.losses import DistillLosses, ICDLoss
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import distiller
+from d2kd.utils.errors import InputError
+from d2kd.visualization import icd_attention
+from d2kd.visualization.icd_attention import (
     HEAT,
     TILE,
     Attention,
@@ -19,13 +25,7 @@ from d2kd.attention_maps import (
     draw_attention,
     load_icd,
 )
-from d2kd.data import coco_dataset
-from d2kd.errors import InputError
-from d2kd.layers.queries import make_queries
-from d2kd.losses import DistillLosses, ICDLoss
-from d2kd.modeling import Distiller, Teacher
-from d2kd.testing import distiller
-from d2kd.visualization import STRIP
+from d2kd.visualization.panels import STRIP
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
 from .test_scales import two_scales
@@ -186,7 +186,7 @@ def test_a_teacher_of_larger_images(tmp_path, monkeypatch):
         asked.extend(gt)
         return make_queries(gt, *args, **options)
 
-    monkeypatch.setattr(attention_maps, "make_queries", heard)
+    monkeypatch.setattr(icd_attention, "make_queries", heard)
     found = attention_of(loss, teacher, [small], full["instances"])
     assert asked[0].image_size == small["image"].shape[1:] == (32, 48)
     torch.testing.assert_close(

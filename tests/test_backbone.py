@@ -19,25 +19,25 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from d2kd import deployment
 from d2kd.benchmark import Setup
+from d2kd.comparison.detectors import build as build_detector
+from d2kd.comparison.detectors import detectors_of_run, load_data
 from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
+from d2kd.config.saving import save_config
 from d2kd.data import check_dataset
 from d2kd.engine import Trainer
-from d2kd.engine.run_info import save_config
-from d2kd.errors import InputError
-from d2kd.evaluation.detectors import build as build_detector
-from d2kd.evaluation.detectors import detectors_of_run, load_data
+from d2kd.export import table
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Distiller, Teacher, TorchvisionBackbone
-from d2kd.modeling.backbone import (
+from d2kd.modeling.backbone.fpn import build_torchvision_fpn_backbone
+from d2kd.modeling.backbone.torchvision_backbone import (
     TORCHVISION_PIXEL_MEAN,
     TORCHVISION_PIXEL_STD,
     _last_blocks,
-    build_torchvision_fpn_backbone,
 )
 from d2kd.testing import step
 from d2kd.tools import train, visualize
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn
 from .tiny_run import draw_data, recipe
@@ -426,7 +426,7 @@ def drawn(config):
 
 
 def measured(config):
-    return deployment.teacher_row(config, build(tiny_faster_rcnn()))
+    return table.teacher_row(config, build(tiny_faster_rcnn()))
 
 
 def benched(config):
@@ -442,7 +442,7 @@ def benched(config):
         benched,
         evaluated,
         drawn,
-        lambda config: deployment.built(config, f"{config.train.output_dir}/model_final.pth"),
+        lambda config: table.built(config, f"{config.train.output_dir}/model_final.pth"),
         measured,
     ],
     ids="trained compared benched evaluated drawn exported measured".split(),

@@ -22,9 +22,9 @@ from d2kd.benchmark.costs import difference, measure, median_interval, ratios
 from d2kd.benchmark.feeding import feeding
 from d2kd.benchmark.phases import PHASES, phases
 from d2kd.benchmark.untrained import draw_batch, measure_statistics
-from d2kd.engine.memory import Peak
-from d2kd.errors import InputError
 from d2kd.modeling import capture
+from d2kd.utils.errors import InputError
+from d2kd.utils.memory import Peak
 
 from .common import ROOT, batch, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data

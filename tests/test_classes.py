@@ -6,11 +6,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2kd.classes import ClassMap, class_names
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
+from d2kd.structures.class_map import ClassMap, class_names
 from d2kd.testing import step
+from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build
 

@@ -7,10 +7,11 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from d2kd.config import load
-from d2kd.engine.run_info import save_config, write_json
+from d2kd.config.saving import save_config
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
 from d2kd.tools.compare import found_in
+from d2kd.utils.io import write_json
 
 from .common import build, command, refusal, tiny_faster_rcnn
 from .test_comparison import data, named, saved, study  # noqa: F401  (fixtures)

@@ -15,13 +15,9 @@ from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd.config import distill
-from d2kd.data import coco_dataset, register_voc
-from d2kd.engine.run_info import save_config, write_json
-from d2kd.errors import InputError
-from d2kd.evaluation import detections as kept
-from d2kd.evaluation.comparison import Comparison, Options, compare
-from d2kd.evaluation.detectors import (
+from d2kd.comparison import detections as kept
+from d2kd.comparison.comparison import Comparison, Options, compare
+from d2kd.comparison.detectors import (
     Detector,
     detectors_of_run,
     detectors_of_study,
@@ -31,13 +27,18 @@ from d2kd.evaluation.detectors import (
     read_results,
     study_of,
 )
-from d2kd.evaluation.detectors import build as build_detector
-from d2kd.evaluation.regions import why_not
+from d2kd.comparison.detectors import build as build_detector
+from d2kd.comparison.regions import why_not
+from d2kd.config import distill
+from d2kd.config.saving import save_config
+from d2kd.data import coco_dataset, register_voc
 from d2kd.losses import DistillLosses
 from d2kd.modeling import Teacher
 from d2kd.modeling.weights import sha256
-from d2kd.report import write_report
+from d2kd.report.page import write_report
 from d2kd.testing import DETECTORS
+from d2kd.utils.errors import InputError
+from d2kd.utils.io import write_json
 
 from .common import build, tiny_faster_rcnn, tiny_retinanet
 from .test_voc import NAMES as NAMES_OF_VOC

@@ -21,10 +21,10 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
-from d2kd import compat
 from d2kd.engine.checkpoint import NORMALIZER
 from d2kd.modeling import capture, outputs_of
 from d2kd.modeling.weights import read
+from d2kd.utils import compat
 
 from .common import CLASSES, DETECTORS, batch, build
 

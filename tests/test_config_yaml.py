@@ -16,8 +16,9 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
 from d2kd.config import load
-from d2kd.engine.run_info import config_hash, save_config
-from d2kd.errors import InputError
+from d2kd.config.saving import save_config
+from d2kd.utils.env import config_hash
+from d2kd.utils.errors import InputError
 
 from .common import ROOT
 
@@ -111,7 +112,7 @@ dataloader = dict(train=dict(dataset=dict(names="mine_in_yaml")), test=dict(name
 READ = """
 import json, sys
 from d2kd.config import load
-from d2kd.engine.run_info import config_hash
+from d2kd.utils.env import config_hash
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 config = load(sys.argv[1])

@@ -27,8 +27,8 @@ from d2kd.config import (
     with_defaults,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
-from d2kd.errors import InputError
 from d2kd.modeling import Distiller, Teacher
+from d2kd.utils.errors import InputError
 
 from .common import batch
 

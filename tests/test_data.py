@@ -34,7 +34,7 @@ from d2kd.data import (
     shapes,
     use_seeded_loaders,
 )
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
 

@@ -12,11 +12,11 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from d2kd.config import add_d2kd_config
-from d2kd.errors import InputError
 from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.modeling.distiller import inherit_weights
+from d2kd.modeling.inherit import inherit_weights
 from d2kd.testing import distiller, step
+from d2kd.utils.errors import InputError
 
 from .common import (
     DETECTORS,

@@ -24,7 +24,6 @@ from d2kd.doctor.measurements import (
     look_at_teacher,
 )
 from d2kd.engine import Trainer
-from d2kd.engine.random_state import random_state
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -35,8 +34,12 @@ from d2kd.losses import (
     TARLoss,
 )
 from d2kd.modeling import Teacher
-from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from d2kd.modeling.backbone.torchvision_backbone import (
+    TORCHVISION_PIXEL_MEAN,
+    TORCHVISION_PIXEL_STD,
+)
 from d2kd.testing import tiny_gfl
+from d2kd.utils.random_state import random_state
 
 from .common import CLASSES, command, refusal, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights

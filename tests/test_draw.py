@@ -18,13 +18,13 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from torch import nn
 
 import d2kd.engine.trainer as trainer_module
-import d2kd.visualization as visualization
 from d2kd.data import coco_dataset
 from d2kd.engine import DrawDetections, Trainer
-from d2kd.engine.random_state import random_state
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ImitationLoss
-from d2kd.visualization import GAP, STRIP, scenes
+from d2kd.utils.errors import InputError
+from d2kd.utils.random_state import random_state
+from d2kd.visualization import panels as visualization
+from d2kd.visualization.panels import GAP, STRIP, scenes
 
 from .common import tiny_faster_rcnn
 from .test_trainer import assert_same, run, saved

@@ -9,11 +9,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 from detectron2.utils.events import EventStorage
 
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
 from d2kd.losses.erd import elastic_selection
 from d2kd.modeling import DenseOutputs, Distiller, Teacher
 from d2kd.testing import check_loss, distillation, step, tiny_fcos, tiny_gfl, tiny_retinanet
+from d2kd.utils.errors import InputError
 
 from .common import batch, build
 from .parity.gfl_erd import detector

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from d2kd.evaluation.accuracy import accuracy
-from d2kd.evaluation.error_kinds import KINDS, error_kinds, find_errors
-from d2kd.evaluation.matching import Detections, Truth, match
+from d2kd.comparison.accuracy import accuracy
+from d2kd.comparison.error_kinds import KINDS, error_kinds, find_errors
+from d2kd.comparison.matching import Detections, Truth, match
 
 from .generated_detections import generated_detections, generated_truth
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace as Like
 
 import pytest
 
-from d2kd.errors import InputError, need, reporting
+from d2kd.utils.errors import InputError, need, reporting
 
 from . import raise_sites
 

@@ -17,12 +17,12 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd import deployment, export
 from d2kd.config import distill, load, reduced, with_defaults
-from d2kd.errors import InputError
-from d2kd.export import ExportedDetector, exportable, of_image, strangers, write
+from d2kd.export import formats, table
+from d2kd.export.formats import ExportedDetector, exportable, of_image, strangers, write
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, DETECTORS, ROOT, build, command, refusal, tiny_retinanet
 from .resume_runs import run
@@ -78,7 +78,7 @@ def files(tmp_path_factory):
     folder, written = tmp_path_factory.mktemp("exported"), {}
 
     def of(family, form):
-        path = folder / f"{family}{export.FORMATS[form]}"
+        path = folder / f"{family}{formats.FORMATS[form]}"
         if path not in written:
             written[path] = exportable(lively(family))
             write(written[path], path, ABOUT)
@@ -87,7 +87,7 @@ def files(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", formats.FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_detects_what_its_detector_does(files, family, form):
     detector, exported = files(family, form)
@@ -108,7 +108,7 @@ def test_a_file_detects_what_its_detector_does(files, family, form):
     assert exported.classes == NAMES and exported.metadata["image_format"] == "BGR"
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", formats.FORMATS)
 @pytest.mark.parametrize("family", ["retinanet", "mask_rcnn"])
 def test_a_file_sees_images_of_a_few_pixels(files, family, form):
     detector, exported = files(family, form)
@@ -125,7 +125,7 @@ def test_the_traced_image_leaves_no_mark(family):
     """Not its size, nor how much was found in it: the graph is the same, with the same constants."""
 
     def graph(size):
-        with torch.no_grad(), export.tracing():
+        with torch.no_grad(), formats.tracing():
             model = of_image(detector, torch.rand(3, *size, generator=seeded(3)) * 255)
             traced = torch.jit.trace(model, model.flattened_inputs, check_trace=False)
         inlined = traced.inlined_graph
@@ -139,13 +139,13 @@ def test_the_traced_image_leaves_no_mark(family):
     assert graph((33, 40)) == graph((130, 97))
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", formats.FORMATS)
 def test_an_image_without_detections(form, tmp_path):
     """It may be the traced one, and any other."""
     detector = exportable(lively("mask_rcnn", threshold=0.345))
-    path = tmp_path / f"model{export.FORMATS[form]}"
+    path = tmp_path / f"model{formats.FORMATS[form]}"
     write(detector, path, ABOUT)
-    traced = torch.rand(3, *export.EXAMPLE, generator=seeded(0)) * 255
+    traced = torch.rand(3, *formats.EXAMPLE, generator=seeded(0)) * 255
     exported, (photograph, noise, _) = ExportedDetector(path), images()
     for image in (traced, photograph):
         shapes = [tuple(values.shape) for values in exported.detect(image)]
@@ -264,7 +264,7 @@ def dense(folder):
     ids=["Faster R-CNN", "RetinaNet"],
 )
 def test_the_table(dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(deployment, "FLOP_IMAGES", 1)
+    monkeypatch.setattr(table, "FLOP_IMAGES", 1)
     weights = dense / f"{kind}student.pth"
     words = ["--config-file", dense / f"{kind}recipe.py", "--weights", weights, "--format", form]
     words += ["--table", "--output", tmp_path, "--images", "2", "--baseline", weights]
@@ -278,7 +278,7 @@ def test_the_table(dense, kind, form, threshold, tmp_path, capsys, monkeypatch):
     assert student["AP"] == pytest.approx(exported["AP"], abs=0.01)
     assert student["gflops"] == pytest.approx(exported["gflops"], rel=0.02)
     assert teacher["gflops"] > student["gflops"] > 0 and teacher["megabytes"] > student["megabytes"]
-    path = tmp_path / f"model{export.FORMATS[form]}"
+    path = tmp_path / f"model{formats.FORMATS[form]}"
     assert exported["megabytes"] == path.stat().st_size / 1e6
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert "0 not the other's" in said and (tmp_path / "table.txt").read_text() in said
@@ -306,7 +306,7 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
             node.test_score_thresh = 0.0
             write(exportable(build(node, seed=9).eval()), path, about)
 
-    monkeypatch.setattr(export, "write", another_in_torchscript)
+    monkeypatch.setattr(formats, "write", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
         command("export")(words)
     differing, same = told()
@@ -320,8 +320,8 @@ def test_how_a_reduced_image_was_made(folder):
         mapper.image_format, mapper.augmentations = "RGB", [L(Resize)(shape=(48, 64))]
     student = build(config.model.student)
     weights = str(folder / "student.pth")
-    plain = deployment.metadata(config, student, weights)
-    small = deployment.metadata(reduced(config, 2), student, weights)
+    plain = table.metadata(config, student, weights)
+    small = table.metadata(reduced(config, 2), student, weights)
     assert plain["image_format"] == small["image_format"] == "RGB"
     assert "48" in plain["resizing"] and small["resizing"].startswith(plain["resizing"])
     assert small["resizing"].removeprefix(plain["resizing"]) == " 1/2 (means of 2 x 2 pixels)"
@@ -335,24 +335,24 @@ def test_a_teacher_of_larger_images_computes_more(folder):
         {},
     )
     student = build(config.model.student)
-    [batch] = deployment.first_images(config, 1)
+    [batch] = table.first_images(config, 1)
     for scale in (1, 2):
         config.model.teacher.scale = scale
-        row = deployment.teacher_row(config, student)
-        gflops[scale] = deployment.gflops(row.module, [row.inputs(batch)])
+        row = table.teacher_row(config, student)
+        gflops[scale] = table.gflops(row.module, [row.inputs(batch)])
     assert gflops[2] > 2 * gflops[1] > 0
 
 
 def test_a_teachers_row_is_in_the_students_classes(folder):
     config = load(str(folder / "recipe.py"))
-    student = deployment.built(config, str(folder / "student.pth"))
-    plain = deployment.teacher_row(config, student)
+    student = table.built(config, str(folder / "student.pth"))
+    plain = table.teacher_row(config, student)
     config.model.classes = NAMES
-    (batch,) = deployment.first_images(config, 1)
+    (batch,) = table.first_images(config, 1)
     expected = plain.detect(batch)[0]["instances"].pred_classes
     for turn, known in ((NAMES[::-1], len(expected)), (["x", "y", "z"], 0)):
         config.model.teacher.classes = turn
-        row = deployment.teacher_row(config, student)
+        row = table.teacher_row(config, student)
         found = row.detect(batch)[0]["instances"].pred_classes
         assert row.measurable == bool(known)
         assert torch.equal(found, 2 - expected if known else expected)

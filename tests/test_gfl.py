@@ -14,16 +14,12 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.config import add_d2kd_config, load
-from d2kd.errors import InputError
+from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
 from d2kd.modeling import GFL, LinearP6P7, Teacher
-from d2kd.modeling.gfl import (
-    StrideTransform,
-    atss_matches,
-    distribution_focal_loss,
-    integral,
-    quality_focal_loss,
-)
+from d2kd.modeling.box_regression import StrideTransform, integral
+from d2kd.modeling.matcher import atss_matches
 from d2kd.testing import odd_batches, step, tiny_gfl
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build
 from .parity.gfl_erd import detector

@@ -19,8 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2kd.data import InstancePriors, class_step, coco_dataset, estimate_priors
 from d2kd.engine import Trainer
-from d2kd.engine.run_info import write_json
-from d2kd.errors import InputError
 from d2kd.layers import attention as attention_module
 from d2kd.layers.attention import (
     CellPositions,
@@ -35,6 +33,8 @@ from d2kd.losses import icd as icd_module
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import DETECTORS, check_loss, distillation, distiller
+from d2kd.utils.errors import InputError
+from d2kd.utils.io import write_json
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
 from .parity import Arrays, compare

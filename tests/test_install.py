@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from d2kd import __version__, tools
-from d2kd.errors import InputError
 from d2kd.tools import COMMANDS, install_detectron2
+from d2kd.utils.errors import InputError
 
 from .common import command, refusal
 

@@ -7,10 +7,10 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
-from d2kd.errors import InputError
 from d2kd.layers import masks
 from d2kd.layers.adapter import FeatureAdapter, match_levels
 from d2kd.layers.masks import pad_boxes, paint
+from d2kd.utils.errors import InputError
 
 
 def box(*xyxy):

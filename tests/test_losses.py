@@ -13,7 +13,6 @@ from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
-from d2kd.errors import InputError
 from d2kd.losses import (
     DistillLoss,
     DistillLosses,
@@ -39,6 +38,7 @@ from d2kd.losses.tar import (
 )
 from d2kd.modeling import Regions
 from d2kd.testing import DETECTORS, check_loss, distillation, distiller, step
+from d2kd.utils.errors import InputError
 
 from .common import batch, build
 

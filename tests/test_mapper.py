@@ -12,7 +12,7 @@ from PIL import Image
 
 from d2kd.data import QuickMapper, build_train_loader
 from d2kd.data.mapper import _QuickResize, read_image
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 SIZE = 60, 90
 

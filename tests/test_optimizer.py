@@ -18,8 +18,8 @@ from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.optimizer import DistillerOptimizer
 from d2kd.engine.step import Step
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
+from d2kd.utils.errors import InputError
 
 from .test_trainer import assert_same, data, lines, run, saved  # noqa: F401  (one is a fixture)
 from .tiny_run import distiller, recipe, without_evaluation

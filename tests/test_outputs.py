@@ -7,10 +7,10 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2kd.errors import InputError
 from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, outputs_of
-from d2kd.modeling import outputs as outputs_module
 from d2kd.modeling.outputs import Unreadable
+from d2kd.modeling.outputs import rcnn as outputs_module
+from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build
 

@@ -15,9 +15,9 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from d2kd.engine import launch as launch_module
 from d2kd.engine.launch import explaining_lost_process, joined, launch, pick_device
-from d2kd.errors import InputError
 from d2kd.losses import ImitationLoss
-from d2kd.processes import anywhere, over_processes
+from d2kd.utils.comm import anywhere, over_processes
+from d2kd.utils.errors import InputError
 
 from .resume_runs import OBJECTS, run
 from .tiny_run import draw_data

@@ -15,9 +15,9 @@ import pytest
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2kd.classes import ClassMap, class_names, renamed
 from d2kd.config import config_file, detector, is_distiller, load, with_defaults
 from d2kd.data.shapes import CLASSES
+from d2kd.structures.class_map import ClassMap, class_names, renamed
 from d2kd.tools import COMMANDS
 
 from .test_voc import write_voc

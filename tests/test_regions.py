@@ -9,15 +9,15 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2kd.classes import ClassMap
-from d2kd.errors import InputError
-from d2kd.evaluation.features import FeatureSimilarity
-from d2kd.evaluation.matching import Truth
-from d2kd.evaluation.regions import RegionCounts, why_not
+from d2kd.comparison.features import FeatureSimilarity
+from d2kd.comparison.matching import Truth
+from d2kd.comparison.regions import RegionCounts, why_not
 from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.agreement import agreement
 from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
+from d2kd.structures.class_map import ClassMap
+from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, tiny_faster_rcnn
 
@@ -181,7 +181,7 @@ class Dense:
 
 
 def test_anchors_by_hand(monkeypatch):
-    monkeypatch.setattr("d2kd.evaluation.regions.BEST", 1)
+    monkeypatch.setattr("d2kd.comparison.regions.BEST", 1)
     low = [0.1, 0.1]
     first = Dense([[0.6, 0.1], [0.1, 0.9], low, low], [True, False, False, False])
     second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2kd.evaluation.comparison import Options, analyse, assemble
-from d2kd.report import Domain, colors_of, render, sentence, write_report
+from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.report.page import Domain, colors_of, render, sentence, write_report
 
 from .coco_size import described, generated_data
 from .generated_detections import generated_detections

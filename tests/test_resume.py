@@ -21,12 +21,12 @@ import d2kd.engine.trainer as trainer_module
 from d2kd.config import get_config
 from d2kd.data import build_train_loader, estimate_priors
 from d2kd.engine.checkpoint import NORMALIZER, StudentCheckpointer, plain
-from d2kd.engine.run_info import explaining_full_disk
 from d2kd.engine.step import Step
 from d2kd.engine.trainer import Trainer
-from d2kd.errors import InputError, reporting
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling.weights import read
+from d2kd.utils.errors import InputError, reporting
+from d2kd.utils.io import explaining_full_disk
 
 from . import resume_runs
 from .common import tiny_retinanet

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from d2kd.config import distill, load, reduced
 from d2kd.data import TwoScales
 from d2kd.data.scales import reduce
-from d2kd.errors import InputError
 from d2kd.layers.adapter import match_levels
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import odd_batches, step
+from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import recipe

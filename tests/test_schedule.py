@@ -10,9 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.errors import InputError
 from d2kd.study import Commands, load, run_study, schedule
 from d2kd.study import run as training
+from d2kd.utils.errors import InputError
 
 from . import common
 from .common import one_thread

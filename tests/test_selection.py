@@ -14,10 +14,10 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from PIL import Image
 
-from d2kd import selection
-from d2kd.classes import ClassMap
-from d2kd.selection import TITLES, draw_selection
-from d2kd.visualization import COLORS, described, side_by_side
+from d2kd.structures.class_map import ClassMap
+from d2kd.visualization import erd_selection
+from d2kd.visualization.erd_selection import TITLES, draw_selection
+from d2kd.visualization.panels import COLORS, described, side_by_side
 
 from .test_steps import increment
 from .tiny_run import draw_data
@@ -71,7 +71,7 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     model = instantiate(config.model)
     shown = []
     monkeypatch.setattr(
-        selection, "side_by_side", lambda *drawn: shown.append(drawn[2]) or side_by_side(*drawn)
+        erd_selection, "side_by_side", lambda *drawn: shown.append(drawn[2]) or side_by_side(*drawn)
     )
     mapper = instantiate(config.dataloader.test.mapper)
     loss = model.losses.by_name["erd"]

@@ -18,10 +18,10 @@ from torch import nn
 
 from d2kd.benchmark.step_cost import StepCost, _points, step_cost
 from d2kd.engine.step import NotFinite, Step
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.losses.base import value_of
 from d2kd.modeling import Distiller
+from d2kd.utils.errors import InputError
 
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 

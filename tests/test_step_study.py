@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from d2kd.config import increment, load
 from d2kd.data import coco_dataset, shapes
-from d2kd.errors import InputError
-from d2kd.evaluation.coco import forgetting, gaps, old_new_all
 from d2kd.study import Measured, OneByOne, parse, run_study, show_results
 from d2kd.study import load as load_study
+from d2kd.study.incremental import forgetting, gaps, old_new_all
+from d2kd.utils.errors import InputError
 
 from .common import interrupted_in
 from .tiny_run import draw_data

@@ -12,15 +12,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from d2kd.classes import class_names
 from d2kd.config import load
 from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
-from d2kd.data.steps import PUBLISHED_SPLITS, check_objects
+from d2kd.data.incremental import PUBLISHED_SPLITS, check_objects
 from d2kd.engine import Trainer
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ERDLoss
 from d2kd.modeling import Distiller, Teacher
+from d2kd.structures.class_map import class_names
 from d2kd.testing import tiny_gfl
+from d2kd.utils.errors import InputError
 
 from .common import build
 from .test_voc import NAMES, write_voc

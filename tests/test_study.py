@@ -15,8 +15,6 @@ from omegaconf import OmegaConf
 
 from d2kd.data import shapes
 from d2kd.engine import Trainer
-from d2kd.engine.memory import Peak
-from d2kd.errors import InputError
 from d2kd.study import (
     Measured,
     OneByOne,
@@ -28,9 +26,11 @@ from d2kd.study import (
     show_results,
     train,
 )
-from d2kd.study.console import Progress
 from d2kd.study.results import average_precision, gains, table, training_time
 from d2kd.study.text import aligned, markdown, t_interval
+from d2kd.utils.console import Progress
+from d2kd.utils.errors import InputError
+from d2kd.utils.memory import Peak
 
 from .common import ROOT, command, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc

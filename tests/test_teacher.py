@@ -10,10 +10,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from d2kd.engine.checkpoint import StudentCheckpointer
-from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 from d2kd.modeling import weights as weights_module
 from d2kd.modeling.speed import compile_parts, fuse_norms
+from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_retinanet
 

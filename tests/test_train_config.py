@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from d2kd.config import Train, get_config, load, override, train_defaults, with_defaults
 from d2kd.engine import Trainer
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 from .test_trainer import data  # noqa: F401  (a fixture)
 from .tiny_run import distiller, recipe, without_evaluation

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from d2kd import engine
-from d2kd.errors import InputError
 from d2kd.modeling import Teacher
 from d2kd.tools.train import work
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data, teacher_weights

@@ -20,15 +20,15 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 import d2kd.engine.trainer as trainer_module
-from d2kd.classes import ClassMap
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
 from d2kd.engine.launch import joined
 from d2kd.engine.step import distributed
-from d2kd.errors import InputError
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Teacher
+from d2kd.structures.class_map import ClassMap
+from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
 from .test_voc import write_voc

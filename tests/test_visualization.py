@@ -10,17 +10,16 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from d2kd.data import coco_dataset
-from d2kd.visualization import (
+from d2kd.visualization.curves import draw_curves, read_metrics
+from d2kd.visualization.panels import (
     GAP,
     LEGIBLE_SIDE,
     STRIP,
-    draw_curves,
     draw_detections,
     draw_differences,
     found_objects,
     ground_truth,
     predictions,
-    read_metrics,
     side_by_side,
 )
 

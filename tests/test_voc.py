@@ -19,8 +19,8 @@ from PIL import Image
 from d2kd.config import config_file, load
 from d2kd.data import check_dataset, register_voc
 from d2kd.engine import Trainer, do_test
-from d2kd.errors import InputError
 from d2kd.study import parse
+from d2kd.utils.errors import InputError
 
 from . import tiny_run
 from .common import CLASSES

@@ -33,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from d2kd.config import with_defaults
 from d2kd.engine import do_test
 from d2kd.engine.launch import joined
-from d2kd.errors import reporting
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.testing import tiny_faster_rcnn, tiny_retinanet
+from d2kd.utils.errors import reporting
 
 from .common import one_thread
 from .recorded import LOSSES, Recorded, relative

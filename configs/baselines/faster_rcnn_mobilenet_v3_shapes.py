@@ -5,7 +5,7 @@ What else a recipe may try: ``model.backbone.bottom_up.name`` (``efficientnet_b0
 
 from detectron2.config import LazyCall as L
 
-from d2kd.modeling.backbone import TorchvisionBackbone
+from d2kd.modeling.backbone.torchvision_backbone import TorchvisionBackbone
 
 from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
     dataloader,

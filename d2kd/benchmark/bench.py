@@ -28,12 +28,12 @@ from torch import nn
 from ..config import is_distiller, load, with_defaults, without_priors, without_weights
 from ..data import TwoScales
 from ..engine.launch import pick_device
-from ..engine.memory import Peak
 from ..engine.optimizer import build_optimizer
 from ..engine.step import NotFinite, Step, precision
-from ..errors import InputError
 from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import asked
+from ..utils.errors import InputError
+from ..utils.memory import Peak
 from .phases import clock, phases
 from .untrained import draw_batch, measure_statistics
 

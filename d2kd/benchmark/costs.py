@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from ..engine.run_info import versions
-from ..errors import InputError
-from ..study.console import Progress
+from ..utils.console import Progress
+from ..utils.env import versions
+from ..utils.errors import InputError
 from .bench import (
     BATCHES,
     DISTILLED,

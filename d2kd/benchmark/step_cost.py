@@ -20,10 +20,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..engine import Trainer
-from ..engine.random_state import preserved_random_state
 from ..engine.step import NotFinite
-from ..errors import InputError
 from ..losses.base import value_of
+from ..utils.errors import InputError
+from ..utils.random_state import preserved_random_state
 
 LEAST = 12  # pairs
 LEAST_AT_A_POINT = 3

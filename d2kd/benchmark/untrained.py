@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
-from ..classes import num_classes_of
+from ..structures.class_map import num_classes_of
 
 OBJECTS = 7
 

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.catalog import registering
-from ..errors import InputError
 from ..modeling import add_distiller_config, add_gfl_config, add_torchvision_config
+from ..utils.errors import InputError
 from .nodes import student_of
 from .train import check_train, with_defaults
 

@@ -10,12 +10,12 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..classes import class_names
 from ..data import TwoScales, class_step, split_classes
-from ..data.steps import Split
-from ..errors import InputError
+from ..data.incremental import Split
 from ..losses import DistillLosses, ImitationLoss, TARLoss
 from ..modeling import GFL, Distiller, Teacher
+from ..structures.class_map import class_names
+from ..utils.errors import InputError
 from .files import detector, get_config, load
 from .nodes import builds, reading_mapper, student_of
 

@@ -16,7 +16,7 @@ from typing import Any, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .nodes import is_distiller
 
 

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 REGISTERED_BY: dict[str, str] = {}
 """By name, the Python file of configs whose code registered a data set of this process."""

@@ -12,14 +12,16 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
 
 from d2kd.data.catalog import check_files, is_registered
 from d2kd.data.voc import check_voc
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 # What loading reads, and what COCO's evaluation reads of every annotation (`area` and `iscrowd`).
 _KEYS = {
@@ -62,6 +64,21 @@ def coco_dataset(
         registered_as=given,
     )
     return name
+
+
+def dataset_names(recipe: DictConfig, part: str) -> list[str]:
+    """Names of the data sets that a recipe reads, which are registered if the recipe says how.
+
+    Args:
+        recipe: with or without data.
+        part: "train" or "test".
+
+    Returns:
+        the names in ``dataloader.<part>.dataset.names``; empty for a recipe without them.
+    """
+    names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
+    names = [] if names is None else instantiate(names)
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_dataset(names) -> list[str]:
@@ -194,3 +211,11 @@ def _is_box(box) -> bool:
         and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
         and min(box[2:]) >= 0
     )
+
+
+def spread(records: Sequence[dict], number: int) -> list[dict]:
+    """So many of the records, evenly, in their order; all where there are no more."""
+    if number >= len(records):
+        return list(records)
+    places = np.unique(np.linspace(0, len(records) - 1, number).round().astype(int))
+    return [records[place] for place in places]

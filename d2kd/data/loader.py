@@ -34,7 +34,7 @@ from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 _ORDER, _SAMPLE = range(2)  # what a random number is for
 

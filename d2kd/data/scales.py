@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from torch import Tensor
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 class TwoScales:

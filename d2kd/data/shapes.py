@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 VERSION = 2  # of the drawing: raised whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides

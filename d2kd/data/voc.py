@@ -27,7 +27,7 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.utils.file_io import PathManager
 
 from d2kd.data.catalog import check_files, is_registered
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 
 def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> str:

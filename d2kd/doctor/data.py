@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
 from detectron2.structures import BoxMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..errors import InputError
-from ..visualization import spread
+from ..data.datasets import dataset_names, spread
+from ..utils.errors import InputError
 from .findings import Finding
 
 SLACK = 1.0  # pixels that a box may lie outside the image: annotators round
@@ -27,15 +27,14 @@ def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
         images: how many of each to decode, spread over the set; 0: all.
     """
     for part in ("train", "test"):
-        node = OmegaConf.select(config, f"dataloader.{part}.dataset.names", default=None)
-        if node is None:
-            yield Finding(f"{part} data", "ok", "no names of data sets: not looked at")
-            continue
         try:
-            names = check_dataset(node)
+            names = check_dataset(dataset_names(config, part))
         except InputError as error:
             advice = f"{error.expected}"
             yield Finding(f"{part} data", "error", f"{error.culprit}: {error.found}", advice)
+            continue
+        if not names:
+            yield Finding(f"{part} data", "ok", "no names of data sets: not looked at")
             continue
         records = [record for name in names for record in DatasetCatalog.get(name)]
         classes = _wanted(MetadataCatalog.get(names[0]))

@@ -13,9 +13,9 @@ from torch import nn
 from ..config import is_distiller, student_of, with_defaults, without_weights
 from ..engine import Trainer
 from ..engine.checkpoint import unwrapped
-from ..errors import InputError
 from ..modeling.weights import CLASSES, STATISTICS, read
-from ..study.console import quiet
+from ..utils.console import quiet
+from ..utils.errors import InputError
 from .data import look_at_data
 from .findings import Finding
 from .first_look import data_classes, first_look

@@ -12,14 +12,15 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import class_names, num_classes_of
 from ..config import reading_mapper
 from ..data import check_dataset
+from ..data.datasets import dataset_names
 from ..engine.checkpoint import student_of, unwrapped
-from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
-from ..modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from ..modeling.backbone.torchvision_backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from ..structures.class_map import class_names, num_classes_of
+from ..utils.errors import InputError
 from .findings import Finding
 
 logger = logging.getLogger("d2kd.doctor")
@@ -145,9 +146,9 @@ def _classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
 
 
 def data_classes(config: DictConfig) -> tuple[str, ...] | None:
-    node = OmegaConf.select(config, "dataloader.train.dataset.names", default=None)
     try:
-        return None if node is None else class_names(check_dataset(node))
+        names = check_dataset(dataset_names(config, "train"))
+        return class_names(names) if names else None
     except InputError:
         return None
 

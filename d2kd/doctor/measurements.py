@@ -17,15 +17,15 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..classes import num_classes_of
 from ..data import build_test_loader
+from ..data.datasets import spread
 from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import student_of, unwrapped
 from ..engine.step import NotFinite
 from ..modeling import Distiller
 from ..modeling.outputs import capture
-from ..study.console import quiet
-from ..visualization import spread
+from ..structures.class_map import num_classes_of
+from ..utils.console import quiet
 from .findings import Finding
 
 MEAN, DEVIATION = 1.5, (0.2, 100)

@@ -16,12 +16,12 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..classes import class_names, num_classes_of
-from ..errors import InputError
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import CLASSES, check_names, local_path, read
-from .random_state import random_state
-from .run_info import explaining_full_disk, write_text, written_whole
+from ..structures.class_map import class_names, num_classes_of
+from ..utils.errors import InputError
+from ..utils.io import explaining_full_disk, write_text, written_whole
+from ..utils.random_state import random_state
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..compat import has_compiled_operators
 from ..data import use_seeded_loaders
+from ..data.datasets import dataset_names
+from ..utils.compat import has_compiled_operators
+from ..utils.random_state import preserved_random_state
 from .checkpoint import student_of
-from .random_state import preserved_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +28,7 @@ logger = logging.getLogger(__name__)
 def the_test_set(config: DictConfig) -> str | None:
     """The registered name of the data set that a recipe measures on; None for several, or none."""
     # Not looked at once more: that would read all annotations, and this is called at every evaluation.
-    names = instantiate(OmegaConf.select(config, "dataloader.test.dataset.names", default=None))
-    if names is None or isinstance(names, str):
-        return names
+    names = dataset_names(config, "test")
     return names[0] if len(names) == 1 else None
 
 
@@ -105,3 +105,12 @@ def do_test(
         results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return dict(results)
+
+
+def finite(results: Mapping) -> dict:
+    """Results, by task or not, without the metrics that are undefined."""
+    return {
+        name: finite(value) if isinstance(value, Mapping) else value
+        for name, value in results.items()
+        if isinstance(value, Mapping) or math.isfinite(value)
+    }

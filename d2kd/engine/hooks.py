@@ -19,15 +19,18 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import num_classes_of
 from ..data import check_dataset
-from ..errors import InputError
+from ..data.datasets import dataset_names
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import sha256
-from ..visualization import Scene, described, read_metrics, scenes, side_by_side
+from ..structures.class_map import num_classes_of
+from ..utils.env import config_hash
+from ..utils.errors import InputError
+from ..utils.io import read_rows, write_json
+from ..utils.random_state import preserved_random_state
+from ..visualization.curves import read_metrics
+from ..visualization.panels import Scene, described, scenes, side_by_side
 from .checkpoint import StudentCheckpointer, learned_classes, student_of, teacher_classes
-from .random_state import preserved_random_state
-from .run_info import config_hash, read_rows, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +81,7 @@ class EvalTeacher(HookBase):
             self._say(average_precision)
 
     def _key(self) -> dict:
-        node = OmegaConf.select(self._config, "dataloader.test.dataset.names", default=None)
-        names = [] if node is None else check_dataset(node)
+        names = check_dataset(dataset_names(self._config, "test"))
         # A name says little: the annotations behind it may have been edited since.
         files = [MetadataCatalog.get(name).get("json_file") for name in names]
         model = {k: v for k, v in self._config.model.teacher.items() if k != "weights"}
@@ -323,7 +325,7 @@ class DrawDetections(HookBase):
             logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
             return None
         test, student = cfg.dataloader.test, student_of(model)
-        names = check_dataset(test.dataset.names)
+        names = check_dataset(dataset_names(cfg, "test"))
         # From the catalogue, since the test data as the loader gives them have no annotations.
         records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
         records = list(itertools.islice(records, cfg.train.draw_images))

@@ -17,8 +17,8 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from ..compat import forget_process_groups, make_local_process_group
-from ..errors import InputError
+from ..utils.compat import forget_process_groups, make_local_process_group
+from ..utils.errors import InputError
 
 REFUSED = 2  # the exit code of a command that refuses its input
 

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import InputError
 from ..modeling import Distiller
+from ..utils.errors import InputError
 
 
 class DistillerOptimizer(Optimizer):

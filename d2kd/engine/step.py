@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from ..errors import InputError
+from ..utils.errors import InputError
+from ..utils.random_state import random_state, set_random_state
 from .checkpoint import NORMALIZER, student_of
 from .optimizer import clipping
-from .random_state import random_state, set_random_state
 
 
 class NotFinite(Exception):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 import os
 import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,17 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..classes import ClassMap, num_classes_of
 from ..config import is_distiller, teacher_of, with_defaults
+from ..config.saving import save_config
 from ..data import check_dataset, use_seeded_loaders
-from ..data.steps import check_count, check_objects
-from ..errors import InputError
+from ..data.datasets import dataset_names
+from ..data.incremental import check_count, check_objects
 from ..modeling import Distiller
+from ..structures.class_map import ClassMap, num_classes_of
+from ..utils.errors import InputError
+from ..utils.io import explaining_full_disk, remove_temporaries
+from ..utils.memory import Peak
+from ..utils.random_state import preserved_random_state, set_random_state
 from .checkpoint import (
     FINAL,
     NORMALIZER,
@@ -47,7 +51,7 @@ from .checkpoint import (
     student_of,
     unwrapped,
 )
-from .evaluation import build_evaluator, build_test_loader, do_test, the_test_set
+from .evaluation import build_evaluator, build_test_loader, do_test, finite, the_test_set
 from .hooks import (
     BEST,
     BestCheckpoint,
@@ -59,18 +63,9 @@ from .hooks import (
     has_tensorboard,
 )
 from .launch import pick_device
-from .memory import Peak
 from .optimizer import build_lr_scheduler, build_optimizer, students
-from .random_state import preserved_random_state, set_random_state
-from .run_info import (
-    RunLog,
-    RunRecord,
-    disk_is_full,
-    explaining_full_disk,
-    keep_metrics_before,
-    remove_temporaries,
-    save_config,
-)
+from .resume import check_agreed, dealt_anew
+from .run_info import RunLog, RunRecord, keep_metrics_before, quiet_about_input_errors
 from .step import NotFinite, Step, distributed, precision
 
 logger = logging.getLogger(__name__)
@@ -162,12 +157,9 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
-        found = {}
-        for part in ("train", "test"):
-            key = f"dataloader.{part}.dataset.names"
-            names = OmegaConf.select(self.cfg, key, default=None)
-            found[part] = [] if names is None else check_dataset(names)
-        self._data, self._test_data = found["train"], found["test"]
+        self._data, self._test_data = (
+            check_dataset(dataset_names(self.cfg, part)) for part in ("train", "test")
+        )
 
     def _check_classes(self, model: nn.Module) -> None:
         """Whether the data are about the student's classes; of loaded data, since some have names only then."""
@@ -307,7 +299,7 @@ class Trainer(DefaultTrainer):
         with self._log.listening():
             self.checkpointer.begun = self.record.begun
             last = self.checkpointer.read_last() if resume else None
-            _check_agreed(last)
+            check_agreed(last)
             if last is not None:
                 self._resume(*last)
             elif self.cfg.train.init_checkpoint:
@@ -324,7 +316,7 @@ class Trainer(DefaultTrainer):
             own = states[comm.get_rank()]
             self._random = own["random"]
         else:
-            own = _dealt_anew(states, processes)
+            own = dealt_anew(states, processes)
             dealt = f"; its {NORMALIZER} is dealt to them anew" if own else ""
             logger.warning("%s has no random state for this many processes%s", file, dealt)
         if NORMALIZER in own:
@@ -493,53 +485,3 @@ class Trainer(DefaultTrainer):
             images - images % size,
         )
         return images - images % size
-
-
-def _check_agreed(last: tuple[str, dict] | None) -> None:
-    """Whether all processes go on from one checkpoint; or they would train different weights, and never say so.
-
-    Raises:
-        InputError: they do not.
-    """
-    found = "no checkpoint" if last is None else Path(last[0]).name
-    for rank, other in enumerate(comm.all_gather(found)):
-        if other != found:
-            raise InputError(
-                "--resume",
-                f"{found} in process {comm.get_rank()}, {other} in process {rank}",
-                "one output folder that all processes see",
-            )
-
-
-def _dealt_anew(states: Sequence[dict], processes: int) -> dict[str, Any]:
-    """What each of another number of processes goes on with; a batch has as many images in all as before.
-
-    A normalizer counts the foreground of its process's share of them, so it is their sum that stays.
-    """
-    known = [state[NORMALIZER] for state in states if NORMALIZER in state]
-    return {NORMALIZER: sum(known) / processes} if known else {}
-
-
-def finite(results: Mapping) -> dict:
-    """Results, by task or not, without the metrics that are undefined."""
-    return {
-        name: finite(value) if isinstance(value, Mapping) else value
-        for name, value in results.items()
-        if isinstance(value, Mapping) or math.isfinite(value)
-    }
-
-
-@contextlib.contextmanager
-def quiet_about_input_errors() -> Iterator[None]:
-    """Keep Detectron2's loop from printing the traceback of an error that is the input's."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return error is None or not (isinstance(error, InputError) or disk_is_full(error))
-
-    loop = logging.getLogger("detectron2.engine.train_loop")
-    loop.addFilter(keep)
-    try:
-        yield
-    finally:
-        loop.removeFilter(keep)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def point_positions(points: Tensor, channels: int) -> Tensor:

@@ -16,8 +16,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.priors import InstancePriors
-from ..errors import InputError
+from ..structures.instance_priors import InstancePriors
+from ..utils.errors import InputError
 
 _CENTER = 128  # numbers for each coordinate
 _BINS = 5  # of the logarithm of a side

@@ -10,10 +10,10 @@ from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
-from ..classes import ClassMap
-from ..errors import InputError
 from ..modeling.outputs import Unreadable
-from ..processes import over_processes
+from ..structures.class_map import ClassMap
+from ..utils.comm import over_processes
+from ..utils.errors import InputError
 
 Weight = float | ParamScheduler
 """A coefficient: a number, or an fvcore schedule of the progress in [0, 1]."""

@@ -16,9 +16,9 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..classes import num_classes_of
-from ..errors import InputError
-from ..modeling.gfl import integral
+from ..modeling.box_regression import integral
+from ..structures.class_map import num_classes_of
+from ..utils.errors import InputError
 from .base import DistillLoss, Weight, check_anchors
 from .functional import in_float32, softmax_kl
 

@@ -21,9 +21,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
-from ..classes import num_classes_of
-from ..data.priors import InstancePriors
-from ..errors import InputError
 from ..layers.adapter import match_levels
 from ..layers.attention import (
     CellPositions,
@@ -35,6 +32,9 @@ from ..layers.attention import (
 )
 from ..layers.masks import pad_boxes, paint, valid_cells
 from ..layers.queries import InstanceQueries, descriptor_size, make_queries
+from ..structures.class_map import num_classes_of
+from ..structures.instance_priors import InstancePriors
+from ..utils.errors import InputError
 from .base import DistillLoss, Weight, value_of
 from .functional import at_least_one, in_float32
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..layers.adapter import FeatureAdapter, match_levels
 from ..layers.masks import KINDS, pad_boxes, paint, valid_cells
+from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
 

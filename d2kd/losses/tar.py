@@ -23,10 +23,10 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from ..classes import num_classes_of
-from ..errors import InputError
-from ..modeling.gfl import is_foreground
+from ..modeling.matcher import is_foreground
 from ..modeling.outputs import scores_by_sigmoid
+from ..structures.class_map import num_classes_of
+from ..utils.errors import InputError
 from .base import DistillLoss, Weight, check_anchors, is_off, value_of
 from .functional import (
     at_least_one,

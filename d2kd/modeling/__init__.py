@@ -1,14 +1,9 @@
 """Teacher, student and the distiller that joins them. This package knows no distillation loss."""
 
-from .backbone import (
-    LinearP6P7,
-    StaticBatchNorm2d,
-    TorchvisionBackbone,
-    add_torchvision_config,
-    basic_resnet,
-)
-from .distiller import Distiller, add_distiller_config
-from .gfl import GFL, GFLHead, add_gfl_config
+from .backbone.fpn import LinearP6P7
+from .backbone.resnet import StaticBatchNorm2d, basic_resnet
+from .backbone.torchvision_backbone import TorchvisionBackbone, add_torchvision_config
+from .meta_arch import GFL, Distiller, GFLHead, add_distiller_config, add_gfl_config
 from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, outputs_of
 from .teacher import Teacher
 

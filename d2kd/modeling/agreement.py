@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..classes import ClassMap
+from ..structures.class_map import ClassMap
 from .outputs import DetectorOutputs, scores_by_sigmoid
 
 BEST = 100

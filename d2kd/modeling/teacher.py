@@ -10,9 +10,9 @@ import torch
 from detectron2.structures import Instances
 from torch import nn
 
-from ..classes import ClassMap, class_names, num_classes_of, renamed
-from ..errors import InputError
-from .outputs import DetectorOutputs, check_classes, outputs_of, precision_around, precision_of
+from ..structures.class_map import ClassMap, check_classes, class_names, num_classes_of, renamed
+from ..utils.errors import InputError
+from .outputs import DetectorOutputs, outputs_of, precision_around, precision_of
 from .speed import compile_parts, fuse_norms, keep_weights
 from .weights import load_strict, sha256
 
@@ -35,7 +35,7 @@ class Teacher:
         input_format: channel order the detector wants. None: the detector's own ``input_format``, else
             ``image_format``.
         classes: names of its classes in its order, or the name of a data set that has them, for a student
-            with other ones, see :class:`d2kd.classes.ClassMap`. None: its classes are the student's.
+            with other ones, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
         aliases: {a name of ``classes``: the student's name for it}, where they differ.
         scale: how many times larger its images are than the student's. The batch then has both, see
             :class:`d2kd.data.TwoScales`; levels are matched by their stride in the student's pixels.

@@ -15,8 +15,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..compat import read_checkpoint
-from ..errors import InputError
+from ..utils.compat import read_checkpoint
+from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 

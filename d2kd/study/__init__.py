@@ -12,7 +12,7 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # only when asked for by name
     )
 
-Classes learned in steps, see :mod:`d2kd.data.steps`, are two words more. A run that names its step is measured on
+Classes learned in steps, see :mod:`d2kd.data.incremental`, are two words more. A run that names its step is measured on
 the classes learned by then, and the run it starts from has learned those before::
 
     study = dict(…, steps="4+4", upper_bound="everything")

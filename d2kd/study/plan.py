@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..config import config_file, override
 from ..data import class_step, split_classes
 from ..data.catalog import registering
-from ..data.steps import Split
-from ..engine.run_info import config_hash
-from ..errors import InputError
+from ..data.incremental import Split
+from ..utils.env import config_hash
+from ..utils.errors import InputError
 
 RELATIONS = ("teacher", "starts_from", "steps_like")
 RUN_KEYS = ("config", *RELATIONS, "once", "optional", "step")

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import InputError
-from ..evaluation.comparison import Options, compare
-from ..evaluation.detections import Report
-from ..evaluation.detectors import Data, Detector, detectors_of_study, load_data
-from ..report import write_report
-from .console import Progress, quiet
+from ..comparison.comparison import Options, compare
+from ..comparison.detections import Report
+from ..comparison.detectors import Data, Detector, detectors_of_study, load_data
+from ..report.page import write_report
+from ..utils.console import Progress, quiet
+from ..utils.errors import InputError
 from .plan import Study
 
 KEPT = "comparison"

@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.run_info import versions, write_json, write_text
-from ..evaluation.accuracy import LABELS, METRICS
-from ..visualization import draw_curves, draw_differences
+from ..comparison.accuracy import LABELS, METRICS
+from ..utils.env import versions
+from ..utils.io import write_json, write_text
+from ..visualization.curves import draw_curves
+from ..visualization.panels import draw_differences
+from .incremental import FILE as STEPS
+from .incremental import steps_table, write_steps
 from .plan import Run, Study
 from .plots import draw_gains
-from .steps import FILE as STEPS
-from .steps import steps_table, write_steps
 from .text import aligned, markdown, mean_text, t_interval
 
 PREDICTIONS = "test/coco_instances_results.json"

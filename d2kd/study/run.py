@@ -22,13 +22,14 @@ from detectron2.engine.hooks import CallbackHook
 from omegaconf import DictConfig
 
 from ..config import student_of, with_defaults, without_weights
+from ..config.saving import save_config
 from ..engine import Trainer, do_test
 from ..engine.launch import pick_device
-from ..engine.run_info import read_json, read_rows, save_config, write_json
 from ..engine.trainer import METRICS
-from ..errors import InputError
 from ..modeling.weights import fit, read, sha256
-from .console import quiet
+from ..utils.console import quiet
+from ..utils.errors import InputError
+from ..utils.io import read_json, read_rows, write_json
 from .plan import Run
 from .results import PREDICTIONS, average_precision
 

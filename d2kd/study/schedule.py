@@ -16,9 +16,9 @@ from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..engine.run_info import read_rows, write_json
-from ..errors import InputError
-from .console import Progress, quiet
+from ..utils.console import Progress, quiet
+from ..utils.errors import InputError
+from ..utils.io import read_rows, write_json
 from .plan import Run, Study, prepare, timed_recipes
 from .results import cost_text, write_results
 from .run import Measured, Report, finished_row, threads, train, train_apart, train_into

@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 
 from .. import __version__
-from ..errors import InputError, reporting
+from ..utils.errors import InputError, reporting
 
 COMMANDS = {
     "train": "train or evaluate a recipe",

@@ -12,7 +12,7 @@ end of the 95 % interval of distilled / (student + teacher) is not above it; oth
 import argparse
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> None:
     from ..benchmark import HEADLINE, Setup, benchmark, table
-    from ..engine.run_info import write_json, write_text
+    from ..utils.io import write_json, write_text
 
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
         if path and path.is_dir():

@@ -14,7 +14,7 @@ command goes on.
 import argparse
 from pathlib import Path
 
-from ..errors import InputError, need
+from ..utils.errors import InputError, need
 
 INTERRUPTED = "interrupted; the same command continues"
 
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     need("plots", "matplotlib", "jinja2")
-    from ..evaluation.comparison import Options
-    from ..evaluation.detectors import load_data
+    from ..comparison.comparison import Options
+    from ..comparison.detectors import load_data
     from ..study.report import compare_and_report
 
     for name, least in (("resamples", 1), ("observe", 1)):
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
 
 def given(args: argparse.Namespace) -> tuple:
     """The detectors of the command line, and the data set."""
+    from ..comparison.detectors import from_config
     from ..config import recipe_of
     from ..data.catalog import register_described
-    from ..evaluation.detectors import from_config
 
     if not args.dataset:
         raise InputError("--dataset", "nothing", "the name of a data set")
@@ -98,9 +98,9 @@ def given(args: argparse.Namespace) -> tuple:
 
 def found_in(folder: Path, dataset: str | None) -> tuple:
     """The detectors of an output folder, and the data set they were measured on unless another is given."""
+    from ..comparison.detectors import detectors_of_run, detectors_of_study, study_of
     from ..config import load
     from ..data.catalog import register_described
-    from ..evaluation.detectors import detectors_of_run, detectors_of_study, study_of
 
     study = study_of(folder)
     if study is None:

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..config import load
     from ..doctor import Finding, diagnose, exit_code, table
-    from ..engine.run_info import versions, write_json
+    from ..utils.env import versions
+    from ..utils.io import write_json
 
     for name, least in (("images", 0), ("iterations", 0)):
         if getattr(args, name) < least:

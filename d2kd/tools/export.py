@@ -13,7 +13,7 @@ teacher, baseline, student and file: ``DIR/table.txt`` and ``DIR/table.json``.
 import argparse
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from .. import deployment
     from ..config import load, with_defaults
-    from ..engine.run_info import write_json, write_text
-    from ..export import (
+    from ..export import table
+    from ..export.formats import (
         BOX_TOLERANCE,
         FORMATS,
         SCORE_TOLERANCE,
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
         imported,
         write,
     )
+    from ..utils.io import write_json, write_text
 
     if args.output.exists() and not args.output.is_dir():
         raise InputError("--output", f"{args.output} is a file", "a folder")
@@ -55,16 +55,16 @@ def run(args: argparse.Namespace) -> None:
         imported("onnx"), imported("onnxruntime")
 
     config = with_defaults(load(args.config_file, args.opts))
-    student = exportable(deployment.built(config, args.weights))
-    about = deployment.metadata(config, student, args.weights)
-    batches = deployment.first_images(config, args.images) if args.images else []
+    student = exportable(table.built(config, args.weights))
+    about = table.metadata(config, student, args.weights)
+    batches = table.first_images(config, args.images) if args.images else []
     rows = []
     if args.table:
-        rows.append(deployment.teacher_row(config, student))
+        rows.append(table.teacher_row(config, student))
         if args.baseline:
-            baseline = deployment.built(config, args.baseline)
-            rows.append(deployment.detector_row("baseline", baseline))
-        rows = [row for row in rows if row] + [deployment.detector_row("student", student)]
+            baseline = table.built(config, args.baseline)
+            rows.append(table.detector_row("baseline", baseline))
+        rows = [row for row in rows if row] + [table.detector_row("student", student)]
 
     differ = False
     for form in args.format:
@@ -73,16 +73,16 @@ def run(args: argparse.Namespace) -> None:
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
-            total, alone = deployment.agreement(student, exported, batches)
+            total, alone = table.agreement(student, exported, batches)
             differ |= alone * 100 > total
             print(
                 f"{len(batches)} images, {total} detections of both, {alone} not the other's "
                 f"(boxes to {BOX_TOLERANCE} px, scores to {SCORE_TOLERANCE})"
             )
-        rows.append(deployment.exported_row(f"exported, {form}", exported, student))
+        rows.append(table.exported_row(f"exported, {form}", exported, student))
     if args.table:
-        result = deployment.compare(config, rows, batches, args.output)
-        text = deployment.table(result)
+        result = table.compare(config, rows, batches, args.output)
+        text = table.table(result)
         write_text(args.output / "table.txt", text + "\n")
         write_json(args.output / "table.json", result)
         print(f"\n{text}")

@@ -9,7 +9,7 @@ that several commands with other --runs add up to one. See d2kd/study for what a
 import argparse
 from pathlib import Path
 
-from ..errors import InputError, need
+from ..utils.errors import InputError, need
 
 INTERRUPTED = "interrupted; the same command continues"
 

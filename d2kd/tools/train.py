@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -67,10 +67,9 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
         InputError: there is no checkpoint, or it does not fit; or its classes are not those of the test data.
     """
     from detectron2.config import instantiate
-    from omegaconf import OmegaConf
 
     from ..config import student_of, with_defaults, without_weights
-    from ..data import check_dataset
+    from ..data import check_dataset, dataset_names
     from ..engine import do_test
     from ..engine.checkpoint import StudentCheckpointer, learned_classes
     from ..engine.launch import pick_device
@@ -87,10 +86,8 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
             f"no checkpoint in {config.train.output_dir}",
             "one there, or train.init_checkpoint=WEIGHTS",
         )
-    names = OmegaConf.select(config, "dataloader.test.dataset.names", default=None)
-    load_strict(
-        model, weights, None if names is None else learned_classes(model, check_dataset(names))
-    )
+    names = check_dataset(dataset_names(config, "test"))
+    load_strict(model, weights, learned_classes(model, names))
     return do_test(config, model)
 
 

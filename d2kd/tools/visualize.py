@@ -14,7 +14,7 @@ teacher: the locations of class logits, those of boxes, and what non-maximum sup
 import argparse
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
     from omegaconf import OmegaConf
 
-    from ..attention_maps import draw_attention
     from ..config import load, student_of
     from ..data.catalog import register_described
-    from ..selection import draw_selection
-    from ..visualization import draw_detections
+    from ..visualization.erd_selection import draw_selection
+    from ..visualization.icd_attention import draw_attention
+    from ..visualization.panels import draw_detections
 
     weights = {}
     for given in args.weights:
@@ -103,9 +103,9 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     """The recipe's ICD loss, as trained, and the teacher it looks at."""
     from detectron2.config import instantiate
 
-    from ..attention_maps import load_icd
     from ..config import teacher_of, without_weights
     from ..engine.launch import pick_device
+    from ..visualization.icd_attention import load_icd
 
     give_teacher(config, weights, "attention", "ICD")
     device, model = pick_device(config.train.device), config.model
@@ -140,11 +140,11 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
     """
     from detectron2.config import instantiate
 
-    from ..classes import class_names
     from ..config import is_distiller, student_of, teacher_of, without_weights
     from ..engine.checkpoint import learned_classes, teacher_classes
     from ..engine.launch import pick_device
     from ..modeling.weights import CLASSES, load_strict, read
+    from ..structures.class_map import class_names
 
     device = pick_device(config.train.device)
     checkpoint = left_by_training(config, weights)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d2kd.errors import InputError
+from d2kd.utils.errors import InputError
 
 
 class Arrays(Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from d2kd.errors import InputError, reporting
+from d2kd.utils.errors import InputError, reporting
 
 from . import Arrays, Method, compare, gfl_erd, icd
 

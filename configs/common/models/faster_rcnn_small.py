@@ -6,7 +6,7 @@ What a recipe turns: ``model.backbone.bottom_up.width`` and ``.blocks``, ``model
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
-from d2kd.modeling.backbone import basic_resnet
+from d2kd.modeling.backbone.resnet import basic_resnet
 
 from .faster_rcnn_fpn import model
 

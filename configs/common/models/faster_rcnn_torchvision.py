@@ -5,7 +5,7 @@ What a recipe turns: ``model.backbone.bottom_up.name`` (``efficientnet_b0``, ``r
 
 from detectron2.config import LazyCall as L
 
-from d2kd.modeling.backbone import (
+from d2kd.modeling.backbone.torchvision_backbone import (
     TORCHVISION_PIXEL_MEAN,
     TORCHVISION_PIXEL_STD,
     TorchvisionBackbone,

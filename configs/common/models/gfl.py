@@ -8,7 +8,10 @@ stride in the 3x3 convolution. FrozenBN freezes the norms' scales and offsets, w
 from detectron2 import model_zoo
 
 from d2kd.modeling import GFL, GFLHead, LinearP6P7
-from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
+from d2kd.modeling.backbone.torchvision_backbone import (
+    TORCHVISION_PIXEL_MEAN,
+    TORCHVISION_PIXEL_STD,
+)
 
 model = model_zoo.get_config("common/models/retinanet.py").model
 for _key in (

@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
-from d2kd.modeling.backbone import basic_resnet
+from d2kd.modeling.backbone.resnet import basic_resnet
 
 model = model_zoo.get_config("common/models/retinanet.py").model
 _channels = 32

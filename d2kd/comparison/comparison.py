@@ -1,0 +1,389 @@
+"""What distillation changed: several detectors on one data set, measured in every way a report shows.
+
+    found = compare(detectors, load_data("mine_val"), Path("output/report"))
+    found.detectors[-1].accuracy.metrics["AP"], found.gain("distilled", "baseline").metrics["AP"]
+    found.save("report.json"); found = Comparison.load("report.json")
+
+The first detector is the reference, normally the teacher; the second is the baseline where there are three or more,
+else the reference is; the last is featured. Everything is plain data, so a notebook can go on with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.launch import pick_device
+from ..structures.class_map import ClassMap
+from ..utils.env import versions
+from ..utils.errors import InputError
+from ..utils.io import write_json
+from .accuracy import Accuracy, accuracy, bootstrap, difference, interval, resamples
+from .detections import Report, detections_of
+from .detectors import Data, Detector, Ready, build, same_mapper
+from .error_kinds import ErrorKinds, error_kinds
+from .matching import Detections, Matches, match
+from .objects import Change, Objects, Picture, objects_found
+from .observation import Observation, observe
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What there is to know of one detector.
+
+    Attributes:
+        name, config, weights, weights_sha256: which it is.
+        parameters: how many; None for detections alone.
+        accuracy, errors: what it reached, and why no more.
+        intervals: metric -> its 95 % bootstrap interval.
+        cost: ``seconds`` and ``memory_mib`` of an image.
+        lacks: classes of the data set that it does not know.
+        only: classes that only it knows, of all detectors and the data set.
+        provenance: what the training left beside the weights.
+    """
+
+    name: str
+    config: str
+    weights: str
+    weights_sha256: str | None
+    parameters: int | None
+    accuracy: Accuracy
+    errors: ErrorKinds
+    intervals: dict[str, list[float] | None]
+    cost: dict[str, float | None]
+    lacks: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """``of`` minus ``over``: name of a metric or class -> ``gain`` and its paired 95 % ``interval``."""
+
+    of: str
+    over: str
+    metrics: dict[str, dict[str, Any]]
+    per_class: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole comparison.
+
+    Attributes:
+        dataset: ``name``, ``sha256``, ``images``, ``objects``, ``crowds``, ``classes``, ``objects_of`` each, and those
+            ``without_objects``.
+        compared_classes: those that all detectors know, over which means are taken.
+        detectors: the reference first.
+        baseline, featured: names of the two whose difference is asked for.
+        gains: over the baseline, and over the reference.
+        objects: found by whom.
+        observation: regions, features and costs; None where detections alone were given.
+        resamples, threshold: of the intervals; the fixed score of ``accuracy.fixed``.
+        notes: what did not go as expected.
+        versions: of the software.
+    """
+
+    dataset: dict[str, Any]
+    compared_classes: list[str]
+    detectors: list[Compared]
+    baseline: str
+    featured: str
+    gains: list[Gain]
+    objects: Objects
+    observation: Observation | None
+    resamples: int
+    threshold: float
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Compared:
+        return next(d for d in self.detectors if d.name == name)
+
+    @property
+    def reference(self) -> str:
+        return self.detectors[0].name
+
+    def gain(self, of: str, over: str) -> Gain | None:
+        """The gain of one detector over another, if it was asked for."""
+        return next((g for g in self.gains if (g.of, g.over) == (of, over)), None)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``report.json``: ``rows`` are the detectors."""
+        content = asdict(self)
+        rows = content.pop("detectors")
+        write_json(path, {"schema": SCHEMA, "rows": rows, **content})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: it cannot be read, or is of another version.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content.pop("schema") != SCHEMA:
+                raise ValueError("another schema")
+            rows = content.pop("rows")
+            objects, observation = content.pop("objects"), content.pop("observation")
+            objects["pictures"] = [Picture(**p) for p in objects["pictures"]]
+            for side in ("won_objects", "lost_objects"):
+                objects[side] = [Change(**c) for c in objects[side]]
+            for row in rows:
+                row["accuracy"] = Accuracy(**row["accuracy"])
+                row["errors"] = ErrorKinds(**row["errors"])
+            return cls(
+                detectors=[Compared(**row) for row in rows],
+                gains=[Gain(**gain) for gain in content.pop("gains")],
+                objects=Objects(**objects),
+                observation=None if observation is None else Observation(**observation),
+                **content,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(path, f"cannot be read ({error})", "a report.json") from error
+
+
+Phase = Callable[[str], Report]
+"""Given what begins, returns what is told (steps done, steps)."""
+
+
+def silent(what: str) -> Report:
+    """Shows no progress."""
+    return lambda step, steps: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compare.
+
+    Args:
+        threshold: the fixed score at which precision and recall are also given.
+        resamples, seed: of the bootstrap.
+        pictures: images in the gallery.
+        observed: images to compare regions and features on, spread over the data set; None: all.
+        device: for the detectors.
+    """
+
+    threshold: float = 0.5
+    resamples: int = 1000
+    seed: int = 0
+    pictures: int = 6
+    observed: int | None = None
+    device: str = "auto"
+
+
+def compare(
+    detectors: Sequence[Detector],
+    data: Data,
+    cache: Path,
+    options: Options | None = None,
+    phase: Phase = silent,
+) -> Comparison:
+    """Compare detectors on a data set.
+
+    Args:
+        detectors: the reference first.
+        data: of :func:`.detectors.load_data`.
+        cache: folder of what is kept and reused: detections and counts.
+        options: how.
+        phase: shows progress.
+
+    Raises:
+        InputError: a detector cannot be used, or they share no class.
+    """
+    options = options or Options()
+    _check_names([d.name for d in detectors])
+    same_mapper(detectors)
+    notes: list[str] = []
+    device = pick_device(options.device)
+    ready = [build(detector, data, device) for detector in detectors]
+    classes = _shared(ready, data)
+    detections = {
+        r.detector.name: detections_of(
+            r,
+            data,
+            cache / _folder(r.detector.name),
+            phase(f"{r.detector.name}: detections"),
+            notes.append,
+        )
+        for r in ready
+    }
+    found = analyse(detections, data, classes, options, phase)
+    observation = observe(
+        ready,
+        data,
+        classes,
+        [found[d.name].accuracy.best["threshold"] for d in detectors],
+        cache / "observation.npz",
+        phase("regions and features"),
+        notes.append,
+        options.observed,
+    )
+    only = _only(ready, data)
+    described = [
+        {
+            "config": r.detector.config,
+            "weights": r.detector.weights,
+            "weights_sha256": r.detector.key["weights_sha256"],
+            "parameters": r.parameters,
+            "cost": cost,
+            "lacks": [c for k, c in enumerate(data.truth.classes) if k not in r.map.of_student],
+            "only": only[r.detector.name],
+            "provenance": r.detector.provenance,
+        }
+        for r, cost in zip(ready, observation.costs)
+    ]
+    return assemble(found, described, observation, data, classes, options, notes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a detector from its detections."""
+
+    matches: Matches
+    accuracy: Accuracy
+    errors: ErrorKinds
+    resampled: dict[str, np.ndarray]
+
+
+def analyse(
+    detections: dict[str, Detections],
+    data: Data,
+    classes: Sequence[int],
+    options: Options,
+    phase: Phase = silent,
+) -> dict[str, Measured]:
+    """Accuracy, error kinds and resampled accuracy of each detector, the same resamples for all."""
+    counts = resamples(len(data.truth.image_ids), options.resamples, options.seed)
+    found = {}
+    for name, seen in detections.items():
+        report = phase(f"{name}: accuracy")
+        matches = match(data.truth, seen)
+        found[name] = Measured(
+            matches,
+            accuracy(data.truth, matches, classes, options.threshold),
+            error_kinds(data.truth, matches, classes),
+            bootstrap(data.truth, matches, classes, counts, report),
+        )
+    return found
+
+
+def assemble(
+    found: dict[str, Measured],
+    described: Sequence[dict[str, Any]],
+    observation: Observation | None,
+    data: Data,
+    classes: Sequence[int],
+    options: Options,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Put together what was found.
+
+    Args:
+        found: of :func:`analyse`.
+        described: of each detector the other fields of :class:`Compared`.
+        observation: of :func:`.observation.observe`.
+        data, classes, options, notes: as above.
+    """
+    names, truth = list(found), data.truth
+    baseline, featured = names[1 if len(names) > 2 else 0], names[-1]
+    over = [(name, baseline) for name in names if name != baseline]
+    over += [(n, names[0]) for n in names[1:] if (n, names[0]) not in over]
+    thresholds = {name: one.accuracy.best["threshold"] for name, one in found.items()}
+    objects = np.bincount(truth.label[~truth.crowd], minlength=len(truth.classes))
+    return Comparison(
+        dataset={
+            "name": data.name,
+            "sha256": data.sha256,
+            "images": len(truth.image_ids),
+            "objects": int((~truth.crowd).sum()),
+            "crowds": int(truth.crowd.sum()),
+            "classes": list(truth.classes),
+            "objects_of": (of := dict(zip(truth.classes, objects.tolist()))),
+            "without_objects": [name for name, number in of.items() if not number],
+        },
+        compared_classes=[truth.classes[k] for k in classes],
+        detectors=[
+            Compared(
+                name=name,
+                accuracy=one.accuracy,
+                errors=one.errors,
+                intervals={m: interval(v) for m, v in one.resampled.items() if v.ndim == 1},
+                **fields,
+            )
+            for (name, one), fields in zip(found.items(), described, strict=True)
+        ],
+        baseline=baseline,
+        featured=featured,
+        gains=[
+            Gain(
+                a,
+                b,
+                **difference(
+                    found[a].resampled, found[b].resampled, found[a].accuracy, found[b].accuracy
+                ),
+            )
+            for a, b in over
+        ],
+        objects=objects_found(
+            data,
+            {n: one.matches for n, one in found.items()},
+            thresholds,
+            classes,
+            baseline,
+            featured,
+            options.pictures,
+        ),
+        observation=observation,
+        resamples=options.resamples,
+        threshold=options.threshold,
+        notes=list(notes),
+        versions=versions(),
+    )
+
+
+def _folder(name: str) -> str:
+    """A detector's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        raise InputError("--detector", "none", "NAME=CONFIG,WEIGHTS")
+    folders: dict[str, str] = {}
+    for name in names:
+        if not name.strip("."):
+            raise InputError("--detector", repr(name), "a name")
+        if _folder(name) in folders:
+            raise InputError(
+                "--detector", f"{folders[_folder(name)]!r} and {name!r}", "other names"
+            )
+        folders[_folder(name)] = name
+
+
+def _shared(ready: Sequence[Ready], data: Data) -> list[int]:
+    known = [set(r.map.of_student) for r in ready]
+    classes = sorted(set.intersection(*known))
+    if not classes:
+        names = ", ".join(r.detector.name for r in ready)
+        raise InputError(names, f"no class of {data.name} that all know", "classes of equal name")
+    return classes
+
+
+def _only(ready: Sequence[Ready], data: Data) -> dict[str, list[str]]:
+    """For each detector the classes that nobody else and not the data set knows."""
+    only = {}
+    for r in ready:
+        others = [other.map.teacher for other in ready if other is not r]
+        maps = [ClassMap.by_name(names, r.map.teacher) for names in (data.truth.classes, *others)]
+        known = {k for one in maps for k in one.of_teacher}
+        only[r.detector.name] = [c for k, c in enumerate(r.map.teacher) if k not in known]
+    return only

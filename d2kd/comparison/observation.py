@@ -1,0 +1,197 @@
+"""What is measured while detectors look at the images: regions, features, seconds and memory.
+
+One pass over the data set with all detectors, each image's features computed once; only counts are kept. They are
+written every :data:`OFTEN` images, and an interrupted pass goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import BoxMode
+
+from ..data.datasets import spread
+from ..utils.env import config_hash
+from ..utils.io import written_whole
+from ..utils.memory import Peak
+from .detections import Report, Say
+from .detectors import Data, Ready, input_scale, loader_of
+from .features import FeatureSimilarity
+from .regions import RegionCounts, why_not
+
+OFTEN = 200
+TIMED, WEIGHED = 8, 3
+"""Images that seconds are the median of, and memory the largest of."""
+SCHEMA = 1
+
+
+@dataclass
+class Observation:
+    """What the detectors did.
+
+    Attributes:
+        images: how many they looked at.
+        regions: of :meth:`RegionCounts.table`; None where ``why_no_regions`` says why.
+        features: of :meth:`FeatureSimilarity.table`.
+        costs: of each detector ``seconds`` and ``memory_mib`` for an image.
+    """
+
+    images: int
+    regions: dict[str, Any] | None
+    why_no_regions: str | None
+    features: dict[str, Any]
+    costs: list[dict[str, float | None]]
+
+
+def observe(
+    detectors: Sequence[Ready],
+    data: Data,
+    classes: Sequence[int],
+    thresholds: Sequence[float],
+    file: Path,
+    report: Report,
+    say: Say,
+    number: int | None = None,
+) -> Observation:
+    """Look at the data set with all detectors at once.
+
+    Args:
+        detectors: that were built.
+        data: the data set.
+        classes: that all know.
+        thresholds: of each, the score where its F1 is best.
+        file: where the counts are kept.
+        report: told the images done.
+        say: told what could not be used.
+        number: of images, spread evenly over the data set; None: all.
+    """
+    records = data.records if number is None else spread(data.records, number)
+    why = why_not(detectors)
+    parts: dict[str, Any] = {
+        "features": FeatureSimilarity(
+            [ready.detector.name for ready in detectors], [_channels(ready) for ready in detectors]
+        )
+    }
+    if why is None:
+        parts["regions"] = RegionCounts(detectors, data.truth, classes, thresholds)
+    key = {
+        "schema": SCHEMA,
+        "dataset_sha256": data.sha256,
+        "detectors": [{"name": r.detector.name, **r.detector.key} for r in detectors],
+        "thresholds": [float(t) for t in thresholds]
+        if why is None and not parts["regions"].two_stage
+        else [],
+        "classes": [int(k) for k in classes],
+        "images": len(records),
+    }
+    done, costs = _continue(file, key, parts, say)
+    if costs is None:
+        costs = [cost(ready, data) for ready in detectors]
+    report(done, len(records))
+    for image, inputs in _images(detectors, records, done):
+        with torch.no_grad():
+            _see(parts, data, detectors, records[image], inputs)
+        if (image + 1) % OFTEN == 0 or image + 1 == len(records):
+            _keep(file, key, parts, image + 1, costs)
+        report(image + 1, len(records))
+    regions = parts["regions"].table() if why is None else None
+    return Observation(len(records), regions, why, parts["features"].table(), costs)
+
+
+def _channels(ready: Ready) -> dict[str, int]:
+    return {
+        p: shape.channels for p, shape in ready.teacher.detector.backbone.output_shape().items()
+    }
+
+
+def _images(
+    detectors: Sequence[Ready], records: list[dict], begin: int
+) -> Iterator[tuple[int, list[list[dict]]]]:
+    """Each image as each detector reads it; read once by those that read alike."""
+    if begin == len(records):
+        return
+    alike = [config_hash(ready.detector.mapper) for ready in detectors]
+    loaders = {
+        key: loader_of(detectors[alike.index(key)].detector, records, begin)
+        for key in dict.fromkeys(alike)
+    }
+    for image, batches in enumerate(zip(*loaders.values()), begin):
+        read = dict(zip(loaders, batches))
+        yield image, [read[key] for key in alike]
+
+
+def _see(parts, data: Data, detectors: Sequence[Ready], record: dict, inputs) -> None:
+    place = data.place[record["image_id"]]
+    outputs = [ready.teacher.ask(batch) for ready, batch in zip(detectors, inputs)]
+    [first], said = inputs[0], outputs[0]
+    mine = (data.truth.image == place) & ~data.truth.crowd
+    xywh = torch.as_tensor(data.truth.box[mine], dtype=torch.float32)
+    height, width = first["image"].shape[-2:]
+    boxes = BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) * input_scale(first)
+    padded = tuple(said.images.tensor.shape[-2:])
+    parts["features"].see([o.features for o in outputs], (height, width), padded, boxes)
+    if "regions" in parts:
+        parts["regions"].see(place, [batch[0] for batch in inputs], outputs)
+
+
+def _keep(file: Path, key: dict, parts: dict[str, Any], done: int, costs) -> None:
+    said = json.dumps({"key": key, "done": done, "costs": costs})
+    counts = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.counts.items()}
+    with written_whole(file) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, said=said, **counts)
+
+
+def _continue(file: Path, key: dict, parts: dict[str, Any], say: Say):
+    """Fill the counts with those of an earlier pass; how far it came, and its costs."""
+    if not file.is_file():
+        return 0, None
+    try:
+        with np.load(file) as content:
+            said = json.loads(str(content["said"]))
+            if said["key"] == key:
+                for name, part in parts.items():
+                    for k, counts in part.counts.items():
+                        counts[...] = content[f"{name}/{k}"]
+                return said["done"], said["costs"]
+    except Exception as error:  # zip, JSON and NumPy each fail in their own way
+        say(f"{file}: cannot be read ({type(error).__name__}); counted anew")
+        for part in parts.values():
+            for counts in part.counts.values():
+                counts[...] = 0
+    return 0, None
+
+
+def cost(ready: Ready, data: Data) -> dict[str, float | None]:
+    """Seconds and memory of detection in one image: the median, and the largest growth above the weights."""
+    batches = list(loader_of(ready.detector, data.records[:TIMED]))
+    device = ready.teacher.detector.device
+
+    def detect(batch: list[dict]) -> None:
+        with torch.no_grad():
+            ready.teacher.detect(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    detect(batches[0])  # the first call is slower
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        detect(batch)
+        seconds.append(time.perf_counter() - start)
+    memory = []
+    for batch in batches[:WEIGHED]:
+        peak = Peak(device)
+        detect(batch)
+        memory.append(peak.growth)
+    known = [m for m in memory if m is not None]
+    return {
+        "seconds": float(np.median(seconds)),
+        "memory_mib": max(known) / 2**20 if known else None,
+    }

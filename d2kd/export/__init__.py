@@ -1,0 +1,1 @@
+"""Trained detectors as ONNX or TorchScript, measured beside where they came from."""

@@ -1,0 +1,20 @@
+"""Bottom-up networks and feature pyramids that Detectron2 does not have."""
+
+from .fpn import LinearP6P7
+from .resnet import StaticBatchNorm2d, basic_resnet
+from .torchvision_backbone import (
+    TORCHVISION_PIXEL_MEAN,
+    TORCHVISION_PIXEL_STD,
+    TorchvisionBackbone,
+    add_torchvision_config,
+)
+
+__all__ = [
+    "TORCHVISION_PIXEL_MEAN",
+    "TORCHVISION_PIXEL_STD",
+    "LinearP6P7",
+    "StaticBatchNorm2d",
+    "TorchvisionBackbone",
+    "add_torchvision_config",
+    "basic_resnet",
+]

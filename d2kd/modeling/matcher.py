@@ -1,0 +1,52 @@
+"""Labels of anchors: adaptive training sample selection (ATSS)."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor
+
+
+def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
+    """Which labels are a class: neither ignored (-1) nor background (``num_classes``)."""
+    return (labels >= 0) & (labels < num_classes)
+
+
+def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
+    """Match anchors to objects by adaptive training sample selection (ATSS, arXiv 1912.02424).
+
+    An object's candidates are the ``topk`` anchors of each level whose centres are nearest to its own.
+    Those match that overlap it by at least the mean and standard deviation of the candidates' IoU, and whose
+    centre lies inside it by more than 0.01 pixel. An anchor that matches several objects has the one it
+    overlaps most. An object may stay without a match.
+
+    Args:
+        anchors: of each level.
+        gt_boxes: G objects.
+
+    Returns:
+        ``(R,)`` the row of the matched object, -1 for none.
+    """
+    every = Boxes.cat(anchors)
+    matches = torch.full((len(every),), -1, device=every.device)
+    if not len(gt_boxes) or not len(every):
+        return matches
+    centers = every.get_centers()
+    distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
+    candidates, start = [], 0
+    for level in distance.split([len(level) for level in anchors]):
+        nearest = level.topk(min(topk, len(level)), dim=0, largest=False).indices
+        candidates.append(nearest + start)
+        start += len(level)
+    candidate = torch.cat(candidates)  # (C, G)
+
+    iou = pairwise_iou(every, gt_boxes)
+    overlap = iou.gather(0, candidate)
+    top_left, bottom_right = gt_boxes.tensor.split(2, dim=1)
+    center = centers[candidate]
+    inside = torch.cat([center - top_left, bottom_right - center], dim=-1).amin(dim=-1) > 0.01
+    positive = inside & (overlap >= overlap.mean(dim=0) + overlap.std(dim=0))
+
+    chosen = torch.full_like(iou, -1).scatter(0, candidate, torch.where(positive, overlap, -1.0))
+    best, index = chosen.max(dim=1)
+    return torch.where(best >= 0, index, matches)

@@ -1,0 +1,415 @@
+"""GFL: a dense detector whose edges are distributions and whose class scores say how well the box fits.
+
+"Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection"
+(arXiv 2006.04388), its anchors labelled by ATSS (arXiv 1912.02424).
+
+Letters: N images, K classes, R anchors of all levels together, one for each location, P of them foreground
+in the batch, n = ``reg_max``: an edge is a distribution over the n + 1 distances 0 … n, in strides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+from ...layers.losses import distribution_focal_loss, quality_focal_loss
+from ...utils.comm import over_processes
+from ...utils.errors import InputError
+from ..box_regression import StrideTransform, integral
+from ..matcher import atss_matches, is_foreground
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(DenseDetector):
+    """A dense detector with quality focal loss and distribution focal loss.
+
+    Each location has one square anchor around it, that decides by ATSS which object the location learns;
+    boxes are the location's distances to left, top, right and bottom edge.
+
+    Args:
+        backbone: with a feature pyramid.
+        head: a :class:`GFLHead`, or a module like it: two maps a level, ``(N, K, Hi, Wi)`` class logits and
+            ``(N, 4 * (n + 1), Hi, Wi)`` logits of the distances, and ``reg_max`` n.
+        num_classes: K.
+        num_old_classes: how many of them, the first ones, were learned before. Its own losses then see the
+            new ones alone, in logits and in ground truth: an old class gets no gradient from them, neither as
+            an object nor as background (ERD, arXiv 2204.02136).
+        head_in_features: names of the feature maps of the head, from fine to coarse; None: all.
+        anchor_scale: side of an anchor in strides.
+        topk_anchors: ATSS's candidates for each object on each level.
+        qfl_beta: exponent of quality focal loss.
+        cls_weight, box_weight, dfl_weight: of quality focal loss, GIoU loss, distribution focal loss.
+        test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in
+            :class:`~detectron2.modeling.meta_arch.RetinaNet`.
+        pixel_mean, pixel_std: of a channel, in the order of ``input_format``.
+        input_format: channel order of the images it wants.
+
+    Raises:
+        InputError: no class is new; or, in training, an object is of an old class, or of none.
+    """
+
+    classifier = "head.cls_score"
+    """The layer whose row k is class k, for :func:`~d2kd.modeling.inherit.inherit_weights`."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        num_classes: int,
+        num_old_classes: int = 0,
+        head_in_features: Sequence[str] | None = None,
+        anchor_scale: float = 8,
+        topk_anchors: int = 9,
+        qfl_beta: float = 2.0,
+        cls_weight: float = 1.0,
+        box_weight: float = 2.0,
+        dfl_weight: float = 0.25,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "RGB",
+    ):
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        if not 0 <= num_old_classes < num_classes:
+            raise InputError(
+                "num_old_classes",
+                num_old_classes,
+                f"from 0 to {num_classes - 1}, below num_classes",
+            )
+        self.num_classes, self.num_old_classes = num_classes, num_old_classes
+        self.reg_max = head.reg_max
+        shapes = backbone.output_shape()
+        strides = [shapes[name].stride for name in self.head_in_features]
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[anchor_scale * stride] for stride in strides],
+            aspect_ratios=[1.0],
+            strides=strides,
+            offset=0.0,
+        )
+        self.box2box_transform = StrideTransform(anchor_scale)
+        self.topk_anchors = topk_anchors
+
+        self.qfl_beta = qfl_beta
+        self.cls_weight, self.box_weight, self.dfl_weight = cls_weight, box_weight, dfl_weight
+
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        node = cfg.MODEL.GFL
+        shapes = backbone.output_shape()
+        features = [shapes[name] for name in node.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": GFLHead(
+                input_shape=features,
+                num_classes=node.NUM_CLASSES,
+                conv_dims=[features[0].channels] * node.NUM_CONVS,
+                num_groups=node.NUM_GROUPS,
+                reg_max=node.REG_MAX,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "num_old_classes": node.NUM_OLD_CLASSES,
+            "head_in_features": node.IN_FEATURES,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        pred_logits, pred_distributions = self._by_anchor(predictions)
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        foreground = is_foreground(torch.stack(gt_labels), self.num_classes).sum()
+        get_event_storage().put_scalar("num_pos_anchors", foreground.item() / len(gt_labels))
+        return self.losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
+
+    def _by_anchor(self, predictions: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        bins = self.reg_max + 1
+        logits, distributions = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * bins]
+        )
+        return logits, [x.unflatten(-1, (4, bins)) for x in distributions]
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label the anchors of each image by ATSS.
+
+        An anchor counts if its centre lies in the image, padded as it would be alone; what lies in the rest
+        of the batch's padding is ignored.
+
+        Args:
+            anchors: of each level.
+            gt_instances: of each image, with its ``image_size`` in the pixels of the input.
+
+        Returns:
+            for each image labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
+            boxes ``(R, 4)``, which mean something for foreground anchors alone.
+        """
+        self._check_classes(torch.cat([truth.gt_classes for truth in gt_instances]))
+        divisor = max(self.backbone.size_divisibility, 1)
+        every = Boxes.cat(anchors)
+        ends = [
+            [math.ceil(side / divisor) * divisor for side in reversed(truth.image_size)]
+            for truth in gt_instances
+        ]
+        centers, ends = every.get_centers(), torch.tensor(ends, device=every.device)
+        valid = (centers < ends[:, None]).all(dim=2)
+        # How many rows an image has of a level is told for all at once: a device would be waited for each time.
+        levels = valid.split([len(level) for level in anchors], dim=1)
+        counts = torch.stack([level.sum(dim=1) for level in levels], dim=1).tolist()
+        rows = valid.nonzero()[:, 1].split([sum(of_image) for of_image in counts])
+        labels, boxes = [], []
+        for truth, inside, row, of_image in zip(gt_instances, valid, rows, counts, strict=True):
+            matches = torch.full_like(inside, -1, dtype=torch.long)
+            matches[row] = atss_matches(
+                [Boxes(level) for level in every.tensor[row].split(of_image)],
+                truth.gt_boxes,
+                self.topk_anchors,
+            )
+            # Row -1, of no object, is the last one.
+            classes, gt_boxes = truth.gt_classes, truth.gt_boxes.tensor
+            label = torch.cat([classes, classes.new_full((1,), self.num_classes)])[matches]
+            labels.append(torch.where(inside, label, -1))
+            boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
+        return labels, boxes
+
+    def _check_classes(self, classes: Tensor) -> None:
+        """Raise InputError unless all of the objects' classes are new ones."""
+        new = range(self.num_old_classes, self.num_classes)
+        # One beyond the last would be learned as background.
+        if (wrong := classes[(classes < new.start) | (classes >= new.stop)]).numel():
+            first = int(wrong[0])
+            why = "which is an old one" if 0 <= first < new.start else "which is none"
+            raise InputError(
+                "ground truth",
+                f"an object of class {first}, {why}",
+                f"classes from {new.start} to {new.stop - 1}",
+            )
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_distributions: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """``loss_cls``, ``loss_box_reg`` and ``loss_dfl``: the sums of :meth:`anchor_losses`."""
+        shares = self.anchor_losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
+        return {name: share.sum() for name, share in shares.items()}
+
+    def anchor_losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_distributions: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Each anchor's share of the losses, weighted and normalised.
+
+        Normalisers are means over processes, see :func:`~d2kd.utils.comm.over_processes`. Classification is
+        divided by the foreground anchors of the batch, at least one an image; the other two weigh an anchor by
+        its best score, and are divided by the sum of these weights, at least 1 in all processes together (the
+        published code: in the mean of them). Logits of old classes are left aside, in the score as well.
+
+        Args:
+            anchors: of each level.
+            pred_logits: for each level ``(N, Hi * Wi, K)``.
+            gt_labels, gt_boxes: what :meth:`label_anchors` returns.
+            pred_distributions: for each level ``(N, Hi * Wi, 4, n + 1)``, before the softmax.
+
+        Returns:
+            ``(N, R)`` by name of the loss.
+        """
+        labels = torch.stack(gt_labels)
+        labels = torch.where(labels >= 0, labels - self.num_old_classes, labels)
+        logits = torch.cat(pred_logits, dim=1)[..., self.num_old_classes :].float()
+        foreground = is_foreground(labels, logits.shape[-1])
+        image, row = foreground.nonzero(as_tuple=True)
+
+        anchor = Boxes.cat(anchors).tensor[row]
+        gt_box = torch.stack(gt_boxes)[image, row]
+        edges = torch.cat(pred_distributions, dim=1)[image, row]
+        boxes = self.box2box_transform.apply_deltas(integral(edges), anchor)
+
+        quality = torch.zeros_like(logits)
+        iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(gt_box))
+        quality[image, row, labels[image, row]] = iou.to(quality)
+        score = logits.detach()[image, row].sigmoid().amax(dim=-1)
+        num_foreground, total_score = over_processes(
+            torch.stack([foreground.sum(dim=1).clamp(min=1).sum(), score.sum()])
+        )
+
+        def of_all(values: Tensor) -> Tensor:
+            shares = torch.zeros_like(labels, dtype=values.dtype)
+            shares[image, row] = values * score / total_score
+            return shares
+
+        qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=-1)
+        giou = generalized_box_iou_loss(boxes, gt_box)
+        distances = self.box2box_transform.get_deltas(anchor, gt_box)
+        dfl = distribution_focal_loss(edges, distances).mean(dim=-1)
+        return {
+            "loss_cls": self.cls_weight * qfl * (labels >= 0) / num_foreground,
+            "loss_box_reg": self.box_weight * of_all(giou),
+            "loss_dfl": self.dfl_weight * of_all(dfl),
+        }
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        pred_logits, pred_distributions = self._by_anchor(predictions)
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors,
+                [x[i].float().sigmoid() for x in pred_logits],
+                [integral(x[i]) for x in pred_distributions],
+                image_size,
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        scores: list[Tensor],
+        deltas: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """The detections of an image, best first.
+
+        Args:
+            anchors: of each level.
+            scores: for each level ``(Hi * Wi, K)``, in [0, 1].
+            deltas: for each level ``(Hi * Wi, 4)``, in strides.
+            image_size: (H, W), to which boxes are clipped; those left empty are dropped before NMS.
+        """
+        found = self._decode_multi_level_predictions(
+            anchors,
+            scores,
+            deltas,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            image_size,
+        )
+        found.pred_boxes.clip(image_size)
+        found = found[found.pred_boxes.nonempty()]
+        keep = batched_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+        )
+        return found[keep[: self.max_detections_per_image]]
+
+
+class GFLHead(nn.Module):
+    """Two towers of convolutions with group norm, shared by all levels; the edges have a scale a level.
+
+    Args:
+        input_shape: of each level; all have the same channels.
+        num_classes: K.
+        conv_dims: channels of each convolution of a tower.
+        num_groups: of the group norms; divides all of ``conv_dims``.
+        reg_max: n, the largest distance in strides.
+        prior_prob: the score of everything at first.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[ShapeSpec],
+        num_classes: int,
+        conv_dims: Sequence[int] = (256, 256, 256, 256),
+        num_groups: int = 32,
+        reg_max: int = 16,
+        prior_prob: float = 0.01,
+    ):
+        super().__init__()
+        self.reg_max = reg_max
+
+        def tower() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for before, after in zip([input_shape[0].channels, *conv_dims], conv_dims):
+                layers += [
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.GroupNorm(num_groups, after),
+                    nn.ReLU(),
+                ]
+            return nn.Sequential(*layers)
+
+        self.cls_subnet, self.bbox_subnet = tower(), tower()
+        self.cls_score = nn.Conv2d(conv_dims[-1], num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(conv_dims[-1], 4 * (reg_max + 1), 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(input_shape)))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each level ``(N, K, Hi, Wi)`` class logits, and ``(N, 4 * (n + 1), Hi, Wi)`` logits of the
+        distances to left, top, right and bottom, in float32."""
+        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        edges = [
+            self.bbox_pred(self.bbox_subnet(x)).float() * scale
+            for x, scale in zip(features, self.scales, strict=True)
+        ]
+        return logits, edges
+
+
+def add_gfl_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.GFL`` to a yacs config; ``MODEL.META_ARCHITECTURE = "GFL"`` then uses it.
+
+    With ``MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"`` the pyramid is GFL's, too.
+    """
+    cfg.MODEL.GFL = CfgNode()
+    cfg.MODEL.GFL.NUM_CLASSES = 80
+    cfg.MODEL.GFL.NUM_OLD_CLASSES = 0
+    cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.GFL.NUM_CONVS = 4
+    cfg.MODEL.GFL.NUM_GROUPS = 32
+    cfg.MODEL.GFL.REG_MAX = 16
+    cfg.MODEL.GFL.SCORE_THRESH_TEST = 0.05
+    cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6

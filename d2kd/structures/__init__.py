@@ -1,0 +1,1 @@
+"""Plain data that losses, detectors and data sets have in common."""

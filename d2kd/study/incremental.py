@@ -1,0 +1,152 @@
+"""What a study of class steps says after each step: old, new and all classes, what was forgotten, what is missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..utils.io import write_json
+from .plan import Study
+from .text import aligned, mean_text
+
+FILE = "steps.json"
+"""Where a study's folder has these figures."""
+
+
+def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A dict for each run that learned a step, and for the one that learned everything.
+
+    ``forgetting`` is, for each class of an earlier step, its AP in the run that learned it minus its AP now; both
+    on the test images of their own step. Gaps are to the run of everything under the same seed, after the last
+    step alone: it was measured on no other's images.
+    """
+    found = {(row["method"], row["seed"]): row for row in rows}
+    once = {row["method"]: row for row in rows if study.runs[row["method"]].get("once")}
+
+    def row_of(method: str | None, seed: int) -> Mapping[str, Any] | None:
+        return once.get(method) or found.get((method, seed))
+
+    after = []
+    for row in rows:
+        step = study.step_of(row["method"])
+        if step is None and row["method"] != study.upper_bound:
+            continue
+        here = step or len(study.steps)
+        bound = row_of(study.upper_bound, row["seed"])
+        bound_ap = bound and mean_ap(bound["per_class"], chain(*study.steps))
+        entry = {key: row[key] for key in ("name", "method", "seed")} | {"step": here}
+        entry |= old_new_all(row["per_class"], study.steps, here)
+        lost: dict[str, float | None] = {}
+        learned_by = study.previous(row["method"])
+        while step and learned_by is not None:
+            before = row_of(learned_by, row["seed"])
+            classes = study.steps[study.step_of(learned_by) - 1]
+            lost |= forgetting(before["per_class"] if before else {}, row["per_class"], classes)
+            learned_by = study.previous(learned_by)
+        entry["forgetting"] = {c: lost[c] for c in chain(*study.steps) if c in lost}
+        entry["mean_forgetting"] = mean_ap(lost, lost)
+        last = step == len(study.steps)
+        entry["abs_gap"], entry["rel_gap"] = gaps(entry["all"], bound_ap) if last else (None, None)
+        after.append(entry)
+    return after
+
+
+def steps_table(
+    study: Study,
+    rows: Sequence[Mapping[str, Any]],
+    layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
+) -> str:
+    """Two tables as text: a line for each run, and what each old class lost; means, and deviations over seeds.
+
+    Args:
+        study: whose classes are learned in steps.
+        rows: of all methods.
+        layout: makes text of lines of cells.
+    """
+    of: dict[str, list[Mapping]] = {}
+    for entry in after_each_step(study, rows):
+        of.setdefault(entry["method"], []).append(entry)
+    heading = [
+        "AP after each step",
+        "step",
+        "old",
+        "new",
+        "all",
+        "forgetting",
+        "AbsGap",
+        "RelGap %",
+    ]
+    lines = [heading]
+    for method, entries in of.items():
+        step = study.step_of(method)
+        values = [[e[key] for e in entries] for key in ("old", "new", "all", "mean_forgetting")]
+        values.append([e["abs_gap"] for e in entries])
+        values.append([e["rel_gap"] and 100 * e["rel_gap"] for e in entries])
+        lines.append([method, str(step or "all"), *(mean_text(column, 1) for column in values)])
+    text = layout(lines)
+    learned = {m: entries for m, entries in of.items() if any(e["forgetting"] for e in entries)}
+    if learned:
+        lost = [["AP lost", *learned]]
+        classes = dict.fromkeys(c for e in chain(*learned.values()) for c in e["forgetting"])
+        for name in classes:
+            columns = [[e["forgetting"].get(name) for e in found] for found in learned.values()]
+            lost.append([f"  {name}", *(mean_text(column, 1) for column in columns)])
+        text += "\n\n" + layout(lost)
+    return text
+
+
+def write_steps(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
+    """``steps.json``: the classes of each step, and :func:`after_each_step`."""
+    content = {"schema": 1, "steps": study.steps, "upper_bound": study.upper_bound}
+    write_json(output / FILE, {**content, "rows": after_each_step(study, rows)})
+
+
+PerClass = Mapping[str, float | None]
+"""AP in 0..100 by class, as ``COCOEvaluator`` tells it; None where the data has no such object."""
+
+
+def old_new_all(
+    per_class: PerClass, steps: Sequence[Sequence[str]], step: int
+) -> dict[str, float | None]:
+    """``old``, ``new`` and ``all``: the mean AP of the classes before a step, of that step, and of both.
+
+    Args:
+        per_class: of a detector that has learned up to ``step``.
+        steps: the classes of each step.
+        step: from 1, where nothing is old.
+
+    Returns:
+        means over the classes with an AP; None where there is none.
+    """
+    old, new = list(chain(*steps[: step - 1])), list(steps[step - 1])
+    return {
+        name: mean_ap(per_class, of)
+        for name, of in (("old", old), ("new", new), ("all", old + new))
+    }
+
+
+def mean_ap(per_class: PerClass, classes: Iterable[str]) -> float | None:
+    """The mean over classes, of those that have an AP."""
+    values = [per_class[name] for name in classes if per_class.get(name) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def forgetting(
+    before: PerClass, after: PerClass, classes: Iterable[str]
+) -> dict[str, float | None]:
+    """For each class the AP it has lost: what it was when it was learned, minus what it is now."""
+    lost = {}
+    for name in classes:
+        was, now = before.get(name), after.get(name)
+        lost[name] = None if was is None or now is None else was - now
+    return lost
+
+
+def gaps(reached: float | None, upper_bound: float | None) -> tuple[float | None, float | None]:
+    """AbsGap and RelGap: how far an AP is below that of training on everything, in points and as a fraction."""
+    if reached is None or not upper_bound:
+        return None, None
+    return upper_bound - reached, (upper_bound - reached) / upper_bound

@@ -1,0 +1,61 @@
+"""Curves of losses and AP over a run's iterations."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's metrics.json, one per iteration.
+
+    A resumed run repeats iterations, of which the last counts; a line cut by an interruption is left out.
+    """
+    found: dict[int, dict] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
+            entry = json.loads(line)
+            found.setdefault(entry["iteration"], {}).update(entry)
+    return [found[i] for i in sorted(found)]
+
+
+def task_loss(entry: Mapping[str, float]) -> float | None:
+    """The student's own losses in a line of metrics.json: what all methods have in common."""
+    own = [value for key, value in entry.items() if key.startswith("loss_")]
+    return sum(own) if own else None
+
+
+def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -> None:
+    """Task loss and validation AP against iterations.
+
+    Args:
+        path: the picture.
+        metrics: method -> ``metrics.json`` of each of its runs; a colour per method, a line per run.
+        title: of the whole.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, ap = figure.subplots(1, 2)
+    for index, (method, paths) in enumerate(metrics.items()):
+        style = {"color": f"C{index}", "alpha": 1.0 if len(paths) == 1 else 0.6}
+        for number, entries in enumerate(map(read_metrics, paths)):
+            losses = {e["iteration"] + 1: task_loss(e) for e in entries}
+            losses = {x: y for x, y in losses.items() if y is not None}
+            # The evaluation at the end is logged one iteration after the last step.
+            last = max(losses, default=0)
+            measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
+            measured = {x: y for x, y in measured.items() if y is not None}
+            label = method if number == 0 else "_"  # no legend of its own
+            loss.plot(losses.keys(), losses.values(), label=label, **style)
+            ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
+    loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")
+    ap.set(title="AP on the validation split", ylabel="AP")
+    for axes in (loss, ap):
+        axes.set_xlabel("iterations")
+        axes.grid(alpha=0.3)
+    loss.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,297 @@
+"""Where ICD's decoder looks: each object's attention over the teacher's pyramid, drawn on the picture.
+
+Letters: K objects of an image; R rows, the heads of all layers of the decoder; (H, W) cells of a level.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from ..config import builds
+from ..data import InstancePriors, check_dataset
+from ..data.datasets import spread
+from ..layers.attention import CellPositions
+from ..layers.masks import valid_cells
+from ..layers.queries import make_queries
+from ..losses import ICDLoss
+from ..losses.icd import tokens
+from ..modeling import Teacher
+from ..modeling.weights import fit, read
+from ..structures.class_map import num_classes_of
+from ..utils.errors import InputError
+from .panels import GAP, save_pictures, scenes, title_strip
+
+TILE = 160  # longer side of one of a panel's pictures, in pixels
+HEAT = np.array([255, 190, 0])
+
+
+def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: str) -> ICDLoss:
+    """The ICD loss of a recipe as a run has trained it.
+
+    Args:
+        model: the recipe's ``model`` node.
+        student, teacher: built of it; the student's weights do not matter.
+        weights: a checkpoint of the run, such as ``model_final.pth``: it holds what the losses have learned.
+
+    Raises:
+        InputError: the recipe has no such loss, or the checkpoint holds none or another.
+    """
+    named = [
+        name
+        for name, node in model.get("losses", {}).items()
+        if OmegaConf.is_dict(node) and builds(node, ICDLoss)
+    ]
+    if not named:
+        raise InputError("model.losses", "no ICDLoss", "a recipe that distils by ICD")
+    node = copy.deepcopy(model.losses[named[0]])
+    node.priors = None
+    loss = instantiate(node)
+    # Of what fakes are drawn does not matter here, where there are none.
+    loss.priors = InstancePriors.unknown(num_classes_of(student))
+    loss.scale = teacher.scale
+    loss.bind(student, teacher.detector)
+    prefix = f"by_name.{named[0]}."
+    state = read(weights).get("losses", {})
+    learned = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not learned:
+        expected = "a checkpoint of a run with ICD, which holds its decoder"
+        raise InputError(weights, f"no losses.{named[0]}", expected)
+    fit(loss, {"model": learned}, weights)
+    return loss
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How much the decoder reads in each cell, for each object of an image.
+
+    Attributes:
+        levels: level -> ``(K, R, H, W)``; over all levels a row of an object sums to 1.
+        extent: how many heights and widths of the image the levels cover, padding included; 1 or more.
+    """
+
+    levels: dict[str, np.ndarray]
+    extent: tuple[float, float]
+
+    def of_object(self, k: int) -> Attention:
+        """That of object k alone, K = 1."""
+        return Attention({level: x[k : k + 1] for level, x in self.levels.items()}, self.extent)
+
+    def shares(self, k: int) -> dict[str, float]:
+        """Level -> how much of object k's attention is there, on average over the rows."""
+        return {level: float(x[k].sum((-1, -2)).mean()) for level, x in self.levels.items()}
+
+    def inside(self, box: np.ndarray) -> np.ndarray:
+        """How much of the attention is in a box, ``(K, R)``; a cell counts by the part of it that the box covers.
+
+        Args:
+            box: XYXY in widths and heights of the image.
+        """
+        x0, y0, x1, y1 = box
+
+        def covered(low: float, high: float, count: int, extent: float) -> np.ndarray:
+            edges = np.arange(count + 1) / count * extent
+            part = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+            return part.clip(0) * count / extent
+
+        height, width = self.extent
+        return sum(
+            np.einsum(
+                "krhw,h,w->kr",
+                cells,
+                covered(y0, y1, cells.shape[-2], height),
+                covered(x0, x1, cells.shape[-1], width),
+            )
+            for cells in self.levels.values()
+        )
+
+    def on_picture(self, level: str, size: tuple[int, int]) -> np.ndarray:
+        """The cells of a level under each pixel of a picture of the image: ``(K, R, *size)``."""
+        cells = self.levels[level]
+        rows, columns = (
+            ((np.arange(n) + 0.5) / n / covered * count).astype(int)
+            for n, covered, count in zip(size, self.extent, cells.shape[-2:])
+        )
+        return cells[..., rows[:, None], columns]
+
+    def density(self, size: tuple[int, int]) -> np.ndarray:
+        """All levels together, by pixel instead of by cell: ``(K, R, *size)``, 1 on average or less."""
+        height, width = self.extent
+        return sum(
+            self.on_picture(level, size) * (cells.shape[-2] * cells.shape[-1] / height / width)
+            for level, cells in self.levels.items()
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn, and how well the attention points at the objects.
+
+    Attributes:
+        files: one for each image.
+        inside: the share of an object's attention that is in its box, on average over objects and rows.
+        by_chance: the same of attention that is even over the image: the share that a box covers.
+    """
+
+    files: list[Path]
+    inside: float
+    by_chance: float
+
+
+@torch.no_grad()
+def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Instances) -> Attention:
+    """The attention of an image's objects, asked without jitter.
+
+    Args:
+        batch: one image as the student's loader gives it.
+        truth: its objects, at least one: ``gt_boxes`` in pixels of ``truth.image_size``, and ``gt_classes``.
+
+    Raises:
+        InputError: an object's class is none of the student's.
+    """
+    said = teacher.ask(batch)
+    # The objects as the student is asked about them; the teacher's own image may be larger.
+    height, width = batch[0]["image"].shape[-2:]
+    gt = Instances((height, width))
+    gt.gt_boxes = Boxes(truth.gt_boxes.tensor.clone())
+    gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
+    gt.gt_classes = truth.gt_classes
+    maps = {level: said.features[match].float() for level, match in loss.levels.items()}
+    padded = said.images.tensor.shape[-2:]
+    cells, sizes = tokens(maps.values()), [x.shape[-2:] for x in maps.values()]
+    valid = valid_cells(said.images.image_sizes, padded, sizes, cells.device)
+    positions = CellPositions.of(valid, cells.shape[-1])
+    valid = torch.cat([v.flatten(1) for v in valid], dim=1)
+    queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
+    (asked, places), rows = loss.encoded(queries), []
+    for layer in loss.decoder:
+        rows.append(layer.logits(asked, cells, positions, valid, places)[0].softmax(-1))
+        asked = layer(asked, cells, positions, valid, query_positions=places).queries
+    split = torch.cat(rows).transpose(0, 1).split([h * w for h, w in sizes], dim=-1)
+    levels = {
+        level: part.unflatten(-1, size).cpu().numpy()
+        for level, part, size in zip(maps, split, sizes)
+    }
+    own_height, own_width = said.images.image_sizes[0]
+    return Attention(levels, (padded[0] / own_height, padded[1] / own_width))
+
+
+def attention_panel(
+    image: np.ndarray, attention: Attention, box: np.ndarray, title: str
+) -> np.ndarray:
+    """What an object is recognised by: from above the mean of all rows, then each; from the left all levels, then each.
+
+    The brightest cell of a row is its largest over all levels; the first column has a scale of its own.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        attention: of that object alone.
+        box: of the object, XYXY in pixels of ``image``.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+    """
+    scale = TILE / max(image.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+    gray = np.asarray(Image.fromarray(image).convert("L").resize(size[::-1]))[..., None] * 0.5
+    levels = [attention.on_picture(level, size)[0] for level in attention.levels]
+    shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
+    shown = np.concatenate([shown.mean(0, keepdims=True), shown])
+    # The largest of all cells, also of those that so small a picture leaves out.
+    cells = np.stack([x[0].max((-1, -2)) for x in attention.levels.values()])
+    mean = max(x[0].mean(0).max() for x in attention.levels.values())
+    brightest = np.concatenate([[mean], cells.max(0)])
+    rows = ["mean", *(f"head {r + 1}" for r in range(len(shown) - 1))]
+    tiles = []
+    for row, maps, most in zip(rows, shown, brightest):
+        line = []
+        for column, heat in zip(["all levels", *attention.levels], maps):
+            most_here = heat.max() if column == "all levels" else most
+            heat = (heat / max(most_here, 1e-12)).clip(0, 1)[..., None]
+            tile = Image.fromarray((gray * (1 - heat) + HEAT * heat).round().astype(np.uint8))
+            _annotate(tile, f"{row}, {column}", box * scale)
+            line.append(np.asarray(tile))
+        tiles.append(np.hstack(line))
+    body = np.vstack(tiles)
+    return np.vstack([title_strip(title, body.shape[1]), body])
+
+
+def _annotate(tile: Image.Image, text: str, box: np.ndarray) -> None:
+    draw = ImageDraw.Draw(tile)
+    draw.rectangle([0, 0, tile.width - 1, tile.height - 1], outline=(0, 0, 0))
+    draw.rectangle([float(x) for x in box], outline=(255, 255, 255))
+    font = ImageFont.load_default(10)
+    draw.rectangle(draw.textbbox((2, 1), text, font=font), fill=(0, 0, 0))
+    draw.text((2, 1), text, fill=(255, 255, 255), font=font)
+
+
+def draw_attention(
+    folder: Path,
+    dataset: str,
+    loss: ICDLoss,
+    teacher: Teacher,
+    mapper: Callable[[dict], dict],
+    number: int,
+) -> Drawn:
+    """A picture for each of some images with objects, spread evenly over a data set: a panel for each object.
+
+    Args:
+        folder: where to write them.
+        dataset: a registered data set.
+        loss: of :func:`load_icd`.
+        mapper: makes an input of a dataset dict, as for evaluation.
+        number: of images.
+
+    Raises:
+        InputError: the data set is not registered or has no objects, an image cannot be read, or an object's
+            class is none of the student's.
+    """
+    check_dataset(dataset)
+    metadata = MetadataCatalog.get(dataset)
+    records = [
+        record
+        for record in DatasetCatalog.get(dataset)
+        if any(not one.get("iscrowd", 0) for one in record.get("annotations", ()))
+    ]
+    if not records:
+        raise InputError(dataset, "no annotated object", "images with objects to ask about")
+    names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
+    for scene in scenes(spread(records, number), mapper):
+        truth = scene.panels["ground truth"]
+        attention = attention_of(loss, teacher, scene.batch, truth)
+        height, width = scene.image.shape[:2]
+        panels = []
+        for k, (box, label) in enumerate(zip(truth.gt_boxes.tensor.numpy(), truth.gt_classes)):
+            own, relative = attention.of_object(k), box / [width, height, width, height]
+            inside.append(own.inside(relative).mean())
+            by_chance.append((relative[2:] - relative[:2]).prod())
+            shares = ", ".join(f"{level} {share:.0%}" for level, share in own.shares(0).items())
+            title = f"{k + 1} {names[label]}: {shares}; in the box {inside[-1]:.0%}"
+            panels.append(attention_panel(scene.image, own, box, title))
+        drawn[scene.name] = _grid(panels)
+    files = save_pictures(folder, drawn)
+    return Drawn(files, float(np.mean(inside)), float(np.mean(by_chance)))
+
+
+def _grid(panels: list[np.ndarray]) -> np.ndarray:
+    """Panels of one size in rows, about as wide together as high."""
+    height, width = (side + GAP for side in panels[0].shape[:2])
+    columns = min(len(panels), max(1, math.ceil(math.sqrt(len(panels) * height / width))))
+    rows = math.ceil(len(panels) / columns)
+    grid = np.full((rows * height - GAP, columns * width - GAP, 3), 255, np.uint8)
+    for k, panel in enumerate(panels):
+        y, x = k // columns * height, k % columns * width
+        grid[y : y + height - GAP, x : x + width - GAP] = panel
+    return grid
