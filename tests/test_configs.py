@@ -279,7 +279,7 @@ def test_bad_configs(tmp_path, path, overrides, line):
 def test_bad_detectors(tmp_path, text, suffix, line):
     path = tmp_path / f"bad{suffix}"
     path.write_text(text)
-    with pytest.raises(InputError, match=line):
+    with pytest.raises(InputError, match=f"bad{suffix}: {line}"):
         detector(str(path))
 
 

@@ -133,19 +133,19 @@ def test_written_once_and_whole(small, tmp_path, monkeypatch):
 
 
 def test_what_else_a_folder_may_hold(small, tmp_path):
-    with pytest.raises(InputError, match="'seed': 3.*expected.*'seed': 4"):
+    with pytest.raises(InputError, match="small: shapes of .*'seed': 3.*expected.*'seed': 4"):
         shapes.write(small, **{**SMALL, "seed": 4})
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="no readable train.json"):
+    with pytest.raises(InputError, match=f"{tmp_path}: no readable train.json"):
         shapes.write(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     broken = shutil.copytree(small, tmp_path / "broken")
     (broken / "val" / "000001.png").unlink()
-    with pytest.raises(InputError, match="1 images; expected 2"):
+    with pytest.raises(InputError, match="broken/val: 1 images; expected 2"):
         shapes.write(broken, **SMALL)
-    for wrong in ({"train": 0}, {"seed": -1}, {"val": 2.5}):
-        with pytest.raises(InputError, match=f"{next(iter(wrong))} of shapes"):
-            shapes.write(tmp_path / "wrong", **{**SMALL, **wrong})
+    for key, value in (("train", 0), ("seed", -1), ("val", 2.5)):
+        with pytest.raises(InputError, match=f"{key} of shapes: {value}; expected a whole number"):
+            shapes.write(tmp_path / "wrong", **{**SMALL, key: value})
 
 
 def test_two_processes_at_once(tmp_path):
@@ -275,9 +275,9 @@ def test_a_mapper_may_pass_an_image_over():
     loader = build_train_loader(records(), mapper=Even(), total_batch_size=7)
     assert {one["index"] for one in next(iter(loader))} == {0, 2, 4, 6}
     loader = build_train_loader(records(), mapper=lambda record: None, total_batch_size=7)
-    with pytest.raises(InputError, match="no image that the mapper accepts"):
+    with pytest.raises(InputError, match="the data set: no image that the mapper accepts"):
         next(iter(loader))
-    with pytest.raises(InputError, match="no image"):
+    with pytest.raises(InputError, match="the training set: no image; expected at least one"):
         build_train_loader([], mapper=Probe(), total_batch_size=1)
 
 
@@ -401,9 +401,11 @@ def test_classes_must_be_the_files(own):
     json_file, images = map(str, own)
     classes = list(shapes.CLASSES)
     assert coco_dataset("own", json_file, images, classes=classes) == "own"
-    with pytest.raises(InputError, match="no class bird; classes not in the list: solid_triangle"):
+    with pytest.raises(
+        InputError, match="own.json: no class bird; classes not in the list: solid_"
+    ):
         coco_dataset("birds", json_file, images, classes=["bird", *classes[1:]])
-    with pytest.raises(InputError, match="expected the order of the category ids"):
+    with pytest.raises(InputError, match="classes of .*own.json: .*; expected the order"):
         coco_dataset("turned", json_file, images, classes=classes[::-1])
 
 
@@ -428,12 +430,15 @@ def with_value(section, key, value):
         (with_value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
         (
             with_value("annotations", "category_id", 9),
-            "annotation 1: category 9; expected one of 1",
+            "own.json: annotation 1: category 9; expected one of 1",
         ),
-        (with_value("annotations", "image_id", 99), "annotation 1: image 99"),
-        (with_value("annotations", "bbox", [1, 2, 3]), r"annotation 1: bbox \[1, 2, 3\]"),
-        (with_value("annotations", "bbox", [1, 2, 3, float("nan")]), "annotation 1: bbox"),
-        (with_value("annotations", "bbox", [1, 2, -3, 4]), "annotation 1: bbox"),
+        (with_value("annotations", "image_id", 99), "own.json: annotation 1: image 99"),
+        (with_value("annotations", "bbox", [1, 2, 3]), r"own.json: annotation 1: bbox \[1, 2, 3\]"),
+        (
+            with_value("annotations", "bbox", [1, 2, 3, float("nan")]),
+            "own.json: annotation 1: bbox",
+        ),
+        (with_value("annotations", "bbox", [1, 2, -3, 4]), "own.json: annotation 1: bbox"),
         (with_value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
         (with_value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
     ],

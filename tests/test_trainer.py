@@ -548,7 +548,9 @@ def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):
     run(without_evaluation(recipe(data, tmp_path, max_iter=1)))
     other = without_evaluation(recipe(data, tmp_path, tiny_retinanet(), max_iter=2))
-    with pytest.raises(InputError, match="expected a checkpoint of this recipe"):
+    with pytest.raises(
+        InputError, match="final.pth: .* is missing or of another shape; expected a"
+    ):
         Trainer(other).resume_or_load(True)
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(InputError, match="gone.pth: no such file"):
