@@ -8,13 +8,12 @@ __version__ = "0.1.0"
 
 
 class _NeedsDetectron2:
-    """Refuses to import a module of d2kd without Detectron2, but for the commands: one of them installs it."""
+    """Import hook that raises without Detectron2. ``d2kd.tools`` is exempt, because a command installs Detectron2."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         package, _, module = name.partition(".")
-        first = module.split(".")[0]
-        if package != "d2kd" or first in ("__main__", "tools"):
+        if package != "d2kd" or module.split(".")[0] in ("__main__", "tools"):
             return
         if module in ("utils", "utils.errors"):
             return
@@ -26,11 +25,11 @@ class _NeedsDetectron2:
             )
 
 
-# Looked for, not imported: an error inside Detectron2 keeps its own message, and `--help` stays quick.
+# find_spec() and not import, so that errors inside Detectron2 keep their message and `--help` stays fast.
 if importlib.util.find_spec("detectron2") is None:
     sys.meta_path.insert(0, _NeedsDetectron2)
 
-# What torch says about Detectron2's and fvcore's own code: nobody who uses d2kd can act on it.
+# PyTorch's deprecation warnings about code in Detectron2 and fvcore, which users of d2kd cannot change.
 warnings.filterwarnings("ignore", "`torch.jit.script", category=FutureWarning)
 warnings.filterwarnings("ignore", "`torch.jit.script", category=DeprecationWarning)
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", category=UserWarning)

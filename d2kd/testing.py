@@ -1,11 +1,11 @@
-"""The properties every distillation loss owes its users, checked on small detectors in seconds.
+"""Small detectors and batches for tests, and a check of the properties that every distillation loss should have.
 
     from d2kd.testing import check_loss
     check_loss(lambda: MyLoss(levels=["p3"]), detectors=["faster_rcnn", "retinanet"])
 
-``python -m d2kd.testing`` checks this project's own against all families and prints a table.
+``python -m d2kd.testing`` checks the losses of this project with all detector families and prints a table.
 
-Everything runs on the CPU, seeded, without downloads, and leaves the caller's random state alone.
+Everything runs on the CPU in seconds, seeded, without downloads. :func:`check_loss` keeps the caller's random state.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CLASSES = 3
 
 
 def tiny_faster_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of a Faster R-CNN with frozen norms, the same in train and in eval."""
+    """Return the LazyConfig node of a Faster R-CNN with FrozenBN, which is the same in training and evaluation."""
     return _tiny_rcnn("faster_rcnn_small", width, channels, classes)
 
 
 def tiny_mask_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of a Mask R-CNN with frozen norms."""
+    """Return the LazyConfig node of a Mask R-CNN with FrozenBN."""
     model = _tiny_rcnn("mask_rcnn_small", width, channels, classes)
     model.roi_heads.mask_head.input_shape = ShapeSpec(channels=channels, width=14, height=14)
     model.roi_heads.mask_head.conv_dims = [channels] * 2
@@ -44,22 +44,22 @@ def tiny_mask_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -
 
 
 def tiny_cascade_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of a Cascade R-CNN of three stages with frozen norms."""
+    """Return the LazyConfig node of a Cascade R-CNN of three stages with FrozenBN."""
     return _tiny_rcnn("cascade_rcnn_small", width, channels, classes)
 
 
 def tiny_retinanet(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of a RetinaNet with frozen norms."""
+    """Return the LazyConfig node of a RetinaNet with FrozenBN."""
     return _tiny_dense("retinanet_small", width, channels, classes)
 
 
 def tiny_fcos(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of an FCOS with frozen norms."""
+    """Return the LazyConfig node of an FCOS with FrozenBN."""
     return _tiny_dense("fcos_small", width, channels, classes)
 
 
 def tiny_gfl(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
-    """The LazyConfig node of a GFL with frozen norms; those of its head know no mode."""
+    """Return the LazyConfig node of a GFL with FrozenBN and GroupNorm in its head."""
     model = _tiny_dense("gfl_small", width, channels, classes)
     model.head.num_groups = 2
     return model
@@ -108,11 +108,11 @@ DETECTORS: dict[str, Callable[..., DictConfig]] = {
     "fcos": tiny_fcos,
     "gfl": tiny_gfl,
 }
-"""Small detectors by family: functions of width, channels and classes that return a model node."""
+"""Small detectors by family name: functions of width, channels and classes that return a model node."""
 
 
 def build(node: DictConfig, seed: int = 0) -> nn.Module:
-    """An instantiated node with the weights of a seed."""
+    """Instantiate a node with random weights from ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return instantiate(node)
@@ -124,9 +124,9 @@ def batch(
     classes: int = CLASSES,
     seed: int = 0,
 ) -> list[dict]:
-    """Detectron2's training batch: random images of ``sizes`` (H, W) with ``objects[i]`` boxes each.
+    """Return a training batch in Detectron2's format: random images of ``sizes`` (H, W), ``objects[i]`` boxes each.
 
-    Masks are the boxes as polygons, for the families that want them.
+    Masks are the boxes as polygons.
     """
     generator = torch.Generator().manual_seed(seed)
     examples = []
@@ -144,13 +144,13 @@ def batch(
 
 
 def box_masks(boxes: Boxes) -> PolygonMasks:
-    """Boxes as masks, one polygon each."""
+    """Return boxes as masks with one polygon each."""
     corners = boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]].tolist()
     return PolygonMasks([[polygon] for polygon in corners])
 
 
 def odd_batches(classes: int = CLASSES) -> dict[str, list[dict]]:
-    """Batches on which losses break, by what is odd about them."""
+    """Return batches at the limits of valid input, by description."""
     pixel = batch(objects=(1, 1), classes=classes)
     for example in pixel:
         example["instances"].gt_boxes = Boxes(torch.tensor([[3.0, 3.0, 4.0, 4.0]]))
@@ -170,31 +170,32 @@ def check_loss(
     factory: Callable[[], DistillLoss],
     detectors: Iterable[str] | Mapping[str, Callable[..., DictConfig]] = tuple(DETECTORS),
 ) -> list[str]:
-    """Check a loss against each family of detectors.
+    """Check the properties of a loss with each detector family.
 
-    Silent on itself, once every part that has a ``make_identity()`` has been told to compare a detector with
-    its copy as equal and to leave out what trains only such parts; student undisturbed; teacher invisible; only what
-    is read runs; gradients where they belong; finite on empty and odd input, with one class and under autocast;
-    silent at weight 0.
+    * The loss of a detector and its copy is 0. First, ``make_identity()`` is called on every module that has it: it
+      sets learned parts to the identity and removes terms that train only such parts.
+    * The student's own losses, buffers and random numbers are unchanged.
+    * The teacher is not part of the model's parameters, state or training mode.
+    * The teacher computes only the outputs that the loss reads, once.
+    * The student and all modules of the loss get gradients.
+    * Losses and gradients are finite on empty and unusual input, with one class, and under autocast.
+    * The loss is 0 at weight 0.
 
     Args:
-        factory: makes the loss, anew at each call.
-        detectors: family names of :data:`DETECTORS`, or functions like its values by a name of yours.
+        factory: function that returns a new loss at each call.
+        detectors: family names of :data:`DETECTORS`, or a dict of functions like its values.
 
     Returns:
-        what was checked, as ``"<family>: <property>"``.
+        list[str]: the checked properties, as ``"<family>: <property>"``.
 
     Raises:
-        AssertionError: a property does not hold; the message names it, the family and what was seen.
+        AssertionError: if a property does not hold. The message names the family, the property and the value found.
     """
-    families = (
-        dict(detectors)
-        if isinstance(detectors, Mapping)
-        else {name: DETECTORS[name] for name in detectors}
-    )
+    if not isinstance(detectors, Mapping):
+        detectors = {name: DETECTORS[name] for name in detectors}
     checked = []
     with torch.random.fork_rng():
-        for family, node in families.items():
+        for family, node in detectors.items():
             for title, check in PROPERTIES.items():
                 torch.manual_seed(0)
                 try:
@@ -213,31 +214,30 @@ def distiller(
     classes: int = CLASSES,
     weight: float | None = None,
 ) -> Distiller:
-    """A small Distiller in training; the teacher a wider stranger, or (``same``) the student's copy."""
+    """Return a small Distiller in training mode. Its teacher is a wider detector or, if ``same``, a student's copy."""
     student = build(node(classes=classes))
-    teacher = (
-        copy.deepcopy(student) if same else build(node(width=6, channels=24, classes=classes), 1)
-    )
+    if same:
+        teacher = copy.deepcopy(student)
+    else:
+        teacher = build(node(width=6, channels=24, classes=classes), 1)
     loss = factory()
     if weight is not None:
         loss.weight = weight
-    losses = DistillLosses(loss=loss)
-    return Distiller(
-        student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=2
-    ).train()
+    losses, teacher = DistillLosses(loss=loss), Teacher(teacher, None)
+    return Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
 
 
 def step(model: nn.Module, examples: list[dict], seed: int = 0) -> dict[str, Tensor]:
-    """The losses of one forward, half-way through a run, with the random draws of a seed."""
+    """Return the losses of one forward at half of a run, with random numbers from ``seed``."""
     torch.manual_seed(seed)
     with EventStorage(start_iter=1):
         return model(examples)
 
 
 def distillation(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of the distillation losses among a step's losses."""
+    """Return the sum of the distillation losses in ``losses``."""
     terms = [value for key, value in losses.items() if key.startswith("distill/")]
-    assert terms, "the loss returned nothing"
+    assert terms, "the loss returned no terms"
     return sum(terms)
 
 
@@ -246,55 +246,53 @@ def _gradient_norm(modules: Iterable[nn.Module]) -> float:
     return float(torch.stack(gradients).norm()) if gradients else 0.0
 
 
-def _silent_on_itself(factory, node) -> None:
+def _zero_for_equal_detectors(factory, node) -> None:
     model = distiller(factory, node, same=True)
     for module in model.losses.modules():
         if hasattr(module, "make_identity"):
             module.make_identity()
     value = distillation(step(model, batch()))
-    assert abs(value.item()) <= 1e-6, f"against its own copy the loss is {value.item()}"
+    assert abs(value.item()) <= 1e-6, f"the loss of a detector and its copy is {value.item()}"
     if value.requires_grad:
         value.backward()
     norm = _gradient_norm([model.student])
-    assert norm <= 1e-5, f"against its own copy the student is pushed by {norm}"
+    assert norm <= 1e-5, f"the gradient of a detector with its copy as teacher has norm {norm}"
 
 
-def _student_undisturbed(factory, node) -> None:
+def _student_unchanged(factory, node) -> None:
     model = distiller(factory, node)
     copied = copy.deepcopy(model.student)
-    alone, drawn = step(copied, batch()), torch.get_rng_state()
-    beside, drawn_beside = step(model, batch()), torch.get_rng_state()
-    for key, value in alone.items():
-        assert torch.equal(value, beside[key]), (
-            f"{key} is {beside[key].item()}, alone {value.item()}"
+    expected, rng_state = step(copied, batch()), torch.get_rng_state()
+    losses, rng_state_distilled = step(model, batch()), torch.get_rng_state()
+    for key, value in expected.items():
+        assert torch.equal(value, losses[key]), (
+            f"{key} is {losses[key].item()}, without distillation {value.item()}"
         )
     state = model.student.state_dict()
     changed = [key for key, value in copied.state_dict().items() if not value.equal(state[key])]
-    assert not changed, f"its {changed[:3]} are not as after a step alone"
-    # Its next step would draw other regions, or other images.
-    assert drawn_beside.equal(drawn), "numbers were drawn from the student's generator"
+    assert not changed, f"{changed[:3]} differ from a step without distillation"
+    # Otherwise the next step would sample other regions, or other images.
+    assert rng_state_distilled.equal(rng_state), "the global random generator was used"
     hooked = [name for name, m in model.named_modules() if m._forward_hooks]
     assert not hooked, f"hooks left on {hooked}"
 
 
-def _teacher_invisible(factory, node) -> None:
+def _teacher_hidden(factory, node) -> None:
     model = distiller(factory, node)
     teacher = model.teacher.detector
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    theirs = {id(p) for p in teacher.parameters()}
+    ids = {id(p) for p in teacher.parameters()}
     model.train()
     sum(step(model, batch()).values()).backward()
-    assert not any(id(p) in theirs for p in model.parameters()), "its parameters are the model's"
+    assert not any(id(p) in ids for p in model.parameters()), "it is in model.parameters()"
     assert not any("teacher" in key for key in model.state_dict()), "it is in the state_dict"
-    assert not any(m.training for m in teacher.modules()), "train() reached it"
+    assert not any(m.training for m in teacher.modules()), "it is in training mode"
     assert all(p.grad is None for p in teacher.parameters()), "it received a gradient"
-    changed = [
-        key for key, value in teacher.state_dict().items() if not torch.equal(value, before[key])
-    ]
+    changed = [key for key, value in teacher.state_dict().items() if not value.equal(before[key])]
     assert not changed, f"a step changed its {changed[:3]}"
 
 
-_ASKED_BY = {
+_OUTPUTS_OF = {
     "backbone": ("features",),
     "proposal_generator": ("proposals",),
     "roi_heads.box_head": ("regions",),
@@ -302,111 +300,111 @@ _ASKED_BY = {
 }
 
 
-def _only_what_is_read_runs(factory, node) -> None:
+def _only_read_outputs_computed(factory, node) -> None:
     model = distiller(factory, node)
     teacher = model.teacher.detector
     ran: list[str] = []
-    for name in _ASKED_BY:
+    for name in _OUTPUTS_OF:
         try:
             module = teacher.get_submodule(name)
         except AttributeError:
             continue
-        # A cascade's stages run one by one; the list that holds them never does.
+        # The ModuleList of a cascade's stages has no forward.
         first = module[0] if isinstance(module, nn.ModuleList) else module
         first.register_forward_hook(lambda *_, name=name: ran.append(name))
-    given = []
+    outputs = []
     ask = model.teacher.ask
-    model.teacher.ask = lambda *args, **kwargs: given.append(ask(*args, **kwargs)) or given[-1]
+    model.teacher.ask = lambda *args, **kwargs: outputs.append(ask(*args, **kwargs)) or outputs[-1]
     step(model, batch())
-    read = set(given[0].__dict__)
+    computed = set(outputs[0].__dict__)
     for name in set(ran):
-        assert read & set(_ASKED_BY[name]), f"the teacher's {name} ran, and nothing read it"
+        assert computed & set(_OUTPUTS_OF[name]), f"the teacher's {name} ran, but was not read"
         assert ran.count(name) == 1, f"the teacher's {name} ran {ran.count(name)} times in a step"
 
 
-def _gradients_where_they_belong(factory, node) -> None:
+def _gradients(factory, node) -> None:
     model = distiller(factory, node)
     value = distillation(step(model, batch()))
     assert value.requires_grad, "the loss is detached from the student"
     value.backward()
     norm = _gradient_norm([model.student])
     assert 0 < norm < float("inf"), f"the student's gradient has norm {norm}"
-    # A parameter may meet a gradient of 0, but one without any would stop DDP.
-    idle = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
-    assert not idle, f"no gradient reaches {idle[:3]}"
+    # DDP allows a gradient of 0, but raises an error for a parameter without gradient.
+    missing = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient for {missing[:3]}"
 
 
-def _finite(factory, node, examples, *, why: str, **options) -> None:
+def _finite(factory, node, examples, *, case: str, **options) -> None:
     model = distiller(factory, node, **options)
     losses = step(model, examples)
     for key, value in losses.items():
-        assert torch.isfinite(value).all(), f"{why}: {key} is {value.item()}"
+        assert torch.isfinite(value).all(), f"{case}: {key} is {value.item()}"
     sum(losses.values()).backward()
     norm = _gradient_norm([model])
-    assert norm < float("inf"), f"{why}: the gradient has norm {norm}"
+    assert norm < float("inf"), f"{case}: the gradient has norm {norm}"
 
 
-def _empty_and_odd_input(factory, node) -> None:
-    for why, examples in odd_batches().items():
-        _finite(factory, node, examples, why=why)
-    _finite(factory, node, batch(classes=1), why="one class", classes=1)
+def _empty_and_unusual_input(factory, node) -> None:
+    for case, examples in odd_batches().items():
+        _finite(factory, node, examples, case=case)
+    _finite(factory, node, batch(classes=1), case="one class", classes=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         try:
             step(build(node()).train(), batch())
         except RuntimeError:
-            return  # the detector alone cannot: GIoU on FCOS's half-precision boxes fails in fvcore
-        _finite(factory, node, batch(), why="bfloat16 autocast")
+            return  # not supported by the detector: fvcore's GIoU fails on FCOS's half-precision boxes
+        _finite(factory, node, batch(), case="bfloat16 autocast")
 
 
-def _silent_at_weight_zero(factory, node) -> None:
+def _zero_at_weight_zero(factory, node) -> None:
     model = distiller(factory, node, weight=0.0)
     losses = step(model, batch())
     sum(losses.values()).backward()
     terms = {key: value.item() for key, value in losses.items() if key.startswith("distill/")}
-    assert not any(terms.values()), f"weight 0 gives {terms}"
-    idle = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
-    assert not idle, f"at weight 0 no gradient reaches {idle[:3]}, and DDP would stop"
+    assert not any(terms.values()), f"the loss at weight 0 is {terms}"
+    missing = [n for n, p in model.losses.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient at weight 0, which DDP needs, for {missing[:3]}"
 
 
 PROPERTIES: dict[str, Callable] = {
-    "silent on itself": _silent_on_itself,
-    "student undisturbed": _student_undisturbed,
-    "teacher invisible": _teacher_invisible,
-    "only what is read runs": _only_what_is_read_runs,
-    "gradients where they belong": _gradients_where_they_belong,
-    "empty and odd input": _empty_and_odd_input,
-    "silent at weight 0": _silent_at_weight_zero,
+    "zero for equal detectors": _zero_for_equal_detectors,
+    "student unchanged": _student_unchanged,
+    "teacher hidden": _teacher_hidden,
+    "only read outputs computed": _only_read_outputs_computed,
+    "gradients": _gradients,
+    "empty and unusual input": _empty_and_unusual_input,
+    "zero at weight 0": _zero_at_weight_zero,
 }
-"""What :func:`check_loss` checks, in this order."""
+"""The properties that :func:`check_loss` checks, in this order."""
 
 
 def main() -> int:
-    """Print how many properties each method of this project keeps on each family; 1 if one is broken."""
-    broken = []
-    print("".join(f"{head:>14}" for head in ("kept", *DETECTORS)))
+    """Print the number of properties that each method has on each family. Return 1 if a check failed."""
+    failed = []
+    print("".join(f"{head:>14}" for head in ("passed", *DETECTORS)))
     for name in METHODS:
         print(f"{name:>14}", end="", flush=True)
-        # As in a recipe, from which a loss may take its seed.
+        # In a recipe, because a loss may refer to its seed.
         recipe = {"losses": without_priors(method(name)["losses"]), "train": {"seed": 0}}
         recipe = OmegaConf.create(recipe, flags={"allow_objects": True})
         (loss,) = instantiate(recipe.losses).by_name.values()
         for family in DETECTORS:
             try:
-                kept = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
-                cell = f"{len(kept)} of {len(PROPERTIES)}"
-            except InputError:  # a loss that is not for this family
+                passed = check_loss(lambda loss=loss: copy.deepcopy(loss), [family])
+                cell = f"{len(passed)} of {len(PROPERTIES)}"
+            except InputError:  # the loss does not support this family
                 cell = "-"
             except AssertionError as error:
-                cell = "broken"
-                broken.append(f"{name}: {error}")
+                cell = "failed"
+                failed.append(f"{name}: {error}")
             print(f"{cell:>14}", end="", flush=True)
         print()
-    for error in broken:
+    for error in failed:
         print(error)
-    return 1 if broken else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    # What a loss has to say of a real run would stand between the columns.
+    # Log messages of the losses would break the table.
     logging.getLogger("d2kd").setLevel(logging.ERROR)
     raise SystemExit(main())

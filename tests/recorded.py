@@ -126,7 +126,7 @@ class Recorded:
         self.kind, self.losses = model.kind, model.losses
         ours = model.kind.from_calls(student, self.batch, calls)
         theirs = model.teacher.ask(self.batch)
-        theirs.share(ours.shared)
+        theirs.set_region_boxes(ours.region_boxes)
         self.student, self.teacher = self._values(ours), self._values(theirs)
         self.detectors = (student, teacher)
         self.queries = make_queries(

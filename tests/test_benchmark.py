@@ -496,7 +496,7 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
     told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
     assert told == ["cpu", [[64, 64], [32, 96]], 2, 2]
-    assert "\n64 x 64, 32 x 96 px, 2 images a batch" in said
+    assert "\n64 x 64, 32 x 96 px, 2 images per batch" in said
 
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
@@ -522,7 +522,7 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
         assert min(row["seconds"]) > 0
         assert (row["phases"] is None) == (row["name"] in (TEACHER, STOCK))
     assert [row["recipe"] for row in result["data"]] == labels
-    assert said.count("fed by its loader") == 1
+    assert said.count("with its data loader") == 1
     compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
     assert ("tar, fused", "distilled / that of tar") in compared
     markdown = (tmp_path / "table.md").read_text()

@@ -140,15 +140,15 @@ def test_files_of_other_weights_or_data_are_computed_anew(data, tmp_path):
     compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
     detectors = [from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))]
     again = compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
-    assert "of another weights" in again.notes[0]
+    assert "differs in weights" in again.notes[0]
     other = tmp_path / "other"
     draw_data(other, objects=(1, 1, 1))
     again = compare(detectors, load_data(named(other)), tmp_path / "kept", QUICK)
-    assert "of another dataset" in again.notes[0]
+    assert "differs in dataset" in again.notes[0]
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "PART", 2)
+    monkeypatch.setattr(kept, "IMAGES_PER_FILE", 2)
     calls, detect = [], Teacher.detect
 
     def counted(self, batch):
@@ -237,7 +237,7 @@ def test_detectors_that_share_no_class_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="'other'.*none of the classes"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     one.classes, other.classes = ("class 1", "x", "y"), ("class 2", "x", "y")
-    with pytest.raises(InputError, match="one, other: no class of tiny_.* that all know"):
+    with pytest.raises(InputError, match="one, other: no class of tiny_.* that all have"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
@@ -261,7 +261,7 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     detector = from_config("one", config, weights, str(results))
     found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
     assert found["one"].accuracy.fixed["wrong"] == 1
-    assert found.notes == [f"{results}: detections on 1 of 6 images alone"]
+    assert found.notes == [f"{results}: detections on only 1 of 6 images"]
     for line, *faults in (
         ("1 detections of images, 0 of classes it lacks; expected .* on tiny_", {"image_id": 99}),
         ("0 detections of images, 1 of classes it lacks", {"category_id": 9}),
@@ -276,7 +276,7 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
                 compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
     results.write_text(json.dumps([row]))
     detector.expected_AP = 50.0
-    with pytest.raises(InputError, match="AP 0.000; expected 50.000, as the study found"):
+    with pytest.raises(InputError, match="AP 0.000; expected 50.000, the AP in the study"):
         compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
@@ -297,7 +297,7 @@ def test_an_image_that_was_replaced_is_looked_at_again(tmp_path):
     compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
     Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "data/1.png")
     again = compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
-    assert any("of another dataset; detected anew" in note for note in again.notes)
+    assert any("differs in dataset; detections are computed again" in note for note in again.notes)
 
 
 def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
@@ -408,12 +408,12 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     test.mkdir()
     (test / "coco_instances_results.json").write_text("[]")
     found = compare(detectors, load_data(content["dataset"]), study / "kept", QUICK)
-    assert "AP 0.000; expected 3.000, as the study found" in found.notes[0]
+    assert "AP 0.000; expected 3.000, the AP in the study" in found.notes[0]
     with pytest.raises(InputError, match="no distilled run"):
         detectors_of_study(study, content["rows"][:2])
     content.pop("featured")
     write_json(study / "results.json", content)
-    with pytest.raises(InputError, match="results.json: no rows, or not what they are about"):
+    with pytest.raises(InputError, match="results.json: no rows, dataset, baseline or featured"):
         study_of(study)
 
 
@@ -459,7 +459,7 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     detectors[1].node = detectors[0].node
     detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
     ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
-    assert "baseline reads images otherwise" in why_not(ready)
+    assert "baseline has another mapper" in why_not(ready)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     [
         ({"name": "."}, "--detector: '.'; expected a name"),
         ({"classes": ["one"]}, "detector 'it': 3 classes, 1 names; expected a recipe or"),
-        ({"mapper": None}, "config.yaml: does not say how test images are read; expected at least"),
+        ({"mapper": None}, "config.yaml: no mapper of test images; expected at least one recipe"),
     ],
     ids=["a name of dots", "too few names", "no way to read images"],
 )

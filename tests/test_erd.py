@@ -415,7 +415,7 @@ def test_what_is_kept_is_what_the_task_leaves_aside(losses, classes):
     made = {name: loss() for name, loss in losses.items()}
     grown(old_detector(), made, classes=("ox", "cat", "hen", "dog", "fox"))
     known = ", ".join(str(k) for k, name in enumerate(classes) if name in OLD)
-    line = f"num_old_classes: 2, and the teacher knows the student's {known}; expected the old"
+    line = f"num_old_classes: 2, and the teacher has the student's {known}; expected the old"
     with pytest.raises(InputError, match=line):
         grown(old_detector(), made, classes=classes)
 

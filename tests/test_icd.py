@@ -804,7 +804,7 @@ def test_it_warns_once_where_the_decoder_has_not_learned(caplog):
     assert not warnings()
     for progress in (0.5, 0.6):
         step_at(model, batch(), progress)
-        assert len(warnings()) == 1 and "lengthen aux_warmup" in caplog.text
+        assert len(warnings()) == 1 and "increase aux_warmup" in caplog.text
     # one that continues after the start says nothing, nor does one that has learned
     resumed = distiller(icd(start=0.5), tiny_retinanet)
     resumed.losses.load_state_dict(model.losses.state_dict())

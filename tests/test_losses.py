@@ -1,5 +1,8 @@
 """Each loss has the house's properties, and agrees with a slow restatement of its formula."""
 
+import doctest
+import importlib
+import inspect
 import math
 
 import pytest
@@ -122,13 +125,16 @@ class Faulty(ImitationLoss):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("not silent", "retinanet: silent on itself: against its own copy the loss is 0.0"),
-        ("detached", "gradients where they belong: the student's gradient has norm 0.0"),
-        ("disturbs", r"student undisturbed: its \['backbone.* are not as after a step alone"),
-        ("draws", "student undisturbed: numbers were drawn"),
-        ("hooked", "student undisturbed: hooks left"),
-        ("trains the teacher", r"teacher invisible: train\(\) reached it"),
-        ("runs too much", "the teacher's head ran, and nothing read it"),
+        (
+            "not silent",
+            "retinanet: zero for equal detectors: the loss of a detector and its copy is 0.0",
+        ),
+        ("detached", "gradients: the student's gradient has norm 0.0"),
+        ("disturbs", r"student unchanged: \['backbone.* differ from a step without distillation"),
+        ("draws", "student unchanged: the global random generator was used"),
+        ("hooked", "student unchanged: hooks left"),
+        ("trains the teacher", "teacher hidden: it is in training mode"),
+        ("runs too much", "the teacher's head ran, but was not read"),
         ("not finite", "no ground truth"),
     ],
 )
@@ -146,7 +152,7 @@ def test_the_table_of_all_methods(monkeypatch, capsys):
     monkeypatch.setattr(testing, "DETECTORS", {"retinanet": DETECTORS["retinanet"]})
     assert testing.main() == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["kept", "retinanet"]
+    assert head.split() == ["passed", "retinanet"]
     whole = len(testing.PROPERTIES)
     assert [row.split() for row in rows] == [
         [name, str(whole), "of", str(whole)] for name in testing.METHODS
@@ -168,13 +174,13 @@ def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, cap
     monkeypatch.setattr(testing, "DETECTORS", {"retinanet": DETECTORS["retinanet"]})
     assert testing.main() == 1
     head, *rows, broken = capsys.readouterr().out.splitlines()
-    assert head.split() == ["kept", "retinanet"]
+    assert head.split() == ["passed", "retinanet"]
     assert [row.split() for row in rows] == [
         ["good", *"7 of 7".split()],
-        ["loud", "broken"],
+        ["loud", "failed"],
         ["elsewhere", "-"],
     ]
-    assert broken.startswith("loud: retinanet: silent on itself: against its own copy")
+    assert broken.startswith("loud: retinanet: zero for equal detectors: the loss of a detector")
 
 
 def test_softmax_kl_restated():
@@ -666,6 +672,14 @@ def test_coders_are_the_same_whatever_holds_their_weights():
     assert _same_coder(one, other)
     assert not _same_coder(one, Box2BoxTransform(weights=(10, 10, 5, 6)))
     assert not _same_coder(one, Box2BoxTransformLinear())
+
+
+@pytest.mark.parametrize("name", ["base", "erd", "functional", "icd", "imitation", "lwf", "tar"])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"d2kd.losses.{name}")
+    losses = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, DistillLoss)]
+    assert all("Example:" in loss.__doc__ for loss in losses if loss is not DistillLoss)
+    assert doctest.testmod(module).failed == 0
 
 
 class Split(DistillLoss):

@@ -29,7 +29,7 @@ def test_a_copy_answers_what_the_student_said(family, objects):
     teacher = Teacher(build(DETECTORS[family]()), None)
     examples = batch(objects=objects)
     said = listen(student, examples)
-    asked = teacher.ask(examples, **said.shared)
+    asked = teacher.ask(examples, said.region_boxes)
     for level, feature in said.features.items():
         assert feature.requires_grad and not asked.features[level].requires_grad
         torch.testing.assert_close(feature, asked.features[level])
@@ -124,7 +124,7 @@ def test_stages_of_other_numbers_meet(student, teacher, asked_heads):
     heads = detector.roi_heads.box_predictor
     heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads]
     with capture({str(k): head for k, head in enumerate(heads)}) as calls:
-        answers = Teacher(detector, None).ask(examples, **said.shared).regions
+        answers = Teacher(detector, None).ask(examples, said.region_boxes).regions
     assert len(answers) == len(said.regions) == len(asked_heads)
     assert [len(calls[str(k)]) for k in range(len(heads))] == [
         asked_heads.count(k) for k in range(len(heads))
@@ -198,7 +198,7 @@ def test_what_a_family_does_not_say_is_named():
         dense.regions  # noqa: B018
     two_stage = Teacher(build(DETECTORS["faster_rcnn"]()), None).ask(batch())
     assert isinstance(two_stage, RCNNOutputs)
-    with pytest.raises(Unreadable, match="no regions to ask"):
+    with pytest.raises(Unreadable, match="no region boxes"):
         two_stage.regions  # noqa: B018
 
 

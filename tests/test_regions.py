@@ -59,8 +59,8 @@ class Said:
         self.classes, self.shift, self.asked = classes, shift, None
         self.num_classes = num_classes
 
-    def share(self, shared):
-        self.asked = shared["region_boxes"][0][0].tensor
+    def set_region_boxes(self, boxes):
+        self.asked = boxes[0][0].tensor
 
     @property
     def regions(self):
@@ -181,7 +181,7 @@ class Dense:
 
 
 def test_anchors_by_hand(monkeypatch):
-    monkeypatch.setattr("d2kd.comparison.regions.BEST", 1)
+    monkeypatch.setattr("d2kd.comparison.regions.NUM_TOP_ANCHORS", 1)
     low = [0.1, 0.1]
     first = Dense([[0.6, 0.1], [0.1, 0.9], low, low], [True, False, False, False])
     second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)
@@ -295,7 +295,7 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
         )
         for name, detector in detectors.items()
     ]
-    assert why_not(ready).startswith(f"{side} scores each class by itself")
+    assert why_not(ready).startswith(f"{side} scores each class independently")
 
 
 def test_agreement_never_asks_the_teacher():

@@ -105,7 +105,7 @@ def test_without_objects_nothing_is_defined_and_the_page_says_so():
     options = Options(resamples=5)
     found = analyse(seen, data, [0, 1], options)
     made = assemble(found, [described(n) for n in seen], None, data, [0, 1], options)
-    assert "Nothing" in sentence(made) and "–" in render(made)
+    assert "undefined" in sentence(made) and "–" in render(made)
 
 
 def test_the_sentence_says_what_the_interval_allows():
@@ -113,7 +113,7 @@ def test_the_sentence_says_what_the_interval_allows():
     assert "of the way to teacher" in sentence(better)
     gain = better.gain("distilled", "baseline")
     gain.metrics["AP"]["interval"] = [-0.1, 9.0]
-    assert "might undo" in sentence(better) and "of the way" not in sentence(better)
+    assert "contains 0" in sentence(better) and "of the way" not in sentence(better)
 
 
 def test_a_detector_has_one_colour_and_the_featured_one_always_the_same():

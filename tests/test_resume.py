@@ -152,12 +152,12 @@ def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, capl
     config.train.max_iter, config.dataloader.train.total_batch_size = 6, 1
     rest = images(config, True)
     assert first + rest == whole and len(whole) == 8
-    assert "total_batch_size is 1 and was another: the data go on at image 4" in caplog.text
+    assert "total_batch_size is 1 and was another: the data continue at image 4" in caplog.text
     caplog.clear()
     config.train.max_iter = 7  # what was said once is known
     config.dataloader.train.total_batch_size = 2
     images(config, True)
-    assert "the data go on at image 8" in caplog.text
+    assert "the data continue at image 8" in caplog.text
 
 
 def test_another_teacher_is_named(data, tmp_path, caplog):
@@ -303,7 +303,7 @@ def test_another_seed_is_told(data, tmp_path, caplog):
     for now in (seed, seed + 1):
         config.train.seed = now
         Trainer(config).resume_or_load(True)
-        said = f"train.seed is {now} and was {seed}: the data go on in another order"
+        said = f"train.seed is {now} and was {seed}: the data continue in another order"
         assert (said in caplog.text) == (now != seed)
 
 

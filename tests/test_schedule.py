@@ -116,7 +116,7 @@ def test_a_run_that_fails_is_told_and_takes_along_only_what_needs_it(command, tm
     said = capsys.readouterr()
     assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
     assert "at iteration" in said.err and "; expected a finite number" in said.err
-    assert "left out, for it needs broken_seed0" in said.out
+    assert "skipped, since it needs broken_seed0" in said.out
     rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["baseline_seed0"]
 

@@ -358,7 +358,7 @@ def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     rows, failed, said = run(study_of(), tmp_path, train)
     assert [row["name"] for row in rows] == ["baseline_seed0", "longer_seed0"]
     assert list(failed) == ["teacher"]
-    assert "failed: loss_cls: nan" in said and said.count("left out, for it needs teacher") == 2
+    assert "failed: loss_cls: nan" in said and said.count("skipped, since it needs teacher") == 2
     said = show_results(tmp_path, study_of(pictures=0), [], rows)
     assert "over baseline" in said
     time = training_time(rows)

@@ -154,7 +154,7 @@ def answers(teacher):
     if not hasattr(teacher.detector, "roi_heads"):
         return [*outputs.features.values(), *outputs.pred_logits, *outputs.pred_anchor_deltas]
     boxes = [x["instances"].gt_boxes for x in batch()]
-    outputs.share({"region_boxes": [boxes]})
+    outputs.set_region_boxes([boxes])
     (regions,) = outputs.regions
     return [*outputs.features.values(), regions.pred_class_logits, regions.pred_proposal_deltas]
 
@@ -237,7 +237,7 @@ def test_a_teacher_answers_in_its_own_precision():
 def test_weights_are_kept_in_the_precision_of_the_answers(family):
     """So that autocast need not make them so in each step; to the bit what it would say."""
     casting = Teacher(live_statistics(build(DETECTORS[family]())), None, dtype="bfloat16")
-    casting._to_do.pop("keep")
+    casting._pending_optimizations.pop("keep")
     kept = Teacher(lively(live_statistics(build(DETECTORS[family]()))), None, dtype="bfloat16")
     before = kept.detect(batch())
     for ours, theirs in zip(answers(kept), answers(casting), strict=True):

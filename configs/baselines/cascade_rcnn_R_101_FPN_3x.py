@@ -1,13 +1,8 @@
-"""Cascade R-CNN R-101 FPN on COCO, 3x: a teacher that the model zoo does not have."""
+"""Cascade R-CNN R-101 FPN on COCO, 3x schedule: a teacher that is not in the model zoo."""
 
 from detectron2 import model_zoo
 
-from .cascade_rcnn_R_50_FPN_1x import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    model,
-    optimizer,
-    train,
-)
+from .cascade_rcnn_R_50_FPN_1x import dataloader, model, optimizer, train  # noqa: F401
 
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_3x
 

@@ -1,4 +1,4 @@
-"""Faster R-CNN R-50 FPN on COCO, 1x: the model zoo has it as a yacs YAML alone."""
+"""Faster R-CNN R-50 FPN on COCO, 1x schedule. In the model zoo it is only a yacs YAML."""
 
 from detectron2 import model_zoo
 

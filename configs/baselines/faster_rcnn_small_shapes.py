@@ -1,6 +1,6 @@
-"""A thin Faster R-CNN on the generated shapes: the student of the studies, alone.
+"""A small Faster R-CNN on the generated shapes: the student of the studies, without a teacher.
 
-What a study turns: ``model.backbone.bottom_up.width`` and ``.blocks``, ``train.max_iter``.
+Studies change ``model.backbone.bottom_up.width`` and ``.blocks``, and ``train.max_iter``.
 """
 
 from detectron2.config import LazyCall as L
@@ -16,7 +16,7 @@ from ..common.train import train
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]
 
-# On so short a schedule AdamW gets further than SGD.
+# AdamW is better than SGD on such a short schedule.
 optimizer = L(AdamW)(
     params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
     lr=2e-3,

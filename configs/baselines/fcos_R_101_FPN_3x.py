@@ -1,4 +1,4 @@
-"""FCOS R-101 FPN on COCO, 3x: a teacher that the model zoo does not have."""
+"""FCOS R-101 FPN on COCO, 3x schedule: a teacher that is not in the model zoo."""
 
 from detectron2 import model_zoo
 

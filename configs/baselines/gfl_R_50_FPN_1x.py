@@ -1,4 +1,4 @@
-"""GFL R-50 FPN on COCO, 1x, as published (40.2 AP): one scale, decay of every parameter, a short warm-up."""
+"""GFL R-50 FPN on COCO, 1x schedule, as published (40.2 AP): one scale, all parameters with weight decay."""
 
 from detectron2 import model_zoo
 
@@ -14,7 +14,7 @@ dataloader, optimizer, lr_multiplier, train = (
 
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.augmentations[0].short_edge_length = 800
-optimizer.params.weight_decay_norm = None  # as of all others: the optimizer's
+optimizer.params.weight_decay_norm = None  # the same as for all other parameters
 lr_multiplier.warmup_length = 500 / train.max_iter
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
 train.device = "auto"

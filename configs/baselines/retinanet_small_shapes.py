@@ -1,15 +1,10 @@
-"""A thin RetinaNet on the generated shapes, alone.
+"""A small RetinaNet on the generated shapes.
 
-The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and at twice the rate, as a dense detector wants it.
+The schedule is that of ``faster_rcnn_small_shapes.py``, but longer and with twice the learning rate.
 """
 
 from ..common.models.retinanet_small import model
-from .faster_rcnn_small_shapes import (  # noqa: F401  (parts of the recipe)
-    dataloader,
-    lr_multiplier,
-    optimizer,
-    train,
-)
+from .faster_rcnn_small_shapes import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up.width = 8
 model.backbone.bottom_up.blocks = [1, 1, 1, 1]

@@ -1,9 +1,9 @@
-"""ICD as published: ``losses``, and ``loss_optimizer``, which trains the parameters that they own.
+"""ICD as published: ``losses``, and ``loss_optimizer`` for the parameters of the losses.
 
     model, dataloader, optimizer, lr_multiplier, train = distill(…, **method("icd"))
 
-Fakes are like the objects of the recipe's training data. What a recipe turns: ``model.losses.icd.aux_warmup``
-on short schedules, ``train.loss_optimizer.optimizer.lr``.
+Negatives follow the statistics of the recipe's training data. Recipes change ``model.losses.icd.aux_warmup`` on short
+schedules, and ``train.loss_optimizer.optimizer.lr``.
 """
 
 from detectron2.config import LazyCall as L

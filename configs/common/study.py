@@ -1,4 +1,4 @@
-"""What studies have in common: a thin student, its wider teacher, and the runs that any method is set beside."""
+"""Common parts of studies: a small student, its wider teacher, and the runs that every method is compared with."""
 
 import copy
 
@@ -9,7 +9,7 @@ from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
 
-# Of a study on the generated shapes, what --fast changes.
+# The changes of --fast in a study on the generated shapes.
 fast_shapes = dict(
     fast=[
         "train.max_iter=12",
@@ -23,7 +23,7 @@ fast_shapes = dict(
 
 
 def wide(baseline, steps, lr=None):
-    """A thin detector's recipe as its teacher's: four times the width, twice the blocks; its rate, too, unless given."""
+    """Return the recipe of a teacher with four times the width and twice the blocks of ``baseline``."""
     recipe = get_config(baseline)
     recipe.optimizer.lr = lr or recipe.optimizer.lr
     recipe.model.backbone.bottom_up.width = 32
@@ -33,14 +33,14 @@ def wide(baseline, steps, lr=None):
 
 
 def thin(baseline, steps):
-    """A student's recipe."""
+    """Return the recipe of a student."""
     recipe = get_config(baseline)
     recipe.train.max_iter, recipe.train.eval_period = steps, steps // 2
     return recipe
 
 
 def on_blood_cells(recipe):
-    """The options of a study on the blood cells: their test split, registered when the study is loaded."""
+    """Return the options of a study on BCCD. Its test split is registered when the study is loaded."""
     test = copy.deepcopy(recipe.dataloader.test.dataset.names)
     test.name, test.split = "bccd_test", "test"
     fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
@@ -48,7 +48,7 @@ def on_blood_cells(recipe):
 
 
 def blood_cells(baseline, student_steps, teacher_steps):
-    """A student's recipe, its teacher's, and the study's options, on data that D2KD_BCCD points to."""
+    """Return a student's recipe, its teacher's recipe and the study's options, on BCCD at the path D2KD_BCCD."""
     student, teacher = thin(baseline, student_steps), wide(baseline, teacher_steps)
     for recipe in (student, teacher):
         recipe.train.eval_period = recipe.train.max_iter // 4
@@ -56,30 +56,30 @@ def blood_cells(baseline, student_steps, teacher_steps):
 
 
 def taught(student, teacher, inherit=(), scale=1, **method):
-    """The run of a student beside the teacher that the study trains first.
+    """Return the run of a student with the teacher that the study trains first.
 
     Args:
-        student, teacher: whole recipes.
+        student, teacher: recipes.
         inherit: prefixes of the weights to inherit.
-        scale: how much larger than the student's the teacher's images are.
+        scale: size of the teacher's images relative to the student's.
         method: ``losses`` and ``loss_optimizer`` of :func:`d2kd.config.distill`.
     """
-    node = L(Teacher)(detector=teacher.model, weights="")  # which the study fills in
+    node = L(Teacher)(detector=teacher.model, weights="")  # set by the study
     recipe = distill(student, teacher=node, inherit=inherit, scale=scale, **method)
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
 def controls(student, teacher, steps_like, levels=None, scale=1):
-    """The runs: teacher, baseline, the baseline given as many seconds as ``steps_like`` takes, imitation.
+    """Return the runs: teacher, baseline, baseline with the training time of run ``steps_like``, imitation.
 
     Args:
-        student, teacher: whole recipes.
+        student, teacher: recipes.
         steps_like: name of a run.
-        levels: that imitation compares; all by default.
-        scale: how much larger than the student's the teacher's images, the recipes' own, are.
+        levels: levels compared by imitation. Default: all.
+        scale: size of the teacher's images, which is that of the recipes, relative to the student's.
     """
     alone = reduced(student, scale) if scale > 1 else student
-    # The weight was chosen on shapes_val.
+    # This weight was chosen on shapes_val.
     losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=levels, weight=0.1))
     return dict(
         teacher=dict(config=teacher, once=True),

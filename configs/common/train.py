@@ -1,4 +1,4 @@
-"""Every recipe's ``train`` until the recipe says otherwise. ``d2kd/config/train.py`` explains each key."""
+"""The default ``train`` of recipes. ``d2kd/config/train.py`` describes each key."""
 
 from d2kd.config import train_defaults
 

@@ -1,11 +1,10 @@
-"""What distillation costs: seconds and memory of a training step, beside those of its parts.
+"""Time and memory of a distilled training step and of its parts.
 
-Four rows are measured on the same detectors and batches: Detectron2's own plain step of the student, ours, what the
-losses ask of the teacher and nothing else, and the distilled step. If listening were free, the last would be the sum
-of the two before it.
+Four rows are measured with the same detectors and batches: a training step of the student by Detectron2's trainer, the
+same by d2kd's trainer, the teacher outputs that the losses read, and the distilled step. Without overhead the last
+would be the sum of the second and the third.
 
-All steps stand half-way through the run, where a loss that decays or begins late is on, with a learning rate too small
-to move anything.
+The progress of all steps is 0.5, where losses that decay or start late are on. The learning rate is negligible.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.structures import Boxes
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
@@ -38,28 +38,28 @@ from .phases import clock, phases
 from .untrained import draw_batch, measure_statistics
 
 STOCK = "Detectron2's plain step"
-STUDENT, TEACHER, DISTILLED = "student alone", "teacher's asked part alone", "distilled"
-BATCHES = 5  # the norms' statistics come from them, and the rounds go round them
-WARM_UPS = 3  # and as many sizes of images at most, so that each is warmed up
+STUDENT, TEACHER, DISTILLED = "student alone", "teacher outputs alone", "distilled"
+BATCHES = 5  # for the statistics of norms, and for the rounds in turn
+WARM_UPS = 3  # also the maximum number of image sizes, so that each one is warmed up
 LEARNING_RATE = 1e-6
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be measured.
+    """What to measure.
 
     Args:
-        label: what it is called.
+        label: name of the recipe in the results.
         config_file: a distilled recipe, see :func:`d2kd.config.load`.
-        overrides: such as ``model.losses.tar.weight=1.0``.
-        image_sizes: (height, width) of the images, in pixels; the teacher's where it sees larger ones. All images of
-            a batch are of one size, the batches take them in turn.
-        batch_size: images in a batch.
-        device: instead of the recipe's ``train.device``.
+        overrides: overrides of the recipe, such as ``model.losses.tar.weight=1.0``.
+        image_sizes: (height, width) of the images in pixels, at most three; of the teacher's images if they are
+            larger. All images of a batch have the same size; batches use the sizes in turn.
+        batch_size: number of images per batch.
+        device: default: the recipe's ``train.device``.
 
     Raises:
-        InputError: a size that is none, or more than three; by :meth:`recipe` what cannot be loaded, or has no teacher.
+        InputError: an invalid size, or too many; in :meth:`recipe`: it cannot be loaded, or has no teacher.
     """
 
     label: str
@@ -78,7 +78,7 @@ class Setup:
                 raise InputError(culprit, value, "at least 1")
 
     def recipe(self) -> DictConfig:
-        """The recipe, made to need neither weights nor data."""
+        """Load the recipe, and change it to need neither weights nor data."""
         config = with_defaults(load(self.config_file, self.overrides))
         if not is_distiller(config.model):
             raise InputError(
@@ -94,12 +94,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """Something to be measured.
+    """A row of the benchmark.
 
     Attributes:
-        step: a function of the batch's number.
-        modules: what it keeps.
-        trained: the model and the optimizer of a training step.
+        step: runs one step, given the index of the batch.
+        modules: the modules it uses.
+        trained: model and optimizer of a training step.
     """
 
     step: Callable[[int], None]
@@ -108,40 +108,39 @@ class Row:
 
     @property
     def weights(self) -> int:
-        """Bytes of parameters and buffers."""
+        """Size of parameters and buffers in bytes."""
         tensors = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What was asked of a teacher in a step.
+class TeacherReads:
+    """The teacher outputs that are read in a step.
 
     Attributes:
-        shared: what the student shared, in pixels of the teacher's images.
-        read: what the losses read, in order.
+        region_boxes: of the student, in pixels of the teacher's images.
+        read: names of the outputs that the losses read, in order.
     """
 
-    shared: dict[str, Any]
+    region_boxes: list[list[Boxes]] | None
     read: tuple[str, ...]
 
 
 class Bench:
-    """A recipe's detectors and batches, ready to be measured row by row.
+    """The detectors, batches and rows of a recipe.
 
-    Student and distilled step train the same student. The teacher is asked what the losses read in a step
-    on the same batch, as its outputs tell afterwards: work a loss does with the teacher's modules by itself counts
-    for the distilled step alone.
+    Student and distilled step train the same student. The teacher's row computes the outputs that the losses read in a
+    step on the same batch. Other work of a loss with the teacher's modules counts for the distilled step only.
 
     Attributes:
-        device: where it runs.
-        clock: seconds, after all that was asked of the device is done.
-        dataloader: the recipe's.
-        batches: five, drawn from a fixed seed.
-        questions: for each batch, what is asked of the teacher.
-        losses: of distillation, by name, for the first batch.
-        plain: what the student's own step depends on, equal where it need not be measured again.
-        rows: by name. They own all that is large, so a row that is taken out of here is freed.
+        device: device of the detectors.
+        clock: returns the time in seconds after synchronizing the device.
+        dataloader: node of the recipe.
+        batches: five batches, generated from a fixed seed.
+        questions: for each batch the teacher outputs that are read.
+        losses: name -> distillation loss on the first batch.
+        plain: what the plain step depends on; recipes with an equal value share its measurement.
+        rows: name -> row. Rows hold all large objects, so deleting a row frees its memory.
 
     Raises:
         InputError: see :class:`Setup`; or a loss is not finite.
@@ -151,89 +150,88 @@ class Bench:
         config = setup.recipe()
         self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
-        # As the trainer does, and before the first convolution, for what that chooses is kept by the process.
+        # As in the trainer. Must be set before the first convolution, since cuDNN keeps the algorithm it selects.
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
-        self._shown = setup.image_sizes, setup.batch_size
+        self._sizes = setup.image_sizes, setup.batch_size
         self._precision = precision(config.train.amp, self.device)
         self.clock, self._number = clock(self.device), 0
-        self._feed = iter(lambda: self.batches[self._number], None)  # whatever the number is then
+        self._loader = iter(lambda: self.batches[self._number], None)  # repeats the current batch
         seed_all_rng(SEED)
         model = instantiate(config.model).to(self.device).train()
         student, teacher = model.student, model.teacher
-        plain = [config.model.student, config.optimizer, config.train, self._shown, teacher.scale]
+        plain = [config.model.student, config.optimizer, config.train, self._sizes, teacher.scale]
         self.plain = repr(plain)
         self._start_iter = model.max_iter // 2
         self.batches = self._draw(student, teacher.scale)
         try:
             measure_statistics(student, self.batches)
-            # With objects of its own: it may know other classes, and be shown larger images.
-            theirs = [_in_full(teacher, batch) for batch in self._draw(teacher.detector)]
-            measure_statistics(teacher.detector, theirs)
-            heard = [self._listen(model, batch) for batch in self.batches]
-        except FloatingPointError as error:  # Detectron2's, of proposals
-            raise InputError(
-                setup.config_file, error, "untrained detectors that their norms keep finite"
-            ) from error
-        self.questions = [question for question, _ in heard]
-        self.losses = heard[0][1]
+            # The teacher has its own batches, since its classes and image sizes may differ.
+            batches = [_teacher_batch(teacher, batch) for batch in self._draw(teacher.detector)]
+            measure_statistics(teacher.detector, batches)
+            recorded = [self._record(model, batch) for batch in self.batches]
+        except FloatingPointError as error:  # raised by Detectron2 for non-finite proposals
+            expected = "untrained detectors with finite outputs"
+            raise InputError(setup.config_file, error, expected) from error
+        self.questions = [reads for reads, _ in recorded]
+        self.losses = recorded[0][1]
         self.rows = {
-            STOCK: self._training(config, student, self._stock),
-            STUDENT: self._training(config, student, self._ours),
-            TEACHER: Row(self._asking(teacher), (teacher.detector,)),
-            DISTILLED: self._training(config, model, self._ours),
+            STOCK: self._training(config, student, self._stock_trainer),
+            STUDENT: self._training(config, student, self._d2kd_trainer),
+            TEACHER: Row(self._teacher_step(teacher), (teacher.detector,)),
+            DISTILLED: self._training(config, model, self._d2kd_trainer),
         }
         if config.train.amp.enabled and config.train.amp.dtype != "float16":
-            del self.rows[STOCK]  # Detectron2 knows no other
+            del self.rows[STOCK]  # Detectron2's trainer uses float16
 
     def _draw(self, detector: nn.Module, scale: int = 1) -> list[list[dict]]:
-        sizes, count = self._shown
+        sizes, count = self._sizes
         drawn = [
             draw_batch(detector, sizes[i % len(sizes)], count, seed=SEED + i)
             for i in range(BATCHES)
         ]
         if scale == 1:
             return drawn
-        reduced = TwoScales(lambda sample: sample, scale)
-        return [[reduced(sample) for sample in batch] for batch in drawn]
+        downscaled = TwoScales(lambda sample: sample, scale)
+        return [[downscaled(sample) for sample in batch] for batch in drawn]
 
     @contextlib.contextmanager
     def half_way(self) -> Iterator[None]:
-        """Half-way through the run, with random draws that are the same for every row."""
+        """Set the progress to 0.5 and the random seed, so that all rows have the same random draws."""
         seed_all_rng(SEED)
         with EventStorage(start_iter=self._start_iter):
             yield
 
-    def _listen(self, model: Distiller, batch: list[dict]) -> tuple[Question, dict[str, float]]:
-        heard: list[DetectorOutputs] = []
+    def _record(self, model: Distiller, batch: list[dict]) -> tuple[TeacherReads, dict[str, float]]:
+        """Run one distilled step; return the teacher outputs that its losses read, and the losses."""
+        calls: list[DetectorOutputs] = []
         ask = model.teacher.ask
-        model.teacher.ask = lambda *args, **kwargs: heard.append(ask(*args, **kwargs)) or heard[-1]
+        model.teacher.ask = lambda *args, **kwargs: calls.append(ask(*args, **kwargs)) or calls[-1]
         try:
             with self.half_way(), self._precision[0]():
                 losses = model(batch)
         finally:
             del model.teacher.ask
-        (outputs,) = heard
+        (outputs,) = calls
         kind = type(outputs)
-        known = [name for name in vars(outputs) if hasattr(kind, name)]
-        read = tuple(name for name in known if isinstance(getattr(kind, name), asked))
-        question = Question({name: vars(outputs)[name] for name in known if name not in read}, read)
-        return question, {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
+        read = tuple(n for n in vars(outputs) if isinstance(getattr(kind, n, None), asked))
+        losses = {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
+        return TeacherReads(outputs.region_boxes, read), losses
 
-    def _ours(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
-        return Step(model, self._feed, optimizer, self._precision, config.train)
+    def _d2kd_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
+        return Step(model, self._loader, optimizer, self._precision, config.train)
 
-    def _stock(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
-        """As Detectron2's ``lazyconfig_train_net.py`` trains it."""
+    def _stock_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
+        """Build the trainer of Detectron2's ``lazyconfig_train_net.py``."""
         if config.train.amp.enabled:
-            return AMPTrainer(model, self._feed, optimizer, self._precision[1])
-        return SimpleTrainer(model, self._feed, optimizer)
+            return AMPTrainer(model, self._loader, optimizer, self._precision[1])
+        return SimpleTrainer(model, self._loader, optimizer)
 
     def _training(self, config: DictConfig, model: nn.Module, trainer: Callable) -> Row:
         optimizer = build_optimizer(config, model)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE
         trainer = trainer(config, model, optimizer)
-        trainer.iter = self._start_iter  # which newer versions write beside metrics
+        trainer.iter = self._start_iter  # newer versions write it with the metrics
 
         def step(number: int) -> None:
             self._number = number
@@ -245,61 +243,61 @@ class Bench:
         kept = (model, model.teacher.detector) if isinstance(model, Distiller) else (model,)
         return Row(step, kept, (model, optimizer))
 
-    def _asking(self, teacher: Teacher) -> Callable[[int], None]:
+    def _teacher_step(self, teacher: Teacher) -> Callable[[int], None]:
         def step(number: int) -> None:
-            question = self.questions[number]
+            reads = self.questions[number]
             with self._precision[0]():
                 outputs = teacher.ask(self.batches[number])
-                vars(outputs).update(question.shared)  # share() would scale the boxes once more
-                for name in question.read:
+                outputs.region_boxes = reads.region_boxes  # scaled already
+                for name in reads.read:
                     getattr(outputs, name)
 
         return step
 
     def seconds(self, name: str, number: int) -> float:
-        """Seconds of one step of a row on one of the batches."""
+        """Measure the time of one step of a row on one of the batches."""
         with self.half_way():
             start = self.clock()
             self.rows[name].step(number)
             return self.clock() - start
 
     def fed(self, name: str, batches: Iterable[list[dict]]) -> Step:
-        """Our training step of a row, to be run :meth:`half_way`, on other batches than :attr:`batches`."""
+        """Return the training step of a row with other batches than :attr:`batches`; run it in :meth:`half_way`."""
         model, optimizer = self.rows[name].trained
         return Step(model, batches, optimizer, self._precision, self._train)
 
     def phases(self, name: str, number: int) -> dict[str, float] | None:
-        """Where the time of one of our training steps goes; None for the other rows."""
+        """Measure the phases of one step; None for a row that is not trained by d2kd's trainer."""
         if name not in (STUDENT, DISTILLED):
             return None
         with self.half_way():
             return phases(lambda: self.rows[name].step(number), name == DISTILLED, self.clock)
 
     def peak(self, name: str) -> int | None:
-        """Let go of the other rows, and take a step of this one on each size of images, and one more.
+        """Delete the other rows, and measure the peak memory of steps on each image size.
 
         Returns:
-            bytes at the peak, the row's weights included, or None where the system does not tell.
+            peak memory in bytes, including the row's weights; None if it is unknown.
         """
         row = self.rows[name]
         self.rows = {name: row}
         peak = Peak(self.device)
-        # The optimizer's state is there after the first step, whose size so comes once more.
-        for number in range(len(self._shown[0]) + 1):
+        # The first step creates the optimizer's state, so its image size is repeated.
+        for number in range(len(self._sizes[0]) + 1):
             self.seconds(name, number)
         if self.device.type == "cuda":
             return peak.bytes
         return None if peak.growth is None else row.weights + peak.growth
 
 
-def _in_full(teacher: Teacher, batch: list[dict]) -> list[dict]:
-    """A batch at the size and in the channel order of the teacher's images, with its objects."""
-    own = teacher.own_inputs([{**x, "teacher_image": x["image"]} for x in batch])
-    return [{**x, "image": y["image"]} for x, y in zip(batch, own, strict=True)]
+def _teacher_batch(teacher: Teacher, batch: list[dict]) -> list[dict]:
+    """Convert a batch to the size and channel order of the teacher's images."""
+    inputs = teacher.own_inputs([{**x, "teacher_image": x["image"]} for x in batch])
+    return [{**x, "image": y["image"]} for x, y in zip(batch, inputs, strict=True)]
 
 
 def peak_memory(setup: Setup, name: str) -> int | None:
-    """:meth:`Bench.peak` of a row, in a fresh process of its own."""
+    """Measure :meth:`Bench.peak` of a row in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, setup, name).result()
 

@@ -1,4 +1,4 @@
-"""The cost table of several recipes, measured in turn."""
+"""The cost table of several recipes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .step_cost import bootstrap_medians
 from .untrained import OBJECTS
 
 HEADLINE = "distilled / (student + teacher)"
-"""The ratio a bound is about."""
+"""The main ratio."""
 
 RATIOS = {
     HEADLINE: ((DISTILLED,), (STUDENT, TEACHER)),
@@ -42,17 +42,17 @@ RATIOS = {
     "teacher / student": ((TEACHER,), (STUDENT,)),
     "student / Detectron2's": ((STUDENT,), (STOCK,)),
 }
-"""Rows whose seconds are added up, and those they are divided by."""
+"""Ratio -> the rows of its numerator and of its denominator, whose times are added up."""
 
 MIB = 2**20
 PHASE_ROUNDS = 5
 
 Seconds = dict[tuple[str, str], list[float]]
-"""Seconds by round, of (recipe, row)."""
+"""(recipe, row) -> seconds of each round."""
 
 
 def median_interval(values: Sequence[float], draws: int = 10_000) -> dict[str, float]:
-    """The median, and the 2.5th and 97.5th percentile of the medians of bootstrap samples (seeded)."""
+    """Return the median, and its 95 % interval by a seeded bootstrap."""
     medians = bootstrap_medians(values, np.random.default_rng(SEED), draws)
     low, high = np.percentile(medians, [2.5, 97.5])
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
@@ -61,11 +61,11 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> dict[str, f
 def measure(
     benches: Mapping[str, Bench], rounds: int, report: Callable[[int, int], None]
 ) -> Seconds:
-    """Time every row of every bench, all rows of a round on the same batch, each the first in turn.
+    """Measure the times of all rows. The rows of a round use the same batch, and take turns in being the first.
 
     Args:
-        rounds: how many, after three that are not counted.
-        report: told (rounds done, rounds in all) before each.
+        rounds: number of rounds, after three for warm-up.
+        report: progress callback, called with (rounds done, rounds) before each round.
     """
     rows = [(label, name) for label, bench in benches.items() for name in bench.rows]
     seconds: Seconds = {row: [] for row in rows}
@@ -80,16 +80,15 @@ def measure(
 def ratios(
     seconds: Seconds, plain: Mapping[str, str], variant_of: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """What rows cost relative to each other, round by round.
+    """Compute the ratios of times, round by round.
 
     Args:
-        seconds: of all rows.
-        plain: {recipe: the one whose plain rows are its own, too}.
-        variant_of: {recipe: the one it is a variant of}; its distilled step is compared with that one's, and
-            with that one's parts.
+        seconds: times of all rows.
+        plain: recipe -> the recipe whose plain rows it shares.
+        variant_of: recipe -> its base recipe. Its distilled step is compared with that step and the parts of the base.
 
     Returns:
-        dicts of ``recipe``, ``ratio``, ``median``, ``low`` and ``high``.
+        dicts with ``recipe``, ``ratio``, ``median``, ``low`` and ``high``.
     """
 
     def total(recipe: str, names: Sequence[str]) -> np.ndarray | None:
@@ -118,16 +117,15 @@ def ratios(
     return result
 
 
-def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
-    """The largest relative difference of two sets of losses; infinite if their names differ."""
-    if ours.keys() != theirs.keys():
+def difference(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """Return the largest relative difference of two dicts of losses; infinite if their keys differ."""
+    if a.keys() != b.keys():
         return float("inf")
-    pairs = [(ours[name], theirs[name]) for name in ours]
-    return max((abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), default=0.0)
+    return max((abs(a[name] - b[name]) / max(abs(b[name]), 1e-12) for name in a), default=0.0)
 
 
 def mean_phases(bench: Bench, name: str) -> dict[str, float] | None:
-    """Median seconds of each phase over some steps of a row."""
+    """Return the median time of each phase over some steps of a row."""
     found = [bench.phases(name, k % BATCHES) for k in range(PHASE_ROUNDS)]
     if None in found:
         return None
@@ -143,29 +141,28 @@ def benchmark(
     memory: bool = True,
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure time, all rows in this process, then whether data keep up, then memory, each row in a process of its own.
+    """Measure times in this process, then data loading, then peak memory with a new process per row.
 
     Args:
-        setups: what to measure, by different labels. Where the plain step is the same, it is measured once.
-        variant_of: {label: that of the setup it is a variant of}.
-        rounds: how often each row is timed.
-        console: where progress is shown; stdout by default.
-        data_steps: how many distilled steps each recipe's own loader feeds; 0: no data are read.
-        memory: whether to measure its peak; every row then has its detectors built and warmed up once more.
-        keep: given the result as far as it goes: the times, which are there long before the memory, and then each
-            time that there is more.
+        setups: what to measure, with different labels. A plain step that several have in common is measured once.
+        variant_of: label -> label of the base recipe.
+        rounds: number of times each row is timed.
+        console: stream of the progress output; default: stdout.
+        data_steps: number of distilled steps with the recipe's data loader; 0: no data is read.
+        memory: whether to measure peak memory, which builds the detectors of each row again.
+        keep: called with the result so far, first after the times and then after each peak memory.
 
     Returns:
-        what the JSON file holds: the circumstances; ``recipes`` with ``asked`` (what the losses read of the
-        teacher), ``losses`` on the first batch and ``difference`` (relative, from what it is a variant of);
-        ``rows`` of ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
-        ``seconds`` by round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (of weights and
-        steps; None if unknown or not asked for) and ``weights_mib``; ``ratios``; and ``data``, of each recipe what
-        :func:`~d2kd.benchmark.feeding.feeding` returns.
+        content of the JSON file: the settings; ``recipes`` with ``asked`` (teacher outputs that the losses read),
+        ``losses`` on the first batch and ``difference`` (relative, to the base recipe);
+        ``rows`` with ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
+        ``seconds`` of each round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (including weights;
+        None if unknown or not measured) and ``weights_mib``; ``ratios``; and ``data`` with the results of
+        :func:`~d2kd.benchmark.feeding.feeding` for each recipe.
 
     Raises:
-        InputError: see :class:`Bench`; no rounds, two setups of one label, data that cannot be read, or recipes that
-            differ in ``train.cudnn_benchmark``.
+        InputError: see :class:`Bench`; no rounds, equal labels, data that cannot be read, or different values of
+            ``train.cudnn_benchmark``.
     """
     for culprit, count, least in (("rounds", rounds, 1), ("data steps", data_steps, 0)):
         if count < least:
@@ -173,15 +170,15 @@ def benchmark(
     labels = [setup.label for setup in setups]
     for label, count in ((label, labels.count(label)) for label in labels):
         if count > 1:
-            raise InputError("label", f"{label!r} {count} times", "a label of its own for each")
+            raise InputError("label", f"{label!r} {count} times", "different labels")
     variant_of = variant_of or {}
     console = console or sys.stdout
-    # First, so that a recipe that cannot be used is all there is to say.
+    # First, so that an unusable recipe is reported before any other output.
     chosen = {bool(setup.recipe().train.cudnn_benchmark) for setup in setups}
     if len(chosen) > 1:
-        expected = "one for all recipes, for a process keeps the algorithms it chose first"
+        expected = "one value, since a process keeps the algorithms that it selects first"
         raise InputError("train.cudnn_benchmark", "true and false", expected)
-    print(f"building, and statistics of {BATCHES} batches …", file=console, flush=True)
+    print(f"building, with norms of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
     for bench in benches.values() if data_steps else ():
         check_data(bench)
@@ -191,25 +188,25 @@ def benchmark(
         if plain[label] != label:
             bench.rows.pop(STUDENT)
         if plain[label] != label or label in variant_of:
-            bench.rows.pop(STOCK, None)  # which knows no variants
+            bench.rows.pop(STOCK, None)  # a variant has the same plain step
 
     line = Progress("time", console)
     seconds = measure(benches, rounds, line)
-    line.close(f"{rounds} rounds, after {WARM_UPS} to warm up")
+    line.close(f"{rounds} rounds, after {WARM_UPS} for warm-up")
     phases = {(label, name): mean_phases(benches[label], name) for label, name in seconds}
     recipes = [_recipe(setup, benches, variant_of) for setup in setups]
     data = []
     for setup in setups if data_steps else ():
         line = Progress(f"data of {setup.label}", console)
         fed = feeding(benches[setup.label], setup.batch_size, data_steps, line)
-        line.close(f"{data_steps} batches alone, {data_steps} steps")
+        line.close(f"{data_steps} batches without training, {data_steps} steps")
         data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
     weights = {(label, name): benches[label].rows[name].weights for label, name in seconds}
-    # The processes below shall have the whole machine.
+    # Free all memory for the processes below.
     benches.clear()
-    del bench  # the loops' last one
-    gc.collect()  # their rows refer to them
+    del bench  # the variable of the loops above
+    gc.collect()  # rows and benches are in reference cycles
     torch.cuda.empty_cache()
 
     by_label = {setup.label: setup for setup in setups}
@@ -255,7 +252,7 @@ def benchmark(
         row["peak_memory_mib"] = None if peak is None else peak / MIB
         if keep is not None:
             keep(result)
-    line.close(f"{len(rows)} rows, each in a process of its own")
+    line.close(f"{len(rows)} rows, each in its own process")
     return result
 
 
@@ -263,7 +260,7 @@ def _recipe(
     setup: Setup, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
 ) -> dict[str, Any]:
     bench, base = benches[setup.label], benches.get(variant_of.get(setup.label, ""))
-    read = itertools.chain.from_iterable(question.read for question in bench.questions)
+    read = itertools.chain.from_iterable(reads.read for reads in bench.questions)
     return {
         "label": setup.label,
         "config": setup.config_file,
@@ -275,17 +272,17 @@ def _recipe(
 
 
 def table(result: Mapping[str, Any], style: str = "simple") -> str:
-    """A result of :func:`benchmark` as text.
+    """Format a result of :func:`benchmark` as text.
 
     Args:
-        result: it.
-        style: of tabulate, such as "simple" or "github" for markdown.
+        result: the result.
+        style: table format of tabulate, such as "simple", or "github" for markdown.
     """
     sizes = ", ".join(f"{height} x {width}" for height, width in result["image_sizes"])
     threads = f", threads: {result['threads']}" if result["device"] == "cpu" else ""
     lines = [
-        f"{sizes} px, {result['batch_size']} images a batch, {OBJECTS} objects an image, "
-        f"{result['device']}{threads}; half-way through the run; {result['rounds']} rounds"
+        f"{sizes} px, {result['batch_size']} images per batch, {OBJECTS} objects per image, "
+        f"{result['device']}{threads}; progress 0.5; {result['rounds']} rounds"
     ]
     for recipe in result["recipes"]:
         overrides = f" {shlex.join(recipe['overrides'])}" if recipe["overrides"] else ""
@@ -293,10 +290,10 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
         lines += [
             "",
             f"{recipe['label']}: {recipe['config']}{overrides}",
-            f"  asked of the teacher: {', '.join(recipe['asked']) or 'nothing'}",
+            f"  teacher outputs read: {', '.join(recipe['asked']) or 'none'}",
         ]
         if differs is not None:
-            lines.append(f"  its losses differ by {differs:.1e} of their size, at most")
+            lines.append(f"  maximum relative difference of its losses: {differs:.1e}")
 
     rows = result["rows"]
     steps = [
@@ -323,9 +320,9 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
 
     headers = ["recipe", "one step", "median s", "25 %", "75 %", "images/s", "peak MiB", "weights MiB"]  # fmt: skip
     lines += block(steps, headers, [".4f"] * 3 + [".2f", ".0f", ".0f"])
-    lines += block(where, ["recipe", "seconds go to", *PHASES], [".4f"] * len(PHASES))
+    lines += block(where, ["recipe", "seconds by phase", *PHASES], [".4f"] * len(PHASES))
     lines += block(compared, ["recipe", "ratio", "median", "95 % from", "to"], [".3f"] * 3)
     if fed:
-        headers = ["recipe", "fed by its loader", "workers", "loader alone, images/s", "images/s", "median s", "waiting s"]  # fmt: skip
+        headers = ["recipe", "with its data loader", "workers", "loader alone, images/s", "images/s", "median s", "waiting s"]  # fmt: skip
         lines += block(fed, headers, [".0f", ".1f", ".2f", ".4f", ".4f"])
     return "\n".join(lines)

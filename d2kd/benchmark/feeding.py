@@ -1,4 +1,4 @@
-"""Whether data keep up: how fast the recipe's own loader is, and how long a step waits for it."""
+"""Speed of a recipe's data loader, and the time that a training step waits for it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .bench import DISTILLED, SEED, WARM_UPS, Bench
 def feeding(
     bench: Bench, batch_size: int, steps: int, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Read the recipe's training data, first alone, then as the distilled step asks for them.
+    """Load the recipe's training data, first without training, then in distilled steps.
 
     Args:
-        batch_size: images in a batch, instead of the recipe's.
-        steps: batches to time, after three that are not counted, each time.
-        report: told (batches, batches in all) before each.
+        bench: the detectors.
+        batch_size: number of images per batch, instead of the recipe's.
+        steps: number of batches to time in each case, after three for warm-up.
+        report: progress callback, called with (batches done, batches) before each batch.
 
     Returns:
-        ``workers`` of the loader; ``loader_images_per_second``, where nothing else is done; and of steps that it
-        feeds, ``median_seconds``, ``waiting_seconds`` (the median time of a step until its batch is there) and
+        ``workers``, the number of loader workers; ``loader_images_per_second`` without training; and of training
+        steps ``median_seconds``, ``waiting_seconds`` (median time that a step waits for its batch) and
         ``images_per_second``.
 
     Raises:
@@ -41,29 +42,29 @@ def feeding(
     for _ in range(WARM_UPS + steps):
         report(next(done), total)
         alone.append(_seconds(bench, next, batches))
-    del batches  # and its workers
+    del batches  # ends the workers
     trainer = bench.fed(DISTILLED, _loader(bench, batch_size))
-    taken, waited = [], []
+    seconds_per_step, waiting = [], []
     with bench.half_way():
         for _ in range(WARM_UPS + steps):
             report(next(done), total)
-            taken.append(_seconds(bench, trainer.run_step))
-            waited.append(get_event_storage().latest()["data_time"][0])
-    seconds = float(np.median(taken[WARM_UPS:]))
+            seconds_per_step.append(_seconds(bench, trainer.run_step))
+            waiting.append(get_event_storage().latest()["data_time"][0])
+    median = float(np.median(seconds_per_step[WARM_UPS:]))
     return {
         "workers": getattr(loader, "num_workers", 0),
         "loader_images_per_second": batch_size / float(np.mean(alone[WARM_UPS:])),
-        "median_seconds": seconds,
-        "waiting_seconds": float(np.median(waited[WARM_UPS:])),
-        "images_per_second": batch_size / seconds,
+        "median_seconds": median,
+        "waiting_seconds": float(np.median(waiting[WARM_UPS:])),
+        "images_per_second": batch_size / median,
     }
 
 
 def check_data(bench: Bench) -> None:
-    """Read one image of the recipe's training data.
+    """Load one image of the recipe's training data.
 
     Raises:
-        InputError: that cannot be done.
+        InputError: the data cannot be read.
     """
     next(iter(_loader(bench, 1)))
 

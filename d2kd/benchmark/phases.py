@@ -1,6 +1,6 @@
-"""Where the time of a step goes, by the ranges that a step's code names for ``torch.profiler``.
+"""Time of the phases of a training step, from its ``torch.profiler.record_function`` ranges.
 
-The profiler itself is not used: it records every operator, which makes a step of a small detector a quarter slower.
+The profiler itself is not used, since it records every operator, which slows a step of a small detector by 25 %.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch.profiler import record_function
 
 PHASES = ("student forward", "teacher", "losses", "backward", "optimizer", "rest")
-"""``rest`` is what a step does besides: zeroing, clipping, checking that all is finite, writing metrics."""
+"""``rest``: zeroing and clipping gradients, checking that losses are finite, writing metrics."""
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, after all that was asked of the device is done."""
+    """Return a function that returns the time in seconds after synchronizing the device."""
     if device.type != "cuda":
         return time.perf_counter
 
@@ -29,12 +29,12 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def phases(step: Callable[[], None], distilled: bool, now: Callable[[], float]) -> dict[str, float]:
-    """Seconds of each of :data:`PHASES` in one step; ranges may lie inside each other, the innermost counts.
+    """Measure the seconds of each of :data:`PHASES` in one step. Of nested ranges the innermost one counts.
 
     Args:
-        step: takes it, as :class:`d2kd.engine.step.Step` does.
-        distilled: whether its forward is that of a Distiller, and not the student's.
-        now: a :func:`clock`.
+        step: runs a step of :class:`d2kd.engine.step.Step`.
+        distilled: whether the trained model is a Distiller.
+        now: returned by :func:`clock`.
     """
     seconds, inside, since = dict.fromkeys(PHASES, 0.0), ["rest"], now()
 
@@ -43,7 +43,7 @@ def phases(step: Callable[[], None], distilled: bool, now: Callable[[], float]) 
         "d2kd/teacher.": "teacher",
         "d2kd/losses": "losses",
         "d2kd/backward": "backward",
-        "Optimizer.step#": "optimizer",  # torch's own
+        "Optimizer.step#": "optimizer",  # range of torch
     }
     if not distilled:
         ranges["d2kd/forward"] = "student forward"

@@ -1,4 +1,4 @@
-"""What a distilled step costs beside a plain one over a whole run, for runs of equal time."""
+"""Cost of a distilled step relative to a plain one over a whole run, for runs of equal time."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ..losses.base import value_of
 from ..utils.errors import InputError
 from ..utils.random_state import preserved_random_state
 
-LEAST = 12  # pairs
-LEAST_AT_A_POINT = 3
-GRID = 1000  # iterations at which the losses' schedules are looked up, at most
+MIN_PAIRS = 12  # pairs
+MIN_PAIRS_PER_POINT = 3
+GRID = 1000  # maximum number of iterations at which the schedules of losses are evaluated
 SEED = 0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """How many plain steps cost as much as a distilled one.
+    """The cost of a distilled step relative to a plain one.
 
     Attributes:
-        ratio: the cost of a distilled step by that of a plain one, over a whole run.
+        ratio: cost of a distilled step divided by that of a plain one, averaged over a run.
         low, high: its 95 % bootstrap interval.
-        pairs: how many pairs of steps were measured in all.
+        pairs: number of measured pairs of steps.
         clock: "cpu seconds" or "cuda events".
     """
 
@@ -55,36 +55,36 @@ def step_cost(
     pairs: int = 24,
     report: Callable[[int, int], None] | None = None,
 ) -> StepCost:
-    """Measure steps of two recipes in alternation, each first in turn, on equal batches and random draws.
+    """Time steps of two recipes alternately, with equal batches and random draws. Each is first in every second pair.
 
-    The steps are those of a run, reading the batch included; only the learning rate is 0. Nothing is written. Loader
-    workers count as far as a step waits for them. CPU seconds are those of all threads of this process, which other
-    processes disturb less than the time on the wall.
+    The steps are complete training steps, including data loading, with a learning rate of 0. Nothing is written. The
+    time of loader workers counts only while a step waits for them. On a CPU the time is that of all threads of this
+    process, which depends less on other processes than wall-clock time does.
 
-    What a distilled step costs depends on which losses are on. So pairs are measured at the beginning, half-way and
-    at the end of the distilled run, and once more for each other set of losses that its schedules switch on. At each of
-    these points the ratio is the median of the pairs', which neither a slow step nor the choice of a convolution's
-    algorithm moves. The iterations between two points with the same losses on are interpolated, those before and after
-    are given the nearest one's. The ratio of the run is the mean over its iterations, so a loss that is off
-    in the last 40 % counts for 60 %. For the interval the pairs of each point are drawn anew.
+    The cost of a distilled step depends on which losses are on. So pairs are measured at the beginning, in the middle
+    and at the end of the distilled run, and at one more point for each other set of losses that the schedules switch
+    on. The ratio at a point is the median over its pairs, which is robust to single slow steps. Ratios are interpolated
+    between points with the same losses on; outside of them the nearest one is used. The ratio of the run is the mean
+    over its iterations, so a loss that is off in the last 40 % counts for 60 %. The bootstrap resamples the pairs of
+    each point.
 
     Args:
-        distilled, plain: whole recipes, with the weights that they start from and the teacher's. The plain one gets
-            the seed of the other.
-        pairs: in all, or a few more: a point has as many as its share of the run, and at least 3. A first pair at each
-            point is not counted.
-        report: called with (pairs done, pairs in all) before the first pair and after each, those not counted
-            included.
+        distilled, plain: complete recipes, with initial weights and teacher weights. The seed of the distilled one is
+            used for both.
+        pairs: total number of pairs, distributed by the fraction of the run that each point stands for, with at least 3
+            per point, so there may be more. One more pair per point is for warm-up.
+        report: progress callback, called with (pairs done, pairs) before the first pair and after each one, including
+            those for warm-up.
 
     Raises:
         InputError: a recipe cannot be trained, or there are fewer than 12 pairs.
     """
-    if pairs < LEAST:
-        raise InputError("pairs", pairs, f"at least {LEAST}")
+    if pairs < MIN_PAIRS:
+        raise InputError("pairs", pairs, f"at least {MIN_PAIRS}")
     recipes = copy.deepcopy(distilled), copy.deepcopy(plain)
     for config in recipes:
         config.train.seed = max(distilled.train.get("seed") or 0, 0)
-    with _as_before():
+    with _restored_state():
         trainers = [Trainer(config) for config in recipes]
         for trainer in trainers:
             trainer.resume_or_load(resume=False)
@@ -93,7 +93,7 @@ def step_cost(
                 group["lr"] = 0.0
         clock, timed = _clock(trainers[0].device)
         weights = _points(trainers[0].model, trainers[0].max_iter)
-        counts = {i: 1 + max(LEAST_AT_A_POINT, round(pairs * w)) for i, w in weights.items()}
+        counts = {i: 1 + max(MIN_PAIRS_PER_POINT, round(pairs * w)) for i, w in weights.items()}
         counts[max(weights, key=weights.get)] += max(0, pairs + len(counts) - sum(counts.values()))
         ratios, done, total = [], 0, sum(counts.values())
         for iteration, count in counts.items():
@@ -111,7 +111,7 @@ def step_cost(
         if report is not None:
             report(done, total)
         del trainer, trainers
-        gc.collect()  # a trainer and its hooks hold each other
+        gc.collect()  # a trainer and its hooks are in a reference cycle
         torch.cuda.empty_cache()
     return StepCost(*_estimate(list(weights.values()), ratios), total - len(weights), clock)
 
@@ -119,7 +119,7 @@ def step_cost(
 def _step(trainer: Trainer, iteration: int, number: int) -> None:
     seed_all_rng(SEED + number)
     with EventStorage(start_iter=iteration):
-        trainer._trainer.iter = iteration  # which newer versions write beside metrics
+        trainer._trainer.iter = iteration  # newer versions write it with the metrics
         try:
             trainer._trainer.run_step()
         except NotFinite as error:
@@ -127,7 +127,7 @@ def _step(trainer: Trainer, iteration: int, number: int) -> None:
 
 
 def _clock(device: torch.device) -> tuple[str, Callable[..., float]]:
-    """What the clock is called, and a function that measures a call."""
+    """Return the name of the clock, and a function that measures the time of a call."""
 
     def on_cpu(call: Callable[..., None], *args: object) -> float:
         start = time.process_time()
@@ -146,7 +146,7 @@ def _clock(device: torch.device) -> tuple[str, Callable[..., float]]:
 
 
 def _points(model: nn.Module, max_iter: int) -> dict[int, float]:
-    """The iterations at which to measure, and for what share of the run each stands."""
+    """Return the iterations at which to measure, and the fraction of the run that each stands for."""
     losses, length = getattr(model, "losses", nn.Module()), getattr(model, "max_iter", max_iter)
     grid = np.unique(np.linspace(0, max_iter - 1, min(max_iter, GRID)).round().astype(int))
     by_state = defaultdict(list)
@@ -160,14 +160,14 @@ def _points(model: nn.Module, max_iter: int) -> dict[int, float]:
             points[iterations[len(iterations) // 2]] = state
     weights = dict.fromkeys(sorted(points), 0.0)
     for state, iterations in by_state.items():
-        alike = [i for i in weights if points[i] == state]
-        for i, row in zip(alike, np.eye(len(alike))):
-            weights[i] = float(np.interp(iterations, alike, row).sum()) / len(states)
+        same_state = [i for i in weights if points[i] == state]
+        for i, row in zip(same_state, np.eye(len(same_state))):
+            weights[i] = float(np.interp(iterations, same_state, row).sum()) / len(states)
     return weights
 
 
 def _switched_on(losses: nn.Module, progress: float) -> frozenset:
-    """Which schedules of the losses that are on are not 0, and which changes of theirs are past."""
+    """Return which schedules of the active losses are not 0, and which of their changes are past."""
     found = set()
     for name, loss in getattr(losses, "by_name", nn.ModuleDict()).items():
         if value_of(loss.weight, progress) == 0:
@@ -185,7 +185,7 @@ def _switched_on(losses: nn.Module, progress: float) -> frozenset:
 def _estimate(
     weights: Sequence[float], ratios: Sequence[Sequence[float]]
 ) -> tuple[float, float, float]:
-    """The weighted mean of the points' medians, and its interval."""
+    """Return the weighted mean of the medians of all points, and its 95 % bootstrap interval."""
     ratio = float(np.dot(weights, [np.median(values) for values in ratios]))
     random = np.random.default_rng(SEED)
     drawn = np.dot(weights, [bootstrap_medians(values, random) for values in ratios])
@@ -196,14 +196,14 @@ def _estimate(
 def bootstrap_medians(
     values: Sequence[float], random: np.random.Generator, draws: int = 10_000
 ) -> np.ndarray:
-    """The medians of ``draws`` samples of these values, each as many, with replacement."""
+    """Return the medians of ``draws`` bootstrap samples of the values."""
     values = np.asarray(values, dtype=float)
     return np.median(random.choice(values, (draws, len(values))), axis=1)
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Inside, recipes may be built and run; after, generators, registered data and cuDNN's choice are as before."""
+def _restored_state() -> Iterator[None]:
+    """On exit restore the random states, the registered data sets and ``cudnn.benchmark``."""
     registered, known = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     benchmark = torch.backends.cudnn.benchmark
     try:

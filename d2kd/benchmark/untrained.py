@@ -1,7 +1,7 @@
-"""Detectors and batches to measure on without weights or data: nothing but a recipe is read.
+"""Untrained detectors and random batches for measurements without weights or data.
 
-Batch norms get the statistics of these batches, for with their initial ones an untrained net explodes; frozen ones
-stay frozen, as in the steps they are to stand for. The images are noise.
+Batch norms are given the statistics of these batches, since the activations of an untrained network diverge with the
+initial ones. Frozen batch norms stay frozen, as in training.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ OBJECTS = 7
 
 @torch.no_grad()
 def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
-    """Give every batch norm the statistics of these batches in train mode; frozen ones stay frozen."""
+    """Set the statistics of all batch norms to those of these batches in training mode; frozen ones stay frozen."""
     frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     for name, norm in frozen.items():
-        live = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
-        live.load_state_dict(norm.state_dict(), strict=False)
-        detector.set_submodule(name, live)
+        bn = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
+        bn.load_state_dict(norm.state_dict(), strict=False)
+        detector.set_submodule(name, bn)
     training = detector.training
     detector.train()
     with EventStorage():
         update_bn_stats(detector, batches, len(batches))
     detector.train(training)
     for name, norm in frozen.items():
-        live = detector.get_submodule(name)
-        norm.running_mean.copy_(live.running_mean)
-        norm.running_var.copy_(live.running_var)
+        bn = detector.get_submodule(name)
+        norm.running_mean.copy_(bn.running_mean)
+        norm.running_var.copy_(bn.running_var)
         detector.set_submodule(name, norm)
 
 
 def draw_batch(
     detector: nn.Module, image_size: tuple[int, int], batch_size: int, seed: int
 ) -> list[dict]:
-    """Detectron2's training batch for this detector: images of noise, (height, width), with seven objects each.
+    """Return a training batch in Detectron2's format: noise images of (height, width) with seven objects each.
 
-    The objects' sides go from a sixteenth to two thirds of the image's, their classes over all that the
-    detector is to learn; with a mask head they have masks, their rectangles.
+    The sides of the objects are from 1/16 to 2/3 of the image. Their classes are spread over all that the detector
+    learns. For a mask head they have rectangular masks.
     """
     height, width = image_size
     random = np.random.default_rng(seed)

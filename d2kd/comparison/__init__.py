@@ -1,1 +1,1 @@
-"""What several detectors find in the same images, and how they differ."""
+"""Comparison of several detectors on one data set."""

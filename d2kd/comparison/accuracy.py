@@ -1,6 +1,6 @@
-"""Average precision from matches, and how far it would move with other images: a paired bootstrap.
+"""Average precision computed from matches, and its confidence interval by a paired bootstrap over images.
 
-Letters as in :mod:`.matching`; B resamples.
+Notation: as in :mod:`.matching`; B is the number of bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ import numpy as np
 from .matching import AREAS, IOUS, Matches, Truth
 
 RECALLS = np.linspace(0.0, 1.0, 101)
-"""The recalls at which COCO reads precision."""
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""Recall thresholds of COCO's interpolated precision."""
+METRICS = {
+    "AP": ("all", slice(None)),
+    "AP50": ("all", slice(0, 1)),
+    "AP75": ("all", slice(5, 6)),
+    "APs": ("small", slice(None)),
+    "APm": ("medium", slice(None)),
+    "APl": ("large", slice(None)),
+}
+"""Metric -> its area range, and its slice of :data:`.IOUS`."""
 LABELS = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
-"""How a table writes those whose name does not say it."""
+"""Labels in tables; a metric that is missing here is labelled with its name."""
 CELLS = 8_000_000
-"""Entries of the largest temporary array of the bootstrap; 4 bytes each, a few of them at a time."""
+"""Maximum number of entries of a temporary array of the bootstrap: 4 bytes each, a few arrays at a time."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What a detector reached, in 0..100; None where nothing defines it.
+    """Accuracy of a detector. Values are in [0, 100], and None where they are undefined.
 
     Attributes:
-        metrics: :data:`METRICS`, means over the classes that were asked for.
-        per_class: AP of each class, asked for or not.
-        precision: at the 101 recalls, at IoU 0.5, mean over the classes.
-        best: threshold, precision, recall and F1 where F1 is best, all classes together, at IoU 0.5.
-        fixed: the same at a threshold that was given.
+        metrics: :data:`METRICS`, averaged over the selected classes.
+        per_class: AP of each class of the data set, selected or not.
+        precision: precision at the 101 recall thresholds, at IoU 0.5, averaged over the selected classes.
+        best: the score threshold of the highest F1, with precision, recall and F1. Detections of all selected
+            classes are pooled; IoU 0.5.
+        fixed: the same values at a given threshold.
     """
 
     metrics: dict[str, float | None]
@@ -41,22 +50,23 @@ class Accuracy:
     fixed: dict[str, float | None]
 
 
-def curve(right: np.ndarray, wrong: np.ndarray, objects: int) -> np.ndarray:
-    """COCO's interpolated precision at :data:`RECALLS`.
+def curve(is_tp: np.ndarray, is_fp: np.ndarray, objects: int) -> np.ndarray:
+    """Compute COCO's interpolated precision at :data:`RECALLS`.
 
     Args:
-        right, wrong: (T, D) of detections from the best to the worst; one that is neither does not count.
-        objects: how many there are to be found, more than 0.
+        is_tp, is_fp: (T, D) bool, true and false positives, sorted by descending score. A detection that is
+            neither is ignored.
+        objects: number of ground-truth objects, at least 1.
 
     Returns:
         (T, 101).
     """
-    values = np.zeros((len(right), len(RECALLS)))
-    if right.shape[1]:
-        tp, fp = (np.cumsum(x, axis=1).astype(float) for x in (right, wrong))
+    values = np.zeros((len(is_tp), len(RECALLS)))
+    if is_tp.shape[1]:
+        tp, fp = (np.cumsum(x, axis=1).astype(float) for x in (is_tp, is_fp))
         recall, precision = tp / objects, tp / (fp + tp + np.spacing(1))
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for row in range(len(right)):
+        for row in range(len(is_tp)):
             places = np.searchsorted(recall[row], RECALLS, side="left")
             reached = places < recall.shape[1]
             values[row, reached] = precision[row, places[reached]]
@@ -64,67 +74,63 @@ def curve(right: np.ndarray, wrong: np.ndarray, objects: int) -> np.ndarray:
 
 
 def precisions(truth: Truth, matches: Matches) -> np.ndarray:
-    """(T, 101, K, A): COCOeval's ``eval["precision"]`` at 100 detections; -1 where a class has no object."""
+    """Return (T, 101, K, A), COCOeval's ``eval["precision"]`` for 100 detections; -1 where a class has no object."""
     result = np.full((len(IOUS), len(RECALLS), len(truth.classes), len(AREAS)), -1.0)
-    right, wrong = matches.right, (matches.object < 0) & ~matches.ignored
+    is_tp, is_fp = matches.right, (matches.object < 0) & ~matches.ignored
     for k, (begin, end) in enumerate(zip(matches.starts[:-1], matches.starts[1:])):
         for a in range(len(AREAS)):
             objects = int((~matches.objects_ignored[a] & (truth.label == k)).sum())
             if objects:
                 at = (slice(None), a, slice(begin, end))
-                result[:, :, k, a] = curve(right[at], wrong[at], objects)
+                result[:, :, k, a] = curve(is_tp[at], is_fp[at], objects)
     return result
 
 
 def mean_precision(values: np.ndarray) -> float | None:
-    """The mean in 0..100 of what is defined."""
+    """Return the mean of the defined values (> -1), in [0, 100]; None if there is none."""
     defined = values[values > -1]
     return float(np.mean(defined) * 100) if len(defined) else None
 
 
 def accuracy(truth: Truth, matches: Matches, classes: Sequence[int], threshold: float) -> Accuracy:
-    """What a detector reached.
+    """Compute the accuracy of a detector.
 
     Args:
-        truth: the objects.
-        matches: of the detector.
-        classes: that count in means.
-        threshold: a score, for ``fixed``.
+        truth: the ground truth.
+        matches: matches of the detector.
+        classes: indices of the classes that means are taken over.
+        threshold: score threshold of ``Accuracy.fixed``.
     """
     table = precisions(truth, matches)
     counted = table[:, :, list(classes)]
-    named = {
-        "AP": counted[..., 0],
-        "AP50": counted[0, ..., 0],
-        "AP75": counted[5, ..., 0],
-        "APs": counted[..., 1],
-        "APm": counted[..., 2],
-        "APl": counted[..., 3],
-    }
+    areas = list(AREAS)
     at_half = counted[0, :, :, 0]
     defined = (at_half > -1).all(axis=0)
     mean_curve = at_half[:, defined].mean(axis=1) if defined.any() else np.zeros(0)
     score, tp, fp, objects = _pooled(truth, matches, classes)
     return Accuracy(
-        metrics={name: mean_precision(values) for name, values in named.items()},
+        metrics={
+            name: mean_precision(counted[ious, ..., areas.index(area)])
+            for name, (area, ious) in METRICS.items()
+        },
         per_class={c: mean_precision(table[:, :, k, 0]) for k, c in enumerate(truth.classes)},
         precision=mean_curve.tolist(),
         best=_best(score, tp, fp, objects),
-        fixed=_at(int((score >= threshold).sum()), threshold, tp, fp, objects),
+        fixed=_operating_point(int((score >= threshold).sum()), threshold, tp, fp, objects),
     )
 
 
 def _pooled(truth: Truth, matches: Matches, classes: Sequence[int]):
-    """Scores from the best, how many so far are right and wrong at IoU 0.5, and how many objects there are."""
+    """Return descending scores, cumulative true and false positives at IoU 0.5, and the number of objects."""
     counted = np.isin(matches.detections.label, list(classes)) & ~matches.ignored[0, 0]
-    score, right = matches.detections.score[counted], matches.right[0, 0][counted]
+    score, is_tp = matches.detections.score[counted], matches.right[0, 0][counted]
     order = np.argsort(-score, kind="stable")
-    score, right = score[order], right[order]
+    score, is_tp = score[order], is_tp[order]
     objects = int((~matches.objects_ignored[0] & np.isin(truth.label, list(classes))).sum())
-    return score, np.cumsum(right), np.cumsum(~right), objects
+    return score, np.cumsum(is_tp), np.cumsum(~is_tp), objects
 
 
-def _at(count: int, threshold: float, tp, fp, objects: int) -> dict[str, float | None]:
+def _operating_point(count: int, threshold: float, tp, fp, objects: int) -> dict[str, float | None]:
     found, wrong = (int(tp[count - 1]), int(fp[count - 1])) if count else (0, 0)
     return {
         "threshold": threshold,
@@ -139,15 +145,15 @@ def _at(count: int, threshold: float, tp, fp, objects: int) -> dict[str, float |
 
 def _best(score, tp, fp, objects: int) -> dict[str, float | None]:
     if not len(score):
-        return _at(0, 1.0, tp, fp, objects)
+        return _operating_point(0, 1.0, tp, fp, objects)
     f1 = 2 * tp / (tp + fp + objects)
-    f1[:-1][score[1:] == score[:-1]] = -1  # a threshold takes all of equal score
+    f1[:-1][score[1:] == score[:-1]] = -1  # detections of equal score pass a threshold together
     count = int(np.argmax(f1)) + 1
-    return _at(count, float(score[count - 1]), tp, fp, objects)
+    return _operating_point(count, float(score[count - 1]), tp, fp, objects)
 
 
 def resamples(images: int, number: int, seed: int = 0) -> np.ndarray:
-    """(B, I) how often each image is drawn, with replacement, I of them each time."""
+    """Return (B, I), how often each image is drawn when I images are sampled with replacement."""
     random = np.random.default_rng(seed)
     counts = np.empty((number, images), dtype=np.int32)
     for row in counts:
@@ -162,15 +168,15 @@ def bootstrap(
     counts: np.ndarray,
     report: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, np.ndarray]:
-    """The AP of resampled data sets, without matching again: an image drawn twice counts twice.
+    """Compute the AP of resampled data sets without matching again. An image that is drawn twice counts twice.
 
     Args:
-        truth, matches, classes: as for :func:`accuracy`.
-        counts: (B, I) of :func:`resamples`; pairing is giving the same to all detectors.
-        report: told how many classes of how many are done.
+        truth, matches, classes: see :func:`accuracy`.
+        counts: (B, I), returned by :func:`resamples`. Use the same counts for all detectors of a paired bootstrap.
+        report: progress callback, called with (classes done, classes).
 
     Returns:
-        by metric (B,) in 0..100, NaN where a resample defines none; under ``"per_class"`` (B, K).
+        metric -> (B,) in [0, 100], NaN where undefined; and ``"per_class"`` -> (B, K).
     """
     number, classes = len(counts), list(classes)
     all_classes = len(truth.classes)
@@ -180,19 +186,11 @@ def bootstrap(
         for a, area in enumerate(AREAS):
             values[area][:, :, k] = _class_bootstrap(truth, matches, k, a, counts)
         report(k + 1, all_classes)
-
-    def mean(area: str, at: slice) -> np.ndarray:
-        return _nanmean(values[area][at][:, :, classes].mean(axis=0), axis=1)
-
-    return {
-        "AP": mean("all", slice(None)),
-        "AP50": mean("all", slice(0, 1)),
-        "AP75": mean("all", slice(5, 6)),
-        "APs": mean("small", slice(None)),
-        "APm": mean("medium", slice(None)),
-        "APl": mean("large", slice(None)),
-        "per_class": values["all"].mean(axis=0),
+    metrics = {
+        name: _nanmean(values[area][ious][:, :, classes].mean(axis=0), axis=1)
+        for name, (area, ious) in METRICS.items()
     }
+    return metrics | {"per_class": values["all"].mean(axis=0)}
 
 
 def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
@@ -203,10 +201,9 @@ def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _class_bootstrap(truth: Truth, matches: Matches, k: int, a: int, counts: np.ndarray):
-    """(T, B) in 0..100 of a class and a range of area.
+    """Return (T, B), the AP in [0, 100] of class ``k`` and area range ``a`` in each resample.
 
-    Precision rises only where something is found, so it is read at those few places; all detections are needed
-    for how many came before.
+    Precision rises at true positives only, so it is computed at these. The other detections are only counted.
     """
     of_class = slice(matches.starts[k], matches.starts[k + 1])
     objects = truth.image[(truth.label == k) & ~matches.objects_ignored[a]]
@@ -215,27 +212,27 @@ def _class_bootstrap(truth: Truth, matches: Matches, k: int, a: int, counts: np.
         return result
     to_find = counts[:, objects].sum(axis=1)
     image = matches.detections.image[of_class]
-    right, ignored = matches.right[:, a, of_class], matches.ignored[:, a, of_class]
-    # What never counts is left out at once; what counts at some IoU only is taken off below.
+    is_tp, ignored = matches.right[:, a, of_class], matches.ignored[:, a, of_class]
+    # Drop detections that are ignored at all IoUs. Those ignored at some IoUs are subtracted below.
     ever = ~ignored.all(axis=0)
-    image, right, ignored = image[ever], right[:, ever], ignored[:, ever]
-    anywhere = np.flatnonzero(right.any(axis=0))
+    image, is_tp, ignored = image[ever], is_tp[:, ever], ignored[:, ever]
+    tp_columns = np.flatnonzero(is_tp.any(axis=0))
     result[:, to_find > 0] = 0
-    if not len(anywhere):
+    if not len(tp_columns):
         return result
-    place = np.full(len(image), -1)
-    place[anywhere] = np.arange(len(anywhere))
+    column_of = np.full(len(image), -1)
+    column_of[tp_columns] = np.arange(len(tp_columns))
     rows = max(1, CELLS // len(image))
     for begin in range(0, len(counts), rows):
         part = slice(begin, begin + rows)
         weights = counts[part]
-        before = np.cumsum(weights[:, image], axis=1, dtype=np.int32)[:, anywhere]
+        before = np.cumsum(weights[:, image], axis=1, dtype=np.int32)[:, tp_columns]
         for t in range(len(IOUS)):
-            at = np.flatnonzero(right[t])
+            at = np.flatnonzero(is_tp[t])
             if not len(at):
                 continue
             tp = np.cumsum(weights[:, image[at]], axis=1, dtype=np.int32)
-            counted = before[:, place[at]]
+            counted = before[:, column_of[at]]
             skipped = np.flatnonzero(ignored[t])
             if len(skipped):
                 total = np.cumsum(weights[:, image[skipped]], axis=1, dtype=np.int32)
@@ -247,10 +244,10 @@ def _class_bootstrap(truth: Truth, matches: Matches, k: int, a: int, counts: np.
 
 
 def _interpolated(tp: np.ndarray, counted: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """(B,) COCO's 101-point AP in 0..100 from (B, N) running counts at the places where something is found."""
+    """Return (B,), COCO's 101-point AP in [0, 100], from (B, N) cumulative counts at the N true positives."""
     precision = tp / np.maximum(counted, 1, dtype=np.float32)
     np.maximum.accumulate(precision[:, ::-1], axis=1, out=precision[:, ::-1])
-    # How many of the 101 recalls each place has reached; those it adds are read from it.
+    # The number of recall thresholds each true positive reaches; its precision counts for the newly reached ones.
     reached = (100 * tp.astype(np.float64) / np.maximum(objects, 1)[:, None] + 1e-9).astype(
         np.int32
     )
@@ -259,34 +256,38 @@ def _interpolated(tp: np.ndarray, counted: np.ndarray, objects: np.ndarray) -> n
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """The middle 95 % of resamples, those that define a value; None if none does."""
+    """Return the 2.5th and 97.5th percentile of the finite values; None if there is none."""
     values = values[np.isfinite(values)]
     return None if not len(values) else [float(x) for x in np.percentile(values, [2.5, 97.5])]
 
 
 def difference(
-    ours: dict[str, Any], theirs: dict[str, Any], ours_exact: Accuracy, theirs_exact: Accuracy
+    a: dict[str, Any], b: dict[str, Any], accuracy_a: Accuracy, accuracy_b: Accuracy
 ) -> dict[str, Any]:
-    """Gains of a detector over another with their paired 95 % intervals.
+    """Compute the gains of detector a over detector b with paired 95 % bootstrap intervals.
+
+    Args:
+        a, b: resampled metrics, returned by :func:`bootstrap` for the same counts.
+        accuracy_a, accuracy_b: metrics on the data set itself.
 
     Returns:
         ``metrics`` and ``per_class``: name -> ``{"gain": …, "interval": [low, high]}``; None where undefined.
     """
 
-    def one(a: float | None, b: float | None, resampled: np.ndarray) -> dict[str, Any]:
-        gain = None if a is None or b is None else a - b
+    def one(x: float | None, y: float | None, resampled: np.ndarray) -> dict[str, Any]:
+        gain = None if x is None or y is None else x - y
         return {"gain": gain, "interval": None if gain is None else interval(resampled)}
 
     metrics = {
-        name: one(ours_exact.metrics[name], theirs_exact.metrics[name], ours[name] - theirs[name])
+        name: one(accuracy_a.metrics[name], accuracy_b.metrics[name], a[name] - b[name])
         for name in METRICS
     }
     per_class = {
         name: one(
-            ours_exact.per_class[name],
-            theirs_exact.per_class[name],
-            ours["per_class"][:, k] - theirs["per_class"][:, k],
+            accuracy_a.per_class[name],
+            accuracy_b.per_class[name],
+            a["per_class"][:, k] - b["per_class"][:, k],
         )
-        for k, name in enumerate(ours_exact.per_class)
+        for k, name in enumerate(accuracy_a.per_class)
     }
     return {"metrics": metrics, "per_class": per_class}

@@ -1,11 +1,11 @@
-"""What distillation changed: several detectors on one data set, measured in every way a report shows.
+"""Comparison of several detectors on one data set, with all figures of a report.
 
     found = compare(detectors, load_data("mine_val"), Path("output/report"))
     found.detectors[-1].accuracy.metrics["AP"], found.gain("distilled", "baseline").metrics["AP"]
     found.save("report.json"); found = Comparison.load("report.json")
 
-The first detector is the reference, normally the teacher; the second is the baseline where there are three or more,
-else the reference is; the last is featured. Everything is plain data, so a notebook can go on with it.
+The first detector is the reference, normally the teacher. With three detectors or more the second is the baseline,
+otherwise the reference is the baseline. The last is the featured detector. All results are plain Python data.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Compared:
-    """What there is to know of one detector.
+    """Results of one detector.
 
     Attributes:
-        name, config, weights, weights_sha256: which it is.
-        parameters: how many; None for detections alone.
-        accuracy, errors: what it reached, and why no more.
-        intervals: metric -> its 95 % bootstrap interval.
-        cost: ``seconds`` and ``memory_mib`` of an image.
-        lacks: classes of the data set that it does not know.
-        only: classes that only it knows, of all detectors and the data set.
-        provenance: what the training left beside the weights.
+        name, config, weights, weights_sha256: identify the detector.
+        parameters: number of parameters; None if only detections are given.
+        accuracy, errors: its accuracy and its errors.
+        intervals: metric -> 95 % bootstrap interval.
+        cost: ``seconds`` and ``memory_mib`` per image.
+        lacks: classes of the data set that the detector does not have.
+        only: classes that neither the data set nor another detector has.
+        provenance: see :attr:`.Detector.provenance`.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Gain:
-    """``of`` minus ``over``: name of a metric or class -> ``gain`` and its paired 95 % ``interval``."""
+    """``of`` minus ``over``: metric or class -> ``gain`` and its paired 95 % bootstrap ``interval``."""
 
     of: str
     over: str
@@ -75,20 +75,21 @@ class Gain:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole comparison.
+    """Results of a comparison.
 
     Attributes:
-        dataset: ``name``, ``sha256``, ``images``, ``objects``, ``crowds``, ``classes``, ``objects_of`` each, and those
-            ``without_objects``.
-        compared_classes: those that all detectors know, over which means are taken.
+        dataset: ``name``, ``sha256``, numbers of ``images``, ``objects`` and ``crowds``, ``classes``,
+            ``objects_of`` (class -> number of objects), and the classes ``without_objects``.
+        compared_classes: classes that all detectors have; means are taken over them.
         detectors: the reference first.
-        baseline, featured: names of the two whose difference is asked for.
-        gains: over the baseline, and over the reference.
-        objects: found by whom.
-        observation: regions, features and costs; None where detections alone were given.
-        resamples, threshold: of the intervals; the fixed score of ``accuracy.fixed``.
-        notes: what did not go as expected.
-        versions: of the software.
+        baseline, featured: names of the two detectors of the main comparison.
+        gains: gains over the baseline and over the reference.
+        objects: objects found by each detector.
+        observation: regions, features and costs; None if only detections are given.
+        resamples: number of bootstrap resamples.
+        threshold: score threshold of ``accuracy.fixed``.
+        notes: warnings.
+        versions: software versions.
     """
 
     dataset: dict[str, Any]
@@ -112,21 +113,21 @@ class Comparison:
         return self.detectors[0].name
 
     def gain(self, of: str, over: str) -> Gain | None:
-        """The gain of one detector over another, if it was asked for."""
+        """Return the gain of a detector over another; None if it was not computed."""
         return next((g for g in self.gains if (g.of, g.over) == (of, over)), None)
 
     def save(self, path: str | Path) -> None:
-        """Write ``report.json``: ``rows`` are the detectors."""
+        """Write ``report.json``; its ``rows`` are the detectors."""
         content = asdict(self)
         rows = content.pop("detectors")
         write_json(path, {"schema": SCHEMA, "rows": rows, **content})
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
-            InputError: it cannot be read, or is of another version.
+            InputError: the file cannot be read, or has another schema.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -152,24 +153,25 @@ class Comparison:
 
 
 Phase = Callable[[str], Report]
-"""Given what begins, returns what is told (steps done, steps)."""
+"""Maps the name of a phase to its progress callback, see :data:`.detections.Report`."""
 
 
 def silent(what: str) -> Report:
-    """Shows no progress."""
+    """Show no progress."""
     return lambda step, steps: None
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to compare.
+    """Options of :func:`compare`.
 
     Args:
-        threshold: the fixed score at which precision and recall are also given.
-        resamples, seed: of the bootstrap.
-        pictures: images in the gallery.
-        observed: images to compare regions and features on, spread over the data set; None: all.
-        device: for the detectors.
+        threshold: score threshold of ``Accuracy.fixed``.
+        resamples, seed: number of resamples and seed of the bootstrap.
+        pictures: number of images in the gallery.
+        observed: number of images on which regions and features are compared, spread evenly over the data set;
+            default: all.
+        device: device of the detectors.
     """
 
     threshold: float = 0.5
@@ -191,13 +193,13 @@ def compare(
 
     Args:
         detectors: the reference first.
-        data: of :func:`.detectors.load_data`.
-        cache: folder of what is kept and reused: detections and counts.
-        options: how.
+        data: the data set, loaded by :func:`.detectors.load_data`.
+        cache: folder of cached detections and counts.
+        options: see :class:`Options`.
         phase: shows progress.
 
     Raises:
-        InputError: a detector cannot be used, or they share no class.
+        InputError: a detector cannot be used, or the detectors have no class in common.
     """
     options = options or Options()
     _check_names([d.name for d in detectors])
@@ -246,7 +248,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a detector from its detections."""
+    """Results of a detector that are computed from its detections."""
 
     matches: Matches
     accuracy: Accuracy
@@ -261,12 +263,12 @@ def analyse(
     options: Options,
     phase: Phase = silent,
 ) -> dict[str, Measured]:
-    """Accuracy, error kinds and resampled accuracy of each detector, the same resamples for all."""
+    """Compute accuracy, errors and bootstrapped accuracy of each detector, on the same resamples."""
     counts = resamples(len(data.truth.image_ids), options.resamples, options.seed)
     found = {}
-    for name, seen in detections.items():
+    for name, detected in detections.items():
         report = phase(f"{name}: accuracy")
-        matches = match(data.truth, seen)
+        matches = match(data.truth, detected)
         found[name] = Measured(
             matches,
             accuracy(data.truth, matches, classes, options.threshold),
@@ -285,13 +287,13 @@ def assemble(
     options: Options,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Put together what was found.
+    """Build a :class:`Comparison`.
 
     Args:
-        found: of :func:`analyse`.
-        described: of each detector the other fields of :class:`Compared`.
-        observation: of :func:`.observation.observe`.
-        data, classes, options, notes: as above.
+        found: returned by :func:`analyse`.
+        described: for each detector the other fields of :class:`Compared`.
+        observation: returned by :func:`.observation.observe`.
+        data, classes, options, notes: see :func:`compare` and :class:`Comparison`.
     """
     names, truth = list(found), data.truth
     baseline, featured = names[1 if len(names) > 2 else 0], names[-1]
@@ -351,7 +353,7 @@ def assemble(
 
 
 def _folder(name: str) -> str:
-    """A detector's name as a folder's."""
+    """Return the folder name of a detector."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
@@ -370,16 +372,15 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _shared(ready: Sequence[Ready], data: Data) -> list[int]:
-    known = [set(r.map.of_student) for r in ready]
-    classes = sorted(set.intersection(*known))
+    classes = sorted(set.intersection(*(set(r.map.of_student) for r in ready)))
     if not classes:
         names = ", ".join(r.detector.name for r in ready)
-        raise InputError(names, f"no class of {data.name} that all know", "classes of equal name")
+        raise InputError(names, f"no class of {data.name} that all have", "classes of equal name")
     return classes
 
 
 def _only(ready: Sequence[Ready], data: Data) -> dict[str, list[str]]:
-    """For each detector the classes that nobody else and not the data set knows."""
+    """Return, for each detector, its classes that neither the data set nor another detector has."""
     only = {}
     for r in ready:
         others = [other.map.teacher for other in ready if other is not r]

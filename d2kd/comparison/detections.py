@@ -1,13 +1,13 @@
-"""Detections of a whole data set, computed once, kept, and gone on with where it stopped.
+"""Detections on a whole data set, cached on disk. An interrupted computation is resumed.
 
-A detector's folder has a file for each :data:`PART` images, whole or absent. Each names what it was made from (weights,
-config, data set); one that names something else or cannot be read is computed anew, and said so.
+Each detector has a folder with one file per :data:`IMAGES_PER_FILE` images, written atomically. A file holds a key: the hashes of
+weights, config and data set. A file with another key, or that cannot be read, is computed again with a warning.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,15 @@ from .accuracy import accuracy
 from .detectors import Data, Detector, Ready, loader_of, read_results
 from .matching import Detections, match
 
-PART = 200
-"""Images in a file."""
+IMAGES_PER_FILE = 200
+"""Number of images per file."""
 SCHEMA = 1
+FIELDS = ("image", "label", "box", "score")  # of Detections
 
 Report = Callable[[int, int], None]
-"""Told (images done, images)."""
+"""Progress callback, called with (steps done, steps)."""
 Say = Callable[[str], None]
-"""Told a line about what did not go as expected."""
+"""Callback for warnings, called with one line of text."""
 
 
 def detections_of(
@@ -37,17 +38,17 @@ def detections_of(
     report: Report,
     say: Say,
 ) -> Detections:
-    """What a detector says about a data set: read where that is known, else computed and kept.
+    """Return the detections of a detector on a data set, from a results file or the cache where possible.
 
     Args:
         ready: the detector.
         data: the data set.
-        folder: where this detector's files are.
-        report: told the images done.
-        say: told what was computed anew, and why.
+        folder: cache folder of this detector.
+        report: progress callback.
+        say: callback for warnings, such as that cached detections are computed again.
 
     Raises:
-        InputError: a file that must fit does not, or an image cannot be read.
+        InputError: a results file that must fit does not, or an image cannot be read.
     """
     detector = ready.detector
     for path in detector.results:
@@ -57,53 +58,39 @@ def detections_of(
             if detector.must_fit:
                 raise
             if path.exists():
-                say(f"{error}; detected anew")
+                say(f"{error}; detections are computed again")
             continue
         images = len(np.unique(known.image))
         if 2 * images < len(data.records):
-            say(f"{path}: detections on {images} of {len(data.records)} images alone")
+            say(f"{path}: detections on only {images} of {len(data.records)} images")
         return known
     key = {"schema": SCHEMA, "dataset": data.name, "dataset_sha256": data.sha256, **detector.key}
-    begins = range(0, len(data.records), PART)
-    parts, missing = {}, []
-    for begin in begins:
-        parts[begin] = _read(folder / f"{begin:06d}.npz", key, say)
-        if parts[begin] is None:
-            missing.append(begin)
-    report(len(data.records) - sum(_length(b, data) for b in missing), len(data.records))
-    for begin in missing:
-        done = sum(_length(b, data) for b in parts if parts[b] is not None)
-        parts[begin] = _detect(
-            ready,
-            data,
-            data.records[begin : begin + PART],
-            lambda n, done=done: report(done + n, len(data.records)),
-        )
-        _write(folder / f"{begin:06d}.npz", key, parts[begin])
-    return joined(list(parts.values()))
-
-
-def _length(begin: int, data: Data) -> int:
-    return min(PART, len(data.records) - begin)
+    total, parts, missing = len(data.records), {}, {}
+    for begin in range(0, total, IMAGES_PER_FILE):
+        file = folder / f"{begin:06d}.npz"
+        parts[file] = _read(file, key, say)
+        if parts[file] is None:
+            missing[file] = data.records[begin : begin + IMAGES_PER_FILE]
+    done = total - sum(map(len, missing.values()))
+    report(done, total)
+    for file, records in missing.items():
+        parts[file] = _detect(ready, data, records, lambda n, done=done: report(done + n, total))
+        _write(file, key, parts[file])
+        done += len(records)
+    columns = ([getattr(part, name) for part in parts.values()] for name in FIELDS)
+    return Detections(*map(np.concatenate, columns))
 
 
 def _known(path: Path, detector: Detector, data: Data) -> Detections:
-    """A results file, if it has the AP that it should."""
+    """Load a results file and check its AP."""
     found = read_results(path, data)
     if detector.expected_AP is not None:
         everything = range(len(data.truth.classes))
         ap = accuracy(data.truth, match(data.truth, found), everything, 0.5).metrics["AP"]
         if ap is None or abs(ap - detector.expected_AP) > 1e-6:
-            expected = f"{detector.expected_AP:.3f}, as the study found"
+            expected = f"{detector.expected_AP:.3f}, the AP in the study"
             raise InputError(path, f"AP {'undefined' if ap is None else f'{ap:.3f}'}", expected)
     return found
-
-
-def joined(parts: Sequence[Detections]) -> Detections:
-    """Several as one."""
-    return Detections(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]))
-    )
 
 
 def _detect(
@@ -113,10 +100,10 @@ def _detect(
     images, labels, boxes, scores = [], [], [], []
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         with torch.no_grad():
-            [seen] = ready.teacher.detect(batch)
-        found = in_students_classes(seen["instances"].to("cpu"), ready.map)
+            [outputs] = ready.teacher.detect(batch)
+        found = in_students_classes(outputs["instances"].to("cpu"), ready.map)
         xyxy = found.pred_boxes.tensor.numpy()
-        # XYWH in single precision, as COCOEvaluator writes it.
+        # XYWH, computed in float32 as COCOEvaluator does.
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))
         labels.append(found.pred_classes.numpy())
         scores.append(found.scores.numpy())
@@ -136,17 +123,17 @@ def _write(path: Path, key: dict, detections: Detections) -> None:
 
 
 def _read(path: Path, key: dict, say: Say) -> Detections | None:
-    """The detections in a file; None if there is none, or another's, or nothing that can be read."""
+    """Read a cache file; None if it is missing, has another key, or cannot be read."""
     if not path.is_file():
         return None
     try:
         with np.load(path) as content:
             found = json.loads(str(content["key"]))
             if found == key:
-                return Detections(*(content[name] for name in ("image", "label", "box", "score")))
-    except Exception as error:  # zip, pickle and NumPy each fail in their own way
-        say(f"{path}: cannot be read ({type(error).__name__}); detected anew")
+                return Detections(*(content[name] for name in FIELDS))
+    except Exception as error:  # zip, pickle and NumPy raise different errors
+        say(f"{path}: cannot be read ({type(error).__name__}); detections are computed again")
         return None
     other = ", ".join(name for name in key if found.get(name) != key[name])
-    say(f"{path}: of another {other.replace('_sha256', '')}; detected anew")
+    say(f"{path}: differs in {other.replace('_sha256', '')}; detections are computed again")
     return None

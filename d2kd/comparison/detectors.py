@@ -1,4 +1,4 @@
-"""The detectors of a comparison and its data set: found from configs, from a run's folder, from a study's."""
+"""The detectors and the data set of a comparison, from configs, from a run's folder, or from a study's folder."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from ..utils.errors import InputError
 from ..utils.io import read_json
 from .matching import Detections, Truth
 
-FEW = 32
-"""Images for which no other process is worth starting."""
+MAX_IMAGES_WITHOUT_WORKER = 32
+"""Up to this number of images no loader worker is used."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Data:
     """A registered data set.
 
     Attributes:
-        name: as registered.
-        records: Detectron2's dataset dicts.
-        truth: their objects.
-        category_ids: of its classes, in their order.
-        sha256: of all that detections depend on: names, sizes and times of the images' files, objects, classes.
+        name: registered name.
+        records: dataset dicts of Detectron2.
+        truth: ground truth.
+        category_ids: COCO category id of each class.
+        sha256: hash of what detections depend on: names, sizes and times of the image files, objects, classes.
     """
 
     name: str
@@ -64,15 +64,15 @@ class Data:
 
     @cached_property
     def place(self) -> dict[Any, int]:
-        """Image id -> place in ``truth``."""
+        """Image id -> index in ``truth.image_ids``."""
         return {image_id: i for i, image_id in enumerate(self.truth.image_ids)}
 
 
 def load_data(name: str) -> Data:
-    """A registered data set and its objects, as COCOEvaluator reads them.
+    """Load a registered data set and its objects as COCOEvaluator does.
 
     Raises:
-        InputError: it is not registered, or its files cannot be used.
+        InputError: the data set is not registered, or its files cannot be used.
     """
     check_dataset(name)
     records = DatasetCatalog.get(name)
@@ -95,27 +95,27 @@ def load_data(name: str) -> Data:
 
 
 def _version(file: str) -> str:
-    """An image by its name, and by what tells that another has taken its place."""
+    """Return name, size and modification time of an image file; they change when the image is replaced."""
     try:
         stat = os.stat(file)
-    except OSError:  # not on this machine, or not there: who reads it says so
+    except OSError:  # not a local file, or missing: reading it raises an error
         return file
     return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def read_results(path: str | Path, data: Data) -> Detections:
-    """A COCO results file, such as COCOEvaluator's ``coco_instances_results.json``.
+    """Load a COCO results file, such as COCOEvaluator's ``coco_instances_results.json``.
 
     Raises:
-        InputError: it cannot be read, or is of another data set.
+        InputError: the file cannot be read, or belongs to another data set.
     """
     try:
         rows = json.loads(Path(path).read_text())
         label_of = {category: k for k, category in enumerate(data.category_ids)}
-        strange = [row for row in rows if row["image_id"] not in data.place]
-        strange_class = [row for row in rows if row["category_id"] not in label_of]
-        if strange or strange_class:
-            found = f"{len(strange)} detections of images, {len(strange_class)} of classes it lacks"
+        unknown = [row for row in rows if row["image_id"] not in data.place]
+        unknown_class = [row for row in rows if row["category_id"] not in label_of]
+        if unknown or unknown_class:
+            found = f"{len(unknown)} detections of images, {len(unknown_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
         detections = Detections(
             image=np.array([data.place[row["image_id"]] for row in rows], dtype=np.int64),
@@ -144,19 +144,19 @@ def read_results(path: str | Path, data: Data) -> Detections:
 
 @dataclass
 class Detector:
-    """One of the detectors to be compared; nothing is built yet.
+    """Description of a detector to be compared. The detector itself is not built.
 
     Attributes:
-        name: what the report calls it.
-        config: where its config comes from, for the record.
-        weights: its checkpoint, any URI that Detectron2 reads.
-        node: LazyConfig node of the detector itself.
-        mapper: node of what reads its test images; None: the same as another's.
-        classes: names in its order; None: the checkpoint's, else the data set's.
-        input_format: channel order it wants; None: its own ``input_format``, else that of its images.
-        results: COCO results files that may hold its detections, the first that fits is taken.
-        expected_AP: the AP that these must have, where it is known, else they are of something else.
-        must_fit: whether results that do not fit are an error, and not just computed anew.
+        name: name in the report.
+        config: source of the config, for the report only.
+        weights: checkpoint, any URI that Detectron2 reads.
+        node: LazyConfig node of the detector.
+        mapper: LazyConfig node of the test mapper. Default: the mapper of another detector, see :func:`same_mapper`.
+        classes: class names in the order of the detector. Default: those in the checkpoint, otherwise the data set's.
+        input_format: channel order of the input. Default: the detector's ``input_format``, otherwise the mapper's.
+        results: COCO results files that may hold its detections; the first one that fits is used.
+        expected_AP: AP of a results file that fits; None: not checked.
+        must_fit: whether a results file that does not fit raises an error. By default detections are computed then.
     """
 
     name: str
@@ -172,7 +172,7 @@ class Detector:
 
     @cached_property
     def key(self) -> dict[str, str]:
-        """What its detections depend on, besides the data set."""
+        """Hashes of what the detections depend on, besides the data set."""
         content = {"model": self.node, "mapper": self.mapper, "classes": self.classes}
         if self.input_format is not None:
             content["input_format"] = self.input_format
@@ -180,7 +180,7 @@ class Detector:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What the training left beside the weights: ``run.json``, its last start alone."""
+        """Metadata of the training: the last entry of the ``run.json`` beside the weights."""
         record = read_json(Path(self.weights).with_name("run.json"))
         if not record.get("rows"):
             return {}
@@ -194,11 +194,11 @@ class Detector:
 
 @dataclass
 class Ready:
-    """A detector that was built.
+    """A detector that is built and has its weights.
 
     Attributes:
-        teacher: frozen, asked and never trained: so is every detector of a comparison.
-        map: the data set's classes ("student") beside the detector's own ("teacher").
+        teacher: the frozen detector; every detector of a comparison is wrapped in a Teacher.
+        map: class map from the detector's classes ("teacher") to those of the data set ("student").
     """
 
     detector: Detector
@@ -218,7 +218,7 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
     """Build a detector and load its weights strictly.
 
     Raises:
-        InputError: the weights cannot be read or do not fit, or its classes have no names.
+        InputError: the weights cannot be read or do not fit, or the class names are unknown.
     """
     image_format = reading_mapper(detector.mapper).get("image_format", "BGR")
     node = without_weights(detector.node)
@@ -246,10 +246,10 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
 
 
 def from_config(name: str, config: str, weights: str, results: str | None = None) -> Detector:
-    """A detector by a config and weights: a recipe, its student if it is a Distiller's, a yacs YAML, a zoo name.
+    """Describe a detector by weights and a config: a recipe (of a Distiller its student), yacs YAML, or zoo name.
 
     Raises:
-        InputError: there is no such config.
+        InputError: the config does not exist.
     """
     recipe = recipe_of(config)
     node, classes = model_of(config), None
@@ -272,30 +272,37 @@ def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
         names = dataset_names(recipe, "train")
         return class_names(names) if names else None
     except (InputError, OSError):
-        return None  # data that is not here any more: the checkpoint may name its classes
+        return None  # the data is no longer there; the checkpoint may have the class names
 
 
 def study_of(folder: Path) -> dict[str, Any] | None:
-    """A study's ``results.json``: ``rows``, ``dataset``, ``baseline``, ``featured``; None for another folder.
+    """Read a study's ``results.json``: ``rows``, ``dataset``, ``baseline``, ``featured``; None if there is no such file.
 
     Raises:
-        InputError: there is one that cannot be read.
+        InputError: the file cannot be read.
     """
     file = folder / "results.json"
     if not file.is_file():
         return None
     content = read_json(file)
     if not content.get("rows") or not {"dataset", "baseline", "featured"} <= content.keys():
-        raise InputError(file, "no rows, or not what they are about", "the results.json of a study")
+        raise InputError(file, "no rows, dataset, baseline or featured", "a study's results")
     return content
 
 
 def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Detector], str]:
-    """Teacher, if there was one, and what was trained; and the data set, by default the one it was measured on.
+    """Describe the teacher of a run, if it has one, and the trained detector.
+
+    Args:
+        folder: output folder of the run.
+        dataset: data set of the comparison. Default: the first test set of the run.
+
+    Returns:
+        the detectors, and the name of the data set.
 
     Raises:
-        InputError: the folder holds no finished run, its config cannot be read, or its teacher's larger images
-            cannot be had.
+        InputError: the folder holds no finished run, its config cannot be read, or its mapper yields no
+            teacher images although the teacher's images are larger.
     """
     config, weights = folder / "config.yaml", folder / "model_final.pth"
     for file in (config, weights):
@@ -325,7 +332,7 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
 
 
 def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictConfig | None:
-    """The node that reads a teacher's images: of larger ones that which makes them, inside the student's."""
+    """Return the mapper of the teacher's images: with ``scale`` > 1 the base mapper inside the student's mapper."""
     if scale == 1 or mapper is None:
         return mapper
     if not builds(mapper, TwoScales):
@@ -337,7 +344,7 @@ def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictCon
 
 
 def _moved(folder: Path, weights: str) -> str | Path:
-    """Weights that a recipe names, or what is beside the run's folder now that both have moved."""
+    """Return the weights of a recipe, or those beside the run's folder if both folders were moved."""
     beside = folder.parent / Path(weights).parent.name / Path(weights).name
     return beside if not Path(weights).exists() and beside.is_file() else weights
 
@@ -348,21 +355,21 @@ def detectors_of_study(
     baseline: str = "baseline",
     featured: str | None = None,
 ) -> list[Detector]:
-    """Teacher, baseline, and the student that the study is about, under the study's first seed with all.
+    """Describe teacher, baseline and featured student of a study, for the first seed that has a distilled run.
 
     Args:
-        folder: of the study; each run has one in it.
-        rows: of its ``results.json``.
-        baseline: the method that the others are paired with.
-        featured: the method asked about. None, or where it has no run: the distilled one with the highest AP.
+        folder: the study's folder; each run has a folder in it.
+        rows: ``rows`` of its ``results.json``.
+        baseline: method that the others are compared with.
+        featured: method of the student. Default, also if it has no run: the distilled method of the highest AP.
 
     Raises:
-        InputError: a run's config cannot be read, no run was distilled, or its baseline or teacher is missing.
+        InputError: a run's config cannot be read, or there is no distilled run with a baseline of its seed.
     """
     recipes = {}
     for row in rows:
         file = folder / row["name"] / "config.yaml"
-        if file.is_file():  # a run's folder may have gone
+        if file.is_file():  # the folder may have been deleted
             recipes[row["name"]] = load(str(file))
     rows = [row for row in rows if row["name"] in recipes]
     distilled = [
@@ -380,9 +387,7 @@ def detectors_of_study(
     hashes = {row["weights_sha256"]: row for row in rows}
     record = read_json(folder / best["name"] / "run.json").get("teacher") or {}
     teacher = hashes.get(record.get("weights_sha256"))
-    if (
-        teacher is None
-    ):  # a teacher that was not measured before the run, or has been trained elsewhere
+    if teacher is None:  # it was not evaluated before the run, or was trained elsewhere
         named = Path(recipes[best["name"]].model.teacher.weights).parent.name
         teacher = next((row for row in rows if row["name"] == named), None)
     shown = [row for row in (teacher, of_seed[seed], best) if row is not None]
@@ -396,39 +401,39 @@ def detectors_of_study(
 
 
 def same_mapper(detectors: Iterable[Detector]) -> None:
-    """Give those whose config does not say how images are read the first one's that does.
+    """Set a missing mapper to that of the first detector that has one.
 
     Raises:
-        InputError: none says.
+        InputError: no detector has a mapper.
     """
     detectors = list(detectors)
-    said = next((d.mapper for d in detectors if d.mapper is not None), None)
-    if said is None:
+    mapper = next((d.mapper for d in detectors if d.mapper is not None), None)
+    if mapper is None:
         raise InputError(
             detectors[0].config,
-            "does not say how test images are read",
+            "no mapper of test images",
             "at least one recipe with dataloader.test.mapper, or a yacs config",
         )
     for detector in detectors:
         if detector.mapper is None:
-            detector.mapper = said
+            detector.mapper = mapper
 
 
 def loader_of(detector: Detector, records: list[dict], begin: int = 0) -> Iterable[list[dict]]:
-    """Batches of one image each, from a place on, as a detector reads them."""
+    """Build a test loader of batches of one image with the detector's mapper, starting at record ``begin``."""
     return build_test_loader(
         records,
         mapper=instantiate(detector.mapper),
         sampler=range(begin, len(records)),
-        num_workers=int(len(records) - begin > FEW),
+        num_workers=int(len(records) - begin > MAX_IMAGES_WITHOUT_WORKER),
     )
 
 
 def input_scale(given: dict) -> torch.Tensor:
-    """(4,) what takes XYXY boxes of an image's file to those of the detector's input.
+    """Return (4,), the factors from XYXY boxes in the image file to boxes in the detector's input.
 
     Args:
-        given: what a loader yields of it: "image", and the file's "height" and "width".
+        given: input dict of the image, with "image" and the file's "height" and "width".
     """
     height, width = given["image"].shape[-2:]
     return torch.tensor([width / given["width"], height / given["height"]]).repeat(2)

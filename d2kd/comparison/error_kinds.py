@@ -1,25 +1,28 @@
-"""Why a detector loses AP: the error kinds of TIDE, and what each costs.
+"""The error types of TIDE, and the AP50 that is lost to each.
 
-"TIDE: A General Toolbox for Identifying Object Detection Errors", arXiv 2008.08115, sections 2.2 and 2.3, at IoU 0.5
-for a match and 0.1 for the background. Every wrong detection is of one kind, the first that fits:
+"TIDE: A General Toolbox for Identifying Object Detection Errors", arXiv 2008.08115, sections 2.2 and 2.3, with a
+foreground IoU of 0.5 and a background IoU of 0.1. A false positive has exactly one type, the first that fits:
 
-    localization    of an object's class, and overlaps it by 0.1 to 0.5
-    classification  overlaps an object of another class by 0.5 or more
-    duplicate       overlaps an object of its class by 0.5 or more, which a better detection has found
-    background      overlaps nothing by more than 0.1
-    both            what is left: wrong class, and too little overlap
+    localization    IoU of 0.1 to 0.5 with an object of its class
+    classification  IoU of 0.5 or more with an object of another class
+    duplicate       IoU of 0.5 or more with an object of its class that is matched with a better detection
+    background      IoU of at most 0.1 with every object
+    both            all others: wrong class, and IoU of 0.1 to 0.5
 
-and an object that is not found, nor would be by mending a classification or a localization, is *missed*. What a kind
-costs is the AP50 gained by mending that kind alone: a classification or localization error is turned into the object
-it meant, the best one where there are several, and dropped where the object is found already; other wrong detections
-are dropped; missed objects are taken from those to be found, as if the detector were as precise on them as on the rest.
-Where a class has no rest, that tells nothing: it is left out of the mean, unless it has wrong detections, which make
-it 0. The gains do not add up to what AP lacks.
+An object is *missed* if no detection matches it and no classification or localization error has it as its target.
+The cost of a type is the gain in AP50 when this type alone is fixed:
 
-The published tool (tidecv 1.0.1, of 2020) wants pandas and seaborn only to be imported, and counts one detection at a
-time. Its order of tests and its means after mending are kept. Other here: detections that COCO ignores (in a crowd)
-are no errors, and a class without objects is left out of the mean, as everywhere in COCO's AP; so that AP50 is the
-one reported.
+* A classification or localization error becomes a true positive of its target object. If several errors have one
+  target, the one of the highest score does and the others are removed; all are if the object is already matched.
+* Other false positives are removed.
+* Missed objects are removed from the ground truth. A class whose objects are all missed is left out of the mean, or
+  has an AP of 0 if it has false positives.
+
+The costs do not add up to 100 - AP50.
+
+The published tool (tidecv 1.0.1, 2020) depends on pandas and seaborn and loops over single detections. The order of
+the types and the fixes are the same here. Two differences make AP50 the one COCO reports: detections that COCO ignores
+(in a crowd) are not errors, and a class without objects is left out of the mean.
 """
 
 from __future__ import annotations
@@ -39,12 +42,12 @@ CLS, LOC, BOTH, DUP, BKG, MISS = range(6)
 
 @dataclass(frozen=True)
 class ErrorKinds:
-    """What is wrong with a detector.
+    """Number and cost of the errors of a detector.
 
     Attributes:
-        AP50: as it is.
-        count: kind -> detections, of "missed" objects, of that kind.
-        cost: kind -> AP50, in points, that mending it would give; at least 0; None where no class is left to tell.
+        AP50: AP50 of the detector.
+        count: type -> number of detections, for "missed" of objects.
+        cost: type -> gain in AP50 (points, at least 0) when the type is fixed; None if undefined for all classes.
     """
 
     AP50: float | None
@@ -54,13 +57,13 @@ class ErrorKinds:
 
 @dataclass(frozen=True)
 class Errors:
-    """The errors one by one.
+    """The error type of each detection, and the missed objects.
 
     Attributes:
-        kind: (D,) index in :data:`KINDS`, -1 for right and ignored detections.
-        meant: (D,) the object that a classification or localization error meant, else -1.
-        mends: (D,) whether it is the best of those that mean an object nobody found.
-        missed: (G,).
+        kind: (D,) index in :data:`KINDS`, -1 for true positives and ignored detections.
+        meant: (D,) target object of a classification or localization error, otherwise -1.
+        mends: (D,) whether it has the highest score of the errors with this target, and the target is not matched.
+        missed: (G,) whether the object is missed.
     """
 
     kind: np.ndarray
@@ -70,9 +73,9 @@ class Errors:
 
 
 def find_errors(truth: Truth, matches: Matches) -> Errors:
-    """Tell the kind of every wrong detection, and the objects that are missed."""
+    """Find the error type of every detection, and the missed objects."""
     detections, total = matches.detections, len(matches.detections)
-    right, ignored = matches.right[0, 0], matches.ignored[0, 0]
+    is_tp, ignored = matches.right[0, 0], matches.ignored[0, 0]
     d, g, iou = overlapping(truth, detections, BACKGROUND, same_class=False)
     single = ~truth.crowd[g]
     d, g, iou = d[single], g[single], iou[single]
@@ -80,28 +83,28 @@ def find_errors(truth: Truth, matches: Matches) -> Errors:
     own, own_object = _largest(d[same], g[same], iou[same], total)
     other, other_object = _largest(d[~same], g[~same], iou[~same], total)
     found = np.zeros(len(truth), dtype=bool)
-    found[matches.object[0, 0, right]] = True
+    found[matches.object[0, 0, is_tp]] = True
 
     kind = np.full(total, BOTH)
     kind[np.maximum(own, other) <= BACKGROUND] = BKG
     kind[own >= FOREGROUND] = DUP
     kind[other >= FOREGROUND] = CLS
     kind[(BACKGROUND <= own) & (own <= FOREGROUND)] = LOC
-    kind[right | ignored] = -1
+    kind[is_tp | ignored] = -1
     meant = np.where(kind == CLS, other_object, np.where(kind == LOC, own_object, -1))
 
     mends = np.zeros(total, dtype=bool)
-    able = np.flatnonzero(meant >= 0)
-    able = able[~found[meant[able]]]
-    order = able[np.lexsort((able, -detections.score[able], meant[able]))]
+    fixable = np.flatnonzero(meant >= 0)
+    fixable = fixable[~found[meant[fixable]]]
+    order = fixable[np.lexsort((fixable, -detections.score[fixable], meant[fixable]))]
     mends[order[np.r_[True, meant[order][1:] != meant[order][:-1]][: len(order)]]] = True
     missed = ~found & ~truth.crowd
-    missed[meant[able]] = False
+    missed[meant[fixable]] = False
     return Errors(kind, meant, mends, missed)
 
 
 def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
-    """For each detection its largest IoU, 0 without any, and with which object; the first of equals."""
+    """Return the largest IoU of each detection (0 if none) and its object; the first one of equal IoU."""
     order = np.lexsort((-g, iou, d))
     best, which = np.zeros(total), np.full(total, -1)
     best[d[order]], which[d[order]] = iou[order], g[order]  # the last assignment stays
@@ -109,11 +112,11 @@ def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
 
 
 def error_kinds(truth: Truth, matches: Matches, classes: Sequence[int]) -> ErrorKinds:
-    """Count the errors of each kind and say what they cost.
+    """Count the errors of each type and compute their costs.
 
     Args:
-        truth, matches: objects and detections.
-        classes: that count.
+        truth, matches: ground truth, and matches of the detector.
+        classes: indices of the classes that are counted.
     """
     errors = find_errors(truth, matches)
     label, classes = matches.detections.label, list(classes)
@@ -135,30 +138,30 @@ def _ap50(
     errors: Errors | None = None,
     kind: int = -1,
 ) -> float | None:
-    """AP50 with the errors of one kind mended."""
+    """Return AP50 after the errors of one type are fixed."""
     score, label = matches.detections.score, matches.detections.label
-    right, kept = matches.right[0, 0], ~matches.ignored[0, 0]
+    is_tp, kept = matches.right[0, 0], ~matches.ignored[0, 0]
     to_find = ~matches.objects_ignored[0]
     if errors is not None:
         of_kind = errors.kind == kind
-        mended = of_kind & errors.mends & (kind in (CLS, LOC))
-        label = np.where(mended, truth.label[errors.meant] if len(truth) else label, label)
-        right, kept = right | mended, kept & (~of_kind | mended)
+        fixed = of_kind & errors.mends & (kind in (CLS, LOC))
+        label = np.where(fixed, truth.label[errors.meant] if len(truth) else label, label)
+        is_tp, kept = is_tp | fixed, kept & (~of_kind | fixed)
         if kind == MISS:
             to_find = to_find & ~errors.missed
-        score, label, right = score[kept], label[kept], right[kept]
+        score, label, is_tp = score[kept], label[kept], is_tp[kept]
         order = np.lexsort((-score, label))
-        score, label, right = score[order], label[order], right[order]
+        score, label, is_tp = score[order], label[order], is_tp[order]
     else:
-        label, right = label[kept], right[kept]
+        label, is_tp = label[kept], is_tp[kept]
     objects = np.bincount(truth.label[to_find], minlength=len(truth.classes))
     had_any = np.bincount(truth.label[~matches.objects_ignored[0]], minlength=len(truth.classes))
     starts = np.searchsorted(label, np.arange(len(truth.classes) + 1))
     values = np.full(len(truth.classes), -1.0)
     for k in classes:
-        at = right[None, starts[k] : starts[k + 1]]
+        at = is_tp[None, starts[k] : starts[k + 1]]
         if objects[k]:
             values[k] = curve(at, ~at, int(objects[k])).mean()
         elif had_any[k] and at.size:
-            values[k] = 0.0  # every object was missed: what was detected is wrong
+            values[k] = 0.0  # all objects are missed: only false positives are left
     return mean_precision(values[list(classes)])

@@ -1,4 +1,4 @@
-"""How alike the feature maps of two detectors are: the cosine between their channels, cell by cell."""
+"""Similarity of the feature maps of detectors: cosine similarity of the channel vectors at each cell."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..layers.masks import valid_cells
 
 
 class FeatureSimilarity:
-    """Streaming means over the images of a data set, of every detector against the first.
+    """Mean cosine similarity between the first detector and each other one, accumulated image by image.
 
     Args:
-        names: of the detectors.
-        channels: of each detector by level.
+        names: names of the detectors.
+        channels: for each detector, level -> number of channels.
 
     Attributes:
-        levels: those that all have.
-        left_out: level -> why its maps cannot be compared with the first's, by detector.
+        levels: levels that all detectors have.
+        left_out: detector -> reason why its feature maps cannot be compared with those of the first.
     """
 
     def __init__(self, names: Sequence[str], channels: Sequence[Mapping[str, int]]):
@@ -38,7 +38,7 @@ class FeatureSimilarity:
                 self.left_out[names[e]] = "{} channels beside {}".format(*different[0][::-1])
             else:
                 self.compared.append(e)
-        # Of each detector and level: sum and number of cells, everywhere and in objects.
+        # (detector, level, everywhere / in objects, sum / number of cells)
         self.counts: dict[str, np.ndarray] = {
             "cosine": np.zeros((len(names), len(self.levels), 2, 2))
         }
@@ -53,9 +53,9 @@ class FeatureSimilarity:
         """Add an image.
 
         Args:
-            features: of each detector, maps (1, C, H, W).
-            image_size, padded: of the first detector's input, (height, width).
-            boxes: (G, 4) objects, XYXY in pixels of the first detector's input.
+            features: for each detector, level -> (1, C, H, W).
+            image_size, padded: size of the first detector's input without and with padding, (height, width).
+            boxes: (G, 4) ground-truth boxes, XYXY in pixels of the first detector's input.
         """
         for level, name in enumerate(self.levels):
             reference = features[0][name]
@@ -74,7 +74,7 @@ class FeatureSimilarity:
                     )
 
     def table(self) -> dict[str, Any]:
-        """Means as plain data."""
+        """Return the means as plain Python data."""
         rows = []
         for e in self.compared:
             for level, name in enumerate(self.levels):
@@ -95,7 +95,7 @@ class FeatureSimilarity:
 
 
 def _in_boxes(boxes: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(H, W) the cells whose centre lies in a box."""
+    """Return (H, W), whether the centre of a cell lies in a box."""
     rows, columns = (
         (torch.arange(cells) + 0.5) * (side / cells) for cells, side in zip(size, padded)
     )

@@ -1,9 +1,9 @@
-"""Which detection is which object: COCO's matching, for all images, IoU thresholds and sizes at once.
+"""COCO's matching of detections and ground-truth objects, for all images, IoU thresholds and area ranges at once.
 
-The numbers are those of ``pycocotools.cocoeval.COCOeval`` to the last bit, and the arrays are what everything else in a
-comparison is counted from: accuracy, error kinds, objects won and lost.
+The results equal those of ``pycocotools.cocoeval.COCOeval`` exactly. Accuracy, error types, and objects won and lost are
+all computed from them.
 
-Letters: I images, K classes, G objects, D detections, T IoU thresholds, A ranges of area.
+Notation: I images, K classes, G objects, D detections, T IoU thresholds, A area ranges.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy as np
 IOUS = np.linspace(0.5, 0.95, 10)
 """COCO's IoU thresholds."""
 AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
-"""COCO's ranges of area, in square pixels, both ends included."""
-MOST = 100
-"""How many detections of an image and a class count, the best ones."""
+"""COCO's area ranges in square pixels, both ends included."""
+MAX_DETS = 100
+"""Maximum number of detections per image and class, those of the highest score."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The objects of a data set.
+    """The ground-truth objects of a data set.
 
     Attributes:
-        image_ids: I of them, sorted; an image is known by its place here.
-        classes: K names.
-        image, label: (G,) whose they are.
+        image_ids: the I sorted image ids. Elsewhere an image is given by its index here.
+        classes: the K class names.
+        image, label: (G,) index of the image and of the class.
         box: (G, 4) XYWH in pixels.
-        area: (G,) in square pixels; of a mask where the data set has one.
-        crowd: (G,) whether it stands for several objects: nothing need find it, and what lies in it is no error.
+        area: (G,) in square pixels, of the mask if the data set has masks.
+        crowd: (G,) COCO's ``iscrowd``. A crowd need not be detected, and detections in it are ignored.
     """
 
     image_ids: tuple[Any, ...]
@@ -46,11 +46,11 @@ class Truth:
 
     @classmethod
     def from_coco(cls, content: Mapping[str, Any], category_ids: Sequence[int] = ()) -> Truth:
-        """The objects in the content of a COCO annotation file.
+        """Read the objects from the content of a COCO annotation file.
 
         Args:
-            content: ``images``, ``annotations`` and ``categories``.
-            category_ids: of the classes in their order; by default in rising order, as Detectron2 has them.
+            content: dict with ``images``, ``annotations`` and ``categories``.
+            category_ids: category id of each class. Default: the sorted ids, as in Detectron2.
         """
         names = {category["id"]: category["name"] for category in content["categories"]}
         label_of = {c: k for k, c in enumerate(category_ids or sorted(names))}
@@ -76,22 +76,22 @@ class Truth:
 
     @property
     def size(self) -> np.ndarray:
-        """(G,) 0, 1, 2: small, medium, large."""
+        """(G,) size of each object: 0 small, 1 medium, 2 large."""
         return np.searchsorted([AREAS["small"][1], AREAS["medium"][1]], self.area, side="left")
 
 
 def _area(annotation: Mapping[str, Any]) -> float:
-    """Its own, else its box's."""
+    """Return the annotated area, otherwise the area of the box."""
     _, _, width, height = annotation["bbox"]
     return annotation.get("area", width * height)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says about a data set.
+    """The detections of a detector on a data set.
 
     Attributes:
-        image, label: (D,) of which image of :class:`Truth`, as which class.
+        image, label: (D,) index of the image in :class:`Truth`, and of the predicted class.
         box: (D, 4) XYWH in pixels.
         score: (D,).
     """
@@ -112,14 +112,15 @@ class Detections:
 
 @dataclass(frozen=True)
 class Matches:
-    """Detections beside the objects they were matched with.
+    """Detections and the objects they are matched with.
 
     Attributes:
-        detections: those that count, class by class, in each from the best to the worst.
-        starts: (K + 1,) where each class begins.
-        object: (T, A, D) index of the object, or -1.
-        ignored: (T, A, D) neither right nor wrong: of another size, or matched with a crowd.
-        objects_ignored: (A, G) objects that need not be found: of another size, or crowds.
+        detections: at most :data:`MAX_DETS` per image and class, sorted by class, then by descending score.
+        starts: (K + 1,) index of the first detection of each class.
+        object: (T, A, D) index of the matched object, or -1.
+        ignored: (T, A, D) whether a detection is neither a true nor a false positive: it is outside the area range
+            and unmatched, or matched with an ignored object.
+        objects_ignored: (A, G) objects that need not be detected: crowds, and those outside the area range.
     """
 
     detections: Detections
@@ -130,35 +131,35 @@ class Matches:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """(T, A, D) whether a detection finds an object."""
+        """(T, A, D) whether a detection is a true positive."""
         return (self.object >= 0) & ~self.ignored
 
     def found_at(self, iou: int = 0, area: int = 0) -> np.ndarray:
-        """(G,) the score with which each object is found, -inf for those that are not.
+        """Return (G,), the score of the detection matched with each object, -inf if there is none.
 
-        Detections are matched from the best to the worst, so an object is found by the detections above a
-        threshold if and only if this score is.
+        Matching is greedy by descending score. So the detections above a score threshold find an object if and only
+        if this score is above the threshold.
         """
         scores = np.full(self.objects_ignored.shape[1], -np.inf)
-        right = self.right[iou, area]
-        scores[self.object[iou, area, right]] = self.detections.score[right]
+        is_tp = self.right[iou, area]
+        scores[self.object[iou, area, is_tp]] = self.detections.score[is_tp]
         return scores
 
 
 def match(truth: Truth, detections: Detections) -> Matches:
-    """COCO's greedy matching of each image and class, from the best detection to the worst.
+    """Match detections and objects greedily by descending score, in each image and class, as COCO does.
 
-    A detection takes, among the objects that are left and overlap it enough, the one that overlaps it most, and
-    an object that need not be found only where there is no other.
+    A detection is matched with the unmatched object of the highest IoU, if that reaches the threshold. It is matched
+    with an ignored object only if there is no other.
     """
     ranges = np.array(list(AREAS.values()))
     detections, rank = _in_order(detections, len(truth.image_ids))
     outside = (truth.area < ranges[:, :1]) | (truth.area > ranges[:, 1:])
     ignored_objects = truth.crowd | outside
     found = np.full((len(IOUS), len(ranges), len(detections)), -1, dtype=np.int32)
-    taken = np.zeros((len(IOUS), len(ranges), len(truth)), dtype=bool)
-    for step in _steps(truth, detections, rank, ignored_objects):
-        _take(step, truth.crowd, found, taken)
+    used = np.zeros((len(IOUS), len(ranges), len(truth)), dtype=bool)
+    for candidates in _rounds(truth, detections, rank, ignored_objects):
+        _assign(candidates, truth.crowd, found, used)
     det_area = detections.box[:, 2] * detections.box[:, 3]
     det_outside = (det_area < ranges[:, :1]) | (det_area > ranges[:, 1:])
     ignored = np.broadcast_to(det_outside, found.shape).copy()
@@ -170,18 +171,18 @@ def match(truth: Truth, detections: Detections) -> Matches:
 
 
 def _in_order(detections: Detections, images: int) -> tuple[Detections, np.ndarray]:
-    """Class by class, best first; ties as COCO breaks them, by image and by place. And each one's rank in its image."""
+    """Sort by class, then by descending score, with ties as in COCO; return also each detection's rank in its image."""
     order = np.lexsort((-detections.score, detections.image, detections.label))
     key = (detections.label * images + detections.image)[order]
     rank = np.arange(len(key)) - np.searchsorted(key, key)
-    order, rank = order[rank < MOST], rank[rank < MOST]
+    order, rank = order[rank < MAX_DETS], rank[rank < MAX_DETS]
     detections = detections[order]
     order = np.lexsort((rank, detections.image, -detections.score, detections.label))
     return detections[order], rank[order]
 
 
 def pairs(detection_keys: np.ndarray, object_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (detection, object) of equal key, detection by detection, objects in their order."""
+    """Return the indices (detection, object) of all pairs of equal keys, sorted by detection, then by object."""
     by_key = np.argsort(object_keys, kind="stable")
     sorted_keys = object_keys[by_key]
     first = np.searchsorted(sorted_keys, detection_keys, side="left")
@@ -191,36 +192,36 @@ def pairs(detection_keys: np.ndarray, object_keys: np.ndarray) -> tuple[np.ndarr
     return of, by_key[np.repeat(first, count) + offset]
 
 
-def overlap(ours: np.ndarray, theirs: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
-    """IoU of XYWH boxes, row by row; of a crowd, how much of the first box lies in it."""
-    corner = np.minimum(ours[:, :2] + ours[:, 2:], theirs[:, :2] + theirs[:, 2:])
-    side = corner - np.maximum(ours[:, :2], theirs[:, :2])
-    shared = np.where((side > 0).all(axis=1), side[:, 0] * side[:, 1], 0.0)
-    own, other = (box[:, 2] * box[:, 3] for box in (ours, theirs))
-    union = own + other - shared
+def overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
+    """Compute the IoU of XYWH boxes (R, 4) row by row; where b is a crowd, intersection over the area of a."""
+    corner = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
+    side = corner - np.maximum(a[:, :2], b[:, :2])
+    intersection = np.where((side > 0).all(axis=1), side[:, 0] * side[:, 1], 0.0)
+    area_a, area_b = (box[:, 2] * box[:, 3] for box in (a, b))
+    union = area_a + area_b - intersection
     if crowd is not None:
-        union = np.where(crowd, own, union)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+        union = np.where(crowd, area_a, union)
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=intersection > 0)
 
 
 def overlapping(
     truth: Truth, detections: Detections, least: float, *, same_class: bool, chunk: int = 200_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(detection, object, IoU) of all pairs in one image that overlap by ``least`` or more.
+    """Return (detection, object, IoU) of all pairs in the same image with an IoU of at least ``least``.
 
     Args:
-        truth, detections: what is paired.
-        least: IoU.
-        same_class: only pairs of one class.
-        chunk: detections at a time, which bounds the memory.
+        truth, detections: objects and detections to pair.
+        least: minimum IoU.
+        same_class: whether to return only pairs of the same class.
+        chunk: number of detections processed at a time, to limit the memory.
     """
     images = len(truth.image_ids)
-    ours, theirs = detections.image, truth.image
+    det_keys, gt_keys = detections.image, truth.image
     if same_class:
-        ours, theirs = ours + images * detections.label, theirs + images * truth.label
+        det_keys, gt_keys = det_keys + images * detections.label, gt_keys + images * truth.label
     kept = []
     for begin in range(0, len(detections), chunk):
-        d, g = pairs(ours[begin : begin + chunk], theirs)
+        d, g = pairs(det_keys[begin : begin + chunk], gt_keys)
         d += begin
         iou = overlap(detections.box[d], truth.box[g], truth.crowd[g])
         enough = iou >= least
@@ -231,19 +232,19 @@ def overlapping(
 
 
 @dataclass
-class _Step:
-    """The next detection of every image and class that has one: they cannot take each other's objects."""
+class _Round:
+    """The candidate pairs of one detection per image and class. These detections have no object in common."""
 
-    detection: np.ndarray  # (P,) of each pair, segment by segment
+    detection: np.ndarray  # (P,) sorted
     object: np.ndarray  # (P,)
     iou: np.ndarray  # (P,)
-    priority: np.ndarray  # (A, P), unique; the largest that is free is taken
-    starts: np.ndarray  # where each detection's pairs begin
+    priority: np.ndarray  # (A, P), unique; the unmatched object of the highest priority is matched
+    starts: np.ndarray  # index of each detection's first pair
 
 
-def _steps(
+def _rounds(
     truth: Truth, detections: Detections, rank: np.ndarray, ignored: np.ndarray
-) -> Iterator[_Step]:
+) -> Iterator[_Round]:
     d, g, iou = overlapping(truth, detections, IOUS[0], same_class=True)
     if not len(d):
         return
@@ -251,7 +252,7 @@ def _steps(
     group = detections.label[d] * images + detections.image[d]
     order = np.lexsort((g, rank[d], group))
     d, g, iou, group = d[order], g[order], iou[order], group[order]
-    # The place of a detection among those of its group that have anything to take.
+    # The rank of a detection among those of its group that have candidates.
     new_detection = np.r_[True, d[1:] != d[:-1]]
     number = np.cumsum(new_detection) - 1
     place = number - number[np.searchsorted(group, group)]
@@ -262,22 +263,22 @@ def _steps(
         at = slice(begin, end)
         priority = np.empty((len(ignored), end - begin), dtype=np.int64)
         for a, flags in enumerate(ignored):
-            # What must be found before what need not; then by IoU; of equal ones the later, as in COCO's loop.
+            # Objects that are not ignored first, then by IoU; of equal IoU the later one, as in COCO's loop.
             best_last = np.lexsort((g[at], iou[at], ~flags[g[at]]))
             priority[a, best_last] = np.arange(end - begin)
         starts = np.flatnonzero(np.r_[True, d[at][1:] != d[at][:-1]])
-        yield _Step(d[at], g[at], iou[at], priority, starts)
+        yield _Round(d[at], g[at], iou[at], priority, starts)
 
 
-def _take(step: _Step, crowd: np.ndarray, found: np.ndarray, taken: np.ndarray) -> None:
-    enough = step.iou >= np.minimum(IOUS, 1 - 1e-10)[:, None]
-    free = ~taken[:, :, step.object] | crowd[step.object]
-    choice = np.where(enough[:, None] & free, step.priority, -1)
-    best = np.maximum.reduceat(choice, step.starts, axis=2)
-    detection = step.detection[step.starts]
-    for a, priority in enumerate(step.priority):
+def _assign(candidates: _Round, crowd: np.ndarray, found: np.ndarray, used: np.ndarray) -> None:
+    enough = candidates.iou >= np.minimum(IOUS, 1 - 1e-10)[:, None]
+    available = ~used[:, :, candidates.object] | crowd[candidates.object]
+    choice = np.where(enough[:, None] & available, candidates.priority, -1)
+    best = np.maximum.reduceat(choice, candidates.starts, axis=2)
+    detection = candidates.detection[candidates.starts]
+    for a, priority in enumerate(candidates.priority):
         pair_of = np.argsort(priority)
         t, column = np.nonzero(best[:, a] >= 0)
-        objects = step.object[pair_of[best[t, a, column]]]
+        objects = candidates.object[pair_of[best[t, a, column]]]
         found[t, a, detection[column]] = objects
-        taken[t, a, objects] = True
+        used[t, a, objects] = True

@@ -1,7 +1,7 @@
-"""Object by object: who finds it, and the images and objects in which two detectors differ most.
+"""The objects each detector finds, and the images and objects in which two detectors differ most.
 
-An object is found if a detection of its class overlaps it by 0.5 or more, matched as COCO does, with a score at which
-that detector's F1 is best: detectors of other scales of score are compared each at its best.
+A detector finds an object if a detection of its class is matched with it at IoU 0.5, as in COCO, and its score is at
+least the threshold of the detector's highest F1. So detectors with different score scales are comparable.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from .detectors import Data
 from .matching import Matches
 
-NUMBER = 6
-"""Objects shown on each side, and images in the gallery unless told otherwise."""
+NUM_SHOWN = 6
+"""Number of won and of lost objects that are shown, and default number of images in the gallery."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Picture:
     """An image to be shown.
 
     Attributes:
-        file_name, image_id: which.
-        truth: its objects: ``box`` XYXY, ``label`` and ``crowd``.
-        seen: detector -> what it says above its threshold: ``box``, ``label``, ``score``, and ``object``, the place in
-            ``truth`` of what it finds, or None.
-        won, lost: places in ``truth``.
+        file_name, image_id: the image.
+        truth: its objects, dicts of ``box`` (XYXY), ``label`` and ``crowd``.
+        seen: detector -> its detections above its threshold, dicts of ``box``, ``label``, ``score`` and ``object``
+            (index of the matched object in ``truth``, or None).
+        won, lost: indices in ``truth``.
     """
 
     file_name: str
@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Change:
-    """An object that one of two detectors finds; ``picture`` and ``object`` are places in the lists that hold them."""
+    """An object that one of two detectors finds; ``picture`` indexes Objects.pictures, ``object`` Picture.truth."""
 
     picture: int
     object: int
@@ -50,16 +50,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects found by which detectors.
+    """The objects found by each detector.
 
     Attributes:
-        thresholds: detector -> score from which its detections count.
-        together: rows of ``found_by``, names of detectors, and how many objects these and no others find.
-        won, lost: objects that the featured detector finds and the baseline does not, and the reverse.
+        thresholds: detector -> score threshold of its detections.
+        together: rows of ``found_by`` (names of detectors) and ``objects`` (the number found by exactly these).
+        won, lost: number of objects found by the featured detector but not by the baseline, and the reverse.
         by_class, by_size: name -> ``{"won": …, "lost": …}``.
-        pictures: images that the following show.
-        won_objects, lost_objects: some of them, of the surest detections, of different images where possible.
-        gallery: pictures of the images where most changed.
+        pictures: images that the following attributes refer to.
+        won_objects, lost_objects: those with the highest scores, from different images where possible.
+        gallery: indices in ``pictures`` of the images with most won and lost objects.
     """
 
     thresholds: dict[str, float]
@@ -81,16 +81,16 @@ def objects_found(
     classes: Sequence[int],
     baseline: str,
     featured: str,
-    images: int = NUMBER,
+    images: int = NUM_SHOWN,
 ) -> Objects:
-    """Count, and choose what to show.
+    """Count the found objects, and select the objects and images to show.
 
     Args:
         data: the data set.
-        matches, thresholds: of each detector.
-        classes: that all know; others do not count.
-        baseline, featured: the two whose difference is asked for.
-        images: in the gallery.
+        matches, thresholds: detector -> its matches, and its score threshold.
+        classes: indices of the classes that all detectors have; others are not counted.
+        baseline, featured: names of the two detectors to compare.
+        images: number of images in the gallery.
     """
     truth = data.truth
     counted = ~truth.crowd & np.isin(truth.label, list(classes))
@@ -107,10 +107,10 @@ def objects_found(
     def both(chosen: np.ndarray) -> dict[str, int]:
         return {"won": int((won & chosen).sum()), "lost": int((lost & chosen).sum())}
 
-    shown: dict[int, int] = {}  # image -> its place among the pictures
+    shown: dict[int, int] = {}  # image -> index in pictures
 
     def changes(which: np.ndarray, score: np.ndarray) -> list[Change]:
-        picked = _of_different_images(np.flatnonzero(which), score, truth.image, NUMBER)
+        picked = _of_different_images(np.flatnonzero(which), score, truth.image, NUM_SHOWN)
         return [
             Change(shown.setdefault(int(truth.image[g]), len(shown)), int(g), float(score[g]))
             for g in picked
@@ -118,11 +118,13 @@ def objects_found(
 
     won_objects = changes(won, scores[featured])
     lost_objects = changes(lost, scores[baseline])
-    moved = np.bincount(truth.image[won | lost], minlength=len(truth.image_ids))
-    most = [int(i) for i in np.argsort(-moved, kind="stable")[:images] if moved[i]]
+    changed = np.bincount(truth.image[won | lost], minlength=len(truth.image_ids))
+    most = [int(i) for i in np.argsort(-changed, kind="stable")[:images] if changed[i]]
     gallery = [shown.setdefault(i, len(shown)) for i in most]
     pictures = [_picture(i, data, matches, thresholds, won, lost) for i in shown]
-    place = {g: n for i in shown for n, g in enumerate(np.flatnonzero(truth.image == i).tolist())}
+    index_of = {
+        g: n for i in shown for n, g in enumerate(np.flatnonzero(truth.image == i).tolist())
+    }
     return Objects(
         thresholds=dict(thresholds),
         together=together,
@@ -131,8 +133,8 @@ def objects_found(
         by_class={truth.classes[k]: both(truth.label == k) for k in classes},
         by_size={s: both(truth.size == n) for n, s in enumerate(("small", "medium", "large"))},
         pictures=pictures,
-        won_objects=[Change(c.picture, place[c.object], c.score) for c in won_objects],
-        lost_objects=[Change(c.picture, place[c.object], c.score) for c in lost_objects],
+        won_objects=[Change(c.picture, index_of[c.object], c.score) for c in won_objects],
+        lost_objects=[Change(c.picture, index_of[c.object], c.score) for c in lost_objects],
         gallery=gallery,
     )
 
@@ -140,7 +142,7 @@ def objects_found(
 def _of_different_images(
     chosen: np.ndarray, score: np.ndarray, image: np.ndarray, number: int
 ) -> list[int]:
-    """The surest first, one of each image, then what is left."""
+    """Select by descending score: first one of each image, then the others."""
     order = chosen[np.argsort(-score[chosen], kind="stable")]
     first, seen = [], set()
     for g in order.tolist():
@@ -160,8 +162,8 @@ def _picture(
     lost: np.ndarray,
 ) -> Picture:
     truth = data.truth
-    mine = np.flatnonzero(truth.image == i)
-    place = {g: n for n, g in enumerate(mine.tolist())}
+    indices = np.flatnonzero(truth.image == i)
+    index_of = {g: n for n, g in enumerate(indices.tolist())}
     record = next(r for r in data.records if data.place[r["image_id"]] == i)
     seen = {}
     for name, m in matches.items():
@@ -172,7 +174,7 @@ def _picture(
                 "box": _xyxy(m.detections.box[d]),
                 "label": int(m.detections.label[d]),
                 "score": float(m.detections.score[d]),
-                "object": place.get(int(m.object[0, 0, d])) if m.right[0, 0, d] else None,
+                "object": index_of.get(int(m.object[0, 0, d])) if m.right[0, 0, d] else None,
             }
             for d in at
         ]
@@ -185,11 +187,11 @@ def _picture(
                 "label": int(truth.label[g]),
                 "crowd": bool(truth.crowd[g]),
             }
-            for g in mine
+            for g in indices
         ],
         seen=seen,
-        won=[place[g] for g in mine.tolist() if won[g]],
-        lost=[place[g] for g in mine.tolist() if lost[g]],
+        won=[index_of[g] for g in indices.tolist() if won[g]],
+        lost=[index_of[g] for g in indices.tolist() if lost[g]],
     )
 
 

@@ -1,7 +1,7 @@
-"""What is measured while detectors look at the images: regions, features, seconds and memory.
+"""Comparison of regions and features, and cost of inference, in one pass of all detectors over the data set.
 
-One pass over the data set with all detectors, each image's features computed once; only counts are kept. They are
-written every :data:`OFTEN` images, and an interrupted pass goes on from there.
+The features of an image are computed once per detector. Only counts are stored. They are saved every
+:data:`SAVE_PERIOD` images, and an interrupted pass is resumed from there.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from .detectors import Data, Ready, input_scale, loader_of
 from .features import FeatureSimilarity
 from .regions import RegionCounts, why_not
 
-OFTEN = 200
-TIMED, WEIGHED = 8, 3
-"""Images that seconds are the median of, and memory the largest of."""
+SAVE_PERIOD = 200
+NUM_TIMED, NUM_MEMORY = 8, 3
+"""Number of images for the median time, and for the peak memory."""
 SCHEMA = 1
 
 
 @dataclass
 class Observation:
-    """What the detectors did.
+    """Results of :func:`observe`.
 
     Attributes:
-        images: how many they looked at.
-        regions: of :meth:`RegionCounts.table`; None where ``why_no_regions`` says why.
-        features: of :meth:`FeatureSimilarity.table`.
-        costs: of each detector ``seconds`` and ``memory_mib`` for an image.
+        images: number of images.
+        regions: returned by :meth:`RegionCounts.table`; None if regions cannot be compared.
+        why_no_regions: the reason, see :func:`.why_not`.
+        features: returned by :meth:`FeatureSimilarity.table`.
+        costs: for each detector ``seconds`` and ``memory_mib`` per image.
     """
 
     images: int
@@ -60,17 +61,17 @@ def observe(
     say: Say,
     number: int | None = None,
 ) -> Observation:
-    """Look at the data set with all detectors at once.
+    """Run all detectors on the data set, and compare their regions and features.
 
     Args:
-        detectors: that were built.
+        detectors: the detectors.
         data: the data set.
-        classes: that all know.
-        thresholds: of each, the score where its F1 is best.
-        file: where the counts are kept.
-        report: told the images done.
-        say: told what could not be used.
-        number: of images, spread evenly over the data set; None: all.
+        classes: indices of the classes that all detectors have.
+        thresholds: for each detector the score threshold of its highest F1.
+        file: cache file of the counts.
+        report: progress callback.
+        say: callback for warnings.
+        number: number of images, spread evenly over the data set; default: all.
     """
     records = data.records if number is None else spread(data.records, number)
     why = why_not(detectors)
@@ -91,15 +92,15 @@ def observe(
         "classes": [int(k) for k in classes],
         "images": len(records),
     }
-    done, costs = _continue(file, key, parts, say)
+    done, costs = _resume(file, key, parts, say)
     if costs is None:
         costs = [cost(ready, data) for ready in detectors]
     report(done, len(records))
     for image, inputs in _images(detectors, records, done):
         with torch.no_grad():
             _see(parts, data, detectors, records[image], inputs)
-        if (image + 1) % OFTEN == 0 or image + 1 == len(records):
-            _keep(file, key, parts, image + 1, costs)
+        if (image + 1) % SAVE_PERIOD == 0 or image + 1 == len(records):
+            _save(file, key, parts, image + 1, costs)
         report(image + 1, len(records))
     regions = parts["regions"].table() if why is None else None
     return Observation(len(records), regions, why, parts["features"].table(), costs)
@@ -114,7 +115,7 @@ def _channels(ready: Ready) -> dict[str, int]:
 def _images(
     detectors: Sequence[Ready], records: list[dict], begin: int
 ) -> Iterator[tuple[int, list[list[dict]]]]:
-    """Each image as each detector reads it; read once by those that read alike."""
+    """Yield the index of each image and its batch for each detector. Detectors with equal mappers share a loader."""
     if begin == len(records):
         return
     alike = [config_hash(ready.detector.mapper) for ready in detectors]
@@ -130,38 +131,38 @@ def _images(
 def _see(parts, data: Data, detectors: Sequence[Ready], record: dict, inputs) -> None:
     place = data.place[record["image_id"]]
     outputs = [ready.teacher.ask(batch) for ready, batch in zip(detectors, inputs)]
-    [first], said = inputs[0], outputs[0]
-    mine = (data.truth.image == place) & ~data.truth.crowd
-    xywh = torch.as_tensor(data.truth.box[mine], dtype=torch.float32)
+    [first] = inputs[0]
+    in_image = (data.truth.image == place) & ~data.truth.crowd
+    xywh = torch.as_tensor(data.truth.box[in_image], dtype=torch.float32)
     height, width = first["image"].shape[-2:]
     boxes = BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) * input_scale(first)
-    padded = tuple(said.images.tensor.shape[-2:])
+    padded = tuple(outputs[0].images.tensor.shape[-2:])
     parts["features"].see([o.features for o in outputs], (height, width), padded, boxes)
     if "regions" in parts:
         parts["regions"].see(place, [batch[0] for batch in inputs], outputs)
 
 
-def _keep(file: Path, key: dict, parts: dict[str, Any], done: int, costs) -> None:
-    said = json.dumps({"key": key, "done": done, "costs": costs})
+def _save(file: Path, key: dict, parts: dict[str, Any], done: int, costs) -> None:
+    header = json.dumps({"key": key, "done": done, "costs": costs})
     counts = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.counts.items()}
     with written_whole(file) as temporary, open(temporary, "wb") as stream:
-        np.savez_compressed(stream, said=said, **counts)
+        np.savez_compressed(stream, header=header, **counts)
 
 
-def _continue(file: Path, key: dict, parts: dict[str, Any], say: Say):
-    """Fill the counts with those of an earlier pass; how far it came, and its costs."""
+def _resume(file: Path, key: dict, parts: dict[str, Any], say: Say):
+    """Load the counts of an earlier pass; return its number of images and its costs."""
     if not file.is_file():
         return 0, None
     try:
         with np.load(file) as content:
-            said = json.loads(str(content["said"]))
-            if said["key"] == key:
+            header = json.loads(str(content["header"]))
+            if header["key"] == key:
                 for name, part in parts.items():
                     for k, counts in part.counts.items():
                         counts[...] = content[f"{name}/{k}"]
-                return said["done"], said["costs"]
-    except Exception as error:  # zip, JSON and NumPy each fail in their own way
-        say(f"{file}: cannot be read ({type(error).__name__}); counted anew")
+                return header["done"], header["costs"]
+    except Exception as error:  # zip, JSON and NumPy raise different errors
+        say(f"{file}: cannot be read ({type(error).__name__}); counts start again")
         for part in parts.values():
             for counts in part.counts.values():
                 counts[...] = 0
@@ -169,8 +170,8 @@ def _continue(file: Path, key: dict, parts: dict[str, Any], say: Say):
 
 
 def cost(ready: Ready, data: Data) -> dict[str, float | None]:
-    """Seconds and memory of detection in one image: the median, and the largest growth above the weights."""
-    batches = list(loader_of(ready.detector, data.records[:TIMED]))
+    """Measure the median time of inference on one image, and its peak memory without the weights."""
+    batches = list(loader_of(ready.detector, data.records[:NUM_TIMED]))
     device = ready.teacher.detector.device
 
     def detect(batch: list[dict]) -> None:
@@ -179,14 +180,14 @@ def cost(ready: Ready, data: Data) -> dict[str, float | None]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    detect(batches[0])  # the first call is slower
+    detect(batches[0])  # warm-up
     seconds = []
     for batch in batches:
         start = time.perf_counter()
         detect(batch)
         seconds.append(time.perf_counter() - start)
     memory = []
-    for batch in batches[:WEIGHED]:
+    for batch in batches[:NUM_MEMORY]:
         peak = Peak(device)
         detect(batch)
         memory.append(peak.growth)

@@ -1,19 +1,19 @@
-"""Region by region: who is right about the same boxes, in class and in box.
+"""Classification and box regression of several detectors on the same regions or anchors.
 
-Two-stage detectors judge the same proposals, those of the first detector (normally the teacher): its list is the same
-whichever students are compared, so tables of different students have the same rows. It favours the first detector, in
-that objects none of its proposals lies on have no row. Of a cascade the first stage judges, which was trained on
-proposals. One-stage detectors judge the same anchors: those labelled foreground for any of them, by its own rule, and
-each one's 100 best. Nothing is kept but counts.
+*Two-stage detectors* classify the same proposals, those of the first detector (normally the teacher), so tables of
+different students have the same rows. This favours the first detector: an object without one of its proposals has no
+row. Of a cascade the first stage is used, since it was trained on proposals. *One-stage detectors* are compared on the
+same anchors: those that any detector labels as foreground, and the 100 of the highest score of each detector.
 
-Right in class: the top of all the detector's classes, background included, is the label; one that the data set lacks
-says background, as it gives no detection. A region has the class of the object it overlaps by 0.5 or more, an anchor
-that of the object it was labelled with. A one-stage detector says background where no class reaches the score at
-which its F1 is best. Right in box, of foreground rows: the box of the label's class overlaps the object
-by 0.5 or more. Background rows that lie in a crowd, and rows of objects whose class not all detectors know, do not
-count.
+The label of a region is the class of the object with the highest IoU, if that is at least 0.5, otherwise background.
+The label of an anchor is assigned by the detector's own rule. The classification is correct if the predicted class,
+background included, is the label. Background is predicted by a one-stage detector where no class reaches the threshold
+of its highest F1, and instead of a class that the data set does not have. The box of a foreground row is correct if the
+box predicted for the label's class has an IoU of at least 0.5 with the object. Background rows in a crowd, and objects
+whose class some detector does not have, are ignored.
 
-Letters: E detectors, P = E (E - 1) / 2 pairs of them, K classes of the data set, M rows of an image.
+Notation: E detectors, P = E (E - 1) / 2 pairs of them, K classes of the data set, M rows (regions or anchors) of an
+image, F of them foreground. Only counts are stored.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .matching import Truth
 
 OUTCOMES = ("both", "first", "second", "neither")
 SIZES = ("small", "medium", "large", "background")
-BEST = 100
+NUM_TOP_ANCHORS = 100
 
 
 def why_not(detectors: Sequence[Ready]) -> str | None:
-    """Why these detectors cannot be compared region by region; None if they can."""
+    """Return the reason why the regions of these detectors cannot be compared; None if they can."""
     if len(detectors) < 2:
         return "there is one detector"
     kinds = {ready.teacher.kind for ready in detectors}
@@ -58,7 +58,7 @@ def why_not(detectors: Sequence[Ready]) -> str | None:
         return f"the detectors are of different families: {', '.join(names)}"
     for ready in detectors if kinds == {RCNNOutputs} else ():
         if scores_by_sigmoid(ready.teacher.detector):
-            return f"{ready.detector.name} scores each class by itself (use_sigmoid_ce)"
+            return f"{ready.detector.name} scores each class independently (use_sigmoid_ce)"
     if kinds == {DenseOutputs}:
         first, *others = detectors
         for other in others:
@@ -67,40 +67,40 @@ def why_not(detectors: Sequence[Ready]) -> str | None:
             except InputError as error:
                 return f"{other.detector.name} has other anchors ({error.found})"
             if config_hash(first.detector.mapper) != config_hash(other.detector.mapper):
-                return f"{other.detector.name} reads images otherwise, and so has other anchors"
+                return f"{other.detector.name} has another mapper, and so other anchors"
     return None
 
 
 @dataclass
 class _Image:
-    """An image's objects in the data set's pixels, and how much larger each detector sees it."""
+    """The objects of an image in pixels of its file, and the scale of each detector's input."""
 
     size: tuple[int, int]
     boxes: Tensor  # (G, 4) XYXY
     labels: Tensor  # (G,)
     sizes: Tensor  # (G,) 0, 1, 2
     crowd: Tensor  # (G,)
-    scales: list[Tensor]  # of each detector (4,)
+    scales: list[Tensor]  # for each detector (4,), see input_scale
 
 
 @dataclass
 class _Rows:
-    """What the detectors say of the rows of an image, all in the data set's pixels and classes."""
+    """The rows of an image and their predictions, in pixels of the image file and classes of the data set."""
 
     boxes: Tensor  # (M, 4)
-    objects: Tensor  # (M,) which object a row is labelled with; -1 background
-    top: list[Tensor]  # of each detector (M,)
-    refined: list[Tensor]  # of each detector (F, 4), of the foreground rows in their order
+    objects: Tensor  # (M,) index of the object of each row; -1 background
+    top: list[Tensor]  # for each detector (M,), the predicted class
+    refined: list[Tensor]  # for each detector (F, 4), boxes predicted for the foreground rows
 
 
 class RegionCounts:
-    """Streaming counts over the images of a data set.
+    """Counts of correct and equal predictions, accumulated image by image.
 
     Args:
-        detectors: of one family, see :func:`why_not`.
-        truth: the objects.
-        classes: the data set's classes that all detectors know.
-        thresholds: of each one-stage detector the score from which it says a class.
+        detectors: detectors that can be compared, see :func:`why_not`.
+        truth: the ground truth.
+        classes: indices of the classes that all detectors have.
+        thresholds: for each detector the score threshold; two-stage detectors do not use it.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class RegionCounts:
         self.background = len(truth.classes)
         self.classes = torch.as_tensor(list(classes))
         self.columns = [torch.as_tensor([r.label_to_own[k] for k in classes]) for r in detectors]
-        self.own = torch.full((len(detectors), self.background + 1), -1)
-        for own, columns in zip(self.own, self.columns):
+        self.own_labels = torch.full((len(detectors), self.background + 1), -1)
+        for own, columns in zip(self.own_labels, self.columns):
             own[self.classes] = columns
-        self.said = [self._said(ready.map) for ready in detectors]
+        self.dataset_classes = [self._to_dataset_classes(ready.map) for ready in detectors]
         self.pairs = list(combinations(range(len(detectors)), 2))
         self.two_stage = detectors[0].teacher.kind is RCNNOutputs
-        # FCOS and GFL start from points, which overlap nothing by themselves.
+        # FCOS and GFL regress from points, whose IoU before regression is undefined.
         self.starts_from_boxes = self.two_stage or isinstance(
             detectors[0].teacher.detector.box2box_transform, Box2BoxTransform
         )
@@ -135,42 +135,45 @@ class RegionCounts:
             "iou_after": np.zeros((e, *cells)),
         }
 
-    def _said(self, classes: ClassMap) -> Tensor:
-        """(K' + 1,) which of the data set's classes each of a detector's own, and its background, stands for."""
-        said = classes.student_labels(torch.arange(len(classes.teacher)))
-        said = torch.cat([said, said.new_tensor([-1])])
-        return said.where(said >= 0, self.background)
+    def _to_dataset_classes(self, classes: ClassMap) -> Tensor:
+        """Return (K' + 1,), the data set's class of each of the detector's classes and of background."""
+        labels = classes.student_labels(torch.arange(len(classes.teacher)))
+        labels = torch.cat([labels, labels.new_tensor([-1])])
+        return labels.where(labels >= 0, self.background)
 
     def see(self, place: int, inputs: Sequence[dict], outputs: Sequence[DetectorOutputs]) -> None:
         """Add an image.
 
         Args:
-            place: in the truth.
-            inputs: for each detector what it was given of the image.
-            outputs: of each, of this image alone.
+            place: index of the image in the ground truth.
+            inputs: for each detector its input dict.
+            outputs: for each detector its outputs for this image.
         """
         image = self._image(place, inputs)
         rows = (self._regions if self.two_stage else self._anchors)(image, outputs)
-        on = rows.objects >= 0
+        is_fg = rows.objects >= 0
         label = torch.full_like(rows.objects, self.background)
         size = torch.full_like(rows.objects, 3)
-        label[on], size[on] = image.labels[rows.objects[on]], image.sizes[rows.objects[on]]
-        counted = torch.ones_like(on)
+        label[is_fg], size[is_fg] = (
+            image.labels[rows.objects[is_fg]],
+            image.sizes[rows.objects[is_fg]],
+        )
+        counted = torch.ones_like(is_fg)
         if image.crowd.any():
             inside = pairwise_ioa(Boxes(image.boxes[image.crowd]), Boxes(rows.boxes))
-            counted = on | (inside.amax(dim=0) < 0.5)
+            counted = is_fg | (inside.amax(dim=0) < 0.5)
         self._add(image, rows, label, size, counted)
 
     def _image(self, place: int, inputs: Sequence[dict]) -> _Image:
-        mine = np.flatnonzero(self.truth.image == place)
-        xywh = torch.as_tensor(self.truth.box[mine], dtype=torch.float32)
+        in_image = np.flatnonzero(self.truth.image == place)
+        xywh = torch.as_tensor(self.truth.box[in_image], dtype=torch.float32)
         size = (inputs[0]["height"], inputs[0]["width"])
         return _Image(
             size,
             BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
-            torch.as_tensor(self.truth.label[mine]),
-            torch.as_tensor(self.truth.size[mine]),
-            torch.as_tensor(self.truth.crowd[mine]),
+            torch.as_tensor(self.truth.label[in_image]),
+            torch.as_tensor(self.truth.size[in_image]),
+            torch.as_tensor(self.truth.crowd[in_image]),
             [input_scale(given) for given in inputs],
         )
 
@@ -183,103 +186,103 @@ class RegionCounts:
             objects = torch.where(iou >= 0.5, single[nearest], -1)
         kept = self._known(image, objects)
         proposals, objects = proposals[kept], objects[kept]
-        on = objects >= 0
+        is_fg = objects >= 0
         rows = _Rows(proposals, objects, [], [])
-        for e, said in enumerate(outputs):
-            device = said.detector.device
+        for e, output in enumerate(outputs):
+            device = output.detector.device
             boxes = (proposals * image.scales[e]).to(device)
-            said.share({"region_boxes": [[Boxes(boxes)]]})
-            stage = said.regions[0]
-            rows.top.append(self.said[e][stage.pred_class_logits.argmax(dim=1).cpu()])
-            wanted = self.own[e][image.labels[objects[on]]].to(device)
-            deltas = of_class(stage.pred_proposal_deltas[on.to(device)], wanted)
-            refined = stage.box2box_transform.apply_deltas(deltas.float(), boxes[on.to(device)])
+            output.set_region_boxes([[Boxes(boxes)]])
+            stage = output.regions[0]
+            rows.top.append(self.dataset_classes[e][stage.pred_class_logits.argmax(dim=1).cpu()])
+            label = self.own_labels[e][image.labels[objects[is_fg]]].to(device)
+            deltas = of_class(stage.pred_proposal_deltas[is_fg.to(device)], label)
+            refined = stage.box2box_transform.apply_deltas(deltas.float(), boxes[is_fg.to(device)])
             rows.refined.append(_clipped(refined, image, e))
         return rows
 
     def _anchors(self, image: _Image, outputs: Sequence[DetectorOutputs]) -> _Rows:
         anchors = Boxes.cat(outputs[0].anchors).tensor.cpu() / image.scales[0]
-        scores = [self._scores(said) for said in outputs]
+        scores = [self._scores(output) for output in outputs]
         objects = torch.full((len(anchors),), -1)
-        for e, said in reversed(list(enumerate(outputs))):  # the first detector has the last word
-            of_its = self._labelled(image, e, said)
-            objects = torch.where(of_its >= 0, of_its, objects)
+        for e, output in reversed(list(enumerate(outputs))):  # the first one takes precedence
+            assigned = self._assigned_objects(image, e, output)
+            objects = torch.where(assigned >= 0, assigned, objects)
         chosen = objects >= 0
         for score, columns in zip(scores, self.columns):
             best = score[:, columns].amax(dim=1)
-            chosen[best.topk(min(BEST, len(best))).indices] = True
+            chosen[best.topk(min(NUM_TOP_ANCHORS, len(best))).indices] = True
         kept = torch.nonzero(chosen & self._known(image, objects))[:, 0]
         rows = _Rows(anchors[kept], objects[kept], [], [])
-        on = kept[rows.objects >= 0]
-        for e, said in enumerate(outputs):
+        fg = kept[rows.objects >= 0]
+        for e, output in enumerate(outputs):
             best, which = scores[e][kept].max(dim=1)
-            said_class = self.said[e][which]
-            rows.top.append(torch.where(best >= self.thresholds[e], said_class, self.background))
-            deltas = torch.cat(said.pred_anchor_deltas, dim=1)[0].float().cpu()[on]
-            own = Boxes.cat(said.anchors).tensor.cpu()[on]
-            refined = said.detector.box2box_transform.apply_deltas(deltas, own)
+            predicted = self.dataset_classes[e][which]
+            rows.top.append(torch.where(best >= self.thresholds[e], predicted, self.background))
+            deltas = torch.cat(output.pred_anchor_deltas, dim=1)[0].float().cpu()[fg]
+            own = Boxes.cat(output.anchors).tensor.cpu()[fg]
+            refined = output.detector.box2box_transform.apply_deltas(deltas, own)
             rows.refined.append(_clipped(refined, image, e))
         return rows
 
     @staticmethod
-    def _scores(said: DetectorOutputs) -> Tensor:
-        """(anchors, K') as the detector scores its detections."""
-        score = torch.cat(said.pred_logits, dim=1)[0].float().sigmoid().cpu()
-        if len(said.predictions) > 2:
-            centerness = torch.cat(said.pred_centerness, dim=1)[0].float().sigmoid().cpu()
+    def _scores(output: DetectorOutputs) -> Tensor:
+        """Return (anchors, K'), the detector's scores at inference."""
+        score = torch.cat(output.pred_logits, dim=1)[0].float().sigmoid().cpu()
+        if len(output.predictions) > 2:
+            centerness = torch.cat(output.pred_centerness, dim=1)[0].float().sigmoid().cpu()
             score = (score * centerness).sqrt()
         return score
 
     @staticmethod
-    def _labelled(image: _Image, e: int, said: DetectorOutputs) -> Tensor:
-        """(anchors,) the object that each is labelled with by the detector's own rule, -1 for none."""
+    def _assigned_objects(image: _Image, e: int, output: DetectorOutputs) -> Tensor:
+        """Return (anchors,), the object assigned to each anchor by the detector's own rule, -1 for none."""
         single = torch.nonzero(~image.crowd)[:, 0]
-        anchors, detector = said.anchors, said.detector
+        anchors, detector = output.anchors, output.detector
         if not len(single):
             return torch.full((sum(map(len, anchors)),), -1)
-        given = Instances(tuple(said.images.image_sizes[0]))
+        given = Instances(tuple(output.images.image_sizes[0]))
         given.gt_boxes = Boxes((image.boxes[single] * image.scales[e]).to(detector.device))
-        # Which of its classes does not matter, but the last is a new one where some are old.
+        # Any class will do; with an incremental class map the last one is a new class, which is labelled.
         label = detector.num_classes - 1
         given.gt_classes = torch.full((len(single),), label, device=detector.device)
         [labels], [matched] = detector.label_anchors(anchors, [given])
-        on = torch.nonzero(labels == label)[:, 0]
-        boxes = box_tensors([matched])[0][on]
-        # Labelling tells the box, not its number.
+        fg = torch.nonzero(labels == label)[:, 0]
+        boxes = box_tensors([matched])[0][fg]
+        # label_anchors returns the matched boxes, not their indices.
         equal = (boxes[:, None] == given.gt_boxes.tensor[None]).all(dim=2)
         objects = torch.full(labels.shape, -1)
-        objects[on.cpu()] = single[equal.int().argmax(dim=1).cpu()]
+        objects[fg.cpu()] = single[equal.int().argmax(dim=1).cpu()]
         return objects
 
     def _known(self, image: _Image, objects: Tensor) -> Tensor:
-        """Rows of the background, or of an object whose class all detectors know."""
+        """Return whether a row is background, or all detectors have the class of its object."""
         known = torch.ones_like(objects, dtype=torch.bool)
-        on = objects >= 0
-        known[on] = torch.isin(image.labels[objects[on]], self.classes)
+        is_fg = objects >= 0
+        known[is_fg] = torch.isin(image.labels[objects[is_fg]], self.classes)
         return known
 
     def _add(self, image: _Image, rows: _Rows, label, size, counted) -> None:
-        on = rows.objects >= 0
+        is_fg = rows.objects >= 0
         cell = (label * 4 + size).numpy()
-        kept, kept_on = counted.numpy(), counted[on].numpy()
-        on_cell = cell[on.numpy()][kept_on]
-        truth = image.boxes[rows.objects[on]]
+        kept, kept_fg = counted.numpy(), counted[is_fg].numpy()
+        fg_cell = cell[is_fg.numpy()][kept_fg]
+        truth = image.boxes[rows.objects[is_fg]]
         _add(self.counts["rows"], cell[kept])
-        before = _iou(rows.boxes[on], truth)
-        _add(self.counts["iou_before"], on_cell, before[kept_on])
-        after = [_iou(refined, truth)[kept_on] for refined in rows.refined]
+        before = _iou(rows.boxes[is_fg], truth)
+        _add(self.counts["iou_before"], fg_cell, before[kept_fg])
+        after = [_iou(refined, truth)[kept_fg] for refined in rows.refined]
         right = [(top == label).numpy() for top in rows.top]
         for e, iou in enumerate(after):
-            _add(self.counts["iou_after"][e], on_cell, iou)
+            _add(self.counts["iou_after"][e], fg_cell, iou)
         for p, (i, j) in enumerate(self.pairs):
-            agreed = (rows.top[i] == rows.top[j]).numpy()
-            _add(self.counts["agree"][p], cell[kept & agreed])
+            equal = (rows.top[i] == rows.top[j]).numpy()
+            _add(self.counts["agree"][p], cell[kept & equal])
             _add(self.counts["class"][p], (cell * 4 + _outcome(right[i], right[j]))[kept])
             outcome = _outcome(after[i] >= 0.5, after[j] >= 0.5)
-            _add(self.counts["box"][p], on_cell * 4 + outcome)
+            _add(self.counts["box"][p], fg_cell * 4 + outcome)
 
     def table(self) -> dict[str, Any]:
-        """The counts as plain data: how many rows, each detector's, each pair's, by class and by size."""
+        """Return the results of each detector and each pair, by class and by size, as plain Python data."""
         rows = self.counts["rows"]
         foreground = rows[:-1].sum()
         of_pair = {e: (p, (1, 2)[pair.index(e)]) for p, pair in enumerate(self.pairs) for e in pair}
@@ -295,9 +298,9 @@ class RegionCounts:
             detectors.append(
                 {
                     "name": name,
-                    "class_right": _share(right.sum(), rows.sum()),
-                    "class_right_foreground": _share(right[:-1].sum(), foreground),
-                    "box_right": _share(boxes, foreground),
+                    "class_right": _fraction(right.sum(), rows.sum()),
+                    "class_right_foreground": _fraction(right[:-1].sum(), foreground),
+                    "box_right": _fraction(boxes, foreground),
                     "iou_before": before,
                     "iou_after": after,
                     "iou_gained": None if None in (before, after) else after - before,
@@ -324,7 +327,7 @@ class RegionCounts:
                 )
                 for name in ("class", "box")
             }
-            return {"rows": rows, **four, "agreement": _share(counts["agree"][at].sum(), rows)}
+            return {"rows": rows, **four, "agreement": _fraction(counts["agree"][at].sum(), rows)}
 
         first, second = (self.names[e] for e in self.pairs[p])
         names = [*self.truth.classes, "background"]
@@ -346,22 +349,22 @@ def _add(counts: np.ndarray, cells: np.ndarray, weights: np.ndarray | None = Non
 
 
 def _iou(boxes: Tensor, truth: Tensor) -> np.ndarray:
-    """(R,) IoU of row r with row r; 0 where both are empty."""
+    """Return (F,), the IoU of each box with its object; 0 where both are empty."""
     return matched_pairwise_iou(Boxes(boxes), Boxes(truth)).nan_to_num().numpy()
 
 
 def _outcome(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(M,) index in :data:`OUTCOMES` of two detectors, right or wrong."""
+    """Return (M,), indices in :data:`OUTCOMES`, from whether each of two detectors is correct."""
     first, second = first.astype(int), second.astype(int)
     return 3 - 2 * first - second
 
 
-def _share(count: float, total: float) -> float | None:
+def _fraction(count: float, total: float) -> float | None:
     return float(count / total) if total else None
 
 
 def _clipped(boxes: Tensor, image: _Image, e: int) -> Tensor:
-    """A detector's boxes in the data set's pixels, cut at the image's border."""
+    """Scale boxes to pixels of the image file and clip them to the image."""
     boxes = Boxes(boxes.cpu() / image.scales[e])
     boxes.clip(image.size)
     return boxes.tensor

@@ -1,4 +1,4 @@
-"""Training and measuring what a recipe says."""
+"""Training and evaluation by a recipe."""
 
 from .evaluation import build_evaluator, build_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher

@@ -1,4 +1,4 @@
-"""A run's checkpoint is its student's: any Detectron2 tool reads the file, and the run continues from it."""
+"""Checkpoints of a run, which any Detectron2 tool reads as the student's, and from which the run is resumed."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ..utils.random_state import random_state
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DDP, or the module itself."""
+    """Return the module inside DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The detector being trained, inside DDP and a :class:`Distiller` or bare."""
+    """Return the detector that is trained, without DDP and :class:`Distiller` around it."""
     model = unwrapped(model)
     return model.student if isinstance(model, Distiller) else model
 
 
 def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
-    """Names of a detector's classes in its order, if the data sets it learns from say as many."""
+    """Return the class names of the training data sets; None if their number is not that of the detector's classes."""
     with contextlib.suppress(InputError, AttributeError):
         classes = class_names(names)
         if len(classes) == num_classes_of(student):
@@ -45,10 +45,12 @@ def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | N
 
 
 def teacher_classes(teacher: Teacher, student: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Names of a teacher's classes in its order: those it was given, those in its file, or the student's first ones.
+    """Return the names of a teacher's classes in its order, or None.
+
+    They are its ``classes``, those in its weights file, or otherwise the student's first ones.
 
     Raises:
-        InputError: its file cannot be read.
+        InputError: the weights file cannot be read.
     """
     if teacher.classes is not None:
         return teacher.classes
@@ -59,20 +61,20 @@ def teacher_classes(teacher: Teacher, student: Sequence[str] | None) -> tuple[st
 
 
 class StudentCheckpointer(DetectionCheckpointer):
-    """Saves the student, and the state of whatever else is named, in one file.
+    """A checkpointer of the student and the states of other objects.
 
-    The file holds ``{"model": the student's, "classes": their names, "processes": of each, **the others}``, in
-    tensors and Python's scalars alone: ``torch.load(weights_only=True)`` reads it. It is written whole or not
-    at all, and saving is collective, because every process has a state of its own, see :meth:`process_state`.
+    The file has ``{"model": the student's state dict, "classes": class names, "processes": a state per process,
+    **other states}``. It consists of tensors and Python's scalars, so that ``torch.load(weights_only=True)`` reads
+    it, and is written atomically. Saving is a collective operation, see :meth:`process_state`.
 
     Args:
-        model: the detector, or what it is trained in.
-        save_dir: where to write.
-        classes: names of the student's classes in its order; None: the file does not tell.
-        checkpointables: what else to save, by key.
+        model: the detector, also inside a :class:`Distiller` or DDP.
+        save_dir: output folder.
+        classes: names of the student's classes in its order; None: the file has no "classes".
+        checkpointables: other objects to save, by key.
 
     Attributes:
-        begun: when the run began, as a file's time in ns: checkpoints that are older are another run's.
+        begun: start time of the run, as a file's modification time in ns; older checkpoints are another run's.
     """
 
     def __init__(
@@ -87,12 +89,12 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.begun = 0
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
-        """Write ``name.pth``. Every process must call this.
+        """Write ``name.pth``. This is a collective operation.
 
         Args:
             name: the file's name without its suffix.
-            tag: whether this is where ``--resume`` goes on.
-            extra: more to save, such as ``iteration``.
+            tag: whether ``--resume`` continues from this file.
+            extra: further values to save, such as ``iteration``.
         """
         processes = comm.gather(self.process_state())
         if not self.save_dir or not self.save_to_disk:
@@ -111,7 +113,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         self.logger.info("Saved %s", file)
 
     def process_state(self) -> dict[str, Any]:
-        """What this process has of its own: its generators, a dense detector's running mean of its foreground."""
+        """Return the state that differs between processes: random state, and a dense detector's loss normalizer."""
         state = {"random": random_state()}
         if hasattr(self.model, NORMALIZER):
             state[NORMALIZER] = getattr(self.model, NORMALIZER)
@@ -121,15 +123,15 @@ class StudentCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load_initial(self, weights: str) -> None:
-        """Start the student from whatever fits by name and shape: a backbone, another detector.
+        """Initialize the student with weights of equal name and shape, such as a backbone's or another detector's.
 
         Raises:
-            InputError: the file cannot be read, or nothing in it fits.
+            InputError: the file cannot be read, or none of its weights fits.
         """
         incompatible = self._load_model(read(weights))
         parameters = {name for name, _ in self.model.named_parameters()}
-        unmet = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
-        if parameters <= unmet:
+        missing = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
+        if parameters <= missing:
             raise InputError(
                 weights,
                 f"none of its tensors fits this {type(self.model).__name__}",
@@ -137,24 +139,24 @@ class StudentCheckpointer(DetectionCheckpointer):
             )
         self._log_incompatible_keys(incompatible)
         self.logger.info(
-            "%s: %d of %d parameters loaded", weights, len(parameters - unmet), len(parameters)
+            "%s: %d of %d parameters loaded", weights, len(parameters - missing), len(parameters)
         )
 
     def last(self) -> str | None:
-        """The checkpoint to resume from, if there is one.
+        """Return the file of the last checkpoint, or None.
 
         Raises:
-            InputError: ``last_checkpoint`` names a file that is not there.
+            InputError: ``last_checkpoint`` names a file that does not exist.
         """
         if not self.has_checkpoint():
             return None
         return local_path(self.get_checkpoint_file())
 
     def read_last(self) -> tuple[str, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, with its content; those that are not are named in a warning.
+        """Return the newest readable checkpoint with its content, or None; unreadable ones are logged.
 
         Raises:
-            InputError: ``last_checkpoint`` names a file that is not there, or none is whole.
+            InputError: ``last_checkpoint`` names a file that does not exist, or no checkpoint can be read.
         """
         last = self.last()
         if last is None:
@@ -163,33 +165,34 @@ class StudentCheckpointer(DetectionCheckpointer):
             try:
                 return file, read(file)
             except InputError as error:
-                self.logger.warning("%s. Looking at the checkpoint before it", error)
+                self.logger.warning("%s. Trying the one before it", error)
         raise InputError(
-            last, "cannot be read, nor is there one before it", "a whole checkpoint to go on from"
+            last, "cannot be read, nor is there one before it", "a whole checkpoint to resume from"
         )
 
     def before(self, last: str) -> list[str]:
-        """This run's periodic checkpoints that are older than one, the newest first."""
-        ages = {
+        """Return this run's periodic checkpoints that are older than ``last``, the newest first."""
+        files = {
             (file.stat().st_mtime_ns, file.name): str(file)
             for file in Path(self.save_dir).glob("model_*.pth")
             if re.fullmatch(r"model_\d+", file.stem)
         }
-        than = (Path(last).stat().st_mtime_ns, Path(last).name)
-        return [ages[age] for age in sorted(ages, reverse=True) if (self.begun,) <= age < than]
+        newest = (Path(last).stat().st_mtime_ns, Path(last).name)
+        times = [time for time in files if (self.begun,) <= time < newest]
+        return [files[time] for time in sorted(times, reverse=True)]
 
     def restore(self, weights: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Load a checkpoint of this very run: the student strictly, then the others' states.
+        """Resume from a checkpoint of this run: load the student strictly, and the states of the other objects.
 
         Args:
-            weights: the file's name.
-            checkpoint: what was read from it.
+            weights: name of the file.
+            checkpoint: its content.
 
         Returns:
-            what else it holds.
+            the remaining entries.
 
         Raises:
-            InputError: it is another run's.
+            InputError: the checkpoint does not fit this recipe.
         """
         check_names(checkpoint, weights, self.classes)
         incompatible = self._load_model(checkpoint)
@@ -200,7 +203,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             )
         for key, value in self.checkpointables.items():
             if key not in checkpoint:
-                self.logger.warning("%s holds no %r: that starts anew", weights, key)
+                self.logger.warning("%s has no %r: its initial state is used", weights, key)
                 continue
             try:
                 value.load_state_dict(checkpoint.pop(key))
@@ -212,25 +215,25 @@ class StudentCheckpointer(DetectionCheckpointer):
 
 
 FINAL = "model_final.pth"
-"""The state at the end of a run."""
+"""File name of the checkpoint at the end of a run."""
 
 NORMALIZER = "loss_normalizer"
-"""The attribute in which Detectron2's dense detectors keep it, which their own state lacks."""
+"""Name of the attribute with the loss normalizer of Detectron2's dense detectors, which is not in their state dict."""
 
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 
 
 def plain(value: Any, name: str = "checkpoint") -> Any:
-    """The value itself, NumPy's scalars in it replaced by Python's.
+    """Replace NumPy's scalars in a value by Python's, in dicts and lists in place.
 
     Raises:
-        InputError: something in it is more than tensors and Python's scalars, so that reading it would need trust.
+        InputError: it contains other types than tensors and Python's, which ``weights_only=True`` would not read.
     """
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (dict, OrderedDict, list):
-        # In place, for a state_dict has the versions of its modules beside its items.
+        # In place, because a state_dict has its modules' versions in an attribute.
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             value[key] = plain(item, f"{name}.{key}")
     elif type(value) is tuple:

@@ -1,4 +1,4 @@
-"""Measuring a detector on a recipe's test data."""
+"""Evaluation of a detector on a recipe's test data."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 def the_test_set(config: DictConfig) -> str | None:
-    """The registered name of the data set that a recipe measures on; None for several, or none."""
-    # Not looked at once more: that would read all annotations, and this is called at every evaluation.
+    """Return the registered name of a recipe's test data set; None if there are several, or none."""
+    # Without the checks of check_dataset, which read all annotations: this is called at every evaluation.
     names = dataset_names(config, "test")
     return names[0] if len(names) == 1 else None
 
 
 def build_test_loader(config: DictConfig, dataset_name: str | None = None) -> Iterable | None:
-    """The loader of ``dataloader.test``; None for a recipe that measures nothing.
+    """Build the loader of ``dataloader.test``; None if the recipe has no test loader or no evaluator.
 
     Args:
         config: a recipe with defaults.
-        dataset_name: a registered data set, instead of the recipe's.
+        dataset_name: a registered data set to use instead of the recipe's.
     """
     if "test" not in config.dataloader or "evaluator" not in config.dataloader:
         return None
@@ -51,29 +51,29 @@ def build_test_loader(config: DictConfig, dataset_name: str | None = None) -> It
 def build_evaluator(
     config: DictConfig, output_dir: str | Path | None = None, dataset_name: str | None = None
 ) -> Any:
-    """The evaluator of ``dataloader.evaluator``.
+    """Build the evaluator of ``dataloader.evaluator``.
 
-    Detectron2's default is its compiled implementation; where that was not built, COCO's own is used.
+    If Detectron2's compiled COCO evaluation is not available, that of pycocotools is used.
 
     Args:
         config: a recipe with defaults.
-        output_dir: for what it writes; the run's ``inference`` by default.
-        dataset_name: a registered data set, instead of the recipe's.
+        output_dir: folder of the evaluator's files; by default the run's ``inference``.
+        dataset_name: a registered data set to use instead of the recipe's.
     """
     config = copy.deepcopy(config)
     node = config.dataloader.evaluator
     output_dir = output_dir or Path(config.train.output_dir, "inference")
-    for one in node if OmegaConf.is_list(node) else [node]:
-        target = one.get("_target_")
+    for x in node if OmegaConf.is_list(node) else [node]:
+        target = x.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if not (inspect.isclass(target) and issubclass(target, COCOEvaluator)):
             continue
         if dataset_name is not None:
-            one.dataset_name = dataset_name
-        if one.get("output_dir") is None:
-            one.output_dir = str(output_dir)
+            x.dataset_name = dataset_name
+        if x.get("output_dir") is None:
+            x.output_dir = str(output_dir)
         if not has_compiled_operators():
-            one.use_fast_impl = False
+            x.use_fast_impl = False
     return instantiate(node)
 
 
@@ -85,18 +85,21 @@ def do_test(
     evaluator: Any = None,
     output_dir: str | Path | None = None,
 ) -> dict:
-    """Measure a model: ``{"bbox": {"AP": …, "AP-<class>": …}}`` in the main process, ``{}`` in others.
+    """Evaluate a model.
 
     Args:
         config: a recipe.
-        model: a detector, a :class:`Distiller`, of which the student is measured, or a function of batches.
-        loader: by default what :func:`build_test_loader` gives.
-        evaluator: one or several; by default what :func:`build_evaluator` gives.
-        output_dir: as of :func:`build_evaluator`.
+        model: a detector, a :class:`Distiller`, whose student is evaluated, or a function of batches.
+        loader: by default that of :func:`build_test_loader`.
+        evaluator: one or several; by default that of :func:`build_evaluator`.
+        output_dir: as for :func:`build_evaluator`.
+
+    Returns:
+        ``{"bbox": {"AP": …, "AP-<class>": …}}`` in the main process, ``{}`` in others.
     """
     loader = loader or build_test_loader(config)
     if loader is None:
-        logger.info("the recipe has no evaluator: nothing is measured")
+        logger.info("the recipe has no evaluator: no evaluation")
         return {}
     with preserved_random_state():
         evaluator = evaluator or build_evaluator(config, output_dir)
@@ -108,7 +111,7 @@ def do_test(
 
 
 def finite(results: Mapping) -> dict:
-    """Results, by task or not, without the metrics that are undefined."""
+    """Return results, possibly nested by task, without metrics that are not finite."""
     return {
         name: finite(value) if isinstance(value, Mapping) else value
         for name, value in results.items()

@@ -1,4 +1,4 @@
-"""The hooks Detectron2 lacks: the teacher's worth, the student's best state, pictures of what both see."""
+"""Hooks in addition to Detectron2's: evaluation of the teacher, the best checkpoint, pictures of detections."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from .checkpoint import StudentCheckpointer, learned_classes, student_of, teache
 
 logger = logging.getLogger(__name__)
 
-# Of a panel in TensorBoard, in pixels: an event file keeps every picture of a run.
+# Of a panel in TensorBoard, in pixels; limited, because the event file has all pictures of a run.
 LONGEST_SIDE = 800
-# Lower than the tools' one half: a young student is unsure of what it finds.
+# Score threshold; lower than the tools' 0.5, because scores are low early in training.
 DRAWN_FROM = 0.3
 
 
 def cache_file() -> Path:
-    """Where measured teachers are remembered: in ``$D2KD_CACHE``, else in the user's cache folder."""
+    """Return the cache file of teachers' APs: in ``$D2KD_CACHE``, otherwise in the user's cache folder."""
     caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
     return Path(os.environ.get("D2KD_CACHE", Path(caches, "d2kd")), "teachers.json")
 
 
 class EvalTeacher(HookBase):
-    """Measures the teacher before the first step, with the evaluator that will measure the student.
+    """Evaluate the teacher before the first step, with the student's evaluator.
 
-    It costs minutes, once for a teacher, and catches the worst mistake there is: a teacher that knows
-    nothing. The AP is remembered by the weights' hash, the data, the model's config and which class is which.
-    A teacher whose classes cannot be told to be the student's is not measured, and a warning says so.
+    This costs minutes, once for each teacher, and detects the worst mistake, a teacher that does not fit the data.
+    The AP is cached by the hashes of weights, data and the model's config, and by the class map. A teacher whose
+    classes cannot be mapped to the student's is not evaluated, with a warning.
 
     Args:
-        model: the teacher and its student.
-        config: the whole recipe.
-        evaluate: measures a detector given as a callable on batches.
+        model: the Distiller.
+        config: the recipe.
+        evaluate: a function that evaluates a detector given as a function of batches.
     """
 
     def __init__(self, model: Distiller, config: DictConfig, evaluate: Callable[[Callable], dict]):
@@ -70,19 +70,19 @@ class EvalTeacher(HookBase):
             if comm.is_main_process():
                 self.trainer.record.set(teacher={**key, "AP": None})
             return
-        # One process looks and all believe it: evaluating is a matter of all of them.
-        known = comm.all_gather(self._remembered(key))[0]
-        average_precision = self._measure() if known is None else known["AP"]
+        # All use what the main process has found in the cache, because all must take part in an evaluation.
+        cached = comm.all_gather(self._read_cache(key))[0]
+        average_precision = self._compute() if cached is None else cached["AP"]
         average_precision = comm.all_gather(average_precision)[0]
         if comm.is_main_process():
-            if known is None:
-                self._remember({**key, "AP": average_precision})
+            if cached is None:
+                self._write_cache({**key, "AP": average_precision})
             self.trainer.record.set(teacher={**key, "AP": average_precision})
-            self._say(average_precision)
+            self._log(average_precision)
 
     def _key(self) -> dict:
         names = check_dataset(dataset_names(self._config, "test"))
-        # A name says little: the annotations behind it may have been edited since.
+        # The name is not enough: the annotations may have been edited since.
         files = [MetadataCatalog.get(name).get("json_file") for name in names]
         model = {k: v for k, v in self._config.model.teacher.items() if k != "weights"}
         dataloader = self._config.dataloader
@@ -97,47 +97,47 @@ class EvalTeacher(HookBase):
             "config_sha256": config_hash(content),
         }
 
-    def _remembered(self, key: dict) -> dict | None:
-        """What this run, or any run of this user, has found before."""
+    def _read_cache(self, key: dict) -> dict | None:
+        """Return the result of this run, if it is resumed, or of any run of this user."""
         rows = [self.trainer.record.content["teacher"] or {}]
         if key["weights_sha256"] is not None:
             rows += read_rows(cache_file())
-        wanted = {name: value for name, value in key.items() if name != "weights"}
-        return next((row for row in rows if "AP" in row and wanted.items() <= row.items()), None)
+        items = {name: value for name, value in key.items() if name != "weights"}.items()
+        return next((row for row in rows if "AP" in row and items <= row.items()), None)
 
-    def _remember(self, row: dict) -> None:
+    def _write_cache(self, row: dict) -> None:
         if row["weights_sha256"] is None:
             return
         try:
             write_json(cache_file(), {"schema": 1, "rows": [*read_rows(cache_file()), row]})
-        except OSError as error:  # a home that cannot be written costs a repetition, no more
-            logger.warning("the teacher's AP is not remembered: %s", error)
+        except OSError as error:  # without a cache, the evaluation is only repeated
+            logger.warning("the teacher's AP is not cached: %s", error)
 
-    def _measure(self) -> float | None:
+    def _compute(self) -> float | None:
         logger.info("Evaluating the teacher")
         results = self._evaluate(self._detect)
         value = results.get("bbox", {}).get("AP")
         return None if value is None or not math.isfinite(value) else float(value)
 
-    def _say(self, average_precision: float | None) -> None:
-        share = 1.0 if self._class_map is None else self._class_map.share
-        # A class that it does not know counts as an AP of 0.
-        if average_precision is not None and average_precision >= share:
-            of = "" if share == 1 else f"; it knows {share:.0%} of the classes"
-            logger.info("The teacher's AP is %.2f%s", average_precision, of)
+    def _log(self, average_precision: float | None) -> None:
+        fraction = 1.0 if self._class_map is None else self._class_map.share
+        # A class that the teacher lacks has an AP of 0.
+        if average_precision is not None and average_precision >= fraction:
+            note = "" if fraction == 1 else f"; it has {fraction:.0%} of the classes"
+            logger.info("The teacher's AP is %.2f%s", average_precision, note)
             return
         found = "undefined" if average_precision is None else f"{average_precision:.3f}"
         bar = "!" * 78
         logger.warning(
-            f"\n{bar}\n! The teacher's AP is {found} of 100: it knows nothing about this data. Look at its\n"
+            f"\n{bar}\n! The teacher's AP is {found} of 100: it does not fit this data. Check its\n"
             f"! weights, its config, its classes and their order before you train a student.\n{bar}"
         )
 
 
 class Checkpoints(hooks.PeriodicCheckpointer):
-    """Detectron2's, which after a resume still knows what it wrote before, and keeps no more than it may.
+    """Detectron2's PeriodicCheckpointer, with ``max_to_keep`` also for files from before a resume.
 
-    A run that ended between its last two files, the periodic and the final one, is given the final one.
+    A run that was interrupted between its last two checkpoints, the periodic and the final one, gets the final one.
     """
 
     def before_train(self) -> None:
@@ -145,7 +145,7 @@ class Checkpoints(hooks.PeriodicCheckpointer):
         if self.max_to_keep is not None and self.trainer.start_iter > 0:
             last = self.checkpointer.get_checkpoint_file()
             written = [*reversed(self.checkpointer.before(last)), last]
-            # What is still to be written does not count yet: it could not be read, or was an earlier run's.
+            # Without files of later iterations, which were unreadable or are an earlier run's.
             unwritten = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
             self.recent_checkpoints = [file for file in written if Path(file).name < unwritten]
         if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
@@ -155,16 +155,16 @@ class Checkpoints(hooks.PeriodicCheckpointer):
 
 
 class Evaluate(hooks.EvalHook):
-    """Detectron2's, which makes up in a resumed run for what the run before had not come to.
+    """Detectron2's EvalHook, which in a resumed run first does an evaluation that is missing.
 
-    Checkpoints precede the evaluation that falls due with them, so that one that fails costs no training. A
-    run that ended between the two is resumed behind it: the evaluation then comes first, of the very state.
+    A checkpoint is written before the evaluation at the same iteration, so that a failing evaluation costs no
+    training. If a run is interrupted between the two, the resumed run starts with this evaluation.
 
     Args:
-        period: iterations; 0: at the end alone.
-        evaluate: gives the results.
-        metric: one that every evaluation has.
-        metrics: the file in which it stands once all that follows from it is done.
+        period: in iterations; 0: at the end alone.
+        evaluate: a function that returns the results.
+        metric: name of a metric that all evaluations have.
+        metrics: path of ``metrics.json``, which has the metric if the evaluation was finished.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], dict], metric: str, metrics: Path):
@@ -174,29 +174,29 @@ class Evaluate(hooks.EvalHook):
     def before_train(self) -> None:
         done, trainer = self.trainer.start_iter, self.trainer
         due = self._period > 0 and done > 0 and done % self._period == 0 and done < trainer.max_iter
-        if due and not comm.all_gather(self._is_known(done - 1))[0]:
+        if due and not comm.all_gather(self._is_done(done - 1))[0]:
             with trainer.as_of(done - 1):
                 self._do_eval()
 
-    def _is_known(self, iteration: int) -> bool:
+    def _is_done(self, iteration: int) -> bool:
         rows = read_metrics(self._metrics)
         return any(row["iteration"] == iteration and self._metric in row for row in rows)
 
     def after_train(self) -> None:
-        # Detectron2's would evaluate, too, where the last iteration failed.
+        # Detectron2's would also evaluate if the last iteration has failed.
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
 
 
 BEST = "model_best.json"
-"""What is best so far, in a run's folder."""
+"""File name, in a run's folder, of the best metric so far and its iteration."""
 
 
 class Writers(hooks.PeriodicWriter):
-    """Detectron2's, which opens its files when training begins.
+    """Detectron2's PeriodicWriter, which opens its files when training begins.
 
     Args:
-        build: makes the writers.
+        build: a function that returns the writers.
         period: iterations between two lines.
     """
 
@@ -209,14 +209,14 @@ class Writers(hooks.PeriodicWriter):
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the state with the highest metric so far as ``model_best.pth``; follows the evaluation hook.
+    """Save the state with the highest metric so far as ``model_best.pth``; to be placed after the evaluation hook.
 
-    What is best stands in ``model_best.json`` beside it and in every checkpoint, so that a resumed run does not
-    overwrite a better state. It is never the state that ``--resume`` goes on from.
+    The best value is written to ``model_best.json`` and to all checkpoints, so that a resumed run does not
+    overwrite a better state. ``--resume`` never continues from ``model_best.pth``.
 
     Args:
-        period: the evaluation hook's.
-        checkpointer: saves the state.
+        period: that of the evaluation hook.
+        checkpointer: the checkpointer of the run.
         metric: name in the evaluation's results, such as ``"bbox/AP"``.
     """
 
@@ -237,25 +237,25 @@ class BestCheckpoint(HookBase):
             rows = [row for row in read_rows(self._file) if row.get("metric") == self._metric]
             self._best = max([self._best, *(row["value"] for row in rows)])
             last = self.trainer.start_iter - 1
-            with self.trainer.as_of(last):  # if its evaluation was made up for
-                self._keep_if_best(last)
+            with self.trainer.as_of(last):  # if the evaluation hook has done a missing evaluation
+                self._save_if_best(last)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
-            self._judge(self.trainer.iter)
+            self._check_metric(self.trainer.iter)
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:  # it came to its end
-            self._judge(self.trainer.max_iter - 1)
+        if self.trainer.iter >= self.trainer.max_iter:  # not interrupted
+            self._check_metric(self.trainer.max_iter - 1)
 
-    def _judge(self, iteration: int) -> None:
+    def _check_metric(self, iteration: int) -> None:
         if comm.is_main_process() and self._metric not in self.trainer.storage.latest():
             logger.warning("no %s in the evaluation: which state is best is unknown", self._metric)
-        self._keep_if_best(iteration)
+        self._save_if_best(iteration)
 
-    def _keep_if_best(self, iteration: int) -> None:
-        # Only the main process has results, and saving takes all of them.
+    def _save_if_best(self, iteration: int) -> None:
+        # Only the main process has results, but all processes must take part in saving.
         value = comm.all_gather(self.trainer.storage.latest().get(self._metric, (None,))[0])[0]
         if value is None or not value > self._best:
             return
@@ -268,19 +268,19 @@ class BestCheckpoint(HookBase):
 
 
 class DrawDetections(HookBase):
-    """Puts ground truth | teacher | student of some images, always the same, into TensorBoard.
+    """Write pictures of ground truth | teacher | student for a fixed set of images to TensorBoard.
 
-    The pictures, ``detections/<name of the scene>``, follow every ``period`` iterations and the last one; they
-    show detections with a score of 0.3 or more. The hook only looks: a run is bit for bit the same without it.
-    It belongs in one process, which draws while the others go on.
+    The pictures, ``detections/<name of the scene>``, are written every ``period`` iterations and after the last
+    one. They show detections with a score of at least 0.3. The hook does not change the training in any bit. It
+    must be in the main process alone, which draws while the others continue.
 
     Args:
-        period: iterations, at least 1.
+        period: in iterations, at least 1.
         scenes: the images.
-        metadata: of their data set, for the names of the classes.
-        student: the detector inside DDP, whose own forward would wait for the other processes.
-        classes: names of the student's classes in its order, if they are known.
-        teacher: None where there is none, and no panel of it.
+        metadata: metadata of their data set, for the class names.
+        student: the detector without DDP, whose forward would wait for the other processes.
+        classes: names of the student's classes in its order, or None.
+        teacher: None: pictures have no panel of a teacher.
     """
 
     def __init__(
@@ -303,16 +303,15 @@ class DrawDetections(HookBase):
     def from_config(
         cls, cfg: DictConfig, model: nn.Module, classes: Sequence[str] | None
     ) -> DrawDetections | None:
-        """The hook of a recipe, which draws the first of its test images; None outside the main process, and where
-        there is no tensorboard.
+        """Build the hook for the first test images of a recipe; None in other processes and without tensorboard.
 
         Args:
             cfg: the recipe.
-            model: the detector or :class:`Distiller` inside DDP.
-            classes: names of the student's classes, if they are known.
+            model: the detector or :class:`Distiller`, without DDP.
+            classes: names of the student's classes, or None.
 
         Raises:
-            InputError: the recipe has no images to draw.
+            InputError: the recipe has no test images.
         """
         period = cfg.train.draw_period
         for key in ("dataloader.test.dataset.names", "dataloader.test.mapper"):
@@ -326,7 +325,7 @@ class DrawDetections(HookBase):
             return None
         test, student = cfg.dataloader.test, student_of(model)
         names = check_dataset(dataset_names(cfg, "test"))
-        # From the catalogue, since the test data as the loader gives them have no annotations.
+        # From the catalog, because the test mapper removes annotations.
         records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
         records = list(itertools.islice(records, cfg.train.draw_images))
         return cls(
@@ -343,7 +342,7 @@ class DrawDetections(HookBase):
         if teacher is None:
             return
         with preserved_random_state():
-            for scene in self._scenes:  # once: neither teacher nor image will change
+            for scene in self._scenes:  # once, because neither teacher nor images change
                 scene.add("teacher", teacher.detect)
 
     def after_step(self) -> None:
@@ -362,7 +361,7 @@ class DrawDetections(HookBase):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``eval()`` inside; after, every module is as it was, also one that was in ``eval()`` before."""
+    """Set a model to ``eval()`` inside the block, and restore the mode of each submodule at its end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -373,7 +372,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def has_tensorboard() -> bool:
-    """Whether Detectron2's writer for it can work; tensorboard is no requirement of ours."""
+    """Return whether tensorboard, which d2kd does not require, can be imported for Detectron2's writer."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""One process or many: by ``--num-gpus`` on CUDA, by torchrun anywhere."""
+"""Launching of one or several processes: by ``--num-gpus`` on CUDA, by torchrun on any device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from ..utils.compat import forget_process_groups, make_local_process_group
 from ..utils.errors import InputError
 
-REFUSED = 2  # the exit code of a command that refuses its input
+REFUSED = 2  # exit code after an InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of ``train.device``: "auto" is this process's CUDA device where there is CUDA.
+    """Return the device of ``train.device``; "auto" is this process's CUDA device if CUDA is available.
 
     Raises:
-        InputError: it does not exist here.
+        InputError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,15 +47,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or something that sets what it sets, started this process."""
+    """Return whether the environment variables of torchrun are set."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on the CPU.
+    """Initialize the process group of torchrun's processes inside the block: NCCL on CUDA, gloo on the CPU.
 
-    What is made inside and holds on to the group, such as a trainer, should be out of reach at the end.
+    At the end, there should be no reference to objects that use the group, such as a trainer.
     """
     if dist.is_initialized():  # by Detectron2's launch
         with explaining_lost_process():
@@ -73,7 +73,7 @@ def joined(device: str) -> Iterator[None]:
         with explaining_lost_process():
             yield
     finally:
-        # Groups join their threads when nothing holds them any more. One that lives on until Python ends may abort it.
+        # A group joins its threads when it has no more references. One that exists until Python exits may abort it.
         forget_process_groups()
         gc.collect()
         dist.destroy_process_group()
@@ -81,28 +81,28 @@ def joined(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explaining_lost_process() -> Iterator[None]:
-    """Raise in one line that another process is gone, where that is why the work inside cannot go on."""
+    """Raise InputError if the code inside fails because another process has ended."""
     try:
         yield
     except RuntimeError as error:
-        # torch's own, or gloo's, which has no type.
+        # Errors of torch's type, or gloo's errors, which have none.
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
-        # Without the place in gloo's sources before it, and the advice behind it.
-        said = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        # Without the source line of gloo before the message, and the advice after it.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise InputError(
             f"process {comm.get_rank()} of {comm.get_world_size()}",
-            f"another process is gone ({said})",
-            "all of them alive; that one's own last words, or the system's log, tell why it ended",
+            f"another process is gone ({reason})",
+            "all of them alive; see that process's output or the system's log",
         ) from error
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run ``main(args)`` here, or in ``args.num_gpus`` processes.
+    """Run ``main(args)`` in this process, or in ``args.num_gpus`` processes.
 
     Raises:
-        InputError: there are fewer GPUs, or one of the processes is lost.
-        SystemExit: one of the processes raised an InputError, and has said so.
+        InputError: there are fewer GPUs, or a process was killed.
+        SystemExit: a process has raised and printed an InputError.
     """
     if under_torchrun() or args.num_gpus * args.num_machines <= 1:
         main(args)
@@ -122,21 +122,21 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             dist_url=args.dist_url,
             args=(main, args, multiprocessing.get_context("spawn").Lock()),
         )
-    except ProcessExitedException as error:  # the others were ended
+    except ProcessExitedException as error:  # torch has ended the other processes
         if error.exit_code == REFUSED:
             raise SystemExit(REFUSED) from None
         ended_by = getattr(error, "signal_name", None) or f"exit code {error.exit_code}"
         raise InputError(
             f"process {error.error_index} of {args.num_gpus} here",
             f"ended by {ended_by}",
-            "all of them alive; the system's log may tell why",
+            "all of them alive; see the system's log",
         ) from error
 
 
 def _run_one(
     main: Callable, args: argparse.Namespace, first: multiprocessing.synchronize.Lock
 ) -> None:
-    """``main(args)`` in one of several processes; whichever refuses its input first says so, and all end alike."""
+    """Run ``main(args)`` in one of several processes; only the first InputError is printed, and all exit with 2."""
     try:
         main(args)
     except InputError as error:

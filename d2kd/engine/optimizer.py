@@ -1,7 +1,7 @@
-"""What moves the parameters: the recipe's optimizer, or the student's and one of the losses' own beside it.
+"""Optimizers of a run: one for all parameters, or one for the student and one for the losses.
 
-``train.loss_optimizer`` has, for the parameters of ``model.losses``, what a recipe has for all others:
-``optimizer``, ``lr_multiplier`` and ``clip_gradients``. Without it all are trained alike.
+``train.loss_optimizer`` has ``optimizer``, ``lr_multiplier`` and ``clip_gradients`` for the parameters of
+``model.losses``, as the recipe has for the student's. Without it, the recipe's are used for all parameters.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ..utils.errors import InputError
 
 
 class DistillerOptimizer(Optimizer):
-    """The student's optimizer and the losses' own as one, for trainer, scaler and checkpoint.
+    """The optimizers of the student and of the losses as one, for trainer, GradScaler and checkpoint.
 
     Attributes:
-        param_groups: those of both, the student's first.
-        student, losses: the two.
+        param_groups: the groups of both, the student's first.
+        student, losses: the two optimizers.
 
     Raises:
         ValueError: a parameter is in both.
     """
 
     def __init__(self, student: Optimizer, losses: Optimizer):
-        # The groups themselves and no copies: what sets a learning rate here has set it there.
+        # The same dicts, not copies, so that a learning rate that is set here is also set in the two optimizers.
         super().__init__([*student.param_groups, *losses.param_groups], {})
         self.student, self.losses = student, losses
 
@@ -49,7 +49,7 @@ class DistillerOptimizer(Optimizer):
 
 
 class DistillerLRMultiplier(LRMultiplier):
-    """Detectron2's schedule, with a multiplier of their own for the losses' groups."""
+    """Detectron2's LRMultiplier, with another multiplier for the parameter groups of the losses."""
 
     def __init__(
         self,
@@ -63,22 +63,22 @@ class DistillerLRMultiplier(LRMultiplier):
 
     def get_lr(self) -> list[float]:
         multiplier = self._losses_multiplier(self.last_epoch / self._max_iter)
-        students = len(self.optimizer.student.param_groups)
-        return super().get_lr()[:students] + [lr * multiplier for lr in self.base_lrs[students:]]
+        count = len(self.optimizer.student.param_groups)
+        return super().get_lr()[:count] + [lr * multiplier for lr in self.base_lrs[count:]]
 
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
-    """The optimizer of a complete recipe for its model, or for the student of its model alone.
+    """Build the optimizer of a recipe with defaults for its model.
 
     Raises:
-        InputError: it does not say where parameters go, or there are none.
+        InputError: an optimizer's config has no ``params``, or it has no trainable parameters.
     """
-    own = config.train.loss_optimizer
-    if own is None or not isinstance(model, Distiller):
+    loss_optimizer = config.train.loss_optimizer
+    if loss_optimizer is None or not isinstance(model, Distiller):
         return _build("optimizer", config.optimizer, model)
     return DistillerOptimizer(
         _build("optimizer", config.optimizer, model.student),
-        _build("train.loss_optimizer.optimizer", own.optimizer, model.losses),
+        _build("train.loss_optimizer.optimizer", loss_optimizer.optimizer, model.losses),
     )
 
 
@@ -91,13 +91,13 @@ def _build(key: str, node: DictConfig, model: nn.Module) -> Optimizer:
     node.params.model = model
     optimizer = instantiate(node)
     for group in optimizer.param_groups:
-        # Adam's betas arrive as omegaconf's list, which torch.load would not trust in a checkpoint.
+        # Adam's betas are a ListConfig, which torch.load(weights_only=True) would not read from a checkpoint.
         group.update({k: tuple(v) for k, v in group.items() if OmegaConf.is_list(v)})
     return optimizer
 
 
 def build_lr_scheduler(config: DictConfig, optimizer: Optimizer) -> LRMultiplier:
-    """The schedule of a complete recipe for what :func:`build_optimizer` gave."""
+    """Build the learning rate schedule of a recipe with defaults for the output of :func:`build_optimizer`."""
     multiplier, max_iter = _multiplier(config), config.train.max_iter
     if not isinstance(optimizer, DistillerOptimizer):
         return LRMultiplier(optimizer, multiplier, max_iter)
@@ -108,17 +108,17 @@ def build_lr_scheduler(config: DictConfig, optimizer: Optimizer) -> LRMultiplier
 
 def _multiplier(node: DictConfig) -> ParamScheduler:
     multiplier = node.get("lr_multiplier")
-    # fvcore's constant refuses the end of a run, where the trainer asks once more.
+    # fvcore's ConstantParamScheduler raises at the end of the schedule, where the trainer calls it once more.
     return LinearParamScheduler(1.0, 1.0) if multiplier is None else instantiate(multiplier)
 
 
 def students(optimizer: Optimizer) -> Optimizer:
-    """The part that trains the student."""
+    """Return the optimizer of the student's parameters."""
     return optimizer.student if isinstance(optimizer, DistillerOptimizer) else optimizer
 
 
 def clipping(optimizer: Optimizer, train: DictConfig) -> list[tuple[Optimizer, DictConfig]]:
-    """Each optimizer whose gradients are measured and clipped apart, with its ``clip_gradients``."""
+    """Return the optimizers whose gradients are clipped separately, each with its ``clip_gradients``."""
     clips = [(students(optimizer), train.clip_gradients)]
     if isinstance(optimizer, DistillerOptimizer):
         clips.append((optimizer.losses, train.loss_optimizer.clip_gradients))

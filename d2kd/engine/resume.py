@@ -1,4 +1,4 @@
-"""What the processes of a resumed run agree on."""
+"""Consistency of the processes of a resumed run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..utils.errors import InputError
-from .checkpoint import (
-    NORMALIZER,
-)
+from .checkpoint import NORMALIZER
 
 
 def check_agreed(last: tuple[str, dict] | None) -> None:
-    """Whether all processes go on from one checkpoint; or they would train different weights, and never say so.
+    """Check that all processes resume from the same checkpoint; otherwise their weights would differ silently.
 
     Raises:
-        InputError: they do not.
+        InputError: the checkpoints differ.
     """
     found = "no checkpoint" if last is None else Path(last[0]).name
     for rank, other in enumerate(comm.all_gather(found)):
@@ -31,9 +29,9 @@ def check_agreed(last: tuple[str, dict] | None) -> None:
 
 
 def dealt_anew(states: Sequence[dict], processes: int) -> dict[str, Any]:
-    """What each of another number of processes goes on with; a batch has as many images in all as before.
+    """Return the state of each process if their number has changed, with the same total batch size.
 
-    A normalizer counts the foreground of its process's share of them, so it is their sum that stays.
+    A loss normalizer counts the foreground of its process's part of the batch, so that their sum is preserved.
     """
-    known = [state[NORMALIZER] for state in states if NORMALIZER in state]
-    return {NORMALIZER: sum(known) / processes} if known else {}
+    values = [state[NORMALIZER] for state in states if NORMALIZER in state]
+    return {NORMALIZER: sum(values) / processes} if values else {}

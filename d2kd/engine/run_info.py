@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: versions, hashes, its log, and files that are whole or absent."""
+"""Files of a run besides its checkpoints: ``metrics.json``, ``run.json`` with versions and results, and the log."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..utils.io import disk_is_full, read_json, read_rows, write_json, write_tex
 
 
 def keep_metrics_before(path: str | Path, iteration: int) -> None:
-    """Drop the lines of ``metrics.json`` that the run will write again, or all if it starts anew."""
+    """Remove the lines of ``metrics.json`` from an iteration on, which a resumed run will write again."""
     path = Path(path)
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # a line that a crash cut short
+        with contextlib.suppress(ValueError, KeyError):  # a line is incomplete after a crash
             if json.loads(line)["iteration"] < iteration:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
 class RunLog:
-    """A run's log, from its first word, although its folder exists only once all input was found good.
+    """A run's log, which begins before the output folder exists.
 
-    Records are kept in memory until :meth:`open` names the file.
+    Records are buffered in memory until :meth:`open` is called with the file.
     """
 
     def __init__(self):
@@ -45,7 +45,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take what is logged inside."""
+        """Collect all records that are logged inside the block."""
         loggers = [logging.getLogger(name) for name in LOGGERS]
         for logger in loggers:
             logger.addHandler(self._buffer)
@@ -57,9 +57,9 @@ class RunLog:
             self._buffer.flush()
 
     def open(self, path: str | Path) -> None:
-        """Write to this file from now on, beginning with what was kept."""
+        """Write the buffered records, and all later ones, to a file."""
         file = logging.FileHandler(path)
-        # Where the disk is full the console says so, once; it has these lines, too.
+        # A full disk is reported once, on the console, which has these records, too.
         file.handleError = lambda record: None
         layout = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
         file.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
@@ -74,7 +74,7 @@ class RunLog:
 
 
 class RunRecord:
-    """``run.json``: what made the result. A row is one start of the run; resuming adds another."""
+    """``run.json``: command, versions, teacher and results of a run. Starting or resuming adds a row."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -83,11 +83,11 @@ class RunRecord:
 
     @property
     def begun(self) -> int:
-        """When the run in the folder began, as a file's time in ns; 0 where that is not known."""
+        """Start time of the run in the folder, as a file's modification time in ns; 0 if unknown."""
         return int(read_json(self._path).get("begun", 0))
 
     def load(self) -> None:
-        """Go on with the record of the run that is resumed."""
+        """Load the record of the run that is resumed."""
         written = read_json(self._path)
         self.content |= {k: written[k] for k in ("begun", "teacher") if k in written}
         self.content["rows"] = read_rows(self._path)
@@ -95,13 +95,13 @@ class RunRecord:
     def begin(self, **row: Any) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         if not self.content["rows"]:
-            self.set()  # a file's time is told by the clock that tells those of checkpoints
+            self.set()  # so that the start time is from the same clock as the times of checkpoints
             self.content["begun"] = self._path.stat().st_mtime_ns
         self.content["rows"].append({"started": started, **row})
         self.set()
 
     def end(self, iteration: int, seconds: float, results: dict, peak: int | None) -> None:
-        """Say how far it came, after how many seconds of training, the last evaluation, and bytes at the peak."""
+        """Add the last iteration, seconds of training, results of the last evaluation, and peak memory in bytes."""
         if self.content["rows"]:
             self.content["rows"][-1] |= {
                 "iterations": iteration,
@@ -119,7 +119,7 @@ class RunRecord:
 
 @contextlib.contextmanager
 def quiet_about_input_errors() -> Iterator[None]:
-    """Keep Detectron2's loop from printing the traceback of an error that is the input's."""
+    """Suppress the traceback that Detectron2's train loop logs, if the error is an InputError or a full disk."""
 
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

@@ -1,4 +1,4 @@
-"""One training step, in any precision, on any device, in one process or many."""
+"""The training step, with mixed precision, gradient clipping and checks for values that are not finite."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .optimizer import clipping
 
 
 class NotFinite(Exception):
-    """A step came to a number that no training survives; nothing was updated."""
+    """A loss or gradient is NaN or infinite; the step has changed nothing."""
 
     def __init__(self, culprit: str, value: float):
         super().__init__(culprit, value)
@@ -32,16 +32,18 @@ class NotFinite(Exception):
 
 
 class Step(SimpleTrainer):
-    """One training step in any precision on any device.
+    """A ``SimpleTrainer`` with mixed precision, gradient clipping and checks for values that are not finite.
 
-    With precision full and clipping off it is ``SimpleTrainer``'s, bit for bit. A loss or gradient that is
-    not finite stops it, in all processes alike, and leaves all as it was before.
+    In full precision without clipping, its results are those of ``SimpleTrainer``, bit for bit. If a loss or
+    gradient is not finite in one process, all raise :class:`NotFinite` and restore the state before the step.
 
     Args:
-        optimizer: what :func:`d2kd.engine.optimizer.build_optimizer` gives; the student's gradients and those
-            of an optimizer of the losses' own are clipped apart.
-        precision: what :func:`precision` gives.
-        train: of a complete recipe, for its ``clip_gradients``.
+        model: the detector or :class:`Distiller`, possibly in DDP.
+        data_loader: the training loader.
+        optimizer: output of :func:`d2kd.engine.optimizer.build_optimizer`. Gradients of a separate optimizer of
+            the losses are clipped separately.
+        precision: output of :func:`precision`.
+        train: the node ``train`` of a recipe with defaults, for its ``clip_gradients``.
     """
 
     def __init__(
@@ -57,92 +59,90 @@ class Step(SimpleTrainer):
         self._autocast, self.grad_scaler = precision
         self._clipping = clipping(optimizer, train)
         self._device = next(model.parameters()).device
-        # Statistics and counters.
-        self._running = [
+        # Running statistics and counters, which a forward changes.
+        self._buffers = [
             buffer
             for module in model.modules()
             for buffer in module.buffers(recurse=False)
             if not buffer.is_floating_point()
             or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats)
         ]
-        self._counting = [
+        self._extra_state_modules = [
             module
             for module in model.modules()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
 
     def feed(self, data_loader: Iterable) -> None:
-        """Take batches from another loader from now on."""
+        """Use another loader from now on."""
         self.data_loader, self._batches = data_loader, iter(data_loader)
 
     def run_step(self) -> None:
         assert self.model.training, "the model was put in eval mode"
-        put_back = self._what_a_forward_moves()
+        restore = self._snapshot()
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
         try:
             losses = self._forward(batch)
-            self._record(losses, data_time)
+            self._write_metrics(losses, data_time)
             self.optimizer.zero_grad()
             with record_function("d2kd/backward"):
                 self.grad_scaler.scale(sum(losses.values())).backward()
             self.grad_scaler.unscale_(self.optimizer)
             self._clip_gradients()
         except NotFinite:
-            put_back()
+            restore()
             raise
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _what_a_forward_moves(self) -> Callable[[], None]:
-        """Keep what changes before a step is known to be good; called, what it returns puts it back."""
+    def _snapshot(self) -> Callable[[], None]:
+        """Copy all state that a forward changes, and return a function that restores it."""
         student = student_of(self.model)
-        running, random = [buffer.clone() for buffer in self._running], random_state()
-        counts = [module.get_extra_state() for module in self._counting]
+        buffers, random = [buffer.clone() for buffer in self._buffers], random_state()
+        extra_states = [module.get_extra_state() for module in self._extra_state_modules]
         normalizer = getattr(student, NORMALIZER, None)
 
-        def put_back() -> None:
-            for buffer, before in zip(self._running, running):
+        def restore() -> None:
+            for buffer, before in zip(self._buffers, buffers):
                 buffer.copy_(before)
-            for module, before in zip(self._counting, counts):
+            for module, before in zip(self._extra_state_modules, extra_states):
                 module.set_extra_state(before)
             set_random_state(random)
             if normalizer is not None:
                 setattr(student, NORMALIZER, normalizer)
-            elif hasattr(student, NORMALIZER):  # it was the first step
+            elif hasattr(student, NORMALIZER):  # the failed step was the first
                 delattr(student, NORMALIZER)
 
-        return put_back
+        return restore
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
             with (
                 record_function("d2kd/forward"),
                 self._autocast(),
-                _scripts_as_written(self._device),
+                _unoptimized_torchscript(self._device),
             ):
                 losses = self.model(batch)
-        except FloatingPointError:  # Detectron2's, of proposals that are not finite
+        except FloatingPointError:  # raised by Detectron2 for proposals that are not finite
             return {"the student's predictions": torch.tensor(math.nan)}
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
-    def _record(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
+    def _write_metrics(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
         values = torch.stack([value.detach().double().mean() for value in losses.values()]).tolist()
-        # All see the values of all, for all to stop together: one that stopped alone would leave the
-        # others waiting for its gradients.
-        everyones = comm.all_gather((dict(zip(losses, values)), data_time))
-        for named, _ in everyones:
-            for name, value in named.items():
+        # Every process checks the values of all, so that all stop together. If only one process stopped, the
+        # others would wait for its gradients forever.
+        all_metrics = comm.all_gather((dict(zip(losses, values)), data_time))
+        for metrics, _ in all_metrics:
+            for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise NotFinite(name, value)
         if not comm.is_main_process():
             return
-        means = {
-            name: sum(named[name] for named, _ in everyones) / len(everyones) for name in losses
-        }
+        means = {name: sum(x[name] for x, _ in all_metrics) / len(all_metrics) for name in losses}
         storage = get_event_storage()
-        storage.put_scalar("data_time", max(data_time for _, data_time in everyones))
+        storage.put_scalar("data_time", max(data_time for _, data_time in all_metrics))
         storage.put_scalar("total_loss", sum(means.values()))
         if len(means) > 1:
             storage.put_scalars(**means)
@@ -153,7 +153,7 @@ class Step(SimpleTrainer):
                 p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
             ]
             norm = nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type)
-            # An enabled scaler skips such a step by itself, and scales less in the next.
+            # An enabled GradScaler itself skips such a step, and reduces its scale.
             if not self.grad_scaler.is_enabled() and not torch.isfinite(norm):
                 raise NotFinite("the gradient", norm.item())
             if not clip.enabled:
@@ -175,11 +175,11 @@ class Step(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _scripts_as_written(device: torch.device) -> contextlib.AbstractContextManager:
-    """On a CPU, inside, TorchScript does not optimize what it runs.
+def _unoptimized_torchscript(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which TorchScript does not optimize its functions on a CPU.
 
-    It would look at the first calls of a process and compute the later ones in another order: those of a
-    resumed run would round differently from the same ones of an uninterrupted run.
+    Its optimization starts after the first calls in a process and changes rounding. Therefore the same steps of a
+    resumed and of an uninterrupted run would round differently.
     """
     if device.type != "cpu":
         return contextlib.nullcontext()
@@ -187,7 +187,7 @@ def _scripts_as_written(device: torch.device) -> contextlib.AbstractContextManag
 
 
 def distributed(model: nn.Module, device: torch.device, options: DictConfig) -> nn.Module:
-    """The model in DDP if there is more than one process, on CUDA or on the CPU."""
+    """Return the model in DDP if there are several processes, otherwise the model itself."""
     if comm.get_world_size() == 1:
         return model
     options = dict(options)
@@ -204,10 +204,10 @@ def distributed(model: nn.Module, device: torch.device, options: DictConfig) -> 
 def precision(
     amp: DictConfig, device: torch.device
 ) -> tuple[Callable[[], Any], torch.amp.GradScaler]:
-    """The context of a forward pass, and the scaler of its gradients, for ``train.amp``.
+    """Return (function that returns the context of a forward, GradScaler) for ``train.amp``.
 
     Raises:
-        InputError: the device has no such precision.
+        InputError: the device does not support the precision.
     """
     dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     if amp.dtype not in dtypes:

@@ -1,4 +1,4 @@
-"""Detectron2's DefaultTrainer, which takes a LazyConfig."""
+"""Detectron2's DefaultTrainer for a LazyConfig."""
 
 from __future__ import annotations
 
@@ -74,28 +74,27 @@ METRICS = "metrics.json"
 
 
 class Trainer(DefaultTrainer):
-    """Trains what a recipe says, a plain detector or a :class:`Distiller`.
+    """The trainer of a recipe, whose model is a plain detector or a :class:`Distiller`.
 
-    A subclass overrides what Detectron2 documents: ``build_model``, ``build_optimizer``, ``build_lr_scheduler``,
+    As in ``DefaultTrainer``, a subclass may override ``build_model``, ``build_optimizer``, ``build_lr_scheduler``,
     ``build_train_loader``, ``build_test_loader``, ``build_evaluator``, ``build_hooks``, ``build_writers`` and ``test``.
-    They take the LazyConfig where ``DefaultTrainer``'s take a yacs config. Its constructor reads one, and so is not
-    called; the loop, its hooks and what is logged are ``TrainerBase``'s.
+    They take the LazyConfig instead of a yacs config. ``DefaultTrainer``'s constructor needs a yacs config and is not
+    called; the loop, its hooks and its logging are those of ``TrainerBase``.
 
-    Construction reads and checks all input and writes nothing: the output folder is touched by
-    :meth:`train` alone.
+    The constructor reads and checks all input and writes nothing: only :meth:`train` writes to the output folder.
 
     Args:
         cfg: a recipe: ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, whose keys and
-            defaults are those of :class:`d2kd.config.Train`. Left as it is.
+            defaults are those of :class:`d2kd.config.Train`. It is not changed.
 
     Attributes:
         cfg: the recipe with its defaults.
-        seconds: time spent in steps, that of earlier parts of a resumed run included.
-        record: what ``run.json`` says.
-        finished: whether what was resumed had come to its end, and has left its last state whole.
+        seconds: time spent in steps, including those before a resume.
+        record: the content of ``run.json``.
+        finished: whether the resumed run had ended and written its final checkpoint.
 
     Raises:
-        InputError: something the recipe names cannot be used.
+        InputError: a value of the recipe is invalid.
     """
 
     def __init__(self, cfg: Any):
@@ -124,8 +123,8 @@ class Trainer(DefaultTrainer):
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
         self._is_measured = self.build_test_loader(cfg, the_test_set(cfg)) is not None
-        # Set once for the weights, once for the loader: building a teacher or an adapter, which draws too,
-        # must not change what the student's run draws. A third time before the first step.
+        # Seeded once for the weights and once for the loader, because a teacher or an adapter also uses random
+        # numbers and must not change those of the student's run. Seeded again before the first step.
         seed_all_rng(train.seed)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -144,7 +143,7 @@ class Trainer(DefaultTrainer):
         losses, self._teacher_sha256 = {}, None
         if isinstance(model, Distiller):
             losses["losses"] = model.losses
-            # Now, for the file may be gone when a checkpoint is written.
+            # Now, because the file may not exist when a checkpoint is written.
             self._teacher_sha256 = model.teacher.weights_sha256
         self.checkpointer = StudentCheckpointer(
             model,
@@ -162,31 +161,31 @@ class Trainer(DefaultTrainer):
         )
 
     def _check_classes(self, model: nn.Module) -> None:
-        """Whether the data are about the student's classes; of loaded data, since some have names only then."""
+        """Check that the data have the student's classes; after loading, because some data have no names before."""
         student = student_of(model)
         try:
             num_classes = num_classes_of(student)
-        except AttributeError:  # a detector of another kind
+        except AttributeError:  # a detector of another family
             return
         check_objects(self._data, num_classes, getattr(student, "num_old_classes", 0))
         if self._is_measured:
-            for name in self._test_data:  # which may have classes that come later
+            for name in self._test_data:  # may have classes of later increments
                 check_count(name, num_classes, least=1)
         names = learned_classes(student, self._data)
         if names is None or not isinstance(model, Distiller) or model.class_map is None:
             return
-        told = model.class_map.student
-        same = ClassMap.by_name(told, names)
+        classes = model.class_map.student
+        same = ClassMap.by_name(classes, names)
         if not same.is_identity:
-            k = next(k for k in range(len(told)) if (k, k) not in same.pairs)
+            k = next(k for k in range(len(classes)) if (k, k) not in same.pairs)
             raise InputError(
-                "model.classes", f"class {k} is {told[k]!r}", f"{names[k]!r}, as in the data"
+                "model.classes", f"class {k} is {classes[k]!r}", f"{names[k]!r}, as in the data"
             )
 
     def _seed(self) -> None:
         seed_all_rng(self.cfg.train.seed + comm.get_rank())
 
-    # What Detectron2 documents as a subclass's to override.
+    # Methods that a subclass may override, as in Detectron2.
 
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:
@@ -213,22 +212,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
-        """The loader of ``cfg.dataloader.test``, of another data set if it is named; None: nothing is measured."""
+        """Build the loader of ``cfg.dataloader.test``, for another data set if it is named; None: no evaluation."""
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: DictConfig, dataset_name: str | None) -> Any:
-        """The evaluator of ``cfg.dataloader.evaluator``, likewise."""
+        """Build the evaluator of ``cfg.dataloader.evaluator``, for another data set if it is named."""
         return build_evaluator(cfg, dataset_name=dataset_name)
 
     @classmethod
     def test(cls, cfg: DictConfig, model: nn.Module | Callable, evaluators: Any = None) -> dict:
-        """Measure a model on ``cfg.dataloader.test``, see :func:`do_test`."""
+        """Evaluate a model on ``cfg.dataloader.test``, see :func:`do_test`."""
         with preserved_random_state():
             name = the_test_set(cfg)
             loader = cls.build_test_loader(cfg, name)
-            if loader is None:  # also where a subclass says so of a recipe that has one
-                logger.info("no test loader: nothing is measured")
+            if loader is None:  # a subclass may return None although the recipe has a test loader
+                logger.info("no test loader: no evaluation")
                 return {}
             evaluators = evaluators or cls.build_evaluator(cfg, name)
             return do_test(cfg, model, loader=loader, evaluator=evaluators)
@@ -252,7 +251,7 @@ class Trainer(DefaultTrainer):
             else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(students(self._trainer.optimizer)),
-            # In every process, unlike Detectron2's: a checkpoint holds the random state of each.
+            # In every process, unlike Detectron2's, because a checkpoint has the random state of each.
             Checkpoints(
                 checkpointer,
                 train.checkpointer.period,
@@ -275,7 +274,7 @@ class Trainer(DefaultTrainer):
 
     def register_hooks(self, hooks: list[hooks.HookBase | None]) -> None:
         super().register_hooks(hooks)
-        # Last, so that what other hooks log in a step is written with it.
+        # Last, so that scalars that other hooks log in a step are written with it.
         self._hooks.sort(key=lambda hook: isinstance(hook, Writers))
 
     def build_writers(self) -> list[EventWriter]:
@@ -288,13 +287,13 @@ class Trainer(DefaultTrainer):
             writers.append(TensorboardXWriter(folder))
         return writers
 
-    # Beginning, going on, ending.
+    # Start, resume and end of a run.
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the output folder's last checkpoint, or start from ``train.init_checkpoint``.
+        """Resume from the last checkpoint in the output folder, or load ``train.init_checkpoint``.
 
         Raises:
-            InputError: a file is missing or cannot be read, or does not fit.
+            InputError: a file is missing, cannot be read or does not fit.
         """
         with self._log.listening():
             self.checkpointer.begun = self.record.begun
@@ -313,33 +312,33 @@ class Trainer(DefaultTrainer):
         self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL
         states, processes = rest.get("processes", ()), comm.get_world_size()
         if len(states) == processes:
-            own = states[comm.get_rank()]
-            self._random = own["random"]
+            state = states[comm.get_rank()]
+            self._random = state["random"]
         else:
-            own = dealt_anew(states, processes)
-            dealt = f"; its {NORMALIZER} is dealt to them anew" if own else ""
-            logger.warning("%s has no random state for this many processes%s", file, dealt)
-        if NORMALIZER in own:
-            setattr(student_of(self.model), NORMALIZER, own[NORMALIZER])
+            state = dealt_anew(states, processes)
+            note = f"; its {NORMALIZER} is divided anew" if state else ""
+            logger.warning("%s has no random state for this many processes%s", file, note)
+        if NORMALIZER in state:
+            setattr(student_of(self.model), NORMALIZER, state[NORMALIZER])
         start = self.start_iter
         if self._batch_size:
             start = self._images_before // self._batch_size
         cfg = copy.deepcopy(self.cfg)
         use_seeded_loaders(cfg.dataloader, seed=cfg.train.seed, start=start)
         if start > 0 and "start" not in cfg.dataloader.train:
-            logger.warning("this data loader cannot go on where it was: its stream starts anew")
+            logger.warning("this data loader cannot be resumed: it starts from its beginning")
         self._trainer.feed(self.build_train_loader(cfg))
         self.record.load()
-        logger.info("Going on from %s, at iteration %d", file, self.start_iter)
+        logger.info("Resuming from %s at iteration %d", file, self.start_iter)
 
     def train(self) -> dict | None:
-        """Train; the output folder holds what there is to know about it.
+        """Train, and write checkpoints, metrics, log, config and ``run.json`` to the output folder.
 
         Returns:
-            the last evaluation's results.
+            results of the last evaluation.
 
         Raises:
-            InputError: a loss is not finite, or an image cannot be read. The last good state is kept.
+            InputError: a loss is not finite, after the state before it was saved; or an image cannot be read.
         """
         folder = self.cfg.train.output_dir
         self._peak = Peak(self.device)
@@ -354,7 +353,7 @@ class Trainer(DefaultTrainer):
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)
             except BaseException:
-                with contextlib.suppress(OSError):  # or it would hide what happened first
+                with contextlib.suppress(OSError):  # otherwise it would hide the first error
                     self._end_record()
                 raise
             else:
@@ -371,14 +370,14 @@ class Trainer(DefaultTrainer):
         folder = Path(self.cfg.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
-        if self.start_iter == 0:  # a former run here is nothing to one that begins anew
+        if self.start_iter == 0:  # a new run must not use files of an earlier one
             for name in ("last_checkpoint", BEST):
                 (folder / name).unlink(missing_ok=True)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
         try:
             save_config(self.cfg, folder / "config.yaml")
-        except InputError as error:  # a run needs no copy of its recipe
+        except InputError as error:  # the run does not need this copy of its recipe
             logger.warning("%s", error)
         keep_metrics_before(folder / METRICS, self.start_iter)
         self.record.begin(
@@ -391,11 +390,11 @@ class Trainer(DefaultTrainer):
         )
 
     def before_train(self) -> None:
-        self._begin_random_state()  # for a hook that saves what it stands on
+        self._init_random_state()  # for a hook that saves a checkpoint
         super().before_train()
-        self._begin_random_state()
+        self._init_random_state()
 
-    def _begin_random_state(self) -> None:
+    def _init_random_state(self) -> None:
         if self._random is None:
             self._seed()
         else:
@@ -403,21 +402,21 @@ class Trainer(DefaultTrainer):
 
     @contextlib.contextmanager
     def as_of(self, iteration: int) -> Iterator[None]:
-        """Inside, the clock stands at an iteration that is over; for what is owed to it."""
-        now = self.iter
+        """Set the iteration to an earlier one inside the block, for hooks that do work that is missing there."""
+        current = self.iter
         self.iter = self.storage.iter = iteration
         try:
             yield
         finally:
-            self.iter = self.storage.iter = now
+            self.iter = self.storage.iter = current
 
     def after_train(self) -> None:
-        # Detectron2 counts one step more, also of a run that had none left.
+        # Detectron2 adds one to the iteration, also if the run had no iterations left.
         self.iter = min(self.iter, self.max_iter)
         if sys.exc_info()[0] is None:
             super().after_train()
             return
-        # Something failed, and all that may fail in its wake must not be reported in its place.
+        # Training has failed, and an error that follows in a hook must not hide the first one.
         self.storage.iter = self.iter
         for hook in self._hooks:
             with contextlib.suppress(OSError):
@@ -444,7 +443,7 @@ class Trainer(DefaultTrainer):
         ) from None
 
     def state_dict(self) -> dict:
-        # Detectron2 0.6 forgets optimizer and scaler here; later versions save them under this key.
+        # Detectron2 0.6 does not save optimizer and GradScaler; later versions save them under this key.
         state = TrainerBase.state_dict(self)
         return {
             **state,
@@ -470,17 +469,21 @@ class Trainer(DefaultTrainer):
             self.cfg.train.seed = former
         elif former not in (None, seed):
             logger.warning(
-                "train.seed is %d and was %d: the data go on in another order", seed, former
+                "train.seed is %d and was %d: the data continue in another order", seed, former
             )
 
     def _images_read(self, images: int | None) -> int:
-        """Of the stream when :attr:`iter` was over, as a checkpoint says it, in whole batches of this run's size."""
+        """Return the number of images read until :attr:`iter`, rounded down to batches of this run's size.
+
+        Args:
+            images: the number in the checkpoint, None if it has none.
+        """
         size, expected = self._batch_size, (self.iter + 1) * self._batch_size
         if images is None or images == expected or not size:
             return expected
         logger.warning(
-            "dataloader.train.total_batch_size is %d and was another: the data go on at image %d; with "
-            "aspect-ratio grouping some may come twice, or not at all",
+            "dataloader.train.total_batch_size is %d and was another: the data continue at image %d; with "
+            "aspect-ratio grouping some images may be used twice, or not at all",
             size,
             images - images % size,
         )

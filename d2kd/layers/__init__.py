@@ -1,4 +1,4 @@
-"""Pieces that losses are made of."""
+"""Modules and functions that the losses are built of."""
 
 from .adapter import FeatureAdapter
 from .masks import paint

@@ -1,7 +1,6 @@
-"""Instances asked about an image: queries that attend to all cells of a feature pyramid.
+"""Attention of queries to all cells of a feature pyramid, and sine embeddings of positions.
 
-Letters: N images, K queries of an image, S cells of all levels together, C channels, M heads of d = C / M
-channels.
+Notation: N images, K queries per image, S cells of all levels, C channels, M heads of d = C / M channels.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from ..utils.errors import InputError
 
 
 def point_positions(points: Tensor, channels: int) -> Tensor:
-    """Where a point lies in its image, in sines (DETR, arXiv 2005.12872).
+    """Return sine position embeddings of points (DETR, arXiv 2005.12872).
 
     Args:
-        points: ``(..., 2)``, x and y as parts of the image's width and height, which are 2 pi.
-        channels: half of them, rounded down, tell the row, the others the column; sine and cosine by turns.
+        points: ``(..., 2)``, x and y as fractions of image width and height, which correspond to 2 pi.
+        channels: number of channels C. The first C // 2 encode y, the others x; sines and cosines alternate.
 
     Returns:
-        ``(..., channels)`` float32.
+        ``(..., C)`` float32.
     """
     return torch.cat([*_sines(*points.float().flip(-1).unbind(-1), channels)], dim=-1)
 
 
 @dataclass
 class CellPositions:
-    """Where the valid cells of all levels lie, by row and by column, told as :func:`point_positions` tells it of points.
+    """Sine position embeddings of the cells of all levels, as in :func:`point_positions`.
 
-    Coordinates count valid cells, and are scaled so that the last valid row and column have 2 pi. A cell is told by its
-    row and its column: H + W vectors say what H W would.
+    Coordinates are counts of valid cells, scaled so that the last valid row and column are at 2 pi. Rows and columns
+    are stored separately: H + W vectors instead of H W.
 
     Attributes:
-        rows, columns: of each level ``(N, H, C // 2)`` and ``(N, W, C - C // 2)``.
+        rows, columns: for each level ``(N, H, C // 2)`` and ``(N, W, C - C // 2)``.
     """
 
     rows: list[Tensor]
@@ -46,7 +45,7 @@ class CellPositions:
 
     @classmethod
     def of(cls, valid: Iterable[Tensor], channels: int) -> CellPositions:
-        """Of levels ``(N, H, W)`` bool, whose valid cells are in the first rows and columns; C = channels."""
+        """Create positions from masks ``(N, H, W)`` of each level, whose first rows and columns are valid."""
         positions = cls([], [])
         for rows, columns in map(_places, valid):
             rows, columns = _sines(rows[:, :, 0], columns[:, 0], channels)
@@ -55,20 +54,21 @@ class CellPositions:
         return positions
 
     def mapped(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """A linear map of each cell's position: ``(N, S, C')``, of weight ``(C', C)`` and bias ``(C',)``.
+        """Apply a linear map, weight ``(C', C)`` and bias ``(C',)``, to each cell's position.
 
-        In the padding it tells nothing.
+        Returns:
+            ``(N, S, C')``, without meaning in the padding.
         """
-        of_row, of_column = weight.split([x[0].shape[-1] for x in (self.rows, self.columns)], dim=1)
+        w_row, w_column = weight.split([x[0].shape[-1] for x in (self.rows, self.columns)], dim=1)
         levels = (
-            F.linear(rows, of_row, bias)[:, :, None] + F.linear(columns, of_column)[:, None]
+            F.linear(rows, w_row, bias)[:, :, None] + F.linear(columns, w_column)[:, None]
             for rows, columns in zip(self.rows, self.columns, strict=True)
         )
         return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
 
 
 def _places(valid: Tensor) -> Iterable[Tensor]:
-    """How far down and how far right a cell lies, ``(N, H, W)`` each, 1 in the last valid row and column."""
+    """Yield the y and x coordinates of cells, ``(N, H, W)`` each, 1 in the last valid row and column."""
     for axis in (1, 2):
         count = valid.cumsum(axis, dtype=torch.float32)
         last = count.narrow(axis, count.shape[axis] - 1, 1)
@@ -76,25 +76,24 @@ def _places(valid: Tensor) -> Iterable[Tensor]:
 
 
 def _sines(rows: Tensor, columns: Tensor, channels: int) -> Iterable[Tensor]:
-    """The channels that tell the row and those that tell the column, behind the dimensions of either."""
-    for place, width in ((rows, channels // 2), (columns, channels - channels // 2)):
-        index = torch.arange(width, device=place.device)
+    """Yield the row channels and the column channels, as a new last dimension."""
+    for position, width in ((rows, channels // 2), (columns, channels - channels // 2)):
+        index = torch.arange(width, device=position.device)
         period = 10000 ** (2 * index.div(2, rounding_mode="floor") / width)
-        angle = (place * 2 * math.pi)[..., None] / period
+        angle = (position * 2 * math.pi)[..., None] / period
         yield torch.where(index % 2 == 0, angle.sin(), angle.cos())
 
 
 @dataclass
 class Decoded:
-    """What a decoder layer found.
+    """Output of a decoder layer.
 
     Attributes:
         queries: ``(N, K, C)``.
-        values: ``(N, M, S, d)``, what each head could have read in each cell.
-        attention: ``(N, M, S)`` without gradient, how much the chosen queries of an image read there, summed
-            over these; None where none were chosen.
-        entropy: how scattered that is: each chosen query's entropy by that of even attention to all valid
-            cells of its image, 1 or less, on average over heads and queries; NaN where there are no queries.
+        values: ``(N, M, S, d)``, projected values of each head.
+        attention: ``(N, M, S)`` without gradient, summed over the selected queries of an image; None without a mask.
+        entropy: scalar, at most 1: entropy of the attention of each selected query, divided by that of uniform
+            attention to the valid cells, averaged over heads and queries; NaN if no query is selected.
     """
 
     queries: Tensor
@@ -104,22 +103,21 @@ class Decoded:
 
 
 class InstanceDecoderLayer(nn.Module):
-    """Cross-attention and a two-layer perceptron, each added to its input and then normalised.
+    """Post-norm transformer decoder layer without self-attention: cross-attention and an MLP.
 
-    Queries do not see each other. Positions are projected and added to the keys alone, unless queries have
-    some, too.
+    Positions are projected and added to the keys, and to the queries if these have positions.
 
     Args:
         channels: C.
         heads: M.
-        hidden: of the perceptron; None: 4 C.
-        query_positions: whether queries have positions (as in Conditional DETR, arXiv 2108.06152). They pass
-            the keys' own position projection, and the query projection begins as a copy of the key projection:
-            from the first step on, a query looks most at cells whose positions are like its own.
-        normalize_keys: whether tokens are normalised over their channels where they become keys.
+        hidden: hidden units of the MLP. None: 4 C.
+        query_positions: whether queries have positions (as in Conditional DETR, arXiv 2108.06152). They use the
+            position projection of the keys, and the query projection is initialized as a copy of the key projection.
+            So a query initially attends most to cells at similar positions.
+        normalize_keys: whether tokens are normalised over channels before the key projection.
 
     Raises:
-        InputError: the heads do not divide the channels.
+        InputError: if ``heads`` does not divide ``channels``.
     """
 
     def __init__(
@@ -148,7 +146,7 @@ class InstanceDecoderLayer(nn.Module):
             _init_projection(projection)
         if query_positions:
             self.query.load_state_dict(self.key.state_dict())
-            # Sines have a mean square of 1/2: positions begin as strong as normalised features.
+            # The mean square of sines is 1/2. This gain gives positions the scale of normalised features.
             nn.init.orthogonal_(self.position.weight, 2**0.5)
             nn.init.zeros_(self.position.bias)
         nn.init.zeros_(self.out.bias)
@@ -163,24 +161,23 @@ class InstanceDecoderLayer(nn.Module):
         mebibytes: float = 64,
         query_positions: Tensor | None = None,
     ) -> Decoded:
-        """Ask a pyramid.
+        """Attend to the cells of a pyramid.
 
-        No tensor of all queries and cells is formed where PyTorch has a fused attention for the device.
+        No tensor of size K x S is created if PyTorch has a fused attention for the device.
 
         Args:
             queries: ``(N, K, C)``.
-            tokens: ``(N, S, C)``, cells of all levels.
-            positions: theirs, C channels long.
-            valid: ``(N, S)`` bool, which cells may be read; at least one of each image.
-            chosen: ``(N, K)`` bool, queries whose attention is wanted; best on the CPU, see
-                :func:`summed_attention`.
-            mebibytes: what that may hold at a time, see :func:`summed_attention`.
+            tokens: ``(N, S, C)``, features of all cells.
+            positions: their positions, with C channels.
+            valid: ``(N, S)`` bool, cells to attend to; at least one per image.
+            chosen: ``(N, K)`` bool mask of the queries whose attention is returned, see :func:`summed_attention`.
+            mebibytes: memory limit of that computation, see :func:`summed_attention`.
             query_positions: ``(N, K, C)``.
         """
         query, key = self._query(queries, query_positions), self._key(tokens, positions)
         value = by_head(self.value(tokens), self.heads)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None])
-        decoded = self.attention_norm(queries + self.out(read.transpose(1, 2).flatten(2)))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None])
+        decoded = self.attention_norm(queries + self.out(attended.transpose(1, 2).flatten(2)))
         decoded = Decoded(self.perceptron_norm(decoded + self.perceptron(decoded)), value)
         if chosen is not None:
             decoded.attention, decoded.entropy = summed_attention(
@@ -197,7 +194,7 @@ class InstanceDecoderLayer(nn.Module):
         valid: Tensor,
         query_positions: Tensor | None = None,
     ) -> Tensor:
-        """Attention before the softmax, of every query at once: ``(N, M, K, S)``, -inf in invalid cells."""
+        """Return attention logits of all queries, ``(N, M, K, S)``, -inf in invalid cells."""
         query, key = self._query(queries, query_positions), self._key(tokens, positions)
         return _logits(query, key, valid[:, None, None])
 
@@ -209,8 +206,8 @@ class InstanceDecoderLayer(nn.Module):
     def _key(self, tokens: Tensor, positions: CellPositions) -> Tensor:
         if self.normalize_keys:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        # K (x + P y + b) + c is K x + (K P) y + K b + c, whose second part takes rows and columns alone. The first is
-        # added where that lies: one tensor as large as the tokens, not three.
+        # K (x + P y + b) + c = K x + (K P) y + K b + c. The terms of y are computed from rows and columns separately,
+        # and K x is added in place, so there is one tensor of the tokens' size instead of three.
         weight = self.key.weight @ self.position.weight
         bias = self.key.weight @ self.position.bias + self.key.bias
         key = positions.mapped(weight, bias)
@@ -219,17 +216,17 @@ class InstanceDecoderLayer(nn.Module):
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """``(N, L, C)`` to ``(N, M, L, d)``."""
+    """Split channels into heads: ``(N, L, C)`` to ``(N, M, L, d)``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def value_projection(channels: int, out_channels: int) -> nn.Linear:
-    """A linear map as the layer's own projections begin."""
+    """Return a linear layer with the initialization of the decoder's projections."""
     return _init_projection(nn.Linear(channels, out_channels))
 
 
 def _init_projection(linear: nn.Linear) -> nn.Linear:
-    # Xavier's bound of query, key and value as the one matrix they are in torch's own attention.
+    # The bound of nn.MultiheadAttention, which initializes query, key and value as one matrix.
     nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
     nn.init.zeros_(linear.bias)
     return linear
@@ -239,35 +236,34 @@ def _init_projection(linear: nn.Linear) -> nn.Linear:
 def summed_attention(
     query: Tensor, key: Tensor, valid: Tensor, chosen: Tensor, mebibytes: float = 64
 ) -> tuple[Tensor, Tensor]:
-    """What the chosen queries of each image attend to, summed; and how scattered each of them does.
+    """Return the attention of the selected queries, summed for each image, and its entropy.
 
     Args:
         query: ``(N, M, K, d)``.
         key: ``(N, M, S, d)``.
         valid: ``(N, S)`` bool.
-        chosen: ``(N, K)`` bool; on the CPU, nothing waits for the other tensors' device.
-        mebibytes: how large the logits and the softmax of as many queries as are taken at once may be
-            together; one query is always taken.
+        chosen: ``(N, K)`` bool, the selected queries. A mask on the CPU avoids synchronization.
+        mebibytes: limit for logits and softmax of the queries of one chunk; a chunk has at least one query.
 
     Returns:
-        ``(N, M, S)``, which sums to the number of chosen queries; and the entropy of :class:`Decoded`.
+        ``(N, M, S)``, whose sum over cells is the number of selected queries; and the entropy, see :class:`Decoded`.
     """
     _, heads, cells, _ = key.shape
     rows = max(1, int(mebibytes * 2**20 / (2 * heads * cells * key.element_size())))
-    summed, scattered = key.new_zeros(key.shape[:3]), key.new_zeros(())
+    summed, total_entropy = key.new_zeros(key.shape[:3]), key.new_zeros(())
     counts = chosen.sum(dim=1).tolist()
     slots = chosen.nonzero()[:, 1].to(key.device, non_blocking=True).split(counts)
-    for i, wanted in enumerate(slots):
-        even = valid[i].sum().clamp(min=2).log()
-        for some in query[i, :, wanted].split(rows, dim=1):
-            attention, entropy = _attended(some, key[i], valid[i])
+    for i, selected in enumerate(slots):
+        uniform_entropy = valid[i].sum().clamp(min=2).log()
+        for chunk in query[i, :, selected].split(rows, dim=1):
+            attention, entropy = _attended(chunk, key[i], valid[i])
             summed[i] += attention
-            scattered += entropy / even
-    return summed, scattered / (heads * sum(counts))
+            total_entropy += entropy / uniform_entropy
+    return summed, total_entropy / (heads * sum(counts))
 
 
 def _attended(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention ``(M, S)`` and entropy, summed over queries; on return all that is as large as these is free."""
+    """Return attention ``(M, S)`` and entropy, summed over queries. Larger tensors are freed on return."""
     attention = _logits(query, key, valid).softmax(dim=-1)
     return attention.sum(dim=1), torch.special.entr(attention).sum()
 

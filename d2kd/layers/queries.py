@@ -1,7 +1,7 @@
-"""Questions about instances: what a decoder is told of real objects and of fakes, without their exact boxes.
+"""Instance queries: descriptors of real objects and sampled negatives, without their exact boxes.
 
-Letters: N images, K slots of an image, C classes. Lengths without a unit are parts of the image's own width
-and height.
+Notation: N images, K query slots per image, C classes. Lengths without a unit are fractions of the width and height of
+the image.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from torch.nn.utils.rnn import pad_sequence
 from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
 
-_CENTER = 128  # numbers for each coordinate
-_BINS = 5  # of the logarithm of a side
+_CENTER = 128  # channels per coordinate
+_BINS = 5  # bins of the logarithm of width and of height
 
 
 def descriptor_size(num_classes: int) -> int:
-    """How long a descriptor is: C + 266."""
+    """Return the length of a descriptor, C + 266."""
     return num_classes + 2 * _CENTER + 2 * _BINS
 
 
 def describe(classes: Tensor, centers: Tensor, sides: Tensor, num_classes: int) -> Tensor:
-    """Class, place and rough size.
+    """Return descriptors of class, position and quantized size.
 
     Args:
         classes: ``(...)`` in ``[0, C)``.
-        centers: ``(..., 2)``, x and y in 0..1.
+        centers: ``(..., 2)``, x and y in [0, 1].
         sides: ``(..., 2)``, width and height in pixels of the resized image.
 
     Returns:
-        ``(..., C + 266)``: the class one-hot; 64 sines and 64 cosines of x, then of y; width and height
-        one-hot in five bins, of which the first ends at 64 pixels and the last begins at 518.
+        Tensor: ``(..., C + 266)``: one-hot class; 64 sines and 64 cosines of x, then of y; one-hot width and height
+        in five bins, of which the first ends at 64 pixels and the last starts at 518.
     """
     period = 10000 ** (torch.arange(0, _CENTER, 2, device=centers.device) / _CENTER)
     angle = 2 * math.pi * centers[..., None] / period
-    place = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
-    # 1.44 and not 1 / ln 2, as published: the edges lie at 64.5, 129.2, 258.7 and 518.0.
+    position = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+    # 1.44 as published, not 1 / ln 2: the bin edges are 64.5, 129.2, 258.7 and 518.0.
     bins = (1.44 * sides.clamp(min=1e-6).log() - 5).clamp(0, _BINS - 1).long()
-    size = F.one_hot(bins, _BINS).flatten(-2)
-    return torch.cat([F.one_hot(classes, num_classes).to(place), place, size.to(place)], dim=-1)
+    one_hot = F.one_hot(classes, num_classes), F.one_hot(bins, _BINS).flatten(-2)
+    return torch.cat([one_hot[0].to(position), position, one_hot[1].to(position)], dim=-1)
 
 
 @dataclass
 class InstanceQueries:
-    """The questions of a batch; images with fewer than K have empty slots at the end.
+    """The queries of a batch. Images with fewer than K have empty slots at the end, where all values are 0.
 
     Attributes:
-        descriptors: ``(N, K, C + 266)``, see :func:`describe`; 0 in empty slots.
-        centers: ``(N, K, 2)``, x and y of the told centre; 0 in empty slots.
-        edge_distances: ``(N, K, 4)``, from the told centre to the left, top, right and bottom of the box.
-        is_real: ``(N, K)`` bool, whether the slot holds an object; fakes and empty slots do not.
-        is_used: ``(N, K)`` bool.
+        descriptors: ``(N, K, C + 266)``, see :func:`describe`.
+        centers: ``(N, K, 2)``, x and y of the jittered centre.
+        edge_distances: ``(N, K, 4)``, from the jittered centre to the left, top, right and bottom of the box.
+        is_real: ``(N, K)`` bool, slots with a real object, not a negative.
+        is_used: ``(N, K)`` bool, slots that are not empty.
     """
 
     descriptors: Tensor
@@ -74,7 +74,7 @@ class InstanceQueries:
 
 
 def query_count(objects: int, fakes_per_object: float, max_queries: int) -> int:
-    """How many questions an image with so many objects gets: at least one, and all its objects."""
+    """Return the number of queries of an image: at least one, and at least its objects."""
     wanted = max(1, math.floor(objects * (1 + fakes_per_object)))
     return min(wanted, max(max_queries, objects))
 
@@ -88,25 +88,25 @@ def make_queries(
     jitter: float = 0.3,
     generator: torch.Generator | None = None,
 ) -> InstanceQueries:
-    """Questions about each image's objects, first, and about fakes.
-
-    The told centre is off by up to ``jitter`` of the box's width and height, of real objects and of fakes.
+    """Create queries of each image's objects, followed by sampled negatives.
 
     Args:
-        gt_instances: ``gt_boxes`` in pixels of ``image_size``, ``gt_classes``.
-        priors: of which fakes are drawn: a class, sides within two standard deviations and 0.002..0.7, a
-            centre in 0.03..0.97; what lies outside the image is cut off.
-        generator: of all draws.
+        gt_instances: ``gt_boxes`` in pixels of ``image_size``, and ``gt_classes``.
+        priors: distribution of the negatives, see :func:`sample_fakes`.
+        fakes_per_object: number of negatives per object.
+        max_queries: maximum number of queries of an image, unless it has more objects.
+        jitter: maximum offset of a query's centre, in box widths and heights, for objects and negatives.
+        generator: random generator of the negatives and the jitter.
 
     Returns:
-        on the CPU.
+        InstanceQueries: on the CPU.
 
     Raises:
-        InputError: an object's class is none of the priors' classes.
+        InputError: if the class of an object is not one of the priors' classes.
     """
     num_classes = priors.num_classes
     counts = [len(gt) for gt in gt_instances]
-    # Read from the device together: each copy waits until all that was asked of it is done.
+    # One copy from the device for all images, since each copy synchronizes.
     all_boxes = Boxes.cat([gt.gt_boxes for gt in gt_instances]).tensor.detach().float().cpu()
     all_classes = torch.cat([gt.gt_classes for gt in gt_instances]).cpu()
     images = []
@@ -135,10 +135,14 @@ def make_queries(
 def sample_fakes(
     priors: InstancePriors, count: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Boxes ``(count, 4)`` XYXY in 0..1 that might be objects, and their classes ``(count,)``."""
+    """Sample boxes ``(count, 4)``, XYXY in [0, 1], and their classes ``(count,)``.
+
+    Classes follow the priors' frequencies. Sizes are within two standard deviations of the mean and in [0.002, 0.7],
+    centres in [0.03, 0.97]. Boxes are clipped to the image.
+    """
     classes = torch.multinomial(priors.frequency, count, replacement=True, generator=generator)
-    spread = torch.randn(count, 2, generator=generator).clamp(-2, 2)
-    sides = (priors.mean[classes] + spread * priors.std[classes]).clamp(0.002, 0.7)
+    deviations = torch.randn(count, 2, generator=generator).clamp(-2, 2)
+    sides = (priors.mean[classes] + deviations * priors.std[classes]).clamp(0.002, 0.7)
     centers = torch.rand(count, 2, generator=generator).clamp(0.03, 0.97)
     boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1).clamp(0, 1)
     return boxes, classes

@@ -1,4 +1,4 @@
-"""Distillation losses, a file each. They read outputs and know no detector."""
+"""Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay
 from .erd import ERDLoss

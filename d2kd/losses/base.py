@@ -1,4 +1,4 @@
-"""What a distillation loss is, and the named sum of several."""
+"""The base class of distillation losses, and the named sum of several."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from ..utils.comm import over_processes
 from ..utils.errors import InputError
 
 Weight = float | ParamScheduler
-"""A coefficient: a number, or an fvcore schedule of the progress in [0, 1]."""
-
+"""A coefficient: a number, or an fvcore schedule of the training progress in [0, 1]."""
 
 _END = math.nextafter(1.0, 0.0)
 
 
 def value_of(weight: Weight, progress: float) -> float:
-    """A coefficient's value at ``progress = iteration / max_iter``.
+    """Return the value of a coefficient at ``progress = iteration / max_iter``.
 
-    fvcore's schedules are defined before 1; a run that is continued past its end stays at the end.
+    fvcore's schedules are defined below 1. A run continued past its end keeps the last value.
     """
     if isinstance(weight, ParamScheduler):
         return float(weight(min(max(progress, 0.0), _END)))
@@ -35,8 +34,8 @@ def value_of(weight: Weight, progress: float) -> float:
 class EpochDecay(ParamScheduler):
     """``r(e) = 1 - (e - 1) / E`` in epoch e = 1 … E: 1 in the first, 1/E in the last.
 
-    The per-epoch form of distillation decay (TAR, arXiv 2006.13108; the form is the one others ascribe to
-    it). ``LinearParamScheduler(1.0, 0.0)`` is its smooth equivalent.
+    The per-epoch form of distillation decay (TAR, arXiv 2006.13108, as described by later papers).
+    ``LinearParamScheduler(1.0, 0.0)`` is its smooth equivalent.
     """
 
     def __init__(self, epochs: int):
@@ -50,32 +49,32 @@ class EpochDecay(ParamScheduler):
 
 
 class DistillLoss(nn.Module):
-    """A loss between what a student and a teacher say.
+    """Base class of losses between the outputs of a student and a teacher.
 
-    Subclasses implement ``forward(student, teacher)`` and return a scalar, or a dict of named scalars.
-    What they read of ``teacher`` is what the teacher computes. Adapters and decoders are ordinary
-    submodules, made in the constructor or, where they depend on the detectors, in :meth:`bind`.
+    Subclasses implement ``forward(student, teacher)`` and return a scalar, or a dict of named scalars. The teacher
+    computes only the outputs that are read. Adapters and decoders are ordinary submodules. They are created in the
+    constructor or, where they depend on the detectors, in :meth:`bind`.
 
     Args:
-        weight: coefficient, a number or a schedule of the progress.
-        across_processes: whether sums are divided by counts of all processes, so that it does not matter how a
-            batch is dealt to them; False: each by its own counts, as published code does.
+        weight: coefficient of the loss, a number or a schedule.
+        across_processes: if True, sums are divided by counts over all processes, so the result does not depend on
+            how a batch is split. If False, each process uses its own counts, as published code does.
     """
 
     taps: tuple[str, ...] = ()
-    """Names of further student modules to listen to, found as ``student.taps[name]``."""
+    """Names of additional student modules to record; their outputs are ``student.taps[name]``."""
 
     term_weights: Mapping[str, str] = {}
-    """By term the argument that multiplies it alone, where that is not called ``<term>_weight``."""
+    """The weight argument of each term whose argument is not called ``<term>_weight``."""
 
     changes: tuple[float, ...] = ()
-    """Fractions of the run at which it begins to compute more or less, other than by a weight of 0."""
+    """Fractions of the run at which the amount of computation changes, other than by a weight of 0."""
 
     class_map: ClassMap | None = None
-    """Which classes both detectors know; None: their lists are the same. Set before :meth:`bind`."""
+    """The classes that both detectors have. None if their class lists are equal. Set before :meth:`bind`."""
 
     scale = 1
-    """How many times larger the teacher's images are than the student's. Set before :meth:`bind`."""
+    """Size of the teacher's images relative to the student's. Set before :meth:`bind`."""
 
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
         super().__init__()
@@ -84,22 +83,21 @@ class DistillLoss(nn.Module):
         self.progress = 0.0
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        """See both detectors once, before the optimizer is built.
+        """Create what depends on the detectors. Called once, before the optimizer is built.
 
         Raises:
-            InputError: these detectors cannot be compared by this loss.
+            InputError: if this loss cannot compare these detectors.
         """
 
     def forward(self, student, teacher) -> Tensor | dict[str, Tensor]:
         raise NotImplementedError
 
     def normalizer(self, *counts: Tensor, least: float = 1.0) -> Tensor:
-        """What to divide sums by, given how many things this process has: at least ``least`` of each.
+        """Return a divisor for each count of this process.
 
-        Collective where ``across_processes``, so what calls it must not depend on a process's batch.
-
-        Returns:
-            one for each of the counts.
+        If ``across_processes``, it is the total over processes, at least ``least``, divided by their number. This is a
+        collective operation: every process must make the same calls, whatever its batch. Otherwise it is
+        ``max(count, least)``.
         """
         stacked = torch.stack([count.detach().float() for count in counts])
         if self.across_processes:
@@ -108,10 +106,20 @@ class DistillLoss(nn.Module):
 
 
 class DistillLosses(nn.Module):
-    """The named sum of distillation losses.
+    """A container of named distillation losses.
 
-    Terms are returned as ``distill/loss_<name>`` or ``distill/loss_<name>_<term>``: the prefix keeps a loss
-    from overwriting one of the student's own, the word "loss" makes Detectron2 print it.
+    Terms are returned as ``distill/loss_<name>`` or ``distill/loss_<name>_<term>``. The prefix avoids a clash with
+    the student's losses. Detectron2 prints every scalar that has "loss" in its name.
+
+    Example:
+        >>> from d2kd.losses import DistillLosses, ImitationLoss
+        >>> from d2kd.modeling import Distiller, Teacher
+        >>> from d2kd.testing import batch, build, step, tiny_retinanet
+        >>> student, teacher = build(tiny_retinanet()), Teacher(build(tiny_retinanet(), seed=1), weights=None)
+        >>> losses = DistillLosses(imitation=ImitationLoss())
+        >>> model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
+        >>> list(step(model, batch()))
+        ['loss_cls', 'loss_box_reg', 'distill/loss_imitation']
     """
 
     def __init__(self, **losses: DistillLoss):
@@ -132,7 +140,7 @@ class DistillLosses(nn.Module):
         class_map: ClassMap | None = None,
         scale: int = 1,
     ) -> None:
-        """Show both detectors to every loss, which classes they share if their lists differ, and the scale."""
+        """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.bind`."""
         for name, loss in self.by_name.items():
             loss.class_map, loss.scale = class_map, scale
             try:
@@ -143,7 +151,7 @@ class DistillLosses(nn.Module):
                 ) from error
 
     def forward(self, student, teacher, *, progress: float = 0.0) -> dict[str, Tensor]:
-        """Weighted terms by key; a loss whose weight is 0 is not called, and asks the teacher nothing."""
+        """Return the weighted terms by key. A loss with weight 0 is not called, so it reads nothing of the teacher."""
         terms: dict[str, Tensor] = {}
         storage = get_event_storage()
         for name, loss in self.by_name.items():
@@ -155,42 +163,44 @@ class DistillLosses(nn.Module):
                 try:
                     value = loss(student, teacher)
                 except Unreadable as error:
-                    raise InputError(f"losses.{name}", error, "what both detectors say") from error
+                    raise InputError(
+                        f"losses.{name}", error, "outputs that both detectors have"
+                    ) from error
                 named = value if isinstance(value, dict) else {"": value}
                 for term, scalar in named.items():
                     full = f"{key}_{term}" if term else key
                     if full in terms:
                         raise InputError(f"losses.{name}", f"a second {full}", "a name of its own")
                     terms[full] = scalar * weight
-            # Parameters stay in the graph at weight 0, and where a term of theirs is switched off: DDP
-            # refuses those that vanish. Of parameters alone, since 0 * NaN would be NaN.
-            if idle := silent_sum(loss.parameters()):
+            # Parameters stay in the graph at weight 0, also when only their term has that weight: DDP raises an error
+            # if one gets no gradient. The zero is made of parameters alone, since 0 * NaN of a loss would be NaN.
+            if zero := zero_from_params(loss.parameters()):
                 carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
-                terms[carrier] = terms[carrier] + idle[0] if carrier in terms else idle[0]
+                terms[carrier] = terms[carrier] + zero[0] if carrier in terms else zero[0]
         return terms
 
 
-def silent_sum(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """A zero that holds the parameters in the graph, in a list; empty without parameters."""
+def zero_from_params(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return a list with one zero that keeps the parameters in the graph; empty without trainable parameters."""
     zeros = [(p * 0).sum() for p in parameters if p.requires_grad]
     return [torch.stack(zeros).sum()] if zeros else []
 
 
 def is_off(weight: Weight) -> bool:
-    """Whether a coefficient is 0 throughout, so that its term needs nothing built."""
+    """Return whether a coefficient is 0 throughout, so its term needs no modules."""
     return not isinstance(weight, ParamScheduler) and (weight == 0 or math.isnan(weight))
 
 
 def check_anchors(
     student: nn.Module, teacher: nn.Module, scale: int = 1, expected: str = "the same anchors"
 ) -> None:
-    """Raise InputError unless two dense detectors have equal anchors on equal grids, to be compared row by row."""
+    """Raise InputError unless two dense detectors have equal anchors, so that rows of their outputs correspond."""
     if scale != 1:
         raise InputError("anchors", f"a teacher of images {scale} times larger", expected)
     kinds = [type(d).__name__ for d in (student, teacher)]
     if not all(hasattr(d, "anchor_generator") for d in (student, teacher)):
         raise InputError("anchors", f"student {kinds[0]}, teacher {kinds[1]}", expected)
-    ours, theirs = (
+    student_settings, teacher_settings = (
         (
             [d.backbone.output_shape()[level].stride for level in d.head_in_features],
             [cell.tolist() for cell in d.anchor_generator.cell_anchors],
@@ -201,7 +211,7 @@ def check_anchors(
         for d in (student, teacher)
     )
     compared = "strides", "anchors of a cell", "padding", "strides of anchors", "offset of anchors"
-    for what, a, b in zip(compared, ours, theirs, strict=True):
+    for what, a, b in zip(compared, student_settings, teacher_settings, strict=True):
         if a != b:
             if what == "anchors of a cell":
                 a, b = ([len(cell) for cell in side] for side in (a, b))

@@ -1,9 +1,9 @@
-"""Elastic Response Distillation: an incremental detector keeps saying what the old one said most clearly.
+"""Elastic Response Distillation: an incremental detector keeps the strongest predictions of the old detector.
 
 ERD, "Overcoming Catastrophic Forgetting in Incremental Object Detection via Elastic Response Distillation",
-CVPR 2022 (arXiv 2204.02136). The paper's body could not be read; this follows the authors' code.
+CVPR 2022 (arXiv 2204.02136). We had no access to the full paper. This follows the authors' code.
 
-Letters: N images, R locations of all levels together, K the old classes, n + 1 the bins of an edge.
+Notation: N images, R locations of all levels, K old classes, n + 1 bins per box edge.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from .functional import in_float32, softmax_kl
 CLASS_POOLS = ("batch", "image")
 BOX_WEIGHTS = ("student", "teacher")
 
-
-CLASSES = "distill/erd_selected_classes"
-"""Scalar: the share of locations that are compared in their classes; two deviations above the mean are few."""
-LOCATIONS = "distill/erd_selected_boxes"
-"""Scalar: the share of locations whose boxes stand out."""
-KEPT = "distill/erd_kept_boxes"
-"""Scalar: how many of an image's are left by non-maximum suppression, and so are compared."""
+SELECTED_CLASSES = "distill/erd_selected_classes"
+"""Scalar: the fraction of locations selected for the classification term."""
+SELECTED_BOXES = "distill/erd_selected_boxes"
+"""Scalar: the fraction of locations selected for the box term, before non-maximum suppression."""
+KEPT_BOXES = "distill/erd_kept_boxes"
+"""Scalar: the mean number of boxes per image after non-maximum suppression, which the box term compares."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a detector says of all locations.
+class Predictions:
+    """Predictions of a detector at all locations.
 
     Attributes:
-        logits: ``(N, R, K)`` float32, of the classes both know.
+        logits: ``(N, R, K)`` float32, of the classes that both detectors have.
         distributions: ``(N, R, 4, n + 1)``, before the softmax.
     """
 
@@ -49,12 +48,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Selection:
-    """The locations that are compared, ``(N, R)`` bool each.
+    """The selected locations, ``(N, R)`` bool each.
 
     Attributes:
-        classes: where class logits are.
-        boxes: where distributions would be, before non-maximum suppression.
-        kept: where they are.
+        classes: locations whose class logits are compared.
+        boxes: candidates of the box term, before non-maximum suppression.
+        kept: locations whose distributions are compared, after non-maximum suppression.
     """
 
     classes: Tensor
@@ -63,56 +62,62 @@ class Selection:
 
 
 class ERDLoss(DistillLoss):
-    """The old classes' logits and the boxes' distributions, where the old detector's answer stands out.
+    """Distill old-class logits and box distributions at the locations with the teacher's strongest responses.
 
-    Of each image's locations a, all levels together and those in the batch's padding too, as published, with the
-    teacher's logits c and distributions z:
+    For each image, over the locations a of all levels (padding included, as published), with the teacher's logits c
+    and distributions z:
 
         S_c = {a: g_a > mean(g) + alpha_cls std(g)},   g_a = max_k sigmoid(c_ak)
         S_b = {a: h_a > mean(h) + alpha_box std(h)},   h_a = max over edges and bins of z_a
-        J   = what class-wise non-maximum suppression leaves of the teacher's boxes at S_b, scored by g
+        J   = locations of S_b whose teacher boxes, scored by g, remain after class-wise non-maximum suppression
 
         classification  mean over S_c and k of (c^S_ak - c_ak)^2
         box             ld_weight sum over J of v_a sum over edges of tau^2 KL(p || p^S) / (4 (n + 1)),
                         p = softmax(z / tau),   v_a = max_k sigmoid(c^S_ak), constant
 
-    The box term is a sum: the more stands out, the more it weighs. An empty selection gives 0.
+    The box term is a sum, so it grows with the number of selected locations. An empty selection gives 0.
 
-    The mean over processes, as DDP takes it, does not depend on how a batch is dealt to them. The published code
-    instead has two images in a process and adds up its box terms; ``reference_images_per_process`` is that two.
+    The published code sums the box terms of the two images of each process. ``reference_images_per_process`` is that
+    two: sums are scaled to it, so the mean over processes (as DDP takes it) does not depend on how a batch is split.
 
-    What the settings say, all other defaults being those of both releases:
+    Settings of the two releases (all other defaults are the same in both):
 
-    * the reference arrays, and the second release (2023): ``class_pool="image",
-      reference_images_per_process=None``, the plain sum over a process's images;
-    * the first release (2022), with its two images in a process: ``class_pool="batch",
-      reference_images_per_process=2``. These are the defaults, but that the mean over S_c is taken over the
-      images of all processes.
+    * first release (2022), two images per process: ``class_pool="batch", reference_images_per_process=2``. These are
+      the defaults, except that here the mean over S_c is taken over the images of all processes.
+    * second release (2023), and the reference arrays of the tests: ``class_pool="image", reference_images_per_process=None``, the
+      plain sum over the images of a process.
 
-    Which of them gave the paper's figures is not known. Both releases decode the boxes for non-maximum
-    suppression without the level's stride, so that they are at most 32 pixels long and hardly overlap on the
-    coarse levels; ``decode_with_stride=True`` corrects it, keeps fewer locations, and so weighs boxes less.
+    It is not known which of them gave the paper's results. For non-maximum suppression, both releases decode boxes
+    without the level's stride, so boxes are at most 32 pixels long and hardly overlap on the coarse levels.
+    ``decode_with_stride=True`` corrects this. It keeps fewer locations, so the box term is smaller.
 
     Reads: ``student.pred_logits``, ``student.pred_distributions``, ``teacher.pred_logits``,
     ``teacher.pred_distributions``, ``teacher.anchors``.
 
     Args:
-        alpha_cls, alpha_box: standard deviations (of a sample) above the mean.
-        nms_thresh: IoU above which the lower score goes.
+        alpha_cls, alpha_box: threshold of the selection, in sample standard deviations above the mean.
+        nms_thresh: IoU threshold of non-maximum suppression.
         decode_with_stride: whether boxes are decoded as in inference for non-maximum suppression.
         temperature: tau.
-        ld_weight: of the box term.
-        class_pool: "batch", the mean over all images' selected rows; "image", the sum of each image's mean,
-            taken as the box term's sum is.
-        reference_images_per_process: sums over the images are made what they would be over that many; None:
-            they stay sums over the images of a process, and depend on how many it has.
-        box_weight_from: who says v_a. "student": the distillation of boxes fades where it forgets.
+        ld_weight: weight of the box term.
+        class_pool: "batch", the mean over the selected locations of all images; or "image", the sum of each image's
+            mean, scaled as the box term is.
+        reference_images_per_process: number of images to which sums over images are scaled. None: sums over the
+            images of a process, which depend on the batch size.
+        box_weight_from: the detector that gives v_a. With "student", box distillation fades where the student forgets.
         weight: a number or a schedule.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown choice; on ``bind``, detectors that are no pair of GFLs with equal anchors,
-            that have no class in common, or whose old classes are not the teacher's.
+        InputError: if an option is unknown. In ``bind``: if the detectors are not two GFLs with equal anchors, have no
+            class in common, or the student has fewer classes than the teacher.
+
+    Example:
+        >>> from d2kd.testing import batch, distillation, distiller, step, tiny_gfl
+        >>> distillation(step(distiller(ERDLoss, tiny_gfl), batch())).item() > 0
+        True
+        >>> distillation(step(distiller(ERDLoss, tiny_gfl, same=True), batch())).item()  # the teacher is a copy
+        0.0
     """
 
     term_weights = {"box": "ld_weight"}
@@ -156,10 +161,11 @@ class ERDLoss(DistillLoss):
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        ours, theirs = self.answer(student, "of_student"), self.answer(teacher, "of_teacher")
-        selection = self.select(teacher, theirs)
-        squares, values = self.class_terms(ours, theirs, selection)
-        boxes = self.box_terms(ours, theirs, selection)
+        student_predictions = self.answer(student, "of_student")
+        teacher_predictions = self.answer(teacher, "of_teacher")
+        selection = self.select(teacher, teacher_predictions)
+        squares, values = self.class_terms(student_predictions, teacher_predictions, selection)
+        boxes = self.box_terms(student_predictions, teacher_predictions, selection)
 
         n = len(boxes)
         selected, images = self.normalizer(values.sum(), values.new_full((), n))
@@ -172,29 +178,29 @@ class ERDLoss(DistillLoss):
             classification = (squares / values.clamp(min=1)).sum() * scale
         counts = torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2))
         classes, locations, kept = counts.tolist()
-        scalars = {CLASSES: classes / selection.classes.numel()}
-        scalars |= {LOCATIONS: locations / selection.boxes.numel(), KEPT: kept / n}
+        scalars = {SELECTED_CLASSES: classes / selection.classes.numel()}
+        scalars |= {SELECTED_BOXES: locations / selection.boxes.numel(), KEPT_BOXES: kept / n}
         get_event_storage().put_scalars(**scalars)
         return {"classification": classification, "box": boxes.sum() * scale}
 
-    def answer(self, said, side: str) -> Answer:
-        """What one side's ``DenseOutputs`` say, put together once; "of_student" or "of_teacher"."""
-        return Answer(
-            torch.cat(said.pred_logits, dim=1).float()[..., old_classes(self, side)],
-            torch.cat(said.pred_distributions, dim=1),
+    def answer(self, outputs, side: str) -> Predictions:
+        """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "of_student" or "of_teacher"."""
+        return Predictions(
+            torch.cat(outputs.pred_logits, dim=1).float()[..., old_classes(self, side)],
+            torch.cat(outputs.pred_distributions, dim=1),
         )
 
     @torch.no_grad()
-    def select(self, teacher, answer: Answer) -> Selection:
-        """Where the answer of a teacher, of whose ``DenseOutputs`` it is, stands out."""
-        scores, classes = answer.logits.sigmoid().max(dim=-1)
-        edges = answer.distributions.float()
+    def select(self, teacher, predictions: Predictions) -> Selection:
+        """Select locations from the ``predictions`` gathered from a teacher's ``DenseOutputs``."""
+        scores, classes = predictions.logits.sigmoid().max(dim=-1)
+        edges = predictions.distributions.float()
         boxes = elastic_selection(edges.flatten(2).amax(dim=-1), self.alpha_box)
         image, row = boxes.nonzero(as_tuple=True)
         anchors = Boxes.cat(teacher.anchors)[row]
         decoded = self._decode(integral(edges[image, row]), anchors, teacher.detector)
         kept = torch.zeros_like(boxes)
-        # Image by image: moved apart by image as well as by class, boxes would be rounded otherwise.
+        # Image by image: batched_nms separates groups by an offset, and offsets for images too would round the boxes.
         counts = boxes.sum(dim=1).tolist()
         for i, (rows, candidates) in enumerate(zip(row.split(counts), decoded.split(counts))):
             best = batched_nms(candidates, scores[i, rows], classes[i, rows], self.nms_thresh)
@@ -202,21 +208,21 @@ class ERDLoss(DistillLoss):
         return Selection(elastic_selection(scores, self.alpha_cls), boxes, kept)
 
     def class_terms(
-        self, student: Answer, teacher: Answer, selection: Selection
+        self, student: Predictions, teacher: Predictions, selection: Selection
     ) -> tuple[Tensor, Tensor]:
-        """For each image the sum of squares at its selected locations, and of how many values: ``(N,)`` each."""
+        """Return each image's sum of squared differences and the number of summed values, ``(N,)`` each."""
         image, row = selection.classes.nonzero(as_tuple=True)
         squares = (student.logits[image, row] - teacher.logits[image, row]).square().sum(dim=-1)
         values = selection.classes.sum(dim=1) * student.logits.shape[-1]
         return squares.new_zeros(len(values)).index_add(0, image, squares), values
 
-    def box_terms(self, student: Answer, teacher: Answer, selection: Selection) -> Tensor:
-        """For each image the sum over its kept locations, ``ld_weight`` included: ``(N,)``."""
+    def box_terms(self, student: Predictions, teacher: Predictions, selection: Selection) -> Tensor:
+        """Return each image's sum over its kept locations, ``ld_weight`` included: ``(N,)``."""
         image, row = selection.kept.nonzero(as_tuple=True)
-        ours, theirs = (x.distributions[image, row] for x in (student, teacher))
-        judge = student if self.box_weight_from == "student" else teacher
-        weight = judge.logits.detach()[image, row].sigmoid().amax(dim=-1)
-        divergence = softmax_kl(ours, theirs, self.temperature).mean(dim=-1) / ours.shape[-1]
+        s, t = (x.distributions[image, row] for x in (student, teacher))
+        score_source = student if self.box_weight_from == "student" else teacher
+        weight = score_source.logits.detach()[image, row].sigmoid().amax(dim=-1)
+        divergence = softmax_kl(s, t, self.temperature).mean(dim=-1) / s.shape[-1]
         terms = self.ld_weight * weight * divergence
         return terms.new_zeros(len(selection.kept)).index_add(0, image, terms)
 
@@ -229,23 +235,24 @@ class ERDLoss(DistillLoss):
 
 @in_float32
 def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
-    """Which responses of each row exceed its mean by more than ``alpha`` standard deviations, those of a sample.
+    """Return a mask of the responses ``(N, R)`` above their row's mean plus ``alpha`` sample standard deviations.
 
-    Args:
-        responses: ``(N, R)``.
+    Example:
+        >>> elastic_selection(torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]]), 1.0)
+        tensor([[False, False, False, False,  True]])
     """
-    if responses.numel() <= len(responses):  # a sample of one has no deviation, nor what to exceed
+    if responses.numel() <= len(responses):  # one response has no sample standard deviation
         return torch.zeros_like(responses, dtype=torch.bool)
     bound = responses.mean(dim=1) + alpha * responses.std(dim=1)
     return responses > bound[:, None]
 
 
 def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
-    """The classes both detectors know, as one side numbers them: without names the teacher's, which come first.
+    """Return indices of the classes that both detectors have; without class names, the teacher's come first.
 
     Args:
-        loss: that was bound by :func:`check_old_classes`.
-        side: "of_student" or "of_teacher".
+        loss: a loss for which :func:`check_old_classes` was called.
+        side: whose class indices, "of_student" or "of_teacher".
     """
     if loss.class_map is None:
         return slice(loss.num_old_classes)
@@ -253,10 +260,10 @@ def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
 
 
 def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:
-    """Tell a loss how many classes there are, and were before.
+    """Set ``num_classes`` and ``num_old_classes`` of a loss.
 
     Raises:
-        InputError: the student has fewer, or shares none by name.
+        InputError: if the student has fewer classes than the teacher, or no class of the same name.
     """
     loss.num_classes, loss.num_old_classes = num_classes_of(student), num_classes_of(teacher)
     if loss.class_map is None and loss.num_classes < loss.num_old_classes:

@@ -1,4 +1,7 @@
-"""Pure functions of tensors that the losses share; computed in at least float32, inside autocast too."""
+"""Functions of tensors used by several losses, computed in at least float32 also under autocast.
+
+Shape: N images, C channels, H and W of a level, R rows, K classes.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,23 @@ from torch import Tensor
 
 
 def in_float32(function: Callable) -> Callable:
-    """Run a function of tensors outside autocast, its half-precision arguments widened to float32.
+    """Decorate a function to run outside autocast, with half-precision tensor arguments cast to float32.
 
-    Sums over thousands of cells and logarithms of probabilities overflow or vanish in half precision.
+    Sums over thousands of cells and logarithms of probabilities overflow or underflow in half precision.
     """
 
     @functools.wraps(function)
-    def wide(*args, **kwargs):
-        def widen(x):
+    def wrapper(*args, **kwargs):
+        def to_float(x):
             return x.float() if isinstance(x, Tensor) and x.dtype in _HALVES else x
 
-        args = tuple(widen(x) for x in args)
-        kwargs = {key: widen(x) for key, x in kwargs.items()}
+        args = tuple(to_float(x) for x in args)
+        kwargs = {key: to_float(x) for key, x in kwargs.items()}
         device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
-    return wide
+    return wrapper
 
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -35,13 +38,17 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @in_float32
 def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``tau^2 KL(softmax(t / tau) || softmax(s / tau))`` of each row (Hinton et al., 2015).
+    """Return ``tau^2 KL(softmax(t / tau) || softmax(s / tau))`` of each row (Hinton et al., 2015).
 
     Args:
-        student_logits, teacher_logits: ``(R, K)``.
+        student_logits, teacher_logits: ``(R, K)``, or any shape whose last dimension is K.
 
     Returns:
         ``(R,)``, never negative.
+
+    Example:
+        >>> softmax_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor([0.3278])
     """
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
@@ -52,35 +59,43 @@ def softmax_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def sigmoid_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``tau^2 |p_T - p_S| BCE(p_S, p_T)`` of each entry, its first factor constant; and p_S, p_T, constant.
+    """Return ``tau^2 |p_T - p_S| BCE(p_S, p_T)`` of each entry, and the probabilities p_S and p_T.
 
-    Binary cross-entropy with soft targets, scaled as quality focal loss is (GFL, arXiv 2006.04388, with
-    exponent 1): 0 with gradient 0 where both agree.
+    This is binary cross-entropy with soft targets, scaled as in quality focal loss (GFL, arXiv 2006.04388) with
+    exponent 1. Value and gradient are 0 where p_S = p_T. The factor ``|p_T - p_S|``, p_S and p_T carry no gradient.
 
     Args:
-        student_logits, teacher_logits: of equal shape, which is that of the results.
+        student_logits, teacher_logits: tensors of equal shape, which is also the shape of the outputs.
+
+    Example:
+        >>> sigmoid_divergence(torch.zeros(2), torch.tensor([0.0, 2.0]))[0]
+        tensor([0.0000, 0.2639])
     """
     student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-    ours, theirs = student_logits.detach().sigmoid(), teacher_logits.detach().sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(student_logits, theirs, reduction="none")
-    return temperature**2 * (theirs - ours).abs() * entropy, ours, theirs
+    p_s, p_t = student_logits.detach().sigmoid(), teacher_logits.detach().sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(student_logits, p_t, reduction="none")
+    return temperature**2 * (p_t - p_s).abs() * entropy, p_s, p_t
 
 
 @in_float32
 def masked_squared_error(
     student: Tensor, teacher: Tensor, mask: Tensor, normalizer: Tensor | None = None
 ) -> Tensor:
-    """``sum_bij M_bij sum_c (S - T)^2 / (2 max(1, sum M))`` of one level.
+    """Return ``sum_bij M_bij sum_c (S - T)^2 / (2 max(1, sum M))`` of one level.
 
     Args:
         student, teacher: ``(N, C, H, W)``.
         mask: ``(N, H, W)``, not negative.
-        normalizer: in place of max(1, sum M).
+        normalizer: replaces max(1, sum M).
+
+    Example:
+        >>> masked_squared_error(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4), torch.ones(1, 4, 4))
+        tensor(1.5000)
     """
     cells = (student - teacher).square().sum(dim=1)
     return (cells * mask).sum() / (2 * at_least_one(mask.sum(), normalizer))
 
 
 def at_least_one(count: Tensor, normalizer: Tensor | None) -> Tensor:
-    """A given normalizer, or else ``max(1, count)``."""
+    """Return ``normalizer`` if given, otherwise ``max(1, count)``."""
     return count.clamp(min=1) if normalizer is None else normalizer

@@ -1,8 +1,9 @@
-"""Instance-Conditional Knowledge Distillation: features count where they tell about the objects.
+"""Instance-Conditional Knowledge Distillation: features are compared where a decoder attends to detect the objects.
 
-ICD, "Instance-Conditional Knowledge Distillation for Object Detection", NeurIPS 2021. Follows the authors'
-published code, less its faults: sides are told with each image's own size, and the priors are those of the
-classes they are for.
+ICD, "Instance-Conditional Knowledge Distillation for Object Detection", NeurIPS 2021. This follows the authors' code
+except for two errors there: box sizes in queries are relative to their own image, and priors belong to their class.
+
+Notation: N images, K query slots per image, S cells of all levels, C channels, M heads of d = C / M channels.
 """
 
 from __future__ import annotations
@@ -45,58 +46,65 @@ NORMALIZERS = ("image", "instance")
 
 
 class ICDLoss(DistillLoss):
-    """Values of teacher and student, compared where a decoder looks to recognise the objects.
+    """Distill projected features (values), weighted by the attention of a decoder that detects the objects.
 
-    Every object of the ground truth, and some five fakes for each, is a question that names its class, a
-    point in it and its rough size (:mod:`d2kd.layers.queries`). A decoder reads the teacher's features to
-    answer it (:mod:`d2kd.layers.attention`): is it real, and where are its edges? These auxiliary terms train
-    the decoder alone. With V of its value projection for the teacher and of another for the student,
-    normalised over the d channels of a head, and A the attention of the real objects' questions,
+    Each ground-truth object, and about five sampled negatives per object, is a query: its class, a point in it and its
+    quantized size (:mod:`d2kd.layers.queries`). A decoder (:mod:`d2kd.layers.attention`) attends to the teacher's
+    features and predicts whether the query is a real object, and the distances to its box edges. These auxiliary
+    terms train only the decoder. V are values, from the decoder's value projection for the teacher and another
+    projection for the student, normalised over the d channels of a head. A are the attention logits of the objects'
+    queries.
 
-        identification  mean of BCE over all questions
+        identification  mean of BCE over all queries
         localization    1/max(1, n) sum of |l - l^|/w + |t - t^|/h + |r - r^|/w + |b - b^|/h over n objects
         distillation    lambda mean_i mean_m  sum_s a_ims mean_c (V_S - V_T)_imsc^2 / sum_s a_ims,
                         a_ims = sum over the objects of image i of softmax_s(A)
 
-    for images i, heads m, cells s of all levels. Layers add up in the auxiliary terms and are averaged in the
-    distillation, which lies in [0, 4 lambda], near 2 lambda for features that have nothing in common.
+    for images i, heads m, cells s of all levels. Decoder layers are summed in the auxiliary terms and averaged in the
+    distillation term. That term is in [0, 4 lambda], and near 2 lambda for uncorrelated features.
 
     Reads: ``student.features``, ``gt_instances``; ``teacher.features``, ``images``.
 
     Args:
-        levels: level names of the student; None: all that match, see :func:`d2kd.layers.adapter.match_levels`.
-        priors: what fakes are drawn from: an :class:`InstancePriors`, its JSON file, or None for uniform
-            classes and sides; see :func:`d2kd.data.priors.estimate_priors`.
-        distillation_weight: lambda; None: 3 for two-stage students, 8 for others.
-        identification_weight, localization_weight: of the auxiliary terms.
-        heads, layers: of the decoder, which has the teacher's width.
-        fakes_per_object: how many fakes an object brings.
-        max_queries: of an image, unless it has more objects; None: 100 for two-stage students, 300 for others.
-        jitter: how far the told point is from the centre, at most, in widths and heights of the box.
-        query_positions: whether a query knows from the start where its point is, as cells know where they are;
-            ours, see :class:`d2kd.layers.attention.InstanceDecoderLayer`. As published, the decoder must learn
-            from the descriptor where to look, which takes many thousands of iterations.
-        normalize_keys: whether cells are looked for by their features normalised over channels; ours, for
-            teachers whose levels differ much in scale, of which a softmax sees the largest alone. What is read
-            there, and compared, stays as it is.
-        aux_warmup: fraction of the run in which the auxiliary terms are alone. The published counts suit
-            90k iterations; of a run under 20k or so the decoder needs some 0.3.
-        start: fraction of the run, after that, in which distillation trains the student's value projection
-            alone: the student's features are detached. 1000 iterations of a 90k schedule.
-        weights: "attention"; "uniform": every valid cell of an image counts the same; or "box": those whose centre
-            is in an object's box do, and no other.
-        normalizer: "image", as the authors' code: an image with few objects counts as much as a crowded one,
-            and one without any counts as 0; or "instance", as the paper: every object of the batch counts the
-            same.
+        levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
+        priors: distribution of the negatives: an :class:`InstancePriors`, its JSON file, or None for the same
+            frequency and sizes of all classes; see :func:`d2kd.data.priors.estimate_priors`.
+        distillation_weight: lambda. None: 3 for two-stage students, 8 for others.
+        identification_weight, localization_weight: weights of the auxiliary terms.
+        heads, layers: number of attention heads and of layers of the decoder, which has the teacher's channels.
+        fakes_per_object: number of negatives per object.
+        max_queries: limit per image, unless it has more objects. None: 100 for two-stage students, 300 for others.
+        jitter: maximum offset of a query's point from the box centre, in box widths and heights.
+        query_positions: whether queries get position embeddings like the cells', see
+            :class:`d2kd.layers.attention.InstanceDecoderLayer`. Not in the paper, whose decoder must learn from the
+            descriptor where to attend, which takes many thousands of iterations.
+        normalize_keys: whether features are normalised over channels for the attention keys. Not in the paper. It is
+            for teachers with levels of very different scale, where the softmax would attend to one level only. Values,
+            which are compared, are unchanged.
+        aux_warmup: fraction of the run with auxiliary terms only. 0, as published, suits 90k iterations. In runs under
+            about 20k iterations the decoder needs about 0.3.
+        start: fraction of the run, after ``aux_warmup``, in which the student's features are detached, so
+            distillation trains only the student's value projection. The default is 1000 iterations of a 90k schedule.
+        weights: "attention"; "uniform", the same weight for every valid cell; or "box", the same weight for every valid
+            cell whose centre is in an object's box.
+        normalizer: "image", as in the authors' code: images with objects have equal weight, others are 0; or
+            "instance", as in the paper: all objects of the batch have equal weight.
         attention_mebibytes: memory for the objects' attention, see :func:`d2kd.layers.attention.summed_attention`.
-        seed: of the loss's own generator, which leaves all others alone; its place in the sequence is part
-            of ``state_dict()``. Negative: drawn anew, as ``train.seed``.
-        weight: of all terms together.
+        seed: seed of the loss's own random generator. Its position is part of ``state_dict()``. Negative: a random
+            seed, as with ``train.seed``.
+        weight: weight of all terms.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an option is none of these; on ``bind`` heads that do not divide the teacher's width, levels
-            of unequal width, priors of another number of classes; in a step an object of no such class.
+        InputError: if an option is invalid. In ``bind``: if heads do not divide the teacher's channels, if channels
+            differ between levels, or if the priors have another number of classes. In ``forward``: if an object has
+            a class index out of range.
+
+    Example:
+        >>> from d2kd.testing import batch, distiller, step, tiny_retinanet
+        >>> losses = step(distiller(lambda: ICDLoss(heads=2), tiny_retinanet), batch())
+        >>> [key.rsplit("_", 1)[1] for key in losses if key.startswith("distill/")]
+        ['identification', 'localization', 'distillation']
     """
 
     def __init__(
@@ -148,13 +156,13 @@ class ICDLoss(DistillLoss):
         self.heads, self.layers = heads, layers
         self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
         self.query_positions, self.normalize_keys = query_positions, normalize_keys
-        self.aux_warmup, self.begin = aux_warmup, aux_warmup + start
-        self.changes = aux_warmup, self.begin
+        self.aux_warmup, self.distill_start = aux_warmup, aux_warmup + start
+        self.changes = aux_warmup, self.distill_start
         self.weights, self.normalize_by = weights, normalizer
         self.attention_mebibytes = attention_mebibytes
         self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.draws = 0  # under this seed
-        self._waits = False
+        self.draws = 0  # with this seed
+        self._before_distill = False
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
@@ -174,13 +182,15 @@ class ICDLoss(DistillLoss):
     def build(
         self, num_classes: int, student_channels: int, channels: int, hidden: int | None = None
     ) -> None:
-        """Make what is trained, for classes of the ground truth and widths of both sides' features.
+        """Create the trained modules.
 
         Args:
-            hidden: of the decoder's perceptrons, see :class:`InstanceDecoderLayer`.
+            num_classes: number of ground-truth classes.
+            student_channels, channels: channels of the student's and the teacher's features.
+            hidden: hidden units of the decoder's MLPs, see :class:`InstanceDecoderLayer`.
         """
         if self.priors is None:
-            logger.warning("no priors given: fakes are of any class and size alike")
+            logger.warning("no priors given: all classes have the same frequency and sizes")
             self.priors = InstancePriors.unknown(num_classes)
         if self.priors.num_classes != num_classes:
             found = f"of {self.priors.num_classes} classes"
@@ -197,15 +207,15 @@ class ICDLoss(DistillLoss):
             for _ in range(self.layers)
         )
         self.auxiliary_head = MLP(channels, [channels, channels, 5])
-        # Of a decoder of the student's own nothing else would ever be used.
+        # The student needs no decoder, only value projections.
         self.student_values = nn.ModuleList(
             value_projection(student_channels, channels) for _ in range(self.layers)
         )
 
     def make_identity(self) -> None:
-        """Compare with one projection for both, without what trains the decoder: tests of a copy's silence."""
-        for ours, layer in zip(self.student_values, self.decoder, strict=True):
-            ours.load_state_dict(layer.value.state_dict())
+        """Use one value projection for both sides and no auxiliary terms, so equal detectors have a loss of 0."""
+        for student_value, layer in zip(self.student_values, self.decoder, strict=True):
+            student_value.load_state_dict(layer.value.state_dict())
         self.identification_weight = self.localization_weight = 0.0
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
@@ -220,33 +230,33 @@ class ICDLoss(DistillLoss):
         images = teacher.images
         sizes = [teacher.features[match].shape[-2:] for match in self.levels.values()]
         device = images.tensor.device
-        covering = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
-        ours, theirs, valid = [], [], []
-        for (level, match), covered in zip(self.levels.items(), covering, strict=True):
-            one, other = student.features[level], teacher.features[match]
-            # Detectors that pad to other multiples differ only below and to the right of the images.
-            h, w = (min(a, b) for a, b in zip(one.shape[-2:], other.shape[-2:]))
-            ours.append(one[..., :h, :w])
-            theirs.append(other[..., :h, :w])
-            valid.append(covered[:, :h, :w])
-        counted = None
+        masks = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
+        student_maps, teacher_maps, valid = [], [], []
+        for (level, match), mask in zip(self.levels.items(), masks, strict=True):
+            s, t = student.features[level], teacher.features[match]
+            # Padding to different multiples changes only the lower and right borders.
+            h, w = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
+            student_maps.append(s[..., :h, :w])
+            teacher_maps.append(t[..., :h, :w])
+            valid.append(mask[:, :h, :w])
+        compared = None
         if self.weights == "box":
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
             inside = [
-                of_level & paint(boxes, tuple(of_level.shape[-2:]), stride, "box").bool()
-                for of_level, stride in zip(valid, self.strides.values(), strict=True)
+                mask & paint(boxes, tuple(mask.shape[-2:]), stride, "box").bool()
+                for mask, stride in zip(valid, self.strides.values(), strict=True)
             ]
-            counted = torch.cat([x.flatten(1) for x in inside], dim=1)
-        readings = self.read(
-            None if self.progress < self.aux_warmup else tokens(ours),
-            tokens(theirs),
+            compared = torch.cat([x.flatten(1) for x in inside], dim=1)
+        layer_losses = self.read(
+            None if self.progress < self.aux_warmup else tokens(student_maps),
+            tokens(teacher_maps),
             torch.cat([x.flatten(1) for x in valid], dim=1),
-            CellPositions.of(valid, other.shape[1]),
+            CellPositions.of(valid, t.shape[1]),
             queries,
-            counted,
+            compared,
         )
-        self._watch(readings, queries)
-        return self.terms(readings)
+        self._log_metrics(layer_losses, queries)
+        return self.terms(layer_losses)
 
     @in_float32
     def read(
@@ -256,98 +266,83 @@ class ICDLoss(DistillLoss):
         valid: Tensor,
         positions: CellPositions,
         queries: InstanceQueries,
-        counted: Tensor | None = None,
-    ) -> list[Reading]:
-        """What each layer of the decoder makes of one batch.
+        compared: Tensor | None = None,
+    ) -> list[DecoderLayerLosses]:
+        """Run the decoder and return the losses of each of its layers.
 
         Args:
-            student, teacher: ``(N, S, C)`` of either's width, cells of all levels; no student, no distance.
-                Before distillation begins the student receives no gradient.
-            valid: ``(N, S)`` bool, which cells are of the image.
-            positions: of these cells, as long as the teacher's width.
-            queries: for K slots of each image; best on the CPU, whence which of them are real is read.
-            counted: ``(N, S)`` bool, which cells are compared, all alike, unless attention weighs them; the valid
-                ones by default.
+            student, teacher: ``(N, S, C)``, features of all cells, each with its own C. Without a student there is no
+                distillation. Before distillation starts, the student gets no gradient.
+            valid: ``(N, S)`` bool, cells that the image covers.
+            positions: positions of these cells, with the teacher's C.
+            queries: K slots per image; best on the CPU, where ``is_real`` is read without synchronization.
+            compared: ``(N, S)`` bool, cells with equal weights unless weights are the attention. Default: ``valid``.
         """
-        if student is not None and self.progress < self.begin:
+        if student is not None and self.progress < self.distill_start:
             student = student.detach()
-        attends = student is not None and self.weights == "attention"
-        counted = valid if counted is None else counted
-        chosen, queries = queries.is_real, queries.to(teacher.device)
+        use_attention = student is not None and self.weights == "attention"
+        compared = valid if compared is None else compared
+        query_mask = queries.is_real if use_attention else None
+        queries = queries.to(teacher.device)
         used, real, images = self.normalizer(
             queries.is_used.sum(),
             queries.is_real.sum(),
             valid.new_full((), len(valid), dtype=torch.float32),
         )
-        asked, places = self.encoded(queries)
-        readings = []
+        x, query_positions = self.encoded(queries)
+        layer_losses = []
         for layer, student_value in zip(self.decoder, self.student_values):
             decoded = layer(
-                asked,
-                teacher,
-                positions,
-                valid,
-                chosen if attends else None,
-                self.attention_mebibytes,
-                places,
+                x, teacher, positions, valid, query_mask, self.attention_mebibytes, query_positions
             )
-            answers = self.auxiliary_head(decoded.queries)
-            reading = Reading(
+            logits = self.auxiliary_head(decoded.queries)
+            losses = DecoderLayerLosses(
                 decoded,
-                identification_loss(answers[..., 0], queries.is_real, queries.is_used, used),
-                localization_loss(answers[..., 1:], queries.edge_distances, queries.is_real, real),
+                identification_loss(logits[..., 0], queries.is_real, queries.is_used, used),
+                localization_loss(logits[..., 1:], queries.edge_distances, queries.is_real, real),
             )
             if student is not None:
-                if attends:
+                if use_attention:
                     weights = decoded.attention
-                else:  # summed over the objects of an image, as attention is: without any it counts as 0
+                else:  # summed over the objects of an image, as attention is; 0 for an image without objects
                     objects = queries.is_real.sum(-1)[:, None, None]
-                    weights = objects * counted[:, None]
-                    weights = weights / counted.sum(-1).clamp(min=1)[:, None, None]
+                    weights = objects * compared[:, None]
+                    weights = weights / compared.sum(-1).clamp(min=1)[:, None, None]
                     weights = weights.expand(-1, self.heads, -1)
                 if self.normalize_by == "instance":
                     (total,) = self.normalizer(weights.float().sum(), least=1e-6)
                 else:
                     total = images * self.heads
-                reading.distance = value_distance(
-                    by_head(student_value(student), self.heads),
-                    decoded.values.detach(),
-                    weights,
-                    self.normalize_by,
-                    total,
+                values = by_head(student_value(student), self.heads)
+                losses.distance = value_distance(
+                    values, decoded.values.detach(), weights, self.normalize_by, total
                 )
-            readings.append(reading)
-            asked = decoded.queries
-        return readings
+            layer_losses.append(losses)
+            x = decoded.queries
+        return layer_losses
 
     def encoded(self, queries: InstanceQueries) -> tuple[Tensor, Tensor | None]:
-        """What the decoder is asked: ``(N, K, C)``, and its positions ``(N, K, C)`` if queries have any."""
-        asked = self.query_encoder(queries.descriptors)
+        """Return query embeddings ``(N, K, C)`` and, if queries have positions, their embeddings ``(N, K, C)``."""
+        embeddings = self.query_encoder(queries.descriptors)
         if not self.query_positions:
-            return asked, None
-        return asked, point_positions(queries.centers, asked.shape[-1])
+            return embeddings, None
+        return embeddings, point_positions(queries.centers, embeddings.shape[-1])
 
-    def terms(self, readings: list[Reading]) -> dict[str, Tensor]:
-        """Weighted terms by name; those that are off are left out."""
+    def terms(self, layers: list[DecoderLayerLosses]) -> dict[str, Tensor]:
+        """Return the weighted terms by name, without those of weight 0."""
         terms = {
-            "identification": (
-                self.identification_weight,
-                sum(reading.identification for reading in readings),
-            ),
-            "localization": (
-                self.localization_weight,
-                sum(reading.localization for reading in readings),
-            ),
+            "identification": (self.identification_weight, sum(x.identification for x in layers)),
+            "localization": (self.localization_weight, sum(x.localization for x in layers)),
         }
-        if readings[0].distance is not None:
-            distance = sum(reading.distance for reading in readings) / len(readings)
+        if layers[0].distance is not None:
+            distance = sum(x.distance for x in layers) / len(layers)
             terms["distillation"] = (self.distillation_weight, distance)
         weighted = {
             name: (value_of(weight, self.progress), term) for name, (weight, term) in terms.items()
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
 
-    # Not buffers, for which in each step a GPU would have to be waited.
+    # Not buffers, whose reading would synchronize with the GPU in each step.
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.draws, self.seed])
 
@@ -355,44 +350,45 @@ class ICDLoss(DistillLoss):
         self.draws, self.seed = (int(number) for number in state)
 
     def _generator(self) -> torch.Generator:
-        """The generator of this step, told by the seed, the process and how many steps there were.
+        """Return the generator of this step, seeded by the seed, the process rank and the number of steps.
 
-        One number in the checkpoint, equal in all processes, so brings each of them back to its place.
+        One number in the checkpoint, equal in all processes, thus restores the generator of each process.
         """
         key = (self.seed, comm.get_rank(), self.draws)
         self.draws += 1
         (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(word) >> 1)
 
-    def _watch(self, readings: list[Reading], queries: InstanceQueries) -> None:
-        """Record what tells whether the decoder reads the teacher at all, and warn once where it does not."""
+    def _log_metrics(self, layers: list[DecoderLayerLosses], queries: InstanceQueries) -> None:
+        """Log scalars that show whether the decoder uses the teacher's features; warn once if it does not."""
 
         def mean(values: list[Tensor]) -> Tensor:
             return torch.stack(values).detach().mean()
 
-        # What can be had without a look at the teacher: by guessing as often as there are objects, and by
-        # knowing the exact size of every box, but not where in it the told point is.
+        # Losses possible without the teacher's features: a constant probability, the fraction of real objects; and
+        # the exact size of every box, but not the position of the jittered point in it.
         real = float(queries.is_real.sum() / queries.is_used.sum())
-        guess = -sum(p * math.log(p) for p in (real, 1 - real) if p > 0)
-        blind = 2 * self.jitter * (real > 0)
+        identification_baseline = -sum(p * math.log(p) for p in (real, 1 - real) if p > 0)
+        localization_baseline = 2 * self.jitter * (real > 0)
         values = {}
-        if guess:
-            values[IDENTIFICATION] = mean([x.identification for x in readings]) / guess
-        if blind:
-            values[LOCALIZATION] = mean([x.localization for x in readings]) / blind
-        if readings[0].distance is not None:
-            values[DISTANCE] = mean([x.distance for x in readings])
-            if real and readings[0].decoded.entropy is not None:
-                values[ENTROPY] = mean([x.decoded.entropy for x in readings])
+        if identification_baseline:
+            loss = mean([x.identification for x in layers])
+            values[IDENTIFICATION] = loss / identification_baseline
+        if localization_baseline:
+            values[LOCALIZATION] = mean([x.localization for x in layers]) / localization_baseline
+        if layers[0].distance is not None:
+            values[DISTANCE] = mean([x.distance for x in layers])
+            if real and layers[0].decoded.entropy is not None:
+                values[ENTROPY] = mean([x.decoded.entropy for x in layers])
         storage = get_event_storage()
         if values:
             for key, value in zip(values, torch.stack(list(values.values())).tolist()):
                 storage.put_scalar(key, value)
 
-        if self.progress < self.begin or self.draws == 1:
-            self._waits = True
-        if self._waits and self.progress >= self.begin:
-            self._waits = False
+        if self.progress < self.distill_start or self.draws == 1:
+            self._before_distill = True
+        if self._before_distill and self.progress >= self.distill_start:
+            self._before_distill = False
             found = {
                 key: storage.history(key).median(WINDOW)
                 for key in (IDENTIFICATION, LOCALIZATION)
@@ -400,33 +396,32 @@ class ICDLoss(DistillLoss):
             }
             if any(not value < 1 for value in found.values()):
                 logger.warning(
-                    "distillation begins before the decoder has learned to read the teacher (%s; below 1 "
-                    "it has): lengthen aux_warmup or start",
+                    "distillation begins before the decoder has learned to read the teacher (%s; values "
+                    "below 1 are expected): increase aux_warmup or start",
                     ", ".join(f"{key} {value:.2f}" for key, value in found.items()),
                 )
 
 
 IDENTIFICATION = "distill/icd_identification"
-"""Scalar: the identification loss by the entropy of the share of real questions; below 1 once learned."""
+"""Scalar: identification loss / entropy of the fraction of real objects; below 1 once the decoder has learned."""
 LOCALIZATION = "distill/icd_localization"
-"""Scalar: the localization loss by 2 jitter; below 1 only if the teacher's features are read."""
+"""Scalar: localization loss / (2 jitter); below 1 only if the decoder uses the teacher's features."""
 ENTROPY = "distill/icd_attention_entropy"
-"""Scalar: the attention's entropy by that of even attention; near 1 while nothing is found."""
+"""Scalar: entropy of the attention / entropy of uniform attention; near 1 before training."""
 DISTANCE = "distill/icd_value_distance"
-"""Scalar: the distillation term without its weight, near 2 where values have nothing in common."""
+"""Scalar: distillation term without its weight; near 2 for uncorrelated values."""
 WINDOW = 20
-"""Iterations over which the warning takes the median."""
+"""Number of iterations of the median in the warning."""
 
 
 @dataclass
-class Reading:
-    """What one layer of the decoder made of a batch.
+class DecoderLayerLosses:
+    """Output and losses of one decoder layer.
 
     Attributes:
-        decoded: its output.
-        identification, localization: scalars that train the decoder.
-        distance: of the student's values from the teacher's, see :func:`value_distance`; None without a
-            student.
+        decoded: output of the layer.
+        identification, localization: unweighted auxiliary losses.
+        distance: unweighted distillation term, see :func:`value_distance`; None without a student.
     """
 
     decoded: Decoded
@@ -436,7 +431,7 @@ class Reading:
 
 
 def tokens(maps: Iterable[Tensor]) -> Tensor:
-    """``(N, C, Hi, Wi)`` of each level to ``(N, sum Hi * Wi, C)``, levels in their order."""
+    """Flatten and concatenate feature maps: ``(N, C, Hi, Wi)`` of each level to ``(N, sum Hi * Wi, C)``."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
 
 
@@ -444,9 +439,11 @@ def tokens(maps: Iterable[Tensor]) -> Tensor:
 def identification_loss(
     logits: Tensor, is_real: Tensor, is_used: Tensor, normalizer: Tensor | None = None
 ) -> Tensor:
-    """Binary cross-entropy of being real, on average over the used slots; all ``(N, K)``.
+    """Return the binary cross-entropy of ``is_real``, averaged over the used slots.
 
-    A normalizer stands in place of their number.
+    Args:
+        logits, is_real, is_used: ``(N, K)``.
+        normalizer: replaces the number of used slots.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, is_real.to(logits), reduction="none")
     return (entropy * is_used).sum() / at_least_one(is_used.sum(), normalizer)
@@ -456,13 +453,13 @@ def identification_loss(
 def localization_loss(
     logits: Tensor, edge_distances: Tensor, is_real: Tensor, normalizer: Tensor | None = None
 ) -> Tensor:
-    """Distances to the four edges, each in widths or heights of the box, summed; on average over real slots.
+    """Return the L1 errors of the four edge distances, in box widths and heights, summed and averaged over objects.
 
     Args:
         logits: ``(N, K, 4)``, before the sigmoid.
-        edge_distances: ``(N, K, 4)``, to the left, top, right and bottom, as parts of the image's sides.
+        edge_distances: ``(N, K, 4)``, to the left, top, right and bottom, as fractions of image width and height.
         is_real: ``(N, K)``.
-        normalizer: in place of the number of real slots.
+        normalizer: replaces the number of objects.
     """
     sides = (edge_distances[..., :2] + edge_distances[..., 2:]).clamp(min=1e-7)
     error = (logits.sigmoid() - edge_distances).abs().unflatten(-1, (2, 2)) / sides[..., None, :]
@@ -477,21 +474,21 @@ def value_distance(
     normalize_by: str = "image",
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """Weighted squared distance of values, each normalised over its head's channels.
+    """Return the weighted squared distance of values, each normalised over the channels of its head.
 
-    Per cell that is 2 (1 - rho), rho the Pearson correlation of the two vectors: from 0 to 4.
+    In each cell this is 2 (1 - rho), rho the Pearson correlation of the two vectors; its range is [0, 4].
 
     Args:
         student, teacher: ``(N, M, S, d)``.
-        weights: ``(N, M or 1, S)``, not negative; all 0 in an image that counts as 0.
-        normalize_by: "image": weighted means of images and heads, averaged; "instance": one weighted mean of
-            all.
-        normalizer: in place of the number of images and heads, or of the sum of all weights.
+        weights: ``(N, M or 1, S)``, not negative. An image with zero weights contributes 0.
+        normalize_by: "image", the average of the weighted mean of each image and head; or "instance", one weighted
+            mean over all.
+        normalizer: replaces the number of images times heads, or the sum of all weights.
     """
-    # Heads behind cells, as they lie in memory: normalising copies nothing. One operation squares the difference,
-    # and a sum's gradient, unlike a mean's, is not written out.
-    ours, theirs = (F.layer_norm(x.transpose(1, 2), x.shape[-1:]) for x in (student, teacher))
-    cells = F.mse_loss(ours, theirs, reduction="none").sum(dim=-1).transpose(1, 2)
+    # With heads after cells, as in memory, layer_norm makes no copy. mse_loss is one operation, and the gradient of
+    # sum(), unlike that of mean(), is expanded without a copy.
+    s, t = (F.layer_norm(x.transpose(1, 2), x.shape[-1:]) for x in (student, teacher))
+    cells = F.mse_loss(s, t, reduction="none").sum(dim=-1).transpose(1, 2)
     cells = cells / student.shape[-1]
     weights = weights.expand_as(cells)
     distance, total = (cells * weights).sum(dim=-1), weights.sum(dim=-1)
@@ -503,7 +500,7 @@ def value_distance(
 
 
 def _width(side: str, backbone: nn.Module, levels: Iterable[str]) -> int:
-    """The channels that all of the levels have."""
+    """Return the number of channels, which must be the same for all levels."""
     shapes = backbone.output_shape()
     widths = {level: shapes[level].channels for level in levels}
     if len(set(widths.values())) > 1:

@@ -1,4 +1,4 @@
-"""Learning without Forgetting on a dense detector, as we port it: all old logits, wherever the images are."""
+"""Learning without Forgetting for dense detectors: all logits of the old classes, at all locations in the images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .erd import check_old_classes, old_classes
 
 
 class LwFLoss(DistillLoss):
-    """``mean over locations and old classes of (c^S - c^T)^2``, the plain form that a selection is compared with.
+    """``mean over locations and old classes of (c^S - c^T)^2``, a baseline for methods that select locations.
 
-    Locations are those of the cells that the images cover, in part at least: padding does not count.
+    Locations are those of all cells that the images cover at least partly, so padding is excluded.
 
-    In the manner of "Learning without Forgetting" (arXiv 1606.09282), which is about classification: old
-    answers on new data are the target. *This port is ours*; how others ported it to detectors is not known. On
-    raw logits, as :class:`~d2kd.losses.ERDLoss` compares them at selected locations; boxes are not compared.
+    "Learning without Forgetting" (arXiv 1606.09282) is about classification: predictions of the old model on new data
+    are the targets. *The form for detectors is this project's* and may differ from other adaptations. It compares
+    raw logits, as :class:`~d2kd.losses.ERDLoss` does at selected locations, and no boxes.
 
     Reads: ``student.pred_logits``, ``teacher.pred_logits``, ``teacher.images``.
 
@@ -27,8 +27,15 @@ class LwFLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: on ``bind``, detectors without equal anchors, that have no class in common, or whose old classes
-            are not the teacher's.
+        InputError: in ``bind``, if the detectors have different anchors, no class in common, or the student has fewer
+            classes than the teacher.
+
+    Example:
+        >>> from d2kd.testing import batch, distillation, distiller, step, tiny_fcos
+        >>> distillation(step(distiller(LwFLoss, tiny_fcos), batch())).item() > 0
+        True
+        >>> distillation(step(distiller(LwFLoss, tiny_fcos, same=True), batch())).item()  # the teacher is a copy
+        0.0
     """
 
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
@@ -39,18 +46,19 @@ class LwFLoss(DistillLoss):
         check_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> Tensor:
-        ours, theirs = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
-        difference = ours[..., old_classes(self, "of_student")]
-        difference = difference - theirs[..., old_classes(self, "of_teacher")]
-        valid = valid_rows(teacher)
+        s, t = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
+        difference = (
+            s[..., old_classes(self, "of_student")] - t[..., old_classes(self, "of_teacher")]
+        )
+        valid = valid_locations(teacher)
         (count,) = self.normalizer(valid.sum() * difference.shape[-1])
         return (difference.square() * valid[..., None]).sum() / count
 
 
-def valid_rows(outputs: DenseOutputs) -> Tensor:
-    """Which rows of a dense detector's answers are of cells that the images cover: ``(N, R)`` bool, R of all levels."""
+def valid_locations(outputs: DenseOutputs) -> Tensor:
+    """Return which of the R predictions of all levels are in cells that the images cover: ``(N, R)`` bool."""
     images, maps = outputs.images, outputs.predictions[0]
-    sizes = [one.shape[-2:] for one in maps]
+    sizes = [x.shape[-2:] for x in maps]
     cells = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, images.tensor.device)
     anchors = maps[0].shape[1] // outputs.detector.num_classes
     return torch.cat([x.flatten(1).repeat_interleave(anchors, dim=1) for x in cells], dim=1)

@@ -1,9 +1,12 @@
-"""Task Adaptive Regularization: transfer where the teacher does better.
+"""Task Adaptive Regularization: distill where the teacher predicts better than the student.
 
-TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract
-and secondary descriptions could be read, so this is *TAR as we implement it*: established are the shared
-proposals, the three levels, the Gaussian mask, the regression gate and the decay; the formulas' constants,
-the classification gate, the weights and all of the one-stage form are ours.
+TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract and
+descriptions in other papers were available, so this is *TAR as implemented here*. Known from these sources: shared
+proposals, three terms, the Gaussian mask, the regression gate and the decay. Chosen by this project: the constants of
+the formulas, the classification gate, the weights, and the whole one-stage form.
+
+Notation: K classes, R sampled regions, M anchors, P foreground regions or anchors, p_S and p_T the probabilities of
+student and teacher, t_S and t_T their box deltas, tau the temperature.
 """
 
 from __future__ import annotations
@@ -28,12 +31,7 @@ from ..modeling.outputs import scores_by_sigmoid
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight, check_anchors, is_off, value_of
-from .functional import (
-    at_least_one,
-    in_float32,
-    sigmoid_divergence,
-    softmax_kl,
-)
+from .functional import at_least_one, in_float32, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
 
 logger = logging.getLogger(__name__)
@@ -43,55 +41,62 @@ REG_GATES = ("proposal", "student", "both", "none")
 
 
 class TARLoss(DistillLoss):
-    """Features, classification and box regression, each where the teacher is right.
+    """Distillation of features, classification and box regression, each where the teacher is better.
 
-    Two-stage: for the R regions the student sampled, with labels y and the P of them that are foreground,
+    Two-stage detectors: for the student's R sampled regions with labels y,
 
         feature         :class:`ImitationLoss` under Gaussian box masks
         classification  1/R sum_i a_i tau^2 KL(p_T,i || p_S,i),    a_i = [p_T,i(y_i) > p_S,i(y_i) + margin]
         regression      1/max(1, P) sum_i m_i sum_4 smooth_l1(t_S,i - t_T,i),
                         m_i = [IoU(box_T,i, gt_i) > IoU(region_i, gt_i)]
 
-    One-stage: for every anchor i that is not ignored and every class c, with p of a sigmoid,
+    One-stage detectors: for every anchor i that is not ignored and every class c, with sigmoid probabilities p,
 
         classification  1/max(1, P) sum_ic a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic),
                         a_ic = [|p_T,ic - y_ic| < |p_S,ic - y_ic| - margin]
 
-    and the same regression on its P foreground anchors, from its anchor. The factor |p_T - p_S|, constant to
-    the gradient, keeps some hundred thousand easy negatives from outweighing the rest.
+    and the same regression term on the P foreground anchors. The factor |p_T - p_S| carries no gradient. It keeps
+    the many easy negatives from dominating.
 
-    Anchors in the batch's padding are what the student's own labels make of them: background for RetinaNet and FCOS,
-    ignored by GFL. Denominators are the counts of regions or foreground and not of open gates, so that a student that
-    overtakes the teacher is released rather than pushed harder. Deltas are those of class y_i, in the
-    student's coder. A cascade's stages add up, as in its own loss. With other classes (``class_map``) the
-    shared ones are compared, two-stage with the background and both sides normalised over these; regions and
-    anchors whose label the teacher does not know give neither classification nor regression; where no class
-    is shared, features alone are compared.
+    Denominators count regions or foreground anchors, not open gates. Otherwise a student that overtakes the teacher
+    would get larger gradients at the remaining gates. Deltas are those of class y_i, in the student's box coder. The
+    stages of a cascade are summed, as in its own loss. Anchors in the padding keep the student's labels: background in
+    RetinaNet and FCOS, ignored in GFL.
+
+    If the class lists differ (``class_map``), the shared classes are compared; for two-stage detectors the softmax is
+    over these and the background. Regions and anchors whose class the teacher does not have contribute to neither
+    classification nor regression. If no class is shared, only features are compared.
 
     Reads: ``student.features``, ``gt_instances``, ``regions`` or ``pred_logits``, ``pred_anchor_deltas``,
     ``anchors``, ``gt_labels``, ``matched_gt_boxes``; ``teacher.features``, ``regions`` or ``pred_logits``,
     ``pred_anchor_deltas``.
 
     Args:
-        levels, adapter, mask: of the feature term, see :class:`ImitationLoss`.
-        feature_weight, classification_weight, regression_weight: numbers or schedules; 0 removes a term
-            and what it would ask of the teacher.
-        cls_gate: "better" or "none".
-        cls_margin: how much more probable the teacher must find the label.
+        levels, adapter, mask: options of the feature term, see :class:`ImitationLoss`.
+        feature_weight, classification_weight, regression_weight: numbers or schedules. A term with weight 0 is not
+            computed, and the teacher's outputs for it are not either.
+        cls_gate: "better" (the gates a above) or "none".
+        cls_margin: margin of the "better" gate.
         temperature: tau.
         background_weight: factor of background regions or anchors in the classification term.
-        reg_gate: "proposal" (the teacher's box beats the region or anchor it started from; FCOS and GFL start
-            from points, which have no box, so there it is "student"), "student" (it beats the student's box),
+        reg_gate: "proposal" (the teacher's box has a higher IoU than the region or anchor it refines; for FCOS and
+            GFL, which refine points, the same as "student"), "student" (it has a higher IoU than the student's box),
             "both", or "none".
-        smooth_l1_beta: where the regression turns from square to absolute, in normalised deltas.
-        feature_ramp: fraction of the run in which the feature term grows linearly to its weight, for its
-            adapters begin at random. 500 iterations of a 90k schedule.
-        weight: the decay; linear to 0 over the run unless given.
+        smooth_l1_beta: threshold between the L2 and L1 parts of the regression term, in normalised deltas.
+        feature_ramp: fraction of the run in which the feature term increases linearly to its weight, because its
+            adapters start from random weights. The default is 500 iterations of a 90k schedule.
+        weight: a number or a schedule. None: linear decay from 1 to 0 over the run.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: an unknown gate; on ``bind`` detectors of different kinds, with other anchors, with
-            ``use_sigmoid_ce``, or with other classes whose names were not given.
+        InputError: if a gate is unknown. In ``bind``: if one detector is two-stage and the other one-stage, if anchors
+            differ, if a box head has ``use_sigmoid_ce``, or if classes differ and their names were not given.
+
+    Example:
+        >>> from d2kd.testing import batch, distiller, step, tiny_faster_rcnn
+        >>> model = distiller(TARLoss, tiny_faster_rcnn, same=True)  # the teacher is a copy
+        >>> {key: value.item() for key, value in step(model, batch()).items() if key.startswith("distill/")}
+        {'distill/loss_loss_feature': 0.0, 'distill/loss_loss_classification': 0.0, 'distill/loss_loss_regression': 0.0}
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class TARLoss(DistillLoss):
         ):
             if gate not in gates:
                 raise InputError(culprit, gate, " or ".join(gates))
-        # The feature term is plain imitation under another mask; its weight is applied here, beside the others'.
+        # The feature term is an ImitationLoss. Its weight is applied in forward(), like those of the other terms.
         self.feature = (
             None
             if is_off(feature_weight)
@@ -156,7 +161,7 @@ class TARLoss(DistillLoss):
         if not self.reads_predictions:
             return
         if self.class_map is not None and not self.class_map.pairs:
-            logger.warning("no class is shared: features alone are compared")
+            logger.warning("student and teacher share no class: only features are compared")
             self.classification_weight = self.regression_weight = 0
             return
         two_stage = {hasattr(detector, "roi_heads") for detector in (student, teacher)}
@@ -175,11 +180,11 @@ class TARLoss(DistillLoss):
                         f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
                         "box heads with softmax, or classification_weight=0",
                     )
-        ours, theirs = map(num_classes_of, (student, teacher))
-        if self.class_map is None and ours != theirs:
+        counts = [num_classes_of(detector) for detector in (student, teacher)]
+        if self.class_map is None and counts[0] != counts[1]:
             raise InputError(
                 "num_classes",
-                f"student {ours}, teacher {theirs}",
+                f"student {counts[0]}, teacher {counts[1]}",
                 "the same classes, or the names of both: the teacher's and the Distiller's classes",
             )
         if two_stage == {False}:
@@ -200,33 +205,29 @@ class TARLoss(DistillLoss):
         for name in ("classification", "regression"):
             if weight := value_of(getattr(self, f"{name}_weight"), self.progress):
                 if hasattr(student.detector, "roi_heads"):
-                    of_regions = getattr(self, name)
                     stages = zip(student.regions, teacher.regions, strict=True)
-                    term = sum(of_regions(ours, theirs) for ours, theirs in stages)
+                    term = sum(getattr(self, name)(s, t) for s, t in stages)
                 else:
                     term = getattr(self, f"dense_{name}")(student, teacher)
                 terms[name] = weight * term
         return terms
 
     def classification(self, student, teacher) -> Tensor:
-        """The classification term of two ``Regions`` with equal boxes, unweighted."""
-        ours, theirs = student.pred_class_logits, teacher.pred_class_logits
-        labels = student.gt_classes
+        """Return the unweighted classification term of two ``Regions`` with equal boxes."""
+        s, t, labels = student.pred_class_logits, teacher.pred_class_logits, student.gt_classes
         if self.class_map is not None:
             labels = self.class_map.shared_labels(labels)
-            ours, theirs = self.class_map.shared_logits(ours, theirs, background=True)
+            s, t = self.class_map.shared_logits(s, t, background=True)
         (normalizer,) = self.normalizer((labels >= 0).sum())
-        return classification_term(
-            ours, theirs, labels, normalizer=normalizer, **self._cls_settings
-        )
+        return classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
 
     def regression(self, student, teacher) -> Tensor:
-        """The regression term of two ``Regions`` with equal boxes, unweighted."""
+        """Return the unweighted regression term of two ``Regions`` with equal boxes."""
         num_classes = student.pred_class_logits.shape[1] - 1
-        rows, known = self._foreground(student.gt_classes, num_classes)
+        rows, teacher_classes = self._foreground(student.gt_classes, num_classes)
         return self._regression(
             of_class(student.pred_proposal_deltas[rows], student.gt_classes[rows]),
-            of_class(teacher.pred_proposal_deltas[rows], known),
+            of_class(teacher.pred_proposal_deltas[rows], teacher_classes),
             boxes=student.box_tensor[rows],
             gt=student.gt_boxes[rows],
             coder=student.box2box_transform,
@@ -234,28 +235,25 @@ class TARLoss(DistillLoss):
         )
 
     def dense_classification(self, student, teacher) -> Tensor:
-        """The classification term of two ``DenseOutputs`` with equal anchors, unweighted."""
-        ours, theirs = (torch.cat(x.pred_logits, dim=1).flatten(0, 1) for x in (student, teacher))
+        """Return the unweighted classification term of two ``DenseOutputs`` with equal anchors."""
+        s, t = (torch.cat(x.pred_logits, dim=1).flatten(0, 1) for x in (student, teacher))
         labels = student.gt_labels.flatten()
         if self.class_map is not None:
             labels = self.class_map.shared_labels(labels)
-            ours, theirs = self.class_map.shared_logits(ours, theirs)
-        (normalizer,) = self.normalizer(is_foreground(labels, ours.shape[1]).sum())
-        return dense_classification_term(
-            ours, theirs, labels, normalizer=normalizer, **self._cls_settings
-        )
+            s, t = self.class_map.shared_logits(s, t)
+        (normalizer,) = self.normalizer(is_foreground(labels, s.shape[1]).sum())
+        return dense_classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
 
     def dense_regression(self, student, teacher) -> Tensor:
-        """The regression term of two ``DenseOutputs`` with equal anchors, unweighted."""
+        """Return the unweighted regression term of two ``DenseOutputs`` with equal anchors."""
         labels = student.gt_labels.flatten()
         rows, _ = self._foreground(labels, student.detector.num_classes)
         anchors = Boxes.cat(student.anchors).tensor
-        ours, theirs = (
+        deltas = (
             torch.cat(x.pred_anchor_deltas, dim=1).flatten(0, 1)[rows] for x in (student, teacher)
         )
         return self._regression(
-            ours,
-            theirs,
+            *deltas,
             boxes=anchors[rows % len(anchors)],
             gt=student.matched_gt_boxes.flatten(0, 1)[rows],
             coder=student.detector.box2box_transform,
@@ -263,7 +261,7 @@ class TARLoss(DistillLoss):
         )
 
     def _foreground(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Rows of objects whose class the teacher knows, and the number it knows that class by."""
+        """Return the foreground rows whose class the teacher has, and the teacher's class indices of these rows."""
         foreground = is_foreground(labels, num_classes)
         if self.class_map is None:
             rows = torch.nonzero(foreground)[:, 0]
@@ -272,15 +270,14 @@ class TARLoss(DistillLoss):
         rows = torch.nonzero(foreground & (shared >= 0))[:, 0]
         return rows, torch.tensor(self.class_map.of_teacher).to(labels)[shared[rows]]
 
-    def _regression(self, ours, theirs, *, boxes, gt, coder, teacher_coder) -> Tensor:
-        """The regression term of ``(P, 4)`` deltas of the same boxes."""
-        theirs = theirs.to(ours.dtype)
+    def _regression(self, student, teacher, *, boxes, gt, coder, teacher_coder) -> Tensor:
+        """Return the regression term of ``(P, 4)`` deltas relative to the same boxes."""
+        teacher = teacher.to(student.dtype)
         with torch.no_grad():
-            # Detectron2's coders want float32, which half-precision deltas are not.
-            teacher_boxes = teacher_coder.apply_deltas(theirs.float(), boxes)
+            # Detectron2's box coders need float32.
+            teacher_boxes = teacher_coder.apply_deltas(teacher.float(), boxes)
             if not _same_coder(coder, teacher_coder):
-                # Another coder: said again in the student's own units.
-                theirs = coder.get_deltas(boxes, teacher_boxes)
+                teacher = coder.get_deltas(boxes, teacher_boxes)  # deltas in the student's coder
             gt = Boxes(gt)
             iou = matched_pairwise_iou(Boxes(teacher_boxes), gt)
             gate = torch.ones_like(iou, dtype=torch.bool)
@@ -288,17 +285,19 @@ class TARLoss(DistillLoss):
             if self.reg_gate in ("proposal", "both") and not points:
                 gate &= iou > matched_pairwise_iou(Boxes(boxes), gt)
             if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
-                own_boxes = coder.apply_deltas(ours.float(), boxes)
-                gate &= iou > matched_pairwise_iou(Boxes(own_boxes), gt)
+                student_boxes = coder.apply_deltas(student.float(), boxes)
+                gate &= iou > matched_pairwise_iou(Boxes(student_boxes), gt)
         (normalizer,) = self.normalizer(gate.new_full((), len(gate), dtype=torch.float32))
-        return regression_term(ours, theirs, gate, beta=self.smooth_l1_beta, normalizer=normalizer)
+        return regression_term(
+            student, teacher, gate, beta=self.smooth_l1_beta, normalizer=normalizer
+        )
 
 
-def _same_coder(one, other) -> bool:
+def _same_coder(a, b) -> bool:
     settings = [
-        {k: tuple(v) if k == "weights" else v for k, v in vars(c).items()} for c in (one, other)
+        {k: tuple(v) if k == "weights" else v for k, v in vars(coder).items()} for coder in (a, b)
     ]
-    return type(one) is type(other) and settings[0] == settings[1]
+    return type(a) is type(b) and settings[0] == settings[1]
 
 
 @in_float32
@@ -313,26 +312,33 @@ def classification_term(
     background_weight: float = 1.0,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """``1/R sum_i w_i a_i tau^2 KL(p_T,i || p_S,i)``.
+    """Return ``1/R sum_i w_i a_i tau^2 KL(p_T,i || p_S,i)``, with gates a and w the background weight or 1.
 
     Args:
         student_logits, teacher_logits: ``(R, K + 1)``, background last.
-        gt_classes: ``(R,)`` in ``[0, K]``; a negative label is ignored, in the denominator too.
-        normalizer: in place of R.
+        gt_classes: ``(R,)`` in ``[0, K]``. Negative labels are ignored and not counted in R.
+        normalizer: replaces R.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])  # the teacher prefers class 0
+        >>> [round(classification_term(student, teacher, torch.tensor([k])).item(), 4) for k in (0, 1)]
+        [0.3278, 0.0]
     """
-    known = gt_classes >= 0
+    valid = gt_classes >= 0
     divergence = softmax_kl(student_logits, teacher_logits, temperature)
     with torch.no_grad():
-        weight = known.to(divergence.dtype)
+        weight = valid.to(divergence.dtype)
         weight = torch.where(
             gt_classes == student_logits.shape[1] - 1, weight * background_weight, weight
         )
         if gate == "better":
             label = gt_classes.clamp(min=0)[:, None]
-            ours = F.softmax(student_logits / temperature, dim=1).gather(1, label)[:, 0]
-            theirs = F.softmax(teacher_logits / temperature, dim=1).gather(1, label)[:, 0]
-            weight = weight * (theirs > ours + margin)
-    return (divergence * weight).sum() / at_least_one(known.sum(), normalizer)
+            p_s, p_t = (
+                F.softmax(x / temperature, dim=1).gather(1, label)[:, 0]
+                for x in (student_logits, teacher_logits)
+            )
+            weight = weight * (p_t > p_s + margin)
+    return (divergence * weight).sum() / at_least_one(valid.sum(), normalizer)
 
 
 @in_float32
@@ -347,28 +353,27 @@ def dense_classification_term(
     background_weight: float = 1.0,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """``1/max(1, P) sum_ic w_i a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic)``.
+    """Return ``1/max(1, P) sum_ic w_i a_ic tau^2 |p_T,ic - p_S,ic| BCE(p_S,ic, p_T,ic)``.
 
     Args:
-        student_logits, teacher_logits: ``(M, K)`` of M anchors, before the sigmoid.
-        gt_classes: ``(M,)`` in ``[0, K]``, K background; P of them are foreground, a negative one is ignored.
-        normalizer: in place of max(1, P).
+        student_logits, teacher_logits: ``(M, K)``, before the sigmoid.
+        gt_classes: ``(M,)`` in ``[0, K]``, K is background, P labels are foreground, negative ones are ignored.
+        normalizer: replaces max(1, P).
     """
     num_classes = student_logits.shape[1]
-    divergence, ours, theirs = sigmoid_divergence(student_logits, teacher_logits, temperature)
+    divergence, p_s, p_t = sigmoid_divergence(student_logits, teacher_logits, temperature)
     with torch.no_grad():
-        known = gt_classes >= 0
         foreground = is_foreground(gt_classes, num_classes)
-        weight = torch.where(foreground, 1.0, background_weight) * known
+        weight = torch.where(foreground, 1.0, background_weight) * (gt_classes >= 0)
         weight = weight[:, None].expand_as(divergence)
         if gate == "better":
-            # Nearer to 0, except for the object's own class; without targets, which are as large as the logits.
-            nearer = theirs < ours - margin
+            # The target is 1 for the label's class and 0 for others. A target tensor would be as large as the logits.
+            better = p_t < p_s - margin
             label = gt_classes.clamp(0, num_classes - 1)[:, None]
-            p_t, p_s = theirs.gather(1, label), ours.gather(1, label)
-            own = torch.where(foreground[:, None], p_t > p_s + margin, p_t < p_s - margin)
-            nearer.scatter_(1, label, own)
-            weight = weight * nearer
+            s, t = p_s.gather(1, label), p_t.gather(1, label)
+            at_label = torch.where(foreground[:, None], t > s + margin, t < s - margin)
+            better.scatter_(1, label, at_label)
+            weight = weight * better
     return (divergence * weight).sum() / at_least_one(foreground.sum(), normalizer)
 
 
@@ -381,16 +386,19 @@ def regression_term(
     beta: float = 1.0,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """``1/max(1, P) sum_i m_i sum_4 smooth_l1``; ``(P, 4)`` deltas of foreground rows, ``(P,)`` gate.
+    """Return ``1/max(1, P) sum_i m_i sum_4 smooth_l1(t_S,i - t_T,i)``.
 
-    A normalizer stands in place of max(1, P).
+    Args:
+        student, teacher: ``(P, 4)`` deltas of foreground rows.
+        gate: ``(P,)``.
+        normalizer: replaces max(1, P).
     """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
     return (errors * gate).sum() / at_least_one(errors.new_full((), len(errors)), normalizer)
 
 
 def of_class(deltas: Tensor, classes: Tensor) -> Tensor:
-    """Each row's deltas for its class, ``(P, 4)`` of ``(P, 4K)``; class-agnostic ones as they are."""
+    """Return each row's deltas for its class, ``(P, 4)`` from ``(P, 4K)``; class-agnostic deltas are unchanged."""
     if deltas.shape[1] == 4:
         return deltas
     rows = torch.arange(len(deltas), device=deltas.device)
@@ -398,7 +406,7 @@ def of_class(deltas: Tensor, classes: Tensor) -> Tensor:
 
 
 def _ramp(length: float):
-    """0 to 1 over the first ``length`` of the run, then 1."""
+    """Return a schedule from 0 to 1 over the first ``length`` of the run, then 1."""
     if not 0 <= length < 1:
         raise InputError("feature_ramp", length, "a fraction of the run, from 0 to less than 1")
     if length == 0:

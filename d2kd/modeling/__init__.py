@@ -1,4 +1,4 @@
-"""Teacher, student and the distiller that joins them. This package knows no distillation loss."""
+"""Student, teacher and the Distiller that trains one beside the other. Losses are in :mod:`d2kd.losses`."""
 
 from .backbone.fpn import LinearP6P7
 from .backbone.resnet import StaticBatchNorm2d, basic_resnet

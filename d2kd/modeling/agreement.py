@@ -1,4 +1,4 @@
-"""Do teacher and student say the same class? Told while the student trains, of what both have computed anyway."""
+"""Top-1 agreement of student and teacher, a training metric computed from outputs that exist already."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from torch import Tensor
 from ..structures.class_map import ClassMap
 from .outputs import DetectorOutputs, scores_by_sigmoid
 
-BEST = 100
+TOPK_ANCHORS = 100
 
 
 @torch.no_grad()
 def agreement(
     student: DetectorOutputs, teacher: DetectorOutputs, class_map: ClassMap | None = None
 ) -> float | None:
-    """The share of a batch's regions, or anchors, whose top class is the same for both.
+    """Return the fraction of a batch's regions, or anchors, for which both detectors have the same top class.
 
-    Of regions the background is a class like any other, and all stages count; of anchors those count that the teacher
-    is surest of, 100 of each image. The teacher is asked nothing: where no loss has read its predictions, or the two
-    are of different families, there is no answer.
+    Regions of all stages count, and background is a class like any other. Of the anchors, the 100 of each image
+    with the teacher's highest scores count. Nothing is computed by the teacher for this metric.
 
     Args:
-        student: what was captured.
-        teacher: what was asked so far.
-        class_map: where the classes differ; the shared ones are compared.
+        student: the captured outputs.
+        teacher: its outputs; only those that a loss has read already are used.
+        class_map: given if the classes differ; the shared classes are compared.
 
     Returns:
-        in [0, 1]; None where nothing can be compared.
+        a number in [0, 1]; None if no loss has read the teacher's predictions, or if the two detectors are of
+        different families, have no class in common or have different anchors.
     """
     if class_map is not None and not class_map.pairs:
         return None
-    for name, same in (("regions", _of_regions), ("predictions", _of_anchors)):
+    for name, same in (("regions", _same_in_regions), ("predictions", _same_in_anchors)):
         if name in vars(teacher) and hasattr(type(student), name):
             if name == "regions" and any(scores_by_sigmoid(x.detector) for x in (student, teacher)):
                 return None  # no top class among the classes and the background
@@ -40,25 +40,26 @@ def agreement(
     return None
 
 
-def _of_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
+def _same_in_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
     agreed = []
-    for ours, theirs in zip(student.regions, teacher.regions):
-        ours, theirs = ours.pred_class_logits, theirs.pred_class_logits
+    for pair in zip(student.regions, teacher.regions):
+        x, y = (regions.pred_class_logits for regions in pair)
         if class_map is not None:
-            ours, theirs = class_map.shared_logits(ours, theirs, background=True)
-        agreed.append(ours.argmax(dim=1) == theirs.argmax(dim=1))
+            x, y = class_map.shared_logits(x, y, background=True)
+        agreed.append(x.argmax(dim=1) == y.argmax(dim=1))
     return torch.cat(agreed)
 
 
-def _of_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
-    ours, theirs = student.pred_logits, teacher.pred_logits
+def _same_in_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
+    pair = student.pred_logits, teacher.pred_logits
     if class_map is not None:
-        index = torch.tensor([class_map.of_student, class_map.of_teacher], device=ours[0].device)
-        ours, theirs = ([x.index_select(2, k) for x in of] for of, k in zip((ours, theirs), index))
-    if [x.shape for x in ours] != [x.shape for x in theirs]:
-        return ours[0].new_zeros(0)  # other anchors: no row is the same for both
-    # Each level by itself, for logits are large: together are only two numbers of each anchor.
-    sureness = torch.cat([x.amax(dim=2) for x in theirs], dim=1)
-    same = [x.argmax(dim=2) == y.argmax(dim=2) for x, y in zip(ours, theirs)]
-    best = sureness.topk(min(BEST, sureness.shape[1]), dim=1).indices
+        index = torch.tensor([class_map.of_student, class_map.of_teacher], device=pair[0][0].device)
+        pair = [[x.index_select(2, k) for x in logits] for logits, k in zip(pair, index)]
+    logits, teacher_logits = pair
+    if [x.shape for x in logits] != [x.shape for x in teacher_logits]:
+        return logits[0].new_zeros(0)  # the anchors differ: no row is the same for both
+    # Level by level, because logits are large: only two numbers for each anchor are concatenated.
+    scores = torch.cat([x.amax(dim=2) for x in teacher_logits], dim=1)
+    same = [x.argmax(dim=2) == y.argmax(dim=2) for x, y in zip(logits, teacher_logits)]
+    best = scores.topk(min(TOPK_ANCHORS, scores.shape[1]), dim=1).indices
     return torch.cat(same, dim=1).take_along_dim(best, dim=1).flatten()

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class StrideTransform(Box2BoxTransformLinear):
-    """FCOS's transform, distances from a box's centre to four edges in strides, for boxes of several strides.
+    """FCOS's box transform with deltas in strides: the distances from an anchor's center to the four edges.
 
     Args:
-        anchor_scale: side of the source boxes in strides.
+        anchor_scale: side of the square anchors, in strides.
     """
 
     def __init__(self, anchor_scale: float):
@@ -19,16 +19,16 @@ class StrideTransform(Box2BoxTransformLinear):
         self.anchor_scale = anchor_scale
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """``(R, 4)`` distances of square source boxes' centres; a negative one lies beyond its edge."""
+        """Return ``(R, 4)`` distances; a distance is negative if the center lies beyond that edge."""
         return super().get_deltas(src_boxes, target_boxes) * self.anchor_scale
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """``(R, 4)`` boxes XYXY; negative distances count as 0."""
+        """Return ``(R, 4)`` boxes XYXY; negative distances are clamped to 0."""
         return super().apply_deltas(deltas / self.anchor_scale, boxes)
 
 
 def integral(logits: Tensor) -> Tensor:
-    """The mean distance ``(…)`` float32 of distributions ``(…, n + 1)`` over 0 … n, before the softmax."""
-    # A mean over bins loses in half precision what two detectors differ by.
+    """Return the mean distance ``(…)``, float32, of distributions over 0 … n given by their logits ``(…, n + 1)``."""
+    # In half precision, the mean's rounding error is as large as the difference between two detectors.
     bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
     return (logits.float().softmax(dim=-1) * bins).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""A student that starts from its teacher's weights."""
+"""Initialization of a student with its teacher's weights."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ def inherit_weights(
     class_map: ClassMap | None = None,
     flip_channels: bool = False,
 ) -> list[str]:
-    """Copy the teacher's weights of equal name and shape under the prefixes; returns the names copied.
+    """Copy the teacher's weights of equal name and shape under the prefixes.
 
-    What the student has under a prefix and the teacher lacks, or has in another shape or for other classes, is
-    logged and kept. If the first convolution's weights were trained with other pixel statistics, that is logged.
+    The student's other weights under a prefix, which the teacher lacks or has in another shape or for other
+    classes, are kept and logged. Different pixel statistics are logged if the first convolution is copied.
 
     Args:
         student, teacher: the detectors.
-        prefixes: of parameter names.
-        class_map: of two detectors whose classes differ. The layer that a student names as its ``classifier``
-            is then copied row by row: a shared class's from the teacher, the others stay as they were made. Other
-            layers with rows for each class, see :func:`has_class_rows`, are kept as they were made.
-        flip_channels: whether the teacher's images have their channels in the other order. The first convolution
-            is then copied with its input channels turned, and answers the student's images the same.
+        prefixes: prefixes of parameter names.
+        class_map: given if the classes differ. The rows of shared classes are then copied in the layer whose name
+            is the student's attribute ``classifier``, and its other rows keep their initialization. So do other
+            layers with rows for each class, see :func:`has_class_rows`.
+        flip_channels: whether the teacher's images have the channels in the other order. The input channels of
+            the first convolution are then flipped, so that its output is the same for the student's images.
+
+    Returns:
+        the names of the copied weights.
 
     Raises:
-        InputError: channels are to be turned and there is no convolution of three channels.
+        InputError: channels must be flipped and no convolution has three input channels.
     """
     source = teacher.state_dict()
     own = {k: v for k, v in student.state_dict().items() if k.startswith(tuple(prefixes))}
@@ -61,15 +64,15 @@ def inherit_weights(
     for key in whole:
         own[key].copy_(source[key].flip(1) if flip_channels and key == stem else source[key])
     for key in STATISTICS if stem in whole else ():
-        ours, theirs = (getattr(d, key).flatten() for d in (student, teacher))
-        theirs = theirs.flip(0) if flip_channels else theirs
-        if not torch.allclose(ours, theirs.to(ours)):
+        value, inherited = (getattr(d, key).flatten() for d in (student, teacher))
+        inherited = inherited.flip(0) if flip_channels else inherited
+        if not torch.allclose(value, inherited.to(value)):
             logger.warning(
                 "the inherited %s was trained with %s %s; the student's is %s",
                 stem,
                 key,
-                theirs.tolist(),
-                ours.tolist(),
+                inherited.tolist(),
+                value.tolist(),
             )
     for key in rows:
         own[key][class_map.of_student] = source[key][class_map.of_teacher].to(own[key])
@@ -88,7 +91,7 @@ def inherit_weights(
 
 
 def stem_of(detector: nn.Module) -> str | None:
-    """The name of the weight that sees the image: of the first convolution of the backbone with three channels."""
+    """Return the name of the weight of the backbone's first convolution with three input channels, or None."""
     body = "backbone.bottom_up" if hasattr(detector.backbone, "bottom_up") else "backbone"
     for name, module in detector.get_submodule(body).named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
@@ -97,8 +100,10 @@ def stem_of(detector: nn.Module) -> str | None:
 
 
 def has_class_rows(name: str, rows: int, num_classes: int) -> bool:
-    """Whether a weight of one of Detectron2's detectors has rows for each class: class scores have, and the boxes
-    and masks of RoI heads unless they are the same for all classes."""
+    """Return whether a weight of a Detectron2 detector has rows for each class.
+
+    It has in layers of class scores, and in layers of boxes and masks of RoI heads that are not class-agnostic.
+    """
     layer = re.match(r"(head|roi_heads\..*)\.(cls_score|bbox_pred|predictor)\.", name)
     if layer is None or layer[2] == "cls_score":
         return layer is not None

@@ -1,4 +1,4 @@
-"""Labels of anchors: adaptive training sample selection (ATSS)."""
+"""Adaptive training sample selection (ATSS), which matches anchors to objects."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
-    """Which labels are a class: neither ignored (-1) nor background (``num_classes``)."""
+    """Return a mask of the labels that are a class: neither ignored (-1) nor background (``num_classes``)."""
     return (labels >= 0) & (labels < num_classes)
 
 
 def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
     """Match anchors to objects by adaptive training sample selection (ATSS, arXiv 1912.02424).
 
-    An object's candidates are the ``topk`` anchors of each level whose centres are nearest to its own.
-    Those match that overlap it by at least the mean and standard deviation of the candidates' IoU, and whose
-    centre lies inside it by more than 0.01 pixel. An anchor that matches several objects has the one it
-    overlaps most. An object may stay without a match.
+    The candidates of an object are the ``topk`` anchors of each level with the nearest centers. A candidate
+    matches if its IoU with the object is at least the mean plus the standard deviation of the candidates' IoU,
+    and if its center lies inside the object by more than 0.01 pixel. An anchor that matches several objects is
+    assigned to the one with the highest IoU. An object may have no match.
 
     Args:
-        anchors: of each level.
-        gt_boxes: G objects.
+        anchors: boxes of each level, R together.
+        gt_boxes: boxes of G objects.
 
     Returns:
-        ``(R,)`` the row of the matched object, -1 for none.
+        ``(R,)``, the index of the matched object, -1 for none.
     """
-    every = Boxes.cat(anchors)
-    matches = torch.full((len(every),), -1, device=every.device)
-    if not len(gt_boxes) or not len(every):
+    all_anchors = Boxes.cat(anchors)
+    matches = torch.full((len(all_anchors),), -1, device=all_anchors.device)
+    if not len(gt_boxes) or not len(all_anchors):
         return matches
-    centers = every.get_centers()
+    centers = all_anchors.get_centers()
     distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
     candidates, start = [], 0
     for level in distance.split([len(level) for level in anchors]):
@@ -40,7 +40,7 @@ def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor
         start += len(level)
     candidate = torch.cat(candidates)  # (C, G)
 
-    iou = pairwise_iou(every, gt_boxes)
+    iou = pairwise_iou(all_anchors, gt_boxes)
     overlap = iou.gather(0, candidate)
     top_left, bottom_right = gt_boxes.tensor.split(2, dim=1)
     center = centers[candidate]

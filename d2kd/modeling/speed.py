@@ -1,4 +1,4 @@
-"""The same detector, faster: what changes how it is computed and, but for rounding, nothing it says."""
+"""Optimizations of a detector's computation that change its outputs only by rounding."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 def fuse_norms(detector: nn.Module) -> int:
     """Fold the batch norms of a detector in ``eval()`` into the convolutions before them.
 
-    A norm with fixed statistics is a factor and an offset of each channel, which the convolution can have in its
-    weight and bias: a pass over every map less. Found are the norm that a Detectron2 ``Conv2d`` carries, and
-    the one that follows a convolution in an ``nn.Sequential``, as in torchvision's classifiers. Names of
-    parameters change, so it is done when nobody loads or inherits weights any more.
+    A norm with fixed statistics is a scale and an offset per channel, which are merged into the convolution's
+    weight and bias. This saves one pass over each feature map. Folded are the ``norm`` of a Detectron2 ``Conv2d``,
+    and a norm after a convolution in an ``nn.Sequential``, as in torchvision's classifiers. Parameter names
+    change, so weights must be loaded and inherited before.
 
     Returns:
-        how many norms are gone.
+        the number of folded norms.
     """
     fused = 0
     for owner in detector.modules():
@@ -45,7 +45,7 @@ def _fixed(norm: nn.Module | None) -> bool:
 def _pairs(layers: nn.Sequential) -> Iterator[tuple[nn.Conv2d, int, nn.Module]]:
     for i in range(len(layers) - 1):
         conv, norm = layers[i], layers[i + 1]
-        # Detectron2's Conv2d may have an activation, and with it something between the two.
+        # Detectron2's Conv2d may have an activation, which then lies between the two.
         if isinstance(conv, nn.Conv2d) and _fixed(norm) and not getattr(conv, "activation", None):
             yield conv, i + 1, norm
 
@@ -63,10 +63,9 @@ def _fuse(conv: nn.Conv2d, norm: nn.Module) -> None:
 
 
 def keep_weights(detector: nn.Module, dtype: torch.dtype) -> None:
-    """Have the weights of convolutions and linear layers as autocast wants them; the same answers.
+    """Cast the weights of convolutions and linear layers to autocast's precision; the outputs are the same.
 
-    Autocast keeps its copies of parameters that learn, for the backward pass; those of a frozen detector it would make
-    anew in each step.
+    Autocast caches its casts of trainable parameters alone: those of a frozen detector are cast at every use.
     """
     for layer in detector.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -75,10 +74,10 @@ def keep_weights(detector: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compile_parts(detector: nn.Module) -> None:
-    """Have ``torch.compile`` compile the backbone and the heads that work on whole maps or regions.
+    """Compile the backbone and the heads that compute on feature maps or regions, by ``torch.compile``.
 
-    In place, so that no name changes. What chooses among boxes (labelling, sampling, NMS) has shapes that the data
-    decide, and stays as it is.
+    This is done in place, so that no name changes. Labelling, sampling and NMS, with shapes that depend on the
+    data, are not compiled.
     """
     heads = getattr(detector, "roi_heads", None)
     parts = [detector.backbone, getattr(detector, "head", None), getattr(heads, "box_head", None)]

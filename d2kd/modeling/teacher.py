@@ -1,13 +1,12 @@
-"""A frozen detector that the rest of PyTorch cannot see."""
+"""A frozen detector that is no submodule of the model it teaches."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..structures.class_map import ClassMap, check_classes, class_names, num_classes_of, renamed
@@ -22,33 +21,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Teacher:
-    """A detector that is asked and never trained.
+    """A frozen detector whose outputs are computed on demand.
 
-    Deliberately not an ``nn.Module``: assigned to a module it registers nothing, and so it is absent from
-    ``state_dict()``, ``parameters()``, the optimizer, DDP and ``train()`` by construction.
+    It is not an ``nn.Module``, so that a module to which it is assigned does not register it. Therefore it is not
+    part of ``state_dict()``, ``parameters()``, the optimizer, DDP or ``train()``.
 
     Args:
-        detector: the detector; frozen and put in ``eval()`` here.
-        weights: its checkpoint, any URI Detectron2 reads, loaded strictly. None: it has its weights already.
-        image_format: channel order of the batches it will be given, "BGR" or "RGB": that of the student's
-            data loader.
-        input_format: channel order the detector wants. None: the detector's own ``input_format``, else
-            ``image_format``.
-        classes: names of its classes in its order, or the name of a data set that has them, for a student
-            with other ones, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
-        aliases: {a name of ``classes``: the student's name for it}, where they differ.
-        scale: how many times larger its images are than the student's. The batch then has both, see
-            :class:`d2kd.data.TwoScales`; levels are matched by their stride in the student's pixels.
-        fuse_norms: fold its batch norms into the convolutions before the first question. Exact but for
-            rounding; names of its weights change, which nothing saves.
-        channels_last: keep its weights, and so compute its maps, channels last.
-        compile: have ``torch.compile`` compile its backbone and heads at the first question.
-        dtype: precision in which it answers and detects, "float32", "bfloat16" or "float16"; its convolutions' weights
-            are kept in it. None: the student's, that of ``train.amp``.
+        detector: the detector; frozen and set to ``eval()`` here.
+        weights: its checkpoint, any URI that Detectron2 reads, loaded strictly. None: the weights are not changed.
+        image_format: channel order of the student's batches, "BGR" or "RGB".
+        input_format: channel order of the detector's inputs. None: the detector's attribute ``input_format``, or
+            ``image_format`` if it has none.
+        classes: names of its classes in its order, or the name of a data set that has them, if the student has
+            others, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
+        aliases: {a name in ``classes``: the student's name of that class}, where they differ.
+        scale: size of its images divided by that of the student's. The batch must have both, see
+            :class:`d2kd.data.TwoScales`. Levels are matched by their stride in the student's pixels.
+        fuse_norms: whether to fold batch norms into convolutions when outputs are first needed. The result is
+            equal up to rounding. It renames weights, which are not saved anywhere.
+        channels_last: whether to use the channels last memory format for its weights and feature maps.
+        compile: whether to compile backbone and heads by ``torch.compile`` when outputs are first needed.
+        dtype: precision of its computation, "float32", "bfloat16" or "float16", to which weights of convolutions
+            and linear layers are cast. None: the student's, that of ``train.amp``.
 
     Raises:
-        InputError: the weights cannot be read, do not fit or are of other classes, the detector's kind is
-            unknown, or its classes are others than its outputs have room for; there is no such precision.
+        InputError: the weights cannot be read, do not fit or are of other classes; the detector has no class of
+            outputs; the number of class names is wrong; an argument is invalid.
     """
 
     def __init__(
@@ -79,13 +77,13 @@ class Teacher:
         if weights is not None:
             load_strict(detector, weights, names)
         self.detector = detector.eval().requires_grad_(False)
-        wanted = input_format or getattr(detector, "input_format", None) or image_format
-        self.flip_channels = wanted != image_format
+        input_format = input_format or getattr(detector, "input_format", None) or image_format
+        self.flip_channels = input_format != image_format
         if scale != int(scale) or scale < 1:
             raise InputError("teacher.scale", scale, "an integer of at least 1")
         self.scale = int(scale)
         self.dtype = DTYPES.get(dtype)
-        self._to_do = {
+        self._pending_optimizations = {
             "fuse": fuse_norms,
             "keep": self.dtype not in (None, torch.float32),
             "channels_last": channels_last,
@@ -94,16 +92,17 @@ class Teacher:
 
     @property
     def weights_sha256(self) -> str | None:
-        """SHA-256 of the weights file; None for a detector that was given with its weights."""
+        """SHA-256 of the weights file; None if there is no file."""
         return None if self.weights is None else sha256(self.weights)
 
     def own_inputs(self, batched_inputs: list[dict]) -> list[dict]:
-        """The batch in the teacher's own size and channel order; its own statistics are applied when it is asked.
+        """Return the batch with images of the teacher's size and channel order.
 
-        Of another size it has no ``instances`` nor ``proposals``, which are in the student's pixels.
+        The detector itself applies its pixel statistics. With a ``scale`` above 1, ``instances`` and ``proposals``
+        are removed, because they are in the student's pixels.
 
         Raises:
-            InputError: a teacher of larger images is given a batch without them.
+            InputError: ``scale`` is above 1, and the batch has no images of the teacher's size.
         """
         if self.scale != 1:
             if not all("teacher_image" in x for x in batched_inputs):
@@ -122,52 +121,54 @@ class Teacher:
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
-        """What the teacher detects in the student's batch, as a detector in ``eval()`` returns it."""
+        """Return the teacher's detections in the student's batch, as a detector in ``eval()`` returns them."""
         with precision_of(self.detector, self.dtype):
             return self.detector(self.own_inputs(batched_inputs))
 
     def as_student(
         self, num_classes: int, class_map: ClassMap | None
     ) -> Callable[[list[dict]], list[dict]] | None:
-        """:meth:`detect` in the student's classes, to be measured as the student is.
+        """Return :meth:`detect` in the student's classes, for evaluation on the student's data.
 
         Args:
-            num_classes: the student's.
+            num_classes: number of the student's classes.
             class_map: None: the teacher's classes are the student's first ones.
 
         Returns:
-            a function of batches, whose detections of other classes are left out; None, which is logged, where there
-            is no telling which of the student's classes it knows.
+            a function of batches, without detections of other classes; None, with a warning, if the student's class
+            of each of the teacher's classes is not given.
         """
         if class_map is None:
-            if (theirs := num_classes_of(self.detector)) <= num_classes:
+            if (count := num_classes_of(self.detector)) <= num_classes:
                 return self.detect
-            reason = f"it has {theirs} classes, the student {num_classes}, and no names"
+            reason = f"it has {count} classes, the student {num_classes}, and no names"
         elif class_map.pairs:
             return lambda batched_inputs: [
-                {**seen, "instances": in_students_classes(seen["instances"], class_map)}
-                for seen in self.detect(batched_inputs)
+                {**output, "instances": in_students_classes(output["instances"], class_map)}
+                for output in self.detect(batched_inputs)
             ]
         else:
             reason = "none of its classes is the student's"
         logger.warning("The teacher's AP is not measured: %s", reason)
         return None
 
-    def ask(self, batched_inputs: list[dict], **shared: Any) -> DetectorOutputs:
-        """Outputs that compute themselves, without gradient, when they are read; nothing runs yet.
+    def ask(
+        self, batched_inputs: list[dict], region_boxes: list[list[Boxes]] | None = None
+    ) -> DetectorOutputs:
+        """Return outputs that are computed, without gradient, when they are first read; nothing is computed here.
 
-        Without a ``dtype`` of the teacher's own they do so in the precision of the context around this call, whichever
-        loss reads them first.
+        If the teacher has no ``dtype``, the precision is that of the context of this call, also for outputs that
+        are read in another context.
 
         Args:
             batched_inputs: the student's batch.
-            shared: what the teacher needs of the student's outputs, such as ``region_boxes``; what this
-                family has no use for is left aside.
+            region_boxes: see :attr:`DetectorOutputs.region_boxes`; if not known yet,
+                :meth:`DetectorOutputs.set_region_boxes` sets them later.
 
         Raises:
             InputError: its images are not ``scale`` times larger than the student's.
         """
-        self._quicken()
+        self._optimize_for_inference()
         inputs = self.own_inputs(batched_inputs)
         dtype = self.dtype or precision_around(self.detector)
         sizes = None
@@ -179,24 +180,24 @@ class Teacher:
                     found = f"{self.scale}, but an image of {full} beside the student's of {small}"
                     raise InputError("teacher.scale", found, "the scale of the mapper")
         outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
-        outputs.share(shared)
+        outputs.set_region_boxes(region_boxes)
         return outputs
 
-    def _quicken(self) -> None:
-        """What makes the detector faster, once, when its weights are loaded, inherited and in their place."""
-        if self._to_do.pop("fuse", False):
+    def _optimize_for_inference(self) -> None:
+        """Apply the optimizations, once, after weights were loaded, inherited and moved to their device."""
+        if self._pending_optimizations.pop("fuse", False):
             fuse_norms(self.detector)
-        if self._to_do.pop("keep", False):
+        if self._pending_optimizations.pop("keep", False):
             keep_weights(self.detector, self.dtype)
-        if self._to_do.pop("channels_last", False):
+        if self._pending_optimizations.pop("channels_last", False):
             self.detector.to(memory_format=torch.channels_last)
-        if self._to_do.pop("compile", False):
+        if self._pending_optimizations.pop("compile", False):
             compile_parts(self.detector)
 
 
 def in_students_classes(detections: Instances, class_map: ClassMap) -> Instances:
-    """A teacher's detections by the student's numbers, without those of classes that the student does not know."""
+    """Return a teacher's detections with the student's class ids, without those of classes the student lacks."""
     labels = class_map.student_labels(detections.pred_classes)
-    known = detections[labels >= 0]
-    known.pred_classes = labels[labels >= 0]
-    return known
+    shared = detections[labels >= 0]
+    shared.pred_classes = labels[labels >= 0]
+    return shared

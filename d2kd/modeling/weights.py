@@ -1,4 +1,4 @@
-"""Reading weights strictly: a teacher with half its weights teaches noise, and silently."""
+"""Strict loading of weights, because a teacher with missing weights would teach noise without any error."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 STATISTICS = ("pixel_mean", "pixel_std")
 CLASSES = "classes"
-"""Where a checkpoint of ours names its detector's classes; Detectron2 leaves it aside."""
+"""Key of the class names in a checkpoint that d2kd has written; Detectron2 ignores it."""
 HEURISTICS = "?matching_heuristics=True"
-"""What Detectron2 lets a URI end with: names of the weights are then matched by their ends."""
+"""Suffix of a URI with which Detectron2 matches weights by the ends of their names."""
 
 
 def local_path(weights: str) -> str:
-    """A weights URI as a file on this machine, without :data:`HEURISTICS`.
+    """Return the local file of a weights URI, downloaded if needed, without :data:`HEURISTICS`.
 
     Raises:
         InputError: there is no such file, or it cannot be fetched.
@@ -45,14 +45,14 @@ def local_path(weights: str) -> str:
 
 
 def read(weights: str) -> dict:
-    """The checkpoint in a file, as :class:`DetectionCheckpointer` understands it.
+    """Read a checkpoint in the form that :class:`DetectionCheckpointer` needs.
 
     Args:
-        weights: any URI Detectron2 reads, :data:`HEURISTICS` included.
+        weights: any URI that Detectron2 reads, :data:`HEURISTICS` included.
 
     Raises:
-        InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which are not
-            trusted.
+        InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which could run
+            code when they are loaded.
     """
     path = local_path(weights)
     try:
@@ -83,61 +83,61 @@ def read(weights: str) -> dict:
 
 
 def python_objects(path: str, error: Exception) -> list[str]:
-    """Names of what a whole file holds that torch does not trust, told from the file or from torch's error."""
+    """Return the names of a file's Python objects that torch does not load, from the file or from torch's error."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not whole, or of torch's older format
+    except Exception:  # the file is truncated, or in torch's older format
         return re.findall(r"GLOBAL (\S+) was not", str(error))
 
 
 def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None = None) -> None:
-    """Load weights into a detector; every parameter must be met, and nothing may be left over.
+    """Load weights into a detector strictly: no key may be missing or unexpected.
 
-    :class:`DetectionCheckpointer` does the work, so old ``cell_anchors`` are forgiven, and so are pixel
-    statistics: the config's are used, with a warning where the file's differ.
+    Loading is done by :class:`DetectionCheckpointer`, so that ``cell_anchors`` of old files are ignored. Pixel
+    statistics of the file are not used, with a warning if they differ from the config's.
 
     Args:
-        detector: what is loaded.
+        detector: the detector to load.
         weights: as for :func:`read`.
-        classes: names of the detector's classes. A file that names its own must name these.
+        classes: names of the detector's classes. If the file has class names, they must be equal.
 
     Raises:
-        InputError: the file cannot be read, keys are missing, unexpected or of another shape, or its classes
-            are others.
+        InputError: the file cannot be read; keys are missing, unexpected or of another shape; its class names
+            differ.
     """
     checkpoint = read(weights)
     check_names(checkpoint, weights, classes)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     fit(detector, checkpoint, weights)
     for key in state.keys() & set(STATISTICS):
-        theirs, ours = torch.as_tensor(state[key]), getattr(detector, key, None)
-        if ours is not None and not torch.allclose(theirs.flatten().to(ours), ours.flatten()):
+        loaded, used = torch.as_tensor(state[key]), getattr(detector, key, None)
+        if used is not None and not torch.allclose(loaded.flatten().to(used), used.flatten()):
             logger.warning(
                 "%s: its %s is %s; the config's %s is used",
                 weights,
                 key,
-                theirs.flatten().tolist(),
-                ours.flatten().tolist(),
+                loaded.flatten().tolist(),
+                used.flatten().tolist(),
             )
 
 
 def check_names(checkpoint: dict, weights: str, classes: Sequence[str] | None) -> None:
-    """Raise InputError if a checkpoint names its classes and they are not these, in this order."""
-    theirs = checkpoint.get(CLASSES)
-    if classes is not None and theirs is not None and list(theirs) != list(classes):
+    """Raise InputError if a checkpoint has class names that are not ``classes`` in this order."""
+    found = checkpoint.get(CLASSES)
+    if classes is not None and found is not None and list(found) != list(classes):
         raise InputError(
-            weights, f"its classes are {', '.join(theirs)}", f"the classes {', '.join(classes)}"
+            weights, f"its classes are {', '.join(found)}", f"the classes {', '.join(classes)}"
         )
 
 
 def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True) -> None:
-    """Load a checkpoint that was read already; every parameter of the module must be met.
+    """Load a checkpoint, as :func:`read` returns it, into a module; no key may be missing.
 
     Args:
-        module: what is loaded.
-        checkpoint: its "model" holds the tensors by name.
-        weights: what to call the checkpoint in messages.
-        whole: whether nothing may be left over.
+        module: the module to load.
+        checkpoint: a dict with the tensors by name under "model".
+        weights: name of the checkpoint in messages.
+        whole: whether unexpected keys are an error, too.
 
     Raises:
         InputError: keys are missing or of another shape, or, with ``whole``, unexpected.
@@ -145,7 +145,7 @@ def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True
     incompatible = DetectionCheckpointer(module, save_to_disk=False)._load_model(checkpoint)
     faults = {
         "missing": list(incompatible.missing_keys),
-        # Old checkpoints hold the pixel statistics, which are the config's since.
+        # Old checkpoints hold the pixel statistics, which now belong to the config.
         "unexpected": [k for k in incompatible.unexpected_keys if whole and k not in STATISTICS],
         "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
     }
@@ -165,7 +165,7 @@ def _sha256(path: str, size: int, modified: int) -> str:
 
 
 def sha256(weights: str) -> str:
-    """SHA-256 of a weights file, in hexadecimal; each version of a file is read once."""
+    """Return the SHA-256 of a weights file, in hexadecimal; each version of a file is read once."""
     path = local_path(weights)
     stat = Path(path).stat()
     return _sha256(path, stat.st_size, stat.st_mtime_ns)

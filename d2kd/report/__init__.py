@@ -1,4 +1,4 @@
-"""A comparison as one HTML page."""
+"""HTML report of a comparison."""
 
 from .page import write_report
 

@@ -1,4 +1,4 @@
-"""A comparison as one page: an HTML file that needs nothing else, on a screen, a phone or paper."""
+"""HTML report of a comparison: one self-contained page for screens, phones and print."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..utils.io import write_text
 from .pictures import LOST, WON, Pictures
 
 COLORS = ("#4b5668", "#d18b1f", "#0f8577", "#7a5bb0", "#c0496b", "#2f6fb5", "#7c8a2c")
-"""Of the detectors, in their order; the featured one has the third."""
+"""Colors of the detectors; see :func:`colors_of`."""
 MEANINGS = {
     "classification": "right place, wrong class",
     "localization": "right class, overlap 0.1 to 0.5",
     "both": "wrong class, little overlap",
-    "duplicate": "found already",
-    "background": "nothing there",
-    "missed": "not found at all",
+    "duplicate": "object already found",
+    "background": "no object",
+    "missed": "object not found",
 }
-MOST_CLASSES = 24
-"""Classes in the chart; the table has all."""
+MAX_CLASSES = 24
+"""Maximum number of classes in the chart; the table has all classes."""
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> Path:
-    """Write ``report.json`` and ``report.html`` into a folder; returns the page's path.
+    """Write ``report.json`` and ``report.html`` into a folder, and return the path of the page.
 
     Args:
-        comparison: what is shown. Images are read where their data set has them; one that is gone is left blank.
-        folder: made if it is not there.
+        comparison: the comparison to show. Images are read from the data set; a missing one is left blank.
+        folder: output folder; created if needed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
 
 
 def render(comparison: Comparison) -> str:
-    """The page."""
+    """Return the HTML text of the page."""
     environment = Environment(
         loader=PackageLoader("d2kd"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -56,14 +56,14 @@ def render(comparison: Comparison) -> str:
 
 
 def _values(c: Comparison) -> dict[str, Any]:
-    """What the template reads."""
+    """Return the variables of the template."""
     color = colors_of(c)
     headline = None
     if len(c.detectors) > 1:
         headline = c.gain(c.featured, c.baseline).metrics["AP"]
     costs = [v for d in c.detectors for v in d.errors.cost.values()]
     observation = c.observation
-    why = observation.why_no_regions if observation else "detections alone were given"
+    why = observation.why_no_regions if observation else "only detections are given"
     pairs = observation.regions["pairs"] if observation and observation.regions else []
     pictures = Pictures(c, color)
     class_gains = _class_gains(c, color)
@@ -102,12 +102,8 @@ def _values(c: Comparison) -> dict[str, Any]:
 
 
 def colors_of(c: Comparison) -> dict[str, str]:
-    """A colour for each detector, the same everywhere on the page."""
-    if len(c.detectors) <= 3:
-        order = [c.reference, c.baseline, c.featured]
-    else:
-        between = [d.name for d in c.detectors[2:-1]]
-        order = [c.reference, c.baseline, c.featured, *between]
+    """Return detector -> color. With two detectors or more the featured one has the third color."""
+    order = [c.reference, c.baseline, c.featured, *(d.name for d in c.detectors[2:-1])]
     color: dict[str, str] = {}
     for place, name in enumerate(order):
         color.setdefault(name, COLORS[place % len(COLORS)])
@@ -115,47 +111,47 @@ def colors_of(c: Comparison) -> dict[str, str]:
 
 
 def sentence(c: Comparison) -> str:
-    """What distillation changed, in one sentence."""
-    ours = c[c.featured].accuracy.metrics["AP"]
+    """Summarize the comparison in one sentence."""
+    featured_ap = c[c.featured].accuracy.metrics["AP"]
     if len(c.detectors) == 1:
-        return f"{c.featured} has an AP of {_ap(ours)} on {c.dataset['name']}."
+        return f"{c.featured} has an AP of {_ap(featured_ap)} on {c.dataset['name']}."
     gain = c.gain(c.featured, c.baseline).metrics["AP"]
     if gain["gain"] is None:
-        return f"Nothing on {c.dataset['name']} defines the AP of {c.featured} and {c.baseline}."
-    theirs = c[c.baseline].accuracy.metrics["AP"]
+        return f"The AP of {c.featured} or {c.baseline} is undefined on {c.dataset['name']}."
+    baseline_ap = c[c.baseline].accuracy.metrics["AP"]
     objects = c.objects
     text = (
         f"{c.featured} finds {objects.won:,} objects that {c.baseline} does not, loses {objects.lost:,} "
-        f"that it does, and has an AP of {_ap(ours)} beside {_ap(theirs)}"
+        f"that it does, and has an AP of {_ap(featured_ap)} compared with {_ap(baseline_ap)}"
     )
     low, high = gain["interval"] or (None, None)
     if low is not None and low <= 0 <= high:
-        text += ", a difference that other images might undo"
+        text += ", a difference whose 95 % interval contains 0"
     elif len(c.detectors) > 2:
         best = c.detectors[0].accuracy.metrics["AP"]
-        if best is not None and best > theirs and gain["gain"] > 0:
-            text += f": {100 * gain['gain'] / (best - theirs):.0f} % of the way to {c.reference}’s {_ap(best)}"
+        if best is not None and best > baseline_ap and gain["gain"] > 0:
+            text += f": {100 * gain['gain'] / (best - baseline_ap):.0f} % of the way to {c.reference}’s {_ap(best)}"
     return text + "."
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What a track shows, from its left end to its right."""
+    """Range of values of a chart."""
 
     low: float
     high: float
 
     @classmethod
     def around(cls, rows: Iterable[dict[str, Any]]) -> Domain:
-        """From below all intervals to above them, zero in it."""
+        """Return a range that contains zero and all gains and intervals, with a margin."""
         values = [0.0]
         for row in rows:
             values += [v for v in (row["gain"], *(row["interval"] or ())) if v is not None]
-        room = 0.06 * (max(values) - min(values)) or 1
-        return cls(min(values) - room, max(values) + room)
+        margin = 0.06 * (max(values) - min(values)) or 1
+        return cls(min(values) - margin, max(values) + margin)
 
     def at(self, value: float) -> float:
-        """The place of a value, in percent."""
+        """Return the position of a value in percent of the range."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
 
@@ -183,7 +179,7 @@ def _class_gains(c: Comparison, color: dict[str, str]) -> list[dict[str, Any]]:
         if gain.per_class[name]["gain"] is not None
     ]
     rows.sort(key=lambda row: -abs(row["gain"]))
-    return sorted(rows[:MOST_CLASSES], key=lambda row: -row["gain"])
+    return sorted(rows[:MAX_CLASSES], key=lambda row: -row["gain"])
 
 
 def _class_rows(c: Comparison) -> list[dict[str, Any]]:
@@ -220,7 +216,7 @@ def _features(c: Comparison) -> dict[str, Any]:
 
 
 def _curves(c: Comparison, color: dict[str, str]) -> Markup:
-    """Precision against recall as an SVG of ours: four lines of axes need no library."""
+    """Draw the precision-recall curves as SVG; this needs no plotting library."""
     drawn = [(d.name, d.accuracy.precision) for d in c.detectors if d.accuracy.precision]
     if not drawn:
         return Markup("")
@@ -257,7 +253,7 @@ MISSING = "–"
 
 
 def _number(digits: int, scale: float = 1, sign: bool = False):
-    """A filter that writes a number, its minus as a minus; what is undefined as a dash."""
+    """Return a template filter that formats a number with a minus sign, and an undefined one as a dash."""
 
     def write(value: float | None) -> str:
         if value is None or not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The pictures of a report: images with what detectors say, drawn by Detectron2's Visualizer, as data URIs."""
+"""The pictures of a report: images with detections, drawn by Detectron2's Visualizer, as data URIs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..comparison.objects import Change, Picture
 WON, LOST = "#12915f", "#d1433f"
 RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"
 LIGHT = {WON: "#6be3b3", LOST: "#ff9d99"}
-"""Text on black."""
+"""Colors of text on black."""
 PANEL, TILE = 560, 220
-"""Longer side of a gallery's panel and of a tile, in pixels."""
+"""Longer side of a gallery panel and of a tile in pixels."""
 QUALITY = 82
 
 
 class Pictures:
-    """Draws what a comparison's pictures say.
+    """Draws the pictures of a comparison.
 
     Args:
-        comparison: with its pictures.
-        color: of each detector.
+        comparison: the comparison.
+        color: detector -> color.
     """
 
     def __init__(self, comparison: Comparison, color: dict[str, str]):
@@ -39,7 +39,7 @@ class Pictures:
         self.read = lru_cache(maxsize=4)(_read)
 
     def tiles(self, changes: Sequence[Change]) -> list[dict[str, Any]]:
-        """For each object what baseline and featured see around it."""
+        """Draw each object with the detections of the baseline and of the featured detector that find it."""
         tiles = []
         for change in changes:
             picture = self.c.objects.pictures[change.picture]
@@ -61,16 +61,16 @@ class Pictures:
         size = [max(1, round(side * scale)) for side in crop.shape[1::-1]]
         drawn = Image.fromarray(crop).resize(size, _resampling(scale))
         draw = ImageDraw.Draw(drawn)
-        # So small a picture needs no more than two rectangles.
+        # A tile shows two rectangles at most; Visualizer is not needed.
         for box, ink, width in [(target, TRUTH, 2), *((box, color, 6) for box in found)]:
             x0, y0, x1, y1 = ((np.asarray(box) - np.tile(window[:2], 2)) * scale).tolist()
             if ink == TRUTH and found:
-                continue  # the detection lies over it
+                continue  # the detection is drawn instead
             draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=ink, width=width)
         return _data_uri(drawn)
 
     def gallery(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
-        """For each image ground truth and every detector, side by side."""
+        """Draw each image with the ground truth, and with the detections of each detector, side by side."""
         rows = []
         for number in numbers:
             picture = self.c.objects.pictures[number]
@@ -95,7 +95,7 @@ class Pictures:
         return rows
 
     def _marks(self, picture: Picture, name: str) -> list[_Mark]:
-        """Wrong detections below right ones, and both below what was won or lost."""
+        """Return the boxes to draw: false positives first, then true positives, then lost objects on top."""
         marks = []
         for seen in sorted(picture.seen[name], key=lambda s: s["object"] is not None):
             text = f"{self.classes[seen['label']]} {seen['score']:.0%}"
@@ -121,8 +121,8 @@ class _Mark:
 
 
 def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
-    """The image with its marks, its longer side as given, as a data URI."""
-    # Late: it brings matplotlib, which takes a second.
+    """Resize an image to a longer side of ``side`` pixels, draw the marks, and return a data URI."""
+    # Imported here, since importing matplotlib takes a second.
     from detectron2.utils.visualizer import Visualizer
 
     height, width = image.shape[:2]
@@ -130,7 +130,7 @@ def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     visualizer = Visualizer(np.asarray(Image.fromarray(image).resize(size, _resampling(scale))))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks a character
         for mark in marks:
             box = np.asarray(mark.box) * scale
             visualizer.draw_box(box, alpha=1, edge_color=mark.color, line_style=mark.style)
@@ -149,7 +149,7 @@ def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
 
 
 def _resampling(scale: float) -> Image.Resampling:
-    """Nearest for what is much enlarged: detectors were shown these pixels, not smooth ones."""
+    """Return the resampling filter: nearest for large scales, to show the pixels of the detector's input."""
     return Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
 
 
@@ -160,7 +160,7 @@ def _data_uri(picture: Image.Image) -> str:
 
 
 def _around(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """A square window around an object, within the image: over twice its size, at least an eighth of the image's."""
+    """Return a square window (XYXY) in the image around an object: 2.4 times its size, at least 1/8 of the image's."""
     side = max(2.4 * max(box[2] - box[0], box[3] - box[1]), max(width, height) / 8)
     side = int(min(side, width, height))
     x = int(np.clip((box[0] + box[2] - side) / 2, 0, width - side))
@@ -171,7 +171,7 @@ def _around(box: Sequence[float], width: int, height: int) -> tuple[int, int, in
 def _read(file_name: str) -> np.ndarray | None:
     try:
         return read_image(file_name, "RGB")
-    except Exception:  # gone or broken: the figures stand without it
+    except Exception:  # missing or broken; the report is written without it
         return None
 
 

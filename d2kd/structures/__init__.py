@@ -1,1 +1,1 @@
-"""Plain data that losses, detectors and data sets have in common."""
+"""Data structures shared by losses, detectors and data sets."""

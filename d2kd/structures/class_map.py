@@ -1,8 +1,8 @@
-"""Which class of a student is which class of its teacher.
+"""The mapping between the classes of a student and its teacher.
 
-Classes are the same if their names are. A name without its equal is the one that differs from it in case, or in spaces,
-hyphens and underscores between characters ("traffic light" is "Traffic_Light"), if there is just one. What only one
-side knows is not compared.
+Classes match if their names are equal. A name without an equal matches the name that differs only in case, or in
+spaces, hyphens and underscores between characters ("traffic light" and "Traffic_Light"), if there is exactly one.
+Classes of one side only are not compared.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ..utils.errors import InputError
 
 
 def num_classes_of(detector: nn.Module) -> int:
-    """How many classes a detector tells apart, without the background."""
+    """Return the number of classes of a detector, without the background."""
     return getattr(detector, "roi_heads", detector).num_classes
 
 
 def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[str, ...]:
-    """Names of classes in a detector's order.
+    """Return class names in the order of a detector's class indices.
 
     Args:
-        given: the names, or the name of a registered data set that has them (the first of several). A class
-            step has those that were learned when it is over.
-        culprit: what to call it in an error.
+        given: the names, or the name of a registered data set (or names of several, of which the first is used). An
+            incremental data set gives all classes learned up to the end of its increment.
+        culprit: name of the option, for error messages.
 
     Raises:
-        InputError: there is no such data set, it has no class names, or there are none.
+        InputError: if there is no such data set, or no class names.
     """
     if not isinstance(given, str):
         given = [str(name) for name in given]
@@ -61,7 +61,7 @@ def _registered(name: str) -> bool:
 
 
 def check_classes(side: str, detector: nn.Module, classes: Sequence[str]) -> None:
-    """Raise InputError unless there are as many names as classes."""
+    """Raise InputError unless the number of names is the detector's number of classes."""
     if len(classes) != num_classes_of(detector):
         raise InputError(
             f"classes of the {side}",
@@ -72,11 +72,11 @@ def check_classes(side: str, detector: nn.Module, classes: Sequence[str]) -> Non
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The classes two detectors share.
+    """The classes that two detectors share.
 
     Attributes:
-        student, teacher: names in each detector's order, K_S and K_T of them.
-        pairs: (class of the student, class of the teacher) for each shared one, in the student's order.
+        student, teacher: class names in each detector's order, K_S and K_T of them.
+        pairs: class indices (student, teacher) of each shared class, in the student's order.
     """
 
     student: tuple[str, ...]
@@ -85,61 +85,57 @@ class ClassMap:
 
     @classmethod
     def by_name(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
-        """Match two lists by name; a list and its equal have every class at its place.
+        """Match two lists of class names. Equal lists match index by index.
 
         Raises:
-            InputError: a list has a name twice.
+            InputError: if a name is twice in a list.
         """
         student, teacher = tuple(student), tuple(teacher)
         if student == teacher:
             return cls(student, teacher, tuple((k, k) for k in range(len(student))))
-        ours, theirs = _numbers("classes", student), _numbers("teacher.classes", teacher)
-        pairs = [(ours.pop(name), theirs.pop(name)) for name in student if name in theirs]
-        ours, theirs = _by_key(ours), _by_key(theirs)
-        pairs += [(k, theirs[key]) for key, k in ours.items() if key in theirs]
+        s, t = _numbers("classes", student), _numbers("teacher.classes", teacher)
+        pairs = [(s.pop(name), t.pop(name)) for name in student if name in t]
+        s, t = _by_key(s), _by_key(t)
+        pairs += [(k, t[key]) for key, k in s.items() if key in t]
         return cls(student, teacher, tuple(sorted(pairs)))
 
     @property
     def is_identity(self) -> bool:
-        """Whether every class has the same number on both sides, so that nothing needs translating."""
+        """Whether every class has the same index on both sides."""
         same = [(k, k) for k in range(len(self.student))]
         return len(self.student) == len(self.teacher) and list(self.pairs) == same
 
     @property
     def share(self) -> float:
-        """How much of the student's classes the teacher knows, in [0, 1]."""
+        """Fraction of the student's classes that the teacher has, in [0, 1]."""
         return len(self.pairs) / len(self.student)
 
     @property
     def of_student(self) -> list[int]:
-        """The shared classes by the student's numbers."""
-        return [ours for ours, _ in self.pairs]
+        """The student's indices of the shared classes."""
+        return [k for k, _ in self.pairs]
 
     @property
     def of_teacher(self) -> list[int]:
-        """The shared classes by the teacher's numbers, in the same order."""
-        return [theirs for _, theirs in self.pairs]
+        """The teacher's indices of the shared classes, in the same order."""
+        return [k for _, k in self.pairs]
 
     def shared_labels(self, labels: Tensor) -> Tensor:
-        """The student's labels as numbers among the shared classes.
+        """Map the student's labels to indices in ``pairs``.
 
         Args:
             labels: any shape, in ``{-1, 0, …, K_S}``: -1 ignored, K_S background.
 
         Returns:
-            of equal shape: background is ``len(pairs)``; -1 where ignored or unknown to the teacher.
+            Tensor: of equal shape; ``len(pairs)`` is background, -1 is ignored or a class that the teacher lacks.
         """
         table = torch.full((len(self.student) + 2,), -1, dtype=labels.dtype, device=labels.device)
         table[self.of_student] = torch.arange(len(self.pairs)).to(table)
         table[len(self.student)] = len(self.pairs)
-        return table[labels]  # -1 finds the last entry, which is -1
+        return table[labels]  # label -1 indexes the last entry, which is -1
 
     def student_labels(self, labels: Tensor) -> Tensor:
-        """The teacher's labels by the student's numbers; -1 for what the student does not know.
-
-        Args:
-            labels: any shape, in ``{0, …, K_T - 1}``.
-        """
+        """Map the teacher's labels, any shape, in ``{0, …, K_T - 1}``, to the student's; -1 for classes it lacks."""
         table = torch.full((len(self.teacher),), -1, dtype=labels.dtype, device=labels.device)
         table[self.of_teacher] = torch.tensor(self.of_student).to(table)
         return table[labels]
@@ -147,11 +143,11 @@ class ClassMap:
     def shared_logits(
         self, student: Tensor, teacher: Tensor, background: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Both sides' logits of the shared classes, in the same order.
+        """Return both sides' logits of the shared classes, in the same order.
 
         Args:
-            student, teacher: ``(..., K_S)`` and ``(..., K_T)``, or one more each where the background is last.
-            background: whether it is; it is shared, too, and last again.
+            student, teacher: ``(..., K_S)`` and ``(..., K_T)``, or ``K_S + 1`` and ``K_T + 1`` with ``background``.
+            background: whether the last entry is the background, which is then also last in the outputs.
         """
         both = []
         for logits, classes in ((student, self.of_student), (teacher, self.of_teacher)):
@@ -165,10 +161,10 @@ class ClassMap:
 
 
 def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]:
-    """Names with some of them exchanged.
+    """Return ``names`` with those in ``aliases`` replaced.
 
     Raises:
-        InputError: an alias is for a class that is not there.
+        InputError: if an alias is for a name that is not in ``names``.
     """
     for name in aliases:
         if name not in names:
@@ -185,13 +181,13 @@ def _numbers(culprit: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def _by_key(numbers: Mapping[str, int]) -> dict[str, int]:
-    """The numbers by what remains of each name without its spelling; none where two names have that in common."""
+    """Return the indices by normalized name, without names whose normalized form is not unique."""
     keys = {name: _without_spelling(name) for name in numbers}
     times = Counter(keys.values())
     return {key: numbers[name] for name, key in keys.items() if times[key] == 1}
 
 
 def _without_spelling(name: str) -> str:
-    # Between characters alone, for a sign in front or at the end is part of a name: "A-" is not "A".
+    # Only between characters: a sign at the start or end is part of the name, as "A-" is not "A".
     name = unicodedata.normalize("NFC", name.strip()).casefold()
     return re.sub(r"(?<=[^\s_-])[\s_-]+(?=[^\s_-])", "", name)

@@ -1,4 +1,4 @@
-"""How frequent the objects of each class are, and how large."""
+"""Statistics of a data set's objects: class frequencies and box sizes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from d2kd.utils.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class InstancePriors:
-    """How frequent and how large the objects of K classes are.
+    """Class frequencies and box sizes of the objects of K classes.
 
     Attributes:
-        frequency: ``(K,)``, the classes' shares of all objects, up to a factor.
-        mean, std: ``(K, 2)``, width and height of a class's boxes as parts of the image's.
+        frequency: ``(K,)``, relative class frequencies; their sum need not be 1.
+        mean, std: ``(K, 2)``, box width and height of each class, as fractions of image width and height.
 
     Raises:
-        InputError: the shapes disagree, or the numbers are none of such.
+        InputError: if shapes disagree, a number is negative or not finite, or all frequencies are 0.
     """
 
     frequency: Tensor
@@ -48,12 +48,12 @@ class InstancePriors:
 
     @classmethod
     def unknown(cls, num_classes: int) -> InstancePriors:
-        """Nothing known: every class as frequent, and 0.2 of the image wide and high, give or take 0.2."""
+        """Return priors without data: equal frequencies, and sizes of mean 0.2 and standard deviation 0.2."""
         sides = torch.full((num_classes, 2), 0.2)
         return cls(torch.ones(num_classes), sides, sides)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each class, as :meth:`load` reads them from the ``rows`` of a JSON file."""
+        """Return one row per class, in the format of the ``rows`` that :meth:`load` reads."""
         return [
             {"class": k, "frequency": frequency, "mean": mean, "std": std}
             for k, (frequency, mean, std) in enumerate(
@@ -65,10 +65,10 @@ class InstancePriors:
     def load(cls, path: str) -> InstancePriors:
         """Read ``{"schema": 1, "rows": [{"class": k, "frequency": …, "mean": [w, h], "std": [w, h]}, …]}``.
 
-        Rows may come in any order.
+        Rows may be in any order.
 
         Raises:
-            InputError: there is no such file, or it is none of such.
+            InputError: if the file does not exist or has another format.
         """
         expected = 'JSON with "rows" of class, frequency, mean and std'
         if not PathManager.isfile(path):

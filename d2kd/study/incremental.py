@@ -1,4 +1,4 @@
-"""What a study of class steps says after each step: old, new and all classes, what was forgotten, what is missing."""
+"""Metrics of class-incremental studies: AP of old, new and all classes, forgetting, and the gap to the upper bound."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .plan import Study
 from .text import aligned, mean_text
 
 FILE = "steps.json"
-"""Where a study's folder has these figures."""
+"""File of these metrics in a study's folder."""
 
 
 def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A dict for each run that learned a step, and for the one that learned everything.
+    """Return a dict of metrics for each run with a step, and for each run of the upper bound.
 
-    ``forgetting`` is, for each class of an earlier step, its AP in the run that learned it minus its AP now; both
-    on the test images of their own step. Gaps are to the run of everything under the same seed, after the last
-    step alone: it was measured on no other's images.
+    ``forgetting`` is, for each class of an earlier step, its AP after the step that learned it minus its AP now. Both
+    are measured on the test images of their own step. The gaps to the upper bound of the same seed are computed only
+    after the last step, since the upper bound is not evaluated on the images of other steps.
     """
     found = {(row["method"], row["seed"]): row for row in rows}
     once = {row["method"]: row for row in rows if study.runs[row["method"]].get("once")}
@@ -59,27 +59,18 @@ def steps_table(
     rows: Sequence[Mapping[str, Any]],
     layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
 ) -> str:
-    """Two tables as text: a line for each run, and what each old class lost; means, and deviations over seeds.
+    """Return two tables as text, with means and standard deviations over seeds: metrics, and forgetting by class.
 
     Args:
-        study: whose classes are learned in steps.
-        rows: of all methods.
-        layout: makes text of lines of cells.
+        study: a class-incremental study.
+        rows: rows of all methods.
+        layout: formats a list of rows of cells.
     """
     of: dict[str, list[Mapping]] = {}
     for entry in after_each_step(study, rows):
         of.setdefault(entry["method"], []).append(entry)
-    heading = [
-        "AP after each step",
-        "step",
-        "old",
-        "new",
-        "all",
-        "forgetting",
-        "AbsGap",
-        "RelGap %",
-    ]
-    lines = [heading]
+    columns = ["step", "old", "new", "all", "forgetting", "AbsGap", "RelGap %"]
+    lines = [["AP after each step", *columns]]
     for method, entries in of.items():
         step = study.step_of(method)
         values = [[e[key] for e in entries] for key in ("old", "new", "all", "mean_forgetting")]
@@ -99,27 +90,27 @@ def steps_table(
 
 
 def write_steps(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
-    """``steps.json``: the classes of each step, and :func:`after_each_step`."""
+    """Write ``steps.json``: the classes of each step, and the result of :func:`after_each_step`."""
     content = {"schema": 1, "steps": study.steps, "upper_bound": study.upper_bound}
     write_json(output / FILE, {**content, "rows": after_each_step(study, rows)})
 
 
 PerClass = Mapping[str, float | None]
-"""AP in 0..100 by class, as ``COCOEvaluator`` tells it; None where the data has no such object."""
+"""Class -> AP in [0, 100]; None if the data set has no object of the class."""
 
 
 def old_new_all(
     per_class: PerClass, steps: Sequence[Sequence[str]], step: int
 ) -> dict[str, float | None]:
-    """``old``, ``new`` and ``all``: the mean AP of the classes before a step, of that step, and of both.
+    """Return the mean AP of the ``old`` classes (of the steps before), the ``new`` ones (of this step), and ``all``.
 
     Args:
-        per_class: of a detector that has learned up to ``step``.
+        per_class: AP of a detector after ``step``.
         steps: the classes of each step.
-        step: from 1, where nothing is old.
+        step: starts from 1, where there are no old classes.
 
     Returns:
-        means over the classes with an AP; None where there is none.
+        means over the classes whose AP is defined; None if there is none.
     """
     old, new = list(chain(*steps[: step - 1])), list(steps[step - 1])
     return {
@@ -129,7 +120,7 @@ def old_new_all(
 
 
 def mean_ap(per_class: PerClass, classes: Iterable[str]) -> float | None:
-    """The mean over classes, of those that have an AP."""
+    """Return the mean over the classes whose AP is defined; None if there is none."""
     values = [per_class[name] for name in classes if per_class.get(name) is not None]
     return statistics.fmean(values) if values else None
 
@@ -137,7 +128,7 @@ def mean_ap(per_class: PerClass, classes: Iterable[str]) -> float | None:
 def forgetting(
     before: PerClass, after: PerClass, classes: Iterable[str]
 ) -> dict[str, float | None]:
-    """For each class the AP it has lost: what it was when it was learned, minus what it is now."""
+    """Return, for each class, the AP before minus the AP after; None if either is undefined."""
     lost = {}
     for name in classes:
         was, now = before.get(name), after.get(name)
@@ -146,7 +137,7 @@ def forgetting(
 
 
 def gaps(reached: float | None, upper_bound: float | None) -> tuple[float | None, float | None]:
-    """AbsGap and RelGap: how far an AP is below that of training on everything, in points and as a fraction."""
+    """Return AbsGap and RelGap: the difference of an AP to the upper bound, in points and as a fraction of the latter."""
     if reached is None or not upper_bound:
         return None, None
     return upper_bound - reached, (upper_bound - reached) / upper_bound

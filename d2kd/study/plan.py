@@ -1,4 +1,4 @@
-"""What a study wants to know, the runs it takes, and the recipe of each."""
+"""The definition of a study, its runs, and the recipe of each run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RUN_KEYS = ("config", *RELATIONS, "once", "optional", "step")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method under one seed.
+    """One training: a method with one seed.
 
-    ``test`` is what it is measured on, ``teacher`` and ``starts_from`` name other runs. ``steps_like`` is the distilled
-    run of an equal-time run. That one need not be trained, but its teacher: steps with it are timed.
+    ``test`` is the test set; ``teacher`` and ``starts_from`` name other runs. ``steps_like`` is the distilled run whose
+    training time is matched. That run need not be trained, but its teacher must be, since steps with it are timed.
     """
 
     name: str
@@ -41,35 +41,34 @@ class Run:
 
     @property
     def once(self) -> bool:
-        """Whether it is one for all seeds."""
+        """Whether all seeds share this run."""
         return self.name == self.method
 
     @property
     def needs(self) -> list[str]:
-        """Names of the runs that are trained before."""
+        """Names of the runs that must be trained before."""
         teacher_beside = self.steps_like and self.steps_like.teacher
         return [n for n in (self.teacher, self.starts_from, teacher_beside) if n]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be found out.
+    """The definition of a study.
 
     Args:
-        runs: method -> its node, see the module.
-        test: registered data set the figures come from. A file may give a node that registers it.
-        baseline: method that the others are paired with.
-        title: a line that says what is asked.
-        compare: further methods to give the gains over.
-        featured: method whose pictures are drawn beside the baseline's.
-        seeds: of the runs that are not ``once``.
-        pictures: how many images to draw.
-        steps: where classes are learned in steps, those of each, see :func:`d2kd.data.split_classes`. A run that
-            names its ``step`` is measured on the classes learned by then.
-        upper_bound: method that learns all classes at once, to which the others' gaps are given.
-        threshold: score from which a detection counts as found, in pictures only.
-        fast: overrides such as "train.max_iter=20" of every recipe under ``--fast``.
-        fast_setup: a call made first under ``--fast``, say to register fewer images.
+        runs: method -> node, see :mod:`d2kd.study`.
+        test: name of the registered test set. A file may give a LazyConfig node that registers it.
+        baseline: method that the others are compared with, seed by seed.
+        title: title of the table and the plots.
+        compare: further methods to compare with.
+        featured: method whose detections are drawn next to those of the baseline.
+        seeds: seeds of the runs that are not ``once``.
+        pictures: number of images to draw.
+        steps: the classes of each step of a class-incremental study, see :func:`d2kd.data.split_classes`.
+        upper_bound: method that learns all classes at once; gaps are computed to it.
+        threshold: score threshold of detections in the pictures.
+        fast: overrides of every recipe with ``--fast``, such as "train.max_iter=20".
+        fast_setup: LazyConfig node called first with ``--fast``, for example to register fewer images.
     """
 
     runs: Mapping[str, DictConfig] = field(repr=False)
@@ -92,16 +91,16 @@ class Study:
 
     @property
     def paired(self) -> list[str]:
-        """Methods whose gains are asked for: those with a run per seed that know all classes, but the baseline."""
+        """Methods whose gains are computed: those with a run per seed and all classes, without the baseline."""
         per_seed = [method for method, node in self.runs.items() if not node.get("once")]
         return [m for m in per_seed if m != self.baseline and self.knows_all_classes(m)]
 
     def step_of(self, method: str) -> int | None:
-        """The step that a method's run learns, from 1; None: it learns everything."""
+        """Return the step of a method, starting from 1; None if it learns all classes."""
         return self.runs[method].get("step")
 
     def previous(self, method: str) -> str | None:
-        """The method whose run learned the step before."""
+        """Return the method of an earlier step that a method depends on; None if there is none."""
         step, node = self.step_of(method), self.runs[method]
         if step is None:
             return None
@@ -112,29 +111,29 @@ class Study:
         return self.step_of(method) in (None, len(self.steps))
 
     def test_of(self, method: str) -> str:
-        """The data set a method's run is measured on."""
+        """Return the test set of a method."""
         step = self.step_of(method)
         return self.test if step is None else class_step(self.test, self.steps, step, seen=True)
 
     def plan(
         self, seeds: Sequence[int] = (), only: Sequence[str] = (), fast: bool = False
     ) -> list[Run]:
-        """The runs in the order they are trained: seed by seed, as in the file, each after what it needs.
+        """Return the runs in the order of training: by seed, then as in the file, each after the runs it needs.
 
         Args:
-            seeds: instead of the study's own.
-            only: methods to run, with whatever they need; all but the optional ones by default.
-            fast: apply the overrides of ``--fast``.
+            seeds: default: the study's seeds.
+            only: methods to run, and those that they need; default: all that are not optional.
+            fast: whether to apply the overrides of ``--fast``.
 
         Raises:
-            InputError: there is no such method, two runs wait for each other, or an override does not fit.
+            InputError: a method is unknown, runs need each other in a circle, or an override does not fit.
         """
         planned: dict[str, Run] = {}
 
         def visit(method: str, seed: int, above: tuple[str, ...]) -> str:
             if method in above:
                 circle = " needs ".join((*above, method))
-                raise InputError("runs", circle, "runs that do not wait for each other")
+                raise InputError("runs", circle, "runs that do not need each other")
             run = made(method, seed, above, RELATIONS)
             planned.setdefault(run.name, run)
             return run.name
@@ -147,7 +146,7 @@ class Study:
             others = {key: node[key] for key in relations if node.get(key) is not None}
             distilled = others.pop("steps_like", None)
             needs = {key: visit(other, seed, above) for key, other in others.items()}
-            # Cut out of the study: its interpolations ("${train.max_iter}") are meant from its own root.
+            # A copy with its own root, which interpolations such as "${train.max_iter}" refer to.
             content = OmegaConf.to_container(node.config, resolve=False)
             config = OmegaConf.create(content, flags={"allow_objects": True})
             if fast:
@@ -167,11 +166,10 @@ class Study:
 
 
 def load(path: str | Path) -> Study:
-    """A study from its file, on disk or of this project; checked, but no detector is built.
+    """Load a study from a file on disk or in this project, and check it. No detector is built.
 
     Raises:
-        InputError: the file is missing or fails to load, or is no study; the line names the key at fault.
-            Or the test data, where a node registers it, cannot be used.
+        InputError: the file is missing, fails to load, or is not a valid study; or its test data cannot be registered.
     """
     file = Path(path) if Path(path).is_file() else config_file(str(path))
     try:
@@ -180,7 +178,7 @@ def load(path: str | Path) -> Study:
         return parse(content, path)
     except InputError:
         raise
-    except Exception as error:  # a config is code, and may fail in any way
+    except Exception as error:  # a config is code, and may raise any error
         found = f"does not load ({type(error).__name__}: {error})"
         raise InputError(path, found, "a study, a LazyConfig (.py)") from error
 
@@ -188,10 +186,10 @@ def load(path: str | Path) -> Study:
 def planned(
     path: str | Path, seeds: Sequence[int], only: Sequence[str], fast: bool
 ) -> tuple[Study, list[Run]]:
-    """A study from its file, and its runs, ready to be trained; the arguments are those of :meth:`Study.plan`.
+    """Load a study and plan its runs; see :meth:`Study.plan` for the arguments.
 
     Raises:
-        InputError: as of :func:`load` and :meth:`Study.plan`.
+        InputError: see :func:`load` and :meth:`Study.plan`.
     """
     study = load(path)
     runs = study.plan(seeds, only, fast)
@@ -201,7 +199,7 @@ def planned(
 
 
 def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
-    """:func:`load` for a file's content."""
+    """Build a study from the content of a file, and check it; see :func:`load`."""
     for key in ("study", "runs"):
         if not isinstance(config.get(key), Mapping):
             raise InputError(
@@ -256,20 +254,20 @@ def _known(culprit: str, names, known) -> None:
 def prepare(
     run: Run, finished: Mapping[str, Mapping], folder: Path, ratio: float | None = None
 ) -> tuple[DictConfig, str]:
-    """A run's recipe as it will be trained, and its fingerprint.
+    """Return the recipe of a run, ready to be trained, and its fingerprint.
 
-    The fingerprint knows sources by the hash of their weights, and no paths: a study may be moved.
+    The fingerprint has hashes of weights instead of paths, so that a study can be moved.
 
     Args:
-        run: what to prepare.
-        finished: rows of the runs it needs, by name.
-        folder: where it will be trained.
-        ratio: of an equal-time run, what a distilled step costs in plain ones.
+        run: the run.
+        finished: name -> row of the runs it needs.
+        folder: output folder of the run.
+        ratio: cost of a distilled step relative to a plain one; only for an equal-time run.
     """
     config = copy.deepcopy(run.config)
     config.train.seed = run.seed
     if run.steps_like is not None:
-        # Schedules are fractions of max_iter: the same one is stretched.
+        # Schedules are fractions of max_iter, so they stretch with it.
         config.train.max_iter = max(1, round(run.steps_like.config.train.max_iter * ratio))
     sources = {"model.teacher.weights": run.teacher, "train.init_checkpoint": run.starts_from}
     sources = {key: finished[name] for key, name in sources.items() if name}
@@ -283,9 +281,9 @@ def prepare(
 def timed_recipes(
     run: Run, finished: Mapping[str, Mapping], folder: Path
 ) -> tuple[DictConfig, DictConfig, str]:
-    """The distilled and the plain recipe whose steps are compared for an equal-time run, and the fingerprint of both.
+    """Return the distilled and the plain recipe to be timed for an equal-time run, and their common fingerprint.
 
-    They are the same for all seeds. Arguments are those of :func:`prepare`.
+    They are the same for all seeds. See :func:`prepare` for the arguments.
     """
     distilled, key = prepare(replace(run.steps_like, seed=0), finished, folder)
     plain = replace(run, seed=0, starts_from=None, steps_like=None)
@@ -298,6 +296,6 @@ def _fingerprint(config: DictConfig, sources: Mapping[str, str]) -> str:
     config.train.output_dir = ""
     for key in sources:
         OmegaConf.update(config, key, "")
-    for key in ("draw_period", "draw_images"):  # pictures of a run change nothing in it
+    for key in ("draw_period", "draw_images"):  # drawing does not affect the training
         config.train.pop(key, None)
     return config_hash([OmegaConf.to_container(config, resolve=False), dict(sources)])

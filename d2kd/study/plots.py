@@ -1,4 +1,4 @@
-"""A study's gains as a picture."""
+"""Plot of the gains of a study."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def draw_gains(path: Path, over: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> None:
-    """A panel for each reference: a method's gain over it in each seed, the mean, and its 95 % interval.
+    """Plot the gains of each method: single seeds, mean and 95 % interval. Each reference has its own panel.
 
     Args:
-        path: the picture.
-        over: {reference: {method: what :func:`d2kd.study.results.gains` says}}.
-        title: of the whole.
+        path: image file to write.
+        over: reference -> method -> result of :func:`d2kd.study.results.gains`.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The comparison report at the end of a study, and of ``d2kd compare``."""
+"""The comparison report of a study and of ``d2kd compare``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from ..utils.console import Progress, quiet
 from ..utils.errors import InputError
 from .plan import Study
 
-KEPT = "comparison"
-"""Folder beside the page: detections and counts, for another time."""
+CACHE = "comparison"
+"""Folder beside the page with cached detections and counts."""
 OBSERVED, PICTURES = 16, 4
-"""Images whose regions and features a study's report tells, and images it shows: a study has other things to spend its
-time on."""
+"""Number of images in a study's report for regions and features, and in its gallery; few, to keep it fast."""
 
 
 def compare_and_report(
@@ -29,7 +28,7 @@ def compare_and_report(
     options: Options | None = None,
     console: TextIO | None = None,
 ) -> Path:
-    """Compare detectors, showing progress, and write the page; returns its path.
+    """Compare detectors with progress output, write the report, and return the path of the page.
 
     Raises:
         InputError: see :func:`.compare`.
@@ -47,7 +46,7 @@ def compare_and_report(
         return report
 
     with quiet():
-        comparison = compare(detectors, data, output / KEPT, options, phase)
+        comparison = compare(detectors, data, output / CACHE, options, phase)
         page = write_report(comparison, output)
     for note in comparison.notes:
         console.write(f"  {note}\n")
@@ -55,15 +54,15 @@ def compare_and_report(
 
 
 def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> Path | None:
-    """``report.html`` of a study: its teacher, its baseline and the student it is about, under one seed.
+    """Write ``report.html`` of a study, which compares teacher, baseline and featured student of one seed.
 
     Args:
         output: the study's folder.
-        study: what was asked.
-        rows: of ``results.json``.
+        study: the study.
+        rows: ``rows`` of ``results.json``.
 
     Returns:
-        the page, or None where there is nothing to compare: classes are learned in steps, or no run was distilled.
+        path of the page; None for a class-incremental study, or without a distilled run.
     """
     if study.steps:
         return None

@@ -1,7 +1,7 @@
-"""What runs reached: rows, paired gains, one table, ``results.json``.
+"""Results of a study: rows, paired gains, tables, and ``results.json``.
 
-A *row* is one trained detector, a dict as in ``results.json``; a *method* groups rows over seeds. A gain is paired:
-two methods are compared seed by seed, for the seed moves a short run's AP more than a method does.
+A *row* is a dict for one trained detector, as in ``results.json``. A *method* has one row per seed. Gains are paired:
+two methods are compared seed by seed, since in short runs the seed affects the AP more than the method does.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from .plots import draw_gains
 from .text import aligned, markdown, mean_text, t_interval
 
 PREDICTIONS = "test/coco_instances_results.json"
-"""Where a run's folder has what its last weights said about the test split."""
+"""File in a run's folder with the detections of the final weights on the test split."""
 
 Row = Mapping[str, Any]
 
 
 def percent(value: float | None) -> float | None:
-    """An AP in 0..100; None where it is undefined, for which COCO says -1 or nan."""
+    """Return an AP in [0, 100], and None if it is undefined, for which COCO has -1 or NaN."""
     return None if value is None or not value >= 0 or math.isinf(value) else float(value)
 
 
 def average_precision(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str, Any]:
-    """The part of a row that COCOEvaluator answers for.
+    """Return the metrics of a row.
 
     Args:
-        metrics: its "bbox" results.
-        classes: of the data set; one that was not measured is undefined.
+        metrics: the "bbox" results of COCOEvaluator.
+        classes: class names of the data set; the AP of a class without a result is None.
     """
     per_class = {name: percent(metrics.get(f"AP-{name}")) for name in classes}
-    if len(classes) == 1:  # Detectron2 does not repeat the AP of an only class
+    if len(classes) == 1:  # COCOEvaluator omits the AP of a single class
         per_class = {classes[0]: percent(metrics.get("AP"))}
     return {**{key: percent(metrics.get(key)) for key in METRICS}, "per_class": per_class}
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
-    """Methods in the order of their first row."""
+    """Return the methods in the order of their first row."""
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
 def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
-    """AP of a method minus that of a reference under the same seed.
+    """Compute the AP of a method minus that of a reference of the same seed.
 
     Returns:
-        ``gains``, one per seed of the method in rising order, None where either AP is undefined or the
-        reference has no such run; their ``mean_gain``, ``std_gain`` (of a sample: None for a single seed), and
-        ``interval``, the 95 % confidence interval of the mean by Student's t (None likewise).
+        ``gains``, one per seed of the method in ascending order, None if either AP is undefined; their
+        ``mean_gain``, ``std_gain`` (sample standard deviation; None for a single gain), and ``interval``, the 95 %
+        confidence interval of the mean by Student's t (None for a single gain).
     """
     ap = {(row["method"], row["seed"]): row["AP"] for row in rows}
     seeds = sorted(seed for name, seed in ap if name == method)
@@ -78,7 +78,7 @@ def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
 def gains_over(
     rows: Sequence[Row], reference: str, paired: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """:func:`gains` of every method there are rows of, among those that can be paired."""
+    """Return the :func:`gains` of each method in ``paired`` that has rows."""
     found = methods_of(rows)
     return {
         method: gains(rows, method, reference)
@@ -94,17 +94,17 @@ def table(
     paired: Sequence[str],
     layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
 ) -> str:
-    """What each method reached and what it gained, as text.
+    """Return the results and the gains of each method as text.
 
-    Above, a column per method: mean, and deviation over seeds. Below, a column per reference, the mean with its
-    deviation and 95 % interval, and seeds one by one.
+    The first table has a column per method: means and standard deviations over seeds. The second has a column per
+    reference: mean gains with standard deviations and 95 % intervals, and the gain of each seed.
 
     Args:
-        rows: of all methods.
-        dataset: the figures come from.
-        references: methods to give the gains over; the first one's absence leaves the gains out.
-        paired: methods whose gains are asked for.
-        layout: makes text of lines of cells.
+        rows: rows of all methods.
+        dataset: name of the test set.
+        references: methods over which gains are computed.
+        paired: methods whose gains are computed.
+        layout: formats a list of rows of cells.
     """
     of = {method: [row for row in rows if row["method"] == method] for method in methods_of(rows)}
 
@@ -150,18 +150,18 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # 0.0: no minus before zero
+    return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def training_time(rows: Sequence[Row]) -> str:
-    """What all runs together took, as if one had come after the other."""
+    """Return the number of runs and their total training time as text."""
     hours, minutes = divmod(round(sum(row["seconds"] for row in rows) / 60), 60)
     took = f"trained in {hours} h {minutes:02d} min"
     return f"1 run, {took}" if len(rows) == 1 else f"{len(rows)} runs, {took} added up"
 
 
 def step_costs(rows: Sequence[Row], baseline: str) -> list[str]:
-    """A line for each measurement that gave equal-time runs their steps."""
+    """Return a line for each measured step cost of equal-time runs."""
     measured = [(row["method"], row["step_cost"]) for row in rows if row.get("step_cost")]
     lines = [
         f"{method}: {cost_text(cost, f'the steps of {baseline}')}" for method, cost in measured
@@ -170,14 +170,14 @@ def step_costs(rows: Sequence[Row], baseline: str) -> list[str]:
 
 
 def cost_text(cost: Mapping[str, Any], unit: str) -> str:
-    """A :class:`d2kd.benchmark.step_cost.StepCost`, as a mapping, in words."""
+    """Format a :class:`d2kd.benchmark.step_cost.StepCost`, given as a mapping."""
     ratio, low, high = (f"{cost[key]:.2f}" for key in ("ratio", "low", "high"))
     over = f"measured over {cost['pairs']} pairs of steps, {cost['clock']}"
     return f"{ratio} ({low} to {high}) times {unit}, {over}"
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """Where each row comes from, as markdown: config and log linked, weights by their hash."""
+    """Return a markdown table with links to config and log of each row, and hashes of its weights."""
     lines = [["run", "AP", "config", "log", "weights", "teacher"]]
     for row in rows:
         links = [f"[{key}]({row['name']}/{Path(row[key]).name})" if row.get(key) else "-" for key in ("config", "log")]  # fmt: skip
@@ -187,8 +187,8 @@ def provenance(rows: Sequence[Row]) -> str:
 
 
 def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
-    """``results.json``, with gains over the baseline; ``gains.json``, with those over every reference; and
-    ``steps.json`` where classes are learned in steps."""
+    """Write ``results.json``, with gains over the baseline; ``gains.json``, with gains over every reference; and
+    ``steps.json`` of a class-incremental study."""
     results = {
         "schema": 1,
         "command": shlex.join(sys.argv),
@@ -211,12 +211,12 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
 
 
 def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
-    """Draw the curves and the pictures; returns the closing words: table, time, and what to open."""
+    """Draw curves and pictures; return the final output: tables, training time, and the files to open."""
     whole = [row for row in rows if study.knows_all_classes(row["method"])]
 
     def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
         parts = [steps_table(study, rows, layout)] if study.steps else []
-        if whole:  # of a study of steps, perhaps only the first has been learned
+        if whole:  # empty if no run has learned all steps yet
             parts.append(table(whole, study.test, study.references, study.paired, layout))
         return "\n\n".join([*parts, training_time(rows), *step_costs(rows, study.baseline)])
 
@@ -231,8 +231,8 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
     opens = [
         (output / "curves.png", "task losses and validation AP against iterations"),
         (output / "table.txt", "this table"),
-        (output / "table.md", "the same as markdown, with where each row comes from"),
-        (output / "results.json", "every figure, and where it comes from"),
+        (output / "table.md", "this table as markdown, with config, log and weights of each run"),
+        (output / "results.json", "all figures, with config, log and weights of each run"),
     ]
     if any(over.values()):
         draw_gains(output / "gains.png", over, study.title)
@@ -246,8 +246,8 @@ def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence
         shown = [
             name for name in (featured.teacher, first[study.baseline].name, featured.name) if name
         ]
-        said = {name: output / name / PREDICTIONS for name in shown}
-        draw_differences(output / "pictures", featured.test, said, study.pictures, study.threshold)
+        files = {name: output / name / PREDICTIONS for name in shown}
+        draw_differences(output / "pictures", featured.test, files, study.pictures, study.threshold)
         what = f"ground truth | {' | '.join(shown)}, where the last two differ most"
         opens.insert(0, (output / "pictures", what))
     width = max(len(str(path)) for path, _ in opens)

@@ -1,4 +1,4 @@
-"""Trains one run of a study, or continues it, and leaves a record of what it was made from."""
+"""Training of one run of a study, and the record of its recipe and results."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from ..utils.io import read_json, read_rows, write_json
 from .plan import Run
 from .results import PREDICTIONS, average_precision
 
-RECORD = "study.json"  # in a run's folder: what it was made from, and its row once it is finished
-STDERR = "stderr.txt"  # in a run's folder: what its training wrote there
+RECORD = "study.json"  # in a run's folder: fingerprint of the recipe, and the row when finished
+STDERR = "stderr.txt"  # in a run's folder: stderr of the training command
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a training.
+    """Results of a training.
 
     Attributes:
-        metrics: COCOEvaluator's "bbox".
-        parameters: of the student.
-        seconds: inside training steps.
-        weights: the file.
-        peak_memory: bytes, while it was trained, by the process that needed most; None if unknown.
+        metrics: "bbox" results of COCOEvaluator.
+        parameters: number of parameters of the student.
+        seconds: time in training steps.
+        weights: checkpoint file.
+        peak_memory: peak memory of training in bytes, the maximum over processes; None if unknown.
     """
 
     metrics: Mapping[str, float]
@@ -56,30 +56,30 @@ class Measured:
     peak_memory: int | None = None
 
 
-Report = Callable[[int, int], None]  # of (step, steps)
+Report = Callable[[int, int], None]  # called with (step, steps)
 
 
 class Died(InputError):
-    """A training's process that ended without a word to the user."""
+    """The training process ended without an error message for the user."""
 
 
 def training_command(config_file: Path) -> list[str]:
-    """The command line that trains a recipe, or continues its training."""
+    """Return the command that trains a recipe or resumes its training."""
     command = [sys.executable, "-m", "d2kd", "train"]
     return [*command, "--config-file", str(config_file), "--resume"]
 
 
 def train(config: DictConfig, test: str, report: Report) -> Measured:
-    """Train or continue a recipe in this process, and look at the test split once."""
+    """Train a recipe, or resume its training, in this process, and evaluate it on the test split."""
     with quiet():
         trainer = Trainer(config)
         trainer.resume_or_load(resume=True)
         if not trainer.finished:
-            tell = CallbackHook(
+            progress = CallbackHook(
                 before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),
                 after_step=lambda trainer: report(trainer.iter + 1, trainer.max_iter),
             )
-            trainer.register_hooks([tell])
+            trainer.register_hooks([progress])
             trainer.train()
         del trainer
     return measure(config, test)
@@ -88,26 +88,26 @@ def train(config: DictConfig, test: str, report: Report) -> Measured:
 def train_apart(
     config: DictConfig, test: str, report: Report, count: int, gpu: str | None
 ) -> Iterator[None]:
-    """:func:`train` by the training command in a process of its own, which ends with this one or with the iterator.
+    """Like :func:`train`, but with the training command in a subprocess. It ends when this process or the iterator does.
 
-    Where the system cannot end a process with the one that started it, other than on Linux, it outlives a study that
-    is killed by SIGKILL, and the command that continues the study must wait for it.
+    Only on Linux does it also end when this process is killed by SIGKILL. On other systems it continues, and the study
+    must not be resumed before it has ended.
 
     Args:
-        config, test, report: as of :func:`train`.
-        count: threads.
-        gpu: as CUDA_VISIBLE_DEVICES names it; None: whatever there is.
+        config, test, report: see :func:`train`.
+        count: number of threads.
+        gpu: value of CUDA_VISIBLE_DEVICES; default: unchanged.
 
     Yields:
-        now and then, while it trains. Returns what was measured.
+        repeatedly during the training. Returns a :class:`Measured`.
 
     Raises:
-        InputError: what the command said.
-        Died: it said nothing of the kind.
+        InputError: the error of the command.
+        Died: the command failed without such an error.
     """
     folder = Path(config.train.output_dir)
     save_config(config, folder / "config.yaml")
-    # What this process can import, that one can, too.
+    # The subprocess can import all that this process can.
     path = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(count)}
     if gpu is not None:
@@ -116,17 +116,17 @@ def train_apart(
         process = subprocess.Popen(
             training_command(folder / "config.yaml"),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # the run's log has it
+            stdout=subprocess.DEVNULL,  # the log file has the same text
             stderr=stderr,
             env=environment,
-            process_group=0,  # an interruption from the keyboard is this process's to pass on
+            process_group=0,  # Ctrl-C reaches only this process, which ends the subprocess
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     steps = config.train.max_iter
     try:
         while process.poll() is None:
             if (iteration := _last_iteration(folder / METRICS)) is not None:
-                report(min(iteration + 1, steps), steps)  # its last line counts one more
+                report(min(iteration + 1, steps), steps)  # the last line has max_iter
             yield
     finally:
         if process.poll() is None:
@@ -141,7 +141,7 @@ def train_apart(
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, PyTorch computes with so many threads."""
+    """Set the number of PyTorch threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -161,23 +161,23 @@ def _end_with_parent() -> None:
 def _last_iteration(metrics: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, LookupError), open(metrics, "rb") as file:
         file.seek(max(0, metrics.stat().st_size - 2**16))
-        return json.loads(file.read().splitlines()[-1])["iteration"]  # or it is being written
+        return json.loads(file.read().splitlines()[-1])["iteration"]  # fails on a partial line
     return None
 
 
 def _failure(folder: Path, code: int) -> InputError:
-    """The error that a training ended with."""
+    """Return the error of a failed training command."""
     lines = (folder / STDERR).read_text(errors="replace").splitlines() or [""]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-    if code == 2 and said is not None:
-        return InputError.of_line(said.removeprefix("error: "))
-    by = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, {lines[-1]}"
-    expected = f"a training that comes to its end; see {folder / STDERR} or the system's log"
-    return Died(folder.name, by, expected)
+    error_line = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    if code == 2 and error_line is not None:
+        return InputError.of_line(error_line.removeprefix("error: "))
+    end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, {lines[-1]}"
+    expected = f"a complete training; see {folder / STDERR} or the system's log"
+    return Died(folder.name, end, expected)
 
 
 def measure(config: DictConfig, test: str) -> Measured:
-    """What a finished run has reached: its last weights on the test split, and what its record says."""
+    """Evaluate the final weights of a run on the test split, and read the other results from its files."""
     folder = Path(config.train.output_dir)
     testing = with_defaults(config)
     testing.dataloader.test.dataset.names = test
@@ -199,14 +199,14 @@ def measure(config: DictConfig, test: str) -> Measured:
 
 
 def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
-    """The row of a run that needs no more work, with its paths as they are now; else None."""
+    """Return the row of a finished run, with its current paths; None if the run is not finished."""
     record = read_json(folder / RECORD)
     if (record.get("config_sha256"), record.get("dataset")) != (key, test) or not record["rows"]:
         return None
     [row] = record["rows"]
     for file in {"config", "weights", "log"} & row.keys():
         row[file] = str(folder / Path(row[file]).name)
-    with contextlib.suppress(InputError, OSError):  # its weights are not here any more
+    with contextlib.suppress(InputError, OSError):  # the weights were deleted
         return row if sha256(row["weights"]) == row["weights_sha256"] else None
     return None
 
@@ -220,30 +220,30 @@ def train_into(
     report: Report,
     step_cost: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
-    """Train a run, or continue it, and leave its record; what is refused before its first step leaves no trace.
+    """Train a run, or resume it, and write its record. If it fails before the first step, its folder is removed.
 
     Args:
-        folder: of the run.
-        run: what to train.
+        folder: folder of the run.
+        run: the run.
         config, key: its recipe and fingerprint.
-        train: how; it yields while it goes on, and returns what was measured.
-        report: told of its progress.
-        step_cost: of an equal-time run, what was measured for it.
+        train: generator that yields repeatedly during the training and returns a :class:`Measured`.
+        report: progress callback.
+        step_cost: measured step cost, only for an equal-time run.
 
     Yields:
-        while it goes on. Returns the row.
+        repeatedly during the training. Returns the row.
     """
     record = {"schema": 1, "config_sha256": key, "dataset": run.test, "rows": []}
-    aside = _make_room(folder, key)
+    renamed = _rename_other_run(folder, key)
     write_json(folder / RECORD, record)
     try:
         measured = yield from train(run, config, report)
     except BaseException as error:
         if not (folder / METRICS).exists() and not isinstance(error, Died):
             shutil.rmtree(folder, ignore_errors=True)
-            if aside:
-                aside.rename(folder)
-            with contextlib.suppress(OSError):  # unless other runs are in it
+            if renamed:
+                renamed.rename(folder)
+            with contextlib.suppress(OSError):  # fails if other runs are in it
                 folder.parent.rmdir()
         raise
     peak = measured.peak_memory
@@ -267,18 +267,18 @@ def train_into(
 
 
 def _teacher_of(config: DictConfig) -> str | None:
-    """SHA-256 of the teacher's weights that a recipe names."""
+    """Return the SHA-256 of the teacher's weights; None if there are none."""
     teacher = config.model.get("teacher") or {}
-    with contextlib.suppress(InputError):  # it is not here any more
+    with contextlib.suppress(InputError):  # the file was deleted
         return sha256(teacher["weights"]) if teacher.get("weights") else None
 
 
-def _make_room(folder: Path, key: str) -> Path | None:
-    """Move what was made from another recipe aside, and say where; it is neither to be continued nor lost."""
+def _rename_other_run(folder: Path, key: str) -> Path | None:
+    """Rename a folder made from another recipe, and return its new path; None if there is nothing to rename."""
     same = read_json(folder / RECORD).get("config_sha256") == key
     if same or not folder.exists() or not any(folder.iterdir()):
         return None
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+    while (renamed := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    return folder.rename(renamed)

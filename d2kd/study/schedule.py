@@ -1,4 +1,4 @@
-"""Trains what a study lacks, one run after another or several side by side, and continues where it stopped."""
+"""Training of the runs of a study, sequentially or in parallel; an interrupted study is resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .results import cost_text, write_results
 from .run import Measured, Report, finished_row, threads, train, train_apart, train_into
 
 STEP_COST = "step_cost.json"
-"""In a study's folder: what distilled steps cost in plain ones."""
+"""File in a study's folder with the costs of distilled steps relative to plain ones."""
 
 
 def run_study(
@@ -35,35 +35,35 @@ def run_study(
     console: TextIO | None = None,
     others: Sequence[Run] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
-    """Train what is missing; after each run, write what all have reached.
+    """Train the unfinished runs of a study. The results of all runs are written after each run.
 
-    A run that cannot go on, say for a non-finite loss, takes along those that need it; the others go on.
+    If a run fails, for example because of a non-finite loss, the runs that need it are skipped; others continue.
 
     Args:
-        study: whose runs these are.
-        runs: of :meth:`Study.plan`.
-        output: the study's folder; each run has one of its own in it.
-        trainer: who trains them; one after another, in this process, by default.
-        console: where progress is shown; stdout by default.
-        others: further runs, whose rows count where they are finished; they are not trained. Those in ``runs``
-            may be among them.
+        study: the study.
+        runs: its runs, see :meth:`Study.plan`.
+        output: the study's folder; each run has a folder in it.
+        trainer: trains the runs; default: :class:`OneByOne`.
+        console: stream of the progress output; default: stdout.
+        others: further runs that are not trained, but whose rows are included if they are finished. May contain
+            those in ``runs``.
 
     Returns:
-        the rows of ``results.json``, method by method, and the errors of the runs that failed, by name.
+        the rows of ``results.json``, sorted by method, and run name -> error of the failed runs.
 
     Raises:
-        InputError: the test split cannot be read; it is looked at first, and drawn if it is generated.
+        InputError: the test split cannot be read. It is loaded first, and generated if it is a generated data set.
     """
     for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
         for name in check_dataset(test):
-            DatasetCatalog.get(name)  # a class step is known to have objects once it is loaded
+            DatasetCatalog.get(name)  # loading a step of classes checks that it has objects
     trainer, console = trainer or OneByOne(), console or sys.stdout
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
     width = max(len(run.name) for run in runs)
-    asked = {run.name for run in runs}
-    # First, so that also an interrupted command leaves their rows in the table.
-    waiting = [*(run for run in others if run.name not in asked), *trainer.ordered(runs)]
+    requested = {run.name for run in runs}
+    # Finished runs first, so that the table of an interrupted study has their rows.
+    waiting = [*(run for run in others if run.name not in requested), *trainer.ordered(runs)]
     busy: dict[str, tuple[Run, Progress, Iterator[None]]] = {}
 
     def rows() -> list[dict[str, Any]]:
@@ -83,25 +83,25 @@ def run_study(
         line.close(f"failed: {error}")
 
     def step_cost(run: Run) -> dict[str, Any] | None:
-        """What was measured for an equal-time run; it is measured now if nothing else is going on."""
+        """Return the step cost of an equal-time run. It is measured if it is unknown and no run is being trained."""
         *recipes, key = timed_recipes(run, finished, output / run.name)
         costs = read_rows(output / STEP_COST)
         cost = next((row for row in costs if row.get("recipes_sha256") == key), None)
-        if cost is None and run.name in asked and not busy:
+        if cost is None and run.name in requested and not busy:
             line = Progress(f"  {run.method:<{width}}  cost of a step", console)
             found = trainer.step_cost(*recipes, line)
             line.close(cost_text(found, "a plain step"))
             cost = {"method": run.method, "recipes_sha256": key, **found}
             write_json(output / STEP_COST, {"schema": 1, "rows": [*costs, cost]})
-        return cost and {name: cost[name] for name in COST}
+        return cost and {name: cost[name] for name in COST_FIELDS}
 
     def begin(run: Run) -> bool:
-        """Begin a run, or be done with it; False if it has to wait until nothing else is going on."""
+        """Start, skip or finish a run; return False if it must wait until no other run is being trained."""
         folder, cost = output / run.name, None
         missing = [need for need in run.needs if need not in finished]
         if missing:
-            if run.name in asked:
-                line_of(run).close(f"left out, for it needs {missing[0]}")
+            if run.name in requested:
+                line_of(run).close(f"skipped, since it needs {missing[0]}")
             return True
         if run.steps_like is not None:
             try:
@@ -110,13 +110,13 @@ def run_study(
                 fail(run, line_of(run), error)
                 return True
             if cost is None:
-                return run.name not in asked
+                return run.name not in requested
         config, key = prepare(run, finished, folder, cost and cost["ratio"])
         row = finished_row(folder, key, run.test)
         if row is not None:
             close(run, line_of(run), row, "finished before: ")
-        elif run.name in asked:
-            if busy and run.once:  # it has all threads
+        elif run.name in requested:
+            if busy and run.once:  # it uses all threads
                 return False
             line = line_of(run)
             training = train_into(folder, run, config, key, trainer.train, line, cost)
@@ -127,9 +127,9 @@ def run_study(
         while waiting or busy:
             unknown = {run.name for run in waiting} | busy.keys()
             ready = [run for run in waiting if unknown.isdisjoint(run.needs)]
-            for run in ready if not busy else ():  # or later others would have to wait for it
+            for run in ready if not busy else ():  # early, since it needs an idle machine
                 if run.steps_like is not None and finished.keys() >= set(run.needs):
-                    with contextlib.suppress(InputError):  # it fails again where its run begins
+                    with contextlib.suppress(InputError):  # raised again when the run starts
                         step_cost(run)
             for run in ready:
                 alone = any(other.once for other, *_ in busy.values())
@@ -137,7 +137,7 @@ def run_study(
                     break
                 waiting.remove(run)
                 if run.name in finished:
-                    break  # others may be ready now
+                    break  # other runs may be ready now
             for run, line, training in list(busy.values()):
                 try:
                     next(training)
@@ -155,24 +155,24 @@ def run_study(
     return rows(), failed
 
 
-COST = ("ratio", "low", "high", "pairs", "clock")
-"""What a row says of the cost of a step, see :class:`d2kd.benchmark.step_cost.StepCost`."""
+COST_FIELDS = ("ratio", "low", "high", "pairs", "clock")
+"""Fields of :class:`d2kd.benchmark.step_cost.StepCost` in a row."""
 
 
 def measured_step_cost(distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
-    """See :func:`d2kd.benchmark.step_cost.step_cost`."""
-    from ..benchmark.step_cost import step_cost  # late, for it shows progress as studies do
+    """Call :func:`d2kd.benchmark.step_cost.step_cost` and return its result as a dict."""
+    from ..benchmark.step_cost import step_cost  # imported here, since only equal-time runs need it
 
     with quiet():
         return asdict(step_cost(distilled, plain, report=report))
 
 
 class OneByOne:
-    """Trains the runs one after another, in this process.
+    """Trains the runs one after another in this process.
 
     Args:
-        train: how.
-        step_cost: how a distilled step is compared with a plain one.
+        train: trains a recipe.
+        step_cost: measures the cost of a distilled step relative to a plain one.
     """
 
     jobs = 1
@@ -185,27 +185,27 @@ class OneByOne:
         self._train, self._step_cost = train, step_cost
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
-        """The runs as they are tried."""
+        """Return the runs in the order in which they are started."""
         return list(runs)
 
     def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
-        """What a distilled step costs in plain ones; nothing is trained meanwhile."""
+        """Measure the cost of a distilled step relative to a plain one, while no run is being trained."""
         return self._step_cost(distilled, plain, report)
 
     def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
-        """Train a run, see :func:`.train_into`."""
+        """Train a run; see :func:`.train_into`."""
         yield from ()
         return self._train(config, run.test, report)
 
 
 class Commands(OneByOne):
-    """Trains each run by the training command, several at a time, each with its share of this process's threads.
+    """Trains the runs in parallel with the training command, each with an equal number of threads.
 
-    What all seeds have in common is trained first, alone and with all threads, for the others wait for it. Each run
-    has a GPU of its own where there are as many.
+    Runs that all seeds share are trained first, alone and with all threads, since the others need them. Each run has
+    its own GPU if there are enough.
 
     Args:
-        jobs: how many at a time.
+        jobs: maximum number of runs in parallel.
     """
 
     def __init__(self, jobs: int = 1):
@@ -216,19 +216,19 @@ class Commands(OneByOne):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         self._gpus = visible.split(",")[:count] if visible else [str(k) for k in range(count)]
-        self._taken: list[str | None] = []  # a GPU as often as it is in use
+        self._taken: list[str | None] = []  # one entry per run that uses the GPU
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
-        """As :meth:`OneByOne.ordered`, those of all seeds first where there are several at a time."""
+        """Return the runs in the order in which they are started: with several jobs, runs that seeds share come first."""
         return sorted(runs, key=lambda run: not run.once) if self.jobs > 1 else list(runs)
 
     def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
-        """As :meth:`OneByOne.step_cost`, with the threads that a run has."""
+        """Like :meth:`OneByOne.step_cost`, with the number of threads of a run."""
         with threads(self._share):
             return super().step_cost(distilled, plain, report)
 
     def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
-        """As :meth:`OneByOne.train`."""
+        """Like :meth:`OneByOne.train`, in a subprocess."""
         count = self._all if run.once else self._share
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)

@@ -1,4 +1,4 @@
-"""Figures as text."""
+"""Numbers and tables as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-# The 97.5th percentile of Student's t by degrees of freedom, from 1 to 30; beyond, the last one: it is 4 % too wide at most.
+# The 97.5th percentile of Student's t for 1 to 30 degrees of freedom. The last one is used beyond, at most 4 % too wide.
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -17,7 +17,7 @@ T_975 = (
 
 
 def mean_text(values: Sequence[float | None], digits: int) -> str:
-    """The mean of what is defined, and its deviation if there are several."""
+    """Format the mean of the defined values, with the standard deviation if there are several."""
     defined = [value for value in values if value is not None]
     if not defined:
         return "-"
@@ -26,12 +26,12 @@ def mean_text(values: Sequence[float | None], digits: int) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left and the others flush right, under a ruled heading."""
+    """Format a plain-text table, with the first column left-aligned and the others right-aligned."""
     return _tabulated(lines, "simple", preserve_whitespace=True)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The lines as a table of markdown, under the first of them."""
+    """Format a markdown table; the first row is the heading."""
     return _tabulated(lines, "pipe")
 
 
@@ -43,7 +43,7 @@ def _tabulated(lines: Sequence[Sequence[str]], style: str, **options: bool) -> s
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the mean by Student's t; None for fewer than two values."""
+    """Return the 95 % confidence interval of the mean by Student's t; None for fewer than two values."""
     if len(values) < 2:
         return None
     t = T_975[min(len(values) - 1, len(T_975)) - 1]

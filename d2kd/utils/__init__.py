@@ -1,1 +1,1 @@
-"""What every other package may use: errors, files, processes, versions. It uses none of them."""
+"""Errors, files, processes, versions: helpers for all other packages, of which this one imports none."""

@@ -1,4 +1,4 @@
-"""What several processes have together: counts, so that a loss does not depend on how a batch is dealt."""
+"""Reductions over processes, so that a loss does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def over_processes(counts: Tensor, least: float = 1.0) -> Tensor:
-    """What a process divides its sums by: the counts of all processes, by how many processes there are.
+    """Return the mean of ``counts`` over all processes, for use as the normalizer of a loss.
 
-    DDP takes the mean of the processes' gradients, so a loss divided by this is the one of the whole batch in a
-    single process. Collective: every process must call it, as often and in the same order.
+    DDP averages gradients over processes, so that a sum divided by this mean has the gradient of the whole batch
+    in a single process. This is a collective operation: all processes must call it in the same order.
 
     Args:
-        counts: of this process, of any shape.
-        least: what the count of all processes together is at least.
+        counts: a tensor of any shape, of equal shape in all processes.
+        least: minimum of the sum over all processes.
 
     Returns:
         float32 of equal shape, without gradient.
@@ -29,5 +29,5 @@ def over_processes(counts: Tensor, least: float = 1.0) -> Tensor:
 
 
 def anywhere(found: bool) -> bool:
-    """Whether something was found in any process. Collective."""
+    """Return whether ``found`` is true in any process. This is a collective operation."""
     return any(comm.all_gather(found))

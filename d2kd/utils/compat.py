@@ -1,10 +1,10 @@
-"""Where Detectron2's versions differ in what this project uses, all of it.
+"""All code that depends on the version of Detectron2.
 
-Tried on 0.6 without compiled operators. Later official builds were read, not run: there evaluation is compiled,
-processes of one machine are grouped by a function of its own, FCOS labels with tensors, ``DefaultTrainer`` saves its
-optimizer itself (our trainer's state has the same keys), files are read inside ``DetectionCheckpointer.load`` alone,
-and ``detectron2.export`` imports without caffe2. What d2kd listens to and reads of a detector is
-asserted by ``tests/test_compat.py``: run it on yours.
+Tested with 0.6 without compiled operators. Of later official versions, the source was read but not run. There, COCO
+evaluation is compiled, a function groups the processes of one machine, FCOS labels are tensors, ``DefaultTrainer``
+saves its optimizer (d2kd's trainer has the same keys), files are read inside ``DetectionCheckpointer.load`` alone,
+and ``detectron2.export`` can be imported without caffe2. ``tests/test_compat.py`` asserts that a detector has the
+modules and methods that d2kd uses: run it with your version.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from torch import Tensor, nn
 
 
 def has_compiled_operators() -> bool:
-    """Whether this Detectron2 was built with its C++ sources, or with Python standing in for them."""
+    """Return whether this Detectron2 was built with its C++ operators, or has d2kd's replacement in Python."""
     return not str(getattr(_C, "__file__", "")).endswith(".py")
 
 
 def make_local_process_group(size: int) -> None:
-    """Tell Detectron2 which processes share a machine, ``size`` on each; only its own launch does so."""
+    """Create Detectron2's process groups of each machine, with ``size`` processes, as its own ``launch`` does."""
     if hasattr(comm, "create_local_process_group"):  # after 0.6
         comm.create_local_process_group(size)
         return
     for first in range(0, dist.get_world_size(), size):
         ranks = range(first, first + size)
-        group = dist.new_group(list(ranks))  # made by all, wherever it is
+        group = dist.new_group(list(ranks))  # all processes must create all groups
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
 
 
 def forget_process_groups() -> None:
-    """Let go of the groups that Detectron2 keeps for as long as the process lives."""
+    """Remove the references to process groups that Detectron2 keeps in global variables."""
     comm._LOCAL_PROCESS_GROUP = None
     comm._get_global_gloo_group.cache_clear()
 
 
 def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
-    """Boxes as ``(R, 4)`` tensors: FCOS labels with ``Boxes`` up to 0.6, as RetinaNet never did."""
-    return [getattr(one, "tensor", one) for one in boxes]
+    """Return boxes as ``(R, 4)`` tensors: up to 0.6, FCOS labels are ``Boxes``, while RetinaNet's are tensors."""
+    return [getattr(x, "tensor", x) for x in boxes]
 
 
 def tracing_adapter() -> type[nn.Module]:
-    """Detectron2's ``TracingAdapter``; up to 0.6 its package imports caffe2, which PyTorch no longer has."""
+    """Return Detectron2's ``TracingAdapter``; up to 0.6, its package imports caffe2, which PyTorch no longer has."""
     try:
         from detectron2.export import TracingAdapter
     except ImportError:
         package = ModuleType("detectron2.export")
         package.__path__ = [f"{detectron2.__path__[0]}/export"]
-        sys.modules[package.__name__] = package  # in the place of the one that fails
+        sys.modules[package.__name__] = package  # replaces the package whose import fails
         try:
             from detectron2.export.flatten import TracingAdapter
         finally:
@@ -66,21 +66,21 @@ def tracing_adapter() -> type[nn.Module]:
 
 
 class _Reader(DetectionCheckpointer):
-    """Loads what it reads into nothing."""
+    """A checkpointer that reads a file without loading it into a model."""
 
     def _load_model(self, checkpoint: dict) -> None:
-        pass  # so that load() has all of it to return
+        pass  # so that load() returns the whole content
 
 
 def read_checkpoint(file: str) -> dict:
-    """The content of a checkpoint on this machine, its tensors under "model".
+    """Return the content of a local checkpoint, with its tensors under "model".
 
-    A ``.pkl`` is a pickle, which may run code, and its format is for Detectron2 to tell. All else is torch's own
-    format, of tensors and Python's scalars: nothing else is unpickled, whatever the version's default.
+    A ``.pkl`` is read by Detectron2; it is a pickle, which may run code. Other files are read by torch with
+    ``weights_only=True``, which loads nothing but tensors and Python's scalars.
     """
     if file.endswith(".pkl"):
         return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
-    # Detectron2 would bring a .pyth, which is of pycls, to the GPU that it was saved from.
+    # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.
     content = torch.load(file, map_location="cpu", weights_only=True)
     if file.endswith(".pyth") and "model_state" in content:
         state = content["model_state"].items()

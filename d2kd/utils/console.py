@@ -1,4 +1,4 @@
-"""A study's screen: one line per run, everything else in the run's log."""
+"""Console output of a study: a progress line per run; everything else is in the run's log."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TextIO
 from tqdm import tqdm
 
 LOGGERS = ("d2kd", "detectron2", "fvcore")
-"""Whose log a run keeps."""
+"""Loggers whose records are in a run's log."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what Detectron2, pycocotools and we say off the screen; a run's log has it."""
+    """Suppress console output of d2kd, Detectron2 and pycocotools; the run's log has the log records."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [logging.NullHandler()], False
-        logger.setLevel(logging.INFO)  # also tells DefaultTrainer that logging is set up
+        logger.setLevel(logging.INFO)  # otherwise the trainer would set up logging to the console
     try:
         with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
+            open(os.devnull, "w") as devnull,
+            contextlib.redirect_stdout(devnull),
+            contextlib.redirect_stderr(devnull),
         ):
             yield
     finally:
@@ -36,12 +36,12 @@ def quiet() -> Iterator[None]:
 
 
 class Progress(tqdm):
-    """A line on the screen: step i/n, elapsed, left. Into a pipe, a new line every half minute.
+    """A progress line: step i/n, elapsed and remaining time. If it is not a terminal, a new line every 30 s.
 
     Args:
-        label: what is under way.
-        console: where.
-        live: False where other lines are written meanwhile; then it is as into a pipe.
+        label: the beginning of the line.
+        console: the output stream.
+        live: whether to redraw the line in place; False if other lines are written at the same time.
     """
 
     monitor_interval = 0  # no thread
@@ -60,7 +60,7 @@ class Progress(tqdm):
         )
 
     def __call__(self, step: int, steps: int) -> None:
-        """Say that so many of the steps are done; the first call is where they begin."""
+        """Set the number of finished steps; the first call sets the start."""
         if self.total is None:
             self.total, self.initial, self.n = steps, step, step
             self.start_t = self.last_print_t = self._time()
@@ -70,7 +70,7 @@ class Progress(tqdm):
             self.update(step - self.n)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """As tqdm, if the line is live."""
+        """Redraw the line as tqdm does, if it is live."""
         if self.live:
             return super().display(msg, pos)
         if msg is None and self.total is not None:
@@ -79,7 +79,7 @@ class Progress(tqdm):
         return False
 
     def close(self, text: str | None = None) -> None:
-        """End the line, with last words if there are any."""
+        """End the line, with a closing text if it is given."""
         if self.disable:
             return
         super().close()

@@ -18,7 +18,7 @@ from .. import __version__
 
 
 def versions() -> dict[str, str | None]:
-    """What a result depends on besides its config."""
+    """Return the versions of packages, Python, platform and GPU on which a result depends."""
     names = ("torchvision", "detectron2", "numpy", "fvcore", "pycocotools", "pillow")
     found: dict[str, str | None] = {"d2kd": __version__, "python": platform.python_version()}
     found["torch"] = torch.__version__
@@ -33,9 +33,9 @@ def versions() -> dict[str, str | None]:
 
 
 def config_hash(node: Any) -> str:
-    """SHA-256 of a config's content: equal for equal configs, whatever file or process they come from.
+    """Return the SHA-256 of a config's content, which is equal for equal configs of different files or processes.
 
-    A class or function counts by its name, any other object by its class and what it holds. Code is not looked at.
+    A class or function is hashed by its name, any other object by its class and attributes. Code is not hashed.
     """
     text = json.dumps(_content(node), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -52,16 +52,16 @@ def _content(value: Any) -> Any:
         return value
     if hasattr(value, "__qualname__"):
         return importable_name(value) or value.__qualname__
-    # Its repr may be its address.
+    # Its repr may contain its address.
     held = _content(vars(value)) if hasattr(value, "__dict__") else repr(value)
     return [_content(type(value)), held]
 
 
 def importable_name(value: Any) -> str | None:
-    """The name by which any process can import a class or function; None for one that no module has."""
+    """Return the name by which any process can import a class or function; None if there is none."""
     if getattr(value, "__module__", None) in (None, "__main__"):
         return None
-    with contextlib.suppress(Exception):  # of whatever is imported on the way
+    with contextlib.suppress(Exception):  # of any module that is imported by locate
         name = _convert_target_to_string(value)
         if locate(name) == value:
             return name

@@ -1,7 +1,7 @@
-"""One way to refuse bad input: a line that names the culprit, what was found and what was expected.
+"""Errors in the user's input, reported in one line.
 
-Library code raises :class:`InputError`; command lines run inside :func:`reporting`, which turns it into
-``error: <culprit>: <found>; expected <…>`` on stderr and exit code 2.
+Library code raises :class:`InputError`. Command-line tools run inside :func:`reporting`, which prints
+``error: <culprit>: <found>; expected <…>`` to stderr and exits with code 2.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used.
+    """Invalid input of the user.
 
     Args:
-        culprit: the file, key or name at fault, as the user wrote it.
-        found: what is there.
-        expected: what would have been right.
+        culprit: the file, key or name at fault, as the user has written it.
+        found: its value, or what is wrong with it.
+        expected: a description of valid values.
     """
 
     def __init__(self, culprit: object, found: object, expected: object):
-        # All three reach Exception, so that the error survives pickling between processes.
+        # All three are passed to Exception, so that the error can be pickled between processes.
         super().__init__(str(culprit), str(found), str(expected))
         self.culprit, self.found, self.expected = self.args
 
@@ -32,19 +32,19 @@ class InputError(Exception):
 
     @classmethod
     def of_line(cls, line: str) -> InputError:
-        """The error that a line says, of another process: the opposite of ``str``."""
-        said, _, expected = line.rpartition("; expected ")
-        culprit, _, found = said.partition(": ")
+        """Return the error that ``str`` has turned into a line, in another process."""
+        rest, _, expected = line.rpartition("; expected ")
+        culprit, _, found = rest.partition(": ")
         return cls(culprit, found, expected)
 
 
 @contextlib.contextmanager
 def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
-    """Report an :class:`InputError` raised inside in one line and exit with code 2.
+    """Report an :class:`InputError` that is raised inside in one line, and exit with code 2.
 
     Args:
-        debug: the error passes through with its traceback.
-        interrupted: what to say to a user who interrupts, for work that goes on where it stopped; exit code 130.
+        debug: whether to raise the error with its traceback instead.
+        interrupted: message after a KeyboardInterrupt, for work that can be resumed; the exit code is then 130.
     """
     try:
         yield
@@ -61,14 +61,14 @@ def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[N
 
 
 def need(extra: str, *modules: str) -> None:
-    """Refuse to begin what would end without a package that is no requirement of the core.
+    """Check that optional packages are installed, before work begins that needs them.
 
     Args:
-        extra: of ``setup.py``, that has them.
-        modules: by the names they are imported by.
+        extra: name of the extra in ``setup.py`` that installs them.
+        modules: names of the modules to import.
 
     Raises:
-        InputError: one is missing.
+        InputError: a module is missing.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and disks that are full."""
+"""Atomic writing of files, and errors of a full disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place on success: readers never see half a file.
+    """Write a file atomically: yield a temporary path beside ``path``, and rename it to ``path`` on success.
 
-    Nor do they after a loss of power: the content is on the disk before it has its name.
+    The content is flushed to the disk before it is renamed, so that this holds after a loss of power, too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,46 +41,44 @@ def _to_disk(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a process that was killed could not: each would hold a checkpoint's place for ever."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    """Remove the temporary files of killed processes, which are as large as checkpoints."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def disk_is_full(error: BaseException) -> str | None:
-    """What the system says, if an error or what it came from is that a disk, a quota or a file is full."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
+    """Return the system's message if an error, or one of its causes, is a full disk, quota or file; otherwise None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 @contextlib.contextmanager
 def explaining_full_disk(path: str | Path) -> Iterator[None]:
-    """Raise that the disk is full, if that is what happened inside, as what it is: the user's to mend."""
+    """Raise InputError if the code inside fails because the disk is full."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
-        said = disk_is_full(error)
-        if said is None:
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError from it
+        reason = disk_is_full(error)
+        if reason is None:
             raise
-        expected = (
-            "room on the disk; what was written before is whole, and --resume goes on from it"
-        )
-        raise InputError(path, f"cannot be written ({said})", expected) from error
+        expected = "room on the disk; earlier files are whole, and --resume continues from them"
+        raise InputError(path, f"cannot be written ({reason})", expected) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON whole or not at all; what is not a number there is ``null``."""
+    """Write a JSON file atomically; numbers that are not finite become ``null``."""
     write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
@@ -95,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: str | Path) -> dict:
-    """What a JSON file says; nothing where there is no such file, or no sense in it."""
+    """Return the dict in a JSON file; an empty one if the file is missing or invalid."""
     with contextlib.suppress(OSError, ValueError):
         if isinstance(found := json.loads(Path(path).read_text()), dict):
             return found
@@ -103,6 +101,6 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The ``rows`` of one of our JSON files; none where :func:`read_json` finds none."""
+    """Return the list ``rows`` of a JSON file that d2kd has written; an empty one if there is none."""
     rows = read_json(path).get("rows")
     return rows if isinstance(rows, list) else []

@@ -1,4 +1,4 @@
-"""Memory at the peak, as the device or the system tells it."""
+"""Measurement of peak memory."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 
 
 class Peak:
-    """The most memory in use from here on: of a GPU's tensors, or resident of this process.
+    """The peak of memory since construction: allocated tensors of a GPU, or resident memory of this process.
 
-    ``getrusage`` would not do: its peak is that of the process's whole life, and of its parent's.
+    ``getrusage`` cannot be used: its peak includes the process's past, and its parent's.
 
     Args:
-        device: whose memory is meant.
+        device: the GPU, or the CPU for this process.
 
     Attributes:
-        before: bytes in use when it was made; None where the system, other than Linux, does not tell.
+        before: bytes in use at construction; None if unknown, on systems other than Linux.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.before: int | None = None
-        gc.collect()  # of an earlier run a trainer and its hooks hold each other
+        gc.collect()  # an earlier run's trainer and its hooks have references to each other
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # or what is free but still resident would be filled
+            ctypes.CDLL(None).malloc_trim(0)  # or freed, still resident memory would be reused
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see proc(5)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
             self.before = _status("VmRSS")
 
     @property
     def bytes(self) -> int | None:
-        """At the peak so far, or None."""
+        """Bytes in use at the peak so far, or None."""
         if self.before is None:
             return None
         if self.device.type == "cuda":
@@ -47,7 +47,7 @@ class Peak:
 
     @property
     def growth(self) -> int | None:
-        """By how many bytes it has risen at most, or None."""
+        """Bytes at the peak minus :attr:`before`, or None."""
         return None if self.before is None else max(self.bytes - self.before, 0)
 
 

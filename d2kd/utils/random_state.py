@@ -1,6 +1,6 @@
-"""The state of every random generator a step may draw from, as plain values and tensors.
+"""The state of all random number generators that a training step may use.
 
-Only what ``torch.load(weights_only=True)`` accepts, so that a checkpoint that holds it needs no trust.
+It consists of tensors and Python's scalars, so that ``torch.load(weights_only=True)`` reads a checkpoint with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def random_state() -> dict:
-    """Python's, NumPy's and torch's generators, and that of the current CUDA device if it is in use."""
+    """Return the states of Python's, NumPy's and torch's generators, and of the current CUDA device's if in use."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -27,7 +27,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Go back to a :func:`random_state`."""
+    """Restore a :func:`random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -37,10 +37,10 @@ def set_random_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside leaves no trace.
+    """Restore the random state at the end of the block.
 
-    An evaluation draws too (a data loader seeds its workers); without this, how often a run is evaluated
-    would change what it learns.
+    An evaluation uses random numbers, too, since a data loader seeds its workers. Without this, the evaluation
+    period would change the training.
     """
     state = random_state()
     try:

@@ -1,6 +1,6 @@
-"""Blood cells (BCCD): 364 microscope images with red cells, white cells and platelets, at half their 640 x 480.
+"""BCCD: 364 microscope images of red blood cells, white blood cells and platelets, at half of their 640 x 480 pixels.
 
-The data is not part of this project: D2KD_BCCD names its folder, ``BCCD`` in github.com/Shenggan/BCCD_Dataset.
+The data is not part of this project. D2KD_BCCD is the path of ``BCCD`` in github.com/Shenggan/BCCD_Dataset.
 """
 
 import detectron2.data.transforms as T
@@ -25,18 +25,18 @@ dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=_split("train"), filter_empty=False),
-    mapper=L(QuickMapper)(  # DatasetMapper's samples, the same pixels
+    mapper=L(QuickMapper)(  # the same samples as DatasetMapper
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(short_edge_length=240),
             L(T.RandomFlip)(),
-            L(T.RandomFlip)(horizontal=False, vertical=True),  # a smear has no upper side
+            L(T.RandomFlip)(horizontal=False, vertical=True),  # smears have no orientation
         ],
         image_format="BGR",
     ),
     total_batch_size=4,
     num_workers=2,
-    aspect_ratio_grouping=False,  # all images have one size
+    aspect_ratio_grouping=False,  # all images have the same size
     seed="${train.seed}",
     start=0,
 )
@@ -54,5 +54,5 @@ dataloader.test = L(build_test_loader)(
 
 dataloader.evaluator = L(COCOEvaluator)(
     dataset_name="${..test.dataset.names}",
-    use_fast_impl=False,  # the compiled one needs Detectron2's C++ operators
+    use_fast_impl=False,  # the fast one needs Detectron2's C++ operators
 )

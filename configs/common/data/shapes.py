@@ -1,4 +1,4 @@
-"""The generated set at its own 160 pixels: flips only, and images without an object take part."""
+"""The generated shapes at their size of 160 pixels, with flips only. Images without objects are included."""
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
@@ -37,5 +37,5 @@ dataloader.test = L(build_test_loader)(
 
 dataloader.evaluator = L(COCOEvaluator)(
     dataset_name="${..test.dataset.names}",
-    use_fast_impl=False,  # the compiled one needs Detectron2's C++ operators
+    use_fast_impl=False,  # the fast one needs Detectron2's C++ operators
 )

@@ -1,4 +1,4 @@
-"""Cascade R-CNN R-50 FPN: the zoo's Cascade Mask R-CNN without its masks."""
+"""Cascade R-CNN R-50 FPN: the model zoo's Cascade Mask R-CNN without its mask head."""
 
 from detectron2 import model_zoo
 

@@ -1,4 +1,4 @@
-"""Faster R-CNN R-50 FPN: the zoo's Mask R-CNN without its masks."""
+"""Faster R-CNN R-50 FPN: the model zoo's Mask R-CNN without its mask head."""
 
 from detectron2 import model_zoo
 

@@ -1,6 +1,6 @@
-"""A Faster R-CNN for small images and a CPU: basic blocks, an FPN 32 wide, square anchors from 8 pixels.
+"""A Faster R-CNN for small images and a CPU: basic blocks, an FPN of 32 channels, square anchors from 8 pixels.
 
-What a recipe turns: ``model.backbone.bottom_up.width`` and ``.blocks``, ``model.roi_heads.num_classes``.
+Recipes change ``model.backbone.bottom_up.width`` and ``.blocks``, and ``model.roi_heads.num_classes``.
 """
 
 from detectron2.config import LazyCall as L
@@ -15,7 +15,7 @@ _channels, _fc = 32, 256
 model.backbone.bottom_up = L(basic_resnet)(
     width=32,
     blocks=[2, 2, 2, 2],
-    norm="BN",  # trained from nothing: frozen statistics would never be right
+    norm="BN",  # FrozenBN needs pretrained statistics
     out_features=["res2", "res3", "res4", "res5"],
 )
 model.backbone.out_channels = _channels

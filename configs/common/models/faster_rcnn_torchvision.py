@@ -1,6 +1,6 @@
-"""Faster R-CNN FPN on a torchvision classifier; it wants ``dataloader.train.mapper.image_format="RGB"``.
+"""Faster R-CNN FPN with a torchvision classifier as backbone. It needs ``dataloader.train.mapper.image_format="RGB"``.
 
-What a recipe turns: ``model.backbone.bottom_up.name`` (``efficientnet_b0``, ``resnet18``, …), ``.weights``.
+Recipes change ``model.backbone.bottom_up.name`` (``efficientnet_b0``, ``resnet18``, …) and ``.weights``.
 """
 
 from detectron2.config import LazyCall as L
@@ -16,7 +16,7 @@ from .faster_rcnn_fpn import model
 model.backbone.bottom_up = L(TorchvisionBackbone)(
     name="mobilenet_v3_large",
     weights="DEFAULT",
-    norm="FrozenBN",  # as torchvision's detectors; "BN" where weights is None
+    norm="FrozenBN",  # as in torchvision's detectors; "BN" if weights is None
     out_features=["res2", "res3", "res4", "res5"],
 )
 

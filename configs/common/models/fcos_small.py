@@ -1,4 +1,4 @@
-"""An FCOS for small images and a CPU, the anchor-free sibling of ``retinanet_small.py``."""
+"""An FCOS for small images and a CPU, the anchor-free counterpart of ``retinanet_small.py``."""
 
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 

@@ -1,8 +1,7 @@
-"""GFL R-50 FPN as published; it wants ``dataloader.train.mapper.image_format="RGB"``.
+"""GFL R-50 FPN as published. It needs ``dataloader.train.mapper.image_format="RGB"``.
 
-Its weights are torchvision's, ``detectron2://ImageNetPretrained/torchvision/R-50.pkl``, whose stages have their
-stride in the 3x3 convolution. FrozenBN freezes the norms' scales and offsets, which the authors train:
-``baselines/gfl_R_50_FPN_1x_affine.py`` does.
+Its weights are torchvision's, ``detectron2://ImageNetPretrained/torchvision/R-50.pkl``, with the stride in the 3x3
+convolution. FrozenBN also freezes scale and offset, unlike the authors; ``baselines/gfl_R_50_FPN_1x_affine.py`` does not.
 """
 
 from detectron2 import model_zoo

@@ -1,4 +1,4 @@
-"""A GFL for small images and a CPU, the sibling of ``retinanet_small.py`` whose edges are distributions."""
+"""A GFL for small images and a CPU, the counterpart of ``retinanet_small.py`` with box edges as distributions."""
 
 from d2kd.modeling import GFL, GFLHead, LinearP6P7
 
@@ -17,4 +17,4 @@ model.anchor_scale = 4  # objects of 8 to 100 pixels
 model.backbone.top_block._target_ = LinearP6P7
 model.head._target_ = GFLHead
 model.head.pop("num_anchors")
-model.head.num_groups = 4  # of 8 channels, as 32 of 256
+model.head.num_groups = 4  # of 8 channels, as 32 groups of 256 channels have

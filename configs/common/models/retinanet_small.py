@@ -1,4 +1,4 @@
-"""A RetinaNet for small images and a CPU, the dense sibling of ``faster_rcnn_small.py``."""
+"""A RetinaNet for small images and a CPU, the dense counterpart of ``faster_rcnn_small.py``."""
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -13,7 +13,7 @@ model.backbone.bottom_up = L(basic_resnet)(
     width=32, blocks=[2, 2, 2, 2], norm="BN", out_features=["res3", "res4", "res5"]
 )
 model.backbone.out_channels = _channels
-model.backbone.top_block.in_feature = "p5"  # its channels do not change with the width
+model.backbone.top_block.in_feature = "p5"  # its channels do not depend on the width
 model.backbone.top_block.in_channels = _channels
 
 model.head.input_shape = [ShapeSpec(channels=_channels)] * 5

@@ -1,4 +1,4 @@
-"""Bottom-up networks and feature pyramids that Detectron2 does not have."""
+"""Bottom-up networks and feature pyramids that Detectron2 lacks."""
 
 from .fpn import LinearP6P7
 from .resnet import StaticBatchNorm2d, basic_resnet

@@ -1,4 +1,4 @@
-"""ResNets of basic blocks, and batch norms without statistics of their own."""
+"""ResNets of basic blocks, and batch norm with fixed statistics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def basic_resnet(
 
     Args:
         width: channels of the stem and of the first stage; each stage doubles them.
-        blocks: blocks of each of the four stages, at strides 4, 8, 16 and 32.
-        norm: Detectron2's name of a norm.
+        blocks: number of blocks of each of the four stages, at strides 4, 8, 16 and 32.
+        norm: a norm by its name in Detectron2.
         out_features: the stages to return.
     """
     stages, channels = [], width
@@ -41,10 +41,10 @@ def basic_resnet(
 
 
 class StaticBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm whose statistics stay as they were loaded, and whose scale and offset learn.
+    """Batch norm with the running statistics that were loaded, and trainable scale and offset.
 
-    Between Detectron2's "BN" and "FrozenBN"; MMDetection's detectors train so (``norm_eval``). As a node's ``norm``:
-    ``L(locate)(name="d2kd.modeling.StaticBatchNorm2d")``, ``locate`` of ``detectron2.utils.registry``.
+    It lies between Detectron2's "BN" and "FrozenBN"; MMDetection has it as ``norm_eval``. In a config, write
+    ``norm=L(locate)(name="d2kd.modeling.StaticBatchNorm2d")`` with ``locate`` from ``detectron2.utils.registry``.
     """
 
     def train(self, mode: bool = True) -> StaticBatchNorm2d:

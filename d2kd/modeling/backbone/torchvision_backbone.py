@@ -1,4 +1,4 @@
-"""Bottom-up networks that Detectron2 does not build by a name."""
+"""Bottom-up networks made of torchvision's classifiers."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from ...utils.errors import InputError
 from ..weights import fit, read
 
 TORCHVISION_PIXEL_MEAN = [123.675, 116.28, 103.53]
-"""Mean of the images torchvision's weights were trained on: RGB, in Detectron2's unit, 0 to 255."""
+"""Mean of the images with which torchvision's weights were trained: RGB, in [0, 255] as in Detectron2."""
 
 TORCHVISION_PIXEL_STD = [58.395, 57.12, 57.375]
-"""Their standard deviation: RGB, 0 to 255."""
+"""Their standard deviation: RGB, in [0, 255]."""
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
-"""Features by stride, under the names that Detectron2's configs know them by, residual or not."""
+"""Feature names by stride; those of Detectron2's ResNets, whatever the classifier."""
 
-_SIDE = 128  # of the image by which strides are found, in pixels
+_SIDE = 128  # side in pixels of the test image with which strides are computed
 
 
 class TorchvisionBackbone(Backbone):
     """A torchvision classifier without its head, as a bottom-up network.
 
-    Parameters and buffers have torchvision's own names. What no feature needs, such as the classifier, is
-    left out, so that every parameter receives a gradient.
+    Parameters and buffers keep torchvision's names. Layers that no feature needs, such as the classifier, are
+    removed, so that every parameter receives a gradient.
 
     By default the feature of a stride is the output of the last block at that stride. At stride 32 this
-    takes in the final 1x1 expansion of MobileNets (960 channels in ``mobilenet_v3_large``) and
-    EfficientNets, as torchvision's own detectors on MobileNetV3 do: it is trained with the classifier,
-    and the lateral convolution reads a wide activation rather than a linear bottleneck.
+    includes the final 1x1 expansion of MobileNets (960 channels in ``mobilenet_v3_large``) and
+    EfficientNets, as in torchvision's detectors on MobileNetV3: it is pretrained with the classifier,
+    and the lateral convolution of an FPN gets a wide activation rather than a linear bottleneck.
 
     Args:
-        name: torchvision's name of a convolutional classifier, such as "mobilenet_v3_small".
-        weights: torchvision's name of weights ("DEFAULT", "IMAGENET1K_V1"), downloaded once, or the path of
-            a state_dict of the whole classifier or of this backbone. They want RGB images,
-            :data:`TORCHVISION_PIXEL_MEAN` and :data:`TORCHVISION_PIXEL_STD`. None: drawn at random.
-        norm: "BN", or "FrozenBN" to keep the weights' statistics.
-        norm_momentum: share of each batch in the statistics of "BN". None: torchvision's own, which in
-            MobileNetV3 is 0.01 and needs many hundreds of steps before evaluation sees right statistics.
-        out_features: the features to return; by default all.
-        nodes: features by node of torchvision's graph, such as ``{"features.3": "res3"}``, instead of
-            "res2" to "res5" at strides 4 to 32. Names are as ``create_feature_extractor`` has them.
+        name: a convolutional classifier by its name in torchvision, such as "mobilenet_v3_small".
+        weights: weights by their name in torchvision ("DEFAULT", "IMAGENET1K_V1"), downloaded once, or the path
+            of a state_dict of the whole classifier or of this backbone. torchvision's weights need RGB images,
+            :data:`TORCHVISION_PIXEL_MEAN` and :data:`TORCHVISION_PIXEL_STD`. None: random initialization.
+        norm: "BN", or "FrozenBN" to fix the statistics that were loaded.
+        norm_momentum: momentum of "BN". None: torchvision's, which in MobileNetV3 is 0.01 and needs many
+            hundreds of steps until the running statistics can be used in evaluation.
+        out_features: names of the features to return; by default all.
+        nodes: {node of torchvision's graph: feature name}, such as ``{"features.3": "res3"}``, instead of
+            "res2" to "res5" at strides 4 to 32. Nodes are named as by ``create_feature_extractor``.
 
     Attributes:
-        pretrained: whether its weights are torchvision's own.
+        pretrained: whether the weights are torchvision's.
 
     Raises:
-        InputError: no such classifier, norm, feature or node; a node gives no feature map; the classifier
-            has none at some stride; the weights cannot be read or do not fit.
+        InputError: there is no such classifier, norm, feature or node; a node's output is no feature map; the
+            classifier has no feature map at some stride; the weights cannot be read or do not fit.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class TorchvisionBackbone(Backbone):
                 )
         nodes = {node: feature for node, feature in nodes.items() if feature in wanted}
         extractor = _extractor(model, nodes)
-        # The extractor lends its modules and the two functions it was compiled to, and goes: kept whole,
-        # it would put its own name before torchvision's, and compile anew at each change of mode.
+        # Only the extractor's modules and its two compiled functions are kept. The extractor itself would add
+        # a prefix to torchvision's parameter names, and would recompile at each change of mode.
         for child_name, child in extractor.named_children():
             self.add_module(child_name, child)
         self._forward = {mode: type(extractor.train(mode)).forward for mode in (False, True)}
 
-        features = _quietly(self, _image(self))
+        features = _eval_forward(self, _test_image(self))
         for node, feature in nodes.items():
             shape = tuple(features[feature].shape)
             if _stride(features[feature]) is None:
@@ -109,20 +109,20 @@ class TorchvisionBackbone(Backbone):
             FrozenBatchNorm2d.convert_frozen_batchnorm(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The features (N, Ci, H / stride i, W / stride i) of images (N, 3, H, W).
+        """Return the features (N, Ci, H / stride i, W / stride i) of images (N, 3, H, W), by name.
 
-        Where the sides are no multiples of the strides, most classifiers round up; some round down.
+        If a side is not divisible by the stride, most classifiers round up, and some round down.
         """
         return self._forward[self.training](self, images)
 
 
 def _known(name: str) -> Mapping[str, WeightsEnum]:
-    """torchvision's weights of a classifier, by name."""
+    """Return torchvision's weights of a classifier, by name."""
     return torchvision.models.get_model_weights(name).__members__
 
 
 def _classifier(name: str, weights: str | None = None) -> nn.Module:
-    """A torchvision classifier with the weights of that name; random ones if it is none of torchvision's."""
+    """Build a torchvision classifier. If ``weights`` is not a name that torchvision has, they are random."""
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, cutoff=0.4) or ["resnet18"]
@@ -130,8 +130,7 @@ def _classifier(name: str, weights: str | None = None) -> nn.Module:
     if weights not in _known(name):
         return torchvision.models.get_model(name, weights=None)
     try:
-        # Its own builder: some files name parameters as they were once called, and some weights want
-        # their input turned first.
+        # By torchvision's builder: some files have old parameter names, and some models transform their input.
         return torchvision.models.get_model(name, weights=_known(name)[weights], progress=False)
     except Exception as error:  # no network, no such address, a damaged file
         raise InputError(
@@ -140,7 +139,7 @@ def _classifier(name: str, weights: str | None = None) -> nn.Module:
 
 
 def _checkpoint(name: str, weights: str) -> dict:
-    """The weights of a classifier out of a file."""
+    """Read the weights of a classifier from a file."""
     try:
         return read(weights)
     except InputError as error:
@@ -148,13 +147,13 @@ def _checkpoint(name: str, weights: str) -> dict:
         raise InputError(weights, error.found, expected) from error
 
 
-def _image(module: nn.Module) -> Tensor:
+def _test_image(module: nn.Module) -> Tensor:
     return next(module.parameters()).new_zeros(1, 3, _SIDE, _SIDE)
 
 
 @torch.no_grad()
-def _quietly(module: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """A forward that changes no statistics."""
+def _eval_forward(module: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Run a forward in ``eval()``, which changes no running statistics."""
     training = module.training
     try:
         return module.eval()(image)
@@ -163,21 +162,21 @@ def _quietly(module: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def _stride(x: Tensor) -> int | None:
-    """The stride of a feature map (1, C, H, W) of the image; None for anything else."""
+    """Return the stride of a feature map (1, C, H, W) of the test image; None for anything else."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2] != x.shape[3]:
         return None
     return None if _SIDE % x.shape[2] else _SIDE // x.shape[2]
 
 
 def _last_blocks(model: nn.Module, name: str) -> dict[str, str]:
-    """The last block of each stride, by its node; a block is a module that halves its input at most.
+    """Return {node: feature} of the last block of each stride; a block is a module that at most halves its input.
 
-    Only blocks inside no other block count, or the first convolution of a block that goes on to halve
-    its input would be the last module at the stride before.
+    Blocks inside other blocks do not count. Otherwise, the first convolution of a block that later halves its
+    input would be the last module of the stride before.
     """
-    strides: dict[str, int] = {}  # of blocks, in the order in which they end
+    strides: dict[str, int] = {}  # of blocks, in the order in which their forwards end
 
-    def listen(path: str) -> Callable:
+    def stride_hook(path: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             before, after = (_stride(x) for x in (*inputs[:1], output))
             if before and after and after <= 2 * before:
@@ -185,10 +184,12 @@ def _last_blocks(model: nn.Module, name: str) -> dict[str, str]:
 
         return hook
 
-    hooks = [m.register_forward_hook(listen(path)) for path, m in model.named_modules() if path]
+    hooks = [
+        m.register_forward_hook(stride_hook(path)) for path, m in model.named_modules() if path
+    ]
     try:
-        _quietly(model, _image(model))
-    except Exception as error:  # transformers want one size of image, and each says so differently
+        _eval_forward(model, _test_image(model))
+    except Exception as error:  # transformers accept one image size, and raise various errors
         raise InputError(
             name, f"fails on {_SIDE}x{_SIDE} pixels ({error})", "a CNN for images of any size"
         ) from error
@@ -203,7 +204,7 @@ def _last_blocks(model: nn.Module, name: str) -> dict[str, str]:
 
 
 def _extractor(model: nn.Module, nodes: Mapping[str, str]) -> nn.Module:
-    """torchvision's feature extractor of a classifier, with what no feature needs removed."""
+    """Build torchvision's feature extractor of a classifier, without the layers that no feature needs."""
     names = get_graph_node_names(model, suppress_diff_warning=True)[1]
     for node in nodes:
         if not any(name == node or name.startswith(f"{node}.") for name in names):
@@ -213,9 +214,9 @@ def _extractor(model: nn.Module, nodes: Mapping[str, str]) -> nn.Module:
 
 
 def add_torchvision_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.TORCHVISION`` to a yacs config: what a :class:`TorchvisionBackbone` is built of."""
+    """Add ``MODEL.TORCHVISION``, the arguments of a :class:`TorchvisionBackbone`, to a yacs config."""
     cfg.MODEL.TORCHVISION = CfgNode()
     cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.MODEL.TORCHVISION.NORM = "BN"
-    cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's own
+    cfg.MODEL.TORCHVISION.NORM_MOMENTUM = None  # torchvision's

@@ -1,4 +1,4 @@
-"""Detectron2 meta-architectures: the Distiller, and GFL."""
+"""Detectron2 meta-architectures: Distiller and GFL."""
 
 from .distiller import Distiller, add_distiller_config
 from .gfl import GFL, GFLHead, add_gfl_config

@@ -1,4 +1,4 @@
-"""The meta-architecture that trains a student beside its teacher."""
+"""The meta-architecture that trains a student with its teacher."""
 
 from __future__ import annotations
 
@@ -32,32 +32,31 @@ LOSSES = "distiller_losses"
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
-    """A student, its teacher and the losses between them.
+    """A student, its teacher and the distillation losses between them.
 
-    The student's own forward runs untouched while its joints are listened to; the teacher answers what the
-    losses read. In ``eval()`` a Distiller is its student.
+    In training, forward hooks record outputs during the student's unchanged forward, and the teacher computes the
+    outputs that the losses read. In ``eval()``, a Distiller behaves like its student.
 
-    Its state dict is its student's, with the parameters of the losses under ``distiller_losses.``: whatever saves or
-    loads models reads and writes a plain detector. The teacher is not in it. Weights that are loaded replace inherited
-    ones, unless they are only a part of the student's, such as a backbone: then it inherits once more.
+    The state dict is that of the student, and the parameters of the losses have the prefix ``distiller_losses.``, so
+    that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
+    After loading only a part of the student's weights, such as a backbone, the student inherits again.
 
     Args:
-        student: any detector with readable outputs.
+        student: a detector for which :func:`outputs_of` has a class.
         teacher: its :class:`Teacher`.
-        losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns named
-            losses; its optional ``bind(student, teacher, class_map, scale)`` sees both detectors once, and its
-            optional ``taps`` names further modules of the student to listen to.
+        losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns a dict of
+            losses. Its optional ``bind(student, teacher, class_map, scale)`` is called once here, and its optional
+            ``taps`` are names of further student modules to record.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
-        inherit: prefixes of parameter names to start from the teacher's weights; ``[""]`` is all of them. With
-            other classes, or these in another order, the rows of a GFL's classifier go by name, and so a detector
-            grows; of other detectors the layers with rows for each class are left out.
-        share: whose proposals the RoI heads judge. "student": its sampler's choice among its own, as it
-            would be alone. "both": among its own and the teacher's, so its training is no longer the plain one.
-        classes: names of the student's classes, or a data set that has them; needed where the teacher's
-            are given.
+        inherit: prefixes of parameter names that are initialized with the teacher's weights; ``[""]`` is all.
+            If the classes or their order differ, rows of a GFL's classifier are copied by class name, as
+            incremental training needs; of other detectors, layers with rows for each class are not inherited.
+        share: the proposals among which the student's RoI heads sample. "student": its own, as without a teacher.
+            "both": its own and the teacher's, which changes the student's task losses, too.
+        classes: names of the student's classes, or a data set that has them; required if the teacher's are given.
 
     Raises:
-        InputError: the losses ask for what these detectors do not have.
+        InputError: an argument is invalid, or the detectors lack something that the losses need.
     """
 
     @configurable
@@ -91,7 +90,7 @@ class Distiller(nn.Module):
         if share == "both" and teacher.detector.proposal_generator is None:
             raise InputError("share", "both, where the teacher has no RPN", "student")
         self.class_map = class_map_of(student, teacher, classes)
-        self._grown = grown_classes(student, teacher.detector, self.class_map)
+        self._incremental_class_map = grown_classes(student, teacher.detector, self.class_map)
         if hasattr(losses, "bind"):
             losses.bind(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = tuple(getattr(losses, "taps", ()))
@@ -99,16 +98,16 @@ class Distiller(nn.Module):
             self._tapped(name)
         self.inherited = tuple(inherit)
         self.inherit()
-        # The student may have been moved before it came here.
+        # The student may already be on another device.
         self.to(self.device)
         self.register_state_dict_post_hook(_to_plain_keys)
         self.register_load_state_dict_pre_hook(_from_plain_keys)
         self.register_load_state_dict_post_hook(_after_load)
 
     def inherit(self) -> None:
-        """Take over the teacher's weights once more, after an initialization that has overwritten some."""
+        """Copy the teacher's weights again, for use after an initialization that has overwritten some."""
         if self.inherited:
-            class_map = self.class_map or self._grown
+            class_map = self.class_map or self._incremental_class_map
             flip = self.teacher.flip_channels
             inherit_weights(self.student, self.teacher.detector, self.inherited, class_map, flip)
 
@@ -121,7 +120,7 @@ class Distiller(nn.Module):
             ) from None
 
     def __getattr__(self, name: str) -> Any:
-        # What tools look up by a key of the state dict, or in any detector: ``backbone``, ``roi_heads``.
+        # For code that uses keys of the state dict as attributes, or a detector's ``backbone`` or ``roi_heads``.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -131,23 +130,23 @@ class Distiller(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The student from the yacs config itself; teacher and losses from the LazyConfig it names.
+        """Build the student from the yacs config, and teacher and losses from the LazyConfig that it names.
 
-        The teacher is told the channel order of the yacs config's images.
+        The teacher's ``image_format`` is that of the yacs config.
 
         Raises:
-            InputError: the LazyConfig tells it another.
+            InputError: the LazyConfig has another ``image_format``.
         """
         node = cfg.MODEL.DISTILLER
         student_cfg = cfg.clone()
         student_cfg.defrost()
         student_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
         recipe = LazyConfig.load(node.CONFIG).model
-        images, told = cfg.INPUT.FORMAT, recipe.teacher.get("image_format")
-        if told not in (None, images):
-            found = f"model.teacher.image_format={told}, beside INPUT.FORMAT {images}"
+        image_format, given = cfg.INPUT.FORMAT, recipe.teacher.get("image_format")
+        if given not in (None, image_format):
+            found = f"model.teacher.image_format={given}, beside INPUT.FORMAT {image_format}"
             raise InputError(node.CONFIG, found, "the same, or no image_format")
-        recipe.teacher.image_format = images
+        recipe.teacher.image_format = image_format
         return {
             "student": META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(student_cfg),
             "teacher": instantiate(recipe.teacher),
@@ -163,49 +162,49 @@ class Distiller(nn.Module):
         return self.student.device
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Distiller:
-        # The teacher is no submodule, yet must follow .to(), .cuda() and .half().
+        # The teacher is no submodule, but .to(), .cuda() and .half() must apply to it.
         self.teacher.detector._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
     def forward(self, batched_inputs: list[dict]) -> Any:
-        """Detectron2's training interface: the student's task losses and ``distill/loss_*`` together."""
+        """Return task losses and ``distill/loss_*`` in one dict in training, the student's detections in ``eval()``."""
         if not self.training:
             return self.student(batched_inputs)
         teacher = self.teacher.ask(batched_inputs)
         taps = {name: self._tapped(name) for name in self.taps}
-        with contextlib.ExitStack() as during:
-            calls = during.enter_context(capture(self.kind.joints(self.student)))
-            tapped = during.enter_context(capture(taps))
+        with contextlib.ExitStack() as stack:
+            calls = stack.enter_context(capture(self.kind.joints(self.student)))
+            tapped = stack.enter_context(capture(taps))
             if self.share == "both":
                 heads = self.student.roi_heads
-                during.enter_context(more_proposals(heads, lambda: teacher.proposals))
-            losses = self._own_losses(batched_inputs)
+                stack.enter_context(more_proposals(heads, lambda: teacher.proposals))
+            losses = self._student_losses(batched_inputs)
         student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
-        teacher.share(student.shared)
+        teacher.set_region_boxes(student.region_boxes)
         storage = get_event_storage()
         with record_function("d2kd/losses"):
-            taught = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+            distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)
         agreed = agreement(student, teacher, self.class_map)
         if agreed is not None:
             storage.put_scalar("distill/agreement", agreed)
-        return {**losses, **taught}
+        return {**losses, **distill_losses}
 
-    def _own_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """The student's; where its predictions are not finite in one process, all raise what that one raises."""
+    def _student_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """Return the student's task losses; if its predictions are not finite in one process, raise in all."""
         losses, failure = {}, None
         try:
             with record_function("d2kd/student forward"):
                 losses = self.student(batched_inputs)
         except FloatingPointError as error:
             failure = error
-        # Alone with it, a process would leave the others waiting for its counts in the middle of the losses.
+        # If only one process raised, the others would wait for its counts in the losses forever.
         if anywhere(failure is not None):
             raise failure or FloatingPointError("another process's predictions are not finite")
         return losses
 
 
 def _plain(key: str, prefix: str) -> str:
-    """The name in a plain detector of an entry of a Distiller that lies under ``prefix``."""
+    """Return the state dict key of a Distiller's entry: without "student.", and with the prefix of the losses."""
     for nested, plain in (("student.", ""), ("losses.", f"{LOSSES}.")):
         if key.startswith(prefix + nested):
             return prefix + plain + key.removeprefix(prefix + nested)
@@ -213,17 +212,17 @@ def _plain(key: str, prefix: str) -> str:
 
 
 def _to_plain_keys(distiller: Distiller, state: dict, prefix: str, _: Any) -> None:
-    """Hook of ``state_dict()``."""
+    """Rename the entries; a post-hook of ``state_dict()``."""
     own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     state.update((_plain(key, prefix), value) for key, value in own.items())
     metadata = getattr(state, "_metadata", {})
     for key in list(metadata):
-        # The student's own entry, which comes later, takes the Distiller's place.
+        # The student's entry, which comes later, replaces the Distiller's.
         metadata[_plain(f"{key}.", prefix)[:-1]] = metadata.pop(key)
 
 
 def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) -> None:
-    """Hook of ``load_state_dict()``, before it hands the entries to the submodules."""
+    """Undo :func:`_to_plain_keys`; a pre-hook of ``load_state_dict()``."""
     parts = (distiller._modules, distiller._parameters, distiller._buffers)
     own = {name for part in parts for name in part} - {"student", "losses"}  # of a subclass
 
@@ -239,13 +238,13 @@ def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) ->
         state[nested(key)] = state.pop(key)
     metadata = getattr(state, "_metadata", None) or {}
     known = {prefix + part for part in ("student", "losses")} | own
-    for key, value in list(metadata.items()):  # the caller's, so nothing is taken out
-        if not key.startswith(tuple(known)):  # as an earlier load has left it
+    for key, value in list(metadata.items()):  # owned by the caller, so entries are only added
+        if not key.startswith(tuple(known)):  # else an earlier load has added it
             metadata[nested(f"{key}." if key else "").removesuffix(".")] = value
 
 
 def _after_load(distiller: Distiller, incompatible: Any) -> None:
-    """Hook of ``load_state_dict()``: missing and unexpected entries are named as in the file."""
+    """Rename missing and unexpected keys as in the file, and inherit again; a post-hook of ``load_state_dict()``."""
     prefix = distiller.__dict__.pop("_load_prefix", "")  # a shallow copy calls its original's hook
     part = any(key.startswith(f"{prefix}student.") for key in incompatible.missing_keys)
     for keys in incompatible:
@@ -260,15 +259,15 @@ def _after_load(distiller: Distiller, incompatible: Any) -> None:
 def class_map_of(
     student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
 ) -> ClassMap | None:
-    """What a student and its teacher share; None where the teacher's classes have no names.
+    """Return the class map of a student and its teacher; None if the teacher's classes have no names.
 
     Args:
         student: the detector.
         teacher: its teacher.
-        classes: as of :class:`Distiller`.
+        classes: as for :class:`Distiller`.
 
     Raises:
-        InputError: the teacher's classes have names and the student's have none, or not as many as there are.
+        InputError: the teacher's classes have names, and the student's have none or another number of names.
     """
     if teacher.classes is None:
         return None
@@ -284,24 +283,25 @@ def class_map_of(
 def grown_classes(
     student: nn.Module, teacher: nn.Module, class_map: ClassMap | None
 ) -> ClassMap | None:
-    """Which of a growing student's classes its teacher knows: the first ones; None for any other student.
+    """Return the class map of an incremental student, whose first classes are the teacher's; None for others.
 
     Args:
-        student: one with ``num_old_classes`` grows.
-        class_map: that of their names, None where there are none.
+        student: incremental if its ``num_old_classes`` is not 0.
+        teacher: the detector.
+        class_map: that of the class names, None if they are not given.
 
     Raises:
-        InputError: the teacher knows others than the old classes, or not all of them.
+        InputError: the teacher has classes other than the old ones, or not all of them.
     """
     old = getattr(student, "num_old_classes", 0)
     if not old:
         return None
-    count, new = num_classes_of(teacher), num_classes_of(student)
-    known = range(count) if class_map is None else class_map.of_student
-    if set(known) != set(range(old)):
-        found = f"{old}, and the teacher knows the student's {', '.join(map(str, sorted(known)))}"
-        raise InputError("num_old_classes", found, "the old classes first, and all that it knows")
-    names = tuple(map(str, range(new)))
+    count, num_classes = num_classes_of(teacher), num_classes_of(student)
+    shared = range(count) if class_map is None else class_map.of_student
+    if set(shared) != set(range(old)):
+        found = f"{old}, and the teacher has the student's {', '.join(map(str, sorted(shared)))}"
+        raise InputError("num_old_classes", found, "the old classes first, all of the teacher's")
+    names = tuple(map(str, range(num_classes)))
     return class_map or ClassMap(names, names[:old], tuple((k, k) for k in range(old)))
 
 
@@ -312,4 +312,4 @@ def add_distiller_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILLER.CONFIG = ""
     cfg.MODEL.DISTILLER.INHERIT = []
     cfg.MODEL.DISTILLER.SHARE = "student"
-    cfg.MODEL.DISTILLER.CLASSES = []  # the student's, where the teacher has others
+    cfg.MODEL.DISTILLER.CLASSES = []  # names of the student's classes, if the teacher has others

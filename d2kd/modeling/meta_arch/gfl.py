@@ -1,10 +1,10 @@
-"""GFL: a dense detector whose edges are distributions and whose class scores say how well the box fits.
+"""GFL: a dense detector that predicts a distribution for each box edge, and the IoU of the box as class score.
 
 "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection"
-(arXiv 2006.04388), its anchors labelled by ATSS (arXiv 1912.02424).
+(arXiv 2006.04388), with anchors labelled by ATSS (arXiv 1912.02424).
 
-Letters: N images, K classes, R anchors of all levels together, one for each location, P of them foreground
-in the batch, n = ``reg_max``: an edge is a distribution over the n + 1 distances 0 … n, in strides.
+Notation: N images, K classes, R anchors of all levels together, one for each location, n = ``reg_max``: an edge
+is a distribution over the n + 1 distances 0 … n, in strides.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from ..matcher import atss_matches, is_foreground
 class GFL(DenseDetector):
     """A dense detector with quality focal loss and distribution focal loss.
 
-    Each location has one square anchor around it, that decides by ATSS which object the location learns;
-    boxes are the location's distances to left, top, right and bottom edge.
+    Each location has one square anchor, by which ATSS assigns an object to the location. A box is predicted as the
+    location's distances to the left, top, right and bottom edge.
 
     Args:
-        backbone: with a feature pyramid.
-        head: a :class:`GFLHead`, or a module like it: two maps a level, ``(N, K, Hi, Wi)`` class logits and
-            ``(N, 4 * (n + 1), Hi, Wi)`` logits of the distances, and ``reg_max`` n.
+        backbone: a backbone with a feature pyramid.
+        head: a :class:`GFLHead`, or a module with ``reg_max`` n and the same outputs: for each level, class logits
+            ``(N, K, Hi, Wi)`` and logits of the distances ``(N, 4 * (n + 1), Hi, Wi)``.
         num_classes: K.
-        num_old_classes: how many of them, the first ones, were learned before. Its own losses then see the
-            new ones alone, in logits and in ground truth: an old class gets no gradient from them, neither as
-            an object nor as background (ERD, arXiv 2204.02136).
-        head_in_features: names of the feature maps of the head, from fine to coarse; None: all.
+        num_old_classes: the number of old classes, which are the first ones. The detector's own losses use the
+            logits and the ground truth of the new classes alone, so that the logits of old classes get no
+            gradient from them, neither as foreground nor as background (ERD, arXiv 2204.02136).
+        head_in_features: names of the head's input feature maps, from fine to coarse; None: all.
         anchor_scale: side of an anchor in strides.
-        topk_anchors: ATSS's candidates for each object on each level.
+        topk_anchors: number of ATSS's candidates for each object on each level.
         qfl_beta: exponent of quality focal loss.
-        cls_weight, box_weight, dfl_weight: of quality focal loss, GIoU loss, distribution focal loss.
+        cls_weight, box_weight, dfl_weight: weights of quality focal loss, GIoU loss, distribution focal loss.
         test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in
             :class:`~detectron2.modeling.meta_arch.RetinaNet`.
-        pixel_mean, pixel_std: of a channel, in the order of ``input_format``.
-        input_format: channel order of the images it wants.
+        pixel_mean, pixel_std: per channel, in the order of ``input_format``.
+        input_format: channel order of the input images.
 
     Raises:
-        InputError: no class is new; or, in training, an object is of an old class, or of none.
+        InputError: there is no new class; or, in training, an object's class is old or does not exist.
     """
 
     classifier = "head.cls_score"
-    """The layer whose row k is class k, for :func:`~d2kd.modeling.inherit.inherit_weights`."""
+    """Name of the layer whose row k is class k, for :func:`~d2kd.modeling.inherit.inherit_weights`."""
 
     @configurable
     def __init__(
@@ -173,49 +173,49 @@ class GFL(DenseDetector):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Label the anchors of each image by ATSS.
 
-        An anchor counts if its centre lies in the image, padded as it would be alone; what lies in the rest
-        of the batch's padding is ignored.
+        An anchor is used if its center lies in the image, padded as if it were the only one of the batch; anchors
+        in the rest of the padding are ignored.
 
         Args:
-            anchors: of each level.
-            gt_instances: of each image, with its ``image_size`` in the pixels of the input.
+            anchors: boxes of each level.
+            gt_instances: ground truth of each image, with its ``image_size`` in pixels of the input.
 
         Returns:
-            for each image labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
-            boxes ``(R, 4)``, which mean something for foreground anchors alone.
+            for each image, labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
+            boxes ``(R, 4)``, which are valid for foreground anchors alone.
         """
-        self._check_classes(torch.cat([truth.gt_classes for truth in gt_instances]))
+        self._check_classes(torch.cat([gt.gt_classes for gt in gt_instances]))
         divisor = max(self.backbone.size_divisibility, 1)
-        every = Boxes.cat(anchors)
-        ends = [
-            [math.ceil(side / divisor) * divisor for side in reversed(truth.image_size)]
-            for truth in gt_instances
+        all_anchors = Boxes.cat(anchors)
+        sizes = [
+            [math.ceil(side / divisor) * divisor for side in reversed(gt.image_size)]
+            for gt in gt_instances
         ]
-        centers, ends = every.get_centers(), torch.tensor(ends, device=every.device)
-        valid = (centers < ends[:, None]).all(dim=2)
-        # How many rows an image has of a level is told for all at once: a device would be waited for each time.
+        centers, sizes = all_anchors.get_centers(), torch.tensor(sizes, device=all_anchors.device)
+        valid = (centers < sizes[:, None]).all(dim=2)
+        # Anchors are counted for all images and levels in one transfer, since each waits for the device.
         levels = valid.split([len(level) for level in anchors], dim=1)
         counts = torch.stack([level.sum(dim=1) for level in levels], dim=1).tolist()
-        rows = valid.nonzero()[:, 1].split([sum(of_image) for of_image in counts])
+        rows = valid.nonzero()[:, 1].split([sum(image_counts) for image_counts in counts])
         labels, boxes = [], []
-        for truth, inside, row, of_image in zip(gt_instances, valid, rows, counts, strict=True):
+        for gt, inside, row, image_counts in zip(gt_instances, valid, rows, counts, strict=True):
             matches = torch.full_like(inside, -1, dtype=torch.long)
             matches[row] = atss_matches(
-                [Boxes(level) for level in every.tensor[row].split(of_image)],
-                truth.gt_boxes,
+                [Boxes(level) for level in all_anchors.tensor[row].split(image_counts)],
+                gt.gt_boxes,
                 self.topk_anchors,
             )
-            # Row -1, of no object, is the last one.
-            classes, gt_boxes = truth.gt_classes, truth.gt_boxes.tensor
+            # Match -1, which is no object, indexes the row that is appended.
+            classes, gt_boxes = gt.gt_classes, gt.gt_boxes.tensor
             label = torch.cat([classes, classes.new_full((1,), self.num_classes)])[matches]
             labels.append(torch.where(inside, label, -1))
             boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
         return labels, boxes
 
     def _check_classes(self, classes: Tensor) -> None:
-        """Raise InputError unless all of the objects' classes are new ones."""
+        """Raise InputError unless the classes of all objects are new."""
         new = range(self.num_old_classes, self.num_classes)
-        # One beyond the last would be learned as background.
+        # A class beyond the last would be learned as background.
         if (wrong := classes[(classes < new.start) | (classes >= new.stop)]).numel():
             first = int(wrong[0])
             why = "which is an old one" if 0 <= first < new.start else "which is none"
@@ -233,9 +233,9 @@ class GFL(DenseDetector):
         pred_distributions: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """``loss_cls``, ``loss_box_reg`` and ``loss_dfl``: the sums of :meth:`anchor_losses`."""
-        shares = self.anchor_losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
-        return {name: share.sum() for name, share in shares.items()}
+        """Return ``loss_cls``, ``loss_box_reg`` and ``loss_dfl``, the sums of :meth:`anchor_losses`."""
+        losses = self.anchor_losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
+        return {name: loss.sum() for name, loss in losses.items()}
 
     def anchor_losses(
         self,
@@ -245,21 +245,21 @@ class GFL(DenseDetector):
         pred_distributions: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Each anchor's share of the losses, weighted and normalised.
+        """Return the losses of each anchor, weighted and normalized.
 
-        Normalisers are means over processes, see :func:`~d2kd.utils.comm.over_processes`. Classification is
-        divided by the foreground anchors of the batch, at least one an image; the other two weigh an anchor by
-        its best score, and are divided by the sum of these weights, at least 1 in all processes together (the
-        published code: in the mean of them). Logits of old classes are left aside, in the score as well.
+        ``loss_cls`` is divided by the number of foreground anchors of the batch, at least one per image. The other
+        two weight an anchor by its highest score, and are divided by the sum of these weights. Both normalizers
+        are means over processes, see :func:`~d2kd.utils.comm.over_processes`. The sum of weights is at least 1
+        over all processes together; in the published code, its mean is. Logits of old classes are not used.
 
         Args:
-            anchors: of each level.
-            pred_logits: for each level ``(N, Hi * Wi, K)``.
-            gt_labels, gt_boxes: what :meth:`label_anchors` returns.
-            pred_distributions: for each level ``(N, Hi * Wi, 4, n + 1)``, before the softmax.
+            anchors: boxes of each level.
+            pred_logits: for each level, ``(N, Hi * Wi, K)``.
+            gt_labels, gt_boxes: outputs of :meth:`label_anchors`.
+            pred_distributions: for each level, ``(N, Hi * Wi, 4, n + 1)``, before the softmax.
 
         Returns:
-            ``(N, R)`` by name of the loss.
+            {name of the loss: ``(N, R)``}.
         """
         labels = torch.stack(gt_labels)
         labels = torch.where(labels >= 0, labels - self.num_old_classes, labels)
@@ -280,10 +280,10 @@ class GFL(DenseDetector):
             torch.stack([foreground.sum(dim=1).clamp(min=1).sum(), score.sum()])
         )
 
-        def of_all(values: Tensor) -> Tensor:
-            shares = torch.zeros_like(labels, dtype=values.dtype)
-            shares[image, row] = values * score / total_score
-            return shares
+        def scatter_to_anchors(values: Tensor) -> Tensor:
+            losses = torch.zeros_like(labels, dtype=values.dtype)
+            losses[image, row] = values * score / total_score
+            return losses
 
         qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=-1)
         giou = generalized_box_iou_loss(boxes, gt_box)
@@ -291,8 +291,8 @@ class GFL(DenseDetector):
         dfl = distribution_focal_loss(edges, distances).mean(dim=-1)
         return {
             "loss_cls": self.cls_weight * qfl * (labels >= 0) / num_foreground,
-            "loss_box_reg": self.box_weight * of_all(giou),
-            "loss_dfl": self.dfl_weight * of_all(dfl),
+            "loss_box_reg": self.box_weight * scatter_to_anchors(giou),
+            "loss_dfl": self.dfl_weight * scatter_to_anchors(dfl),
         }
 
     def forward_inference(
@@ -317,15 +317,15 @@ class GFL(DenseDetector):
         deltas: list[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """The detections of an image, best first.
+        """Return the detections in an image, sorted by score.
 
         Args:
-            anchors: of each level.
-            scores: for each level ``(Hi * Wi, K)``, in [0, 1].
-            deltas: for each level ``(Hi * Wi, 4)``, in strides.
-            image_size: (H, W), to which boxes are clipped; those left empty are dropped before NMS.
+            anchors: boxes of each level.
+            scores: for each level, ``(Hi * Wi, K)`` in [0, 1].
+            deltas: for each level, ``(Hi * Wi, 4)`` in strides.
+            image_size: (H, W), to which boxes are clipped; those that are then empty are removed before NMS.
         """
-        found = self._decode_multi_level_predictions(
+        detections = self._decode_multi_level_predictions(
             anchors,
             scores,
             deltas,
@@ -333,24 +333,22 @@ class GFL(DenseDetector):
             self.test_topk_candidates,
             image_size,
         )
-        found.pred_boxes.clip(image_size)
-        found = found[found.pred_boxes.nonempty()]
-        keep = batched_nms(
-            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
-        )
-        return found[keep[: self.max_detections_per_image]]
+        detections.pred_boxes.clip(image_size)
+        x = detections[detections.pred_boxes.nonempty()]
+        keep = batched_nms(x.pred_boxes.tensor, x.scores, x.pred_classes, self.test_nms_thresh)
+        return x[keep[: self.max_detections_per_image]]
 
 
 class GFLHead(nn.Module):
-    """Two towers of convolutions with group norm, shared by all levels; the edges have a scale a level.
+    """Two towers of convolutions with group norm, shared by all levels, and a trainable scale of the edges per level.
 
     Args:
-        input_shape: of each level; all have the same channels.
+        input_shape: shape of each level; all have the same number of channels.
         num_classes: K.
-        conv_dims: channels of each convolution of a tower.
-        num_groups: of the group norms; divides all of ``conv_dims``.
+        conv_dims: output channels of each convolution of a tower.
+        num_groups: groups of the group norms; divides all of ``conv_dims``.
         reg_max: n, the largest distance in strides.
-        prior_prob: the score of everything at first.
+        prior_prob: initial score of all classes, which sets the bias of the classifier.
     """
 
     def __init__(
@@ -388,8 +386,8 @@ class GFLHead(nn.Module):
         nn.init.zeros_(self.bbox_pred.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """For each level ``(N, K, Hi, Wi)`` class logits, and ``(N, 4 * (n + 1), Hi, Wi)`` logits of the
-        distances to left, top, right and bottom, in float32."""
+        """Return, for each level, class logits ``(N, K, Hi, Wi)``, and logits of the distances to left, top, right
+        and bottom edge ``(N, 4 * (n + 1), Hi, Wi)``, the latter in float32."""
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
         edges = [
             self.bbox_pred(self.bbox_subnet(x)).float() * scale
@@ -401,7 +399,7 @@ class GFLHead(nn.Module):
 def add_gfl_config(cfg: CfgNode) -> None:
     """Add ``MODEL.GFL`` to a yacs config; ``MODEL.META_ARCHITECTURE = "GFL"`` then uses it.
 
-    With ``MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"`` the pyramid is GFL's, too.
+    ``MODEL.BACKBONE.NAME = "build_gfl_resnet_fpn_backbone"`` is GFL's backbone with its feature pyramid.
     """
     cfg.MODEL.GFL = CfgNode()
     cfg.MODEL.GFL.NUM_CLASSES = 80

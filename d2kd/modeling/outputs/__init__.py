@@ -1,16 +1,15 @@
-"""What one detector said about one batch.
+"""Outputs of one detector for one batch, captured or lazily computed.
 
-The student's outputs are filled with what was captured while it trained, so they carry its graph; the
-teacher's compute themselves, without gradient, when a loss first reads them. One class serves both:
-*what was captured carries gradient; what is asked is constant.*
+The student's outputs are captured by forward hooks while it trains, and carry gradient. The teacher's are
+computed, without gradient, when a loss first reads them. Both have the same class.
 
-Letters: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the grid of level i.
+Notation: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the size of level i.
 """
 
 from .base import DetectorOutputs, Maps, Unreadable, asked, precision_around, precision_of
 from .build import outputs_of
 from .capture import Call, capture
-from .dense import DenseOutputs, by_anchor
+from .dense import DenseOutputs
 from .rcnn import RCNNOutputs, Regions, box_stages, match_labels, more_proposals, scores_by_sigmoid
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "Unreadable",
     "asked",
     "box_stages",
-    "by_anchor",
     "capture",
     "match_labels",
     "more_proposals",

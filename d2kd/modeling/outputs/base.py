@@ -1,14 +1,14 @@
-"""What all families of detectors have in common."""
+"""Outputs that all families of detectors have."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -16,7 +16,7 @@ from .capture import Call
 
 
 class asked(functools.cached_property):
-    """A property that computes itself once, without gradient, at its first reading."""
+    """A cached property that is computed without gradient, in the precision of its object, when it is first read."""
 
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
@@ -27,14 +27,14 @@ class asked(functools.cached_property):
 
 
 class Unreadable(LookupError):
-    """A loss read what this family of detectors does not say."""
+    """A loss reads an output that this family of detectors does not have."""
 
 
 class Maps(dict):
-    """Outputs by name, such as those of a backbone's levels.
+    """A dict of outputs, such as the feature maps of a backbone.
 
     Raises:
-        Unreadable: there is none of that name. A loss's own ``KeyError`` so stays its own.
+        Unreadable: there is none of that name. It is no ``KeyError``, which would mean a fault of the loss.
     """
 
     def __missing__(self, name: str) -> Any:
@@ -44,7 +44,7 @@ class Maps(dict):
 def precision_of(
     detector: nn.Module, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager:
-    """The context in which a detector computes in a precision of its own; None: in that of the context around."""
+    """Return the autocast context for a detector and a precision; None: no change."""
     if dtype is None:
         return contextlib.nullcontext()
     kind = detector.device.type
@@ -54,21 +54,25 @@ def precision_of(
 
 
 def precision_around(detector: nn.Module) -> torch.dtype:
-    """The precision in which a detector would compute here: autocast's, or else float32."""
+    """Return the precision of a detector in the current context: autocast's, or float32 without autocast."""
     kind = detector.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 class DetectorOutputs:
-    """What every detector with a feature pyramid says.
+    """Outputs of any detector with a feature pyramid.
 
     Args:
-        detector: the module that speaks; ``eval()`` for a teacher.
-        batched_inputs: Detectron2's list of dicts, images in the detector's own channel order.
-        dtype: precision of what is asked; None: that of the context in which it is read.
-        shared_sizes: (height, width) of each image as the detector that shares sees it; None: as here.
-        captured: attributes known already, from the detector's own forward.
+        detector: the detector; in ``eval()`` for a teacher.
+        batched_inputs: Detectron2's list of dicts, with images in the detector's channel order.
+        dtype: precision of lazily computed outputs; None: that of the context in which they are read.
+        shared_sizes: (height, width) of the student's images, in whose pixels :meth:`share` gets the boxes;
+            None: equal to those of ``batched_inputs``.
+        captured: attributes captured in the detector's forward.
     """
+
+    region_boxes: list[list[Boxes]] | None = None
+    """For each stage, the boxes of the student's regions in each image; None for families without regions."""
 
     def __init__(
         self,
@@ -84,22 +88,22 @@ class DetectorOutputs:
         self.__dict__.update(captured)
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """The context in which what is asked is computed."""
+        """Return the context in which lazily computed outputs are computed."""
         return precision_of(self.detector, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only where ordinary look-up failed.
+        # Called only after the ordinary look-up has failed.
         if name.startswith("__"):
             raise AttributeError(name)
         if hasattr(type(self), name):
-            # A property that failed by an AttributeError, which Python takes for "no such attribute": fail as itself.
+            # A property raised AttributeError, which Python takes for "no such attribute": raise that error again.
             return object.__getattribute__(self, name)
         kind = type(self.__dict__.get("detector")).__name__
         raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
 
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
-        """The modules and methods, by name, to listen to while ``detector`` trains."""
+        """Return the modules and methods to record, by name, while ``detector`` trains."""
         return {"backbone": detector.backbone}
 
     @classmethod
@@ -110,26 +114,20 @@ class DetectorOutputs:
         calls: dict[str, list[Call]],
         taps: dict[str, list[Call]] | None = None,
     ) -> DetectorOutputs:
-        """The outputs of a detector whose forward was captured at its :meth:`joints`."""
-        tapped = {name: [output for _, output in heard] for name, heard in (taps or {}).items()}
+        """Return the outputs of a detector from the calls that were recorded at its :meth:`joints`."""
+        tapped = {name: [output for _, output in records] for name, records in (taps or {}).items()}
         return cls(detector, batched_inputs, taps=Maps(tapped), **cls._captured(calls))
 
     @staticmethod
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         return {"features": Maps(calls["backbone"][0][1])}
 
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What a teacher must know of this student to judge the same things."""
-        return {}
-
-    def share(self, shared: Mapping[str, Any]) -> None:
-        """Take over what another detector shares; what this family has no use for is left aside."""
-        self.__dict__.update({k: v for k, v in shared.items() if hasattr(type(self), k)})
+    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
+        """Set the student's ``region_boxes``; ignored by families without regions."""
 
     @asked
     def images(self) -> ImageList:
-        """The normalised, padded batch, ``(N, 3, H, W)``."""
+        """The normalized, padded batch, ``(N, 3, H, W)``."""
         return self.detector.preprocess_image(self.batched_inputs)
 
     @asked

@@ -1,4 +1,4 @@
-"""Which outputs a detector has."""
+"""The choice of the outputs class of a detector."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .rcnn import RCNNOutputs
 
 
 def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
-    """The kind of outputs that a detector gives, told by its parts rather than by its class.
+    """Return the outputs class of a detector, by its submodules rather than by its class.
 
     Raises:
-        InputError: it is neither an R-CNN on a pyramid nor a dense detector with anchors, or its boxes are rotated.
+        InputError: it is neither an R-CNN on an FPN nor a dense detector with anchors, or its boxes are rotated.
     """
     for module in detector.modules():
         coder = getattr(module, "box2box_transform", None)

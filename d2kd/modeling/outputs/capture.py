@@ -1,4 +1,4 @@
-"""Recording what modules and methods are called with and return."""
+"""Recording of the inputs and outputs of modules and methods."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Call = tuple[tuple, Any]
 
 @contextlib.contextmanager
 def capture(joints: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, list[Call]]]:
-    """Listen to modules, and to methods, while the block runs, and leave no hook behind.
+    """Record the calls of modules and methods while the block runs; hooks are removed at its end.
 
     Args:
-        joints: what to listen to, by the name under which its calls are wanted: a module, or the bound method
-            of one. An ``nn.ModuleList`` is never called, so it cannot be listened to: name its members.
+        joints: {name: module, or bound method of one}. A name is the key of the recorded calls. An
+            ``nn.ModuleList`` is never called, so its members must be named instead.
 
     Yields:
-        for every name the calls ``(positional inputs, output)`` in order; empty if there was none.
+        for each name, the calls ``(positional inputs, output)`` in order; empty if there was none.
     """
     calls: dict[str, list[Call]] = {name: [] for name in joints}
-    with contextlib.ExitStack() as listening:
+    with contextlib.ExitStack() as stack:
         for name, joint in joints.items():
             if not isinstance(joint, nn.Module):
-                listened = _listened(joint, calls[name])
-                listening.enter_context(mock.patch.object(joint.__self__, joint.__name__, listened))
+                recorded = _record_method(joint, calls[name])
+                stack.enter_context(mock.patch.object(joint.__self__, joint.__name__, recorded))
                 continue
             hook = joint.register_forward_hook(
-                lambda _, inputs, output, heard=calls[name]: heard.append((inputs, output))
+                lambda _, inputs, output, records=calls[name]: records.append((inputs, output))
             )
-            listening.callback(hook.remove)
+            stack.callback(hook.remove)
         yield calls
 
 
-def _listened(method: Callable, heard: list[Call]) -> Callable:
-    def listened(*inputs: Any, **options: Any) -> Any:
+def _record_method(method: Callable, records: list[Call]) -> Callable:
+    def recorded(*inputs: Any, **options: Any) -> Any:
         output = method(*inputs, **options)
-        heard.append((inputs, output))
+        records.append((inputs, output))
         return output
 
-    return listened
+    return recorded

@@ -1,4 +1,4 @@
-"""Outputs of one-stage detectors: predictions for each anchor."""
+"""Outputs of dense, one-stage detectors: predictions for each anchor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
@@ -16,17 +17,17 @@ from .capture import Call
 
 
 class DenseOutputs(DetectorOutputs):
-    """What a ``DenseDetector`` says of its anchors: RetinaNet, and FCOS and GFL, whose anchors are points with a size."""
+    """Outputs of a ``DenseDetector``: RetinaNet, and FCOS and GFL with one anchor per location."""
 
     own_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
-    """What a student's ``label_anchors`` returned when it trained: for each image labels and matched boxes."""
+    """Captured output of a student's ``label_anchors``: labels and matched boxes of each image."""
 
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         joints = {
             name: getattr(detector, name) for name in ("backbone", "head", "anchor_generator")
         }
-        if hasattr(detector, "label_anchors"):  # else there are no labels to read
+        if hasattr(detector, "label_anchors"):  # otherwise the detector has no labels
             joints["label_anchors"] = detector.label_anchors
         return joints
 
@@ -37,52 +38,54 @@ class DenseOutputs(DetectorOutputs):
         captured = {"features": Maps(features), "predictions": predictions}
         for _, anchors in calls["anchor_generator"]:
             captured["anchors"] = anchors
-        for (_, truth), labels in calls.get("label_anchors", ()):
-            captured |= {"gt_instances": truth, "own_labels": labels}
+        for (_, gt_instances), labels in calls.get("label_anchors", ()):
+            captured |= {"gt_instances": gt_instances, "own_labels": labels}
         return captured
 
     @asked
     def predictions(self) -> tuple[list[Tensor], ...]:
-        """The head's raw answer: for each kind, a ``(N, A * k, Hi, Wi)`` map for each level."""
+        """Outputs of the head: for each type of prediction, a ``(N, A * k, Hi, Wi)`` map for each level."""
         return self.detector.head([self.features[f] for f in self.detector.head_in_features])
 
     @property
     def pred_logits(self) -> list[Tensor]:
-        """For each level ``(N, Hi * Wi * A, K)``, before the sigmoid."""
-        return [by_anchor(x, self.detector.num_classes) for x in self.predictions[0]]
+        """For each level, ``(N, Hi * Wi * A, K)``, before the sigmoid."""
+        return [permute_to_N_HWA_K(x, self.detector.num_classes) for x in self.predictions[0]]
 
     @property
     def pred_anchor_deltas(self) -> list[Tensor]:
-        """For each level ``(N, Hi * Wi * A, 4)``, for the detector's ``box2box_transform``."""
+        """For each level, ``(N, Hi * Wi * A, 4)``, deltas of the detector's ``box2box_transform``."""
         if hasattr(self.detector.head, "reg_max"):
             return [integral(x) for x in self.pred_distributions]
-        return [by_anchor(x, 4) for x in self.predictions[1]]
+        return [permute_to_N_HWA_K(x, 4) for x in self.predictions[1]]
 
     @property
     def pred_distributions(self) -> list[Tensor]:
-        """For each level ``(N, Hi * Wi * A, 4, n + 1)``, logits of each edge's distance in strides (GFL)."""
+        """For each level, ``(N, Hi * Wi * A, 4, n + 1)``, logits of each edge's distance in strides (GFL)."""
         if not hasattr(self.detector.head, "reg_max"):
             raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_distributions'")
         bins = self.detector.head.reg_max + 1
-        return [by_anchor(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]]
+        return [
+            permute_to_N_HWA_K(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]
+        ]
 
     @property
     def pred_centerness(self) -> list[Tensor]:
-        """For each level ``(N, Hi * Wi * A, 1)``, before the sigmoid (FCOS)."""
+        """For each level, ``(N, Hi * Wi * A, 1)``, before the sigmoid (FCOS)."""
         if len(self.predictions) < 3:
             raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_centerness'")
-        return [by_anchor(x, 1) for x in self.predictions[2]]
+        return [permute_to_N_HWA_K(x, 1) for x in self.predictions[2]]
 
     @asked
     def anchors(self) -> list[Boxes]:
-        """Anchors of each level, in the predictions' order."""
+        """Anchors of each level, in the order of the predictions."""
         return self.detector.anchor_generator(
             [self.features[f] for f in self.detector.head_in_features]
         )
 
     @asked
     def labels(self) -> tuple[Tensor, Tensor]:
-        """The detector's own labelling: ``gt_labels`` and ``matched_gt_boxes`` together."""
+        """Labels by the detector's ``label_anchors``: ``gt_labels`` and ``matched_gt_boxes``."""
         labels, boxes = self.own_labels or self.detector.label_anchors(
             self.anchors, self.gt_instances
         )
@@ -95,12 +98,5 @@ class DenseOutputs(DetectorOutputs):
 
     @property
     def matched_gt_boxes(self) -> Tensor:
-        """``(N, sum Hi * Wi * A, 4)``; means something for foreground anchors alone."""
+        """``(N, sum Hi * Wi * A, 4)``; valid for foreground anchors alone."""
         return self.labels[1]
-
-
-def by_anchor(prediction: Tensor, size: int) -> Tensor:
-    """``(N, A * size, H, W)`` to ``(N, H * W * A, size)``, a row for each anchor."""
-    n, _, h, w = prediction.shape
-    prediction = prediction.view(n, -1, size, h, w).permute(0, 3, 4, 1, 2)
-    return prediction.reshape(n, -1, size)

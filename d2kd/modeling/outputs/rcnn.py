@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,15 @@ from .capture import Call
 
 @dataclass
 class Regions:
-    """What one stage of RoI heads said about its regions; row r belongs to box r.
+    """Outputs of one stage of RoI heads for its regions; row r belongs to box r.
 
     Attributes:
         boxes: a ``Boxes`` for each image, XYXY in absolute pixels; R boxes together.
-        box_features: ``(R, D)``, what the box predictor saw.
+        box_features: ``(R, D)``, inputs of the box predictor.
         pred_class_logits: ``(R, K + 1)``, background last.
         pred_proposal_deltas: ``(R, 4K)``, or ``(R, 4)`` if class-agnostic.
-        box2box_transform: the coder of the deltas.
-        gt_classes: ``(R,)`` in ``[0, K]``, K background; None where nobody labelled the boxes.
+        box2box_transform: the transform of the deltas.
+        gt_classes: ``(R,)`` in ``[0, K]``, K background; None if the boxes have no labels.
         gt_boxes: ``(R, 4)`` matched ground truth; in an image without any, the boxes themselves.
     """
 
@@ -45,7 +45,7 @@ class Regions:
 
 
 def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Box head and box predictor of each stage: one of ``StandardROIHeads``, several of a cascade."""
+    """Return (box head, box predictor) of each stage: one in ``StandardROIHeads``, several in a cascade."""
     heads, predictors = roi_heads.box_head, roi_heads.box_predictor
     if isinstance(predictors, nn.ModuleList):
         return list(zip(heads, predictors, strict=True))
@@ -53,22 +53,19 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def scores_by_sigmoid(detector: nn.Module) -> bool:
-    """Whether a class of an R-CNN's region is scored by itself (``use_sigmoid_ce``, after Detectron2 0.6).
+    """Return whether an R-CNN's class scores are sigmoids (``use_sigmoid_ce``, after Detectron2 0.6).
 
-    The last logit, of the background, then means nothing, and a softmax of them is no score.
+    The background logit is then not trained, so that a softmax over the logits gives no valid scores.
     """
     stages = box_stages(detector.roi_heads)
     return any(getattr(predictor, "use_sigmoid_ce", False) for _, predictor in stages)
 
 
 class RCNNOutputs(DetectorOutputs):
-    """What a ``GeneralizedRCNN`` on an FPN says: Faster and Mask R-CNN, and Cascade R-CNN with more stages."""
-
-    region_boxes: list[list[Boxes]] | None = None
-    """For each stage the regions' boxes by image: the student's own, and the ones a teacher is asked about."""
+    """Outputs of a ``GeneralizedRCNN`` on an FPN: Faster and Mask R-CNN, and Cascade R-CNN with several stages."""
 
     predictor_calls: list[Call] | None = None
-    """The calls of a student's box predictors while it trained, one for each stage."""
+    """The recorded calls of a student's box predictors, one for each stage."""
 
     @classmethod
     def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
@@ -95,12 +92,12 @@ class RCNNOutputs(DetectorOutputs):
             "region_boxes": boxes,
             "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
         }
-        if len(inputs) > 3:  # heads of another's own may be given them by name
+        if len(inputs) > 3:  # a user's own meta-architecture may pass them by keyword
             captured["gt_instances"] = inputs[3]
         return captured
 
     def _captured_regions(self) -> list[Regions]:
-        """The student's own, with the labels that its loss gave them."""
+        """Return the student's regions, with the labels used in its task losses."""
         heads, regions = self.detector.roi_heads, []
         for stage, ((_, predictor), boxes, call) in enumerate(
             zip(box_stages(heads), self.region_boxes, self.predictor_calls, strict=True)
@@ -125,43 +122,38 @@ class RCNNOutputs(DetectorOutputs):
             )
         return regions
 
-    @property
-    def shared(self) -> dict[str, Any]:
-        return {"region_boxes": self.region_boxes}
-
-    def share(self, shared: Mapping[str, Any]) -> None:
-        boxes = shared.get("region_boxes")
+    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
+        """Have :attr:`regions` pool the student's boxes, in pixels of the student's images."""
         if boxes is not None and self.shared_sizes is not None:
-            boxes = [[one.clone() for one in stage] for stage in boxes]
+            boxes = [[image_boxes.clone() for image_boxes in stage] for stage in boxes]
             for stage in boxes:
-                for one, (h, w), x in zip(
+                for image_boxes, (h, w), x in zip(
                     stage, self.shared_sizes, self.batched_inputs, strict=True
                 ):
                     height, width = x["image"].shape[-2:]
-                    one.scale(width / w, height / h)
-            shared = {**shared, "region_boxes": boxes}
-        super().share(shared)
+                    image_boxes.scale(width / w, height / h)
+        self.region_boxes = boxes
 
     @asked
     def proposals(self) -> list[Instances]:
-        """Each image's proposals of the RPN, best first: ``proposal_boxes``, ``objectness_logits``.
+        """The RPN's proposals in each image, sorted by score: ``proposal_boxes``, ``objectness_logits``.
 
-        A student's are those its sampler chose, with ``gt_classes`` and ``gt_boxes``.
+        The student's are the sampled proposals, with ``gt_classes`` and ``gt_boxes``.
         """
         return self.detector.proposal_generator(self.images, self.features, None)[0]
 
     @asked
     def regions(self) -> list[Regions]:
-        """One :class:`Regions` for each stage of shared boxes.
+        """One :class:`Regions` for each stage of ``region_boxes``.
 
-        Stage k is judged by stage k of this detector, or by its last one where it has fewer.
-        A student's are those it trained with.
+        Stage k is predicted by stage k of this detector, or by its last one if it has fewer.
+        The student's are captured.
         """
         if self.predictor_calls is not None:
             return self._captured_regions()
         if self.region_boxes is None:
             raise Unreadable(
-                f"no regions to ask a {type(self.detector).__name__} about: the student has none"
+                f"no region boxes for a {type(self.detector).__name__}: the student has none"
             )
         heads = self.detector.roi_heads
         stages = box_stages(heads)
@@ -189,17 +181,19 @@ def _sampled_labels(proposals: list[Instances], boxes: list[Boxes]) -> tuple[Ten
 def match_labels(
     matcher: Callable, boxes: list[Boxes], truth: list[Instances], num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Label boxes as a cascade's stage does: ``(R,)`` classes, background last, and ``(R, 4)`` matched boxes.
+    """Label boxes like a stage of Detectron2's ``CascadeROIHeads``.
 
-    In an image without ground truth all are background, and a box is its own match.
+    Returns:
+        ``(R,)`` classes in ``[0, K]``, K background, and ``(R, 4)`` matched boxes. In an image without ground
+        truth, all boxes are background, and each is its own match.
     """
     classes, matched = [], []
-    for ours, gt in zip(boxes, truth, strict=True):
+    for image_boxes, gt in zip(boxes, truth, strict=True):
         if len(gt) == 0:
-            classes.append(torch.full((len(ours),), num_classes, device=ours.device))
-            matched.append(ours.tensor)
+            classes.append(torch.full((len(image_boxes),), num_classes, device=image_boxes.device))
+            matched.append(image_boxes.tensor)
             continue
-        index, flags = matcher(pairwise_iou(gt.gt_boxes, ours))
+        index, flags = matcher(pairwise_iou(gt.gt_boxes, image_boxes))
         classes.append(torch.where(flags == 0, num_classes, gt.gt_classes[index]))
         matched.append(gt.gt_boxes.tensor[index])
     return torch.cat(classes), torch.cat(matched)
@@ -207,25 +201,25 @@ def match_labels(
 
 @contextlib.contextmanager
 def more_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> Iterator[None]:
-    """While the block runs, RoI heads choose among their own proposals and those of another detector.
+    """Append another detector's proposals to the inputs of RoI heads while the block runs.
 
     Args:
-        roi_heads: called as ``(images, features, proposals, …)``.
-        of: gives the further proposals of each image.
+        roi_heads: the module, called as ``(images, features, proposals, …)``.
+        of: a function that returns the proposals to append, for each image.
     """
 
-    def join(_, inputs: tuple) -> tuple:
+    def append(_, inputs: tuple) -> tuple:
         images, features, proposals, *rest = inputs
         joined = []
         for own, other in zip(proposals, of(), strict=True):
-            further = Instances(own.image_size)
+            extra = Instances(own.image_size)
             for name, value in own.get_fields().items():
-                theirs = other.get(name)
-                further.set(name, theirs if isinstance(value, Boxes) else theirs.to(value.dtype))
-            joined.append(Instances.cat([own, further]))
+                field = other.get(name)
+                extra.set(name, field if isinstance(value, Boxes) else field.to(value.dtype))
+            joined.append(Instances.cat([own, extra]))
         return images, features, joined, *rest
 
-    handle = roi_heads.register_forward_pre_hook(join)
+    handle = roi_heads.register_forward_pre_hook(append)
     try:
         yield
     finally:
