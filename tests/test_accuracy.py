@@ -2,16 +2,26 @@
 
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2kd.comparison.accuracy import METRICS, accuracy, bootstrap, difference, precisions, resamples
+from d2kd.comparison.accuracy import (
+    METRICS,
+    accuracy,
+    bootstrap,
+    difference,
+    interval,
+    precisions,
+    resamples,
+)
 from d2kd.comparison.matching import Detections, Truth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
+from .test_error_kinds import scene
 
 
 def cocoeval(truth, detections):
@@ -79,6 +89,17 @@ def test_without_detections_ap_is_zero_and_without_objects_undefined():
     assert set(accuracy(nobody, match(nobody, nothing(truth)), [0], 0.5).metrics.values()) == {None}
 
 
+def test_the_best_f1_is_that_of_the_best_threshold():
+    """Of equal scores a threshold takes all or none, whichever is right."""
+    truth = generated_truth(images=4, seed=3)
+    detections = generated_detections(truth, seed=3)
+    detections.score[:] = detections.score.round(1)
+    matches = match(truth, detections)
+    at = [accuracy(truth, matches, range(4), t) for t in np.unique(detections.score)]
+    best = max((one.fixed for one in at), key=lambda fixed: fixed["f1"])
+    assert len(at) > 5 and [one.best for one in at] == [best] * len(at)
+
+
 def test_means_are_over_the_classes_asked_for():
     truth = generated_truth()
     matches = match(truth, generated_detections(truth))
@@ -86,6 +107,15 @@ def test_means_are_over_the_classes_asked_for():
     assert some.metrics["AP"] == pytest.approx(
         (some.per_class["class 0"] + some.per_class["class 2"]) / 2
     )
+    alone = [accuracy(truth, matches, [k], 0.5).precision for k in (0, 2)]
+    assert some.precision == pytest.approx(np.mean(alone, axis=0)) and alone[0] != alone[1]
+
+
+def test_sizes_are_cocos_and_the_smaller_one_on_their_bounds():
+    areas = np.array([1023, 1024, 1025, 9215, 9216, 9217.0])
+    truth = generated_truth(images=2, objects=9)
+    truth = replace(truth, area=np.resize(areas, len(truth)))
+    assert truth.size[:6].tolist() == [0, 0, 1, 1, 1, 2]
 
 
 def repeated(truth, detections, counts):
@@ -147,6 +177,13 @@ def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
     assert same["per_class"]["class 3"] == {"gain": None, "interval": None}
 
 
+def test_an_interval_holds_95_of_100_resamples():
+    values = np.random.default_rng(0).permutation(1000).astype(float)
+    low, high = interval(np.append(values, [np.nan, np.nan]))
+    assert np.mean((low < values) & (values < high)) == 0.95 == 1 - 2 * np.mean(values < low)
+    assert interval(np.full(3, np.nan)) is None
+
+
 def test_resamples_draw_as_many_images_as_there_are_and_repeat():
     counts = resamples(17, 50)
     assert (counts.sum(axis=1) == 17).all() and (counts == resamples(17, 50)).all()
@@ -154,15 +191,11 @@ def test_resamples_draw_as_many_images_as_there_are_and_repeat():
 
 
 def test_precision_and_recall_at_a_threshold_by_hand():
-    # Two objects; scores 0.9 right, 0.8 wrong, 0.7 right, 0.6 wrong.
-    truth = Truth((0,), ("a",), np.zeros(2, int), np.zeros(2, int), np.array([[0, 0, 10, 10], [50, 50, 10, 10.0]]),
-                  np.full(2, 100.0), np.zeros(2, bool))  # fmt: skip
-    boxes = np.array([[0, 0, 10, 10], [90, 0, 10, 10], [50, 50, 10, 10], [70, 0, 5, 5.0]])
-    detections = Detections(
-        np.zeros(4, int), np.zeros(4, int), boxes, np.array([0.9, 0.8, 0.7, 0.6])
-    )
-    measured = accuracy(truth, match(truth, detections), [0], 0.85)
+    near, far = [0, 0, 10, 10], [50, 50, 10, 10]
+    seen = [(0, near, 0.9), (0, [90, 0, 10, 10], 0.8), (0, far, 0.7), (0, [70, 0, 5, 5], 0.6)]
+    truth, matches = scene([(0, near), (0, far)], seen)
+    measured = accuracy(truth, matches, [0], 0.85)
     assert measured.best["threshold"] == 0.7 and measured.best["recall"] == 100
     assert measured.best["precision"] == pytest.approx(200 / 3)
     assert (measured.fixed["precision"], measured.fixed["recall"]) == (100, 50)
-    assert match(truth, detections).found_at().tolist() == [0.9, 0.7]
+    assert matches.found_at().tolist() == [0.9, 0.7]

@@ -1,5 +1,7 @@
 """ICD's attention on pictures: it is the decoder's own, lies where its cells lie, and comes from a run's file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -228,7 +230,9 @@ def test_pictures_of_images_with_objects(tmp_path, mapper):
     loss = model.losses.by_name["loss"]
     drawn = draw_attention(tmp_path / "out", name, loss, model.teacher, mapper, number=8)
     written = drawn.files
-    assert 0 < drawn.inside < 1 and 0 < drawn.by_chance < 1
+    boxes = json.loads((tmp_path / "data.json").read_text())["annotations"]
+    share = [one["area"] / 64**2 for one in boxes]
+    assert 0 < drawn.inside < 1 and drawn.by_chance == pytest.approx(sum(share) / len(share))
     assert [file.name for file in written] == ["01_1.png", "02_2.png"]
     height, width = STRIP + 5 * TILE, 6 * TILE  # four heads and their mean; five levels and all
     two, five = (np.asarray(Image.open(file)).shape[:2] for file in written)

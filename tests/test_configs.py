@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
@@ -15,7 +15,6 @@ from d2kd.config import (
     config_file,
     detector,
     distill,
-    from_yacs,
     get_config,
     increment,
     is_distiller,
@@ -153,12 +152,6 @@ def test_a_yaml_of_ones_own_brings_its_statistics(tmp_path):
     assert Teacher(model, None, image_format="BGR").flip_channels
 
 
-def test_yacs_configs_survive_their_mapping():
-    cfg = get_cfg()
-    node = OmegaConf.create(yaml.safe_load(cfg.dump()))
-    assert type(from_yacs(node)).__name__ == cfg.MODEL.META_ARCHITECTURE
-
-
 def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
     base = load("baselines/faster_rcnn_small_shapes.py")
     base.dataloader.train.mapper.image_format = "RGB"
@@ -174,9 +167,11 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
         teacher=("common/models/faster_rcnn_small.py", "weights.pth"),
         **method("imitation"),
         inherit=["backbone.fpn_"],
+        share="both",
     )
     assert not is_distiller(again.model.student), "a distiller was put inside a distiller"
-    assert list(again.model.inherit) == ["backbone.fpn_"]
+    assert (list(again.model.inherit), again.model.share) == (["backbone.fpn_"], "both")
+    assert recipe.model.share == "student"
 
 
 def test_a_recipe_survives_being_saved(tmp_path):
@@ -195,6 +190,22 @@ def test_a_recipe_survives_being_saved(tmp_path):
 
 def test_a_zoo_recipe_runs_where_there_is_no_cuda():
     assert load("COCO-Detection/retinanet_R_50_FPN_1x.py").train.device == "auto"
+
+
+def test_what_a_node_builds():
+    """A saved recipe names the class; one of another name that ends alike is another's."""
+    for target, same in (
+        (Distiller, True),
+        ("d2kd.modeling.Distiller", True),
+        ("my.OwnDistiller", False),
+    ):
+        node = OmegaConf.create({"_target_": target}, flags={"allow_objects": True})
+        assert is_distiller(node) == same
+
+
+def test_a_step_learns_its_own_classes_and_is_tested_on_all_so_far():
+    data = load("projects/ERD/configs/erd_shapes.py").dataloader
+    assert [data[part].dataset.names.seen for part in ("train", "test")] == [False, True]
 
 
 def test_get_config_gives_a_fresh_copy():

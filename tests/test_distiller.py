@@ -12,10 +12,10 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from d2kd.config import add_d2kd_config
-from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
+from d2kd.losses import DistillLoss, DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.inherit import inherit_weights
-from d2kd.testing import distiller, step
+from d2kd.testing import distillation, distiller, step
 from d2kd.utils.errors import InputError
 
 from .common import (
@@ -67,17 +67,16 @@ def test_the_teacher_is_no_part_of_the_module():
 
 
 def test_moving_the_distiller_moves_the_teacher():
+    """And a student that was moved before takes its losses and its teacher along."""
     model = make().to(torch.float64)
     assert all(p.dtype == torch.float64 for p in model.teacher.detector.parameters())
-    model = make().to("meta")
-    assert all(p.device.type == "meta" for p in model.teacher.detector.parameters())
-
-
-def test_whatever_is_not_saved_is_frozen():
-    model = make(teacher=build(tiny_retinanet(width=6, channels=24), 1))
-    saved = {id(p) for m in (model.student, model.losses) for p in m.parameters()}
-    for p in (*model.parameters(), *model.teacher.detector.parameters()):
-        assert id(p) in saved or not p.requires_grad
+    wide = tiny_retinanet(channels=24)
+    for model in (
+        make(teacher=build(wide)).to("meta"),
+        make(build(tiny_retinanet()).to("meta"), build(wide)),
+    ):
+        moved = [*model.parameters(), *model.teacher.detector.parameters()]
+        assert all(p.device.type == "meta" for p in moved)
 
 
 def test_inherit_copies_what_fits_and_names_the_rest(caplog):
@@ -159,25 +158,26 @@ def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
 
 
 class Tapped(DistillLoss):
-    taps = ("head.cls_subnet.0",)
+    def __init__(self, *taps):
+        super().__init__()
+        self.taps = taps
 
     def forward(self, student, teacher):
-        (*_, last) = student.taps["head.cls_subnet.0"]
-        assert len(student.taps["head.cls_subnet.0"]) == 5, "one call for each level"
-        return last.square().mean()
+        calls = [student.taps[name] for name in self.taps]
+        assert all(len(of_one) == 5 for of_one in calls), "one call for each level"
+        return sum(of_one[-1].square().mean() for of_one in calls)
 
 
 def test_taps_listen_to_any_module_of_the_student():
-    model = make(losses=DistillLosses(tapped=Tapped())).train()
-    losses = step(model, batch())
-    losses["distill/loss_tapped"].backward()
-    assert model.student.head.cls_subnet[0].weight.grad.abs().sum() > 0
-    Tapped.taps = ("head.nothing",)
-    try:
-        with pytest.raises(InputError, match="no module 'head.nothing'"):
-            make(losses=DistillLosses(tapped=Tapped()))
-    finally:
-        Tapped.taps = ("head.cls_subnet.0",)
+    """Each loss to its own, and several to the same."""
+    classes, boxes = "head.cls_subnet.0", "head.bbox_subnet.0"
+    losses = DistillLosses(one=Tapped(classes), none=ImitationLoss(), both=Tapped(boxes, classes))
+    model = make(losses=losses).train()
+    step(model, batch())["distill/loss_both"].backward()
+    for name in (classes, boxes):
+        assert model.student.get_submodule(name).weight.grad.any()
+    with pytest.raises(InputError, match="no module 'head.nothing'"):
+        make(losses=DistillLosses(one=Tapped(classes), other=Tapped("head.nothing")))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,13 @@ def test_what_cannot_be_compared_is_refused_before_training(losses, student, tea
         make(build(student()), build(teacher()), DistillLosses(it=losses()))
 
 
+def test_anchors_of_another_padding_are_refused():
+    teacher = build(tiny_retinanet())
+    teacher.backbone._size_divisibility = 64
+    with pytest.raises(InputError, match="losses.it.anchors: padding: student 32, teacher 64"):
+        make(teacher=teacher, losses=DistillLosses(it=TARLoss()))
+
+
 class ReadsRegions(DistillLoss):
     def forward(self, student, teacher):
         return student.regions[0].pred_class_logits.sum()
@@ -287,12 +294,13 @@ def test_a_loss_s_own_error_stays_its_own(error):
 @pytest.mark.parametrize(
     "student, teacher", [("retinanet", "faster_rcnn"), ("faster_rcnn", "fcos")]
 )
-def test_features_join_two_families(student, teacher):
+@pytest.mark.parametrize("loss", [ImitationLoss, lambda: ICDLoss(heads=4)])
+def test_features_join_two_families(loss, student, teacher):
     """p6 is pooled in one and convolved in the other: no level to compare unless asked for."""
     pair = build(DETECTORS[student]()), build(DETECTORS[teacher](channels=24), 1)
-    model = make(*pair).train()
-    assert step(model, batch())["distill/loss_imitation"] > 0
-    assert list(model.losses.by_name["imitation"].levels) == ["p3", "p4", "p5"]
+    model = make(*pair, DistillLosses(it=loss())).train()
+    assert 0 < distillation(step(model, batch(sizes=((33, 65), (64, 90))))) < float("inf")
+    assert list(model.losses.by_name["it"].levels) == ["p3", "p4", "p5"]
     wanted = make(*pair, DistillLosses(it=ImitationLoss(levels=["p6"]))).train()
     assert step(wanted, batch())["distill/loss_it"] > 0
 
@@ -373,8 +381,11 @@ def yacs(folder, recipe=RECIPE):
 
 def test_yacs_users_build_it_by_name(tmp_path):
     cfg = yacs(tmp_path)
+    cfg.MODEL.DISTILLER.INHERIT, cfg.MODEL.DISTILLER.SHARE = ["backbone.fpn_output2"], "both"
     assert "Distiller" in META_ARCH_REGISTRY
     model = build_model(cfg)
+    weights = [m.backbone.fpn_output2.weight for m in (model.student, model.teacher.detector)]
+    assert torch.equal(*weights) and model.share == "both"
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
     loss = step(model.train(), batch())["distill/loss_imitation"]

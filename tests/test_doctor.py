@@ -9,14 +9,15 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd.config import distill, override, with_defaults
 from d2kd.data import class_step
 from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.data import look_at_data
+from d2kd.doctor.data import _annotations, look_at_data
 from d2kd.doctor.measurements import (
     look_at_features,
     look_at_inputs,
@@ -99,7 +100,8 @@ def test_a_good_run(config, capfd):
     matched = by_subject["teacher's weights"].found
     assert "0 missing" in matched and "0 of another shape" in matched
     assert "16 and 24 channels" in by_subject["levels"].found
-    assert by_subject["learning rate"].state == "ok"  # 0.005 at 2 images: 2 times the usual
+    assert by_subject["learning rate"].state == "ok"
+    assert "0.005 of SGD at 2 images an iteration, 2 times" in by_subject["learning rate"].found
     assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
 
 
@@ -126,6 +128,18 @@ def test_what_was_found_before_a_failure_is_shown(tmp_path, monkeypatch, capsys)
     assert ended.value.code == 2 and "6 images" in said and "MemoryError: no room" in said
     with pytest.raises(MemoryError):
         command("doctor")([*arguments, "--debug"])
+
+
+def test_a_box_is_inside_by_the_width_and_height_of_its_image():
+    def said(*box):
+        one = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        record = {"width": 100, "height": 50, "annotations": [one]}
+        (boxes,) = (f for f in _annotations("it", [record], {0: "a"}) if "boxes" in f.subject)
+        return boxes.found
+
+    assert "all inside" in said(60, 20, 100.5, 50.5) == said(0, 0, 1, 1)
+    for box in ((60, 20, 90, 60), (60, 20, 110, 40), (-5, 0, 9, 9), (0, -5, 9, 9)):
+        assert said(*box).startswith("1 boxes lie outside their image, 0 have no area")
 
 
 def test_a_class_step_is_about_its_own_classes(tmp_path, config):
@@ -198,6 +212,12 @@ def test_its_overrides_bring_all_terms_to_the_target(config, node, loss):
     assert after == pytest.approx(dict.fromkeys(before, 0.5), rel=0.05)
 
 
+def test_a_loss_that_begins_late_is_looked_at_where_it_is_on(config):
+    late = L(MultiStepParamScheduler)(values=[0.0, 1.0], num_updates=100, milestones=[40])
+    ratio, _ = pulls(with_loss(config, tiny_retinanet, L(ImitationLoss)(weight=late)))
+    assert ratio and all(ratio.values())
+
+
 def test_terms_that_share_their_weight_say_so(config):
     _, advice = pulls(with_loss(config, tiny_retinanet, L(TwoTerms)(weight=1.0)))
     assert advice["distill/loss_it_first"].endswith(", which multiplies second as well")
@@ -220,16 +240,8 @@ def test_a_file_that_names_its_classes(config, tmp_path):
     assert f"{count} names in the file, {CLASSES} of the data" in found["teacher's classes"].found
 
 
-def _wrong_channels(config, folder):
-    config.model.teacher.image_format = "RGB"
-
-
-def _foreign_weights(config, folder):
-    config.model.teacher.detector = tiny_faster_rcnn(channels=32)
-
-
-def _fast(config, folder):
-    config.optimizer.lr = 1.0
+def _set(key, value):
+    return lambda config, folder: OmegaConf.update(config, key, value)
 
 
 def _bad_data(config, folder):
@@ -253,26 +265,10 @@ def _another_order(config, folder):
     torch.save(torch.load(file) | {"classes": names}, file)
 
 
-def _two_orders(config, folder):
-    config.dataloader.test.mapper.image_format = "RGB"
-
-
-def _students_order(config, folder):
-    config.model.student.input_format = "RGB"
-
-
 def _no_objects(config, folder):
     file = folder / "data/data.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"annotations": []}))
-
-
-def _another_size(config, folder):
-    Image.new("RGB", (32, 64)).save(folder / "data/3.png")
-
-
-def _no_checkpoint(config, folder):
-    config.train.init_checkpoint = str(folder / "gone.pth")
 
 
 def _too_many_classes(config, folder):
@@ -281,21 +277,19 @@ def _too_many_classes(config, folder):
     config.model.teacher.weights = None
 
 
-def _diverging(config, folder):
-    config.optimizer.lr = 1e20
-
-
-def _no_data(config, folder):
-    (folder / "data/3.png").unlink()
-
-
 SPOILED = {
-    "wrong channel order": (_wrong_channels, {"channel order": "the teacher is told RGB"}),
+    "wrong channel order": (
+        _set("model.teacher.image_format", "RGB"),
+        {"channel order": "the teacher is told RGB"},
+    ),
     "foreign weights": (
-        _foreign_weights,
+        _set("model.teacher.detector", tiny_faster_rcnn(channels=32)),
         {"teacher's weights": "of another shape", "the run": "misshapen"},
     ),
-    "a learning rate for another batch": (_fast, {"learning rate": "1 of SGD at 2 images"}),
+    "a learning rate for another batch": (
+        _set("optimizer.lr", 1.0),
+        {"learning rate": "1 of SGD at 2 images"},
+    ),
     "broken images and boxes": (
         _bad_data,
         {"train images": "1 of 6 cannot be used", "train data, boxes": "1 boxes lie outside"},
@@ -305,24 +299,36 @@ SPOILED = {
         {"class map": f"{CLASSES} of the student, {CLASSES + 2} of the teacher"},
     ),
     "classes in another order": (_another_order, {"teacher's classes": "class 0 is class 1"}),
-    "another order for tests": (_two_orders, {"channel order": "training images are BGR, test"}),
+    "another order for tests": (
+        _set("dataloader.test.mapper.image_format", "RGB"),
+        {"channel order": "training images are BGR, test"},
+    ),
     "the student's own order": (
-        _students_order,
+        _set("model.student.input_format", "RGB"),
         {"channel order": "the student's input_format is RGB"},
     ),
     "nothing to find": (_no_objects, {"train data": "6 images, 0 objects"}),
-    "an image of another size": (_another_size, {"train images": "another size than annotated"}),
-    "no weights to start from": (_no_checkpoint, {"student's weights": "gone.pth"}),
+    "an image of another size": (
+        lambda config, folder: Image.new("RGB", (32, 64)).save(folder / "data/3.png"),
+        {"train images": "another size than annotated"},
+    ),
+    "no weights to start from": (
+        _set("train.init_checkpoint", "gone.pth"),
+        {"student's weights": "gone.pth"},
+    ),
     "a student of other classes": (_too_many_classes, {"the run": f"{CLASSES + 1} of the student"}),
-    "a run that diverges": (_diverging, {"losses": "within 2 iterations"}),
-    "a missing image": (_no_data, {"train data": "3.png: missing"}),
+    "a run that diverges": (_set("optimizer.lr", 1e20), {"losses": "within 2 iterations"}),
+    "a missing image": (
+        lambda config, folder: (folder / "data/3.png").unlink(),
+        {"train data": "3.png: missing"},
+    ),
 }
 
 
 @pytest.mark.parametrize("spoil, expected", SPOILED.values(), ids=SPOILED.keys())
 def test_a_spoiled_run(config, tmp_path, spoil, expected):
     spoil(config, tmp_path)
-    findings = examined(config, iterations=2 if spoil is _diverging else 0)
+    findings = examined(config, iterations=2 if "losses" in expected else 0)
     found = errors(findings)
     for subject, text in expected.items():
         assert text in found.get(subject, ""), table(findings)
@@ -370,6 +376,21 @@ class Counting(DatasetEvaluator):
         return {"seen": {"images": self.seen}}
 
 
+@pytest.mark.parametrize(
+    "ap, known, state",
+    [(0.5, 3, "error"), (0.5, 1, "warning"), (5.0, 3, "warning"), (5.0, 1, "ok"), (50.0, 3, "ok")],
+)
+def test_a_class_that_a_teacher_lacks_is_no_ignorance(config, monkeypatch, ap, known, state):
+    monkeypatch.setattr(Counting, "evaluate", lambda self: {"bbox": {"AP": ap}})
+    names = [f"class {k}" for k in range(CLASSES)]
+    config.model.classes = names
+    config.model.teacher.classes = [*names[:known], "x", "y"][:CLASSES]
+    config.dataloader.evaluator = L(Counting)()
+    trainer = Trainer(config)
+    (found,) = look_at_teacher(trainer.cfg, trainer.model, 1)
+    assert found.state == state
+
+
 def test_several_evaluators(config):
     trainer = Trainer(config)
     (one,) = look_at_teacher(trainer.cfg, trainer.model, 3)
@@ -382,9 +403,9 @@ def test_several_evaluators(config):
 def test_a_plain_recipe_of_a_dense_detector(tmp_path):
     draw_data(tmp_path / "data")
     config = recipe(tmp_path / "data", tmp_path / "out", tiny_retinanet(), max_iter=10)
-    config.optimizer.lr = 0.1  # 80 times a dense detector's at this batch
+    config.optimizer.lr = 0.1
     found = errors(examined(config, iterations=1))
-    assert list(found) == ["learning rate"]
+    assert list(found) == ["learning rate"] and ", 80 times" in found["learning rate"]
 
 
 SAID = {

@@ -256,6 +256,18 @@ def test_a_class_without_a_name(records, metadata, index, count):
     assert not np.array_equal(empty, seen)
 
 
+@pytest.mark.parametrize("score, drawn", [(0.29, False), (0.31, True)])
+def test_what_a_detector_is_too_unsure_of_is_left_out(records, score, drawn):
+    class Unsure(Sees):
+        def forward(self, batch):
+            (found,) = super().forward(batch)
+            found["instances"].scores = torch.tensor([score])
+            return [found]
+
+    empty, seen = panels_of(draw_once(records, Unsure())[NAMES[2]], 2)
+    assert np.array_equal(empty, seen) != drawn
+
+
 def test_one_of_several_processes_draws_all(records, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
     assert list(draw_once(records, Sees())) == NAMES

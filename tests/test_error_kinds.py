@@ -59,6 +59,14 @@ def test_each_kind_alone(detections, expected):
     assert kinds([(0, OBJECT)], detections)[0] == expected
 
 
+def test_of_the_kinds_that_fit_it_is_the_first():
+    """TIDE's order: localization, classification, duplicate; so the places of ``KINDS`` do not count."""
+    both = [(0, OBJECT), (1, OBJECT)]
+    assert kinds(both, [(0, OBJECT, 0.9), (0, OBJECT, 0.8)])[0] == {"classification": 1}
+    near = kinds([(0, SHIFTED), (1, OBJECT)], [(0, OBJECT, 0.9)])[0]
+    assert near == {"localization": 1, "missed": 1}
+
+
 def test_without_objects_everything_is_background():
     count, found = kinds([], [(0, OBJECT, 0.9)])
     assert count == {"background": 1} and found.AP50 is None and set(found.cost.values()) == {None}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.cbook
 import numpy as np
@@ -175,6 +176,8 @@ def test_strangers_are_told_from_acquaintances():
     assert strangers(one, instances([[0, 0, 9, 9]], [0.9], [0])) == 1
     assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 2])) == 2
     assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 21]], [0.9, 0.5], [0, 1])) == 2
+    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.51], [0, 1])) == 2
+    assert strangers(instances([[0, 0, 9, 9]], [0.9], [0]), one) == 1
     nothing = instances([], [], [])
     assert strangers(one, nothing) == 2 and strangers(nothing, nothing) == 0
 
@@ -294,10 +297,16 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     words = [*map(str, words), "model.student.test_score_thresh=0.0"]
 
     def told():
-        return [int(n) for n in re.findall(r"(\d+) not the other's", capsys.readouterr().out)]
+        found = re.findall(r"(\d+) detections of both, (\d+) not", capsys.readouterr().out)
+        totals, alone = zip(*(map(int, pair) for pair in found))
+        return totals, list(alone)
 
+    config = load(str(words[1]), [words[-1]])
+    student = table.built(config, words[3])
+    with torch.no_grad():
+        count = len(student(table.first_images(with_defaults(config), 1)[0])[0]["instances"])
     command("export")(words)
-    assert told() == [0, 0]
+    assert told() == ((2 * count,) * 2, [0, 0]) and count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.ts"]
 
     def another_in_torchscript(detector, path, about):
@@ -309,7 +318,7 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     monkeypatch.setattr(formats, "write", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
         command("export")(words)
-    differing, same = told()
+    _, (differing, same) = told()
     assert exit.value.code == 1 and differing > 0 and same == 0
 
 
@@ -339,8 +348,19 @@ def test_a_teacher_of_larger_images_computes_more(folder):
     for scale in (1, 2):
         config.model.teacher.scale = scale
         row = table.teacher_row(config, student)
-        gflops[scale] = table.gflops(row.module, [row.inputs(batch)])
-    assert gflops[2] > 2 * gflops[1] > 0
+        gflops[scale] = table.gflops(row.module, [row.inputs(batch)] * scale)  # of an image
+    assert 6 * gflops[1] > gflops[2] > 2 * gflops[1] > 0
+
+
+def test_a_time_is_the_median_of_an_image_after_some_to_warm_up(monkeypatch):
+    now, seconds = [0.0], iter([90.0] * table.WARM_UPS + [1.0, 80.0, 3.0])
+    monkeypatch.setattr(table, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def detect(batch):
+        now[0] += next(seconds)
+
+    row = table.Row("it", detect, torch.nn.Module(), 0)
+    assert table.milliseconds([row], [[{}]] * 3) == [3000.0]
 
 
 def test_a_teachers_row_is_in_the_students_classes(folder):

@@ -4,15 +4,15 @@ import doctest
 import importlib
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import testing
@@ -35,7 +35,6 @@ from d2kd.losses.functional import (
 from d2kd.losses.tar import (
     _same_coder,
     classification_term,
-    dense_classification_term,
     of_class,
     regression_term,
 )
@@ -231,10 +230,23 @@ def test_the_maths_is_float32_inside_autocast(dtype):
         return a @ b
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert product(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2)).dtype == torch.float32
+        half = torch.ones(2, 2, dtype=dtype)
+        assert product(half, torch.ones(2, 2)).dtype == product(half, b=half).dtype == torch.float32
     big = torch.full((1, 64, 8, 8), 200.0, dtype=torch.float16)
     value = masked_squared_error(big, -big, torch.ones(1, 8, 8))
     assert torch.isfinite(value), "overflowed in half precision"
+
+
+class Integers(TorchDispatchMode):
+    """The largest tensor of integers that is made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if getattr(result, "dtype", None) == torch.int64:
+            self.count = max(self.count, result.numel())
+        return result
 
 
 def softmax(row):
@@ -245,7 +257,8 @@ def softmax(row):
 @pytest.mark.parametrize("gate", ["better", "none"])
 @pytest.mark.parametrize("background_weight", [1.0, 0.25])
 @pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_classification_term_restated(gate, background_weight, margin):
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_classification_term_restated(gate, background_weight, margin, tau):
     torch.manual_seed(1)
     s, t = torch.randn(2, 12, 4, dtype=torch.float64) * 2
     labels = torch.tensor([0, 1, 2, 3, 3, 3, 0, 1, -1, 2, 3, 0])
@@ -254,14 +267,15 @@ def test_classification_term_restated(gate, background_weight, margin):
         y = int(labels[i])
         if y < 0:
             continue
-        p, q = softmax(t[i].tolist()), softmax(s[i].tolist())
+        p, q = (softmax((x[i] / tau).tolist()) for x in (t, s))
         open_ = gate == "none" or p[y] > q[y] + margin
-        weight = background_weight if y == 3 else 1.0
+        weight = tau**2 * (background_weight if y == 3 else 1.0)
         slow += open_ * weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    ours = classification_term(
-        s, t, labels, gate=gate, margin=margin, background_weight=background_weight
+    loss = TARLoss(
+        cls_gate=gate, cls_margin=margin, background_weight=background_weight, temperature=tau
     )
-    assert float(ours) == pytest.approx(slow / 11, abs=1e-12)
+    student, teacher = (SimpleNamespace(pred_class_logits=x, gt_classes=labels) for x in (s, t))
+    assert float(loss.classification(student, teacher)) == pytest.approx(slow / 11, abs=1e-12)
 
 
 @pytest.mark.parametrize("gate", ["better", "none"])
@@ -285,58 +299,25 @@ def test_dense_classification_term_restated(gate, background_weight, margin, tau
             entropy = -p * math.log(q) - (1 - p) * math.log(1 - q)
             weight = background_weight if y == 3 else 1.0
             slow += open_ * weight * tau**2 * abs(p - q) * entropy
-    ours = dense_classification_term(
-        s,
-        t,
-        labels,
-        gate=gate,
-        margin=margin,
-        background_weight=background_weight,
-        temperature=tau,
+    loss = TARLoss(
+        cls_gate=gate, cls_margin=margin, background_weight=background_weight, temperature=tau
     )
+    student, teacher = (SimpleNamespace(pred_logits=[x[None]], gt_labels=labels) for x in (s, t))
+    with Integers() as integers:
+        ours = loss.dense_classification(student, teacher)
+    assert integers.count <= len(labels), "targets as large as the logits"
     assert float(ours) == pytest.approx(slow / foreground, abs=1e-12)
 
 
-class Integers(TorchDispatchMode):
-    """The largest tensor of integers that is made."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if getattr(result, "dtype", None) == torch.int64:
-            self.count = max(self.count, result.numel())
-        return result
-
-
-@pytest.mark.parametrize("classes", [1, 7])
-def test_targets_of_anchors_are_those_of_one_hot_without_its_integers(classes):
-    g = torch.Generator().manual_seed(0)
-    s, t = torch.randn(2, 40, classes, generator=g)
-    labels = torch.randint(-1, classes + 1, (40,), generator=g)
-    with Integers() as integers:
-        found = dense_classification_term(s, t, labels)
-    assert integers.count <= 40
-    target = F.one_hot(labels.clamp(min=0), classes + 1)[:, :-1]
-    divergence, ours, theirs = sigmoid_divergence(s, t)
-    gate = ((theirs - target).abs() < (ours - target).abs()) & (labels >= 0)[:, None]
-    foreground = ((labels >= 0) & (labels < classes)).sum()
-    assert torch.equal(found, (divergence * gate).sum() / foreground)
-
-
-def test_the_divergence_of_sigmoids_pulls_towards_the_teacher():
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_the_divergence_of_sigmoids_pulls_towards_the_teacher(tau):
+    """As hard as binary cross entropy does, times how far apart they are, which is constant."""
     s = torch.tensor([-2.0, 0.0, 3.0, 1.0], requires_grad=True)
     t = torch.tensor([0.0, -2.0, 4.0, 1.0])
-    sigmoid_divergence(s, t)[0].sum().backward()
+    sigmoid_divergence(s, t, tau)[0].sum().backward()
     assert torch.equal(s.grad.sign(), torch.tensor([-1.0, 1.0, -1.0, 0.0]))
-
-
-def test_a_student_that_is_better_everywhere_is_left_alone():
-    labels = torch.tensor([0, 1, 2])
-    s = (torch.eye(3)[labels] * 5).requires_grad_()
-    loss = classification_term(s, torch.eye(3)[labels] * 2, labels)
-    loss.backward()
-    assert float(loss.detach()) == 0 and s.grad.abs().sum() == 0
+    apart = (s.detach() / tau).sigmoid() - (t / tau).sigmoid()
+    torch.testing.assert_close(s.grad, tau * apart.abs() * apart)
 
 
 def test_no_regions_give_a_differentiable_zero():
@@ -525,13 +506,6 @@ def test_the_stages_of_a_cascade_add_up():
         assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(sum(terms) / 2)
 
 
-def test_deltas_of_a_class():
-    deltas = torch.arange(24.0).view(2, 12)
-    assert of_class(deltas, torch.tensor([2, 0])).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
-    assert of_class(deltas[:, :4], torch.tensor([2, 0])).tolist() == deltas[:, :4].tolist()
-    assert of_class(deltas[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 4)
-
-
 def test_imitation_restated():
     """Through a whole step: the mask, the levels' mean and the weight, by loops over cells."""
     model = distiller(
@@ -563,6 +537,22 @@ def test_imitation_restated():
                         weighted += inside * float(errors[n, i, j])
             total += weighted / (2 * max(1, cells))
     assert float(value) == pytest.approx(0.5 * total / 2, rel=1e-4)
+
+
+def test_objects_lie_in_the_students_pixels():
+    """Nothing beside them counts, also where the teacher's images, and so its strides, are larger."""
+    theirs = torch.full((1, 16, 8, 8), 100.0)
+    theirs[..., :4, :4] = 1.0
+    truth = Instances((64, 64), gt_boxes=Boxes([[0.0, 0.0, 32.0, 32.0]]))
+    student = SimpleNamespace(features={"p3": 0 * theirs}, gt_instances=[truth])
+    teacher = SimpleNamespace(features={"p4": theirs})
+    plain, part = ImitationLoss(levels=["p3"]), TARLoss(levels=["p3"], mask="box")
+    icd = ICDLoss(levels=["p3"], weights="box")
+    for loss in (plain, part, icd):
+        loss.scale = 2
+        loss.bind(build(DETECTORS["faster_rcnn"]()), build(DETECTORS["faster_rcnn"]()))
+    assert plain(student, teacher) == part.feature(student, teacher) == 16 / 2
+    assert icd.strides == plain.strides == {"p3": 8}
 
 
 @pytest.mark.parametrize("family", ["retinanet", "gfl"])
@@ -599,6 +589,10 @@ def test_decay_by_epoch():
 class Constant(DistillLoss):
     calls = 0
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.idle = torch.nn.Parameter(torch.ones(2))
+
     def forward(self, student, teacher):
         self.calls += 1
         return {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
@@ -615,30 +609,42 @@ class Constant(DistillLoss):
         ),
         (LinearParamScheduler(1.0, 0.0), 1.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
         (LinearParamScheduler(1.0, 0.0), 3.0, {"distill/loss_it_a": 0.0, "distill/loss_it_b": 0.0}),
-        (0, 0.5, {}),
+        (0, 0.5, {"distill/loss_it": 0.0}),
     ],
 )
 def test_weights_and_schedules(weight, progress, expected):
+    """Parameters that nothing uses stay in the graph, in a term that is there if there is one."""
     loss = Constant(weight=weight)
     with EventStorage() as storage:
         terms = DistillLosses(it=loss)(None, None, progress=progress)
-    assert {key: float(value) for key, value in terms.items()} == pytest.approx(expected, abs=1e-9)
-    assert loss.calls == bool(expected)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(expected, abs=1e-9)
+    assert loss.calls == bool(weight)
+    sum(terms.values()).backward()
+    assert loss.idle.grad is not None and not loss.idle.grad.any()
     assert "distill/weight_it" in storage.latest()
 
 
-def test_the_feature_term_ramps_up():
-    loss = TARLoss(feature_ramp=0.1)
-    assert isinstance(loss.weight, ParamScheduler)
-    assert [round(value_of(loss.ramp, x), 3) for x in (0, 0.05, 0.0999, 0.1, 0.5, 1.0)] == [
-        0,
-        0.5,
-        0.999,
-        1,
-        1,
-        1,
-    ]
-    assert value_of(TARLoss(feature_ramp=0).ramp, 0.0) == 1
+def test_terms_follow_their_schedules():
+    """The feature term grows while its ramp lasts; each term's own weight may be a schedule."""
+    names = ("feature", "classification", "regression")
+
+    def terms(iteration, **options):
+        torch.manual_seed(0)
+        model = distiller(lambda: TARLoss(weight=1.0, **options), DETECTORS["retinanet"])
+        model.max_iter = 4
+        with EventStorage(start_iter=iteration):
+            losses = model(batch())
+        return [float(losses[f"distill/loss_loss_{name}"].detach()) for name in names]
+
+    whole = terms(0, feature_ramp=0)
+    falling = {f"{name}_weight": LinearParamScheduler(0.02, 0.0) for name in names}
+    for iteration, grown, left in ((1, 0.5, 0.75), (3, 1.0, 0.25)):
+        ramped = [grown * whole[0], *whole[1:]]
+        assert terms(iteration, feature_ramp=0.5) == pytest.approx(ramped)
+        # Features count 0.01 by default, the others 1.
+        scheduled = [x * left * k for x, k in zip(whole, (2, 0.02, 0.02))]
+        assert terms(iteration, feature_ramp=0, **falling) == pytest.approx(scheduled)
+    assert value_of(TARLoss().ramp, 250 / 90000) == pytest.approx(0.5)  # 500 iterations long
 
 
 @pytest.mark.parametrize(

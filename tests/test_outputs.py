@@ -27,6 +27,7 @@ def listen(detector, examples):
 def test_a_copy_answers_what_the_student_said(family, objects):
     student = build(DETECTORS[family]())
     teacher = Teacher(build(DETECTORS[family]()), None)
+    teacher.detector.requires_grad_()  # a teacher's outputs are constant, even if its weights learn
     examples = batch(objects=objects)
     said = listen(student, examples)
     asked = teacher.ask(examples, said.region_boxes)
@@ -83,6 +84,10 @@ def test_the_row_of_a_region_follows_its_box():
 def test_a_cascade_labels_its_stages_itself(monkeypatch):
     """What we find for later stages is what the cascade found for its own loss."""
     detector = build(DETECTORS["cascade_rcnn"]())
+    heads = detector.roi_heads
+    # The second stage's boxes lie 0.3 widths aside: their IoU with an object, 0.54 at best, is enough for the first
+    # stage's rule alone.
+    heads.box_predictor[0].bbox_pred.bias.data[0] = 3.0
     own = []
     label = detector.roi_heads._match_and_label_boxes
     monkeypatch.setattr(
@@ -97,6 +102,9 @@ def test_a_cascade_labels_its_stages_itself(monkeypatch):
         first = len(proposals[0])
         assert torch.equal(proposals[0].gt_boxes.tensor, regions.gt_boxes[:first])
         assert torch.equal(regions.gt_boxes[first:], regions.boxes[1].tensor)
+    second = said.regions[1]
+    first_rule = heads.proposal_matchers[0], second.boxes, said.gt_instances, heads.num_classes
+    assert not torch.equal(outputs_module.match_labels(*first_rule)[0], second.gt_classes)
 
 
 def test_regions_are_labelled_when_they_are_read(monkeypatch):

@@ -9,6 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from d2kd.comparison.detectors import input_scale
 from d2kd.comparison.features import FeatureSimilarity
 from d2kd.comparison.matching import Truth
 from d2kd.comparison.regions import RegionCounts, why_not
@@ -19,7 +20,7 @@ from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
 from d2kd.structures.class_map import ClassMap
 from d2kd.utils.errors import InputError
 
-from .common import DETECTORS, batch, build, tiny_faster_rcnn
+from .common import CLASSES, DETECTORS, batch, build, lively, tiny_faster_rcnn
 
 CODER = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
 OBJECT, CROWD = [10.0, 10, 30, 30], [60.0, 60, 90, 90]
@@ -141,6 +142,11 @@ def test_a_detector_that_sees_the_image_larger_is_asked_about_the_same_places():
     assert table["detectors"][1]["iou_after"] == pytest.approx(table["detectors"][0]["iou_after"])
 
 
+def test_a_boxs_place_in_the_input_is_by_width_and_by_height():
+    given = {"image": torch.zeros(3, 20, 60), "height": 10, "width": 20}
+    assert (torch.ones(4) * input_scale(given)).tolist() == [3, 2, 3, 2]
+
+
 def test_an_object_whose_class_not_all_know_has_no_row():
     counts = RegionCounts([ready("t"), ready("s", ("x", "a"))], truth(label=1), [0], [0, 0])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
@@ -208,38 +214,62 @@ def test_anchors_by_hand(monkeypatch):
     assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
 
 
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
+def test_anchors_are_scored_as_detections_are(family):
+    teacher = Teacher(lively(build(DETECTORS[family]())), None)
+    examples = batch(sizes=((64, 64),), objects=(0,))
+    [found] = teacher.detect(examples)
+    scores = RegionCounts._scores(teacher.ask(examples))
+    torch.testing.assert_close(found["instances"].scores.max(), scores.max())
+
+
 def test_features_by_hand():
     similarity = FeatureSimilarity(["t", "s", "u"], [{"p3": 2}, {"p3": 2}, {"p3": 4}])
-    ours = torch.zeros(1, 2, 4, 4)
+    ours = torch.zeros(1, 2, 4, 6)
     ours[:, 0] = 1
     theirs = ours.clone()
-    theirs[:, :, :2, :2] = -1  # cosine -1/sqrt(2) in the upper left quarter
-    features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 4)}]
-    similarity.see(features, (32, 32), (32, 32), torch.tensor([[0.0, 0, 16, 16]]))
+    theirs[:, :, :2, :2] = -1  # cosine -1/sqrt(2) in the upper left quarter of the image
+    theirs[
+        ..., 4:
+    ] = -1  # and in the padding, which does not count, nor where an object reaches into it
+    features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 6)}]
+    objects = torch.tensor([[0.0, 0, 16, 16], [30, 0, 48, 32]])
+    similarity.see(features, (32, 32), (32, 48), objects)
     [row] = similarity.table()["rows"]
     assert row["in_objects"] == pytest.approx(-(0.5**0.5))
     assert row["everywhere"] == pytest.approx((12 - 4 * 0.5**0.5) / 16)
     assert similarity.table()["left_out"] == {"u": "4 channels beside 2"}
 
 
-def taught(node, losses, same=False):
-    student = build(node, 0)
-    return Distiller(
-        student=student,
-        teacher=Teacher(build(node, 0 if same else 1), weights=None),
-        losses=losses,
-        max_iter=10,
-    ).train()
+def taught(node, losses, teacher=None, classes=None, theirs=None):
+    teacher = Teacher(teacher or build(node, 1), weights=None, classes=theirs)
+    made = dict(student=build(node, 0), teacher=teacher, losses=losses, classes=classes)
+    return Distiller(max_iter=10, **made).train()
+
+
+def counting_otherwise(node):
+    """The student's copy, whose class k is the one before, and the last one the first."""
+    detector = build(node, 0)
+    for key, value in detector.state_dict().items():
+        if "cls_score" in key:
+            rows = value[: len(value) // CLASSES * CLASSES]  # the background's may follow
+            rows.copy_(rows.unflatten(0, (-1, CLASSES)).roll(1, 1).flatten(0, 1))
+    return detector
 
 
 @pytest.mark.parametrize("family", list(DETECTORS))
 def test_agreement_is_logged_and_complete_with_a_copy(family):
-    for same in (True, False):
-        model = taught(DETECTORS[family](), DistillLosses(tar=TARLoss()), same)
+    node = DETECTORS[family]()
+    copy, turned, names = build(node, 0), counting_otherwise(node), ["a", "b", "c"]
+    for teacher, whole in (([copy], True), ([turned, names, ["c", "a", "b"]], True),
+                           ([turned], False), ([None], False)):  # fmt: skip
+        model, sides = taught(node, DistillLosses(tar=TARLoss()), *teacher), []
+        model.losses.register_forward_pre_hook(lambda _, both, sides=sides: sides.extend(both))
         with EventStorage() as storage:
             model(batch())
         value = storage.latest()["distill/agreement"][0]
-        assert value == 1 if same else 0 <= value < 1
+        assert value == 1 if whole else 0 <= value < 1
+        assert value == agreement(*sides, model.class_map)
 
 
 def answers_of(levels, classes, seed):
@@ -252,7 +282,7 @@ def answers_of(levels, classes, seed):
 @pytest.mark.parametrize("sides", [(8, 4, 2), (3, 1)], ids=["more than 100", "fewer"])
 @pytest.mark.parametrize(
     "ours, theirs, names",
-    [(4, 4, None), (1, 1, None), (4, 3, ("bcda", "dxb")), (2, 2, ("ab", "ba"))],
+    [(4, 4, None), (1, 1, None), (4, 3, ("bcda", "dxc")), (2, 2, ("ab", "ba"))],
 )
 def test_agreement_by_level_is_that_of_all_logits(sides, ours, theirs, names):
     student, teacher = answers_of(sides, ours, 0), answers_of(sides, theirs, 1)

@@ -1,6 +1,8 @@
 """The page: complete in itself, and whole whatever the detectors and classes are."""
 
+import base64
 import dataclasses
+import io
 import re
 
 import numpy as np
@@ -8,23 +10,27 @@ import pytest
 from PIL import Image
 
 from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.comparison.error_kinds import KINDS
 from d2kd.report.page import Domain, colors_of, render, sentence, write_report
 
 from .coco_size import described, generated_data
 from .generated_detections import generated_detections
 
 
-def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0.5), **changes):
+def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0.5), seed=0):
     data = generated_data(images, classes, objects=4)
     names = ["teacher", "baseline", "distilled", "more", "last"][:detectors]
     seen = {
         name: generated_detections(data.truth, quality, seed=n)
         for n, (name, quality) in enumerate(zip(names, qualities))
     }
-    options = Options(resamples=20)
-    found = analyse(seen, data, range(classes), options)
-    made = assemble(found, [described(n) for n in names], None, data, range(classes), options)
-    return dataclasses.replace(made, **changes)
+    return made(data, seen, range(classes), resamples=20, seed=seed)
+
+
+def made(data, seen, classes, **options):
+    options = Options(**{"resamples": 5, **options})
+    found = analyse(seen, data, classes, options)
+    return assemble(found, [described(n) for n in seen], None, data, classes, options)
 
 
 def outside(text: str) -> list[str]:
@@ -61,17 +67,7 @@ def test_300_classes_and_names_that_are_not_ascii():
     truth = dataclasses.replace(data.truth, classes=("чашка & <script>", "猫"))
     data = dataclasses.replace(data, truth=truth)
     seen = {"señal": generated_detections(truth), "b": generated_detections(truth, seed=1)}
-    options = Options(resamples=5)
-    text = render(
-        assemble(
-            analyse(seen, data, [0, 1], options),
-            [described(n) for n in seen],
-            None,
-            data,
-            [0, 1],
-            options,
-        )
-    )
+    text = render(made(data, seen, [0, 1]))
     assert "чашка &amp; &lt;script&gt;" in text and "猫" in text and "señal" in text
     assert text.count("<script>") == 1
 
@@ -79,10 +75,8 @@ def test_300_classes_and_names_that_are_not_ascii():
 def test_pictures_are_inlined_and_one_that_is_gone_is_left_blank(tmp_path):
     found = compared(3)
     assert "image not found" in render(found) and "data:image/jpeg" not in render(found)
-    random = np.random.default_rng(0)
     for picture in found.objects.pictures:
-        pixels = random.integers(0, 256, (640, 640, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / picture.file_name)
+        Image.new("RGB", (640, 640)).save(tmp_path / picture.file_name)
     there = [
         dataclasses.replace(p, file_name=str(tmp_path / p.file_name))
         for p in found.objects.pictures
@@ -91,27 +85,79 @@ def test_pictures_are_inlined_and_one_that_is_gone_is_left_blank(tmp_path):
         found.objects,
         pictures=there,
         won_objects=found.objects.won_objects[:1],
-        lost_objects=[],
+        lost_objects=found.objects.lost_objects[:1],
         gallery=found.objects.gallery[:1],
     )
     text = render(dataclasses.replace(found, objects=objects))
     assert "image not found" not in text and outside(text) == []
-    assert text.count("data:image/jpeg") == 2 + 4  # a tile of two, ground truth and three detectors
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGB")).astype(int)
+        for one in re.findall(r"data:image/jpeg;base64,([^\"']+)", text)
+    ]
+    assert len(pictures) == 2 + 2 + 4  # two tiles of two, ground truth and three detectors
+    # What is won is found on the right alone, in green; what is lost on the left alone, in red.
+    red, green = (
+        [(p[..., c] > p[..., 1 - c] + 80).sum() > 50 for p in pictures[:4]] for c in (0, 1)
+    )
+    assert (red, green) == ([False, False, True, False], [False, True, False, False])
+    finds = dict(re.findall(r"<figcaption>(\w+): finds (\d+)<", text))
+    shown = there[objects.gallery[0]]
+    gained = int(finds["distilled"]) - int(finds["baseline"])
+    assert gained == len(shown.won) - len(shown.lost) != 0
 
 
 def test_without_objects_nothing_is_defined_and_the_page_says_so():
     data = generated_data(3, 2, objects=0)
     seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
-    options = Options(resamples=5)
-    found = analyse(seen, data, [0, 1], options)
-    made = assemble(found, [described(n) for n in seen], None, data, [0, 1], options)
-    assert "undefined" in sentence(made) and "–" in render(made)
+    found = made(data, seen, [0, 1])
+    assert "undefined" in sentence(found) and "–" in render(found)
+
+
+def test_what_is_won_is_found_by_one_and_not_by_the_other():
+    data = generated_data(12, 4, objects=6)
+    seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
+    objects = made(data, seen, [0, 2]).objects
+    for changes, finder, other in ((objects.won_objects, "b", "a"), (objects.lost_objects, "a", "b")):  # fmt: skip
+        assert changes
+        for change in changes:
+            picture = objects.pictures[change.picture]
+            assert picture.truth[change.object]["label"] in (0, 2)
+            assert not picture.truth[change.object]["crowd"]
+            scores = [s["score"] for s in picture.seen[finder] if s["object"] == change.object]
+            assert scores == [change.score] and change.score >= objects.thresholds[finder]
+            assert change.object not in [s["object"] for s in picture.seen[other]]
+    counted = ~data.truth.crowd & np.isin(data.truth.label, [0, 2])
+    assert sum(row["objects"] for row in objects.together) == counted.sum()
+    drawn = [compared(2, seed=seed)["baseline"].intervals for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_charts_show_the_figures():
+    found = compared(3, images=60, classes=60)
+    page = render(found)
+    of = {name: found[name].errors.cost for name in ("baseline", "distilled")}
+    lines = re.findall(r'class="name">(\w+)</span>.*?class="value">([^<]*)</span>', page, re.S)
+    shown = {kind: text for kind, text in lines if kind in KINDS}
+    assert shown == {k: f"{of['baseline'][k]:.1f} → {of['distilled'][k]:.1f}" for k in KINDS}
+    # Of many classes the chart has those whose AP changed most, from gain to loss.
+    chart = page.split("with the largest changes</h3>")[1].split("<details")[0]
+    gains = found.gain("distilled", "baseline").per_class
+    gains = {name: one["gain"] for name, one in gains.items() if one["gain"] is not None}
+    drawn = [gains.pop(name) for name in re.findall(r'class="name">([^<]*)<', chart)]
+    assert len(drawn) == 24 and drawn == sorted(drawn, reverse=True) and len(gains) > 2
+    assert min(map(abs, drawn)) >= max(map(abs, gains.values()))
+    # Precision falls to the right.
+    for line in re.findall(r'<polyline points="([^"]*)"', page):
+        x, y = np.array([point.split(",") for point in line.split()], float).T
+        assert (np.diff(x) > 0).all() and (np.diff(y) >= 0).all() and y[-1] > y[0]
 
 
 def test_the_sentence_says_what_the_interval_allows():
     better = compared(3)
-    assert "of the way to teacher" in sentence(better)
     gain = better.gain("distilled", "baseline")
+    of = {d.name: d.accuracy.metrics["AP"] for d in better.detectors}
+    share = (of["distilled"] - of["baseline"]) / (of["teacher"] - of["baseline"])
+    assert f": {100 * share:.0f} % of the way to teacher" in sentence(better)
     gain.metrics["AP"]["interval"] = [-0.1, 9.0]
     assert "contains 0" in sentence(better) and "of the way" not in sentence(better)
 

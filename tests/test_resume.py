@@ -129,6 +129,12 @@ def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
     config.train.output_dir = str(tmp_path / "new")
     run(config, resume=True)
     assert not (tmp_path / "new/model_best.pth").exists()  # 25 is less than 30
+    # Where it is, also a state that was better than its checkpoint, which came before, could know.
+    config.train.output_dir = str(tmp_path / "there")
+    scores = iter([10.0, 30.0, 20.0, 25.0])
+    run(config, stop=2)
+    run(config, resume=True)
+    assert saved(tmp_path / "there/model_best.pth")["iteration"] == 1
 
 
 def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, caplog):
@@ -307,21 +313,13 @@ def test_another_seed_is_told(data, tmp_path, caplog):
         assert (said in caplog.text) == (now != seed)
 
 
-def test_old_checkpoints_are_still_counted_after_a_resume(data, tmp_path):
+def test_old_checkpoints_count_after_a_resume_but_for_an_unreadable_one(data, tmp_path):
     config = plain_recipe(data, tmp_path)
     config.train.checkpointer.max_to_keep = 2
     run(config, stop=3)
-    names = [f"model_000000{i}.pth" for i in range(4)]
-    assert sorted(path.name for path in tmp_path.glob("model_*")) == names[1:3]
-    run(config, resume=True)
-    assert sorted(p.name for p in tmp_path.glob("model_*")) == [*names[2:], "model_final.pth"]
-
-
-def test_an_unreadable_checkpoint_takes_no_place_of_a_whole_one(data, tmp_path):
-    config = plain_recipe(data, tmp_path)
-    config.train.checkpointer.max_to_keep = 2
-    run(config, stop=3)
-    os.truncate(tmp_path / "model_0000002.pth", 1000)
+    names = [f"model_000000{i}.pth" for i in (1, 2)]
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == names
+    os.truncate(tmp_path / names[1], 1000)
     for stop, kept in ((3, ["0000001", "0000002"]), (None, ["0000002", "0000003", "final"])):
         run(config, resume=True, stop=stop)
         files = sorted(tmp_path.glob("model_*.pth"))

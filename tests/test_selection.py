@@ -1,16 +1,12 @@
 """Pictures of old and new classes, and of the locations that ERD selects."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.transforms import Resize
 from detectron2.structures import Instances
 from PIL import Image
 
@@ -19,10 +15,9 @@ from d2kd.visualization import erd_selection
 from d2kd.visualization.erd_selection import TITLES, draw_selection
 from d2kd.visualization.panels import COLORS, described, side_by_side
 
+from .common import command, refusal
 from .test_steps import increment
-from .tiny_run import draw_data
 
-ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
 
@@ -69,10 +64,13 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     config.model.classes = ["class 0", "class 2", "class 1"]  # not the data set's order
     names = instantiate(config.dataloader.test.dataset.names)
     model = instantiate(config.model)
-    shown = []
+    shown, panels = [], []
     monkeypatch.setattr(
-        erd_selection, "side_by_side", lambda *drawn: shown.append(drawn[2]) or side_by_side(*drawn)
+        erd_selection,
+        "side_by_side",
+        lambda *drawn: shown.append(drawn[2]) or panels.append(drawn[1]) or side_by_side(*drawn),
     )
+    config.dataloader.test.mapper.augmentations = [L(Resize)(shape=(128, 256))]
     mapper = instantiate(config.dataloader.test.mapper)
     loss = model.losses.by_name["erd"]
     assert len(TITLES) == 3 and MetadataCatalog.get(names).thing_classes
@@ -81,6 +79,9 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     with Image.open(written[0]) as picture:
         width = picture.size[0]
     assert width > 4 * 480
+    # In the picture's pixels, whatever size the detectors were shown.
+    chosen = [one.locations for panel in panels for one in panel.values() if one.has("locations")]
+    assert 32 < torch.cat(chosen).max() < 64
     assert shown[0].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2 (new)"]
     # A class of a step to come is neither.
     loss.class_map = ClassMap.by_name(["class 2", "class 0"], ["class 0"])
@@ -91,23 +92,14 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     assert shown[-1].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2"]
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_the_command_line(plain, tmp_path):
+def test_the_command_line(tmp_path, capsys):
     increment(tmp_path)  # its data, and the old detector
-    draw_data(tmp_path / "data")
     (tmp_path / "recipe.py").write_text(RECIPE)
-    config = "baselines/gfl_small_shapes.py" if plain else tmp_path / "recipe.py"
-    name = "shapes_val" if plain else f"tiny_{tmp_path / 'data'}"
-    command = [sys.executable, "tools/visualize.py", "--what", "selection", "--config-file", config]
-    command += ["--dataset", name, "--output", tmp_path / "pictures", "--number", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if plain:
-        assert done.returncode == 2
-        assert done.stderr.strip().endswith("a plain recipe; expected one that distils by ERD")
-        return
-    assert done.returncode == 0, done.stderr
-    assert "selected locations: 2 pictures" in done.stdout
+    words = ["--what", "selection", "--output", tmp_path / "pictures", "--number", "2"]
+    named = ["--config-file", tmp_path / "recipe.py", "--dataset", f"tiny_{tmp_path / 'data'}"]
+    command("visualize")([*words, *named])
+    assert "selected locations: 2 pictures" in capsys.readouterr().out
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    plain = ["--config-file", "baselines/gfl_small_shapes.py", "--dataset", "shapes_val"]
+    said = refusal(command("visualize"), [*words, *plain], capsys)
+    assert said.strip().endswith("a plain recipe; expected one that distils by ERD")

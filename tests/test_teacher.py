@@ -40,18 +40,22 @@ def test_weights_are_loaded_whole(detector, weights):
 
 
 def test_the_hash_follows_the_file(detector, weights):
-    before = Teacher(copy.deepcopy(detector), str(weights)).weights_sha256
-    torch.save({"model": build(tiny_retinanet(), 7).state_dict(), "more": 1}, weights)
+    """Also where another one of equal size has taken its place."""
+    before, size = Teacher(copy.deepcopy(detector), str(weights)).weights_sha256, weights.stat()
+    torch.save({"model": build(tiny_retinanet(), 7).state_dict()}, weights)
+    assert weights.stat().st_size == size.st_size
     assert Teacher(copy.deepcopy(detector), str(weights)).weights_sha256 != before
 
 
-def test_statistics_and_anchors_of_old_files_are_forgiven(detector, tmp_path):
+def test_statistics_and_anchors_of_old_files_are_forgiven(detector, tmp_path, caplog):
     path = tmp_path / "old.pth"
     extra = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
     extra["anchor_generator.cell_anchors.0"] = torch.zeros(6, 4)
     torch.save({"model": {**detector.state_dict(), **extra}}, path)
     teacher = Teacher(build(tiny_retinanet()), str(path))
     assert torch.equal(teacher.detector.pixel_mean, detector.pixel_mean), "the file's came through"
+    for name in ("pixel_mean", "pixel_std"):
+        assert f"its {name} is" in caplog.text
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -134,6 +138,9 @@ def test_own_channel_order_and_statistics(family):
     for level, feature in teacher.ask(examples).features.items():
         torch.testing.assert_close(feature, plain.ask(turned).features[level])
     assert torch.equal(before, examples[0]["image"]), "the student's batch was changed"
+    for own, theirs in zip(lively(teacher.detector)(turned), teacher.detect(examples), strict=True):
+        assert len(own["instances"])
+        assert torch.equal(own["instances"].scores, theirs["instances"].scores)
     mean = torch.tensor([123.0, 116.0, 103.0]).view(3, 1, 1)
     torch.testing.assert_close(teacher.detector.pixel_mean, mean)
 

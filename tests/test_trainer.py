@@ -31,6 +31,7 @@ from d2kd.structures.class_map import ClassMap
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
+from .resume_runs import differences
 from .test_voc import write_voc
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
 
@@ -54,20 +55,7 @@ def saved(file):
 
 
 def assert_same(one, other):
-    """Equal down to the bit, whatever is nested in what."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other):
-            assert_same(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+    assert differences(one, other) == []
 
 
 def lines(file):
@@ -139,15 +127,17 @@ def test_resumed_is_uninterrupted(data, tmp_path):
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     name = "model_0000001.pth"
-    (resumed / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    state = saved(tmp_path / "whole" / name)
+    state["trainer"]["seconds"] += 1000.0  # spent before
+    torch.save(state, resumed / name)
     (resumed / "last_checkpoint").write_text(name)
     (resumed / "metrics.json").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
     trainer = run(config("resumed"), resume=True)
     assert trainer.start_iter == 2
 
     one, other = saved(tmp_path / "whole/model_final.pth"), saved(resumed / "model_final.pth")
-    for state in (one, other):
-        assert state["trainer"].pop("seconds") > 0
+    for state, before in ((one, 0), (other, 1000)):
+        assert before < state["trainer"].pop("seconds") < before + 1000
     assert_same(one, other)
     iterations = [line["iteration"] for line in lines(resumed / "metrics.json")]
     assert iterations == sorted(iterations) and iterations.count(2) == 1 and iterations[0] == 1
@@ -418,14 +408,21 @@ def test_a_teacher_is_measured_in_the_students_classes(
     assert record["AP"] == pytest.approx(100)
     log = (tmp_path / "out/log.txt").read_text()
     assert "The teacher's AP is 100.00" in log and "does not fit this data" not in log
+    for folder in ("out", "out/teacher"):  # each has its own detections
+        assert (tmp_path / folder / "inference/coco_instances_results.json").is_file()
 
-    # Another map is another measurement.
-    model.teacher.classes = [*classes[1:], classes[0]]
-    again = recipe(data, tmp_path / "again", model, max_iter=1)
-    again.dataloader = config.dataloader
+    # The same teacher, beside a student that counts in another order, is measured anew on the same data.
+    turned = tmp_path / "turned"
+    draw_data(turned)
+    content = json.loads((turned / "data.json").read_text())
+    for category, other_name in zip(content["categories"], NAMES[::-1]):
+        category["name"] = other_name
+    (turned / "data.json").write_text(json.dumps(content))
+    model.classes = NAMES[::-1]
+    again = recipe(turned, tmp_path / "again", model, max_iter=1)
+    again.dataloader.update(test=config.dataloader.test, evaluator=config.dataloader.evaluator)
     run(again)
-    other = json.loads((tmp_path / "again/run.json").read_text())["teacher"]
-    assert other["config_sha256"] != record["config_sha256"] and other["AP"] < 100
+    assert json.loads((tmp_path / "again/run.json").read_text())["teacher"]["AP"] < 100
 
 
 @pytest.mark.parametrize(
@@ -577,6 +574,20 @@ def test_weights_to_start_from_meet_the_student_alone(data, tmp_path, kind):
     student = trainer.model.student.state_dict()
     assert_same(student[stem], source[stem])
     assert_same(student[untouched], before)
+
+
+def test_what_a_student_inherits_is_the_teachers_whatever_it_starts_from(data, tmp_path):
+    source = build(tiny_faster_rcnn(), seed=9).state_dict()
+    torch.save({"model": source}, tmp_path / "student.pth")
+    model = distiller()
+    model.inherit = ["roi_heads.box_predictor."]
+    start = str(tmp_path / "student.pth")
+    trainer = Trainer(recipe(data, tmp_path / "out", model, init_checkpoint=start))
+    trainer.resume_or_load(False)
+    teacher = trainer.model.teacher.detector.state_dict()
+    for key, value in trainer.model.student.state_dict().items():
+        inherited = key.startswith("roi_heads.box_predictor.")
+        assert_same(value, (teacher if inherited else source)[key])
 
 
 def test_classes_named_otherwise_than_in_the_data(data, refuses):

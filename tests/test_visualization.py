@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
+from matplotlib.figure import Figure
 from PIL import Image
 
 from d2kd.data import coco_dataset
@@ -24,6 +25,7 @@ from d2kd.visualization.panels import (
 )
 
 GRAY = np.full((40, 60, 3), 127, np.uint8)
+ORANGE = (200, 100, 0)
 
 
 def truth(*objects):
@@ -137,7 +139,7 @@ def dataset(tmp_path):
     (tmp_path / "images").mkdir()
     images, annotations = [], []
     for i in range(3):
-        Image.fromarray(GRAY).save(tmp_path / "images" / f"{i}.png")
+        Image.new("RGB", (60, 40), ORANGE).save(tmp_path / "images" / f"{i}.png")
         images.append(dict(id=10 + i, file_name=f"{i}.png", width=60, height=40))
         box = dict(bbox=[5, 5, 20, 20], area=400, iscrowd=0)
         annotations.append(dict(id=i + 1, image_id=10 + i, category_id=7, **box))
@@ -153,9 +155,12 @@ def test_pictures_show_where_two_differ_whoever_is_better(tmp_path, dataset):
         (tmp_path / name).write_text(json.dumps([dict(row, image_id=i) for i in image_ids]))
         return tmp_path / name
 
-    said = {"baseline": results("b", 10, 11), "student": results("s", 10)}
+    said = {"teacher": results("t", 10, 12)}  # which is shown, and not compared
+    said |= {"baseline": results("b", 10, 11), "student": results("s", 10)}
     written = draw_differences(tmp_path / "p", dataset, said, number=2, threshold=0.5)
     assert [p.name for p in written] == ["01_1.png", "02_0.png"]
+    for panel in panels_of(np.asarray(Image.open(written[0])), 4):
+        assert tuple(panel[-1, -1]) == ORANGE
     # A second call leaves nothing of the first; a detector that found nothing has no file.
     said["student"] = tmp_path / "absent"
     written = draw_differences(tmp_path / "p", dataset, said, number=1, threshold=0.5)
@@ -174,11 +179,18 @@ def test_detections_of_any_function_of_batches(tmp_path, dataset):
         return [{"instances": predicted((1, 0.9, (5, 5, 25, 25)))} for _ in batch]
 
     detectors = {"teacher": (see, None), "student": (see, ["cat", "dog"])}
-    written = draw_detections(tmp_path / "p", dataset, detectors, lambda record: record, 9, 0.5)
-    assert [p.name for p in written] == ["01_0.png", "02_1.png", "03_2.png"]
+    for number, images in ((9, [0, 1, 2]), (2, [0, 2])):  # from the whole data set
+        folder = tmp_path / str(number)
+        written = draw_detections(folder, dataset, detectors, lambda record: record, number, 0.5)
+        names = [f"{n:02d}_{i}.png" for n, i in enumerate(images, 1)]
+        assert [p.name for p in written] == names
 
 
-def test_curves_of_what_was_written(tmp_path):
+def test_curves_of_what_was_written(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: figures.append(figure) or save(figure, *_, **__)
+    )
     lines = [
         '{"iteration": 4, "loss_cls": 1.0, "loss_box_reg": 0.5, "distill/loss_x": 9.0}',
         '{"iteration": 9, "loss_cls": 3.0}',
@@ -193,3 +205,6 @@ def test_curves_of_what_was_written(tmp_path):
     paths = {"a": [tmp_path / "metrics.json"] * 2, "b": [tmp_path / "absent.json"]}
     draw_curves(tmp_path / "curves.png", paths, "title")
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+    # The student's own losses and its AP, by how many iterations were done.
+    loss, ap = ([line.get_xydata().tolist() for line in axes.lines] for axes in figures[0].axes)
+    assert loss == [[[5, 1.5], [10, 0.5]]] * 2 + [[]] and ap == [[[10, 12.0]]] * 2 + [[]]

@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances, register_pascal_voc
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from d2kd.config import config_file, load
+from d2kd.config import load
 from d2kd.data import check_dataset, register_voc
 from d2kd.engine import Trainer, do_test
-from d2kd.study import parse
 from d2kd.utils.errors import InputError
 
 from . import tiny_run
@@ -363,25 +361,6 @@ def test_recipes_load_anywhere_and_say_what_they_miss(name, monkeypatch):
             check_dataset(config.dataloader[part].dataset.names)
     with pytest.raises(InputError, match="^D2KD_BCCD: not set"):
         Trainer(config)
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_studies_ask_for_their_data_first(name, tmp_path, monkeypatch):
-    monkeypatch.delenv("D2KD_BCCD", raising=False)
-    config = LazyConfig.load(str(config_file(name)))
-    with pytest.raises(InputError, match="^D2KD_BCCD: not set; expected the folder of bccd_test"):
-        parse(config)
-    monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
-    study = parse(config)
-    assert study.test == "bccd_test" and len(DatasetCatalog.get("bccd_test")) == 1
-    runs = study.plan(seeds=[0], only=["baseline", study.featured], fast=True)
-    taught = f"{study.featured}_seed0"
-    assert [run.name for run in runs] == ["baseline_seed0", "teacher", taught]
-    scales = {run.name: run.config.dataloader.train.mapper.get("scale", 1) for run in runs}
-    assert scales["baseline_seed0"] == scales[taught] and scales["teacher"] == 1
-    for run in runs:
-        names = [run.config.dataloader[part].dataset.names for part in ("train", "test")]
-        assert check_dataset(names) == ["bccd_train", "bccd_val"]
 
 
 @pytest.mark.skipif(not os.environ.get("D2KD_BCCD"), reason="D2KD_BCCD names no blood cells")

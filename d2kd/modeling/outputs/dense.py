@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ...utils.compat import box_tensors
-from ..meta_arch.gfl import integral
+from ..box_regression import integral
 from .base import DetectorOutputs, Maps, Unreadable, asked
 from .capture import Call
 
