@@ -29,7 +29,7 @@ demo-incremental: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "not sweep" tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -p tests.raise_sites -m "not sweep" tests
 
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m sweep tests
@@ -37,7 +37,6 @@ test-all: test
 	$(PY) -m tests.parity --method gfl tests/parity/gfl_erd.npz
 	$(PY) -m tests.parity --method erd tests/parity/gfl_erd.npz
 	$(PY) -m d2kd.testing
-	$(PY) -m tests.bad_input
 	$(PY) -m tests.two_processes
 	$(PY) -m tests.resume_runs
 	$(PY) -m tests.kill_runs --kills 20

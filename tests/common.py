@@ -1,7 +1,8 @@
 """Small detectors and batches that every test may use, see :mod:`d2kd.testing`; and the commands as functions."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     tiny_retinanet,
 )
 from d2kd.tools import main
+from d2kd.utils.errors import reporting
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,17 +48,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def refusal(command: Callable[..., object], words: list[str], capture) -> str:
-    """What a command says that refuses its input as all must: in one line, with exit code 2.
+def refusal(act: Callable[..., object], words: Sequence | None, capture) -> str:
+    """What is said by a command that refuses its words, or by other code that refuses its input.
+
+    As all must, in one line, ``error: <culprit>: <found>; expected <…>``, and with exit code 2.
 
     Args:
+        words: of a command, as :func:`command` gives it; None: `act` takes nothing.
         capture: pytest's ``capfd`` or ``capsys``.
     """
-    with pytest.raises(SystemExit) as exit:
-        command(words)
+    with pytest.raises(SystemExit) as exit, reporting():
+        act() if words is None else act(words)
     assert exit.value.code == 2
     error = capture.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.fullmatch(r"error: .+: .+; expected .+\n", error), error
     return error
 
 

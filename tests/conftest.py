@@ -1,12 +1,15 @@
 """Every test begins alike: with a seed, a cache of its own, and Detectron2's logging set up but not on the console."""
 
 import logging
+import re
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.utils.console import LOGGERS
+
+from .common import refusal
 
 _LOGGERS = [logging.getLogger(name) for name in LOGGERS]
 
@@ -35,3 +38,20 @@ def apart_from_other_tests(tmp_path, monkeypatch):
     for logger, (handlers, level, propagate) in zip(_LOGGERS, before):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch, capfd):
+    """``refuses(act, match)``: `act` ends as :func:`common.refusal` has it, and leaves all files in its folder alone."""
+    monkeypatch.chdir(tmp_path)
+
+    def contents():
+        return {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
+
+    def check(act, match):
+        before = contents()
+        line = refusal(act, None, capfd)
+        assert re.search(match, line), line
+        assert contents() == before
+
+    return check

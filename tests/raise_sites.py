@@ -1,78 +1,61 @@
-"""Where the code refuses bad input, read from its source; and which of these places a test has met."""
+"""Which ``InputError(…)`` of ``d2kd/`` no test has met: ``pytest -p tests.raise_sites`` ends with their lines.
 
-from __future__ import annotations
+It fails if there is one, so it is for the whole suite. Processes that a test starts are not looked into.
+"""
 
 import ast
-import contextlib
-import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+import pytest
+
+import d2kd
 from d2kd.utils.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+SOURCE = Path(d2kd.__file__).parent
+_init = InputError.__init__
+_met: set[tuple[str, int]] = set()
 
 
-class Site(NamedTuple):
-    """An ``InputError(…)`` in the source; its key survives everything but a change of its own words."""
-
-    file: str
-    first: int
-    last: int
-    key: str
+def _noting(self, *parts):
+    _init(self, *parts)
+    frame = sys._getframe(1)
+    if all(self.args):
+        _met.add((frame.f_code.co_filename, frame.f_lineno))
 
 
-@functools.cache
-def sites() -> tuple[Site, ...]:
-    """All of them, in ``d2kd/``."""
-    found: list[Site] = []
-    for path in sorted(ROOT.glob("d2kd/**/*.py")):
-        name = path.relative_to(ROOT).as_posix()
-        if name != "d2kd/utils/errors.py":
-            _collect(ast.parse(path.read_text()), name, (), found)
-    return tuple(found)
+def _sites() -> set[tuple[str, int]]:
+    """File and first line of each."""
+    return {
+        (str(path), node.lineno)
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "InputError"
+    }
 
 
-def _collect(node: ast.AST, file: str, inside: tuple[str, ...], found: list[Site]) -> None:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Call) and getattr(child.func, "id", None) == "InputError":
-            words = ", ".join(ast.unparse(argument) for argument in child.args)
-            key = plain_quotes(f"{file} {'.'.join(inside)}: {words}")
-            found.append(Site(file, child.lineno, child.end_lineno or child.lineno, key))
-        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
-        _collect(child, file, (*inside, child.name) if named else inside, found)
+def pytest_configure():
+    InputError.__init__ = _noting
 
 
-def plain_quotes(words: str) -> str:
-    """Source with one kind of quotes: which of them stand in an f-string depends on Python's version."""
-    return words.replace('"', "'")
+def pytest_unconfigure():
+    InputError.__init__ = _init
 
 
-def site_at(file: str, line: int) -> str | None:
-    """The key of the site that a frame stands in."""
-    for site in sites():
-        if file == str(ROOT / site.file) and site.first <= line <= site.last:
-            return site.key
-    return None
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of xdist's processes, which hands over
+        session.config.workeroutput["met"] = list(_met)
+    elif session.exitstatus == 0 and not _sites() <= _met:
+        session.exitstatus = 1
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[dict[str, str]]:
-    """While the block runs, the errors that are made: what each says, by the key of its site."""
-    met: dict[str, str] = {}
-    original = InputError.__init__
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _met.update(map(tuple, getattr(node, "workeroutput", {}).get("met", ())))
 
-    def noting(self, *arguments):
-        original(self, *arguments)
-        frame = sys._getframe(1)
-        key = site_at(frame.f_code.co_filename, frame.f_lineno)
-        if key is not None:
-            met[key] = str(self)
 
-    InputError.__init__ = noting
-    try:
-        yield met
-    finally:
-        InputError.__init__ = original
+def pytest_terminal_summary(terminalreporter):
+    sites = _sites()
+    terminalreporter.section(f"{len(sites)} places refuse input, {len(sites - _met)} not met")
+    for path, line in sorted(sites - _met):
+        terminalreporter.line(f"{path}:{line}")

@@ -592,3 +592,20 @@ def test_a_loss_that_is_not_finite(bench, monkeypatch):
     monkeypatch.setattr(loss, "weight", float("inf"))
     with pytest.raises(InputError, match="distill/loss_imitation.*finite"):
         one.seconds(DISTILLED, 0)
+
+
+def test_an_untrained_detector_that_explodes(monkeypatch, refuses):
+    def explode(*_):
+        raise FloatingPointError("boxes are not finite")
+
+    monkeypatch.setattr("d2kd.benchmark.bench.measure_statistics", explode)
+    setup = Setup("it", "projects/TAR/configs/tar_shapes.py", image_sizes=((64, 64),), device="cpu")
+    refuses(lambda: Bench(setup), "boxes are not finite; expected untrained detectors")
+
+
+def test_recipes_that_choose_algorithms_otherwise(refuses):
+    setups = [
+        Setup(value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",))
+        for value in ("true", "false")
+    ]
+    refuses(lambda: costs.benchmark(setups), "train.cudnn_benchmark: true and false; expected one")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from . import bad_input, coco_size, fuzz, kill_runs, resume_runs, two_processes
+from . import coco_size, fuzz, kill_runs, resume_runs, two_processes
 
 
 @pytest.fixture
@@ -27,18 +27,6 @@ def exit_code(monkeypatch):
         return exit.value.code
 
     return run
-
-
-def test_bad_input_that_is_not_refused(exit_code, monkeypatch, capsys):
-    name, refused = next(iter(bad_input.CASES.items()))
-    monkeypatch.setattr(bad_input, "CASES", {name: refused})
-    assert exit_code(bad_input) == 0
-    assert "1 of 1 cases are refused" in capsys.readouterr().out
-    monkeypatch.setattr(bad_input, "CASES", {name: bad_input.call(print)})
-    assert exit_code(bad_input) == 1
-    said = capsys.readouterr().out
-    assert f"{name}\n" in said and "fault: exit code None" in said
-    assert "0 of 1 cases are refused" in said
 
 
 def test_a_resumed_run_that_differs(exit_code, monkeypatch, capsys):

@@ -107,7 +107,7 @@ def test_it_is_read_back_as_it_was_written(compared):
     assert Comparison.load(page.with_name("report.json")) == found
     assert json.loads(page.with_name("report.json").read_text())["schema"] == 1
     (folder / "other.json").write_text("{}")
-    with pytest.raises(InputError, match="other.json"):
+    with pytest.raises(InputError, match="other.json: cannot be read .*; expected a report.json"):
         Comparison.load(folder / "other.json")
 
 
@@ -236,16 +236,20 @@ def test_detectors_that_share_no_class_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="'other'.*none of the classes"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     one.classes, other.classes = ("class 1", "x", "y"), ("class 2", "x", "y")
-    with pytest.raises(InputError, match="one, other"):
+    with pytest.raises(InputError, match="one, other: no class of tiny_.* that all have"):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
 def test_names_that_cannot_be_told_apart_are_refused(data, tmp_path):
     one, other, _ = three(tmp_path, data)
     other.name = one.name
-    with pytest.raises(InputError, match="--detector"):
+    line = "--detector: 'teacher' and 'teacher'; expected other names"
+    with pytest.raises(InputError, match=line):
         compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     assert not (tmp_path / "kept").exists()
+
+
+OUTSIDE = ([70, 2, 3, 4], [1, 70, 3, 4], [-5, 2, 3, 4])
 
 
 def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
@@ -257,13 +261,22 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
     assert found["one"].accuracy.fixed["wrong"] == 1
     assert found.notes == [f"{results}: detections on only 1 of 6 images"]
-    faults = ({"image_id": 99}, {"category_id": 9}, {"bbox": [1] * 8}, {"bbox": [1, 2]})
-    faults += ({"bbox": [1, 2, 3, float("nan")]}, {"score": float("inf")})
-    faults += ({"bbox": [70, 2, 3, 4]}, {"bbox": [1, 70, 3, 4]}, {"bbox": [-5, 2, 3, 4]})
-    for content in (*([row, row | fault] for fault in faults), [{}], {"a": 1}):
-        results.write_text(json.dumps(content))
-        with pytest.raises(InputError, match="results.json"):
-            compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    for line, *faults in (
+        ("1 detections of images, 0 of classes it lacks; expected .* on tiny_", {"image_id": 99}),
+        ("0 detections of images, 1 of classes it lacks", {"category_id": 9}),
+        (r"cannot be read \(ValueError\)", {"bbox": [1] * 8}, {"bbox": [1, 2]}),
+        ("not finite", {"bbox": [1, 2, 3, float("nan")]}, {"score": float("inf")}),
+        ("1 of 2 boxes outside their image", *({"bbox": b} for b in OUTSIDE)),
+        (r"cannot be read \(KeyError\); expected a COCO results file", None),
+    ):
+        for fault in faults:
+            results.write_text(json.dumps([row, row | fault] if fault else [{}]))
+            with pytest.raises(InputError, match=f"results.json: .*{line}"):
+                compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    results.write_text(json.dumps([row]))
+    detector.expected_AP = 50.0
+    with pytest.raises(InputError, match="AP 0.000; expected 50.000, the AP in the study"):
+        compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
 
 
 def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):
@@ -453,3 +466,38 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
     ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
     assert "baseline has another mapper" in why_not(ready)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"name": "."}, "--detector: '.'; expected a name"),
+        ({"classes": ["one"]}, "detector 'it': 3 classes, 1 names; expected a recipe or"),
+        ({"mapper": None}, "config.yaml: no mapper of test images; expected at least one recipe"),
+    ],
+    ids=["a name of dots", "too few names", "no way to read images"],
+)
+def test_a_detector_that_cannot_be_compared(data, tmp_path, refuses, change, line):
+    one = from_config("it", *saved(tmp_path / "it", data, tiny_faster_rcnn(), 0))
+    detector = replace(one, **change)
+    found = load_data(named(data))
+    refuses(lambda: compare([detector], found, Path("kept"), QUICK), line)
+
+
+def test_nothing_to_compare_is_refused(refuses):
+    line = "--detector: none; expected NAME=CONFIG,WEIGHTS"
+    refuses(lambda: compare([], None, Path("kept"), QUICK), line)
+
+
+def test_a_run_that_does_not_say_its_data_or_its_images(data, tmp_path, refuses):
+    config = recipe(data, tmp_path, distiller(teacher_weights(tmp_path)))
+    torch.save({"model": {}}, tmp_path / "model_final.pth")
+    config.model.teacher.scale = 2
+    save_config(config, tmp_path / "config.yaml")
+    line = "config.yaml: a teacher of images 2 times larger, and dataloader.test.mapper is no TwoSc"
+    refuses(lambda: detectors_of_run(tmp_path), line)
+    config.model.teacher.scale = 1
+    del config.dataloader.test.dataset["names"]
+    save_config(config, tmp_path / "config.yaml")
+    line = "config.yaml: no dataloader.test.dataset.names; expected --dataset NAME"
+    refuses(lambda: detectors_of_run(tmp_path), line)

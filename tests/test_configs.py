@@ -16,6 +16,7 @@ from d2kd.config import (
     detector,
     distill,
     get_config,
+    increment,
     is_distiller,
     load,
     method,
@@ -264,6 +265,11 @@ def _write(text):
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.maxiter=3"], "no 'maxiter'"),
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["modle.a=3"], "no 'modle'"),
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.max_iter"], "no value"),
+        (
+            lambda t: "projects/TAR/configs/tar_shapes.py",
+            ["train.max_iter.a=1"],
+            "train.max_iter has no keys",
+        ),
         (lambda t: "projects/TAR/configs/tar_shapes.py", ["train.max_iter=[3"], "expected"),
     ],
 )
@@ -284,7 +290,7 @@ def test_bad_configs(tmp_path, path, overrides, line):
 def test_bad_detectors(tmp_path, text, suffix, line):
     path = tmp_path / f"bad{suffix}"
     path.write_text(text)
-    with pytest.raises(InputError, match=line):
+    with pytest.raises(InputError, match=f"bad{suffix}: {line}"):
         detector(str(path))
 
 
@@ -299,3 +305,10 @@ def test_overrides_reach_arguments_that_have_defaults():
 def test_unknown_methods():
     with pytest.raises(InputError, match="--distill: magic; expected tar or imitation or icd"):
         method("magic")
+
+
+def test_an_increment_of_two_data_sets(refuses):
+    base = load("baselines/gfl_small_shapes.py")
+    base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
+    line = "dataloader.test.dataset.names: 2 data sets; expected one alone"
+    refuses(lambda: increment(base, split="4+4", step=1), line)

@@ -18,6 +18,7 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    detection_utils,
     get_detection_dataset_dicts,
 )
 from detectron2.utils import comm
@@ -132,19 +133,19 @@ def test_written_once_and_whole(small, tmp_path, monkeypatch):
 
 
 def test_what_else_a_folder_may_hold(small, tmp_path):
-    with pytest.raises(InputError, match="'seed': 3.*expected.*'seed': 4"):
+    with pytest.raises(InputError, match="small: shapes of .*'seed': 3.*expected.*'seed': 4"):
         shapes.write(small, **{**SMALL, "seed": 4})
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="no readable train.json"):
+    with pytest.raises(InputError, match=f"{tmp_path}: no readable train.json"):
         shapes.write(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     broken = shutil.copytree(small, tmp_path / "broken")
     (broken / "val" / "000001.png").unlink()
-    with pytest.raises(InputError, match="1 images; expected 2"):
+    with pytest.raises(InputError, match="broken/val: 1 images; expected 2"):
         shapes.write(broken, **SMALL)
-    for wrong in ({"train": 0}, {"seed": -1}, {"val": 2.5}):
-        with pytest.raises(InputError, match=f"{next(iter(wrong))} of shapes"):
-            shapes.write(tmp_path / "wrong", **{**SMALL, **wrong})
+    for key, value in (("train", 0), ("seed", -1), ("val", 2.5)):
+        with pytest.raises(InputError, match=f"{key} of shapes: {value}; expected a whole number"):
+            shapes.write(tmp_path / "wrong", **{**SMALL, key: value})
 
 
 def test_two_processes_at_once(tmp_path):
@@ -275,9 +276,9 @@ def test_a_mapper_may_pass_an_image_over():
     loader = build_train_loader(records(), mapper=Even(), total_batch_size=7)
     assert {one["index"] for one in next(iter(loader))} == {0, 2, 4, 6}
     loader = build_train_loader(records(), mapper=lambda record: None, total_batch_size=7)
-    with pytest.raises(InputError, match="no image that the mapper accepts"):
+    with pytest.raises(InputError, match="the data set: no image that the mapper accepts"):
         next(iter(loader))
-    with pytest.raises(InputError, match="no image"):
+    with pytest.raises(InputError, match="the training set: no image; expected at least one"):
         build_train_loader([], mapper=Probe(), total_batch_size=1)
 
 
@@ -401,9 +402,11 @@ def test_classes_must_be_the_files(own):
     json_file, images = map(str, own)
     classes = list(shapes.CLASSES)
     assert coco_dataset("own", json_file, images, classes=classes) == "own"
-    with pytest.raises(InputError, match="no class bird; classes not in the list: solid_triangle"):
+    with pytest.raises(
+        InputError, match="own.json: no class bird; classes not in the list: solid_"
+    ):
         coco_dataset("birds", json_file, images, classes=["bird", *classes[1:]])
-    with pytest.raises(InputError, match="expected the order of the category ids"):
+    with pytest.raises(InputError, match="classes of .*own.json: .*; expected the order"):
         coco_dataset("turned", json_file, images, classes=classes[::-1])
 
 
@@ -428,12 +431,15 @@ def with_value(section, key, value):
         (with_value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
         (
             with_value("annotations", "category_id", 9),
-            "annotation 1: category 9; expected one of 1",
+            "own.json: annotation 1: category 9; expected one of 1",
         ),
-        (with_value("annotations", "image_id", 99), "annotation 1: image 99"),
-        (with_value("annotations", "bbox", [1, 2, 3]), r"annotation 1: bbox \[1, 2, 3\]"),
-        (with_value("annotations", "bbox", [1, 2, 3, float("nan")]), "annotation 1: bbox"),
-        (with_value("annotations", "bbox", [1, 2, -3, 4]), "annotation 1: bbox"),
+        (with_value("annotations", "image_id", 99), "own.json: annotation 1: image 99"),
+        (with_value("annotations", "bbox", [1, 2, 3]), r"own.json: annotation 1: bbox \[1, 2, 3\]"),
+        (
+            with_value("annotations", "bbox", [1, 2, 3, float("nan")]),
+            "own.json: annotation 1: bbox",
+        ),
+        (with_value("annotations", "bbox", [1, 2, -3, 4]), "own.json: annotation 1: bbox"),
         (with_value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
         (with_value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
     ],
@@ -472,3 +478,44 @@ def test_names_nobody_registered():
         check_dataset("shapes_trian")
     with pytest.raises(InputError, match="expected a name registered with Detectron2"):
         check_dataset(["qqq"])
+
+
+def _read_at_another_size(record):
+    raise detection_utils.SizeMismatchError()
+
+
+GONE = {"file_name": "gone.png", "width": 65, "height": 64}
+
+
+@pytest.mark.parametrize(
+    "act, line",
+    [
+        (
+            lambda: build_test_loader([], mapper=Probe()),
+            "the test set: no image; expected at least",
+        ),
+        (
+            lambda: build_test_loader([{}], mapper=Probe(), batch_size=0),
+            "batch_size: 0; expected at least 1",
+        ),
+        (
+            lambda: list(build_test_loader([GONE], mapper=_read_at_another_size)),
+            "gone.png: another size; expected 65 x 64 as in the annotations",
+        ),
+        (
+            lambda: shapes.write("file/shapes", **SMALL),
+            "file/shapes: .*; expected a folder that can be written",
+        ),
+    ],
+    ids=["no image", "no batch", "a file that is gone meanwhile", "a folder in a file"],
+)
+def test_what_is_refused_too(refuses, tmp_path, act, line):
+    (tmp_path / "file").touch()
+    refuses(act, line)
+
+
+def test_an_id_that_means_nothing_found_is_refused(refuses, own):
+    change(own[0], with_value("annotations", "id", 0))
+    refuses(
+        lambda: coco_dataset("own", *map(str, own)), "own.json: annotation 0: id 0; expected ids"
+    )

@@ -14,6 +14,7 @@ from torch import nn
 from d2kd.config import add_d2kd_config
 from d2kd.losses import DistillLoss, DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.inherit import inherit_weights
 from d2kd.testing import distillation, distiller, step
 from d2kd.utils.errors import InputError
 
@@ -417,3 +418,17 @@ def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
     refused = pytest.raises(InputError, match="image_format=BGR, beside INPUT.FORMAT RGB")
     with refused if flipped else contextlib.nullcontext():
         build_model(cfg)
+
+
+def test_a_run_without_iterations_is_refused(refuses):
+    model = dict(student=None, teacher=None, losses=None, max_iter=0)
+    refuses(lambda: Distiller(**model), "max_iter: 0; expected a positive number of iterations")
+
+
+def test_inheriting_across_channel_orders_needs_a_stem_to_turn(refuses):
+    detector = nn.Module()
+    detector.backbone = nn.Conv2d(1, 1, 1)
+    refuses(
+        lambda: inherit_weights(detector, detector, [""], flip_channels=True),
+        "inherit: the teacher sees another channel order, and no convolution has three channels; ",
+    )

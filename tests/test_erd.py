@@ -536,3 +536,18 @@ def test_another_ones_checkpoint_is_refused(node, names, line, tmp_path):
         return
     with pytest.raises(InputError, match=line):
         Teacher(build(node), str(file), classes=names)
+
+
+def test_names_without_an_old_class_are_refused(refuses):
+    teacher = Teacher(build(tiny_gfl(classes=1)), None, classes=["x"])
+    losses = DistillLosses(erd=ERDLoss())
+    refuses(
+        lambda: Distiller(
+            student=build(tiny_gfl()),
+            teacher=teacher,
+            losses=losses,
+            max_iter=1,
+            classes=["a", "b", "c"],
+        ),
+        "losses.erd.classes: none is the student's and the teacher's; expected the old ones in both",
+    )

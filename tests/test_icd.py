@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.data.datasets import register_coco_instances
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -609,13 +611,23 @@ def test_priors_that_cannot_be(tmp_path):
         distiller(icd(priors=InstancePriors.unknown(2)), tiny_retinanet)
     with pytest.raises(InputError, match="no such file"):
         ICDLoss(priors=str(tmp_path / "nowhere.json"))
-    for frequency in ([0.0, 0.0], [float("nan"), 1.0], [-1.0, 2.0], [1.0]):
-        with pytest.raises(InputError, match="priors"):
+    for frequency, line in (
+        ([0.0, 0.0], "priors.frequency: 0 for every class; expected at least one that occurs"),
+        ([float("nan"), 1.0], "priors.frequency: not finite or negative; expected numbers from 0"),
+        ([-1.0, 2.0], "priors.frequency: not finite or negative"),
+        ([1.0], r"priors.mean: shape \(2, 2\); expected a row for each class, width and height"),
+    ):
+        with pytest.raises(InputError, match=line):
             InstancePriors(frequency, [[0.1, 0.1]] * 2, [[0.0, 0.0]] * 2)
     row = PRIORS.rows()[0]
-    for content in ("[]", "{", json.dumps({"rows": [row, row]}), json.dumps({"rows": []})):
+    for content, line in (
+        ("[]", "TypeError: .*; expected JSON with .rows. of class, frequency, mean and std"),
+        ("{", "JSONDecodeError: .*line 1 column 2"),
+        (json.dumps({"rows": [row, row]}), "classes are not 0, 1, 2 … once each"),
+        (json.dumps({"rows": []}), r"priors.mean: shape \(0,\); expected a row for each class"),
+    ):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(InputError, match="bad.json"):
+        with pytest.raises(InputError, match=f"bad.json: .*{line}"):
             InstancePriors.load(str(tmp_path / "bad.json"))
 
 
@@ -880,3 +892,10 @@ def test_boxes_without_area_and_slots_that_are_all_fake_are_finite():
     none = torch.zeros(1, 3, dtype=torch.bool)
     assert float(localization_loss(logits, edges, none).detach()) == 0
     assert float(identification_loss(torch.zeros(1, 3), none, none)) == 0
+
+
+def test_levels_of_two_widths_are_refused(refuses):
+    levels = {"p3": ShapeSpec(channels=8), "p4": ShapeSpec(channels=9)}
+    backbone = SimpleNamespace(output_shape=lambda: levels)
+    line = "levels: the student's p3 has 8 channels, p4 has 9 channels; expected one width"
+    refuses(lambda: icd_module._width("student", backbone, levels), line)

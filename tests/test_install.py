@@ -1,6 +1,7 @@
 """Set-up: the Detectron2 installer on small stand-in archives, the packaged recipes, the first message."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from d2kd import __version__
+from d2kd import __version__, tools
 from d2kd.tools import COMMANDS, install_detectron2
 from d2kd.utils.errors import InputError
 
@@ -311,3 +312,24 @@ def test_recipes_load_from_the_wheel(installed, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code), installed]
     result = run(command, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("train --config-file x", "detectron2: not installed; expected `d2kd install-detectron2`"),
+        ("install-detectron2", "torch: not installed; expected pip install torch"),
+    ],
+)
+def test_what_has_to_be_there_first(refuses, monkeypatch, words, line):
+    for module in (importlib.util, tools):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    refuses(lambda: tools.main(words.split()), line)
+
+
+def test_an_archive_of_something_else_is_refused(refuses, tmp_path):
+    tarfile.open(tmp_path / "other.tar.gz", "w:gz").close()
+    refuses(
+        lambda: install_detectron2.build(tmp_path / "other.tar.gz", tmp_path),
+        "other.tar.gz: holds no folder detectron2; expected the source archive pb1-detectron2",
+    )

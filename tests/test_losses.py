@@ -25,7 +25,7 @@ from d2kd.losses import (
     LwFLoss,
     TARLoss,
 )
-from d2kd.losses.base import value_of
+from d2kd.losses.base import check_anchors, value_of
 from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
@@ -686,3 +686,28 @@ def test_examples_in_docstrings(name):
     losses = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, DistillLoss)]
     assert all("Example:" in loss.__doc__ for loss in losses if loss is not DistillLoss)
     assert doctest.testmod(module).failed == 0
+
+
+class Split(DistillLoss):
+    """Has one term."""
+
+    def __init__(self, term):
+        super().__init__()
+        self.term = term
+
+    def forward(self, student, teacher):
+        return {self.term: torch.ones(())}
+
+
+def test_two_losses_of_one_name_are_refused(refuses):
+    losses = DistillLosses(one=Split("of_it"), one_of=Split("it"))
+    with EventStorage():
+        refuses(
+            lambda: losses({}, {}), "losses.one_of: a second distill/loss_one_of_it; expected a"
+        )
+
+
+def test_anchors_beside_none_are_refused(refuses):
+    detectors = build(DETECTORS["retinanet"]()), build(DETECTORS["faster_rcnn"]())
+    line = "anchors: student RetinaNet, teacher GeneralizedRCNN; expected the same anchors"
+    refuses(lambda: check_anchors(*detectors), line)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+
+from d2kd.engine.step import precision
 
 from . import fuzz
 from .fuzz import CHECKS, DTYPES, FUNCTIONS, check_function
@@ -43,3 +46,10 @@ def test_the_check_can_fail(monkeypatch):
     assert torch.float16 in DTYPES
     with pytest.raises(AssertionError, match="bad.* is not finite"):
         fuzz.fuzz("bad", 100)
+
+
+def test_a_precision_that_is_none(refuses):
+    amp = OmegaConf.create({"enabled": True, "dtype": "int8"})
+    refuses(
+        lambda: precision(amp, torch.device("cpu")), "train.amp.dtype: int8; expected float16 or"
+    )

@@ -14,7 +14,7 @@ from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from d2kd.engine import launch as launch_module
-from d2kd.engine.launch import explaining_lost_process, joined, launch
+from d2kd.engine.launch import explaining_lost_process, joined, launch, pick_device
 from d2kd.losses import ImitationLoss
 from d2kd.utils.comm import anywhere, over_processes
 from d2kd.utils.errors import InputError
@@ -126,3 +126,28 @@ def test_counts_of_one_process_are_its_own():
     for across in (True, False):
         found = ImitationLoss(across_processes=across).normalizer(*counts)
         assert found.tolist() == [1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "name, there, line",
+    [
+        ("cuda", 0, "train.device: cuda, and no CUDA here; expected auto or cpu"),
+        ("cuda:7", 1, "train.device: cuda:7, of 1 CUDA devices; expected auto, or one that"),
+    ],
+)
+def test_a_device_that_is_not_there(refuses, monkeypatch, name, there, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    refuses(lambda: pick_device(name), line)
+
+
+def test_a_process_that_is_gone_is_said_in_one_line(refuses):
+    def lost():
+        with explaining_lost_process():
+            raise RuntimeError(
+                "[gloo/transport/tcp/pair.cc:1] Connection closed by peer. See\nbelow"
+            )
+
+    refuses(
+        lost, r"process 0 of 1: another process is gone \(Connection closed by peer\); expected"
+    )

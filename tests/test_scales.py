@@ -95,7 +95,7 @@ def test_samples_that_are_none_stay_none():
 
 @pytest.mark.parametrize("scale", [1, 0, -2, 2.5])
 def test_scales_that_are_none(scale):
-    with pytest.raises(InputError, match="scale"):
+    with pytest.raises(InputError, match=f"scale: {scale}; expected an integer of at least 2"):
         TwoScales(lambda x: x, scale)
 
 
@@ -103,7 +103,7 @@ def test_bitmaps_are_refused():
     instances = Instances((8, 8))
     instances.gt_masks = BitMasks(torch.ones(1, 8, 8))
     image = torch.zeros(3, 8, 8)
-    with pytest.raises(InputError, match="masks as bitmaps"):
+    with pytest.raises(InputError, match="mapper: masks as bitmaps"):
         two_scales([{"image": image, "instances": instances}])
 
 
@@ -188,7 +188,7 @@ def test_what_cannot_be():
             losses=DistillLosses(tar=TARLoss()),
             max_iter=4,
         )
-    with pytest.raises(InputError, match="without 'teacher_image'"):
+    with pytest.raises(InputError, match="teacher.scale: 2, but a batch without 'teacher_image'"):
         Teacher(teacher, None, scale=2).ask(batch())
     with pytest.raises(InputError, match=r"teacher.scale: 3, .* \(64, 64\) beside .* \(32, 32\)"):
         Teacher(teacher, None, scale=3).ask(two_scales(batch()))

@@ -32,7 +32,7 @@ from d2kd.utils.console import Progress
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import Peak
 
-from .common import ROOT, interrupted_in
+from .common import ROOT, command, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
 from .tiny_run import draw_data
 from .tiny_run import recipe as tiny_recipe
@@ -136,7 +136,7 @@ def test_recipes_are_their_own_roots_and_take_overrides():
     study = study_of(fast=["train.max_iter=7"])
     plain, fast = study.plan(only=["baseline"]), study.plan(only=["baseline"], fast=True)
     assert plain[0].config.model.max_iter == 100 and fast[0].config.model.max_iter == 7
-    with pytest.raises(InputError, match="overrides such as"):
+    with pytest.raises(InputError, match=r"train.max_iter=\[7: .*; expected overrides such as"):
         study_of(fast=["train.max_iter=[7"]).plan(fast=True)
     with pytest.raises(InputError, match="no 'max_itr' in train"):
         study_of(fast=["train.max_itr=7"]).plan(fast=True)
@@ -151,10 +151,13 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(teacher="x"))), "runs.tar.teacher: unknown 'x'"),
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
-        (dict(runs=dict(teacher=dict(starts_from="tar"))), "tar is made per seed"),
+        (
+            dict(runs=dict(teacher=dict(starts_from="tar"))),
+            "runs.teacher.starts_from: tar is made per seed",
+        ),
         (
             dict(runs=dict(equal_time=dict(steps_like="term"))),
-            "term has no teacher; expected a dis",
+            "runs.equal_time.steps_like: term has no teacher; expected a dis",
         ),
     ],
 )
@@ -169,18 +172,21 @@ def test_mistakes_are_named(change, message):
 def test_circles_and_unknown_methods_are_named():
     study = study_of()
     study.runs["baseline"].starts_from = "longer"
-    with pytest.raises(InputError, match="longer needs baseline needs longer"):
+    with pytest.raises(InputError, match="runs: longer needs baseline needs longer"):
         study.plan(only=["longer"])
-    with pytest.raises(InputError, match="unknown 'tra'"):
+    with pytest.raises(InputError, match="runs: unknown 'tra'; expected one of tar"):
         study.plan(only=["tra"])
 
 
 def test_files_that_are_no_study(tmp_path):
-    with pytest.raises(InputError, match="no such config"):
+    with pytest.raises(InputError, match="absent.py: no such config"):
         load(tmp_path / "absent.py")
-    for text, message in (("x = 1", "no dict named 'study'"), ("1 / 0", "ZeroDivisionError")):
+    for text, message in (
+        ("x = 1", "no dict named 'study'"),
+        ("1 / 0", r"does not load \(ZeroDivisionError: .*\); expected a study"),
+    ):
         (tmp_path / "s.py").write_text(text)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"s.py: {message}"):
             load(tmp_path / "s.py")
 
 
@@ -662,3 +668,13 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     assert not failed and [row["seconds"] for row in again] == [row["seconds"] for row in rows]
     assert [row["AP"] for row in again] == [row["AP"] for row in rows]
     assert again[-1]["peak_memory_mib"] == 3
+
+
+def test_a_study_without_data_to_test_on_is_refused(refuses):
+    content = {"study": {}, "runs": {}}
+    refuses(lambda: parse(content), "study: no 'test'; expected test=<data set>, baseline=<method>")
+
+
+def test_no_runs_at_a_time_are_refused(refuses):
+    line = "--jobs: 0; expected 1 or more"
+    refuses(lambda: command("study")(["none.py", "--jobs", 0]), line)

@@ -11,6 +11,7 @@ from torch import nn
 
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.modeling import Teacher
+from d2kd.modeling import weights as weights_module
 from d2kd.modeling.speed import compile_parts, fuse_norms
 from d2kd.utils.errors import InputError
 
@@ -257,3 +258,18 @@ def test_weights_are_kept_in_the_precision_of_the_answers(family):
             other = then["instances"].get(name)
             value, other = (getattr(v, "tensor", v) for v in (value, other))
             assert value.equal(other), name
+
+
+def test_aliases_of_no_names_are_refused(refuses):
+    detector = build(tiny_retinanet())
+    line = "teacher.aliases: no teacher.classes; expected classes that they rename"
+    refuses(lambda: Teacher(detector, None, aliases={"a": "b"}), line)
+
+
+def test_weights_that_cannot_be_fetched(refuses, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(weights_module.PathManager, "get_local_path", fail)
+    line = r"http://nowhere/w.pth: cannot be fetched \(no route\); expected a reachable checkpoint"
+    refuses(lambda: weights_module.local_path("http://nowhere/w.pth"), line)

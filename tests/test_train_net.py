@@ -146,6 +146,10 @@ REFUSED = {
         "losses.imitation",
     ),
     "too many GPUs": ("{plain} --num-gpus 99", "--num-gpus: 99"),
+    "nowhere to meet": (
+        "{plain} --num-machines 2",
+        "--dist-url: not given; expected where the machines meet",
+    ),
 }
 
 

@@ -547,7 +547,9 @@ def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):
     run(without_evaluation(recipe(data, tmp_path, max_iter=1)))
     other = without_evaluation(recipe(data, tmp_path, tiny_retinanet(), max_iter=2))
-    with pytest.raises(InputError, match="expected a checkpoint of this recipe"):
+    with pytest.raises(
+        InputError, match="final.pth: .* is missing or of another shape; expected a"
+    ):
         Trainer(other).resume_or_load(True)
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(InputError, match="gone.pth: no such file"):
@@ -586,3 +588,11 @@ def test_what_a_student_inherits_is_the_teachers_whatever_it_starts_from(data, t
     for key, value in trainer.model.student.state_dict().items():
         inherited = key.startswith("roi_heads.box_predictor.")
         assert_same(value, (teacher if inherited else source)[key])
+
+
+def test_classes_named_otherwise_than_in_the_data(data, refuses):
+    config = without_evaluation(recipe(data, "out", distiller()))
+    names = [f"class {k}" for k in (1, 0, *range(2, CLASSES))]
+    config.model.classes = config.model.teacher.classes = names
+    line = "model.classes: class 0 is 'class 1'; expected 'class 0', as in the data"
+    refuses(lambda: Trainer(config), line)

@@ -14,7 +14,7 @@ from PIL import Image
 from d2kd.config import load
 from d2kd.tools.visualize import detectors_of
 
-from .common import build, command, tiny_faster_rcnn
+from .common import build, command, refusal, tiny_faster_rcnn
 from .test_visualization import panels_of
 from .tiny_run import draw_data, teacher_weights
 
@@ -118,7 +118,7 @@ model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimize
 """
 
 
-def test_attention_of_a_run(folder):
+def test_attention_of_a_run(folder, capfd):
     """What training leaves is enough; what leaves no decoder is refused in one line."""
     (folder / "icd.py").write_text(ICD_RECIPE)
     trained = run_tool(
@@ -126,23 +126,45 @@ def test_attention_of_a_run(folder):
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
 
-    def attention(config, *words):
-        out = ["--dataset", "mine_val", "--output", folder / "attention", "--number", "2"]
-        return run_tool(
-            "visualize.py", "--what", "attention", "--config-file", config, *out, *words
-        )
-
-    done = attention(folder / "out/config.yaml")
+    given = ["--what", "attention", "--dataset", "mine_val", "--number", "2"]
+    given += ["--output", folder / "attention", "--config-file"]
+    done = run_tool("visualize.py", *given, folder / "out/config.yaml")
     assert done.returncode == 0, done.stderr
     assert re.search(r"attention, \d+% of it in boxes that cover \d+%: 2 pictures", done.stdout)
     assert len(list((folder / "attention").glob("*.png"))) == 2
-    for config, words, complaint in (
-        ("out/config.yaml", ["--weights", f"student={folder}/student.pth"], "no losses.icd"),
-        ("icd.py", [], "--weights: no teacher, and none in the recipe"),
-        ("out/config.yaml", ["train.output_dir=nowhere"], "no student, and no nowhere"),
-        ("recipe.py", ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"], "model.losses: no ICDLoss"),
-    ):  # fmt: skip
-        done = attention(folder / config, *words)
-        assert done.returncode == 2
-        last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: ") and complaint in last
+    recipe = f"recipe.py --weights student={folder}/student.pth teacher={folder}/teacher.pth"
+    for words, complaint in (
+        (f"out/config.yaml --weights student={folder}/student.pth", "no losses.icd"),
+        (recipe, "model.losses: no ICDLoss"),
+    ):
+        config, *more = words.split()
+        assert complaint in refusal(command("visualize"), [*given, folder / config, *more], capfd)
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("recipe.py --weights me=x", "--weights: me=x; expected student=FILE or teacher=FILE"),
+        ("recipe.py --number 0", "--number: 0; expected at least 1"),
+        ("recipe.py dataloader.test.mapper=null", "recipe.py: no dataloader.test.mapper; expected"),
+        ("recipe.py train.output_dir=gone", "--weights: no student, and no gone/model_final.pth; "),
+        (
+            "plain.py --what attention",
+            "--what attention: a plain recipe; expected one that distils",
+        ),
+        ("recipe.py --what selection", "--weights: no teacher, and none in the recipe; expected"),
+        (
+            "recipe.py --what selection --weights teacher={folder}/teacher.pth",
+            "--what selection: a recipe without it; expected one that distils by ERD",
+        ),
+        (
+            "plain.py --weights student=x teacher=y",
+            "--weights: teacher=, and the recipe has none; expected a distillation recipe",
+        ),
+    ],
+)
+def test_refused_in_one_line(folder, refuses, words, line):
+    (folder / "plain.py").write_text(RECIPE.replace("distiller())", "None)"))
+    config, *more = words.format(folder=folder).split()
+    given = ["--config-file", folder / config, "--dataset", "mine_val", "--output", "pictures"]
+    refuses(lambda: command("visualize")([*given, *more]), line)
