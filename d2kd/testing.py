@@ -149,7 +149,7 @@ def box_masks(boxes: Boxes) -> PolygonMasks:
     return PolygonMasks([[polygon] for polygon in corners])
 
 
-def odd_batches(classes: int = CLASSES) -> dict[str, list[dict]]:
+def edge_case_batches(classes: int = CLASSES) -> dict[str, list[dict]]:
     """Return batches at the limits of valid input, by description."""
     pixel = batch(objects=(1, 1), classes=classes)
     for example in pixel:
@@ -234,7 +234,7 @@ def step(model: nn.Module, examples: list[dict], seed: int = 0) -> dict[str, Ten
         return model(examples)
 
 
-def distillation(losses: dict[str, Tensor]) -> Tensor:
+def sum_distill_losses(losses: dict[str, Tensor]) -> Tensor:
     """Return the sum of the distillation losses in ``losses``."""
     terms = [value for key, value in losses.items() if key.startswith("distill/")]
     assert terms, "the loss returned no terms"
@@ -251,7 +251,7 @@ def _zero_for_equal_detectors(factory, node) -> None:
     for module in model.losses.modules():
         if hasattr(module, "make_identity"):
             module.make_identity()
-    value = distillation(step(model, batch()))
+    value = sum_distill_losses(step(model, batch()))
     assert abs(value.item()) <= 1e-6, f"the loss of a detector and its copy is {value.item()}"
     if value.requires_grad:
         value.backward()
@@ -313,8 +313,10 @@ def _only_read_outputs_computed(factory, node) -> None:
         first = module[0] if isinstance(module, nn.ModuleList) else module
         first.register_forward_hook(lambda *_, name=name: ran.append(name))
     outputs = []
-    ask = model.teacher.ask
-    model.teacher.ask = lambda *args, **kwargs: outputs.append(ask(*args, **kwargs)) or outputs[-1]
+    ask = model.teacher.outputs
+    model.teacher.outputs = lambda *args, **kwargs: (
+        outputs.append(ask(*args, **kwargs)) or outputs[-1]
+    )
     step(model, batch())
     computed = set(outputs[0].__dict__)
     for name in set(ran):
@@ -324,7 +326,7 @@ def _only_read_outputs_computed(factory, node) -> None:
 
 def _gradients(factory, node) -> None:
     model = distiller(factory, node)
-    value = distillation(step(model, batch()))
+    value = sum_distill_losses(step(model, batch()))
     assert value.requires_grad, "the loss is detached from the student"
     value.backward()
     norm = _gradient_norm([model.student])
@@ -345,7 +347,7 @@ def _finite(factory, node, examples, *, case: str, **options) -> None:
 
 
 def _empty_and_unusual_input(factory, node) -> None:
-    for case, examples in odd_batches().items():
+    for case, examples in edge_case_batches().items():
         _finite(factory, node, examples, case=case)
     _finite(factory, node, batch(classes=1), case="one class", classes=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -16,20 +16,22 @@ import time
 from pathlib import Path
 
 from d2kd.comparison.comparison import Options, analyse, assemble
-from d2kd.comparison.detectors import Data
+from d2kd.comparison.detectors import EvaluationData
 from d2kd.report.page import write_report
 
 from .generated_detections import generated_detections, generated_truth
 
 
-def generated_data(images: int, classes: int, objects: float = 7.3, seed: int = 0) -> Data:
+def generated_data(
+    images: int, classes: int, objects: float = 7.3, seed: int = 0
+) -> EvaluationData:
     """A data set without images."""
     truth = generated_truth(images, classes, objects, crowds=0.01, seed=seed)
     records = [
         {"file_name": f"{i}.jpg", "image_id": i, "height": 640, "width": 640}
         for i in truth.image_ids
     ]
-    return Data("generated", records, truth, tuple(range(classes)), "0" * 64)
+    return EvaluationData("generated", records, truth, tuple(range(classes)), "0" * 64)
 
 
 def described(name: str) -> dict:

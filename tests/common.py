@@ -19,7 +19,7 @@ from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     tiny_retinanet,
 )
 from d2kd.tools import main
-from d2kd.utils.errors import reporting
+from d2kd.utils.errors import report_input_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +57,7 @@ def refusal(act: Callable[..., object], words: Sequence | None, capture) -> str:
         words: of a command, as :func:`command` gives it; None: `act` takes nothing.
         capture: pytest's ``capfd`` or ``capsys``.
     """
-    with pytest.raises(SystemExit) as exit, reporting():
+    with pytest.raises(SystemExit) as exit, report_input_errors():
         act() if words is None else act(words)
     assert exit.value.code == 2
     error = capture.readouterr().err

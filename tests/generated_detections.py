@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2kd.comparison.matching import Detections, Truth
+from d2kd.comparison.matching import Detections, GroundTruth
 
 
 def generated_truth(
     images: int = 40, classes: int = 4, objects: float = 5.0, crowds: float = 0.05, seed: int = 0
-) -> Truth:
+) -> GroundTruth:
     """Objects of COCO's spread of sizes; the last class has none, and one image is empty."""
     random = np.random.default_rng(seed)
     counts = random.poisson(objects, images)
@@ -21,7 +21,7 @@ def generated_truth(
     label = np.sort(random.zipf(1.5, total) % max(classes - 1, 1))
     random.shuffle(label)
     box = np.concatenate([corner, side], axis=1).round(2)
-    return Truth(
+    return GroundTruth(
         image_ids=tuple(range(100, 100 + images)),
         classes=tuple(f"class {k}" for k in range(classes)),
         image=image,
@@ -33,7 +33,7 @@ def generated_truth(
 
 
 def generated_detections(
-    truth: Truth, quality: float = 0.5, background: float = 4.0, seed: int = 0
+    truth: GroundTruth, quality: float = 0.5, background: float = 4.0, seed: int = 0
 ) -> Detections:
     """What a detector of some quality says: most objects, some twice, some as another class, and background.
 
@@ -59,7 +59,7 @@ def generated_detections(
     )
 
 
-def coco_of(truth: Truth) -> dict:
+def coco_of(truth: GroundTruth) -> dict:
     """The content of a COCO annotation file."""
     ids = [int(i) for i in truth.image_ids]
     return {
@@ -79,7 +79,7 @@ def coco_of(truth: Truth) -> dict:
     }
 
 
-def results_of(truth: Truth, detections: Detections) -> list[dict]:
+def results_of(truth: GroundTruth, detections: Detections) -> list[dict]:
     """The content of a COCO results file."""
     return [
         {

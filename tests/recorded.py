@@ -27,7 +27,7 @@ from d2kd.testing import (
     tiny_retinanet,
 )
 
-_PRIORS = InstancePriors.unknown(CLASSES)
+_PRIORS = InstancePriors.uniform(CLASSES)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class Recorded:
                 max_iter=2,
                 classes=ours,
             ).train()
-            with capture(model.kind.joints(student)) as calls, EventStorage():
+            with capture(model.outputs_class.hook_points(student)) as calls, EventStorage():
                 student(self.batch)
-        self.kind, self.losses = model.kind, model.losses
-        ours = model.kind.from_calls(student, self.batch, calls)
-        theirs = model.teacher.ask(self.batch)
+        self.outputs_class, self.losses = model.outputs_class, model.losses
+        ours = model.outputs_class.from_calls(student, self.batch, calls)
+        theirs = model.teacher.outputs(self.batch)
         theirs.set_region_boxes(ours.region_boxes)
         self.student, self.teacher = self._values(ours), self._values(theirs)
         self.detectors = (student, teacher)
@@ -197,7 +197,7 @@ class Recorded:
                 self._rows(stage, images, lambda k, v, i=i: leaf(f"student.region{i}.{k}", v))
                 for i, stage in enumerate(values["regions"])
             ]
-        return self.kind(detector, [self.batch[i] for i in images], **given)
+        return self.outputs_class(detector, [self.batch[i] for i in images], **given)
 
     def _rows(self, stage: Regions, images: list[int], leaf: Callable) -> Regions:
         counts, kept = [len(boxes) for boxes in stage.boxes], slice(self._regions)

@@ -19,7 +19,7 @@ from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
 from omegaconf import DictConfig
 
-from d2kd.config import get_config, increment
+from d2kd.config import get_config, incremental_recipe
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
@@ -78,13 +78,13 @@ def icd_one_stage(data: Path, output: Path) -> DictConfig:
 def first_step(data: Path, output: Path) -> DictConfig:
     """A GFL that learns the first of two steps' classes."""
     base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
-    return _of(increment(base, split="2+1", step=1))
+    return _of(incremental_recipe(base, split="2+1", step=1))
 
 
 def _second_step(data: Path, output: Path, losses: DictConfig) -> DictConfig:
     base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
     weights = output.parent.parent / "first step" / "resumed" / "model_final.pth"
-    return _of(increment(base, split="2+1", step=2, weights=str(weights), losses=losses))
+    return _of(incremental_recipe(base, split="2+1", step=2, weights=str(weights), losses=losses))
 
 
 def erd(data: Path, output: Path) -> DictConfig:

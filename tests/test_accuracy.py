@@ -13,12 +13,12 @@ from d2kd.comparison.accuracy import (
     METRICS,
     accuracy,
     bootstrap,
-    difference,
+    bootstrap_counts,
     interval,
-    precisions,
-    resamples,
+    paired_gains,
+    precision_array,
 )
-from d2kd.comparison.matching import Detections, Truth, match
+from d2kd.comparison.matching import Detections, GroundTruth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 from .test_error_kinds import scene
@@ -64,7 +64,7 @@ def test_every_precision_is_cocos(options, seed):
     if not len(detections):
         pytest.skip("COCO refuses an empty file")
     expected = cocoeval(truth, detections)
-    found = precisions(truth, match(truth, detections))
+    found = precision_array(truth, match(truth, detections))
     np.testing.assert_array_equal(found, expected.eval["precision"][..., -1])
     measured = accuracy(truth, match(truth, detections), range(len(truth.classes)), 0.5)
     for name, theirs in zip(METRICS, expected.stats):
@@ -77,7 +77,7 @@ def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
     twice = Detections(*(np.concatenate([x, x]) for x in vars(detections).values()))
     twice.score[:] = 0.5
     expected = cocoeval(truth, twice).eval["precision"][..., -1]
-    np.testing.assert_array_equal(precisions(truth, match(truth, twice)), expected)
+    np.testing.assert_array_equal(precision_array(truth, match(truth, twice)), expected)
 
 
 def test_without_detections_ap_is_zero_and_without_objects_undefined():
@@ -85,7 +85,9 @@ def test_without_detections_ap_is_zero_and_without_objects_undefined():
     measured = accuracy(truth, match(truth, nothing(truth)), range(len(truth.classes)), 0.5)
     assert measured.metrics["AP"] == 0 and measured.per_class["class 3"] is None
     assert measured.best["precision"] is None and measured.best["recall"] == 0
-    nobody = Truth(truth.image_ids, truth.classes, *(x[:0] for x in list(vars(truth).values())[2:]))
+    nobody = GroundTruth(
+        truth.image_ids, truth.classes, *(x[:0] for x in list(vars(truth).values())[2:])
+    )
     assert set(accuracy(nobody, match(nobody, nothing(truth)), [0], 0.5).metrics.values()) == {None}
 
 
@@ -128,7 +130,7 @@ def repeated(truth, detections, counts):
             parts_d.append((d, np.full(len(d), new)))
             new += 1
     (g, gi), (d, di) = (map(np.concatenate, zip(*parts)) for parts in (parts_t, parts_d))
-    whole = Truth(
+    whole = GroundTruth(
         tuple(range(new)), truth.classes, gi, *(x[g] for x in list(vars(truth).values())[3:])
     )
     return whole, Detections(di, *(x[d] for x in list(vars(detections).values())[1:]))
@@ -141,7 +143,7 @@ def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
     detections = generated_detections(truth, background=6)
     # Equal scores in different images are ordered by image, which is another order once images are repeated.
     detections.score[:] += np.random.default_rng(0).uniform(0, 1e-3, len(detections))
-    counts = resamples(12, 6)
+    counts = bootstrap_counts(12, 6)
     found = bootstrap(truth, match(truth, detections), range(4), counts)
     for row, count in enumerate(counts):
         whole = repeated(truth, detections, count)
@@ -165,14 +167,14 @@ def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
 
 def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
     truth = generated_truth(images=30)
-    counts = resamples(30, 200)
+    counts = bootstrap_counts(30, 200)
     better, worse = (generated_detections(truth, quality=q) for q in (0.9, 0.2))
     seen = [(accuracy(truth, m, range(4), 0.5), bootstrap(truth, m, range(4), counts)) for m in
             (match(truth, d) for d in (better, worse))]  # fmt: skip
     (a, of_a), (b, of_b) = seen
-    gain = difference(of_a, of_b, a, b)["metrics"]["AP"]
+    gain = paired_gains(of_a, of_b, a, b)["metrics"]["AP"]
     assert gain["interval"][0] < gain["gain"] < gain["interval"][1] and gain["interval"][0] > 0
-    same = difference(of_a, of_a, a, a)
+    same = paired_gains(of_a, of_a, a, a)
     assert same["metrics"]["AP"] == {"gain": 0.0, "interval": [0.0, 0.0]}
     assert same["per_class"]["class 3"] == {"gain": None, "interval": None}
 
@@ -185,9 +187,9 @@ def test_an_interval_holds_95_of_100_resamples():
 
 
 def test_resamples_draw_as_many_images_as_there_are_and_repeat():
-    counts = resamples(17, 50)
-    assert (counts.sum(axis=1) == 17).all() and (counts == resamples(17, 50)).all()
-    assert not (counts == resamples(17, 50, seed=1)).all()
+    counts = bootstrap_counts(17, 50)
+    assert (counts.sum(axis=1) == 17).all() and (counts == bootstrap_counts(17, 50)).all()
+    assert not (counts == bootstrap_counts(17, 50, seed=1)).all()
 
 
 def test_precision_and_recall_at_a_threshold_by_hand():

@@ -55,7 +55,7 @@ def truth(boxes, size, classes=None):
     ],
 )
 def test_it_is_what_the_distillation_is_weighted_by(node, options, monkeypatch):
-    model = model_of(node, layers=2, jitter=0.0, fakes_per_object=0, **options)
+    model = model_of(node, layers=2, jitter=0.0, negatives_per_instance=0, **options)
     [example] = batch(sizes=((40, 90),), objects=(3,))
     loss, gt = model.losses.by_name["loss"], example["instances"]
     found = attention_of(loss, model.teacher, [example], gt)
@@ -92,18 +92,18 @@ def test_even_attention_is_even_on_the_picture():
     cells = {level: x.shape[-2] * x.shape[-1] for level, x in found.levels.items()}
     valid = {level: np.count_nonzero(x[0, 0]) for level, x in found.levels.items()}
     assert all(valid[level] <= cells[level] for level in cells)
-    for level, share in found.shares(1).items():
+    for level, share in found.level_fractions(1).items():
         assert share == pytest.approx(valid[level] / sum(valid.values()), rel=1e-5)
-    assert np.ptp(found.on_picture("p3", (32, 32))) < 1e-6
+    assert np.ptp(found.upsample("p3", (32, 32))) < 1e-6
 
 
 def test_cells_lie_where_they_lie():
     cells = np.zeros((1, 1, 4, 6), np.float32)
     cells[0, 0, 1, 2] = 1
-    whole = Attention({"p3": cells}, (1.0, 1.0)).on_picture("p3", (40, 60))[0, 0]
+    whole = Attention({"p3": cells}, (1.0, 1.0)).upsample("p3", (40, 60))[0, 0]
     assert whole[10:20, 20:30].all() and whole.sum() == 100
     # The lower half and the right third are padding: the image has two rows of four cells.
-    padded = Attention({"p3": cells}, (2.0, 1.5)).on_picture("p3", (40, 60))[0, 0]
+    padded = Attention({"p3": cells}, (2.0, 1.5)).upsample("p3", (40, 60))[0, 0]
     assert padded[20:40, 30:45].all() and padded.sum() == 20 * 15
 
 
@@ -120,19 +120,19 @@ def test_how_much_is_in_a_box():
     fine, coarse = np.zeros((2, 1, 4, 4)), np.zeros((2, 1, 2, 2))
     fine[:, 0, 0, 0], coarse[:, 0, 0, 1] = [0.25, 1], [0.75, 0]
     found = Attention({"p3": fine, "p4": coarse}, (1.0, 1.0))
-    assert found.inside(np.array([0, 0, 1, 1])).tolist() == [[1], [1]]
-    assert found.inside(np.array([0, 0, 0.25, 0.125])).tolist() == [[0.125], [0.5]]
-    assert found.inside(np.array([0.25, 0, 0.75, 1])).tolist() == [[0.375], [0]]
-    assert found.inside(np.array([0.9, 0.9, 0.9, 0.9])).tolist() == [[0], [0]]
+    assert found.fraction_inside(np.array([0, 0, 1, 1])).tolist() == [[1], [1]]
+    assert found.fraction_inside(np.array([0, 0, 0.25, 0.125])).tolist() == [[0.125], [0.5]]
+    assert found.fraction_inside(np.array([0.25, 0, 0.75, 1])).tolist() == [[0.375], [0]]
+    assert found.fraction_inside(np.array([0.9, 0.9, 0.9, 0.9])).tolist() == [[0], [0]]
     # Where half of the cells are padding, the image's right half is in the second quarter of the columns.
     padded = Attention({"p3": np.full((1, 1, 2, 4), 0.125)}, (1.0, 2.0))
-    assert padded.inside(np.array([0.5, 0, 1, 1])).tolist() == [[0.25]]
+    assert padded.fraction_inside(np.array([0.5, 0, 1, 1])).tolist() == [[0.25]]
 
 
 def test_even_attention_is_in_a_box_by_chance():
     even = {"p3": np.full((1, 3, 5, 7), 1 / 70), "p4": np.full((1, 3, 1, 2), 1 / 4)}
     box = np.array([0.1, 0.3, 0.4, 0.9])
-    np.testing.assert_allclose(Attention(even, (1.0, 1.0)).inside(box), 0.3 * 0.6)
+    np.testing.assert_allclose(Attention(even, (1.0, 1.0)).fraction_inside(box), 0.3 * 0.6)
 
 
 def test_a_panel_shows_rows_and_levels():
@@ -140,7 +140,7 @@ def test_a_panel_shows_rows_and_levels():
     p3[1, 2, 3, 0] = 0.5
     image = np.zeros((80, 80, 3), np.uint8)
     attention = Attention({"p3": p3, "p4": p4}, (1.0, 1.0))
-    panel = attention_panel(image, attention.of_object(1), np.array([0, 0, 8, 8]), "a thing")
+    panel = attention_panel(image, attention.object_attention(1), np.array([0, 0, 8, 8]), "a thing")
     assert panel.shape == (STRIP + 4 * TILE, 3 * TILE, 3) and panel.dtype == np.uint8
     rows = panel[STRIP:].reshape(4, TILE, 3, TILE, 3).transpose(0, 2, 1, 3, 4)
     corner = (slice(TILE - TILE // 4 + 2, TILE - 2), slice(2, TILE // 4 - 2))
@@ -232,7 +232,9 @@ def test_pictures_of_images_with_objects(tmp_path, mapper):
     written = drawn.files
     boxes = json.loads((tmp_path / "data.json").read_text())["annotations"]
     share = [one["area"] / 64**2 for one in boxes]
-    assert 0 < drawn.inside < 1 and drawn.by_chance == pytest.approx(sum(share) / len(share))
+    assert 0 < drawn.fraction_inside < 1 and drawn.by_chance == pytest.approx(
+        sum(share) / len(share)
+    )
     assert [file.name for file in written] == ["01_1.png", "02_2.png"]
     height, width = STRIP + 5 * TILE, 6 * TILE  # four heads and their mean; five levels and all
     two, five = (np.asarray(Image.open(file)).shape[:2] for file in written)

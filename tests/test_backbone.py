@@ -19,9 +19,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from d2kd.benchmark import Setup
+from d2kd.benchmark import Case
 from d2kd.comparison.detectors import build as build_detector
-from d2kd.comparison.detectors import detectors_of_run, load_data
+from d2kd.comparison.detectors import detectors_from_run, load_data
 from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
 from d2kd.config.saving import save_config
 from d2kd.data import check_dataset
@@ -411,7 +411,7 @@ def trained_on(config):
 
 
 def compared(config):
-    detectors, dataset = detectors_of_run(Path(config.train.output_dir))
+    detectors, dataset = detectors_from_run(Path(config.train.output_dir))
     return [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
 
 
@@ -431,7 +431,7 @@ def measured(config):
 
 def benched(config):
     file = Path(config.train.output_dir, "config.yaml")
-    return instantiate(Setup("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model)
+    return instantiate(Case("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def benched(config):
         benched,
         evaluated,
         drawn,
-        lambda config: table.built(config, f"{config.train.output_dir}/model_final.pth"),
+        lambda config: table.build_student(config, f"{config.train.output_dir}/model_final.pth"),
         measured,
     ],
     ids="trained compared benched evaluated drawn exported measured".split(),

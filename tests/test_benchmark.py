@@ -16,16 +16,16 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from d2kd.benchmark import DISTILLED, HEADLINE, STOCK, STUDENT, TEACHER, Bench, Setup, costs
+from d2kd.benchmark import DETECTRON2, DISTILLED, MAIN_RATIO, STUDENT, TEACHER, Bench, Case, costs
 from d2kd.benchmark.bench import BATCHES, peak_memory
-from d2kd.benchmark.costs import difference, measure, median_interval, ratios
-from d2kd.benchmark.feeding import feeding
+from d2kd.benchmark.costs import max_relative_difference, median_interval, ratios, time_rows
+from d2kd.benchmark.feeding import measure_data_loading
 from d2kd.benchmark.phases import PHASES, phases
 from d2kd.benchmark.step_cost import bootstrap_medians
-from d2kd.benchmark.untrained import draw_batch, measure_statistics
+from d2kd.benchmark.untrained import measure_norm_statistics, random_batch
 from d2kd.modeling import capture
 from d2kd.utils.errors import InputError
-from d2kd.utils.memory import Peak
+from d2kd.utils.memory import PeakMemory
 
 from .common import ROOT, batch, build, command, refusal, tiny_faster_rcnn
 from .tiny_run import draw_data
@@ -76,7 +76,7 @@ def bench(folder):
 
 
 def setup_of(folder, name):
-    return Setup(name, str(folder / f"{name}.py"), image_sizes=((64, 64),), device="cpu")
+    return Case(name, str(folder / f"{name}.py"), image_sizes=((64, 64),), device="cpu")
 
 
 def test_frozen_stages_get_statistics_and_stay_frozen():
@@ -87,7 +87,7 @@ def test_frozen_stages_get_statistics_and_stay_frozen():
     stem.freeze()
     assert isinstance(stem.conv1.norm, FrozenBatchNorm2d)
     examples = batch()
-    measure_statistics(detector.eval(), [examples] * 3)
+    measure_norm_statistics(detector.eval(), [examples] * 3)
     assert isinstance(stem.conv1.norm, FrozenBatchNorm2d)
     assert not detector.training and not any(p.requires_grad for p in stem.parameters())
     # A norm that has the statistics of a batch brings its channels to mean 0 and variance 1, live or frozen.
@@ -115,7 +115,7 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
         return {k: m for k, m in found if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
 
     overrides = (f"model.student.backbone.bottom_up.norm={norm}",)
-    setup = Setup(
+    setup = Case(
         "it", str(folder / "imitation.py"), overrides, image_sizes=((64, 64),), device="cpu"
     )
     rows, built = Bench(setup).rows, instantiate(setup.recipe().model)
@@ -133,7 +133,7 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
 @pytest.mark.parametrize("classes", [1, 3, 80])
 def test_batches_are_fixed_by_their_seed(classes):
     detector = SimpleNamespace(num_classes=classes)
-    one, same, other = (draw_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
+    one, same, other = (random_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
     for a, b, c in zip(one, same, other):
         assert torch.equal(a["image"], b["image"]) and not torch.equal(a["image"], c["image"])
         boxes = a["instances"].gt_boxes.tensor
@@ -153,7 +153,7 @@ def test_batches_are_fixed_by_their_seed(classes):
 
 def test_a_mask_head_gets_masks():
     detector = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3, mask_on=True))
-    for example in draw_batch(detector, (48, 64), 2, seed=0):
+    for example in random_batch(detector, (48, 64), 2, seed=0):
         instances = example["instances"]
         boxes = instances.gt_masks.get_bounding_boxes().tensor
         assert torch.allclose(boxes, instances.gt_boxes.tensor, atol=1e-4)
@@ -169,8 +169,8 @@ def test_a_mask_head_gets_masks():
 )
 def test_the_teachers_part_is_what_the_losses_read(bench, recipe, read, runs):
     one = bench(recipe)
-    assert len(one.questions) == BATCHES
-    assert all(set(question.read) == read for question in one.questions)
+    assert len(one.teacher_reads) == BATCHES
+    assert all(set(question.read) == read for question in one.teacher_reads)
     teacher = one.rows[TEACHER].modules[0]
     parts = {name: teacher.get_submodule(name) for name in (*runs, "proposal_generator")}
     counts = {}
@@ -186,8 +186,8 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Setup("icd", recipe, image_sizes=((64, 64),), device="cpu"))
-    assert all(set(question.read) == {"images", "features"} for question in one.questions)
+    one = Bench(Case("icd", recipe, image_sizes=((64, 64),), device="cpu"))
+    assert all(set(question.read) == {"images", "features"} for question in one.teacher_reads)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
     for name, moved in parts.items():
@@ -204,7 +204,7 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
     """At the same places of its images, also where these are larger."""
     recipe = str(folder / "tar.py")
     one = Bench(
-        Setup("it", recipe, (f"model.teacher.scale={scale}",), ((64 * scale,) * 2,), device="cpu")
+        Case("it", recipe, (f"model.teacher.scale={scale}",), ((64 * scale,) * 2,), device="cpu")
     )
     assert one.batches[0][0]["image"].shape[-2:] == (64, 64)
     heads = {name: one.rows[name].modules[0].roi_heads for name in (STUDENT, TEACHER)}
@@ -224,7 +224,7 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
 def test_batches_take_the_sizes_in_turn(folder, scale):
     sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
     overrides = (f"model.teacher.scale={scale}",)
-    one = Bench(Setup("it", str(folder / "tar.py"), overrides, sizes, device="cpu"))
+    one = Bench(Case("it", str(folder / "tar.py"), overrides, sizes, device="cpu"))
     shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
     assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]
     for name in one.rows:
@@ -240,18 +240,18 @@ def test_convolutions_choose_their_algorithms_as_in_training(folder, monkeypatch
 
     def measure(*arguments):
         chosen.append(torch.backends.cudnn.benchmark)
-        measure_statistics(*arguments)
+        measure_norm_statistics(*arguments)
 
-    monkeypatch.setattr("d2kd.benchmark.bench.measure_statistics", measure)
+    monkeypatch.setattr("d2kd.benchmark.bench.measure_norm_statistics", measure)
     override = f"train.cudnn_benchmark={choice}".lower()
-    Bench(Setup("it", str(folder / "silent.py"), (override,), ((64, 64),), device="cpu"))
+    Bench(Case("it", str(folder / "silent.py"), (override,), ((64, 64),), device="cpu"))
     assert chosen == [choice, choice] and torch.backends.cudnn.benchmark is choice
 
 
 def test_every_step_starts_alike(bench):
     seen = []
     for _ in range(2):
-        with bench("tar").half_way():
+        with bench("tar").at_half_progress():
             seen.append((torch.rand(3).tolist(), np.random.rand(), get_event_storage().iter))
     assert seen[0] == seen[1]
     assert seen[0][2] == 2  # of 4
@@ -269,7 +269,7 @@ def test_rows_take_turns_on_the_same_batch():
             return float((len(heard) - 1) // 3)  # the round
 
     benches = {"a": Silent("a", [STUDENT, TEACHER]), "b": Silent("b", [TEACHER])}
-    seconds = measure(benches, 4, lambda *steps: told.append(steps))
+    seconds = time_rows(benches, 4, lambda *steps: told.append(steps))
     rows = [("a", STUDENT), ("a", TEACHER), ("b", TEACHER)]
     assert seconds == dict.fromkeys(rows, [3.0, 4.0, 5.0, 6.0])  # three to warm up
     rounds = [heard[i : i + 3] for i in range(0, len(heard), 3)]
@@ -285,18 +285,18 @@ def test_detectron2s_step_is_ours(bench):
     """The same losses on the same batch, and then the same weights, but for the learning rate's size."""
     one = bench("silent")
     names = set(one.rows)
-    assert names == {STOCK, STUDENT, TEACHER, DISTILLED}
+    assert names == {DETECTRON2, STUDENT, TEACHER, DISTILLED}
     student = one.rows[STUDENT].modules[0]
     before = {key: value.clone() for key, value in student.state_dict().items()}
     after = {}
-    for name in (STOCK, STUDENT):
+    for name in (DETECTRON2, STUDENT):
         student.load_state_dict(before)
         optimizer = one.rows[name].trained[1]
         optimizer.state.clear()
         one.seconds(name, 2)
         after[name] = {key: value.clone() for key, value in student.state_dict().items()}
-    assert any(not value.equal(before[key]) for key, value in after[STOCK].items())
-    assert all(value.equal(after[STUDENT][key]) for key, value in after[STOCK].items())
+    assert any(not value.equal(before[key]) for key, value in after[DETECTRON2].items())
+    assert all(value.equal(after[STUDENT][key]) for key, value in after[DETECTRON2].items())
 
 
 def test_each_instant_counts_for_the_innermost_phase():
@@ -328,7 +328,7 @@ def test_each_instant_counts_for_the_innermost_phase():
 
 def test_phases_make_up_the_step(bench):
     one = bench("tar")
-    for name in (TEACHER, STOCK):
+    for name in (TEACHER, DETECTRON2):
         assert one.phases(name, 0) is None
     for name in (STUDENT, DISTILLED):
         found = one.phases(name, 0)
@@ -359,7 +359,9 @@ def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
     monkeypatch.setattr(
         type(model), "forward", lambda self, batch: shown.append(batch) or forward(self, batch)
     )
-    found = feeding(one, batch_size=3, steps=2, report=lambda *steps: told.append(steps))
+    found = measure_data_loading(
+        one, batch_size=3, steps=2, report=lambda *steps: told.append(steps)
+    )
     assert told == [(k, 10) for k in range(10)]  # three and two, twice
     assert [len(batch) for batch in shown] == [3] * 5
     names = {image["file_name"] for batch in shown for image in batch}
@@ -385,7 +387,7 @@ def test_ratios_are_taken_round_by_round():
     student, teacher = np.array([1.0, 2.0, 40.0]), np.array([0.5, 1.0, 20.0])
     whole = 1.1 * (student + teacher)
     seconds = {
-        ("a", STOCK): student / 1.25,
+        ("a", DETECTRON2): student / 1.25,
         ("a", STUDENT): student,
         ("a", TEACHER): teacher,
         ("a", DISTILLED): whole,
@@ -395,11 +397,11 @@ def test_ratios_are_taken_round_by_round():
     seconds = {row: list(values) for row, values in seconds.items()}
     found = ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
     expected = {
-        ("a", HEADLINE): 1.1,
+        ("a", MAIN_RATIO): 1.1,
         ("a", "distilled / student"): 1.65,
         ("a", "teacher / student"): 0.5,
         ("a", "student / Detectron2's"): 1.25,
-        ("b", HEADLINE): 0.66,
+        ("b", MAIN_RATIO): 0.66,
         ("b", "distilled / student"): 0.825,
         ("b", "teacher / student"): 0.25,
         ("b", "student / Detectron2's"): 1.25,
@@ -410,21 +412,23 @@ def test_ratios_are_taken_round_by_round():
     for ratio in found:
         interval = [ratio[key] for key in ("low", "median", "high")]
         assert interval == pytest.approx([expected[ratio["recipe"], ratio["ratio"]]] * 3)
-    del seconds["a", STOCK]
+    del seconds["a", DETECTRON2]
     left = ratios(seconds, plain={"a": "a"}, variant_of={})
     assert "student / Detectron2's" not in {r["ratio"] for r in left}
 
 
 def test_losses_are_compared_by_their_size():
-    assert difference({"a": 2.0, "b": 1e-3}, {"a": 2.0, "b": 1.1e-3}) == pytest.approx(1 / 11)
-    assert difference({}, {}) == 0.0
-    assert difference({"a": 1.0}, {"b": 1.0}) == float("inf")
+    assert max_relative_difference({"a": 2.0, "b": 1e-3}, {"a": 2.0, "b": 1.1e-3}) == pytest.approx(
+        1 / 11
+    )
+    assert max_relative_difference({}, {}) == 0.0
+    assert max_relative_difference({"a": 1.0}, {"b": 1.0}) == float("inf")
 
 
 @only_linux
 def test_growth_is_the_peak_and_not_the_rest():
     torch.ones(128 << 20, dtype=torch.uint8)  # an earlier peak, and a higher one
-    peak = Peak(torch.device("cpu"))
+    peak = PeakMemory(torch.device("cpu"))
     torch.ones(64 << 20, dtype=torch.uint8)
     assert 60 << 20 < peak.growth < 80 << 20
     assert peak.bytes == peak.before + peak.growth
@@ -440,7 +444,7 @@ def test_memory_is_measured_in_another_process(folder):
 
 def test_a_peak_has_each_size_of_images_with_the_optimizers_state(folder, monkeypatch):
     sizes = ((96, 64), (64, 64))
-    one = Bench(Setup("imitation", str(folder / "imitation.py"), image_sizes=sizes, device="cpu"))
+    one = Bench(Case("imitation", str(folder / "imitation.py"), image_sizes=sizes, device="cpu"))
     optimizer, seen = one.rows[DISTILLED].trained[1], []
 
     def seconds(name, number):
@@ -489,16 +493,18 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
     assert list(recipes) == labels
-    assert recipes["tar"]["asked"] == ["images", "features", "regions"]
+    assert recipes["tar"]["teacher_outputs"] == ["images", "features", "regions"]
     assert recipes["tar"]["difference"] is None and recipes["tar"]["losses"]
     for label in ("tar, fused", "tar, clipped"):
         assert 0 <= recipes[label]["difference"] < 0.05
-    assert recipes["silent"]["asked"] == [] and not any(recipes["silent"]["losses"].values())
+    assert recipes["silent"]["teacher_outputs"] == [] and not any(
+        recipes["silent"]["losses"].values()
+    )
 
     # The plain step is one for both recipes, and another where the student is trained otherwise.
     rows = [(row["recipe"], row["name"]) for row in result["rows"]]
     assert rows == asked
-    assert [row[0] for row in rows if row[1] == STOCK] == ["tar"]
+    assert [row[0] for row in rows if row[1] == DETECTRON2] == ["tar"]
     assert [row[0] for row in rows if row[1] == STUDENT] == ["tar", "tar, clipped"]
     for name in (TEACHER, DISTILLED):
         assert [row[0] for row in rows if row[1] == name] == labels
@@ -508,7 +514,7 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
         assert len(row["seconds"]) == 2 and row["median_seconds"] == np.median(row["seconds"])
         assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
         assert min(row["seconds"]) > 0
-        assert (row["phases"] is None) == (row["name"] in (TEACHER, STOCK))
+        assert (row["phases"] is None) == (row["name"] in (TEACHER, DETECTRON2))
     assert [row["recipe"] for row in result["data"]] == labels
     assert said.count("with its data loader") == 1
     compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
@@ -551,7 +557,7 @@ def test_what_is_known_is_kept_when_memory_is_cut_short(folder, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         run(words)
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == [STOCK, STUDENT, TEACHER, DISTILLED]
+    assert [row["name"] for row in rows] == [DETECTRON2, STUDENT, TEACHER, DISTILLED]
     assert [row["peak_memory_mib"] for row in rows] == [3, None, None, None]
     assert all(row["median_seconds"] > 0 for row in rows)
     assert DISTILLED in (tmp_path / "table.md").read_text()
@@ -598,14 +604,14 @@ def test_an_untrained_detector_that_explodes(monkeypatch, refuses):
     def explode(*_):
         raise FloatingPointError("boxes are not finite")
 
-    monkeypatch.setattr("d2kd.benchmark.bench.measure_statistics", explode)
-    setup = Setup("it", "projects/TAR/configs/tar_shapes.py", image_sizes=((64, 64),), device="cpu")
+    monkeypatch.setattr("d2kd.benchmark.bench.measure_norm_statistics", explode)
+    setup = Case("it", "projects/TAR/configs/tar_shapes.py", image_sizes=((64, 64),), device="cpu")
     refuses(lambda: Bench(setup), "boxes are not finite; expected untrained detectors")
 
 
 def test_recipes_that_choose_algorithms_otherwise(refuses):
     setups = [
-        Setup(value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",))
+        Case(value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",))
         for value in ("true", "false")
     ]
     refuses(lambda: costs.benchmark(setups), "train.cudnn_benchmark: true and false; expected one")

@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 
 from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.modeling.teacher import in_students_classes
+from d2kd.modeling.teacher import to_student_classes
 from d2kd.structures.class_map import ClassMap, class_names
 from d2kd.testing import step
 from d2kd.utils.errors import InputError
@@ -21,14 +21,14 @@ TEACHER = ["dog", "ox", "bird", "traffic_light"]
 
 
 def test_names_match_but_for_their_spelling():
-    classes = ClassMap.by_name(STUDENT, TEACHER)
+    classes = ClassMap.from_names(STUDENT, TEACHER)
     assert classes.pairs == ((1, 3), (2, 1)) and not classes.is_identity
     assert str(classes) == "2 of the student's 3 classes are known to the teacher; not cat"
-    assert ClassMap.by_name(STUDENT, STUDENT).is_identity
-    assert not ClassMap.by_name(STUDENT, STUDENT[::-1]).is_identity
-    assert not ClassMap.by_name(STUDENT, [*STUDENT, "hen"]).is_identity
+    assert ClassMap.from_names(STUDENT, STUDENT).is_identity
+    assert not ClassMap.from_names(STUDENT, STUDENT[::-1]).is_identity
+    assert not ClassMap.from_names(STUDENT, [*STUDENT, "hen"]).is_identity
     with pytest.raises(InputError, match="classes: 'a' 2 times; expected a name once"):
-        ClassMap.by_name(["a", "b", "a"], TEACHER)
+        ClassMap.from_names(["a", "b", "a"], TEACHER)
 
 
 ALIKE = [
@@ -47,41 +47,41 @@ ALIKE = [
 @pytest.mark.parametrize("names", ALIKE, ids="|".join)
 def test_names_that_are_nearly_alike_stay_apart(names):
     """A list is itself in any order, and what it lacks is nothing else in it."""
-    assert ClassMap.by_name(names, names).is_identity
+    assert ClassMap.from_names(names, names).is_identity
     turned = names[::-1]
     expected = [(k, turned.index(name)) for k, name in enumerate(names)]
-    assert list(ClassMap.by_name(names, turned).pairs) == expected
+    assert list(ClassMap.from_names(names, turned).pairs) == expected
     for k, name in enumerate(names):
         rest = names[:k] + names[k + 1 :]
-        pairs = ClassMap.by_name(names, rest).pairs
+        pairs = ClassMap.from_names(names, rest).pairs
         assert list(pairs) == [(names.index(other), i) for i, other in enumerate(rest)], name
 
 
 def test_the_spelling_counts_where_it_decides():
-    assert ClassMap.by_name(["caf\u00e9"], ["Cafe\u0301"]).pairs == ((0, 0),)
-    assert not ClassMap.by_name(["cafe"], ["cafe\u0301"]).pairs
-    assert not ClassMap.by_name(["a b"], ["a-b", "A_B"]).pairs  # which of them?
+    assert ClassMap.from_names(["caf\u00e9"], ["Cafe\u0301"]).pairs == ((0, 0),)
+    assert not ClassMap.from_names(["cafe"], ["cafe\u0301"]).pairs
+    assert not ClassMap.from_names(["a b"], ["a-b", "A_B"]).pairs  # which of them?
     for one, other in (
         pair.split() for pair in ("कार कूर", "มด มีด", "C C++", "<1 >1", "+1 -1", "A A-", "- _")
     ):
-        assert not ClassMap.by_name([one], [other]).pairs
-    assert ClassMap.by_name(["A b", "a-B"], ["a-B", "a_b"]).pairs == ((0, 1), (1, 0))
-    assert ClassMap.by_name(["a", "a"], ["a", "a"]).is_identity
+        assert not ClassMap.from_names([one], [other]).pairs
+    assert ClassMap.from_names(["A b", "a-B"], ["a-B", "a_b"]).pairs == ((0, 1), (1, 0))
+    assert ClassMap.from_names(["a", "a"], ["a", "a"]).is_identity
 
 
 def test_labels_among_the_shared_classes():
-    classes = ClassMap.by_name(STUDENT, TEACHER)
+    classes = ClassMap.from_names(STUDENT, TEACHER)
     labels = torch.tensor([[-1, 0, 1], [2, 3, 3]])
-    assert classes.shared_labels(labels).tolist() == [[-1, -1, 0], [1, 2, 2]]
-    assert classes.shared_labels(labels[:0]).shape == (0, 3)
-    nothing = ClassMap.by_name(["a"], ["b"])
-    assert nothing.shared_labels(torch.tensor([-1, 0, 1])).tolist() == [-1, -1, 0]
+    assert classes.map_labels(labels).tolist() == [[-1, -1, 0], [1, 2, 2]]
+    assert classes.map_labels(labels[:0]).shape == (0, 3)
+    nothing = ClassMap.from_names(["a"], ["b"])
+    assert nothing.map_labels(torch.tensor([-1, 0, 1])).tolist() == [-1, -1, 0]
 
 
 def test_detections_by_the_students_numbers():
     """Without those of classes that the student does not have."""
     found = Instances((9, 9), scores=torch.arange(5.0), pred_classes=torch.tensor([0, 1, 2, 3, 1]))
-    known = in_students_classes(found, ClassMap.by_name(STUDENT, TEACHER))
+    known = to_student_classes(found, ClassMap.from_names(STUDENT, TEACHER))
     assert known.pred_classes.tolist() == [2, 1, 2] and known.scores.tolist() == [1, 3, 4]
 
 
@@ -168,7 +168,7 @@ def test_what_the_teacher_does_not_know_gives_no_term():
 
 def test_both_sides_are_normalised_over_what_is_shared():
     loss = TARLoss(cls_gate="none")
-    loss.class_map = ClassMap.by_name(["a", "b"], ["b", "c"])
+    loss.class_map = ClassMap.from_names(["a", "b"], ["b", "c"])
     ours, theirs = torch.tensor([[5.0, 1.0, -1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
 
     class Said:

@@ -10,7 +10,7 @@ from d2kd.config import load
 from d2kd.config.saving import save_config
 from d2kd.study.plan import Study
 from d2kd.study.report import study_report
-from d2kd.tools.compare import found_in
+from d2kd.tools.compare import detectors_from_folder
 from d2kd.utils.io import write_json
 
 from .common import build, command, refusal, tiny_faster_rcnn
@@ -101,12 +101,12 @@ def test_a_run_without_test_data_may_be_asked_about_others(
 def test_data_that_only_the_recipe_of_a_run_knows(trained, tmp_path):
     name = f"tiny_{tmp_path / 'other'}"
     assert name not in DatasetCatalog.list()
-    detectors, dataset = found_in(trained, name)
+    detectors, dataset = detectors_from_folder(trained, name)
     assert dataset == name and name in DatasetCatalog.list() and len(detectors) == 2
 
 
 def test_a_study_may_be_asked_about_other_data(study):  # noqa: F811
-    detectors, dataset = found_in(study, "another")
+    detectors, dataset = detectors_from_folder(study, "another")
     assert dataset == "another" and [d.name for d in detectors] == ["teacher", "baseline", "tar"]
 
 

@@ -19,22 +19,22 @@ from d2kd.comparison import detections as kept
 from d2kd.comparison.comparison import Comparison, Options, compare
 from d2kd.comparison.detectors import (
     Detector,
-    detectors_of_run,
-    detectors_of_study,
+    build_loader,
+    detectors_from_run,
+    detectors_from_study,
     from_config,
+    load_coco_results,
     load_data,
-    loader_of,
-    read_results,
-    study_of,
+    load_study_results,
 )
 from d2kd.comparison.detectors import build as build_detector
-from d2kd.comparison.regions import why_not
+from d2kd.comparison.regions import why_not_comparable
 from d2kd.config import distill
 from d2kd.config.saving import save_config
 from d2kd.data import coco_dataset, register_voc
 from d2kd.losses import DistillLosses
 from d2kd.modeling import Teacher
-from d2kd.modeling.weights import sha256
+from d2kd.modeling.weights import file_sha256
 from d2kd.report.page import write_report
 from d2kd.testing import DETECTORS
 from d2kd.utils.errors import InputError
@@ -118,7 +118,7 @@ def test_what_is_known_is_not_computed_again(compared, data, monkeypatch):
         raise AssertionError("detected, or looked, once more")
 
     monkeypatch.setattr(Teacher, "detect", never)
-    monkeypatch.setattr(Teacher, "ask", never)
+    monkeypatch.setattr(Teacher, "outputs", never)
     again = compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
     assert again == found and not again.notes
 
@@ -223,7 +223,7 @@ def test_classes_are_compared_by_name(data, tmp_path):
         detector.classes = None  # as of a config that does not tell; its checkpoint does
     found = compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
     assert found.compared_classes == ["class 1"]
-    assert found["other"].lacks == ["čaša <b>", "class 2"]
+    assert found["other"].missing_classes == ["čaša <b>", "class 2"]
     assert found["other"].only == ["zebra", "crab"] and found["one"].only == []
     text = write_report(found, tmp_path).read_text()
     assert "zebra" in text and "unknown" in text
@@ -284,10 +284,10 @@ def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):
     boxes = [[-5, -5, 10, 10], [60, 60, 10, 10], [-9, -9, 99, 99], [64, 64, 0, 0]]
     rows = [{"image_id": 1, "category_id": 2, "bbox": box, "score": 0.5} for box in boxes]
     (tmp_path / "results.json").write_text(json.dumps(rows))
-    found = read_results(tmp_path / "results.json", load_data(named(data)))
+    found = load_coco_results(tmp_path / "results.json", load_data(named(data)))
     assert found.box.tolist() == boxes
     (tmp_path / "results.json").write_text("[]")
-    assert len(read_results(tmp_path / "results.json", load_data(named(data)))) == 0
+    assert len(load_coco_results(tmp_path / "results.json", load_data(named(data)))) == 0
 
 
 def test_an_image_that_was_replaced_is_looked_at_again(tmp_path):
@@ -304,12 +304,12 @@ def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
     weights = teacher_weights(tmp_path / "taught")
     save_config(recipe(data, run, distiller(weights)), run / "config.yaml")
     torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
-    detectors, dataset = detectors_of_run(run)
+    detectors, dataset = detectors_from_run(run)
     assert [d.name for d in detectors] == ["teacher", "distilled"] and dataset == named(data)
     found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
     assert found.observation.features["left_out"]  # 24 channels and 16
     with pytest.raises(InputError, match="config.yaml: no such file"):
-        detectors_of_run(tmp_path)
+        detectors_from_run(tmp_path)
 
 
 def test_a_run_at_two_scales(data, tmp_path):
@@ -326,18 +326,18 @@ def test_a_run_at_two_scales(data, tmp_path):
     torch.save(
         {"model": build(tiny_faster_rcnn(), 3).state_dict()}, tmp_path / "run/model_final.pth"
     )
-    detectors, dataset = detectors_of_run(tmp_path / "run")
+    detectors, dataset = detectors_from_run(tmp_path / "run")
     ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
     assert [r.teacher.flip_channels for r in ready] == [True, False]
     asked, records = instantiate(config.model.teacher), load_data(dataset).records
     for ours, theirs in zip(
-        loader_of(detectors[0], records), instantiate(config.dataloader.test), strict=True
+        build_loader(detectors[0], records), instantiate(config.dataloader.test), strict=True
     ):
         with torch.no_grad():
             (found,), (wanted,) = ready[0].teacher.detect(ours), asked.detect(theirs)
         assert len(wanted["instances"]) > 0
         assert found["instances"].pred_boxes.tensor.equal(wanted["instances"].pred_boxes.tensor)
-    shapes = [next(iter(loader_of(d, records)))[0]["image"].shape for d in detectors]
+    shapes = [next(iter(build_loader(d, records)))[0]["image"].shape for d in detectors]
     assert shapes == [(3, 64, 64), (3, 32, 32)]
     found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
     assert found.observation.regions["of"] == "teacher"
@@ -349,7 +349,7 @@ def test_a_teacher_that_was_told_its_channel_order_keeps_it(data, tmp_path):
     config.model.teacher.input_format = "RGB"
     save_config(config, run / "config.yaml")
     torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
-    detectors, dataset = detectors_of_run(run)
+    detectors, dataset = detectors_from_run(run)
     ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
     assert [r.teacher.flip_channels for r in ready] == [True, False]
     plain = replace(detectors[0], input_format=None)
@@ -365,7 +365,7 @@ def test_a_run_says_where_its_detectors_come_from(data, tmp_path):
     torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
     starts = [{"seconds": 1.0}, {"seconds": 12.34, "seed": 3, "iterations": 9}]
     write_json(run / "run.json", {"command": "train", "rows": starts, "teacher": {}})
-    (teacher, student), _ = detectors_of_run(run)
+    (teacher, student), _ = detectors_from_run(run)
     assert teacher.classes == ("class 0", "b", "c") and teacher.provenance == {}
     assert student.provenance == {
         **{"started": None, "seed": 3, "device": None, "iterations": 9, "seconds": 12.3},
@@ -389,26 +389,26 @@ def study(data, tmp_path):
             torch.save({"model": build(node, seed).state_dict()}, weights)
         method = name.removesuffix("_seed0")
         row = {"name": name, "method": method, "seed": 0, "AP": ap}
-        rows.append(row | {"weights_sha256": sha256(weights)})
+        rows.append(row | {"weights_sha256": file_sha256(weights)})
     about = {"dataset": named(data), "baseline": "baseline", "featured": None}
     write_json(tmp_path / "results.json", {"schema": 1, **about, "rows": rows})
     return tmp_path
 
 
 def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
-    content = study_of(study)
+    content = load_study_results(study)
     assert content["baseline"] == "baseline"
-    detectors = detectors_of_study(study, content["rows"], content["baseline"])
+    detectors = detectors_from_study(study, content["rows"], content["baseline"])
     assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
     for featured, last in (("weak", "weak"), ("gone", "tar")):
-        asked = detectors_of_study(study, content["rows"], content["baseline"], featured)
+        asked = detectors_from_study(study, content["rows"], content["baseline"], featured)
         assert [d.name for d in asked] == ["teacher", "baseline", last]
     more = []  # of a later seed, and better
     for row in content["rows"][1::2]:
         name = row["name"].replace("seed0", "seed1")
         shutil.copytree(study / row["name"], study / name)
         more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": name})
-    asked = detectors_of_study(study, [*more, *content["rows"]], content["baseline"])
+    asked = detectors_from_study(study, [*more, *content["rows"]], content["baseline"])
     assert [d.config for d in asked] == [d.config for d in detectors]
     test = study / "tar_seed0" / "test"
     test.mkdir()
@@ -416,11 +416,11 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     found = compare(detectors, load_data(content["dataset"]), study / "kept", QUICK)
     assert "AP 0.000; expected 3.000, the AP in the study" in found.notes[0]
     with pytest.raises(InputError, match="no distilled run"):
-        detectors_of_study(study, content["rows"][:2])
+        detectors_from_study(study, content["rows"][:2])
     content.pop("featured")
     write_json(study / "results.json", content)
     with pytest.raises(InputError, match="results.json: no rows, dataset, baseline or featured"):
-        study_of(study)
+        load_study_results(study)
 
 
 def test_some_images_are_enough_for_regions(data, tmp_path):
@@ -461,11 +461,11 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     detectors[1].node.anchor_generator.sizes = [[x] for x in (8, 16, 32, 64, 128)]
     detectors[1].weights = detectors[0].weights
     ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
-    assert "baseline has other anchors" in why_not(ready)
+    assert "baseline has other anchors" in why_not_comparable(ready)
     detectors[1].node = detectors[0].node
     detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
     ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
-    assert "baseline has another mapper" in why_not(ready)
+    assert "baseline has another mapper" in why_not_comparable(ready)
 
 
 @pytest.mark.parametrize(
@@ -495,9 +495,9 @@ def test_a_run_that_does_not_say_its_data_or_its_images(data, tmp_path, refuses)
     config.model.teacher.scale = 2
     save_config(config, tmp_path / "config.yaml")
     line = "config.yaml: a teacher of images 2 times larger, and dataloader.test.mapper is no TwoSc"
-    refuses(lambda: detectors_of_run(tmp_path), line)
+    refuses(lambda: detectors_from_run(tmp_path), line)
     config.model.teacher.scale = 1
     del config.dataloader.test.dataset["names"]
     save_config(config, tmp_path / "config.yaml")
     line = "config.yaml: no dataloader.test.dataset.names; expected --dataset NAME"
-    refuses(lambda: detectors_of_run(tmp_path), line)
+    refuses(lambda: detectors_from_run(tmp_path), line)

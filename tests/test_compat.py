@@ -21,9 +21,9 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
-from d2kd.engine.checkpoint import NORMALIZER
-from d2kd.modeling import capture, outputs_of
-from d2kd.modeling.weights import read
+from d2kd.engine.checkpoint import LOSS_NORMALIZER
+from d2kd.modeling import capture, get_outputs_class
+from d2kd.modeling.weights import load_checkpoint
 from d2kd.utils import compat
 
 from .common import CLASSES, DETECTORS, batch, build
@@ -75,25 +75,25 @@ def named(thing, dotted):
 @pytest.mark.parametrize("family", DETECTORS)
 def test_every_name_that_is_listened_to_and_read(family):
     detector = build(DETECTORS[family]()).train()
-    kind = outputs_of(detector)
-    joints = kind.joints(detector)
-    assert joints.keys() == LISTENED[family].keys()
+    kind = get_outputs_class(detector)
+    hook_points = kind.hook_points(detector)
+    assert hook_points.keys() == LISTENED[family].keys()
     own = list(detector.modules())
-    for joint in joints.values():
+    for joint in hook_points.values():
         assert any(joint is one for one in own) or joint.__self__ is detector
     for name in READ[family]:
         named(detector, name)
-    with EventStorage(), capture(joints) as calls:
+    with EventStorage(), capture(hook_points) as calls:
         losses = detector(batch())
     assert {name: len(heard) for name, heard in calls.items()} == LISTENED[family]
     assert all(isinstance(value, torch.Tensor) for value in losses.values())
 
     # Where it has another name, a resumed run would silently start it anew.
-    assert hasattr(detector, NORMALIZER) == (family in ("retinanet", "fcos"))
+    assert hasattr(detector, LOSS_NORMALIZER) == (family in ("retinanet", "fcos"))
 
     ((images,), features), *_ = calls["backbone"]
     assert isinstance(images, torch.Tensor) and isinstance(features, dict)
-    if "head" in joints:
+    if "head" in hook_points:
         ((inputs,), predictions), *_ = calls["head"]
         assert len(inputs) == len(detector.head_in_features) and len(predictions) in (2, 3)
         assert all(len(of_kind) == len(inputs) for of_kind in predictions)
@@ -196,7 +196,7 @@ def test_checkpoints_are_read_by_either(version, tmp_path, monkeypatch):
         "pycls.pyth": {"__author__": "pycls", "matching_heuristics": True},
         "bare.pth?matching_heuristics=True": {"matching_heuristics": True},
     }.items():
-        found = read(str(tmp_path / name))
+        found = load_checkpoint(str(tmp_path / name))
         model = found.pop("model")
         assert found == rest and model.keys() == state.keys()
         assert all(np.array_equal(model[key], arrays[key]) for key in arrays)

@@ -12,18 +12,18 @@ from omegaconf import OmegaConf
 
 from d2kd.config import (
     METHODS,
-    config_file,
-    detector,
+    apply_overrides,
     distill,
     get_config,
-    increment,
+    get_config_file,
+    get_detector_config,
+    incremental_recipe,
     is_distiller,
     load,
     method,
-    override,
-    reduced,
-    student_of,
+    student_node,
     with_defaults,
+    with_downscaled_student,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
 from d2kd.modeling import Distiller, Teacher
@@ -52,15 +52,15 @@ def test_every_recipe_takes_a_step(recipe):
         model.teacher.weights = None
         _untrained(model.teacher.detector)
         _without_priors(model)
-    _untrained(student_of(model))
+    _untrained(student_node(model))
     inherit = tuple(model.get("inherit", ()))
     model = instantiate(model).train()
     if inherit == ("",):
         _the_old_detector_is_inherited(model)
     elif inherit:
         _all_but_the_trunk_is_inherited(model, inherit)
-    old = student_of(config.model).get("num_old_classes", 0)
-    new = student_of(config.model).get("num_classes", 80) - old
+    old = student_node(config.model).get("num_old_classes", 0)
+    new = student_node(config.model).get("num_classes", 80) - old
     examples = batch(sizes=((96, 128),), objects=(2,))
     for example in examples:
         example["instances"].gt_classes = old + example["instances"].gt_classes % new
@@ -122,7 +122,7 @@ def _untrained(node):
     ],
 )
 def test_a_detector_by_any_name(name, kind):
-    model = instantiate(detector(name))
+    model = instantiate(get_detector_config(name))
     assert type(model).__name__ == kind and model.input_format == "BGR"
 
 
@@ -144,7 +144,7 @@ def test_a_yaml_of_ones_own_brings_its_statistics(tmp_path):
             }
         )
     )
-    node = detector(str(path))
+    node = get_detector_config(str(path))
     path.unlink()  # the node holds the config itself
     node.config.MODEL.RETINANET.NUM_CLASSES = 5
     model = instantiate(OmegaConf.create(node, flags={"allow_objects": True}))
@@ -157,7 +157,7 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
     base.dataloader.train.mapper.image_format = "RGB"
     before = copy.deepcopy(base)
     given = dict(teacher=("common/models/faster_rcnn_small.py", "weights.pth"), **method("tar"))
-    assert distill(reduced(base, 2), **given).model.teacher.image_format == "RGB"
+    assert distill(with_downscaled_student(base, 2), **given).model.teacher.image_format == "RGB"
     recipe = distill(
         base, teacher=("common/models/faster_rcnn_small.py", "weights.pth"), **method("tar")
     )
@@ -184,7 +184,7 @@ def test_a_recipe_survives_being_saved(tmp_path):
     model = instantiate(saved.model).train()
     with EventStorage():
         assert "distill/loss_tar_classification" in model(batch())
-    names = instantiate(detector(path)).state_dict().keys()
+    names = instantiate(get_detector_config(path)).state_dict().keys()
     assert names == model.student.state_dict().keys()
 
 
@@ -211,14 +211,14 @@ def test_a_step_learns_its_own_classes_and_is_tested_on_all_so_far():
 def test_get_config_gives_a_fresh_copy():
     get_config("common/train.py").train.max_iter = 3
     assert get_config("common/train.py").train.max_iter != 3
-    assert config_file("common/train.py").is_file()
+    assert get_config_file("common/train.py").is_file()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_by_name(name):
     teacher = ("common/models/faster_rcnn_small.py", "weights.pth")
     recipe = distill("baselines/faster_rcnn_small_shapes.py", teacher=teacher, **method(name))
-    config = override(with_defaults(recipe), ["model.teacher.weights=null"])
+    config = apply_overrides(with_defaults(recipe), ["model.teacher.weights=null"])
     _without_priors(config.model)
     model = instantiate(config.model)
     assert list(model.losses.by_name) == [name]
@@ -291,7 +291,7 @@ def test_bad_detectors(tmp_path, text, suffix, line):
     path = tmp_path / f"bad{suffix}"
     path.write_text(text)
     with pytest.raises(InputError, match=f"bad{suffix}: {line}"):
-        detector(str(path))
+        get_detector_config(str(path))
 
 
 def test_overrides_reach_arguments_that_have_defaults():
@@ -311,4 +311,4 @@ def test_an_increment_of_two_data_sets(refuses):
     base = load("baselines/gfl_small_shapes.py")
     base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
     line = "dataloader.test.dataset.names: 2 data sets; expected one alone"
-    refuses(lambda: increment(base, split="4+4", step=1), line)
+    refuses(lambda: incremental_recipe(base, split="4+4", step=1), line)

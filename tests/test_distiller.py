@@ -15,7 +15,7 @@ from d2kd.config import add_d2kd_config
 from d2kd.losses import DistillLoss, DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.inherit import inherit_weights
-from d2kd.testing import distillation, distiller, step
+from d2kd.testing import distiller, step, sum_distill_losses
 from d2kd.utils.errors import InputError
 
 from .common import (
@@ -146,7 +146,7 @@ def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
             student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
         ).inherit()
     ours = student.backbone(student.preprocess_image(batch()).tensor)
-    for level, theirs in teacher.ask(batch()).features.items():
+    for level, theirs in teacher.outputs(batch()).features.items():
         torch.testing.assert_close(ours[level], theirs)
     assert "trained with" not in caplog.text
     student.pixel_std.fill_(1.0)
@@ -299,7 +299,7 @@ def test_features_join_two_families(loss, student, teacher):
     """p6 is pooled in one and convolved in the other: no level to compare unless asked for."""
     pair = build(DETECTORS[student]()), build(DETECTORS[teacher](channels=24), 1)
     model = make(*pair, DistillLosses(it=loss())).train()
-    assert 0 < distillation(step(model, batch(sizes=((33, 65), (64, 90))))) < float("inf")
+    assert 0 < sum_distill_losses(step(model, batch(sizes=((33, 65), (64, 90))))) < float("inf")
     assert list(model.losses.by_name["it"].levels) == ["p3", "p4", "p5"]
     wanted = make(*pair, DistillLosses(it=ImitationLoss(levels=["p6"]))).train()
     assert step(wanted, batch())["distill/loss_it"] > 0
@@ -323,7 +323,7 @@ def test_the_proposals_of_both(family):
     assert all(torch.isfinite(value) for value in both.values())
     assert [key for key in own if key.startswith("loss_rpn")]
     assert all(torch.equal(own[key], both[key]) for key in own if "rpn" in key), "RPN disturbed"
-    asked = model.teacher.ask(examples).proposals
+    asked = model.teacher.outputs(examples).proposals
     for joined, theirs in zip(given["proposals"], asked, strict=True):
         assert len(joined) > len(theirs) > 0
         assert torch.equal(

@@ -14,15 +14,15 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd.config import distill, override, with_defaults
-from d2kd.data import class_step
-from d2kd.doctor import Finding, FirstLook, diagnose, exit_code, first_look, table
-from d2kd.doctor.data import _check_annotations, look_at_data
+from d2kd.config import apply_overrides, distill, with_defaults
+from d2kd.data import incremental_split
+from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, sanity_check, table
+from d2kd.doctor.data import _check_annotations, check_data
 from d2kd.doctor.measurements import (
-    look_at_features,
-    look_at_inputs,
-    look_at_losses,
-    look_at_teacher,
+    check_features,
+    check_inputs,
+    check_losses,
+    check_teacher,
 )
 from d2kd.engine import Trainer
 from d2kd.losses import (
@@ -151,9 +151,9 @@ def test_a_class_step_is_about_its_own_classes(tmp_path, config):
     file.write_text(json.dumps(content))
     whole = config.dataloader.train.dataset.names
     for step, missing in ((1, "no object of class 1"), (2, None)):
-        names = L(class_step)(dataset=whole, split="2+1", step=step)
+        names = L(incremental_split)(dataset=whole, split="2+1", step=step)
         config.dataloader.train.dataset.names = names
-        found = {f.subject: f.found for f in look_at_data(with_defaults(config), images=1)}
+        found = {f.subject: f.found for f in check_data(with_defaults(config), images=1)}
         assert found.get("train data, classes") == missing
         assert found["test data, classes"] == "no object of class 1"
 
@@ -184,7 +184,7 @@ def pulls(config):
     """Of each term its gradient relative to the task losses', and what is advised for 0.5."""
     trainer = Trainer(config)
     torch.manual_seed(0)
-    findings = list(look_at_losses(trainer, 0, 0.5))
+    findings = list(check_losses(trainer, 0, 0.5))
     found = {f.subject: f for f in findings if "gradient" in f.found and f.subject[:7] == "distill"}
     ratio = {k: float(f.found.split("gradient ")[1].split()[0]) for k, f in found.items()}
     return ratio, {k: f.advice.removeprefix("for 0.5: ") for k, f in found.items()}
@@ -208,7 +208,7 @@ def test_its_overrides_bring_all_terms_to_the_target(config, node, loss):
     values = dict(text.split("=") for words in advice.values() for text in words.split())
     assert len(values) == len(before)
     assert len({text for words in advice.values() for text in words.split()}) == len(values)
-    after, _ = pulls(override(config, [f"{key}={value}" for key, value in values.items()]))
+    after, _ = pulls(apply_overrides(config, [f"{key}={value}" for key, value in values.items()]))
     assert after == pytest.approx(dict.fromkeys(before, 0.5), rel=0.05)
 
 
@@ -226,7 +226,7 @@ def test_terms_that_share_their_weight_say_so(config):
 
 def test_a_gradient_that_is_not_finite(config):
     trainer = Trainer(with_loss(config, tiny_retinanet, L(Vertical)()))
-    found = errors(look_at_losses(trainer, 0, 0.5))
+    found = errors(check_losses(trainer, 0, 0.5))
     assert found == {"distill/loss_it": "0.0, gradient nan"}
 
 
@@ -387,16 +387,16 @@ def test_a_class_that_a_teacher_lacks_is_no_ignorance(config, monkeypatch, ap, k
     config.model.teacher.classes = [*names[:known], "x", "y"][:CLASSES]
     config.dataloader.evaluator = L(Counting)()
     trainer = Trainer(config)
-    (found,) = look_at_teacher(trainer.cfg, trainer.model, 1)
+    (found,) = check_teacher(trainer.cfg, trainer.model, 1)
     assert found.state == state
 
 
 def test_several_evaluators(config):
     trainer = Trainer(config)
-    (one,) = look_at_teacher(trainer.cfg, trainer.model, 3)
+    (one,) = check_teacher(trainer.cfg, trainer.model, 3)
     config.dataloader.evaluator = [L(Counting)(), config.dataloader.evaluator]
     trainer = Trainer(config)
-    assert list(look_at_teacher(trainer.cfg, trainer.model, 3)) == [one]
+    assert list(check_teacher(trainer.cfg, trainer.model, 3)) == [one]
     assert "AP 100.0 on 3 of 6" in one.found
 
 
@@ -455,7 +455,7 @@ def test_the_first_look_says(config, change, expected):
     change(config)
     config.model.losses = L(DistillLosses)(plain=L(ImitationLoss)(levels=["p3"]))
     config.model.teacher.weights = None
-    found = [f for f in first_look(config, instantiate(config.model)) if f.subject == subject]
+    found = [f for f in sanity_check(config, instantiate(config.model)) if f.subject == subject]
     assert found[0].state == state and text in found[0].found, found
     assert bool(found[0].advice) == (state != "ok")
 
@@ -468,7 +468,7 @@ def test_statistics_of_torchvisions_weights(config):
     trainer.cfg.model.teacher.image_format = student.input_format = "RGB"
 
     def said():
-        found = first_look(trainer.cfg, trainer.model)
+        found = sanity_check(trainer.cfg, trainer.model)
         return [f.found for f in found if f.state == "warning" and "torchvision" in f.found]
 
     assert not said()
@@ -487,7 +487,7 @@ def test_the_first_look_at_two_scales(config):
     config = with_defaults(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
     config.model.teacher.weights = None
     config.dataloader.train.mapper.mapper.image_format = "RGB"
-    findings = first_look(config, instantiate(config.model))
+    findings = sanity_check(config, instantiate(config.model))
     said = "dataloader.test.mapper.mapper.image_format=RGB"
     assert said in [f.advice for f in findings if f.subject == "channel order"]
     (levels,) = (f for f in findings if f.subject == "levels")
@@ -503,9 +503,9 @@ def test_what_trains_the_losses_own_parts_alone(config):
 
 def test_pixels_of_another_range(config):
     trainer = Trainer(config)
-    (finding,) = look_at_inputs(trainer, [[{"image": torch.rand(3, 32, 32)}]])
+    (finding,) = check_inputs(trainer, [[{"image": torch.rand(3, 32, 32)}]])
     assert finding.state == "error" and "0 to 255" in finding.advice
-    (finding,) = look_at_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
+    (finding,) = check_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
     assert finding.state == "warning"
 
 
@@ -513,12 +513,12 @@ def test_a_level_that_outweighs_the_others(config):
     """As the coarsest of a RetinaNet may, on which no object of the data is large enough."""
     trainer = Trainer(config)
     model, batch = trainer.model, next(iter(trainer._trainer.data_loader))
-    (finding,) = look_at_features(model, [batch, batch])
+    (finding,) = check_features(model, [batch, batch])
     assert finding.state == "ok" and finding.found.startswith("p2 ")
     before = dict(part.split() for part in finding.found.split(", "))
     backbone = model.teacher.detector.backbone
     backbone.register_forward_hook(lambda module, given, maps: {**maps, "p4": 50 * maps["p4"]})
-    (finding,) = look_at_features(model, [batch, batch])
+    (finding,) = check_features(model, [batch, batch])
     after = dict(part.split() for part in finding.found.split(":")[0].split(", "))
     assert float(after.pop("p4")) == pytest.approx(50 * float(before.pop("p4")), rel=0.02)
     assert after == before and finding.state == "warning"
@@ -527,8 +527,8 @@ def test_a_level_that_outweighs_the_others(config):
         "if no objects are learned there, "
         f"model.losses.tar.levels=[{rest}] model.losses.plain.levels=[{rest}]"
     )
-    overridden = override(config, [word for word in finding.advice.split() if "=" in word])
-    (finding,) = look_at_features(Trainer(overridden).model, [batch])
+    overridden = apply_overrides(config, [word for word in finding.advice.split() if "=" in word])
+    (finding,) = check_features(Trainer(overridden).model, [batch])
     assert "p4" not in finding.found
 
 
@@ -536,16 +536,16 @@ def test_features_that_nothing_compares(config):
     trainer = Trainer(config)
     batch = next(iter(trainer._trainer.data_loader))
     config.model.losses = L(DistillLosses)()
-    assert not list(look_at_features(Trainer(config).model, [batch]))
+    assert not list(check_features(Trainer(config).model, [batch]))
     config.model.losses = L(DistillLosses)(it=L(ImitationLoss)(levels=["p3"]))
-    assert not list(look_at_features(Trainer(config).model, [batch]))
+    assert not list(check_features(Trainer(config).model, [batch]))
 
 
 def test_statistics_of_the_other_order(config):
     trainer = Trainer(config)
     student = trainer.model.student
     student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
-    (finding,) = (f for f in first_look(trainer.cfg, trainer.model) if f.state != "ok")
+    (finding,) = (f for f in sanity_check(trainer.cfg, trainer.model) if f.state != "ok")
     assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
 
 
@@ -553,7 +553,7 @@ def test_the_first_look_draws_and_changes_nothing(config, caplog):
     config.optimizer.lr = 1.0
     trainer = Trainer(config)
     before, state = random_state(), {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    hook = FirstLook()
+    hook = SanityCheckHook()
     hook.trainer = trainer
     with caplog.at_level("INFO", logger="d2kd.doctor"):
         hook.before_train()

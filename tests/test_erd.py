@@ -13,7 +13,7 @@ from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
 from d2kd.losses.erd import elastic_selection
 from d2kd.modeling import DenseOutputs, Distiller, Teacher
 from d2kd.structures.class_map import ClassMap
-from d2kd.testing import check_loss, distillation, step, tiny_fcos, tiny_gfl, tiny_retinanet
+from d2kd.testing import check_loss, step, sum_distill_losses, tiny_fcos, tiny_gfl, tiny_retinanet
 from d2kd.utils.errors import InputError
 
 from .common import batch, build
@@ -61,7 +61,7 @@ def rows_of(images, outputs):
 
 def bound(student, teacher, **options):
     loss = ERDLoss(**options)
-    loss.bind(student.detector, teacher.detector)
+    loss.setup(student.detector, teacher.detector)
     return loss
 
 
@@ -98,9 +98,11 @@ def slow_erd(student, teacher, loss):
             std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
             return [a for a, v in enumerate(values) if v > mean + alpha * std]
 
-        of_image = [(c_s[i, a] - c_t[i, a]) ** 2 for a in beyond(g, loss.alpha_cls)]
-        squares += of_image
-        means.append(torch.cat(of_image).mean() if of_image else torch.tensor(0.0))
+        single_image_model = [(c_s[i, a] - c_t[i, a]) ** 2 for a in beyond(g, loss.alpha_cls)]
+        squares += single_image_model
+        means.append(
+            torch.cat(single_image_model).mean() if single_image_model else torch.tensor(0.0)
+        )
 
         rows = beyond(h, loss.alpha_box)
         boxes = []
@@ -170,8 +172,8 @@ def test_old_classes_go_by_name(make):
     found = []
     for other, numbers in ((teacher, range(4)), (turned, order)):
         loss = make()
-        loss.class_map = ClassMap.by_name("abcdef", ["abcd"[k] for k in numbers])
-        loss.bind(student.detector, other.detector)
+        loss.class_map = ClassMap.from_names("abcdef", ["abcd"[k] for k in numbers])
+        loss.setup(student.detector, other.detector)
         value = of(loss, student, other)
         value = sum(value.values()) if isinstance(value, dict) else value
         gradients = torch.autograd.grad(value, student.predictions[0])
@@ -198,10 +200,10 @@ def test_images_are_selected_together_as_alone(images, old):
         for x in teacher.predictions[0] + teacher.predictions[1]:
             x[-1] = 0.5
     loss = bound(student, teacher, nms_thresh=0.3, decode_with_stride=True)
-    together = loss.select(teacher, loss.answer(teacher, "of_teacher"))
+    together = loss.select(teacher, loss.gather_predictions(teacher, "teacher_ids"))
     for i in range(images):
         theirs = rows_of([i], teacher)
-        alone = loss.select(theirs, loss.answer(theirs, "of_teacher"))
+        alone = loss.select(theirs, loss.gather_predictions(theirs, "teacher_ids"))
         for name in ("classes", "boxes", "kept"):
             assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
         assert together.kept[i].any() == (images == 1 or i < images - 1)
@@ -240,7 +242,7 @@ def test_what_is_selected_is_logged():
     with EventStorage() as storage:
         loss = bound(student, teacher)
         loss(student, teacher)
-        selection = loss.select(teacher, loss.answer(teacher, "of_teacher"))
+        selection = loss.select(teacher, loss.gather_predictions(teacher, "teacher_ids"))
         values = {k: v[0] for k, v in storage.latest().items()}
     shares = {name: getattr(selection, name).float().mean().item() for name in ("classes", "boxes")}
     for name, share in shares.items():
@@ -302,7 +304,7 @@ def test_properties_of_lwf(family):
 def test_lwf_compares_everything():
     student, teacher = answers()
     loss = LwFLoss()
-    loss.bind(student.detector, teacher.detector)
+    loss.setup(student.detector, teacher.detector)
     ours, theirs = (torch.cat(x.pred_logits, 1)[..., :4] for x in (student, teacher))
     torch.testing.assert_close(loss(student, teacher), ((ours - theirs) ** 2).mean())
 
@@ -317,7 +319,7 @@ def test_lwf_compares_everything():
 )
 def test_what_cannot_be_compared(student, teacher, line):
     with pytest.raises(InputError, match=line):
-        ERDLoss().bind(build(student), build(teacher))
+        ERDLoss().setup(build(student), build(teacher))
 
 
 def test_the_published_settings_are_the_defaults():
@@ -386,7 +388,7 @@ def test_at_first_it_is_the_old_detector():
     torch.testing.assert_close(bias[len(OLD) :], torch.full((len(NEW),), -math.log(99)))
 
     losses = step(model.train(), new_batch())
-    assert abs(float(distillation(losses))) <= 1e-9
+    assert abs(float(sum_distill_losses(losses))) <= 1e-9
 
 
 def new_batch(**options):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from d2kd.comparison.accuracy import accuracy
-from d2kd.comparison.error_kinds import KINDS, error_kinds, find_errors
-from d2kd.comparison.matching import Detections, Truth, match
+from d2kd.comparison.error_kinds import ERROR_TYPES, error_kinds, find_errors
+from d2kd.comparison.matching import Detections, GroundTruth, match
 
 from .generated_detections import generated_detections, generated_truth
 
@@ -16,7 +16,7 @@ ELSEWHERE = [200, 200, 20, 20]
 
 def scene(objects, detections, classes=("a", "b")):
     """One image: objects as (label, box[, crowd]), detections as (label, box, score)."""
-    truth = Truth(
+    truth = GroundTruth(
         (7,),
         classes,
         np.zeros(len(objects), int),
@@ -60,7 +60,7 @@ def test_each_kind_alone(detections, expected):
 
 
 def test_of_the_kinds_that_fit_it_is_the_first():
-    """TIDE's order: localization, classification, duplicate; so the places of ``KINDS`` do not count."""
+    """TIDE's order: localization, classification, duplicate; so the places of ``ERROR_TYPES`` do not count."""
     both = [(0, OBJECT), (1, OBJECT)]
     assert kinds(both, [(0, OBJECT, 0.9), (0, OBJECT, 0.8)])[0] == {"classification": 1}
     near = kinds([(0, SHIFTED), (1, OBJECT)], [(0, OBJECT, 0.9)])[0]
@@ -91,7 +91,7 @@ def test_mending_the_only_error_costs_all_there_is(detections, kind):
     _, found = kinds([(0, OBJECT), other], [*detections, (*other, 0.95)])
     assert found.AP50 == pytest.approx(50)
     assert found.cost[kind] == pytest.approx(50)
-    assert all(found.cost[other] == 0 for other in KINDS if other != kind)
+    assert all(found.cost[other] == 0 for other in ERROR_TYPES if other != kind)
 
 
 def test_what_is_missed_costs_less_the_more_is_found():
@@ -111,7 +111,7 @@ def test_what_is_missed_costs_less_the_more_is_found():
 def test_an_object_is_mended_once_by_the_best_that_means_it():
     truth, matches = scene([(0, OBJECT)], [(0, SHIFTED, 0.5), (0, SHIFTED, 0.9), (1, OBJECT, 0.7)])
     errors = find_errors(truth, matches)
-    assert matches.detections.score[errors.mends].tolist() == [0.9]
+    assert matches.detections.score[errors.fixes].tolist() == [0.9]
     # Mending classification drops the detection of b: its object is the better one's to mend.
     assert error_kinds(truth, matches, [0, 1]).cost["classification"] == 0
     assert error_kinds(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
@@ -121,12 +121,12 @@ def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
     truth = generated_truth(objects=10, crowds=0.1)
     matches = match(truth, generated_detections(truth, background=8))
     errors = find_errors(truth, matches)
-    wrong = ~matches.right[0, 0] & ~matches.ignored[0, 0]
-    assert ((errors.kind >= 0) == wrong).all() and len(set(errors.kind[wrong])) == 5
+    wrong = ~matches.is_tp[0, 0] & ~matches.ignored[0, 0]
+    assert ((errors.type >= 0) == wrong).all() and len(set(errors.type[wrong])) == 5
     found = np.zeros(len(truth), bool)
-    found[matches.object[0, 0, matches.right[0, 0]]] = True
+    found[matches.object[0, 0, matches.is_tp[0, 0]]] = True
     reason = errors.missed.copy()
-    reason[errors.meant[errors.mends]] = True
+    reason[errors.target[errors.fixes]] = True
     assert (reason == (~found & ~truth.crowd)).all()
 
 

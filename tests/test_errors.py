@@ -6,22 +6,25 @@ from types import SimpleNamespace as Like
 
 import pytest
 
-from d2kd.utils.errors import InputError, need, reporting
+from d2kd.utils.errors import InputError, report_input_errors, require_packages
 
 from . import raise_sites
 
 
 def test_a_package_of_an_extra_is_wanted_before_work_starts(refuses):
-    need("plots", "json", "torch")
+    require_packages("plots", "json", "torch")
     said = re.escape('no_such_package: not installed; expected pip install "d2kd[plots]"')
-    refuses(lambda: need("plots", "json", "no_such_package"), said)
+    refuses(lambda: require_packages("plots", "json", "no_such_package"), said)
 
 
 def test_an_interruption_says_what_goes_on(capsys):
-    with pytest.raises(SystemExit) as exit, reporting(interrupted="the same command continues"):
+    with (
+        pytest.raises(SystemExit) as exit,
+        report_input_errors(interrupted="the same command continues"),
+    ):
         raise KeyboardInterrupt
     assert exit.value.code == 130 and "the same command continues" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt), reporting():
+    with pytest.raises(KeyboardInterrupt), report_input_errors():
         raise KeyboardInterrupt
 
 

@@ -18,9 +18,15 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd.config import distill, load, reduced, with_defaults
+from d2kd.config import distill, load, with_defaults, with_downscaled_student
 from d2kd.export import formats, table
-from d2kd.export.formats import ExportedDetector, exportable, of_image, strangers, write
+from d2kd.export.formats import (
+    ExportedDetector,
+    count_mismatches,
+    prepare_for_export,
+    single_image_model,
+    write,
+)
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
 from d2kd.utils.errors import InputError
@@ -81,7 +87,7 @@ def files(tmp_path_factory):
     def of(family, form):
         path = folder / f"{family}{formats.FORMATS[form]}"
         if path not in written:
-            written[path] = exportable(lively(family))
+            written[path] = prepare_for_export(lively(family))
             write(written[path], path, ABOUT)
         return written[path], ExportedDetector(path)
 
@@ -102,7 +108,7 @@ def test_a_file_detects_what_its_detector_does(files, family, form):
         assert found.image_size == (2 * height, width)
         assert len(wanted) > 1
         assert found.get_fields().keys() == wanted.get_fields().keys()
-        assert strangers(found, wanted) == 0
+        assert count_mismatches(found, wanted) == 0
         assert (found.scores.diff() <= 1e-6).all()
     masks = " masks" if family == "mask_rcnn" else ""
     assert exported.metadata["outputs"] == "boxes scores classes" + masks
@@ -118,7 +124,7 @@ def test_a_file_sees_images_of_a_few_pixels(files, family, form):
         batch = [{"image": image, "height": size[0], "width": size[1]}]
         with torch.no_grad():
             (wanted,), (found,) = detector(batch), exported(batch)
-        assert strangers(found["instances"], wanted["instances"]) == 0
+        assert count_mismatches(found["instances"], wanted["instances"]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES[:-1])
@@ -127,14 +133,14 @@ def test_the_traced_image_leaves_no_mark(family):
 
     def graph(size):
         with torch.no_grad(), formats.tracing():
-            model = of_image(detector, torch.rand(3, *size, generator=seeded(3)) * 255)
+            model = single_image_model(detector, torch.rand(3, *size, generator=seeded(3)) * 255)
             traced = torch.jit.trace(model, model.flattened_inputs, check_trace=False)
         inlined = traced.inlined_graph
         torch._C._jit_pass_erase_shape_information(inlined)
         constants = [node.output().toIValue() for node in inlined.findAllNodes("prim::Constant")]
         return re.sub(r" #.*|__torch__\S*", "", str(inlined)), str(constants)
 
-    detector = exportable(lively(family))
+    detector = prepare_for_export(lively(family))
     if not hasattr(detector, "roi_heads"):
         detector.test_topk_candidates = 60  # between what the first level has of the two
     assert graph((33, 40)) == graph((130, 97))
@@ -143,7 +149,7 @@ def test_the_traced_image_leaves_no_mark(family):
 @pytest.mark.parametrize("form", formats.FORMATS)
 def test_an_image_without_detections(form, tmp_path):
     """It may be the traced one, and any other."""
-    detector = exportable(lively("mask_rcnn", threshold=0.345))
+    detector = prepare_for_export(lively("mask_rcnn", threshold=0.345))
     path = tmp_path / f"model{formats.FORMATS[form]}"
     write(detector, path, ABOUT)
     traced = torch.rand(3, *formats.EXAMPLE, generator=seeded(0)) * 255
@@ -172,14 +178,16 @@ def instances(boxes, scores, classes, **fields):
 def test_strangers_are_told_from_acquaintances():
     one = instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 1])
     turned = instances([[5, 5, 20, 20], [0, 0, 9, 9.05]], [0.5, 0.9005], [1, 0])
-    assert strangers(one, turned) == 0
-    assert strangers(one, instances([[0, 0, 9, 9]], [0.9], [0])) == 1
-    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 2])) == 2
-    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 21]], [0.9, 0.5], [0, 1])) == 2
-    assert strangers(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.51], [0, 1])) == 2
-    assert strangers(instances([[0, 0, 9, 9]], [0.9], [0]), one) == 1
+    assert count_mismatches(one, turned) == 0
+    assert count_mismatches(one, instances([[0, 0, 9, 9]], [0.9], [0])) == 1
+    assert count_mismatches(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.5], [0, 2])) == 2
+    assert count_mismatches(one, instances([[0, 0, 9, 9], [5, 5, 20, 21]], [0.9, 0.5], [0, 1])) == 2
+    assert (
+        count_mismatches(one, instances([[0, 0, 9, 9], [5, 5, 20, 20]], [0.9, 0.51], [0, 1])) == 2
+    )
+    assert count_mismatches(instances([[0, 0, 9, 9]], [0.9], [0]), one) == 1
     nothing = instances([], [], [])
-    assert strangers(one, nothing) == 2 and strangers(nothing, nothing) == 0
+    assert count_mismatches(one, nothing) == 2 and count_mismatches(nothing, nothing) == 0
 
 
 def test_detections_of_other_masks_are_strangers():
@@ -191,15 +199,19 @@ def test_detections_of_other_masks_are_strangers():
     def found(masks):
         return instances([[0, 0, 20, 20]], [0.9], [0], pred_masks=masks)
 
-    assert strangers(found(mask), found(near)) == 0
-    assert strangers(found(mask), found(other)) == strangers(found(other), found(mask)) == 2
+    assert count_mismatches(found(mask), found(near)) == 0
+    assert (
+        count_mismatches(found(mask), found(other))
+        == count_mismatches(found(other), found(mask))
+        == 2
+    )
 
 
 def test_keypoints_are_refused():
     detector = build(tiny_mask_rcnn())
     detector.roi_heads.keypoint_on = True
     with pytest.raises(InputError, match="keypoints; expected boxes and masks"):
-        exportable(detector)
+        prepare_for_export(detector)
 
 
 def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
@@ -210,7 +222,7 @@ def test_a_missing_package_and_a_broken_file(tmp_path, monkeypatch):
             ExportedDetector(tmp_path / name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match="onnx: cannot be imported.*d2kd.export"):
-        write(exportable(lively("fcos")), tmp_path / "model.onnx", ABOUT)
+        write(prepare_for_export(lively("fcos")), tmp_path / "model.onnx", ABOUT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "broken.ts"]
 
 
@@ -304,9 +316,9 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
         return totals, list(alone)
 
     config = load(str(words[1]), [words[-1]])
-    student = table.built(config, words[3])
+    student = table.build_student(config, words[3])
     with torch.no_grad():
-        count = len(student(table.first_images(with_defaults(config), 1)[0])[0]["instances"])
+        count = len(student(table.first_test_images(with_defaults(config), 1)[0])[0]["instances"])
     command("export")(words)
     assert told() == ((2 * count,) * 2, [0, 0]) and count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.ts"]
@@ -315,7 +327,7 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
         if path.suffix == ".ts":
             node = tiny_retinanet()
             node.test_score_thresh = 0.0
-            write(exportable(build(node, seed=9).eval()), path, about)
+            write(prepare_for_export(build(node, seed=9).eval()), path, about)
 
     monkeypatch.setattr(formats, "write", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
@@ -332,7 +344,7 @@ def test_how_a_reduced_image_was_made(folder):
     student = build(config.model.student)
     weights = str(folder / "student.pth")
     plain = table.metadata(config, student, weights)
-    small = table.metadata(reduced(config, 2), student, weights)
+    small = table.metadata(with_downscaled_student(config, 2), student, weights)
     assert plain["image_format"] == small["image_format"] == "RGB"
     assert "48" in plain["resizing"] and small["resizing"].startswith(plain["resizing"])
     assert small["resizing"].removeprefix(plain["resizing"]) == " 1/2 (means of 2 x 2 pixels)"
@@ -346,7 +358,7 @@ def test_a_teacher_of_larger_images_computes_more(folder):
         {},
     )
     student = build(config.model.student)
-    [batch] = table.first_images(config, 1)
+    [batch] = table.first_test_images(config, 1)
     for scale in (1, 2):
         config.model.teacher.scale = scale
         row = table.teacher_row(config, student)
@@ -362,21 +374,21 @@ def test_a_time_is_the_median_of_an_image_after_some_to_warm_up(monkeypatch):
         now[0] += next(seconds)
 
     row = table.Row("it", detect, torch.nn.Module(), 0)
-    assert table.milliseconds([row], [[{}]] * 3) == [3000.0]
+    assert table.time_per_image([row], [[{}]] * 3) == [3000.0]
 
 
 def test_a_teachers_row_is_in_the_students_classes(folder):
     config = load(str(folder / "recipe.py"))
-    student = table.built(config, str(folder / "student.pth"))
+    student = table.build_student(config, str(folder / "student.pth"))
     plain = table.teacher_row(config, student)
     config.model.classes = NAMES
-    (batch,) = table.first_images(config, 1)
+    (batch,) = table.first_test_images(config, 1)
     expected = plain.detect(batch)[0]["instances"].pred_classes
     for turn, known in ((NAMES[::-1], len(expected)), (["x", "y", "z"], 0)):
         config.model.teacher.classes = turn
         row = table.teacher_row(config, student)
         found = row.detect(batch)[0]["instances"].pred_classes
-        assert row.measurable == bool(known)
+        assert row.has_ap == bool(known)
         assert torch.equal(found, 2 - expected if known else expected)
 
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d2kd.config import add_d2kd_config, load
 from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
 from d2kd.modeling import GFL, LinearP6P7
-from d2kd.modeling.box_regression import StrideTransform, integral
+from d2kd.modeling.box_regression import Box2BoxTransformStride, integral
 from d2kd.modeling.matcher import atss_matches
-from d2kd.testing import odd_batches, step, tiny_gfl
+from d2kd.testing import edge_case_batches, step, tiny_gfl
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build
@@ -96,7 +96,7 @@ def test_boxes_survive_their_distributions():
     distances = torch.rand(50, 4) * 15.9
     boxes = torch.cat([centers - distances[:, :2] * stride, centers + distances[:, 2:] * stride], 1)
     anchors = torch.cat([centers - scale * stride / 2, centers + scale * stride / 2], 1)
-    coder = StrideTransform(scale)
+    coder = Box2BoxTransformStride(scale)
     found = coder.get_deltas(anchors, boxes)
     torch.testing.assert_close(found, distances, atol=1e-4, rtol=0)
     bins = torch.arange(17.0)
@@ -269,7 +269,7 @@ def answers(images=2, classes=CLASSES, side=64, levels=("p3", "p4", "p5")):
 def losses_of(gfl, logits, edges, truth):
     anchors = gfl.anchor_generator(logits)
     labels, boxes = gfl.label_anchors(anchors, truth)
-    by_anchor = gfl._by_anchor([logits, edges])
+    by_anchor = gfl._transpose_predictions([logits, edges])
     return gfl.losses(anchors, by_anchor[0], labels, by_anchor[1], boxes)
 
 
@@ -401,10 +401,10 @@ def test_two_processes_are_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [1, CLASSES])
-@pytest.mark.parametrize("why", odd_batches())
+@pytest.mark.parametrize("why", edge_case_batches())
 def test_trains_and_detects_on_odd_input(why, classes):
     model = build(tiny_gfl(classes=classes)).train()
-    examples = odd_batches(classes)[why]
+    examples = edge_case_batches(classes)[why]
     losses = step(model, examples)
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_dfl"]
     assert all(torch.isfinite(value) for value in losses.values()), losses

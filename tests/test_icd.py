@@ -16,17 +16,17 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2kd.data import InstancePriors, class_step, coco_dataset, estimate_priors
+from d2kd.data import InstancePriors, coco_dataset, estimate_priors, incremental_split
 from d2kd.engine import Trainer
 from d2kd.layers import attention as attention_module
 from d2kd.layers.attention import (
     CellPositions,
     InstanceDecoderLayer,
-    point_positions,
+    sine_position_embedding,
     summed_attention,
 )
 from d2kd.layers.masks import valid_cells
-from d2kd.layers.queries import describe, make_queries, query_count, sample_fakes
+from d2kd.layers.queries import make_descriptors, make_queries, num_queries, sample_negatives
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses import icd as icd_module
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
@@ -287,8 +287,8 @@ def test_summed_attention_is_the_softmax_of_the_logits_in_any_chunk():
         torch.special.entr(a[:, c]).sum(-1).flatten() / e
         for a, c, e in zip(attention, chosen, even)
     ])  # fmt: skip
-    for mebibytes in (1e-9, 64):
-        decoded = layer(*inputs, chosen, mebibytes)
+    for max_memory_mib in (1e-9, 64):
+        decoded = layer(*inputs, chosen, max_memory_mib)
         torch.testing.assert_close(decoded.attention, slow)
         torch.testing.assert_close(decoded.entropy, entropies.mean())
         assert not decoded.attention.requires_grad
@@ -341,10 +341,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_bounded_forward_and_backward():
-    def largest(mebibytes):
+    def largest(max_memory_mib):
         layer, inputs, _ = layer_and_inputs(queries=160, cells=4096, images=1)
         with Largest() as mode:
-            decoded = layer(*inputs, torch.arange(160)[None] < 120, mebibytes)
+            decoded = layer(*inputs, torch.arange(160)[None] < 120, max_memory_mib)
             decoded.queries.sum().backward()
         return mode.bytes, decoded.attention
 
@@ -355,16 +355,16 @@ def test_memory_is_bounded_forward_and_backward():
     torch.testing.assert_close(attention, same)
 
 
-@pytest.mark.parametrize("mebibytes", [1, 2, 4])
-def test_no_more_of_the_attention_is_alive_at_once_than_allowed(mebibytes):
+@pytest.mark.parametrize("max_memory_mib", [1, 2, 4])
+def test_no_more_of_the_attention_is_alive_at_once_than_allowed(max_memory_mib):
     query, key = torch.randn(1, 2, 90, 8), torch.randn(1, 2, 10000, 8)
     valid, chosen = torch.ones(1, 10000, dtype=torch.bool), torch.ones(1, 90, dtype=torch.bool)
     with torch.profiler.profile(profile_memory=True) as profiler:
-        summed_attention(query, key, valid, chosen, mebibytes)
+        summed_attention(query, key, valid, chosen, max_memory_mib)
     changes = [x for x in profiler.profiler.kineto_results.events() if x.name() == "[memory]"]
     alive = np.cumsum([x.nbytes() for x in sorted(changes, key=lambda x: x.start_ns())])
     results = 3 * 2 * 10000 * 4  # the sum, what is added to it, and what was added before
-    assert 0.7 * mebibytes * 2**20 < alive.max() - results <= mebibytes * 2**20
+    assert 0.7 * max_memory_mib * 2**20 < alive.max() - results <= max_memory_mib * 2**20
 
 
 def test_heads_must_divide_the_width():
@@ -391,7 +391,7 @@ def test_rows_and_columns_say_what_all_cells_would(channels):
     valid = valid_cells(sizes, padded, [(8, 12), (2, 3), (1, 1)])
     linear = torch.nn.Linear(channels, 6)
     whole = linear(torch.cat([sine_positions(x, channels).flatten(1, 2) for x in valid], dim=1))
-    found = CellPositions.of(valid, channels).mapped(linear.weight, linear.bias)
+    found = CellPositions.from_masks(valid, channels).project(linear.weight, linear.bias)
     valid = torch.cat([x.flatten(1) for x in valid], dim=1)
     torch.testing.assert_close(found[valid], whole[valid])
 
@@ -400,7 +400,7 @@ def test_rows_and_columns_say_what_all_cells_would(channels):
 def test_points_are_told_as_cells_are(channels):
     cells = sine_positions(torch.ones(1, 4, 5, dtype=torch.bool), channels)[0]
     rows, columns = torch.meshgrid(torch.arange(1, 5) / 4, torch.arange(1, 6) / 5, indexing="ij")
-    points = point_positions(torch.stack([columns, rows], dim=-1), channels)
+    points = sine_position_embedding(torch.stack([columns, rows], dim=-1), channels)
     torch.testing.assert_close(points, cells, atol=1e-5, rtol=0)
 
 
@@ -408,7 +408,7 @@ def test_points_are_told_as_cells_are(channels):
 def test_queries_with_positions_begin_by_looking_around_their_points(seed):
     torch.manual_seed(seed)
     valid = torch.ones(1, 6, 6, dtype=torch.bool)
-    places, cells = sine_positions(valid, 16).flatten(1, 2), CellPositions.of([valid], 16)
+    places, cells = sine_positions(valid, 16).flatten(1, 2), CellPositions.from_masks([valid], 16)
     nothing = torch.zeros_like(places)
     layer = InstanceDecoderLayer(16, 2, query_positions=True)
     [logits] = layer.logits(nothing, nothing, cells, valid.flatten(1), places)
@@ -444,14 +444,16 @@ def gt_of(examples):
     return [x["instances"] for x in examples]
 
 
-PRIORS = InstancePriors.unknown(CLASSES)
+PRIORS = InstancePriors.uniform(CLASSES)
 
 
 def test_descriptors_are_the_published_ones_in_class_and_place():
     reference = Arrays(REFERENCE)
     used = ~reference["query_is_padding"]
     classes, centers = (reference.tensor(f"query_{x}") for x in ("classes", "centers"))
-    found = describe(classes, centers, torch.ones_like(centers), int(reference["num_classes"]))
+    found = make_descriptors(
+        classes, centers, torch.ones_like(centers), int(reference["num_classes"])
+    )
     absolute, *_ = compare(
         found[..., :-10].numpy()[used], reference["descriptor"].transpose(1, 0, 2)[..., :-10][used]
     )
@@ -460,7 +462,9 @@ def test_descriptors_are_the_published_ones_in_class_and_place():
 
 def test_size_bins():
     def bins(side):
-        found = describe(torch.tensor(0), torch.zeros(2), torch.tensor([side, 1e9]), 1)[-10:]
+        found = make_descriptors(torch.tensor(0), torch.zeros(2), torch.tensor([side, 1e9]), 1)[
+            -10:
+        ]
         assert found.sum() == 2 and found[9] == 1
         return int(found[:5].argmax())
 
@@ -471,7 +475,7 @@ def test_size_bins():
 def test_sides_are_told_with_each_image_s_own_size():
     gt = instances([[10.0, 10.0, 140.0, 40.0]], [1], (200, 300))
     other = instances([[0.0, 0.0, 5.0, 5.0]], [0], (20, 10))
-    options = dict(fakes_per_object=0, jitter=0)
+    options = dict(negatives_per_instance=0, jitter=0)
     alone, both = (make_queries(x, PRIORS, **options) for x in ([gt], [gt, other]))
     assert torch.equal(alone.descriptors[0], both.descriptors[0])
     assert alone.descriptors[0, 0, -10:].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0]
@@ -481,13 +485,13 @@ def test_sides_are_told_with_each_image_s_own_size():
     "objects, cap, count", [(0, 300, 1), (1, 300, 6), (40, 300, 240), (60, 300, 300), (130, 100, 130)]
 )  # fmt: skip
 def test_counts(objects, cap, count):
-    assert query_count(objects, 5.0, cap) == count
-    assert query_count(objects, 0.0, cap) == max(objects, 1)
+    assert num_queries(objects, 5.0, cap) == count
+    assert num_queries(objects, 0.0, cap) == max(objects, 1)
     gt = gt_of(batch(objects=(objects, 0)))
     queries = make_queries(gt, PRIORS, max_queries=cap)
     assert queries.descriptors.shape == (2, count, CLASSES + 266)
     assert queries.is_used.sum(1).tolist() == [count, 1]
-    assert queries.is_real.sum(1).tolist() == [objects, 0]
+    assert queries.is_positive.sum(1).tolist() == [objects, 0]
     assert not queries.descriptors[1, 1:].any()
 
 
@@ -510,20 +514,20 @@ def test_told_points_stay_inside_and_edges_are_the_box_s():
         part = low / (low + high)
         assert part.min() > 0.199 and part.max() < 0.801 and part.std() > 0.1
     (height, width), boxes = gt[0].image_size, gt[0].gt_boxes.tensor
-    real = queries.is_real[0]
+    real = queries.is_positive[0]
     edges, centers = queries.edge_distances[0, real], queries.centers[0, real]
     sides = (edges[:, :2] + edges[:, 2:]) * torch.tensor([width, height])
     torch.testing.assert_close(sides, boxes[:, 2:] - boxes[:, :2])
     torch.testing.assert_close(
         (centers - edges[:, :2]) * torch.tensor([width, height]), boxes[:, :2]
     )
-    expected = describe(gt[0].gt_classes, centers, sides, CLASSES)
+    expected = make_descriptors(gt[0].gt_classes, centers, sides, CLASSES)
     torch.testing.assert_close(queries.descriptors[0, real], expected)
 
 
 def test_fakes_follow_the_priors():
     priors = InstancePriors([1.0, 0.0, 3.0], [[0.1, 0.3]] * 3, [[0.01, 0.01]] * 3)
-    boxes, classes = sample_fakes(priors, 4000, torch.Generator().manual_seed(0))
+    boxes, classes = sample_negatives(priors, 4000, torch.Generator().manual_seed(0))
     assert classes.bincount().tolist()[1] == 0
     assert float((classes == 2).float().mean()) == pytest.approx(0.75, abs=0.03)
     assert boxes.min() >= 0 and boxes.max() <= 1
@@ -590,7 +594,7 @@ def test_priors_of_data_that_know_their_classes_once_loaded(tmp_path):
 def test_priors_of_a_step_are_of_the_classes_seen_so_far(tmp_path, step, classes):
     draw_data(tmp_path)
     name = coco_dataset(f"whole_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
-    priors = estimate_priors(class_step(name, "1+2", step))
+    priors = estimate_priors(incremental_split(name, "1+2", step))
     assert priors.num_classes == classes
     new = priors.frequency[-1 if step == 1 else 1 :]
     assert new.sum() == pytest.approx(1)
@@ -608,7 +612,7 @@ def test_priors_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match="not registered"):
         estimate_priors("nowhere")
     with pytest.raises(InputError, match="priors: of 2 classes; expected 3"):
-        distiller(icd(priors=InstancePriors.unknown(2)), tiny_retinanet)
+        distiller(icd(priors=InstancePriors.uniform(2)), tiny_retinanet)
     with pytest.raises(InputError, match="no such file"):
         ICDLoss(priors=str(tmp_path / "nowhere.json"))
     for frequency, line in (
@@ -690,7 +694,7 @@ def test_lambda_is_the_family_s_and_the_auxiliary_weights_are_1(node, factor, ca
     model = distiller(icd(), node)
     loss = model.losses.by_name["loss"]
     assert loss.max_queries == cap
-    assert (loss.fakes_per_object, loss.jitter, loss.aux_warmup) == (5, 0.3, 0)
+    assert (loss.negatives_per_instance, loss.jitter, loss.aux_warmup) == (5, 0.3, 0)
     assert loss.begin == 1000 / 90000  # as published
     losses, storage = step_at(model, batch(), 0.5)
     values = {key: value for key, (value, _) in storage.latest().items()}
@@ -707,7 +711,7 @@ def test_lambda_is_the_family_s_and_the_auxiliary_weights_are_1(node, factor, ca
 
 
 def test_less_memory_for_attention_changes_no_loss(monkeypatch):
-    attended, taken = attention_module._attended, []
+    attended, taken = attention_module._attention_and_entropy, []
 
     def counted(query, key, valid):
         taken.append(query.shape[1])
@@ -715,9 +719,9 @@ def test_less_memory_for_attention_changes_no_loss(monkeypatch):
 
     monkeypatch.setattr(attention_module, "_attended", counted)
 
-    def losses(mebibytes):
+    def losses(max_memory_mib):
         torch.manual_seed(0)
-        model = distiller(icd(attention_mebibytes=mebibytes), tiny_retinanet)
+        model = distiller(icd(max_attention_mib=max_memory_mib), tiny_retinanet)
         taken.clear()
         return step_at(model, batch(objects=(3, 1)), 0.5)[0], list(taken)
 
@@ -833,7 +837,7 @@ def test_seed_and_count_of_draws_are_saved_as_numbers_and_restored():
     drawn = [loss._generator().initial_seed() for _ in range(3)]
     state = model.losses.state_dict()
     assert state["by_name.loss._extra_state"].tolist() == [3, loss.seed]
-    assert not other.losses.load_state_dict(state).missing_keys and restored.draws == 3
+    assert not other.losses.load_state_dict(state).missing_keys and restored.num_forwards == 3
     assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
     del state["by_name.loss._extra_state"]
     with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss._extra_state"'):
@@ -878,7 +882,7 @@ def test_input_that_cannot_be():
         ({"start": 1.0}, "start: 1.0"),
         ({"start": 0.5, "aux_warmup": 0.5}, "start: 0.5"),
         ({"max_queries": 0}, "max_queries: 0"),
-        ({"fakes_per_object": -1.0}, "fakes_per_object: -1.0"),
+        ({"negatives_per_instance": -1.0}, "negatives_per_instance: -1.0"),
     ):
         with pytest.raises(InputError, match=culprit):
             ICDLoss(**options)

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from d2kd.layers import masks
 from d2kd.layers.adapter import FeatureAdapter, match_levels
-from d2kd.layers.masks import pad_boxes, paint
+from d2kd.layers.masks import boxes_to_mask, pad_boxes
 from d2kd.utils.errors import InputError
 
 
@@ -19,7 +19,7 @@ def box(*xyxy):
 
 def test_gaussian_values_at_centre_edge_corner_and_outside():
     # stride 2: cell centres at 1, 3, 5 …; the box from 1 to 9 has its centre at 5
-    (mask,) = paint(pad_boxes([box(1, 1, 9, 9)]), (6, 6), 2)
+    (mask,) = boxes_to_mask(pad_boxes([box(1, 1, 9, 9)]), (6, 6), 2)
     assert float(mask[2, 2]) == 1
     assert float(mask[2, 0]) == pytest.approx(math.exp(-0.5)) == pytest.approx(0.6065, abs=1e-4)
     assert float(mask[0, 0]) == pytest.approx(math.exp(-1.0)) == pytest.approx(0.3679, abs=1e-4)
@@ -28,7 +28,9 @@ def test_gaussian_values_at_centre_edge_corner_and_outside():
 
 
 def test_a_cell_is_inside_if_its_centre_is():
-    (mask,) = paint(box(3, 0, 8, 4)[None], (2, 4), 4, "box")  # centres x 2, 6, 10, 14; y 2, 6
+    (mask,) = boxes_to_mask(
+        box(3, 0, 8, 4)[None], (2, 4), 4, "box"
+    )  # centres x 2, 6, 10, 14; y 2, 6
     assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
 
 
@@ -36,7 +38,7 @@ def test_a_cell_is_inside_if_its_centre_is():
 def test_odd_boxes(kind):
     empty = torch.zeros(0, 4)
     boxes = pad_boxes([empty, box(5, 5, 5, 5), box(-50, -50, 500, 500)])
-    found = paint(boxes, (3, 5), 4, kind)
+    found = boxes_to_mask(boxes, (3, 5), 4, kind)
     assert found.shape == (3, 3, 5) and torch.isfinite(found).all()
     assert found[0].sum() == 0 and found[1].sum() == 0 and (found[2] > 0).all()
 
@@ -49,11 +51,11 @@ def test_a_batch_is_painted_as_each_object_alone(counts, at_once, kind, monkeypa
     g = torch.Generator().manual_seed(0)
     corners = [torch.rand(count, 2, 2, generator=g) * 40 - 4 for count in counts]
     boxes = [torch.cat([x.amin(1), x.amax(1)], dim=1) for x in corners]
-    found = paint(pad_boxes(boxes), (6, 9), 4, kind)
+    found = boxes_to_mask(pad_boxes(boxes), (6, 9), 4, kind)
     expected = torch.zeros(3, 6, 9)
     for image, ours in enumerate(boxes):
         for one in ours:
-            alone = paint(one[None, None], (6, 9), 4, kind)[0]
+            alone = boxes_to_mask(one[None, None], (6, 9), 4, kind)[0]
             expected[image] = torch.maximum(expected[image], alone)
     assert torch.equal(found, expected) and bool(found.any()) == any(counts)
 

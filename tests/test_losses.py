@@ -25,7 +25,7 @@ from d2kd.losses import (
     LwFLoss,
     TARLoss,
 )
-from d2kd.losses.base import check_anchors, value_of
+from d2kd.losses.base import check_anchors, get_weight
 from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
@@ -35,11 +35,11 @@ from d2kd.losses.functional import (
 from d2kd.losses.tar import (
     _same_coder,
     classification_term,
-    of_class,
     regression_term,
+    select_class_deltas,
 )
 from d2kd.modeling import Regions
-from d2kd.testing import DETECTORS, check_loss, distillation, distiller, step
+from d2kd.testing import DETECTORS, check_loss, distiller, step, sum_distill_losses
 from d2kd.utils.errors import InputError
 
 from .common import batch, build
@@ -116,8 +116,8 @@ class Faulty(ImitationLoss):
             return super().forward(student, teacher) / len(student.gt_instances[0])
         return super().forward(student, teacher)
 
-    def bind(self, student, teacher):
-        super().bind(student, teacher)
+    def setup(self, student, teacher):
+        super().setup(student, teacher)
         self.__dict__["disturbed"] = student
 
 
@@ -160,7 +160,7 @@ def test_the_table_of_all_methods(monkeypatch, capsys):
 
 def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, capsys):
     class Elsewhere(ImitationLoss):
-        def bind(self, student, teacher):
+        def setup(self, student, teacher):
             raise InputError("student", type(student).__name__, "another family")
 
     class Loud(Faulty):
@@ -436,7 +436,7 @@ def test_where_regression_turns_from_square_to_absolute(beta):
         regions(boxes, ours, classes, gt), regions(boxes, theirs, None, None)
     )
     rows = classes < 3
-    s, t = (of_class(deltas[rows], classes[rows]) for deltas in (ours, theirs))
+    s, t = (select_class_deltas(deltas[rows], classes[rows]) for deltas in (ours, theirs))
     errors = (s - t).abs()
     square, absolute = errors**2 / (2 * beta), errors - beta / 2
     slow = torch.where(errors < beta, square, absolute).sum() / len(errors)
@@ -550,7 +550,7 @@ def test_objects_lie_in_the_students_pixels():
     icd = ICDLoss(levels=["p3"], weights="box")
     for loss in (plain, part, icd):
         loss.scale = 2
-        loss.bind(build(DETECTORS["faster_rcnn"]()), build(DETECTORS["faster_rcnn"]()))
+        loss.setup(build(DETECTORS["faster_rcnn"]()), build(DETECTORS["faster_rcnn"]()))
     assert plain(student, teacher) == part.feature(student, teacher) == 16 / 2
     assert icd.strides == plain.strides == {"p3": 8}
 
@@ -573,7 +573,7 @@ def test_what_detectors_say_of_padding_does_not_count(make, family):
             return forward(student, teacher)
 
         loss.forward = spoiling
-        return distillation(step(model, batch(sizes=((64, 64), (64, 128)))))
+        return sum_distill_losses(step(model, batch(sizes=((64, 64), (64, 128)))))
 
     assert value(0) > 0 and torch.equal(value(0), value(100))
 
@@ -644,7 +644,7 @@ def test_terms_follow_their_schedules():
         # Features count 0.01 by default, the others 1.
         scheduled = [x * left * k for x, k in zip(whole, (2, 0.02, 0.02))]
         assert terms(iteration, feature_ramp=0, **falling) == pytest.approx(scheduled)
-    assert value_of(TARLoss().ramp, 250 / 90000) == pytest.approx(0.5)  # 500 iterations long
+    assert get_weight(TARLoss().ramp, 250 / 90000) == pytest.approx(0.5)  # 500 iterations long
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""QuickMapper gives DatasetMapper's samples, sooner."""
+"""OpenCVDatasetMapper gives DatasetMapper's samples, sooner."""
 
 import cv2
 import detectron2.data.transforms as T
@@ -10,8 +10,8 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from d2kd.data import QuickMapper, build_train_loader
-from d2kd.data.mapper import _QuickResize, read_image
+from d2kd.data import OpenCVDatasetMapper, build_train_loader
+from d2kd.data.mapper import _TorchResize, read_image
 from d2kd.utils.errors import InputError
 
 SIZE = 60, 90
@@ -49,7 +49,7 @@ def both(record, augmentations, **options):
     """What either mapper makes of a record, from the same random state."""
     options = {"is_train": True, "image_format": "BGR"} | options
     samples = []
-    for mapper in (DatasetMapper, QuickMapper):
+    for mapper in (DatasetMapper, OpenCVDatasetMapper):
         np.random.seed(3)
         samples.append(mapper(augmentations=augmentations, **options)(record))
     return samples
@@ -97,7 +97,7 @@ def test_samples_are_detectron2s(record, augmentations, tolerance, image_format)
 def test_another_interpolation_is_the_one_that_is_asked_for():
     steps = np.repeat(np.uint8([0, 255]), 12).reshape(1, 24, 1).repeat(9, 0).repeat(3, 2)
     transform = T.ResizeTransform(9, 24, 7, 17, Image.BILINEAR)
-    quick = _QuickResize(9, 24, 7, 17, Image.BILINEAR)
+    quick = _TorchResize(9, 24, 7, 17, Image.BILINEAR)
     for interp in (Image.NEAREST, Image.BICUBIC):
         assert np.array_equal(
             quick.apply_image(steps, interp), transform.apply_image(steps, interp)
@@ -162,7 +162,7 @@ def test_what_cannot_be_decoded_is_refused_like_any_other(tmp_path, record, cont
     whole = (tmp_path / "photo.jpg").read_bytes()
     broken.write_bytes(whole[: len(whole) // 2] if content is None else content)
     record["file_name"] = str(broken)
-    mapper = QuickMapper(is_train=True, augmentations=[], image_format="BGR")
+    mapper = OpenCVDatasetMapper(is_train=True, augmentations=[], image_format="BGR")
     batches = build_train_loader(
         [record], mapper=mapper, total_batch_size=1, aspect_ratio_grouping=False
     )
@@ -175,7 +175,7 @@ def test_a_recipe_names_it(record):
     node = L(DatasetMapper)(
         is_train=True, augmentations=[L(T.Resize)(shape=(30, 45))], image_format="BGR"
     )
-    node["_target_"] = "d2kd.data.QuickMapper"
+    node["_target_"] = "d2kd.data.OpenCVDatasetMapper"
     assert instantiate(node)(record)["image"].shape == (3, 30, 45)
 
 
@@ -183,5 +183,5 @@ def test_a_yacs_config_configures_it(record):
     cfg = get_cfg()
     cfg.INPUT.MIN_SIZE_TRAIN = (45,)
     for is_train in (True, False):
-        sample = QuickMapper(cfg, is_train=is_train)(record)
+        sample = OpenCVDatasetMapper(cfg, is_train=is_train)(record)
         assert sample["image"].shape[0] == 3 and ("instances" in sample) == is_train

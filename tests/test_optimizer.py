@@ -13,11 +13,11 @@ from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from torch import nn
 
-from d2kd.config import get_config, override, with_defaults
+from d2kd.config import apply_overrides, get_config, with_defaults
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.optimizer import DistillerOptimizer
-from d2kd.engine.step import Step
+from d2kd.engine.step import TrainStep
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.utils.errors import InputError
 
@@ -124,7 +124,7 @@ def scaled_step(model, scale):
     train.loss_optimizer = {"clip_gradients": train.clip_gradients}
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
     with EventStorage():
-        Step(model, [[]], optimizer, (contextlib.nullcontext, scaler), train).run_step()
+        TrainStep(model, [[]], optimizer, (contextlib.nullcontext, scaler), train).run_step()
     return [p.item() for p in model.parameters()], scaler.get_scale()
 
 
@@ -137,7 +137,7 @@ def test_the_scaler_sees_both_once():
 
 
 def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
-    config = override(
+    config = apply_overrides(
         two(data, tmp_path), ["train.loss_optimizer.optimizer.lr=0.25", "optimizer.lr=0.5"]
     )
     config.train.loss_optimizer.lr_multiplier = L(ConstantParamScheduler)(value=0.5)
@@ -153,7 +153,7 @@ def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
     with pytest.raises(
         InputError, match="train.loss_optimizer.rate: no 'rate' in train.loss_optimizer"
     ):
-        override(config, ["train.loss_optimizer.rate=0.25"])
+        apply_overrides(config, ["train.loss_optimizer.rate=0.25"])
 
 
 def test_without_a_schedule_the_rates_stay(data, tmp_path):  # noqa: F811

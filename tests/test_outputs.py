@@ -7,8 +7,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, outputs_of
-from d2kd.modeling.outputs import Unreadable
+from d2kd.modeling import DenseOutputs, RCNNOutputs, Teacher, capture, get_outputs_class
+from d2kd.modeling.outputs import OutputNotAvailable
 from d2kd.modeling.outputs import rcnn as outputs_module
 from d2kd.utils.errors import InputError
 
@@ -16,8 +16,8 @@ from .common import DETECTORS, batch, build
 
 
 def listen(detector, examples):
-    kind = outputs_of(detector)
-    with EventStorage(), capture(kind.joints(detector)) as calls:
+    kind = get_outputs_class(detector)
+    with EventStorage(), capture(kind.hook_points(detector)) as calls:
         detector.train()(examples)
     return kind.from_calls(detector, examples, calls)
 
@@ -30,7 +30,7 @@ def test_a_copy_answers_what_the_student_said(family, objects):
     teacher.detector.requires_grad_()  # a teacher's outputs are constant, even if its weights learn
     examples = batch(objects=objects)
     said = listen(student, examples)
-    asked = teacher.ask(examples, said.region_boxes)
+    asked = teacher.outputs(examples, said.region_boxes)
     for level, feature in said.features.items():
         assert feature.requires_grad and not asked.features[level].requires_grad
         torch.testing.assert_close(feature, asked.features[level])
@@ -55,12 +55,12 @@ def test_a_copy_answers_what_the_student_said(family, objects):
         if family == "fcos":
             pairs += list(zip(said.pred_centerness, asked.pred_centerness, strict=True))
         else:
-            with pytest.raises(Unreadable, match="pred_centerness"):
+            with pytest.raises(OutputNotAvailable, match="pred_centerness"):
                 said.pred_centerness  # noqa: B018
         if family == "gfl":
             pairs += list(zip(said.pred_distributions, asked.pred_distributions, strict=True))
         else:
-            with pytest.raises(Unreadable, match="pred_distributions"):
+            with pytest.raises(OutputNotAvailable, match="pred_distributions"):
                 said.pred_distributions  # noqa: B018
     for ours, theirs in pairs:
         assert ours.requires_grad and not theirs.requires_grad
@@ -72,9 +72,9 @@ def test_the_row_of_a_region_follows_its_box():
     examples = batch()
     said = listen(build(DETECTORS["faster_rcnn"]()), examples)
     teacher = Teacher(build(DETECTORS["faster_rcnn"](), 1), None)
-    straight = teacher.ask(examples, region_boxes=said.region_boxes).regions[0]
+    straight = teacher.outputs(examples, region_boxes=said.region_boxes).regions[0]
     turned = [[boxes[torch.arange(len(boxes) - 1, -1, -1)] for boxes in said.region_boxes[0]]]
-    reverse = teacher.ask(examples, region_boxes=turned).regions[0]
+    reverse = teacher.outputs(examples, region_boxes=turned).regions[0]
     first = len(said.region_boxes[0][0])
     torch.testing.assert_close(
         straight.pred_class_logits[:first], reverse.pred_class_logits[:first].flip(0)
@@ -104,13 +104,13 @@ def test_a_cascade_labels_its_stages_itself(monkeypatch):
         assert torch.equal(regions.gt_boxes[first:], regions.boxes[1].tensor)
     second = said.regions[1]
     first_rule = heads.proposal_matchers[0], second.boxes, said.gt_instances, heads.num_classes
-    assert not torch.equal(outputs_module.match_labels(*first_rule)[0], second.gt_classes)
+    assert not torch.equal(outputs_module.match_and_label_boxes(*first_rule)[0], second.gt_classes)
 
 
 def test_regions_are_labelled_when_they_are_read(monkeypatch):
     detector = build(DETECTORS["cascade_rcnn"]())
     labelled = []
-    match = outputs_module.match_labels
+    match = outputs_module.match_and_label_boxes
     monkeypatch.setattr(
         outputs_module, "match_labels", lambda *args: labelled.append(1) or match(*args)
     )
@@ -132,7 +132,7 @@ def test_stages_of_other_numbers_meet(student, teacher, asked_heads):
     heads = detector.roi_heads.box_predictor
     heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads]
     with capture({str(k): head for k, head in enumerate(heads)}) as calls:
-        answers = Teacher(detector, None).ask(examples, said.region_boxes).regions
+        answers = Teacher(detector, None).outputs(examples, said.region_boxes).regions
     assert len(answers) == len(said.regions) == len(asked_heads)
     assert [len(calls[str(k)]) for k in range(len(heads))] == [
         asked_heads.count(k) for k in range(len(heads))
@@ -196,17 +196,17 @@ def test_a_dense_detector_need_not_label_anchors():
     detector = build(DETECTORS["retinanet"]())
     calls = {"backbone": [((), {})], "head": [((), ([], []))], "anchor_generator": []}
     said = DenseOutputs.from_calls(detector, batch(), calls)
-    assert said.own_labels is None and len(said.gt_instances) == 2
+    assert said.captured_labels is None and len(said.gt_instances) == 2
 
 
 def test_what_a_family_does_not_say_is_named():
-    dense = Teacher(build(DETECTORS["retinanet"]()), None).ask(batch())
+    dense = Teacher(build(DETECTORS["retinanet"]()), None).outputs(batch())
     assert isinstance(dense, DenseOutputs)
-    with pytest.raises(Unreadable, match="a RetinaNet has no 'regions'"):
+    with pytest.raises(OutputNotAvailable, match="a RetinaNet has no 'regions'"):
         dense.regions  # noqa: B018
-    two_stage = Teacher(build(DETECTORS["faster_rcnn"]()), None).ask(batch())
+    two_stage = Teacher(build(DETECTORS["faster_rcnn"]()), None).outputs(batch())
     assert isinstance(two_stage, RCNNOutputs)
-    with pytest.raises(Unreadable, match="no region boxes"):
+    with pytest.raises(OutputNotAvailable, match="no region boxes"):
         two_stage.regions  # noqa: B018
 
 
@@ -214,7 +214,7 @@ def test_what_a_family_does_not_say_is_named():
 def test_a_detector_s_own_error_stays_its_own(name, monkeypatch):
     """Also one by which Python means that there is no such attribute."""
     teacher = Teacher(build(DETECTORS["retinanet"]()), None)
-    outputs = teacher.ask(batch())
+    outputs = teacher.outputs(batch())
     outputs.gt_instances = []
 
     def fail(*_):
@@ -228,4 +228,4 @@ def test_a_detector_s_own_error_stays_its_own(name, monkeypatch):
 
 def test_an_unknown_detector_is_refused():
     with pytest.raises(InputError, match="Linear: .*; expected a GeneralizedRCNN"):
-        outputs_of(nn.Linear(1, 1))
+        get_outputs_class(nn.Linear(1, 1))

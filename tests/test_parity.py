@@ -28,7 +28,7 @@ def refused(method, file, capsys):
     return captured.err
 
 
-def outputs_of(prefix, inputs):
+def get_outputs_class(prefix, inputs):
     """Names in the reference that are no inputs."""
     names = {name for name in Arrays(GFL_ERD) if name.startswith(prefix)}
     return {name for name in names if name.split("/")[1] not in inputs}
@@ -51,7 +51,7 @@ def test_gfl_and_erd_agree(method, inputs, count, capsys):
     """Labels, losses, gradients, detections and selections are those of the published implementation."""
     assert parity(["--method", method, GFL_ERD]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    wanted = outputs_of(f"{method}/", inputs)
+    wanted = get_outputs_class(f"{method}/", inputs)
     assert {line.split()[0] for line in lines} == wanted and len(wanted) == count
     assert all(line.endswith(" ok") for line in lines)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.engine.step import precision
+from d2kd.engine.step import build_amp
 
 from . import fuzz
 from .fuzz import CHECKS, DTYPES, FUNCTIONS, check_function
@@ -51,5 +51,5 @@ def test_the_check_can_fail(monkeypatch):
 def test_a_precision_that_is_none(refuses):
     amp = OmegaConf.create({"enabled": True, "dtype": "int8"})
     refuses(
-        lambda: precision(amp, torch.device("cpu")), "train.amp.dtype: int8; expected float16 or"
+        lambda: build_amp(amp, torch.device("cpu")), "train.amp.dtype: int8; expected float16 or"
     )

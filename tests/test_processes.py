@@ -14,9 +14,9 @@ from torch.multiprocessing import start_processes
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from d2kd.engine import launch as launch_module
-from d2kd.engine.launch import explaining_lost_process, joined, launch, pick_device
+from d2kd.engine.launch import launch, pick_device, process_group, report_lost_process
 from d2kd.losses import ImitationLoss
-from d2kd.utils.comm import anywhere, over_processes
+from d2kd.utils.comm import any_rank, reduce_mean
 from d2kd.utils.errors import InputError
 
 from .resume_runs import OBJECTS, run
@@ -47,7 +47,7 @@ def test_a_process_that_dies_ends_the_other_with_a_clear_message(tmp_path):
 
 
 def test_other_errors_are_not_taken_for_it():
-    with pytest.raises(RuntimeError, match="size mismatch"), explaining_lost_process():
+    with pytest.raises(RuntimeError, match="size mismatch"), report_lost_process():
         raise RuntimeError("size mismatch")
 
 
@@ -66,7 +66,7 @@ def test_no_group_lives_until_python_ends(monkeypatch):
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "0")  # any that is free
-    with joined("cpu"):
+    with process_group("cpu"):
         groups = _use_everything_that_keeps_a_group()
     assert [group() for group in groups] == [None, None]
     assert not dist.is_initialized()
@@ -119,10 +119,10 @@ def test_input_that_every_process_refuses_is_told_of_once(launched, capfd):
 
 def test_counts_of_one_process_are_its_own():
     counts = torch.tensor([0.0, 0.5, 3.0], requires_grad=True)
-    assert over_processes(counts).tolist() == [1, 1, 3]
-    assert over_processes(counts, 0.25).tolist() == [0.25, 0.5, 3]
-    assert not over_processes(counts).requires_grad
-    assert anywhere(True) and not anywhere(False)
+    assert reduce_mean(counts).tolist() == [1, 1, 3]
+    assert reduce_mean(counts, 0.25).tolist() == [0.25, 0.5, 3]
+    assert not reduce_mean(counts).requires_grad
+    assert any_rank(True) and not any_rank(False)
     for across in (True, False):
         found = ImitationLoss(across_processes=across).normalizer(*counts)
         assert found.tolist() == [1, 1, 3]
@@ -143,7 +143,7 @@ def test_a_device_that_is_not_there(refuses, monkeypatch, name, there, line):
 
 def test_a_process_that_is_gone_is_said_in_one_line(refuses):
     def lost():
-        with explaining_lost_process():
+        with report_lost_process():
             raise RuntimeError(
                 "[gloo/transport/tcp/pair.cc:1] Connection closed by peer. See\nbelow"
             )

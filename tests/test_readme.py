@@ -15,9 +15,9 @@ import pytest
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2kd.config import config_file, detector, is_distiller, load, with_defaults
+from d2kd.config import get_config_file, get_detector_config, is_distiller, load, with_defaults
 from d2kd.data.shapes import CLASSES
-from d2kd.structures.class_map import ClassMap, class_names, renamed
+from d2kd.structures.class_map import ClassMap, apply_aliases, class_names
 from d2kd.tools import COMMANDS
 
 from .test_voc import write_voc
@@ -114,8 +114,8 @@ def test_data_in_vocs_format(tmp_path, monkeypatch, registered):
 def test_a_teacher_of_other_classes():
     made = recipe_with("aliases=")
     teacher = made.model.teacher
-    names = renamed(class_names(teacher.classes), teacher.aliases)
-    assert ClassMap.by_name(CLASSES, names).pairs and teacher.weights == "teacher.pkl"
+    names = apply_aliases(class_names(teacher.classes), teacher.aliases)
+    assert ClassMap.from_names(CLASSES, names).pairs and teacher.weights == "teacher.pkl"
 
 
 def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
@@ -126,7 +126,7 @@ def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
     (tmp_path / "plain.py").write_text(plain + lines("L(register_voc)"))
     whole = lines("aliases=").replace("baselines/faster_rcnn_small_shapes.py", "plain.py")
     (tmp_path / "mine.py").write_text(whole)
-    teacher = instantiate(detector("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"))
+    teacher = instantiate(get_detector_config("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"))
     arrays = {key: value.numpy() for key, value in teacher.state_dict().items()}
     (tmp_path / "teacher.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "a test"}))
     words = ["--config-file", "mine.py", "train.output_dir=out", "train.max_iter=2", "train.device=cpu",
@@ -161,7 +161,9 @@ def test_every_path_it_names_is_there(path):
     recipes = re.findall(r"--config-file (baselines/[\w/]+\.py)", text)
     assert len(links) > 5 and len(named) > 5
     files = [path.parent / link for link in links] + [ROOT / name for name in named]
-    assert not [file for file in (*files, *map(config_file, recipes)) if not Path(file).exists()]
+    assert not [
+        file for file in (*files, *map(get_config_file, recipes)) if not Path(file).exists()
+    ]
 
 
 def test_every_command_they_name_is_there():

@@ -11,11 +11,11 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.comparison.detectors import input_scale
 from d2kd.comparison.features import FeatureSimilarity
-from d2kd.comparison.matching import Truth
-from d2kd.comparison.regions import RegionCounts, why_not
+from d2kd.comparison.matching import GroundTruth
+from d2kd.comparison.regions import RegionCounts, why_not_comparable
 from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.modeling.agreement import agreement
+from d2kd.modeling.agreement import top1_agreement
 from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
 from d2kd.structures.class_map import ClassMap
 from d2kd.utils.errors import InputError
@@ -38,7 +38,7 @@ PROPOSALS = torch.tensor(
 def truth(label=0):
     boxes = np.array([OBJECT, CROWD])
     boxes[:, 2:] -= boxes[:, :2]
-    return Truth(
+    return GroundTruth(
         (0,),
         ("a", "b"),
         np.zeros(2, int),
@@ -80,12 +80,12 @@ class Said:
 
 
 def ready(name, classes=("a", "b")):
-    class_map = ClassMap.by_name(("a", "b"), classes)
+    class_map = ClassMap.from_names(("a", "b"), classes)
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
         teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
         map=class_map,
-        label_to_own=dict(class_map.pairs),
+        to_detector_label=dict(class_map.pairs),
     )
 
 
@@ -93,8 +93,8 @@ def seen(first, second, scale=1.0, **options):
     counts = RegionCounts([ready("t"), ready("s")], truth(**options), [0, 1], [0, 0])
     size = (3, 100, 100), (3, round(100 * scale), round(100 * scale))
     inputs = [{"image": torch.zeros(s), "height": 100, "width": 100} for s in size]
-    counts.see(0, inputs, [first, second])
-    return counts.table()
+    counts.update(0, inputs, [first, second])
+    return counts.summarize()
 
 
 def test_rows_by_hand():
@@ -116,8 +116,8 @@ def test_a_class_that_the_data_set_lacks_is_none_of_its_own():
     strange = Said([1, 0, 2, 1, 1], num_classes=3)  # zebra, a, b, zebra, zebra
     counts = RegionCounts([ready("t"), ready("s", ("a", "zebra", "b"))], truth(), [0, 1], [0, 0])
     inputs = [{"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}] * 2
-    counts.see(0, inputs, [Said([0] * 5), strange])
-    [pair] = counts.table()["pairs"]
+    counts.update(0, inputs, [Said([0] * 5), strange])
+    [pair] = counts.summarize()["pairs"]
     assert pair["all"]["class"] == {"both": 1, "first": 2, "second": 1, "neither": 0}
     assert pair["background"]["class"] == {"both": 0, "first": 0, "second": 1, "neither": 0}
 
@@ -150,21 +150,24 @@ def test_a_boxs_place_in_the_input_is_by_width_and_by_height():
 def test_an_object_whose_class_not_all_know_has_no_row():
     counts = RegionCounts([ready("t"), ready("s", ("x", "a"))], truth(label=1), [0], [0, 0])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.see(0, [given, given], [Said([0] * 5), Said([1] * 5)])
-    assert (counts.table()["rows"], counts.table()["foreground"]) == (1, 0)
+    counts.update(0, [given, given], [Said([0] * 5), Said([1] * 5)])
+    assert (counts.summarize()["rows"], counts.summarize()["foreground"]) == (1, 0)
 
 
 def test_an_image_without_objects_or_proposals():
-    nothing = Truth((0,), ("a", "b"), *(x[:0] for x in list(vars(truth()).values())[2:]))
+    nothing = GroundTruth((0,), ("a", "b"), *(x[:0] for x in list(vars(truth()).values())[2:]))
     counts = RegionCounts([ready("t"), ready("s")], nothing, [0, 1], [0, 0])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.see(0, [given, given], [Said([2] * 5), Said([2] * 5)])
-    assert counts.table()["rows"] == 5 and counts.table()["pairs"][0]["all"]["class"]["both"] == 5
+    counts.update(0, [given, given], [Said([2] * 5), Said([2] * 5)])
+    assert (
+        counts.summarize()["rows"] == 5
+        and counts.summarize()["pairs"][0]["all"]["class"]["both"] == 5
+    )
     empty = Said([2] * 5)
     empty.proposals[0] = empty.proposals[0][:0]
     empty.classes = []
-    counts.see(0, [given, given], [empty, empty])
-    assert counts.table()["rows"] == 5
+    counts.update(0, [given, given], [empty, empty])
+    assert counts.summarize()["rows"] == 5
 
 
 class Dense:
@@ -196,8 +199,8 @@ def test_anchors_by_hand(monkeypatch):
         one.teacher = SimpleNamespace(kind=DenseOutputs, detector=said.detector)
     counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.see(0, [given, given], [first, second])
-    table = counts.table()
+    counts.update(0, [given, given], [first, second])
+    table = counts.summarize()
     # Labelled by the first; the first's best; the second's best. The fourth anchor matters to nobody.
     assert (table["kind"], table["rows"], table["foreground"]) == ("anchors", 3, 1)
     [pair] = table["pairs"]
@@ -209,8 +212,8 @@ def test_anchors_by_hand(monkeypatch):
     second.pred_logits = [torch.tensor([[0.9, 0.1, 0.95], *[[0.1, 0.1, 0.1]] * 3]).logit()[None]]
     detectors[1] = ready("s", ("a", "b", "zebra"))
     counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
-    counts.see(0, [given, given], [first, second])
-    [pair] = counts.table()["pairs"]
+    counts.update(0, [given, given], [first, second])
+    [pair] = counts.summarize()["pairs"]
     assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
 
 
@@ -219,7 +222,7 @@ def test_anchors_are_scored_as_detections_are(family):
     teacher = Teacher(lively(build(DETECTORS[family]())), None)
     examples = batch(sizes=((64, 64),), objects=(0,))
     [found] = teacher.detect(examples)
-    scores = RegionCounts._scores(teacher.ask(examples))
+    scores = RegionCounts._scores(teacher.outputs(examples))
     torch.testing.assert_close(found["instances"].scores.max(), scores.max())
 
 
@@ -234,11 +237,11 @@ def test_features_by_hand():
     ] = -1  # and in the padding, which does not count, nor where an object reaches into it
     features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 6)}]
     objects = torch.tensor([[0.0, 0, 16, 16], [30, 0, 48, 32]])
-    similarity.see(features, (32, 32), (32, 48), objects)
-    [row] = similarity.table()["rows"]
+    similarity.update(features, (32, 32), (32, 48), objects)
+    [row] = similarity.summarize()["rows"]
     assert row["in_objects"] == pytest.approx(-(0.5**0.5))
     assert row["everywhere"] == pytest.approx((12 - 4 * 0.5**0.5) / 16)
-    assert similarity.table()["left_out"] == {"u": "4 channels beside 2"}
+    assert similarity.summarize()["left_out"] == {"u": "4 channels beside 2"}
 
 
 def taught(node, losses, teacher=None, classes=None, theirs=None):
@@ -269,7 +272,7 @@ def test_agreement_is_logged_and_complete_with_a_copy(family):
             model(batch())
         value = storage.latest()["distill/agreement"][0]
         assert value == 1 if whole else 0 <= value < 1
-        assert value == agreement(*sides, model.class_map)
+        assert value == top1_agreement(*sides, model.class_map)
 
 
 def answers_of(levels, classes, seed):
@@ -286,18 +289,20 @@ def answers_of(levels, classes, seed):
 )
 def test_agreement_by_level_is_that_of_all_logits(sides, ours, theirs, names):
     student, teacher = answers_of(sides, ours, 0), answers_of(sides, theirs, 1)
-    class_map = names and ClassMap.by_name(*map(list, names))
+    class_map = names and ClassMap.from_names(*map(list, names))
     one, other = (torch.cat(x.pred_logits, dim=1) for x in (student, teacher))
     if class_map is not None:
         one, other = class_map.shared_logits(one, other)
     best = other.amax(dim=2).topk(min(100, other.shape[1]), dim=1).indices
     same = [(a[b].argmax(1) == c[b].argmax(1)).float() for a, b, c in zip(one, best, other)]
-    assert agreement(student, teacher, class_map) == pytest.approx(float(torch.cat(same).mean()))
+    assert top1_agreement(student, teacher, class_map) == pytest.approx(
+        float(torch.cat(same).mean())
+    )
 
 
 def test_other_anchors_do_not_agree():
     for sides, classes in (((8, 4), 3), ((8, 4, 1), 3), ((8, 4, 2), 2)):
-        assert agreement(answers_of((8, 4, 2), 3, 0), answers_of(sides, classes, 1)) is None
+        assert top1_agreement(answers_of((8, 4, 2), 3, 0), answers_of(sides, classes, 1)) is None
 
 
 class ReadsRegions(DistillLoss):
@@ -316,8 +321,8 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
         model(batch())
     assert "distill/agreement" not in storage.latest()
     with pytest.raises(InputError, match="tar.regions: a GeneralizedRCNN with use_sigmoid_ce"):
-        DistillLosses(tar=TARLoss()).bind(*detectors.values())
-    DistillLosses(tar=TARLoss(classification_weight=0)).bind(*detectors.values())
+        DistillLosses(tar=TARLoss()).setup(*detectors.values())
+    DistillLosses(tar=TARLoss(classification_weight=0)).setup(*detectors.values())
     ready = [
         SimpleNamespace(
             detector=SimpleNamespace(name=name),
@@ -325,7 +330,7 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
         )
         for name, detector in detectors.items()
     ]
-    assert why_not(ready).startswith(f"{side} scores each class independently")
+    assert why_not_comparable(ready).startswith(f"{side} scores each class independently")
 
 
 def test_agreement_never_asks_the_teacher():

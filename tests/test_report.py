@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from d2kd.comparison.comparison import Options, analyse, assemble
-from d2kd.comparison.error_kinds import KINDS
-from d2kd.report.page import Domain, colors_of, render, sentence, write_report
+from d2kd.comparison.error_kinds import ERROR_TYPES
+from d2kd.report.page import ValueRange, detector_colors, render, summary_sentence, write_report
 
 from .coco_size import described, generated_data
 from .generated_detections import generated_detections
@@ -46,7 +46,7 @@ def outside(text: str) -> list[str]:
 def test_the_page_needs_nothing_else(detectors, tmp_path):
     found = compared(detectors)
     text = write_report(found, tmp_path).read_text()
-    assert outside(text) == [] and sentence(found) in text
+    assert outside(text) == [] and summary_sentence(found) in text
     assert text.count("<details") == text.count("</details>") and "<svg" in text
     for name in (d.name for d in found.detectors):
         assert name in text
@@ -110,7 +110,7 @@ def test_without_objects_nothing_is_defined_and_the_page_says_so():
     data = generated_data(3, 2, objects=0)
     seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
     found = made(data, seen, [0, 1])
-    assert "undefined" in sentence(found) and "–" in render(found)
+    assert "undefined" in summary_sentence(found) and "–" in render(found)
 
 
 def test_what_is_won_is_found_by_one_and_not_by_the_other():
@@ -123,9 +123,11 @@ def test_what_is_won_is_found_by_one_and_not_by_the_other():
             picture = objects.pictures[change.picture]
             assert picture.truth[change.object]["label"] in (0, 2)
             assert not picture.truth[change.object]["crowd"]
-            scores = [s["score"] for s in picture.seen[finder] if s["object"] == change.object]
+            scores = [
+                s["score"] for s in picture.detections[finder] if s["object"] == change.object
+            ]
             assert scores == [change.score] and change.score >= objects.thresholds[finder]
-            assert change.object not in [s["object"] for s in picture.seen[other]]
+            assert change.object not in [s["object"] for s in picture.detections[other]]
     counted = ~data.truth.crowd & np.isin(data.truth.label, [0, 2])
     assert sum(row["objects"] for row in objects.together) == counted.sum()
     drawn = [compared(2, seed=seed)["baseline"].intervals for seed in (0, 0, 1)]
@@ -137,8 +139,8 @@ def test_the_charts_show_the_figures():
     page = render(found)
     of = {name: found[name].errors.cost for name in ("baseline", "distilled")}
     lines = re.findall(r'class="name">(\w+)</span>.*?class="value">([^<]*)</span>', page, re.S)
-    shown = {kind: text for kind, text in lines if kind in KINDS}
-    assert shown == {k: f"{of['baseline'][k]:.1f} → {of['distilled'][k]:.1f}" for k in KINDS}
+    shown = {kind: text for kind, text in lines if kind in ERROR_TYPES}
+    assert shown == {k: f"{of['baseline'][k]:.1f} → {of['distilled'][k]:.1f}" for k in ERROR_TYPES}
     # Of many classes the chart has those whose AP changed most, from gain to loss.
     chart = page.split("with the largest changes</h3>")[1].split("<details")[0]
     gains = found.gain("distilled", "baseline").per_class
@@ -157,22 +159,22 @@ def test_the_sentence_says_what_the_interval_allows():
     gain = better.gain("distilled", "baseline")
     of = {d.name: d.accuracy.metrics["AP"] for d in better.detectors}
     share = (of["distilled"] - of["baseline"]) / (of["teacher"] - of["baseline"])
-    assert f": {100 * share:.0f} % of the way to teacher" in sentence(better)
+    assert f": {100 * share:.0f} % of the way to teacher" in summary_sentence(better)
     gain.metrics["AP"]["interval"] = [-0.1, 9.0]
-    assert "contains 0" in sentence(better) and "of the way" not in sentence(better)
+    assert "contains 0" in summary_sentence(better) and "of the way" not in summary_sentence(better)
 
 
 def test_a_detector_has_one_colour_and_the_featured_one_always_the_same():
-    colors = colors_of(compared(5))
+    colors = detector_colors(compared(5))
     assert len(set(colors.values())) == 5
-    assert colors["last"] == colors_of(compared(3))["distilled"]
-    assert len(set(colors_of(compared(2)).values())) == 2
+    assert colors["last"] == detector_colors(compared(3))["distilled"]
+    assert len(set(detector_colors(compared(2)).values())) == 2
 
 
 def test_a_track_has_room_for_zero_and_every_interval():
-    domain = Domain.around(
+    domain = ValueRange.around(
         [{"gain": 3.0, "interval": [-1.0, 5.0]}, {"gain": None, "interval": None}]
     )
     places = [domain.at(x) for x in (-1, 0, 3, 5)]
     assert places == sorted(places) and 0 < places[0] and places[-1] < 100
-    assert 0 < Domain.around([]).at(0) < 100
+    assert 0 < ValueRange.around([]).at(0) < 100

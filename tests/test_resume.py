@@ -20,13 +20,13 @@ from torch import nn
 import d2kd.engine.trainer as trainer_module
 from d2kd.config import get_config
 from d2kd.data import build_train_loader, estimate_priors
-from d2kd.engine.checkpoint import NORMALIZER, StudentCheckpointer, plain
-from d2kd.engine.step import Step
+from d2kd.engine.checkpoint import LOSS_NORMALIZER, StudentCheckpointer, to_builtin_types
+from d2kd.engine.step import TrainStep
 from d2kd.engine.trainer import Trainer
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
-from d2kd.modeling.weights import read
-from d2kd.utils.errors import InputError, reporting
-from d2kd.utils.io import explaining_full_disk
+from d2kd.modeling.weights import load_checkpoint
+from d2kd.utils.errors import InputError, report_input_errors
+from d2kd.utils.io import report_full_disk
 
 from . import resume_runs
 from .common import tiny_retinanet
@@ -186,7 +186,7 @@ def _with_little_room(config, said):
     with open(said, "w") as file:
         sys.stderr = file
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        with reporting():
+        with report_input_errors():
             run(config, resume=True)
 
 
@@ -220,14 +220,14 @@ def test_a_full_disk_is_the_users_to_mend(data, tmp_path, monkeypatch):
             if what == "evaluate":
                 patch.setattr(trainer_module, "do_test", refuse)
             else:
-                patch.setattr("d2kd.engine.run_info.RunRecord.end", refuse)
+                patch.setattr("d2kd.engine.run_info.RunMetadata.end", refuse)
             with pytest.raises(InputError, match="No space left on device.*; expected room") as it:
                 run(recipe(data, tmp_path / what, max_iter=1))
         assert len(str(it.value).splitlines()) == 1
         assert "Traceback" not in (tmp_path / what / "log.txt").read_text()
-    with pytest.raises(RuntimeError, match="other"), explaining_full_disk("x"):
+    with pytest.raises(RuntimeError, match="other"), report_full_disk("x"):
         raise RuntimeError("other")
-    with pytest.raises(PermissionError), explaining_full_disk("x"):
+    with pytest.raises(PermissionError), report_full_disk("x"):
         raise PermissionError(errno.EACCES, "no")
 
 
@@ -336,7 +336,7 @@ def test_a_dense_detector_goes_on_in_another_number_of_processes(data, tmp_path,
     file = tmp_path / "model_0000000.pth"
     checkpoint = torch.load(file, weights_only=True)
     [state] = checkpoint["processes"]
-    checkpoint["processes"] = [state | {NORMALIZER: share * alone} for share in (0.25, 0.75)]
+    checkpoint["processes"] = [state | {LOSS_NORMALIZER: share * alone} for share in (0.25, 0.75)]
     torch.save(checkpoint, file)
     trainer = trainer_module.Trainer(config)
     trainer.resume_or_load()
@@ -362,7 +362,7 @@ def test_the_scalers_state_goes_on(tmp_path):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
         train = get_config("common/train.py").train
-        made = Step(model, batches[start:], optimizer, (contextlib.nullcontext, scaler), train)
+        made = TrainStep(model, batches[start:], optimizer, (contextlib.nullcontext, scaler), train)
         if state is not None:
             model.load_state_dict(state["model"])
             made.load_state_dict(state["trainer"])
@@ -373,7 +373,7 @@ def test_the_scalers_state_goes_on(tmp_path):
         for _ in range(count):
             made.run_step()
             torch.save(
-                plain({"model": made.model.state_dict(), "trainer": made.state_dict()}),
+                to_builtin_types({"model": made.model.state_dict(), "trainer": made.state_dict()}),
                 tmp_path / "state.pth",
             )
             found.append(torch.load(tmp_path / "state.pth", weights_only=True))
@@ -452,7 +452,7 @@ def test_reading_weights_runs_no_code(tmp_path):
         {"model": {"weight": torch.ones(1)}, "more": RunsCode(tmp_path / "ran")}, tmp_path / "x.pth"
     )
     with pytest.raises(InputError, match="x.pth: holds .*pathlib.Path"):
-        read(str(tmp_path / "x.pth"))
+        load_checkpoint(str(tmp_path / "x.pth"))
     assert not (tmp_path / "ran").exists()
 
 

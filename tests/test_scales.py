@@ -10,13 +10,13 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Instances, Keypoints
 from omegaconf import OmegaConf
 
-from d2kd.config import distill, load, reduced
-from d2kd.data import TwoScales
-from d2kd.data.scales import reduce
+from d2kd.config import distill, load, with_downscaled_student
+from d2kd.data import DownscaledStudentMapper
+from d2kd.data.scales import downscale
 from d2kd.layers.adapter import match_levels
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.testing import odd_batches, step
+from d2kd.testing import edge_case_batches, step
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_retinanet
@@ -26,7 +26,7 @@ from .tiny_run import recipe
 def two_scales(examples, scale=2):
     """The batch as the mapper would give it."""
     samples = iter(copy.deepcopy(examples))
-    mapper = TwoScales(lambda _: next(samples), scale)
+    mapper = DownscaledStudentMapper(lambda _: next(samples), scale)
     return [mapper({}) for _ in examples]
 
 
@@ -66,7 +66,7 @@ def test_what_a_perfect_student_detects_is_the_object(size):
         found = detector_postprocess(perfect, *size)
         torch.testing.assert_close(found.pred_boxes.tensor, truth.tensor)
     teacher = Teacher(build(tiny_faster_rcnn()), None, scale=2)
-    outputs = teacher.ask([sample], region_boxes=[[sample["instances"].gt_boxes]])
+    outputs = teacher.outputs([sample], region_boxes=[[sample["instances"].gt_boxes]])
     torch.testing.assert_close(outputs.region_boxes[0][0].tensor, truth.tensor)
 
 
@@ -74,21 +74,21 @@ def test_pixels_lie_where_they_lay():
     """A white stripe at the far end of an odd side is at the far end of the smaller one, as wide."""
     image = torch.zeros(1, 101, 101)
     image[..., 91:] = 100.0
-    small = reduce(image, 2)
+    small = downscale(image, 2)
     assert small.shape == (1, 51, 51) and small[..., -1].min() == 100 and small[..., 0].max() == 0
     assert float((small / 100).sum(-1).mean()) * 101 / 51 == pytest.approx(10, abs=0.75)
 
 
 def test_pixels_are_means():
     image = torch.arange(3 * 4 * 6).reshape(3, 4, 6).float()
-    small = reduce(image, 2)
+    small = downscale(image, 2)
     assert small[1, 1, 2] == image[1, 2:4, 4:6].mean()
-    assert reduce(torch.full((3, 5, 7), 9, dtype=torch.uint8), 2).unique().tolist() == [9]
-    assert reduce(torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8), 2).item() == 1  # of 0.75
+    assert downscale(torch.full((3, 5, 7), 9, dtype=torch.uint8), 2).unique().tolist() == [9]
+    assert downscale(torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8), 2).item() == 1  # of 0.75
 
 
 def test_samples_that_are_none_stay_none():
-    assert TwoScales(lambda _: None, 2)({}) is None
+    assert DownscaledStudentMapper(lambda _: None, 2)({}) is None
     (sample,) = two_scales([{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "height": 80}])
     assert "instances" not in sample and sample["height"] == 80
 
@@ -96,7 +96,7 @@ def test_samples_that_are_none_stay_none():
 @pytest.mark.parametrize("scale", [1, 0, -2, 2.5])
 def test_scales_that_are_none(scale):
     with pytest.raises(InputError, match=f"scale: {scale}; expected an integer of at least 2"):
-        TwoScales(lambda x: x, scale)
+        DownscaledStudentMapper(lambda x: x, scale)
 
 
 def test_bitmaps_are_refused():
@@ -132,9 +132,9 @@ def pair(family, scale=2):
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
-@pytest.mark.parametrize("name", ["plain", *odd_batches()])
+@pytest.mark.parametrize("name", ["plain", *edge_case_batches()])
 def test_every_loss_works_across_scales(family, name):
-    examples = two_scales({"plain": batch(), **odd_batches()}[name])
+    examples = two_scales({"plain": batch(), **edge_case_batches()}[name])
     model = pair(family).train()
     losses = step(model, examples)
     assert all(torch.isfinite(value) for value in losses.values())
@@ -154,11 +154,11 @@ def test_regions_are_the_same_places():
     examples = two_scales(batch())
     teacher = Teacher(build(tiny_faster_rcnn()), None, scale=2)
     boxes = [x["instances"].gt_boxes for x in examples]
-    outputs = teacher.ask(examples, region_boxes=[boxes])
+    outputs = teacher.outputs(examples, region_boxes=[boxes])
     (regions,) = outputs.regions
     (direct,) = (
         Teacher(build(tiny_faster_rcnn()), None)
-        .ask(batch(), region_boxes=[[x["instances"].gt_boxes for x in batch()]])
+        .outputs(batch(), region_boxes=[[x["instances"].gt_boxes for x in batch()]])
         .regions
     )
     torch.testing.assert_close(regions.pred_class_logits, direct.pred_class_logits)
@@ -189,9 +189,9 @@ def test_what_cannot_be():
             max_iter=4,
         )
     with pytest.raises(InputError, match="teacher.scale: 2, but a batch without 'teacher_image'"):
-        Teacher(teacher, None, scale=2).ask(batch())
+        Teacher(teacher, None, scale=2).outputs(batch())
     with pytest.raises(InputError, match=r"teacher.scale: 3, .* \(64, 64\) beside .* \(32, 32\)"):
-        Teacher(teacher, None, scale=3).ask(two_scales(batch()))
+        Teacher(teacher, None, scale=3).outputs(two_scales(batch()))
     with pytest.raises(InputError, match="teacher.scale: 0"):
         Teacher(teacher, None, scale=0)
     with pytest.raises(InputError, match="share: both, at 2 times"):
@@ -207,7 +207,7 @@ def test_what_cannot_be():
 def test_mappers_that_take_parts_from_elsewhere_keep_them():
     base = load("baselines/faster_rcnn_small_bccd.py")  # one's augmentation is another's
     base.dataloader.test.mapper.recompute_boxes = "???"  # which is not for us to complain about
-    small = reduced(base, 2)
+    small = with_downscaled_student(base, 2)
     for part, count in (("train", 3), ("test", 1)):
         small.dataloader[part].mapper.mapper.recompute_boxes = False
         mapper = instantiate(small.dataloader[part].mapper)
@@ -221,7 +221,7 @@ def test_mappers_that_take_parts_from_elsewhere_keep_them():
 
 def test_a_recipe_at_two_scales(tmp_path):
     base = recipe(tmp_path / "data", tmp_path / "out", max_iter=2)
-    small = reduced(base, 2)
+    small = with_downscaled_student(base, 2)
     for part in ("train", "test"):
         mapper = small.dataloader[part].mapper
         assert mapper.scale == 2 and mapper.mapper.image_format == "BGR"

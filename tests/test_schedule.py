@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.study import Commands, load, run_study, schedule
+from d2kd.study import ParallelRunner, load, run_study, schedule
 from d2kd.study import run as training
 from d2kd.utils.errors import InputError
 
@@ -53,10 +53,10 @@ study = dict(test=_plain.dataloader.test.dataset.names, baseline="baseline")
 runs = dict(
     baseline=dict(config=_plain),
     imitation=_imitation,
-    longer=dict(config=_plain, starts_from="baseline"),
-    teacher=dict(config=recipe(_data, Path("none"), tiny_faster_rcnn(channels=24), max_iter=2), once=True),
+    longer=dict(config=_plain, init_from="baseline"),
+    teacher=dict(config=recipe(_data, Path("none"), tiny_faster_rcnn(channels=24), max_iter=2), shared_across_seeds=True),
     broken=dict(config=_broken, optional=True),
-    needy=dict(config=_plain, starts_from="broken", optional=True),
+    needy=dict(config=_plain, init_from="broken", optional=True),
 )
 """
 
@@ -151,7 +151,9 @@ def test_a_process_that_dies_is_named_and_what_it_said_is_kept(
 ):
     trained_by(code, monkeypatch)
     said = io.StringIO()
-    rows, failed = run(file, tmp_path / "out", [0], ["baseline", "imitation"], Commands(2), said)
+    rows, failed = run(
+        file, tmp_path / "out", [0], ["baseline", "imitation"], ParallelRunner(2), said
+    )
     assert rows == [] and set(failed) == {"teacher", "baseline_seed0"}
     error = str(failed["baseline_seed0"])
     assert error.startswith(f"baseline_seed0: {found}") and "\n" not in error
@@ -166,7 +168,7 @@ def test_what_is_refused_before_its_first_step_leaves_no_trace(file, tmp_path, m
     trained_by(
         f"print({line!r}, 'and more', sep=chr(10), file=sys.stderr); sys.exit(2)", monkeypatch
     )
-    rows, failed = run(file, tmp_path / "out", [0], ["baseline"], Commands())
+    rows, failed = run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner())
     assert [f"error: {error}" for error in failed.values()] == [line] and rows == []
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +189,7 @@ def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
     monkeypatch.setattr(training.subprocess, "Popen", start)
     monkeypatch.setattr(schedule.time, "sleep", interrupt_once_it_trains)
     with pytest.raises(KeyboardInterrupt):
-        run(file, tmp_path / "out", [0], ["baseline"], Commands(2))
+        run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner(2))
     [process] = started
     assert process.returncode is not None
     assert metrics.exists()  # and the next command goes on from there
@@ -195,7 +197,7 @@ def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
 
 def _begin_and_wait(folder, told):
     config = OmegaConf.create(dict(model={}, train=dict(output_dir=folder, max_iter=1)))
-    going_on = training.train_apart(config, "", print, 1, None)
+    going_on = training.train_in_subprocess(config, "", print, 1, None)
     next(going_on)
     told.send(going_on.gi_frame.f_locals["process"].pid)
     told.recv()
@@ -218,7 +220,7 @@ def test_a_killed_study_leaves_nothing_running(tmp_path, monkeypatch):
     os.close(running)
 
 
-class Beside(Commands):
+class Beside(ParallelRunner):
     """Two at a time, each for a few rounds; nothing is computed. Who trains beside whom is remembered."""
 
     def __init__(self):
@@ -261,7 +263,7 @@ def test_a_step_is_timed_while_nothing_else_is_trained(file, tmp_path, without_w
     """And at the first such moment, so that no place waits for it later."""
     run(file, tmp_path / "out", [0], ["teacher"])
     text = file.read_text().replace(
-        "runs = dict(", "runs = dict(equal=dict(config=_plain, steps_like='imitation'),"
+        "runs = dict(", "runs = dict(equal=dict(config=_plain, match_time_of='imitation'),"
     )
     file.write_text(text)
     beside = Beside()
@@ -283,12 +285,12 @@ def test_each_has_its_share_of_the_threads_and_of_the_gpus(file, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], Commands(2))
+    run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], ParallelRunner(2))
     assert given[0] == ("teacher", 4, "5")
     assert sorted(given[1:]) == [("baseline_seed0", 2, "5"), ("baseline_seed1", 2, "7")]
     given.clear()
-    run(file, tmp_path / "out", [0], ["baseline"], Commands(1))
+    run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner(1))
     assert given == [("baseline_seed0", 4, "5")]
     given.clear()
-    run(file, tmp_path / "out", [0, 1, 2], ["baseline"], Commands(3))
+    run(file, tmp_path / "out", [0, 1, 2], ["baseline"], ParallelRunner(3))
     assert [gpu for *_, gpu in given] == ["5", "7", "5"]

@@ -13,7 +13,7 @@ from PIL import Image
 from d2kd.structures.class_map import ClassMap
 from d2kd.visualization import erd_selection
 from d2kd.visualization.erd_selection import TITLES, draw_selection
-from d2kd.visualization.panels import COLORS, described, side_by_side
+from d2kd.visualization.panels import COLORS, panel_metadata, side_by_side
 
 from .common import command, refusal
 from .test_steps import increment
@@ -31,7 +31,7 @@ model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimize
 def test_names_say_what_is_old():
     metadata = Metadata(thing_classes=["a", "b", "c"])
     student = ["b", "c"]  # of "a" it will learn in a later step
-    panels = described(metadata, {"teacher": ["b"], "student": student, "stranger": None}, 1)
+    panels = panel_metadata(metadata, {"teacher": ["b"], "student": student, "stranger": None}, 1)
     said = {title: panel and panel.thing_classes for title, panel in panels.items()}
     assert said == {
         "ground truth": ["a", "b (old)", "c (new)"],
@@ -39,9 +39,9 @@ def test_names_say_what_is_old():
         "student": ["b (old)", "c (new)"],
         "stranger": None,
     }
-    panels = described(metadata, {"student": student})
+    panels = panel_metadata(metadata, {"student": student})
     assert [panel.thing_classes for panel in panels.values()] == [["a", "b", "c"], ["b", "c"]]
-    assert described(Metadata(), {"student": None}, 1)["ground truth"] is None
+    assert panel_metadata(Metadata(), {"student": None}, 1)["ground truth"] is None
 
 
 def test_locations_are_dots_in_their_places():
@@ -84,7 +84,7 @@ def test_the_selection_is_drawn(tmp_path, monkeypatch):
     assert 32 < torch.cat(chosen).max() < 64
     assert shown[0].thing_classes == ["class 0 (old)", "class 1 (new)", "class 2 (new)"]
     # A class of a step to come is neither.
-    loss.class_map = ClassMap.by_name(["class 2", "class 0"], ["class 0"])
+    loss.class_map = ClassMap.from_names(["class 2", "class 0"], ["class 0"])
     draw_selection(tmp_path / "pictures", names, loss, model.teacher, mapper, 1)
     assert shown[-1].thing_classes == ["class 0 (old)", "class 1", "class 2 (new)"]
     loss.class_map, loss.num_classes = None, 2

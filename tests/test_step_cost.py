@@ -18,9 +18,9 @@ from torch import nn
 
 from d2kd.benchmark.costs import median_interval
 from d2kd.benchmark.step_cost import StepCost, _estimate, _points, step_cost
-from d2kd.engine.step import NotFinite, Step
+from d2kd.engine.step import NonFiniteError, TrainStep
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
-from d2kd.losses.base import value_of
+from d2kd.losses.base import get_weight
 from d2kd.modeling import Distiller
 from d2kd.utils.errors import InputError
 
@@ -62,7 +62,7 @@ def faked(monkeypatch):
             steps.append((self.config.name, iteration, torch.rand(()).item()))
             cost = 1.0
             for name, loss in getattr(self.model, "losses", model_with(1).losses).by_name.items():
-                on = value_of(loss.weight, iteration / self.max_iter) != 0
+                on = get_weight(loss.weight, iteration / self.max_iter) != 0
                 cost += on * self.config.costs[name]
             now[0] += cost * (1 + self.config.noise * noise.normal())
 
@@ -192,7 +192,7 @@ def recipes(tmp_path):
 
 def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
     """Both see the same batches, learn nothing and leave nothing."""
-    seen, before, forward = {True: [], False: []}, {}, Step._forward
+    seen, before, forward = {True: [], False: []}, {}, TrainStep._forward
 
     def watched(self, batch):
         seen[isinstance(self.model, Distiller)].append(
@@ -203,7 +203,7 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
         assert all(a.equal(b) for a, b in zip(weights, former, strict=True))
         return forward(self, batch)
 
-    monkeypatch.setattr(Step, "_forward", watched)
+    monkeypatch.setattr(TrainStep, "_forward", watched)
     registered = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     files = set(tmp_path.rglob("*"))
@@ -225,8 +225,8 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite(recipes, monkeypatch):
     def run_step(self):
-        raise NotFinite("distill/loss_tar", float("nan"))
+        raise NonFiniteError("distill/loss_tar", float("nan"))
 
-    monkeypatch.setattr(Step, "run_step", run_step)
+    monkeypatch.setattr(TrainStep, "run_step", run_step)
     with pytest.raises(InputError, match="distill/loss_tar: nan"):
         step_cost(*recipes)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.config import increment, load
+from d2kd.config import incremental_recipe, load
 from d2kd.data import coco_dataset, shapes
-from d2kd.study import OneByOne, parse, run_study, show_results
+from d2kd.study import SequentialRunner, build_study, run_study, write_tables_and_plots
 from d2kd.study import load as load_study
 from d2kd.study.incremental import forgetting, gaps, old_new_all
 from d2kd.utils.errors import InputError
@@ -63,7 +63,7 @@ def study_of(split="4+2+2", **study):
         test="shapes_test", baseline=last, steps=split, upper_bound="everything", pictures=0
     )
     content = dict(study=given | study, runs=runs)
-    return parse(OmegaConf.create(content, flags={"allow_objects": True}))
+    return build_study(OmegaConf.create(content, flags={"allow_objects": True}))
 
 
 APS = {
@@ -79,9 +79,9 @@ def run(study, output, aps=APS, seeds=(0,)):
         {f"{m}_seed{s}": [ap + s for ap in v] for m, v in aps.items() for s in seeds}
     )
     runs = study.plan(seeds)
-    rows, failed = run_study(study, runs, output, OneByOne(train), io.StringIO())
+    rows, failed = run_study(study, runs, output, SequentialRunner(train), io.StringIO())
     assert not failed
-    return train, rows, show_results(output, study, runs, rows)
+    return train, rows, write_tables_and_plots(output, study, runs, rows)
 
 
 def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
@@ -106,7 +106,11 @@ def test_a_test_split_without_a_steps_objects_is_found_before_training(tmp_path)
     study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
     with pytest.raises(InputError, match="_seen1': no object of class 0; expected at least one"):
         run_study(
-            study, study.plan((0,)), tmp_path / "out", OneByOne(FakeTraining({})), io.StringIO()
+            study,
+            study.plan((0,)),
+            tmp_path / "out",
+            SequentialRunner(FakeTraining({})),
+            io.StringIO(),
         )
     assert not (tmp_path / "out").exists()
 
@@ -151,8 +155,8 @@ def test_the_tables_of_a_first_step_alone(tmp_path):
     study = study_of()
     runs = study.plan([0], ["first"])
     train = FakeTraining({"first_seed0": APS["first"]})
-    rows, _ = run_study(study, runs, tmp_path, OneByOne(train), io.StringIO())
-    show_results(tmp_path, study, runs, rows)
+    rows, _ = run_study(study, runs, tmp_path, SequentialRunner(train), io.StringIO())
+    write_tables_and_plots(tmp_path, study, runs, rows)
     for name in ("table.txt", "table.md"):
         written = (tmp_path / name).read_text()
         assert "AP after each step" in written and "AP on" not in written
@@ -183,28 +187,28 @@ def test_mistakes_are_named(change, line):
         dict(study=given, runs=dict(study.runs)), flags={"allow_objects": True}
     )
     with pytest.raises(InputError, match=line):
-        parse(OmegaConf.merge(content, change))
+        build_study(OmegaConf.merge(content, change))
 
 
 def test_an_increment_is_a_recipe_of_its_own():
     base = load("baselines/gfl_small_shapes.py")
-    recipe = increment(base, split="4+2+2", step=2)
+    recipe = incremental_recipe(base, split="4+2+2", step=2)
     model = recipe.model
     assert base.model.num_classes == 8 and "num_old_classes" not in base.model
     assert (model.student.num_classes, model.student.num_old_classes) == (6, 4)
     assert model.teacher.detector.num_classes == 4 and list(model.classes) == CLASSES[:6]
     assert list(model.teacher.classes) == CLASSES[:4] and list(model.inherit) == [""]
-    assert increment(base, split="4+2+2", step=1).model.num_classes == 4
+    assert incremental_recipe(base, split="4+2+2", step=1).model.num_classes == 4
     listed = copy.deepcopy(base)
     for part in (listed.dataloader.train, listed.dataloader.test):
         part.dataset.names = [part.dataset.names]
-    assert increment(listed, split="4+2+2", step=2) == recipe
+    assert incremental_recipe(listed, split="4+2+2", step=2) == recipe
     with pytest.raises(
         InputError, match="increment: a recipe of another detector; expected one of"
     ):
-        increment("baselines/retinanet_small_shapes.py", split="4+4", step=1)
+        incremental_recipe("baselines/retinanet_small_shapes.py", split="4+4", step=1)
     with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
-        increment(base, split="4+4", step=3)
+        incremental_recipe(base, split="4+4", step=3)
 
 
 def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
@@ -214,14 +218,14 @@ def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
             "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
             "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
             "train.eval_teacher=False"]  # fmt: skip
-    study = parse(dict(runs=study.runs, study=dict(
+    study = build_study(dict(runs=study.runs, study=dict(
         test="shapes_test", baseline="fine_tuning", featured="erd", steps="4+4",
         upper_bound="everything", pictures=1, fast=fast,
     )))  # fmt: skip
     runs = study.plan(fast=True)
     assert len(runs) == 5
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, OneByOne(interrupted_in("erd")), io.StringIO())
+        run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("erd")), io.StringIO())
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and len(rows) == 5
     names = {
@@ -230,7 +234,7 @@ def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
     assert names.pop("first") == CLASSES[:4] and all(v == CLASSES for v in names.values())
     sizes = {row["method"]: row["parameters"] for row in rows}
     assert sizes["fine_tuning"] == sizes["erd"] == sizes["everything"] > sizes["first"]
-    words = show_results(tmp_path, study, runs, rows)
+    words = write_tables_and_plots(tmp_path, study, runs, rows)
     assert "AP after each step" in words and "RelGap" in words
     assert len(list((tmp_path / "pictures").iterdir())) == 1
     assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 5

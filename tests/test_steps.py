@@ -13,8 +13,15 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2kd.config import load
-from d2kd.data import check_dataset, class_step, coco_dataset, register_voc, shapes, split_classes
-from d2kd.data.incremental import PUBLISHED_SPLITS, check_objects
+from d2kd.data import (
+    check_dataset,
+    coco_dataset,
+    incremental_split,
+    register_voc,
+    shapes,
+    split_classes,
+)
+from d2kd.data.incremental import ERD_SPLITS, check_annotated_classes
 from d2kd.engine import Trainer
 from d2kd.losses import DistillLosses, ERDLoss
 from d2kd.modeling import Distiller, Teacher
@@ -36,7 +43,7 @@ def few_shapes(tmp_path):
     shapes.register()
 
 
-@pytest.mark.parametrize("split", PUBLISHED_SPLITS)
+@pytest.mark.parametrize("split", ERD_SPLITS)
 def test_published_splits(split):
     steps = split_classes("coco_2017_val", split)
     names = MetadataCatalog.get("coco_2017_val").thing_classes
@@ -61,24 +68,27 @@ def test_published_splits(split):
 )
 def test_bad_splits(split, line):
     with pytest.raises(InputError, match=re.escape(line)):
-        class_step("shapes_train", split, 1)
+        incremental_split("shapes_train", split, 1)
 
 
 def test_bad_steps():
     with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
-        class_step("shapes_train", "4+4", 3)
+        incremental_split("shapes_train", "4+4", 3)
     with pytest.raises(InputError, match="dataset: 'shape_train'"):
-        class_step("shape_train", "4+4", 1)
-    class_step("shapes_train", "4+4", 1, name="taken")
+        incremental_split("shape_train", "4+4", 1)
+    incremental_split("shapes_train", "4+4", 1, name="taken")
     with pytest.raises(InputError, match="data set 'taken': already registered as step 1 of"):
-        class_step("shapes_train", "4+4", 2, name="taken")
+        incremental_split("shapes_train", "4+4", 2, name="taken")
 
 
 def test_the_filter_rule():
     """Annotations of the step, images that have one, global numbers; an image may be in two steps."""
     every = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_train")}
     steps = [
-        {r["image_id"]: r for r in DatasetCatalog.get(class_step("shapes_train", "3+4+1", i))}
+        {
+            r["image_id"]: r
+            for r in DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", i))
+        }
         for i in (1, 2, 3)
     ]
     bounds = [range(0, 3), range(3, 7), range(7, 8)]
@@ -91,11 +101,11 @@ def test_the_filter_rule():
             k: v for k, v in expected.items() if v
         }
     assert len(steps[0]) < 20 and steps[0].keys() & steps[1].keys()
-    seen = DatasetCatalog.get(class_step("shapes_train", "3+4+1", 2, seen=True))
+    seen = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 2, seen=True))
     known = {i: [a for a in each if a["category_id"] < 7] for i, each in every.items()}
     assert {r["image_id"]: r["annotations"] for r in seen} == {k: v for k, v in known.items() if v}
     assert known != every
-    last = DatasetCatalog.get(class_step("shapes_train", "3+4+1", 3, seen=True))
+    last = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 3, seen=True))
     assert [(r["image_id"], r["annotations"]) for r in last] == list(every.items())
 
 
@@ -105,7 +115,7 @@ def test_counts_are_logged(caplog):
     boxes = sum(a["category_id"] >= 4 for r in records for a in r["annotations"])
     images, both = sum(1 in steps for steps in of), sum(steps == {0, 1} for steps in of)
     with caplog.at_level(logging.INFO, "d2kd"):
-        DatasetCatalog.get(class_step("shapes_train", "4+4", 2))
+        DatasetCatalog.get(incremental_split("shapes_train", "4+4", 2))
     text = (
         f"step 2 of 2, 4 classes: {images} images, {boxes} boxes; of these images {both} in step 1"
     )
@@ -115,10 +125,10 @@ def test_counts_are_logged(caplog):
 def test_any_order_of_names():
     """Class k is the k-th name of the split, whatever the data set calls it; other classes are left out."""
     split = [["striped_circle"], ["solid_triangle", "solid_circle"]]
-    name = class_step("shapes_val", split, 2, seen=True)
+    name = incremental_split("shapes_val", split, 2, seen=True)
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["striped_circle", "solid_triangle", "solid_circle"]
-    assert class_names(class_step("shapes_val", split, 1)) == ("striped_circle",)
+    assert class_names(incremental_split("shapes_val", split, 1)) == ("striped_circle",)
     theirs = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_val")}
     for record in DatasetCatalog.get(name):
         named = [metadata.thing_classes[a["category_id"]] for a in record["annotations"]]
@@ -128,12 +138,16 @@ def test_any_order_of_names():
 
 def test_splits_of_equal_counts_are_data_sets_of_their_own():
     splits = [[ORDER[:4], ORDER[4:]], [ORDER[4:], ORDER[:4]], [ORDER[3::-1], ORDER[4:]]]
-    names = [class_step("shapes_val", split, 1) for split in splits]
+    names = [incremental_split("shapes_val", split, 1) for split in splits]
     assert len(set(names)) == 3
     for split, name in zip(splits, names):
-        assert class_names(name) == tuple(split[0]) == MetadataCatalog.get(name).class_step.classes
-        assert class_step("shapes_val", split, 1) == name
-    assert class_step("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_step1"
+        assert (
+            class_names(name)
+            == tuple(split[0])
+            == MetadataCatalog.get(name).incremental_split.classes
+        )
+        assert incremental_split("shapes_val", split, 1) == name
+    assert incremental_split("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_step1"
 
 
 def perfect(evaluator, name):
@@ -157,10 +171,10 @@ def perfect(evaluator, name):
 )
 def test_evaluation_follows_the_step(split, tmp_path):
     for step, seen in ((1, False), (2, False), (2, True)):
-        name = class_step("shapes_train", split, step, seen=seen)
+        name = incremental_split("shapes_train", split, step, seen=seen)
         records = DatasetCatalog.get(name)
         evaluator = COCOEvaluator(name, output_dir=str(tmp_path), use_fast_impl=False)
-        part = MetadataCatalog.get(name).class_step
+        part = MetadataCatalog.get(name).incremental_split
         content = evaluator._coco_api.dataset
         assert content["d2kd_step"] == list(part.classes)
         assert len(content["categories"]) == len(part.order)
@@ -178,7 +192,7 @@ def test_voc_style_data(tmp_path):
     every = DatasetCatalog.get(name)
     split = [NAMES[::-1][:1], NAMES[::-1][1:]]
     for step in (1, 2):
-        part = class_step(name, split, step)
+        part = incremental_split(name, split, step)
         check_dataset(part)
         expected = [
             [
@@ -204,7 +218,7 @@ def test_a_step_without_images(tmp_path):
     content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 2]
     file.write_text(json.dumps(content))
     source = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path))
-    name = class_step(source, [["class 0"], ["class 1"]], 2)
+    name = incremental_split(source, [["class 0"], ["class 1"]], 2)
     assert check_dataset(name) == [name]
     with pytest.raises(InputError, match="no object of class 1; expected at least one"):
         DatasetCatalog.get(name)
@@ -243,7 +257,7 @@ def increment(tmp_path, data=None, **train):
     )
     config = without_evaluation(recipe(tmp_path / "data", tmp_path / "out", model, **train))
     whole = config.dataloader.train.dataset.names
-    config.dataloader.train.dataset.names = L(class_step)(
+    config.dataloader.train.dataset.names = L(incremental_split)(
         dataset=whole, split=data or [["class 0"], ["class 1", "class 2"]], step=2
     )
     return config
@@ -311,7 +325,7 @@ def test_crowds_and_unlabelled_data_are_no_old_objects():
     )
     MetadataCatalog.get(name).thing_classes = ["a", "b"]
     try:
-        check_objects([name], 2, 1)
+        check_annotated_classes([name], 2, 1)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -323,22 +337,22 @@ def test_objects_of_classes_that_a_detector_lacks(tmp_path):
     whole = coco_dataset(f"all_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
     split = [["class 1"], ["class 0"], ["class 2"]]
     for step, counts in ((1, [1, 2, 3]), (2, [2, 3]), (3, [3])):
-        part = class_step(whole, split, step)
+        part = incremental_split(whole, split, step)
         for count in range(1, 5):
             if count in counts:
-                check_objects([part], count)
+                check_annotated_classes([part], count)
             else:
                 expected = "3" if counts == [3] else f"from {counts[0]} to 3"
                 with pytest.raises(
                     InputError, match=f"{count} of the student; expected {expected}"
                 ):
-                    check_objects([part], count)
-    check_objects([whole], 3)
+                    check_annotated_classes([part], count)
+    check_annotated_classes([whole], 3)
     for count in (2, 4):
         with pytest.raises(
             InputError, match=f"num_classes: {count} of the student; expected 3, as"
         ):
-            check_objects([whole], count)
+            check_annotated_classes([whole], count)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -350,9 +364,9 @@ def test_objects_of_data_without_a_file(named):
         MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
     try:
         with pytest.raises(InputError, match="a: an object of class 3, which the detector lacks"):
-            check_objects([name], 3)
+            check_annotated_classes([name], 3)
         del objects[0]["annotations"][2]
-        check_objects([name], 3)
+        check_annotated_classes([name], 3)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

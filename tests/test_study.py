@@ -16,21 +16,21 @@ from omegaconf import OmegaConf
 from d2kd.data import check_dataset, shapes
 from d2kd.engine import Trainer
 from d2kd.study import (
-    Measured,
-    OneByOne,
+    SequentialRunner,
+    TrainingResult,
+    build_study,
     load,
-    parse,
-    planned,
-    prepare,
+    load_and_plan,
+    prepare_recipe,
     run_study,
-    show_results,
     train,
+    write_tables_and_plots,
 )
-from d2kd.study.results import average_precision, gains, table, training_time
+from d2kd.study.results import ap_metrics, gains, table, training_time
 from d2kd.study.text import aligned, markdown, t_interval
-from d2kd.utils.console import Progress
+from d2kd.utils.console import ProgressBar
 from d2kd.utils.errors import InputError
-from d2kd.utils.memory import Peak
+from d2kd.utils.memory import PeakMemory
 
 from .common import ROOT, command, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
@@ -58,14 +58,14 @@ def recipe(steps=100, **model):
 def study_of(**study):
     runs = dict(
         tar=dict(config=recipe(teacher=dict(weights="")), teacher="teacher"),
-        teacher=dict(config=recipe(), once=True),
+        teacher=dict(config=recipe(), shared_across_seeds=True),
         baseline=dict(config=recipe()),
-        equal_time=dict(config=recipe(), steps_like="tar"),
-        longer=dict(config=recipe(), starts_from="baseline"),
+        equal_time=dict(config=recipe(), match_time_of="tar"),
+        longer=dict(config=recipe(), init_from="baseline"),
         term=dict(config=recipe(), optional=True),
     )
     defaults = dict(test="shapes_test", baseline="baseline", compare=["equal_time"], featured="tar")
-    return parse(
+    return build_study(
         OmegaConf.create(dict(study=defaults | study, runs=runs), flags={"allow_objects": True})
     )
 
@@ -98,7 +98,7 @@ class FakeTraining:
         ap = sum(known) / len(known)
         metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": -1, "APm": ap, "APl": math.nan}
         metrics |= {f"AP-{name}": ap for name, ap in zip(CLASSES, known)}
-        return Measured(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
+        return TrainingResult(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
 
 
 class FakeCost:
@@ -117,7 +117,7 @@ class FakeCost:
 def run(study, output, train, seeds=(), only=(), fast=False, cost=None):
     console = io.StringIO()
     runs = study.plan(seeds, only, fast)
-    trainer = OneByOne(train, cost or FakeCost())
+    trainer = SequentialRunner(train, cost or FakeCost())
     rows, failed = run_study(study, runs, output, trainer, console)
     return rows, failed, console.getvalue()
 
@@ -152,12 +152,12 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
         (
-            dict(runs=dict(teacher=dict(starts_from="tar"))),
-            "runs.teacher.starts_from: tar is made per seed",
+            dict(runs=dict(teacher=dict(init_from="tar"))),
+            "runs.teacher.init_from: tar is made per seed",
         ),
         (
-            dict(runs=dict(equal_time=dict(steps_like="term"))),
-            "runs.equal_time.steps_like: term has no teacher; expected a dis",
+            dict(runs=dict(equal_time=dict(match_time_of="term"))),
+            "runs.equal_time.match_time_of: term has no teacher; expected a dis",
         ),
     ],
 )
@@ -166,12 +166,12 @@ def test_mistakes_are_named(change, message):
     given = dict(study=dict(test="t", baseline="baseline"), runs=dict(study.runs))
     config = OmegaConf.merge(OmegaConf.create(given, flags={"allow_objects": True}), change)
     with pytest.raises(InputError, match=message):
-        parse(config)
+        build_study(config)
 
 
 def test_circles_and_unknown_methods_are_named():
     study = study_of()
-    study.runs["baseline"].starts_from = "longer"
+    study.runs["baseline"].init_from = "longer"
     with pytest.raises(InputError, match="runs: longer needs baseline needs longer"):
         study.plan(only=["longer"])
     with pytest.raises(InputError, match="runs: unknown 'tra'; expected one of tar"):
@@ -221,7 +221,7 @@ def test_equal_time_is_measured_once_with_the_trained_teacher_and_not_again(tmp_
     again, _, _ = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
     assert train.calls == [] and len(cost.calls) == 1 and again == rows
     shown = "equal_time: 1.50 (1.40 to 1.60) times the steps of baseline, measured over 12 pairs"
-    assert shown in show_results(tmp_path, study_of(pictures=0), [], rows)
+    assert shown in write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
     assert shown in (tmp_path / "table.md").read_text()
     # Another teacher, another cost.
     other = study_of()
@@ -302,7 +302,7 @@ def test_several_commands_add_up_to_one_table(tmp_path):
     def again(study, only):
         runs, every = study.plan([0], only), study.plan([0], list(study.runs))
         console = io.StringIO()
-        trainer = OneByOne(train, FakeCost())
+        trainer = SequentialRunner(train, FakeCost())
         rows, failed = run_study(study, runs, tmp_path, trainer, console, every)
         assert not failed
         written = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -362,7 +362,7 @@ def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     assert [row["name"] for row in rows] == ["baseline_seed0", "longer_seed0"]
     assert list(failed) == ["teacher"]
     assert "failed: loss_cls: nan" in said and said.count("skipped, since it needs teacher") == 2
-    said = show_results(tmp_path, study_of(pictures=0), [], rows)
+    said = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
     assert "over baseline" in said
     time = training_time(rows)
     assert time in said and time in (tmp_path / "table.md").read_text()
@@ -393,7 +393,7 @@ def test_what_fails_before_its_first_step_leaves_no_trace(tmp_path):
 def test_fingerprints_are_of_content(tmp_path):
     def key(study, finished=()):
         [run] = study.plan(only=["baseline"])
-        return prepare(run, {}, tmp_path)[1]
+        return prepare_recipe(run, {}, tmp_path)[1]
 
     same, other = study_of(), study_of()
     other.runs["baseline"].config.optimizer.lr = 0.2
@@ -415,7 +415,7 @@ def test_fingerprints_are_of_content(tmp_path):
 
 
 def row(method, seed, ap, seconds=10.0):
-    filled = average_precision({"AP": ap, "AP50": ap}, ["x"])
+    filled = ap_metrics({"AP": ap, "AP50": ap}, ["x"])
     return dict(
         name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=seconds, **filled
     )
@@ -468,12 +468,12 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     for console in (io.StringIO(), Terminal()):
-        line = Progress("  tar", console)
+        line = ProgressBar("  tar", console)
         for step in range(40, 101):
             now[0] += 1
             line(step, 100)
         line.close("AP 1.0")
-        line.close("once")
+        line.close("shared_across_seeds")
         said = console.getvalue()
         assert said.endswith("  tar  AP 1.0\n")
         assert "step 70/100  00:30 elapsed  00:30 left" in said  # by the steps that were made here
@@ -484,10 +484,10 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
 
 
 def test_an_only_class_and_undefined_figures():
-    assert average_precision({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
+    assert ap_metrics({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
     for value in (math.nan, -1, None, math.inf):
-        assert average_precision({"AP": value}, ["x"])["AP"] is None
-    assert average_precision({"AP": 0.0}, ["x"])["AP"] == 0.0
+        assert ap_metrics({"AP": value}, ["x"])["AP"] is None
+    assert ap_metrics({"AP": 0.0}, ["x"])["AP"] == 0.0
 
 
 def test_the_table_shows_each_seed():
@@ -515,8 +515,8 @@ def test_closing_words_name_what_to_open(tmp_path):
     train = FakeTraining()
     study = study_of(pictures=2)
     runs = study.plan([0])
-    rows, _ = run_study(study, runs, tmp_path, OneByOne(train, FakeCost()), io.StringIO())
-    words = show_results(tmp_path, study, runs, rows)
+    rows, _ = run_study(study, runs, tmp_path, SequentialRunner(train, FakeCost()), io.StringIO())
+    words = write_tables_and_plots(tmp_path, study, runs, rows)
     for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
     written = (tmp_path / "table.md").read_text()
@@ -541,7 +541,7 @@ OF_STEPS = "projects/ERD/studies"
 
 def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
     monkeypatch.setenv("D2KD_DATASETS", str(tmp_path))
-    _, runs = planned("projects/TAR/studies/shapes.py", [0], [], True)
+    _, runs = load_and_plan("projects/TAR/studies/shapes.py", [0], [], True)
     assert {run.config.train.max_iter for run in runs} == {12}
     assert len(DatasetCatalog.get("shapes_train")) == 32
     assert {path.parent.parent for path in tmp_path.glob("**/*.json")} == {tmp_path}
@@ -599,7 +599,9 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
 )
 def test_rows_differ_in_what_their_gain_is_of(path, method):
     """Each way to distil is its own; beside it nothing changes but what the student inherits."""
-    study = parse(OmegaConf.merge(LazyConfig.load(f"projects/{path}.py"), {"study": {"test": "x"}}))
+    study = build_study(
+        OmegaConf.merge(LazyConfig.load(f"projects/{path}.py"), {"study": {"test": "x"}})
+    )
     rows = {}
     for run in study.plan([0], only=list(study.runs)):
         config = OmegaConf.to_container(run.config, resolve=False)
@@ -624,7 +626,7 @@ def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
     draw_data(tmp_path / "data")
     config = tiny_recipe(tmp_path / "data", tmp_path / "run", max_iter=1)
     train(config, config.dataloader.test.dataset.names, lambda step, steps: None)
-    Peak(torch.device("cpu"))
+    PeakMemory(torch.device("cpu"))
     assert len(alive) == 1 and alive[0]() is None
 
 
@@ -635,7 +637,7 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
         study.runs["tar"].config.model.teacher.detector,
     ):
         teacher.backbone.bottom_up.width = 4
-    study = parse(dict(runs=study.runs, study=dict(
+    study = build_study(dict(runs=study.runs, study=dict(
         test="shapes_test", baseline="baseline", featured="tar", pictures=1,
         fast=["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
               "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
@@ -643,7 +645,7 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     )))  # fmt: skip
     runs = study.plan(only=["baseline", "tar"], fast=True)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, runs, tmp_path, OneByOne(interrupted_in("tar")), io.StringIO())
+        run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("tar")), io.StringIO())
     assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and [row["name"] for row in rows] == [
@@ -655,7 +657,7 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     assert rows[1]["parameters"] == rows[2]["parameters"]  # the student's alone
     for row in rows:
         assert (tmp_path / row["name"] / "config.yaml").is_file()
-    words = show_results(tmp_path, study, runs, rows)
+    words = write_tables_and_plots(tmp_path, study, runs, rows)
     assert "gain in AP" in words and len(list((tmp_path / "pictures").iterdir())) == 1
     # Killed in its last evaluation, when its weights were there and its record was not yet.
     folder = tmp_path / "tar_seed0"
@@ -672,7 +674,10 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
 
 def test_a_study_without_data_to_test_on_is_refused(refuses):
     content = {"study": {}, "runs": {}}
-    refuses(lambda: parse(content), "study: no 'test'; expected test=<data set>, baseline=<method>")
+    refuses(
+        lambda: build_study(content),
+        "study: no 'test'; expected test=<data set>, baseline=<method>",
+    )
 
 
 def test_no_runs_at_a_time_are_refused(refuses):

@@ -12,7 +12,7 @@ from torch import nn
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.modeling import Teacher
 from d2kd.modeling import weights as weights_module
-from d2kd.modeling.speed import compile_parts, fuse_norms
+from d2kd.modeling.speed import compile_modules, fuse_norms
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_retinanet
@@ -135,8 +135,8 @@ def test_own_channel_order_and_statistics(family):
     assert teacher.flip_channels and not plain.flip_channels
     turned = [{**x, "image": x["image"].flip(0)} for x in examples]
     before = examples[0]["image"].clone()
-    for level, feature in teacher.ask(examples).features.items():
-        torch.testing.assert_close(feature, plain.ask(turned).features[level])
+    for level, feature in teacher.outputs(examples).features.items():
+        torch.testing.assert_close(feature, plain.outputs(turned).features[level])
     assert torch.equal(before, examples[0]["image"]), "the student's batch was changed"
     for own, theirs in zip(lively(teacher.detector)(turned), teacher.detect(examples), strict=True):
         assert len(own["instances"])
@@ -157,7 +157,7 @@ def live_statistics(detector, seed=0):
 
 def answers(teacher):
     """All that a teacher says of maps, and of regions if it knows some."""
-    outputs = teacher.ask(batch())
+    outputs = teacher.outputs(batch())
     if not hasattr(teacher.detector, "roi_heads"):
         return [*outputs.features.values(), *outputs.pred_logits, *outputs.pred_anchor_deltas]
     boxes = [x["instances"].gt_boxes for x in batch()]
@@ -190,11 +190,11 @@ def test_speed_waits_for_the_first_question():
     teacher = Teacher(live_statistics(build(tiny_retinanet())), None, fuse_norms=True)
     norms = [m for m in teacher.detector.modules() if isinstance(m, FrozenBatchNorm2d)]
     assert norms
-    outputs = teacher.ask(batch())
+    outputs = teacher.outputs(batch())
     assert not any(isinstance(m, FrozenBatchNorm2d) for m in teacher.detector.modules())
     assert not any(p.requires_grad for p in teacher.detector.parameters())
     once = {name: p.clone() for name, p in teacher.detector.named_parameters()}
-    teacher.ask(batch())
+    teacher.outputs(batch())
     assert all(p.equal(once[name]) for name, p in teacher.detector.named_parameters())
     assert set(outputs.features)
 
@@ -214,7 +214,7 @@ def test_backbone_and_heads_are_compiled(family, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     detector = build(DETECTORS[family]())
-    compile_parts(detector)
+    compile_modules(detector)
     assert compiled[0] is detector.backbone
     heads = {"cascade_rcnn": 3}.get(family, 1)
     assert len(compiled) == 1 + heads
@@ -223,17 +223,17 @@ def test_backbone_and_heads_are_compiled(family, monkeypatch):
 def test_a_teacher_answers_in_its_own_precision():
     def answer(dtype):
         teacher = Teacher(build(tiny_retinanet()), None, dtype=dtype)
-        return teacher.ask(batch()).features["p3"].dtype
+        return teacher.outputs(batch()).features["p3"].dtype
 
     assert answer(None) == torch.float32 and answer("bfloat16") == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert answer(None) == torch.bfloat16 and answer("float32") == torch.float32
         # A loss may switch autocast off, and be the first that reads.
-        outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+        outputs = Teacher(build(tiny_retinanet()), None).outputs(batch())
         with torch.autocast("cpu", enabled=False):
             assert outputs.features["p3"].dtype == torch.bfloat16
         assert outputs.pred_logits[0].dtype == torch.bfloat16
-    outputs = Teacher(build(tiny_retinanet()), None).ask(batch())
+    outputs = Teacher(build(tiny_retinanet()), None).outputs(batch())
     with torch.autocast("cpu", torch.bfloat16):
         assert outputs.features["p3"].dtype == torch.float32
     with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):

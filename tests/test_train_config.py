@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import AdamW
 
-from d2kd.config import Train, get_config, load, override, train_defaults, with_defaults
+from d2kd.config import Train, apply_overrides, get_config, load, train_defaults, with_defaults
 from d2kd.engine import Trainer
 from d2kd.utils.errors import InputError
 
@@ -94,8 +94,8 @@ def test_overrides_are_checked_too(base):
         "train.checkpointer.period=-1": "train.checkpointer.period: -1; expected an integer, at",
     }.items():
         with pytest.raises(InputError, match=line):
-            override(copy.deepcopy(base), [text])
-    config = override(
+            apply_overrides(copy.deepcopy(base), [text])
+    config = apply_overrides(
         copy.deepcopy(base),
         ["train.user.ema.decay=0.9", "train.checkpointer.max_to_keep=null", "train.seed=null"],
     )

@@ -13,7 +13,7 @@ import torch
 
 from d2kd import engine
 from d2kd.modeling import Teacher
-from d2kd.tools.train import work
+from d2kd.tools.train import main_worker
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
@@ -198,7 +198,7 @@ def test_several_gpus_get_the_same_command(monkeypatch):
     monkeypatch.setattr("d2kd.engine.launch.launch", lambda *all: given.append(pickle.dumps(all)))
     train(["--config-file", "some.py", "--num-gpus", "2", "train.max_iter=3"])
     function, args = pickle.loads(given.pop())
-    assert function is work
+    assert function is main_worker
     assert (args.config_file, args.num_gpus, args.opts) == ("some.py", 2, ["train.max_iter=3"])
 
 

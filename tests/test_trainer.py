@@ -22,8 +22,8 @@ from torch import nn
 import d2kd.engine.trainer as trainer_module
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
-from d2kd.engine.launch import joined
-from d2kd.engine.step import distributed
+from d2kd.engine.launch import process_group
+from d2kd.engine.step import wrap_ddp
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Teacher
@@ -271,10 +271,10 @@ def test_gradients_may_travel_in_half_precision(monkeypatch, compress):
     assert not torch.equal(gradient, rounded)
     alone.zero_grad()
     options = {"broadcast_buffers": False, "find_unused_parameters": True}
-    with joined("cpu"):
-        assert distributed(alone, torch.device("cpu"), {"fp16_compression": compress}) is alone
+    with process_group("cpu"):
+        assert wrap_ddp(alone, torch.device("cpu"), {"fp16_compression": compress}) is alone
         monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-        model = distributed(alone, torch.device("cpu"), {**options, "fp16_compression": compress})
+        model = wrap_ddp(alone, torch.device("cpu"), {**options, "fp16_compression": compress})
         model(inputs).square().sum().backward()
         assert {name: getattr(model, name) for name in options} == options
     assert torch.equal(alone.weight.grad, rounded if compress else gradient)
@@ -283,7 +283,7 @@ def test_gradients_may_travel_in_half_precision(monkeypatch, compress):
 def test_the_recipe_says_how_gradients_travel(data, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(
-        trainer_module, "distributed", lambda model, *rest: given.append(rest) or model
+        trainer_module, "wrap_ddp", lambda model, *rest: given.append(rest) or model
     )
     config = recipe(data, tmp_path / "out", ddp={"fp16_compression": True})
     trainer = Trainer(config)
@@ -293,7 +293,7 @@ def test_the_recipe_says_how_gradients_travel(data, tmp_path, monkeypatch):
 
 def test_results_that_are_undefined_are_no_results():
     results = {"bbox": {"AP": 0.5, "APl": math.nan}, "accuracy": 0.25, "loss": math.inf}
-    assert trainer_module.finite(results) == {"bbox": {"AP": 0.5}, "accuracy": 0.25}
+    assert trainer_module.finite_metrics(results) == {"bbox": {"AP": 0.5}, "accuracy": 0.25}
 
 
 @pytest.mark.parametrize("student", [tiny_faster_rcnn, tiny_retinanet])
@@ -351,7 +351,7 @@ STRANGE = ["zebra", "class 2", "class 0", "okapi", "Class_1"]
 
 def knowing_everything(detector_classes, data):
     """A teacher's ``detect``: every object of the data, in the teacher's own classes, and a zebra if it knows one."""
-    number = ClassMap.by_name(NAMES, detector_classes)
+    number = ClassMap.from_names(NAMES, detector_classes)
     own = dict(number.pairs)
     records = {}
 

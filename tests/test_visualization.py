@@ -16,11 +16,11 @@ from d2kd.visualization.panels import (
     GAP,
     LEGIBLE_SIDE,
     STRIP,
+    count_matched_objects,
     draw_detections,
     draw_differences,
-    found_objects,
-    ground_truth,
-    predictions,
+    instances_from_annotations,
+    instances_from_results,
     side_by_side,
 )
 
@@ -31,7 +31,7 @@ ORANGE = (200, 100, 0)
 def truth(*objects):
     """Ground truth of (class, box in XYXY)."""
     rows = [dict(bbox=list(b), bbox_mode=BoxMode.XYXY_ABS, category_id=c) for c, b in objects]
-    return ground_truth(rows, (40, 60))
+    return instances_from_annotations(rows, (40, 60))
 
 
 def predicted(*objects):
@@ -115,7 +115,7 @@ def test_odd_panels():
 
 def test_crowds_are_no_objects():
     rows = [dict(bbox=[0, 0, 9, 9], bbox_mode=BoxMode.XYWH_ABS, category_id=0, iscrowd=1)]
-    assert len(ground_truth(rows, (40, 60))) == 0
+    assert len(instances_from_annotations(rows, (40, 60))) == 0
 
 
 def test_objects_are_found_once_by_their_own_class():
@@ -129,8 +129,8 @@ def test_objects_are_found_once_by_their_own_class():
         ((0, 0.4, (0, 0, 20, 20)), (1, 0.9, (30, 10, 50, 30))): 2,
     }
     for seen, count in cases.items():
-        assert found_objects(objects, predicted(*seen), threshold=0.3) == count
-    assert found_objects(truth(), predicted((0, 0.9, (0, 0, 9, 9))), threshold=0.3) == 0
+        assert count_matched_objects(objects, predicted(*seen), threshold=0.3) == count
+    assert count_matched_objects(truth(), predicted((0, 0.9, (0, 0, 9, 9))), threshold=0.3) == 0
 
 
 @pytest.fixture
@@ -169,9 +169,9 @@ def test_pictures_show_where_two_differ_whoever_is_better(tmp_path, dataset):
 
 def test_coco_results_become_instances():
     rows = [dict(category_id=7, bbox=[5, 5, 20, 20], score=0.9)]
-    seen = predictions(rows, (40, 60), {3: 0, 7: 1})
+    seen = instances_from_results(rows, (40, 60), {3: 0, 7: 1})
     assert seen.pred_boxes.tensor.tolist() == [[5, 5, 25, 25]] and seen.pred_classes.tolist() == [1]
-    assert len(predictions([], (40, 60), {})) == 0
+    assert len(instances_from_results([], (40, 60), {})) == 0
 
 
 def test_detections_of_any_function_of_batches(tmp_path, dataset):

@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2kd.config import with_defaults
 from d2kd.engine import do_test
-from d2kd.engine.launch import joined
+from d2kd.engine.launch import process_group
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.testing import tiny_faster_rcnn, tiny_retinanet
-from d2kd.utils.errors import reporting
+from d2kd.utils.errors import report_input_errors
 
 from .common import one_thread
 from .recorded import LOSSES, Recorded, relative
@@ -201,7 +201,7 @@ def in_two(function: Callable, folder: Path, *arguments) -> list[int]:
 
 def _free_port() -> int:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.setup(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
@@ -209,7 +209,7 @@ def _joined(rank: int, port: str, function: Callable, *arguments) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with reporting(), joined("cpu"):
+    with report_input_errors(), process_group("cpu"):
         function(rank, *arguments)
 
 

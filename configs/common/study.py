@@ -4,7 +4,7 @@ import copy
 
 from detectron2.config import LazyCall as L
 
-from d2kd.config import distill, get_config, reduced
+from d2kd.config import distill, get_config, with_downscaled_student
 from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
@@ -22,7 +22,7 @@ fast_shapes = dict(
 )
 
 
-def wide(baseline, steps, lr=None):
+def teacher_recipe(baseline, steps, lr=None):
     """Return the recipe of a teacher with four times the width and twice the blocks of ``baseline``."""
     recipe = get_config(baseline)
     recipe.optimizer.lr = lr or recipe.optimizer.lr
@@ -32,14 +32,14 @@ def wide(baseline, steps, lr=None):
     return recipe
 
 
-def thin(baseline, steps):
+def student_recipe(baseline, steps):
     """Return the recipe of a student."""
     recipe = get_config(baseline)
     recipe.train.max_iter, recipe.train.eval_period = steps, steps // 2
     return recipe
 
 
-def on_blood_cells(recipe):
+def bccd_options(recipe):
     """Return the options of a study on BCCD. Its test split is registered when the study is loaded."""
     test = copy.deepcopy(recipe.dataloader.test.dataset.names)
     test.name, test.split = "bccd_test", "test"
@@ -47,15 +47,18 @@ def on_blood_cells(recipe):
     return dict(test=test, seeds=[0, 1], fast=fast)
 
 
-def blood_cells(baseline, student_steps, teacher_steps):
+def bccd_recipes(baseline, student_steps, teacher_steps):
     """Return a student's recipe, its teacher's recipe and the study's options, on BCCD at the path D2KD_BCCD."""
-    student, teacher = thin(baseline, student_steps), wide(baseline, teacher_steps)
+    student, teacher = (
+        student_recipe(baseline, student_steps),
+        teacher_recipe(baseline, teacher_steps),
+    )
     for recipe in (student, teacher):
         recipe.train.eval_period = recipe.train.max_iter // 4
-    return student, teacher, on_blood_cells(student)
+    return student, teacher, bccd_options(student)
 
 
-def taught(student, teacher, inherit=(), scale=1, **method):
+def distillation_run(student, teacher, inherit=(), scale=1, **method):
     """Return the run of a student with the teacher that the study trains first.
 
     Args:
@@ -69,21 +72,21 @@ def taught(student, teacher, inherit=(), scale=1, **method):
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
-def controls(student, teacher, steps_like, levels=None, scale=1):
-    """Return the runs: teacher, baseline, baseline with the training time of run ``steps_like``, imitation.
+def control_runs(student, teacher, match_time_of, levels=None, scale=1):
+    """Return the runs: teacher, baseline, baseline with the training time of run ``match_time_of``, imitation.
 
     Args:
         student, teacher: recipes.
-        steps_like: name of a run.
+        match_time_of: name of a run.
         levels: levels compared by imitation. Default: all.
         scale: size of the teacher's images, which is that of the recipes, relative to the student's.
     """
-    alone = reduced(student, scale) if scale > 1 else student
+    alone = with_downscaled_student(student, scale) if scale > 1 else student
     # This weight was chosen on shapes_val.
     losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=levels, weight=0.1))
     return dict(
-        teacher=dict(config=teacher, once=True),
+        teacher=dict(config=teacher, shared_across_seeds=True),
         baseline=dict(config=alone),
-        baseline_equal_time=dict(config=alone, steps_like=steps_like),
-        imitation=taught(student, teacher, losses=losses, scale=scale),
+        baseline_equal_time=dict(config=alone, match_time_of=match_time_of),
+        imitation=distillation_run(student, teacher, losses=losses, scale=scale),
     )

@@ -1,16 +1,16 @@
 """Time and memory cost of distillation; see :mod:`d2kd.benchmark.bench` and :mod:`d2kd.benchmark.step_cost`."""
 
-from .bench import DISTILLED, STOCK, STUDENT, TEACHER, Bench, Setup
-from .costs import HEADLINE, benchmark, table
+from .bench import DETECTRON2, DISTILLED, STUDENT, TEACHER, Bench, Case
+from .costs import MAIN_RATIO, benchmark, table
 
 __all__ = [
+    "DETECTRON2",
     "DISTILLED",
-    "HEADLINE",
-    "STOCK",
+    "MAIN_RATIO",
     "STUDENT",
     "TEACHER",
     "Bench",
-    "Setup",
+    "Case",
     "benchmark",
     "table",
 ]

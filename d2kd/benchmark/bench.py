@@ -26,18 +26,18 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import is_distiller, load, with_defaults, without_priors, without_weights
-from ..data import TwoScales
+from ..data import DownscaledStudentMapper
 from ..engine.launch import pick_device
 from ..engine.optimizer import build_optimizer
-from ..engine.step import NotFinite, Step, precision
+from ..engine.step import NonFiniteError, TrainStep, build_amp
 from ..modeling import DetectorOutputs, Distiller, Teacher
-from ..modeling.outputs import asked
+from ..modeling.outputs import lazy_property
 from ..utils.errors import InputError
-from ..utils.memory import Peak
+from ..utils.memory import PeakMemory
 from .phases import clock, phases
-from .untrained import draw_batch, measure_statistics
+from .untrained import measure_norm_statistics, random_batch
 
-STOCK = "Detectron2's plain step"
+DETECTRON2 = "Detectron2's plain step"
 STUDENT, TEACHER, DISTILLED = "student alone", "teacher outputs alone", "distilled"
 BATCHES = 5  # for the statistics of norms, and for the rounds in turn
 WARM_UPS = 3  # also the maximum number of image sizes, so that each one is warmed up
@@ -46,7 +46,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Setup:
+class Case:
     """What to measure.
 
     Args:
@@ -93,7 +93,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """A row of the benchmark.
 
     Attributes:
@@ -143,17 +143,17 @@ class Bench:
         rows: name -> row. Rows hold all large objects, so deleting a row frees its memory.
 
     Raises:
-        InputError: see :class:`Setup`; or a loss is not finite.
+        InputError: see :class:`Case`; or a loss is not finite.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Case):
         config = setup.recipe()
         self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
         # As in the trainer. Must be set before the first convolution, since cuDNN keeps the algorithm it selects.
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
         self._sizes = setup.image_sizes, setup.batch_size
-        self._precision = precision(config.train.amp, self.device)
+        self._precision = build_amp(config.train.amp, self.device)
         self.clock, self._number = clock(self.device), 0
         self._loader = iter(lambda: self.batches[self._number], None)  # repeats the current batch
         seed_all_rng(SEED)
@@ -164,38 +164,38 @@ class Bench:
         self._start_iter = model.max_iter // 2
         self.batches = self._draw(student, teacher.scale)
         try:
-            measure_statistics(student, self.batches)
+            measure_norm_statistics(student, self.batches)
             # The teacher has its own batches, since its classes and image sizes may differ.
             batches = [_teacher_batch(teacher, batch) for batch in self._draw(teacher.detector)]
-            measure_statistics(teacher.detector, batches)
+            measure_norm_statistics(teacher.detector, batches)
             recorded = [self._record(model, batch) for batch in self.batches]
         except FloatingPointError as error:  # raised by Detectron2 for non-finite proposals
             expected = "untrained detectors with finite outputs"
             raise InputError(setup.config_file, error, expected) from error
-        self.questions = [reads for reads, _ in recorded]
+        self.teacher_reads = [reads for reads, _ in recorded]
         self.losses = recorded[0][1]
         self.rows = {
-            STOCK: self._training(config, student, self._stock_trainer),
+            DETECTRON2: self._training(config, student, self._stock_trainer),
             STUDENT: self._training(config, student, self._d2kd_trainer),
-            TEACHER: Row(self._teacher_step(teacher), (teacher.detector,)),
+            TEACHER: BenchmarkRow(self._teacher_step(teacher), (teacher.detector,)),
             DISTILLED: self._training(config, model, self._d2kd_trainer),
         }
         if config.train.amp.enabled and config.train.amp.dtype != "float16":
-            del self.rows[STOCK]  # Detectron2's trainer uses float16
+            del self.rows[DETECTRON2]  # Detectron2's trainer uses float16
 
     def _draw(self, detector: nn.Module, scale: int = 1) -> list[list[dict]]:
         sizes, count = self._sizes
         drawn = [
-            draw_batch(detector, sizes[i % len(sizes)], count, seed=SEED + i)
+            random_batch(detector, sizes[i % len(sizes)], count, seed=SEED + i)
             for i in range(BATCHES)
         ]
         if scale == 1:
             return drawn
-        downscaled = TwoScales(lambda sample: sample, scale)
+        downscaled = DownscaledStudentMapper(lambda sample: sample, scale)
         return [[downscaled(sample) for sample in batch] for batch in drawn]
 
     @contextlib.contextmanager
-    def half_way(self) -> Iterator[None]:
+    def at_half_progress(self) -> Iterator[None]:
         """Set the progress to 0.5 and the random seed, so that all rows have the same random draws."""
         seed_all_rng(SEED)
         with EventStorage(start_iter=self._start_iter):
@@ -204,21 +204,23 @@ class Bench:
     def _record(self, model: Distiller, batch: list[dict]) -> tuple[TeacherReads, dict[str, float]]:
         """Run one distilled step; return the teacher outputs that its losses read, and the losses."""
         calls: list[DetectorOutputs] = []
-        ask = model.teacher.ask
-        model.teacher.ask = lambda *args, **kwargs: calls.append(ask(*args, **kwargs)) or calls[-1]
+        ask = model.teacher.outputs
+        model.teacher.outputs = lambda *args, **kwargs: (
+            calls.append(ask(*args, **kwargs)) or calls[-1]
+        )
         try:
-            with self.half_way(), self._precision[0]():
+            with self.at_half_progress(), self._precision[0]():
                 losses = model(batch)
         finally:
-            del model.teacher.ask
+            del model.teacher.outputs
         (outputs,) = calls
         kind = type(outputs)
-        read = tuple(n for n in vars(outputs) if isinstance(getattr(kind, n, None), asked))
+        read = tuple(n for n in vars(outputs) if isinstance(getattr(kind, n, None), lazy_property))
         losses = {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
         return TeacherReads(outputs.region_boxes, read), losses
 
     def _d2kd_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
-        return Step(model, self._loader, optimizer, self._precision, config.train)
+        return TrainStep(model, self._loader, optimizer, self._precision, config.train)
 
     def _stock_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
         """Build the trainer of Detectron2's ``lazyconfig_train_net.py``."""
@@ -226,7 +228,7 @@ class Bench:
             return AMPTrainer(model, self._loader, optimizer, self._precision[1])
         return SimpleTrainer(model, self._loader, optimizer)
 
-    def _training(self, config: DictConfig, model: nn.Module, trainer: Callable) -> Row:
+    def _training(self, config: DictConfig, model: nn.Module, trainer: Callable) -> BenchmarkRow:
         optimizer = build_optimizer(config, model)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE
@@ -237,17 +239,17 @@ class Bench:
             self._number = number
             try:
                 trainer.run_step()
-            except NotFinite as error:
+            except NonFiniteError as error:
                 raise InputError(error.culprit, error.value, "a finite number") from None
 
         kept = (model, model.teacher.detector) if isinstance(model, Distiller) else (model,)
-        return Row(step, kept, (model, optimizer))
+        return BenchmarkRow(step, kept, (model, optimizer))
 
     def _teacher_step(self, teacher: Teacher) -> Callable[[int], None]:
         def step(number: int) -> None:
-            reads = self.questions[number]
+            reads = self.teacher_reads[number]
             with self._precision[0]():
-                outputs = teacher.ask(self.batches[number])
+                outputs = teacher.outputs(self.batches[number])
                 outputs.region_boxes = reads.region_boxes  # scaled already
                 for name in reads.read:
                     getattr(outputs, name)
@@ -256,21 +258,21 @@ class Bench:
 
     def seconds(self, name: str, number: int) -> float:
         """Measure the time of one step of a row on one of the batches."""
-        with self.half_way():
+        with self.at_half_progress():
             start = self.clock()
             self.rows[name].step(number)
             return self.clock() - start
 
-    def fed(self, name: str, batches: Iterable[list[dict]]) -> Step:
-        """Return the training step of a row with other batches than :attr:`batches`; run it in :meth:`half_way`."""
+    def with_loader(self, name: str, batches: Iterable[list[dict]]) -> TrainStep:
+        """Return the training step of a row with other batches than :attr:`batches`; run it in :meth:`at_half_progress`."""
         model, optimizer = self.rows[name].trained
-        return Step(model, batches, optimizer, self._precision, self._train)
+        return TrainStep(model, batches, optimizer, self._precision, self._train)
 
     def phases(self, name: str, number: int) -> dict[str, float] | None:
         """Measure the phases of one step; None for a row that is not trained by d2kd's trainer."""
         if name not in (STUDENT, DISTILLED):
             return None
-        with self.half_way():
+        with self.at_half_progress():
             return phases(lambda: self.rows[name].step(number), name == DISTILLED, self.clock)
 
     def peak(self, name: str) -> int | None:
@@ -281,7 +283,7 @@ class Bench:
         """
         row = self.rows[name]
         self.rows = {name: row}
-        peak = Peak(self.device)
+        peak = PeakMemory(self.device)
         # The first step creates the optimizer's state, so its image size is repeated.
         for number in range(len(self._sizes[0]) + 1):
             self.seconds(name, number)
@@ -292,15 +294,15 @@ class Bench:
 
 def _teacher_batch(teacher: Teacher, batch: list[dict]) -> list[dict]:
     """Convert a batch to the size and channel order of the teacher's images."""
-    inputs = teacher.own_inputs([{**x, "teacher_image": x["image"]} for x in batch])
+    inputs = teacher.convert_inputs([{**x, "teacher_image": x["image"]} for x in batch])
     return [{**x, "image": y["image"]} for x, y in zip(batch, inputs, strict=True)]
 
 
-def peak_memory(setup: Setup, name: str) -> int | None:
+def peak_memory(setup: Case, name: str) -> int | None:
     """Measure :meth:`Bench.peak` of a row in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, setup, name).result()
 
 
-def _peak(setup: Setup, name: str) -> int | None:
+def _peak(setup: Case, name: str) -> int | None:
     return Bench(setup).peak(name)

@@ -13,34 +13,34 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from ..utils.console import Progress
-from ..utils.env import versions
+from ..utils.console import ProgressBar
+from ..utils.env import collect_versions
 from ..utils.errors import InputError
 from .bench import (
     BATCHES,
+    DETECTRON2,
     DISTILLED,
     SEED,
-    STOCK,
     STUDENT,
     TEACHER,
     WARM_UPS,
     Bench,
-    Setup,
+    Case,
     peak_memory,
 )
-from .feeding import check_data, feeding
+from .feeding import check_data, measure_data_loading
 from .phases import PHASES
 from .step_cost import bootstrap_medians
 from .untrained import OBJECTS
 
-HEADLINE = "distilled / (student + teacher)"
+MAIN_RATIO = "distilled / (student + teacher)"
 """The main ratio."""
 
 RATIOS = {
-    HEADLINE: ((DISTILLED,), (STUDENT, TEACHER)),
+    MAIN_RATIO: ((DISTILLED,), (STUDENT, TEACHER)),
     "distilled / student": ((DISTILLED,), (STUDENT,)),
     "teacher / student": ((TEACHER,), (STUDENT,)),
-    "student / Detectron2's": ((STUDENT,), (STOCK,)),
+    "student / Detectron2's": ((STUDENT,), (DETECTRON2,)),
 }
 """Ratio -> the rows of its numerator and of its denominator, whose times are added up."""
 
@@ -58,8 +58,8 @@ def median_interval(values: Sequence[float], draws: int = 10_000) -> dict[str, f
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
-def measure(
-    benches: Mapping[str, Bench], rounds: int, report: Callable[[int, int], None]
+def time_rows(
+    benches: Mapping[str, Bench], rounds: int, progress: Callable[[int, int], None]
 ) -> Seconds:
     """Measure the times of all rows. The rows of a round use the same batch, and take turns in being the first.
 
@@ -70,7 +70,7 @@ def measure(
     rows = [(label, name) for label, bench in benches.items() for name in bench.rows]
     seconds: Seconds = {row: [] for row in rows}
     for k in range(WARM_UPS + rounds):
-        report(k, WARM_UPS + rounds)
+        progress(k, WARM_UPS + rounds)
         first = k % len(rows)
         for label, name in rows[first:] + rows[:first]:
             seconds[label, name].append(benches[label].seconds(name, k % BATCHES))
@@ -117,7 +117,7 @@ def ratios(
     return result
 
 
-def difference(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+def max_relative_difference(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     """Return the largest relative difference of two dicts of losses; infinite if their keys differ."""
     if a.keys() != b.keys():
         return float("inf")
@@ -133,13 +133,13 @@ def mean_phases(bench: Bench, name: str) -> dict[str, float] | None:
 
 
 def benchmark(
-    setups: Sequence[Setup],
+    setups: Sequence[Case],
     variant_of: Mapping[str, str] | None = None,
     rounds: int = 15,
     console: TextIO | None = None,
     data_steps: int = 0,
     memory: bool = True,
-    keep: Callable[[dict[str, Any]], None] | None = None,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure times in this process, then data loading, then peak memory with a new process per row.
 
@@ -153,12 +153,12 @@ def benchmark(
         keep: called with the result so far, first after the times and then after each peak memory.
 
     Returns:
-        content of the JSON file: the settings; ``recipes`` with ``asked`` (teacher outputs that the losses read),
-        ``losses`` on the first batch and ``difference`` (relative, to the base recipe);
+        content of the JSON file: the settings; ``recipes`` with ``teacher_outputs`` (teacher outputs that the losses read),
+        ``losses`` on the first batch and ``max_relative_difference`` (relative, to the base recipe);
         ``rows`` with ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
         ``seconds`` of each round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (including weights;
         None if unknown or not measured) and ``weights_mib``; ``ratios``; and ``data`` with the results of
-        :func:`~d2kd.benchmark.feeding.feeding` for each recipe.
+        :func:`~d2kd.benchmark.measure_data_loading.measure_data_loading` for each recipe.
 
     Raises:
         InputError: see :class:`Bench`; no rounds, equal labels, data that cannot be read, or different values of
@@ -188,17 +188,17 @@ def benchmark(
         if plain[label] != label:
             bench.rows.pop(STUDENT)
         if plain[label] != label or label in variant_of:
-            bench.rows.pop(STOCK, None)  # a variant has the same plain step
+            bench.rows.pop(DETECTRON2, None)  # a variant has the same plain step
 
-    line = Progress("time", console)
-    seconds = measure(benches, rounds, line)
+    line = ProgressBar("time", console)
+    seconds = time_rows(benches, rounds, line)
     line.close(f"{rounds} rounds, after {WARM_UPS} for warm-up")
     phases = {(label, name): mean_phases(benches[label], name) for label, name in seconds}
     recipes = [_recipe(setup, benches, variant_of) for setup in setups]
     data = []
     for setup in setups if data_steps else ():
-        line = Progress(f"data of {setup.label}", console)
-        fed = feeding(benches[setup.label], setup.batch_size, data_steps, line)
+        line = ProgressBar(f"data of {setup.label}", console)
+        fed = measure_data_loading(benches[setup.label], setup.batch_size, data_steps, line)
         line.close(f"{data_steps} batches without training, {data_steps} steps")
         data.append({"recipe": setup.label, **fed})
     device = next(iter(benches.values())).device
@@ -230,7 +230,7 @@ def benchmark(
     result = {
         "schema": 2,
         "command": shlex.join(sys.argv),
-        "versions": versions(),
+        "versions": collect_versions(),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "image_sizes": [list(size) for size in setups[0].image_sizes],
@@ -241,33 +241,33 @@ def benchmark(
         "ratios": ratios(seconds, plain, variant_of),
         "data": data,
     }
-    if keep is not None:
-        keep(result)
+    if on_result is not None:
+        on_result(result)
     if not memory:
         return result
-    line = Progress("memory", console)
+    line = ProgressBar("memory", console)
     for done, row in enumerate(rows):
         line(done, len(rows))
         peak = peak_memory(by_label[row["recipe"]], row["name"])
         row["peak_memory_mib"] = None if peak is None else peak / MIB
-        if keep is not None:
-            keep(result)
+        if on_result is not None:
+            on_result(result)
     line.close(f"{len(rows)} rows, each in its own process")
     return result
 
 
 def _recipe(
-    setup: Setup, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
+    setup: Case, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
 ) -> dict[str, Any]:
     bench, base = benches[setup.label], benches.get(variant_of.get(setup.label, ""))
-    read = itertools.chain.from_iterable(reads.read for reads in bench.questions)
+    read = itertools.chain.from_iterable(reads.read for reads in bench.teacher_reads)
     return {
         "label": setup.label,
         "config": setup.config_file,
         "overrides": list(setup.overrides),
-        "asked": list(dict.fromkeys(read)),
+        "teacher_outputs": list(dict.fromkeys(read)),
         "losses": bench.losses,
-        "difference": None if base is None else difference(bench.losses, base.losses),
+        "difference": None if base is None else max_relative_difference(bench.losses, base.losses),
     }
 
 

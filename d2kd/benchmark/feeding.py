@@ -15,8 +15,8 @@ from ..data import use_seeded_loaders
 from .bench import DISTILLED, SEED, WARM_UPS, Bench
 
 
-def feeding(
-    bench: Bench, batch_size: int, steps: int, report: Callable[[int, int], None]
+def measure_data_loading(
+    bench: Bench, batch_size: int, steps: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Load the recipe's training data, first without training, then in distilled steps.
 
@@ -40,14 +40,14 @@ def feeding(
     alone = []
     batches = iter(loader)
     for _ in range(WARM_UPS + steps):
-        report(next(done), total)
+        progress(next(done), total)
         alone.append(_seconds(bench, next, batches))
     del batches  # ends the workers
-    trainer = bench.fed(DISTILLED, _loader(bench, batch_size))
+    trainer = bench.with_loader(DISTILLED, _loader(bench, batch_size))
     seconds_per_step, waiting = [], []
-    with bench.half_way():
+    with bench.at_half_progress():
         for _ in range(WARM_UPS + steps):
-            report(next(done), total)
+            progress(next(done), total)
             seconds_per_step.append(_seconds(bench, trainer.run_step))
             waiting.append(get_event_storage().latest()["data_time"][0])
     median = float(np.median(seconds_per_step[WARM_UPS:]))

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..engine import Trainer
-from ..engine.step import NotFinite
-from ..losses.base import value_of
+from ..engine.step import NonFiniteError
+from ..losses.base import get_weight
 from ..utils.errors import InputError
 from ..utils.random_state import preserved_random_state
 
@@ -53,7 +53,7 @@ def step_cost(
     distilled: DictConfig,
     plain: DictConfig,
     pairs: int = 24,
-    report: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> StepCost:
     """Time steps of two recipes alternately, with equal batches and random draws. Each is first in every second pair.
 
@@ -99,8 +99,8 @@ def step_cost(
         for iteration, count in counts.items():
             found = []
             for _ in range(count):
-                if report is not None:
-                    report(done, total)
+                if progress is not None:
+                    progress(done, total)
                 first = done % 2
                 seconds = [0.0, 0.0]
                 for which in (first, 1 - first):
@@ -108,8 +108,8 @@ def step_cost(
                 found.append(seconds[0] / seconds[1])
                 done += 1
             ratios.append(found[1:])
-        if report is not None:
-            report(done, total)
+        if progress is not None:
+            progress(done, total)
         del trainer, trainers
         gc.collect()  # a trainer and its hooks are in a reference cycle
         torch.cuda.empty_cache()
@@ -122,7 +122,7 @@ def _step(trainer: Trainer, iteration: int, number: int) -> None:
         trainer._trainer.iter = iteration  # newer versions write it with the metrics
         try:
             trainer._trainer.run_step()
-        except NotFinite as error:
+        except NonFiniteError as error:
             raise InputError(error.culprit, error.value, "a finite number") from None
 
 
@@ -136,9 +136,9 @@ def _clock(device: torch.device) -> tuple[str, Callable[..., float]]:
 
     def on_cuda(call: Callable[..., None], *args: object) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.run_metadata()
         call(*args)
-        end.record()
+        end.run_metadata()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
@@ -170,14 +170,14 @@ def _switched_on(losses: nn.Module, progress: float) -> frozenset:
     """Return which schedules of the active losses are not 0, and which of their changes are past."""
     found = set()
     for name, loss in getattr(losses, "by_name", nn.ModuleDict()).items():
-        if value_of(loss.weight, progress) == 0:
+        if get_weight(loss.weight, progress) == 0:
             continue
-        found |= {(name, change) for change in loss.changes if progress >= change}
+        found |= {(name, change) for change in loss.milestones if progress >= change}
         for part, module in loss.named_modules():
             found |= {
                 (name, part, key)
                 for key, value in vars(module).items()
-                if isinstance(value, ParamScheduler) and value_of(value, progress) != 0
+                if isinstance(value, ParamScheduler) and get_weight(value, progress) != 0
             }
     return frozenset(found)
 

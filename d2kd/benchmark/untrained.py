@@ -22,7 +22,7 @@ OBJECTS = 7
 
 
 @torch.no_grad()
-def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
+def measure_norm_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
     """Set the statistics of all batch norms to those of these batches in training mode; frozen ones stay frozen."""
     frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     for name, norm in frozen.items():
@@ -41,7 +41,7 @@ def measure_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> No
         detector.set_submodule(name, norm)
 
 
-def draw_batch(
+def random_batch(
     detector: nn.Module, image_size: tuple[int, int], batch_size: int, seed: int
 ) -> list[dict]:
     """Return a training batch in Detectron2's format: noise images of (height, width) with seven objects each.

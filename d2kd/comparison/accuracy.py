@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .matching import AREAS, IOUS, Matches, Truth
+from .matching import AREAS, IOUS, GroundTruth, Matches
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall thresholds of COCO's interpolated precision."""
@@ -50,7 +50,7 @@ class Accuracy:
     fixed: dict[str, float | None]
 
 
-def curve(is_tp: np.ndarray, is_fp: np.ndarray, objects: int) -> np.ndarray:
+def interpolated_precision(is_tp: np.ndarray, is_fp: np.ndarray, objects: int) -> np.ndarray:
     """Compute COCO's interpolated precision at :data:`RECALLS`.
 
     Args:
@@ -73,16 +73,16 @@ def curve(is_tp: np.ndarray, is_fp: np.ndarray, objects: int) -> np.ndarray:
     return values
 
 
-def precisions(truth: Truth, matches: Matches) -> np.ndarray:
+def precision_array(truth: GroundTruth, matches: Matches) -> np.ndarray:
     """Return (T, 101, K, A), COCOeval's ``eval["precision"]`` for 100 detections; -1 where a class has no object."""
     result = np.full((len(IOUS), len(RECALLS), len(truth.classes), len(AREAS)), -1.0)
-    is_tp, is_fp = matches.right, (matches.object < 0) & ~matches.ignored
+    is_tp, is_fp = matches.is_tp, (matches.object < 0) & ~matches.ignored
     for k, (begin, end) in enumerate(zip(matches.starts[:-1], matches.starts[1:])):
         for a in range(len(AREAS)):
             objects = int((~matches.objects_ignored[a] & (truth.label == k)).sum())
             if objects:
                 at = (slice(None), a, slice(begin, end))
-                result[:, :, k, a] = curve(is_tp[at], is_fp[at], objects)
+                result[:, :, k, a] = interpolated_precision(is_tp[at], is_fp[at], objects)
     return result
 
 
@@ -92,7 +92,9 @@ def mean_precision(values: np.ndarray) -> float | None:
     return float(np.mean(defined) * 100) if len(defined) else None
 
 
-def accuracy(truth: Truth, matches: Matches, classes: Sequence[int], threshold: float) -> Accuracy:
+def accuracy(
+    truth: GroundTruth, matches: Matches, classes: Sequence[int], threshold: float
+) -> Accuracy:
     """Compute the accuracy of a detector.
 
     Args:
@@ -101,7 +103,7 @@ def accuracy(truth: Truth, matches: Matches, classes: Sequence[int], threshold: 
         classes: indices of the classes that means are taken over.
         threshold: score threshold of ``Accuracy.fixed``.
     """
-    table = precisions(truth, matches)
+    table = precision_array(truth, matches)
     counted = table[:, :, list(classes)]
     areas = list(AREAS)
     at_half = counted[0, :, :, 0]
@@ -120,10 +122,10 @@ def accuracy(truth: Truth, matches: Matches, classes: Sequence[int], threshold: 
     )
 
 
-def _pooled(truth: Truth, matches: Matches, classes: Sequence[int]):
+def _pooled(truth: GroundTruth, matches: Matches, classes: Sequence[int]):
     """Return descending scores, cumulative true and false positives at IoU 0.5, and the number of objects."""
     counted = np.isin(matches.detections.label, list(classes)) & ~matches.ignored[0, 0]
-    score, is_tp = matches.detections.score[counted], matches.right[0, 0][counted]
+    score, is_tp = matches.detections.score[counted], matches.is_tp[0, 0][counted]
     order = np.argsort(-score, kind="stable")
     score, is_tp = score[order], is_tp[order]
     objects = int((~matches.objects_ignored[0] & np.isin(truth.label, list(classes))).sum())
@@ -152,7 +154,7 @@ def _best(score, tp, fp, objects: int) -> dict[str, float | None]:
     return _operating_point(count, float(score[count - 1]), tp, fp, objects)
 
 
-def resamples(images: int, number: int, seed: int = 0) -> np.ndarray:
+def bootstrap_counts(images: int, number: int, seed: int = 0) -> np.ndarray:
     """Return (B, I), how often each image is drawn when I images are sampled with replacement."""
     random = np.random.default_rng(seed)
     counts = np.empty((number, images), dtype=np.int32)
@@ -162,17 +164,17 @@ def resamples(images: int, number: int, seed: int = 0) -> np.ndarray:
 
 
 def bootstrap(
-    truth: Truth,
+    truth: GroundTruth,
     matches: Matches,
     classes: Sequence[int],
     counts: np.ndarray,
-    report: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, np.ndarray]:
     """Compute the AP of resampled data sets without matching again. An image that is drawn twice counts twice.
 
     Args:
         truth, matches, classes: see :func:`accuracy`.
-        counts: (B, I), returned by :func:`resamples`. Use the same counts for all detectors of a paired bootstrap.
+        counts: (B, I), returned by :func:`bootstrap_counts`. Use the same counts for all detectors of a paired bootstrap.
         report: progress callback, called with (classes done, classes).
 
     Returns:
@@ -185,7 +187,7 @@ def bootstrap(
     for k in range(all_classes):
         for a, area in enumerate(AREAS):
             values[area][:, :, k] = _class_bootstrap(truth, matches, k, a, counts)
-        report(k + 1, all_classes)
+        progress(k + 1, all_classes)
     metrics = {
         name: _nanmean(values[area][ious][:, :, classes].mean(axis=0), axis=1)
         for name, (area, ious) in METRICS.items()
@@ -200,7 +202,7 @@ def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _class_bootstrap(truth: Truth, matches: Matches, k: int, a: int, counts: np.ndarray):
+def _class_bootstrap(truth: GroundTruth, matches: Matches, k: int, a: int, counts: np.ndarray):
     """Return (T, B), the AP in [0, 100] of class ``k`` and area range ``a`` in each resample.
 
     Precision rises at true positives only, so it is computed at these. The other detections are only counted.
@@ -212,7 +214,7 @@ def _class_bootstrap(truth: Truth, matches: Matches, k: int, a: int, counts: np.
         return result
     to_find = counts[:, objects].sum(axis=1)
     image = matches.detections.image[of_class]
-    is_tp, ignored = matches.right[:, a, of_class], matches.ignored[:, a, of_class]
+    is_tp, ignored = matches.is_tp[:, a, of_class], matches.ignored[:, a, of_class]
     # Drop detections that are ignored at all IoUs. Those ignored at some IoUs are subtracted below.
     ever = ~ignored.all(axis=0)
     image, is_tp, ignored = image[ever], is_tp[:, ever], ignored[:, ever]
@@ -261,7 +263,7 @@ def interval(values: np.ndarray) -> list[float] | None:
     return None if not len(values) else [float(x) for x in np.percentile(values, [2.5, 97.5])]
 
 
-def difference(
+def paired_gains(
     a: dict[str, Any], b: dict[str, Any], accuracy_a: Accuracy, accuracy_b: Accuracy
 ) -> dict[str, Any]:
     """Compute the gains of detector a over detector b with paired 95 % bootstrap intervals.

@@ -20,22 +20,22 @@ import numpy as np
 
 from ..engine.launch import pick_device
 from ..structures.class_map import ClassMap
-from ..utils.env import versions
+from ..utils.env import collect_versions
 from ..utils.errors import InputError
 from ..utils.io import write_json
-from .accuracy import Accuracy, accuracy, bootstrap, difference, interval, resamples
-from .detections import Report, detections_of
-from .detectors import Data, Detector, Ready, build, same_mapper
-from .error_kinds import ErrorKinds, error_kinds
+from .accuracy import Accuracy, accuracy, bootstrap, bootstrap_counts, interval, paired_gains
+from .detections import ProgressCallback, get_detections
+from .detectors import Detector, EvaluationData, LoadedDetector, build, set_default_mapper
+from .error_kinds import ErrorTypes, error_kinds
 from .matching import Detections, Matches, match
-from .objects import Change, Objects, Picture, objects_found
+from .objects import ChangedObject, FoundObjects, Picture, count_found_objects
 from .observation import Observation, observe
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Compared:
+class DetectorResult:
     """Results of one detector.
 
     Attributes:
@@ -55,11 +55,11 @@ class Compared:
     weights_sha256: str | None
     parameters: int | None
     accuracy: Accuracy
-    errors: ErrorKinds
+    errors: ErrorTypes
     intervals: dict[str, list[float] | None]
     cost: dict[str, float | None]
-    lacks: list[str] = field(default_factory=list)
-    only: list[str] = field(default_factory=list)
+    missing_classes: list[str] = field(default_factory=list)
+    unique_classes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,18 +94,18 @@ class Comparison:
 
     dataset: dict[str, Any]
     compared_classes: list[str]
-    detectors: list[Compared]
+    detectors: list[DetectorResult]
     baseline: str
     featured: str
     gains: list[Gain]
-    objects: Objects
+    objects: FoundObjects
     observation: Observation | None
     resamples: int
     threshold: float
     notes: list[str] = field(default_factory=list)
     versions: dict[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Compared:
+    def __getitem__(self, name: str) -> DetectorResult:
         return next(d for d in self.detectors if d.name == name)
 
     @property
@@ -137,14 +137,14 @@ class Comparison:
             objects, observation = content.pop("objects"), content.pop("observation")
             objects["pictures"] = [Picture(**p) for p in objects["pictures"]]
             for side in ("won_objects", "lost_objects"):
-                objects[side] = [Change(**c) for c in objects[side]]
+                objects[side] = [ChangedObject(**c) for c in objects[side]]
             for row in rows:
                 row["accuracy"] = Accuracy(**row["accuracy"])
-                row["errors"] = ErrorKinds(**row["errors"])
+                row["errors"] = ErrorTypes(**row["errors"])
             return cls(
-                detectors=[Compared(**row) for row in rows],
+                detectors=[DetectorResult(**row) for row in rows],
                 gains=[Gain(**gain) for gain in content.pop("gains")],
-                objects=Objects(**objects),
+                objects=FoundObjects(**objects),
                 observation=None if observation is None else Observation(**observation),
                 **content,
             )
@@ -152,11 +152,11 @@ class Comparison:
             raise InputError(path, f"cannot be read ({error})", "a report.json") from error
 
 
-Phase = Callable[[str], Report]
-"""Maps the name of a phase to its progress callback, see :data:`.detections.Report`."""
+ProgressFactory = Callable[[str], ProgressCallback]
+"""Maps the name of a phase to its progress callback, see :data:`.detections.ProgressCallback`."""
 
 
-def silent(what: str) -> Report:
+def no_progress(what: str) -> ProgressCallback:
     """Show no progress."""
     return lambda step, steps: None
 
@@ -184,10 +184,10 @@ class Options:
 
 def compare(
     detectors: Sequence[Detector],
-    data: Data,
+    data: EvaluationData,
     cache: Path,
     options: Options | None = None,
-    phase: Phase = silent,
+    phase: ProgressFactory = no_progress,
 ) -> Comparison:
     """Compare detectors on a data set.
 
@@ -203,13 +203,13 @@ def compare(
     """
     options = options or Options()
     _check_names([d.name for d in detectors])
-    same_mapper(detectors)
+    set_default_mapper(detectors)
     notes: list[str] = []
     device = pick_device(options.device)
     ready = [build(detector, data, device) for detector in detectors]
     classes = _shared(ready, data)
     detections = {
-        r.detector.name: detections_of(
+        r.detector.name: get_detections(
             r,
             data,
             cache / _folder(r.detector.name),
@@ -237,8 +237,10 @@ def compare(
             "weights_sha256": r.detector.key["weights_sha256"],
             "parameters": r.parameters,
             "cost": cost,
-            "lacks": [c for k, c in enumerate(data.truth.classes) if k not in r.map.of_student],
-            "only": only[r.detector.name],
+            "missing_classes": [
+                c for k, c in enumerate(data.truth.classes) if k not in r.map.student_ids
+            ],
+            "unique_classes": only[r.detector.name],
             "provenance": r.detector.provenance,
         }
         for r, cost in zip(ready, observation.costs)
@@ -247,42 +249,42 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Measured:
+class DetectorMetrics:
     """Results of a detector that are computed from its detections."""
 
     matches: Matches
     accuracy: Accuracy
-    errors: ErrorKinds
+    errors: ErrorTypes
     resampled: dict[str, np.ndarray]
 
 
 def analyse(
     detections: dict[str, Detections],
-    data: Data,
+    data: EvaluationData,
     classes: Sequence[int],
     options: Options,
-    phase: Phase = silent,
-) -> dict[str, Measured]:
+    phase: ProgressFactory = no_progress,
+) -> dict[str, DetectorMetrics]:
     """Compute accuracy, errors and bootstrapped accuracy of each detector, on the same resamples."""
-    counts = resamples(len(data.truth.image_ids), options.resamples, options.seed)
+    counts = bootstrap_counts(len(data.truth.image_ids), options.resamples, options.seed)
     found = {}
     for name, detected in detections.items():
-        report = phase(f"{name}: accuracy")
+        progress = phase(f"{name}: accuracy")
         matches = match(data.truth, detected)
-        found[name] = Measured(
+        found[name] = DetectorMetrics(
             matches,
             accuracy(data.truth, matches, classes, options.threshold),
             error_kinds(data.truth, matches, classes),
-            bootstrap(data.truth, matches, classes, counts, report),
+            bootstrap(data.truth, matches, classes, counts, progress),
         )
     return found
 
 
 def assemble(
-    found: dict[str, Measured],
+    found: dict[str, DetectorMetrics],
     described: Sequence[dict[str, Any]],
     observation: Observation | None,
-    data: Data,
+    data: EvaluationData,
     classes: Sequence[int],
     options: Options,
     notes: Sequence[str] = (),
@@ -291,7 +293,7 @@ def assemble(
 
     Args:
         found: returned by :func:`analyse`.
-        described: for each detector the other fields of :class:`Compared`.
+        described: for each detector the other fields of :class:`DetectorResult`.
         observation: returned by :func:`.observation.observe`.
         data, classes, options, notes: see :func:`compare` and :class:`Comparison`.
     """
@@ -314,7 +316,7 @@ def assemble(
         },
         compared_classes=[truth.classes[k] for k in classes],
         detectors=[
-            Compared(
+            DetectorResult(
                 name=name,
                 accuracy=one.accuracy,
                 errors=one.errors,
@@ -329,13 +331,13 @@ def assemble(
             Gain(
                 a,
                 b,
-                **difference(
+                **paired_gains(
                     found[a].resampled, found[b].resampled, found[a].accuracy, found[b].accuracy
                 ),
             )
             for a, b in over
         ],
-        objects=objects_found(
+        objects=count_found_objects(
             data,
             {n: one.matches for n, one in found.items()},
             thresholds,
@@ -348,7 +350,7 @@ def assemble(
         resamples=options.resamples,
         threshold=options.threshold,
         notes=list(notes),
-        versions=versions(),
+        versions=collect_versions(),
     )
 
 
@@ -371,20 +373,22 @@ def _check_names(names: Sequence[str]) -> None:
         folders[_folder(name)] = name
 
 
-def _shared(ready: Sequence[Ready], data: Data) -> list[int]:
-    classes = sorted(set.intersection(*(set(r.map.of_student) for r in ready)))
+def _shared(ready: Sequence[LoadedDetector], data: EvaluationData) -> list[int]:
+    classes = sorted(set.intersection(*(set(r.map.student_ids) for r in ready)))
     if not classes:
         names = ", ".join(r.detector.name for r in ready)
         raise InputError(names, f"no class of {data.name} that all have", "classes of equal name")
     return classes
 
 
-def _only(ready: Sequence[Ready], data: Data) -> dict[str, list[str]]:
+def _only(ready: Sequence[LoadedDetector], data: EvaluationData) -> dict[str, list[str]]:
     """Return, for each detector, its classes that neither the data set nor another detector has."""
     only = {}
     for r in ready:
         others = [other.map.teacher for other in ready if other is not r]
-        maps = [ClassMap.by_name(names, r.map.teacher) for names in (data.truth.classes, *others)]
-        known = {k for one in maps for k in one.of_teacher}
+        maps = [
+            ClassMap.from_names(names, r.map.teacher) for names in (data.truth.classes, *others)
+        ]
+        known = {k for one in maps for k in one.teacher_ids}
         only[r.detector.name] = [c for k, c in enumerate(r.map.teacher) if k not in known]
     return only

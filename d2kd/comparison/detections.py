@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..modeling.teacher import in_students_classes
+from ..modeling.teacher import to_student_classes
 from ..utils.errors import InputError
-from ..utils.io import written_whole
+from ..utils.io import atomic_write
 from .accuracy import accuracy
-from .detectors import Data, Detector, Ready, loader_of, read_results
+from .detectors import Detector, EvaluationData, LoadedDetector, build_loader, load_coco_results
 from .matching import Detections, match
 
 IMAGES_PER_FILE = 200
@@ -25,18 +25,18 @@ IMAGES_PER_FILE = 200
 SCHEMA = 1
 FIELDS = ("image", "label", "box", "score")  # of Detections
 
-Report = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Progress callback, called with (steps done, steps)."""
-Say = Callable[[str], None]
+Warn = Callable[[str], None]
 """Callback for warnings, called with one line of text."""
 
 
-def detections_of(
-    ready: Ready,
-    data: Data,
+def get_detections(
+    ready: LoadedDetector,
+    data: EvaluationData,
     folder: Path,
-    report: Report,
-    say: Say,
+    progress: ProgressCallback,
+    warn: Warn,
 ) -> Detections:
     """Return the detections of a detector on a data set, from a results file or the cache where possible.
 
@@ -55,35 +55,35 @@ def detections_of(
         try:
             known = _known(path, detector, data)
         except InputError as error:
-            if detector.must_fit:
+            if detector.strict:
                 raise
             if path.exists():
-                say(f"{error}; detections are computed again")
+                warn(f"{error}; detections are computed again")
             continue
         images = len(np.unique(known.image))
         if 2 * images < len(data.records):
-            say(f"{path}: detections on only {images} of {len(data.records)} images")
+            warn(f"{path}: detections on only {images} of {len(data.records)} images")
         return known
     key = {"schema": SCHEMA, "dataset": data.name, "dataset_sha256": data.sha256, **detector.key}
     total, parts, missing = len(data.records), {}, {}
     for begin in range(0, total, IMAGES_PER_FILE):
         file = folder / f"{begin:06d}.npz"
-        parts[file] = _read(file, key, say)
+        parts[file] = _read(file, key, warn)
         if parts[file] is None:
             missing[file] = data.records[begin : begin + IMAGES_PER_FILE]
     done = total - sum(map(len, missing.values()))
-    report(done, total)
+    progress(done, total)
     for file, records in missing.items():
-        parts[file] = _detect(ready, data, records, lambda n, done=done: report(done + n, total))
+        parts[file] = _detect(ready, data, records, lambda n, done=done: progress(done + n, total))
         _write(file, key, parts[file])
         done += len(records)
     columns = ([getattr(part, name) for part in parts.values()] for name in FIELDS)
     return Detections(*map(np.concatenate, columns))
 
 
-def _known(path: Path, detector: Detector, data: Data) -> Detections:
+def _known(path: Path, detector: Detector, data: EvaluationData) -> Detections:
     """Load a results file and check its AP."""
-    found = read_results(path, data)
+    found = load_coco_results(path, data)
     if detector.expected_AP is not None:
         everything = range(len(data.truth.classes))
         ap = accuracy(data.truth, match(data.truth, found), everything, 0.5).metrics["AP"]
@@ -94,21 +94,24 @@ def _known(path: Path, detector: Detector, data: Data) -> Detections:
 
 
 def _detect(
-    ready: Ready, data: Data, records: list[dict], report: Callable[[int], None]
+    ready: LoadedDetector,
+    data: EvaluationData,
+    records: list[dict],
+    progress: Callable[[int], None],
 ) -> Detections:
-    loader = loader_of(ready.detector, records)
+    loader = build_loader(ready.detector, records)
     images, labels, boxes, scores = [], [], [], []
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         with torch.no_grad():
             [outputs] = ready.teacher.detect(batch)
-        found = in_students_classes(outputs["instances"].to("cpu"), ready.map)
+        found = to_student_classes(outputs["instances"].to("cpu"), ready.map)
         xyxy = found.pred_boxes.tensor.numpy()
         # XYWH, computed in float32 as COCOEvaluator does.
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))
         labels.append(found.pred_classes.numpy())
         scores.append(found.scores.numpy())
-        images.append(np.full(len(labels[-1]), data.place[record["image_id"]], dtype=np.int64))
-        report(number)
+        images.append(np.full(len(labels[-1]), data.index_of[record["image_id"]], dtype=np.int64))
+        progress(number)
     return Detections(
         image=np.concatenate(images),
         label=np.concatenate(labels).astype(np.int64),
@@ -118,11 +121,11 @@ def _detect(
 
 
 def _write(path: Path, key: dict, detections: Detections) -> None:
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, key=json.dumps(key, sort_keys=True), **vars(detections))
 
 
-def _read(path: Path, key: dict, say: Say) -> Detections | None:
+def _read(path: Path, key: dict, warn: Warn) -> Detections | None:
     """Read a cache file; None if it is missing, has another key, or cannot be read."""
     if not path.is_file():
         return None
@@ -132,8 +135,8 @@ def _read(path: Path, key: dict, say: Say) -> Detections | None:
             if found == key:
                 return Detections(*(content[name] for name in FIELDS))
     except Exception as error:  # zip, pickle and NumPy raise different errors
-        say(f"{path}: cannot be read ({type(error).__name__}); detections are computed again")
+        warn(f"{path}: cannot be read ({type(error).__name__}); detections are computed again")
         return None
     other = ", ".join(name for name in key if found.get(name) != key[name])
-    say(f"{path}: differs in {other.replace('_sha256', '')}; detections are computed again")
+    warn(f"{path}: differs in {other.replace('_sha256', '')}; detections are computed again")
     return None

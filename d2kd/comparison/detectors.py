@@ -20,32 +20,32 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from ..config import (
-    builds,
+    base_mapper,
+    get_test_mapper,
+    has_target,
     is_distiller,
     load,
-    reading_mapper,
-    recipe_of,
-    student_of,
-    test_mapper,
+    load_recipe_or_none,
+    student_node,
     without_weights,
 )
-from ..config import detector as model_of
-from ..data import TwoScales, build_test_loader, check_dataset
+from ..config import get_detector_config as model_of
+from ..data import DownscaledStudentMapper, build_test_loader, check_dataset
 from ..data.datasets import dataset_names
 from ..modeling import Teacher
-from ..modeling.weights import CLASSES, read, sha256
-from ..structures.class_map import ClassMap, class_names, num_classes_of, renamed
+from ..modeling.weights import CLASSES_KEY, file_sha256, load_checkpoint
+from ..structures.class_map import ClassMap, apply_aliases, class_names, num_classes_of
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 from ..utils.io import read_json
-from .matching import Detections, Truth
+from .matching import Detections, GroundTruth
 
 MAX_IMAGES_WITHOUT_WORKER = 32
 """Up to this number of images no loader worker is used."""
 
 
 @dataclass(frozen=True)
-class Data:
+class EvaluationData:
     """A registered data set.
 
     Attributes:
@@ -58,17 +58,17 @@ class Data:
 
     name: str
     records: list[dict]
-    truth: Truth
+    truth: GroundTruth
     category_ids: tuple[int, ...]
     sha256: str
 
     @cached_property
-    def place(self) -> dict[Any, int]:
+    def index_of(self) -> dict[Any, int]:
         """Image id -> index in ``truth.image_ids``."""
         return {image_id: i for i, image_id in enumerate(self.truth.image_ids)}
 
 
-def load_data(name: str) -> Data:
+def load_data(name: str) -> EvaluationData:
     """Load a registered data set and its objects as COCOEvaluator does.
 
     Raises:
@@ -86,12 +86,12 @@ def load_data(name: str) -> Data:
         ids = sorted(category["id"] for category in content["categories"])
         number_of = {category: k for k, category in enumerate(ids)}
     category_ids = tuple(sorted(number_of, key=number_of.get))
-    truth = Truth.from_coco(content, category_ids)
+    truth = GroundTruth.from_coco(content, category_ids)
     digest = hashlib.sha256(repr((truth.classes, truth.image_ids)).encode())
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
     digest.update("\n".join(_version(str(record["file_name"])) for record in records).encode())
-    return Data(name, records, truth, category_ids, digest.hexdigest())
+    return EvaluationData(name, records, truth, category_ids, digest.hexdigest())
 
 
 def _version(file: str) -> str:
@@ -103,7 +103,7 @@ def _version(file: str) -> str:
     return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def read_results(path: str | Path, data: Data) -> Detections:
+def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
     """Load a COCO results file, such as COCOEvaluator's ``coco_instances_results.json``.
 
     Raises:
@@ -112,13 +112,13 @@ def read_results(path: str | Path, data: Data) -> Detections:
     try:
         rows = json.loads(Path(path).read_text())
         label_of = {category: k for k, category in enumerate(data.category_ids)}
-        unknown = [row for row in rows if row["image_id"] not in data.place]
+        unknown = [row for row in rows if row["image_id"] not in data.index_of]
         unknown_class = [row for row in rows if row["category_id"] not in label_of]
         if unknown or unknown_class:
             found = f"{len(unknown)} detections of images, {len(unknown_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
         detections = Detections(
-            image=np.array([data.place[row["image_id"]] for row in rows], dtype=np.int64),
+            image=np.array([data.index_of[row["image_id"]] for row in rows], dtype=np.int64),
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
             box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
@@ -151,12 +151,12 @@ class Detector:
         config: source of the config, for the report only.
         weights: checkpoint, any URI that Detectron2 reads.
         node: LazyConfig node of the detector.
-        mapper: LazyConfig node of the test mapper. Default: the mapper of another detector, see :func:`same_mapper`.
+        mapper: LazyConfig node of the test mapper. Default: the mapper of another detector, see :func:`set_default_mapper`.
         classes: class names in the order of the detector. Default: those in the checkpoint, otherwise the data set's.
         input_format: channel order of the input. Default: the detector's ``input_format``, otherwise the mapper's.
         results: COCO results files that may hold its detections; the first one that fits is used.
         expected_AP: AP of a results file that fits; None: not checked.
-        must_fit: whether a results file that does not fit raises an error. By default detections are computed then.
+        strict: whether a results file that does not fit raises an error. By default detections are computed then.
     """
 
     name: str
@@ -168,7 +168,7 @@ class Detector:
     input_format: str | None = None
     results: tuple[Path, ...] = ()
     expected_AP: float | None = None
-    must_fit: bool = False
+    strict: bool = False
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -176,7 +176,7 @@ class Detector:
         content = {"model": self.node, "mapper": self.mapper, "classes": self.classes}
         if self.input_format is not None:
             content["input_format"] = self.input_format
-        return {"weights_sha256": sha256(self.weights), "config_sha256": config_hash(content)}
+        return {"weights_sha256": file_sha256(self.weights), "config_sha256": config_hash(content)}
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Detector:
 
 
 @dataclass
-class Ready:
+class LoadedDetector:
     """A detector that is built and has its weights.
 
     Attributes:
@@ -210,17 +210,17 @@ class Ready:
         return sum(p.numel() for p in self.teacher.detector.parameters())
 
     @cached_property
-    def label_to_own(self) -> dict[int, int]:
+    def to_detector_label(self) -> dict[int, int]:
         return dict(self.map.pairs)
 
 
-def build(detector: Detector, data: Data, device: torch.device) -> Ready:
+def build(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
     """Build a detector and load its weights strictly.
 
     Raises:
         InputError: the weights cannot be read or do not fit, or the class names are unknown.
     """
-    image_format = reading_mapper(detector.mapper).get("image_format", "BGR")
+    image_format = base_mapper(detector.mapper).get("image_format", "BGR")
     node = without_weights(detector.node)
     teacher = Teacher(
         instantiate(node),
@@ -229,20 +229,20 @@ def build(detector: Detector, data: Data, device: torch.device) -> Ready:
         input_format=detector.input_format,
     )
     count = num_classes_of(teacher.detector)
-    names = detector.classes or read(detector.weights).get(CLASSES)
+    names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
     if names is None and count == len(data.truth.classes):
         names = data.truth.classes
     if names is None or len(names) != count:
         found = f"{count} classes, " + ("without names" if names is None else f"{len(names)} names")
         expected = f"a recipe or checkpoint that names them, or the {len(data.truth.classes)} of {data.name}"
         raise InputError(f"detector {detector.name!r}", found, expected)
-    class_map = ClassMap.by_name(data.truth.classes, tuple(names))
+    class_map = ClassMap.from_names(data.truth.classes, tuple(names))
     if not class_map.pairs:
         raise InputError(
             f"detector {detector.name!r}", "none of the classes", f"some of {data.name}"
         )
     teacher.detector.to(device)
-    return Ready(detector, teacher, class_map)
+    return LoadedDetector(detector, teacher, class_map)
 
 
 def from_config(name: str, config: str, weights: str, results: str | None = None) -> Detector:
@@ -251,19 +251,19 @@ def from_config(name: str, config: str, weights: str, results: str | None = None
     Raises:
         InputError: the config does not exist.
     """
-    recipe = recipe_of(config)
+    recipe = load_recipe_or_none(config)
     node, classes = model_of(config), None
     if recipe is not None:
-        node, classes = student_of(recipe.model), _trained_on(recipe)
+        node, classes = student_node(recipe.model), _trained_on(recipe)
     return Detector(
         name,
         config,
         weights,
         node,
-        test_mapper(config if recipe is None else recipe),
+        get_test_mapper(config if recipe is None else recipe),
         classes,
         results=() if results is None else (Path(results),),
-        must_fit=results is not None,
+        strict=results is not None,
     )
 
 
@@ -275,7 +275,7 @@ def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
         return None  # the data is no longer there; the checkpoint may have the class names
 
 
-def study_of(folder: Path) -> dict[str, Any] | None:
+def load_study_results(folder: Path) -> dict[str, Any] | None:
     """Read a study's ``results.json``: ``rows``, ``dataset``, ``baseline``, ``featured``; None if there is no such file.
 
     Raises:
@@ -290,7 +290,7 @@ def study_of(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Detector], str]:
+def detectors_from_run(folder: Path, dataset: str | None = None) -> tuple[list[Detector], str]:
     """Describe the teacher of a run, if it has one, and the trained detector.
 
     Args:
@@ -314,8 +314,10 @@ def detectors_of_run(folder: Path, dataset: str | None = None) -> tuple[list[Det
         node = recipe.model.teacher
         classes = None
         if node.get("classes") is not None:
-            classes = renamed(class_names(instantiate(node.classes)), node.get("aliases") or {})
-        mapper = _full_images(test_mapper(recipe), node.get("scale", 1), config)
+            classes = apply_aliases(
+                class_names(instantiate(node.classes)), node.get("aliases") or {}
+            )
+        mapper = _full_images(get_test_mapper(recipe), node.get("scale", 1), config)
         weights_of = str(_moved(folder, node.weights))
         order = node.get("input_format")
         found.append(
@@ -335,10 +337,8 @@ def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictCon
     """Return the mapper of the teacher's images: with ``scale`` > 1 the base mapper inside the student's mapper."""
     if scale == 1 or mapper is None:
         return mapper
-    if not builds(mapper, TwoScales):
-        found = (
-            f"a teacher of images {scale} times larger, and dataloader.test.mapper is no TwoScales"
-        )
+    if not has_target(mapper, DownscaledStudentMapper):
+        found = f"a teacher of images {scale} times larger, and dataloader.test.mapper is no DownscaledStudentMapper"
         raise InputError(config, found, "the mappers of distill(…, scale=…)")
     return mapper.mapper
 
@@ -349,7 +349,7 @@ def _moved(folder: Path, weights: str) -> str | Path:
     return beside if not Path(weights).exists() and beside.is_file() else weights
 
 
-def detectors_of_study(
+def detectors_from_study(
     folder: Path,
     rows: Sequence[dict[str, Any]],
     baseline: str = "baseline",
@@ -400,7 +400,7 @@ def detectors_of_study(
     return found
 
 
-def same_mapper(detectors: Iterable[Detector]) -> None:
+def set_default_mapper(detectors: Iterable[Detector]) -> None:
     """Set a missing mapper to that of the first detector that has one.
 
     Raises:
@@ -419,7 +419,7 @@ def same_mapper(detectors: Iterable[Detector]) -> None:
             detector.mapper = mapper
 
 
-def loader_of(detector: Detector, records: list[dict], begin: int = 0) -> Iterable[list[dict]]:
+def build_loader(detector: Detector, records: list[dict], begin: int = 0) -> Iterable[list[dict]]:
     """Build a test loader of batches of one image with the detector's mapper, starting at record ``begin``."""
     return build_test_loader(
         records,

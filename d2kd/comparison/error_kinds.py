@@ -32,16 +32,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .accuracy import curve, mean_precision
-from .matching import Matches, Truth, overlapping
+from .accuracy import interpolated_precision, mean_precision
+from .matching import GroundTruth, Matches, overlapping
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
-KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
+ERROR_TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 CLS, LOC, BOTH, DUP, BKG, MISS = range(6)
 
 
 @dataclass(frozen=True)
-class ErrorKinds:
+class ErrorTypes:
     """Number and cost of the errors of a detector.
 
     Attributes:
@@ -60,22 +60,22 @@ class Errors:
     """The error type of each detection, and the missed objects.
 
     Attributes:
-        kind: (D,) index in :data:`KINDS`, -1 for true positives and ignored detections.
+        kind: (D,) index in :data:`ERROR_TYPES`, -1 for true positives and ignored detections.
         meant: (D,) target object of a classification or localization error, otherwise -1.
         mends: (D,) whether it has the highest score of the errors with this target, and the target is not matched.
         missed: (G,) whether the object is missed.
     """
 
-    kind: np.ndarray
-    meant: np.ndarray
-    mends: np.ndarray
+    type: np.ndarray
+    target: np.ndarray
+    fixes: np.ndarray
     missed: np.ndarray
 
 
-def find_errors(truth: Truth, matches: Matches) -> Errors:
+def find_errors(truth: GroundTruth, matches: Matches) -> Errors:
     """Find the error type of every detection, and the missed objects."""
     detections, total = matches.detections, len(matches.detections)
-    is_tp, ignored = matches.right[0, 0], matches.ignored[0, 0]
+    is_tp, ignored = matches.is_tp[0, 0], matches.ignored[0, 0]
     d, g, iou = overlapping(truth, detections, BACKGROUND, same_class=False)
     single = ~truth.crowd[g]
     d, g, iou = d[single], g[single], iou[single]
@@ -111,7 +111,7 @@ def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
     return best, which
 
 
-def error_kinds(truth: Truth, matches: Matches, classes: Sequence[int]) -> ErrorKinds:
+def error_kinds(truth: GroundTruth, matches: Matches, classes: Sequence[int]) -> ErrorTypes:
     """Count the errors of each type and compute their costs.
 
     Args:
@@ -121,18 +121,18 @@ def error_kinds(truth: Truth, matches: Matches, classes: Sequence[int]) -> Error
     errors = find_errors(truth, matches)
     label, classes = matches.detections.label, list(classes)
     counted = np.isin(label, classes)
-    count = {name: int(((errors.kind == k) & counted).sum()) for k, name in enumerate(KINDS)}
+    count = {name: int(((errors.type == k) & counted).sum()) for k, name in enumerate(ERROR_TYPES)}
     count["missed"] = int((errors.missed & np.isin(truth.label, classes)).sum())
     before = _ap50(truth, matches, classes)
     cost: dict[str, float | None] = {}
-    for k, name in enumerate(KINDS):
+    for k, name in enumerate(ERROR_TYPES):
         after = _ap50(truth, matches, classes, errors, k)
         cost[name] = None if before is None or after is None else max(after - before, 0.0)
-    return ErrorKinds(before, count, cost)
+    return ErrorTypes(before, count, cost)
 
 
 def _ap50(
-    truth: Truth,
+    truth: GroundTruth,
     matches: Matches,
     classes: Sequence[int],
     errors: Errors | None = None,
@@ -140,12 +140,12 @@ def _ap50(
 ) -> float | None:
     """Return AP50 after the errors of one type are fixed."""
     score, label = matches.detections.score, matches.detections.label
-    is_tp, kept = matches.right[0, 0], ~matches.ignored[0, 0]
+    is_tp, kept = matches.is_tp[0, 0], ~matches.ignored[0, 0]
     to_find = ~matches.objects_ignored[0]
     if errors is not None:
-        of_kind = errors.kind == kind
-        fixed = of_kind & errors.mends & (kind in (CLS, LOC))
-        label = np.where(fixed, truth.label[errors.meant] if len(truth) else label, label)
+        of_kind = errors.type == kind
+        fixed = of_kind & errors.fixes & (kind in (CLS, LOC))
+        label = np.where(fixed, truth.label[errors.target] if len(truth) else label, label)
         is_tp, kept = is_tp | fixed, kept & (~of_kind | fixed)
         if kind == MISS:
             to_find = to_find & ~errors.missed
@@ -161,7 +161,7 @@ def _ap50(
     for k in classes:
         at = is_tp[None, starts[k] : starts[k + 1]]
         if objects[k]:
-            values[k] = curve(at, ~at, int(objects[k])).mean()
+            values[k] = interpolated_precision(at, ~at, int(objects[k])).mean()
         elif had_any[k] and at.size:
             values[k] = 0.0  # all objects are missed: only false positives are left
     return mean_precision(values[list(classes)])

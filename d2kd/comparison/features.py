@@ -43,7 +43,7 @@ class FeatureSimilarity:
             "cosine": np.zeros((len(names), len(self.levels), 2, 2))
         }
 
-    def see(
+    def update(
         self,
         features: Sequence[Mapping[str, Tensor]],
         image_size: tuple[int, int],
@@ -73,7 +73,7 @@ class FeatureSimilarity:
                         int(cells.sum()),
                     )
 
-    def table(self) -> dict[str, Any]:
+    def summarize(self) -> dict[str, Any]:
         """Return the means as plain Python data."""
         rows = []
         for e in self.compared:

@@ -24,7 +24,7 @@ MAX_DETS = 100
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """The ground-truth objects of a data set.
 
     Attributes:
@@ -45,7 +45,7 @@ class Truth:
     crowd: np.ndarray
 
     @classmethod
-    def from_coco(cls, content: Mapping[str, Any], category_ids: Sequence[int] = ()) -> Truth:
+    def from_coco(cls, content: Mapping[str, Any], category_ids: Sequence[int] = ()) -> GroundTruth:
         """Read the objects from the content of a COCO annotation file.
 
         Args:
@@ -91,7 +91,7 @@ class Detections:
     """The detections of a detector on a data set.
 
     Attributes:
-        image, label: (D,) index of the image in :class:`Truth`, and of the predicted class.
+        image, label: (D,) index of the image in :class:`GroundTruth`, and of the predicted class.
         box: (D, 4) XYWH in pixels.
         score: (D,).
     """
@@ -130,7 +130,7 @@ class Matches:
     objects_ignored: np.ndarray
 
     @cached_property
-    def right(self) -> np.ndarray:
+    def is_tp(self) -> np.ndarray:
         """(T, A, D) whether a detection is a true positive."""
         return (self.object >= 0) & ~self.ignored
 
@@ -141,12 +141,12 @@ class Matches:
         if this score is above the threshold.
         """
         scores = np.full(self.objects_ignored.shape[1], -np.inf)
-        is_tp = self.right[iou, area]
+        is_tp = self.is_tp[iou, area]
         scores[self.object[iou, area, is_tp]] = self.detections.score[is_tp]
         return scores
 
 
-def match(truth: Truth, detections: Detections) -> Matches:
+def match(truth: GroundTruth, detections: Detections) -> Matches:
     """Match detections and objects greedily by descending score, in each image and class, as COCO does.
 
     A detection is matched with the unmatched object of the highest IoU, if that reaches the threshold. It is matched
@@ -205,7 +205,12 @@ def overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np
 
 
 def overlapping(
-    truth: Truth, detections: Detections, least: float, *, same_class: bool, chunk: int = 200_000
+    truth: GroundTruth,
+    detections: Detections,
+    least: float,
+    *,
+    same_class: bool,
+    chunk: int = 200_000,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (detection, object, IoU) of all pairs in the same image with an IoU of at least ``least``.
 
@@ -243,7 +248,7 @@ class _Round:
 
 
 def _rounds(
-    truth: Truth, detections: Detections, rank: np.ndarray, ignored: np.ndarray
+    truth: GroundTruth, detections: Detections, rank: np.ndarray, ignored: np.ndarray
 ) -> Iterator[_Round]:
     d, g, iou = overlapping(truth, detections, IOUS[0], same_class=True)
     if not len(d):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .detectors import Data
+from .detectors import EvaluationData
 from .matching import Matches
 
 NUM_SHOWN = 6
@@ -34,14 +34,14 @@ class Picture:
     file_name: str
     image_id: Any
     truth: list[dict[str, Any]]
-    seen: dict[str, list[dict[str, Any]]]
+    detections: dict[str, list[dict[str, Any]]]
     won: list[int]
     lost: list[int]
 
 
 @dataclass(frozen=True)
-class Change:
-    """An object that one of two detectors finds; ``picture`` indexes Objects.pictures, ``object`` Picture.truth."""
+class ChangedObject:
+    """An object that one of two detectors finds; ``picture`` indexes FoundObjects.pictures, ``object`` Picture.truth."""
 
     picture: int
     object: int
@@ -49,7 +49,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Objects:
+class FoundObjects:
     """The objects found by each detector.
 
     Attributes:
@@ -63,26 +63,26 @@ class Objects:
     """
 
     thresholds: dict[str, float]
-    together: list[dict[str, Any]]
+    found_by_counts: list[dict[str, Any]]
     won: int
     lost: int
     by_class: dict[str, dict[str, int]]
     by_size: dict[str, dict[str, int]]
     pictures: list[Picture] = field(default_factory=list)
-    won_objects: list[Change] = field(default_factory=list)
-    lost_objects: list[Change] = field(default_factory=list)
+    won_objects: list[ChangedObject] = field(default_factory=list)
+    lost_objects: list[ChangedObject] = field(default_factory=list)
     gallery: list[int] = field(default_factory=list)
 
 
-def objects_found(
-    data: Data,
+def count_found_objects(
+    data: EvaluationData,
     matches: dict[str, Matches],
     thresholds: dict[str, float],
     classes: Sequence[int],
     baseline: str,
     featured: str,
     images: int = NUM_SHOWN,
-) -> Objects:
+) -> FoundObjects:
     """Count the found objects, and select the objects and images to show.
 
     Args:
@@ -109,10 +109,12 @@ def objects_found(
 
     shown: dict[int, int] = {}  # image -> index in pictures
 
-    def changes(which: np.ndarray, score: np.ndarray) -> list[Change]:
+    def changes(which: np.ndarray, score: np.ndarray) -> list[ChangedObject]:
         picked = _of_different_images(np.flatnonzero(which), score, truth.image, NUM_SHOWN)
         return [
-            Change(shown.setdefault(int(truth.image[g]), len(shown)), int(g), float(score[g]))
+            ChangedObject(
+                shown.setdefault(int(truth.image[g]), len(shown)), int(g), float(score[g])
+            )
             for g in picked
         ]
 
@@ -125,16 +127,16 @@ def objects_found(
     index_of = {
         g: n for i in shown for n, g in enumerate(np.flatnonzero(truth.image == i).tolist())
     }
-    return Objects(
+    return FoundObjects(
         thresholds=dict(thresholds),
-        together=together,
+        found_by_counts=together,
         won=int(won.sum()),
         lost=int(lost.sum()),
         by_class={truth.classes[k]: both(truth.label == k) for k in classes},
         by_size={s: both(truth.size == n) for n, s in enumerate(("small", "medium", "large"))},
         pictures=pictures,
-        won_objects=[Change(c.picture, index_of[c.object], c.score) for c in won_objects],
-        lost_objects=[Change(c.picture, index_of[c.object], c.score) for c in lost_objects],
+        won_objects=[ChangedObject(c.picture, index_of[c.object], c.score) for c in won_objects],
+        lost_objects=[ChangedObject(c.picture, index_of[c.object], c.score) for c in lost_objects],
         gallery=gallery,
     )
 
@@ -155,7 +157,7 @@ def _of_different_images(
 
 def _picture(
     i: int,
-    data: Data,
+    data: EvaluationData,
     matches: dict[str, Matches],
     thresholds: dict[str, float],
     won: np.ndarray,
@@ -164,7 +166,7 @@ def _picture(
     truth = data.truth
     indices = np.flatnonzero(truth.image == i)
     index_of = {g: n for n, g in enumerate(indices.tolist())}
-    record = next(r for r in data.records if data.place[r["image_id"]] == i)
+    record = next(r for r in data.records if data.index_of[r["image_id"]] == i)
     seen = {}
     for name, m in matches.items():
         at = np.flatnonzero((m.detections.image == i) & (m.detections.score >= thresholds[name]))
@@ -174,7 +176,7 @@ def _picture(
                 "box": _xyxy(m.detections.box[d]),
                 "label": int(m.detections.label[d]),
                 "score": float(m.detections.score[d]),
-                "object": index_of.get(int(m.object[0, 0, d])) if m.right[0, 0, d] else None,
+                "object": index_of.get(int(m.object[0, 0, d])) if m.is_tp[0, 0, d] else None,
             }
             for d in at
         ]
@@ -189,7 +191,7 @@ def _picture(
             }
             for g in indices
         ],
-        seen=seen,
+        detections=seen,
         won=[index_of[g] for g in indices.tolist() if won[g]],
         lost=[index_of[g] for g in indices.tolist() if lost[g]],
     )

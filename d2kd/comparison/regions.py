@@ -31,21 +31,21 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
 from ..losses.base import check_anchors
-from ..losses.tar import of_class
-from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, scores_by_sigmoid
+from ..losses.tar import select_class_deltas
+from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, uses_sigmoid_scores
 from ..structures.class_map import ClassMap
 from ..utils.compat import box_tensors
 from ..utils.env import config_hash
 from ..utils.errors import InputError
-from .detectors import Ready, input_scale
-from .matching import Truth
+from .detectors import LoadedDetector, input_scale
+from .matching import GroundTruth
 
 OUTCOMES = ("both", "first", "second", "neither")
 SIZES = ("small", "medium", "large", "background")
 NUM_TOP_ANCHORS = 100
 
 
-def why_not(detectors: Sequence[Ready]) -> str | None:
+def why_not_comparable(detectors: Sequence[LoadedDetector]) -> str | None:
     """Return the reason why the regions of these detectors cannot be compared; None if they can."""
     if len(detectors) < 2:
         return "there is one detector"
@@ -57,7 +57,7 @@ def why_not(detectors: Sequence[Ready]) -> str | None:
         ]
         return f"the detectors are of different families: {', '.join(names)}"
     for ready in detectors if kinds == {RCNNOutputs} else ():
-        if scores_by_sigmoid(ready.teacher.detector):
+        if uses_sigmoid_scores(ready.teacher.detector):
             return f"{ready.detector.name} scores each class independently (use_sigmoid_ce)"
     if kinds == {DenseOutputs}:
         first, *others = detectors
@@ -97,7 +97,7 @@ class RegionCounts:
     """Counts of correct and equal predictions, accumulated image by image.
 
     Args:
-        detectors: detectors that can be compared, see :func:`why_not`.
+        detectors: detectors that can be compared, see :func:`why_not_comparable`.
         truth: the ground truth.
         classes: indices of the classes that all detectors have.
         thresholds: for each detector the score threshold; two-stage detectors do not use it.
@@ -105,8 +105,8 @@ class RegionCounts:
 
     def __init__(
         self,
-        detectors: Sequence[Ready],
-        truth: Truth,
+        detectors: Sequence[LoadedDetector],
+        truth: GroundTruth,
         classes: Sequence[int],
         thresholds: Sequence[float],
     ):
@@ -114,7 +114,9 @@ class RegionCounts:
         self.truth, self.thresholds = truth, list(thresholds)
         self.background = len(truth.classes)
         self.classes = torch.as_tensor(list(classes))
-        self.columns = [torch.as_tensor([r.label_to_own[k] for k in classes]) for r in detectors]
+        self.columns = [
+            torch.as_tensor([r.to_detector_label[k] for k in classes]) for r in detectors
+        ]
         self.own_labels = torch.full((len(detectors), self.background + 1), -1)
         for own, columns in zip(self.own_labels, self.columns):
             own[self.classes] = columns
@@ -137,11 +139,13 @@ class RegionCounts:
 
     def _to_dataset_classes(self, classes: ClassMap) -> Tensor:
         """Return (K' + 1,), the data set's class of each of the detector's classes and of background."""
-        labels = classes.student_labels(torch.arange(len(classes.teacher)))
+        labels = classes.labels_to_student(torch.arange(len(classes.teacher)))
         labels = torch.cat([labels, labels.new_tensor([-1])])
         return labels.where(labels >= 0, self.background)
 
-    def see(self, place: int, inputs: Sequence[dict], outputs: Sequence[DetectorOutputs]) -> None:
+    def update(
+        self, place: int, inputs: Sequence[dict], outputs: Sequence[DetectorOutputs]
+    ) -> None:
         """Add an image.
 
         Args:
@@ -195,7 +199,7 @@ class RegionCounts:
             stage = output.regions[0]
             rows.top.append(self.dataset_classes[e][stage.pred_class_logits.argmax(dim=1).cpu()])
             label = self.own_labels[e][image.labels[objects[is_fg]]].to(device)
-            deltas = of_class(stage.pred_proposal_deltas[is_fg.to(device)], label)
+            deltas = select_class_deltas(stage.pred_proposal_deltas[is_fg.to(device)], label)
             refined = stage.box2box_transform.apply_deltas(deltas.float(), boxes[is_fg.to(device)])
             rows.refined.append(_clipped(refined, image, e))
         return rows
@@ -281,7 +285,7 @@ class RegionCounts:
             outcome = _outcome(after[i] >= 0.5, after[j] >= 0.5)
             _add(self.counts["box"][p], fg_cell * 4 + outcome)
 
-    def table(self) -> dict[str, Any]:
+    def summarize(self) -> dict[str, Any]:
         """Return the results of each detector and each pair, by class and by size, as plain Python data."""
         rows = self.counts["rows"]
         foreground = rows[:-1].sum()

@@ -17,10 +17,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data.catalog import registering
+from ..data.catalog import recording_registrations
 from ..modeling import add_distiller_config, add_gfl_config, add_torchvision_config
 from ..utils.errors import InputError
-from .nodes import student_of
+from .nodes import student_node
 from .train import check_train, with_defaults
 
 
@@ -31,7 +31,7 @@ def add_d2kd_config(cfg: CfgNode) -> None:
     add_torchvision_config(cfg)
 
 
-def config_file(name: str) -> Path:
+def get_config_file(name: str) -> Path:
     """Return the path of one of d2kd's configs or recipes: ``"common/train.py"``, ``"projects/TAR/…"``.
 
     In a source tree, ``configs`` and ``projects`` are beside the package; once installed, they are inside it.
@@ -49,14 +49,14 @@ def config_file(name: str) -> Path:
 
 def get_config(name: str) -> DictConfig:
     """Load one of d2kd's configs by name, as ``detectron2.model_zoo.get_config`` loads Detectron2's."""
-    return LazyConfig.load(str(config_file(name)))
+    return LazyConfig.load(str(get_config_file(name)))
 
 
 def _find(path: str) -> Path:
     """Return the path of a config: a file, or the name of a config of d2kd or Detectron2's model zoo."""
     if Path(path).is_file():
         return Path(path)
-    for find in (config_file, lambda name: Path(model_zoo.get_config_file(name))):
+    for find in (get_config_file, lambda name: Path(model_zoo.get_config_file(name))):
         try:
             return find(path)
         except (InputError, RuntimeError):
@@ -73,7 +73,7 @@ def _is_yacs(path: Path) -> bool:
     return not re.search(r"^model:", path.read_text(errors="replace"), flags=re.MULTILINE)
 
 
-def _read(path: str) -> DictConfig:
+def _load_lazy_config(path: str) -> DictConfig:
     """Load a LazyConfig that defines at least a model.
 
     Raises:
@@ -81,7 +81,7 @@ def _read(path: str) -> DictConfig:
     """
     file = _find(path)
     try:
-        with registering(file):
+        with recording_registrations(file):
             config = LazyConfig.load(str(file))
     except InputError:
         raise
@@ -111,13 +111,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             "a yacs config",
             "a LazyConfig (.py); a YAML can be a detector, not a whole recipe",
         )
-    config = _read(path)
+    config = _load_lazy_config(path)
     if "train" in config and Path(model_zoo.__file__).parent in file.parents:
         config.train.device = "auto"  # the zoo's default is CUDA, which this machine may lack
-    return override(with_defaults(config, path), overrides)
+    return apply_overrides(with_defaults(config, path), overrides)
 
 
-def override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a recipe with overrides such as ``train.max_iter=100`` applied.
 
     Raises:
@@ -168,7 +168,7 @@ def from_yacs(config: DictConfig) -> nn.Module:
     return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
 
 
-def detector(path: str) -> DictConfig:
+def get_detector_config(path: str) -> DictConfig:
     """Return the model node of a zoo config, a LazyConfig or a yacs YAML, to use as student or teacher.
 
     If the model is a :class:`Distiller`, its student is returned. The node includes the pixel statistics and
@@ -188,10 +188,10 @@ def detector(path: str) -> DictConfig:
                 path, f"does not load ({error})", "a Detectron2 yacs config"
             ) from error
         return L(from_yacs)(config=yaml.safe_load(cfg.dump()))
-    return student_of(_read(path).model)
+    return student_node(_load_lazy_config(path).model)
 
 
-def recipe_of(path: str) -> DictConfig | None:
+def load_recipe_or_none(path: str) -> DictConfig | None:
     """Load a LazyConfig recipe; None for a yacs config, or for a LazyConfig without a ``dataloader``.
 
     Raises:
@@ -199,11 +199,11 @@ def recipe_of(path: str) -> DictConfig | None:
     """
     if _is_yacs(_find(path)):
         return None
-    config = _read(path)
+    config = _load_lazy_config(path)
     return config if "dataloader" in config else None
 
 
-def test_mapper(config: str | DictConfig) -> DictConfig | None:
+def get_test_mapper(config: str | DictConfig) -> DictConfig | None:
     """Return the node of the dataset mapper for a detector's test images.
 
     Args:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..data import TwoScales
+from ..data import DownscaledStudentMapper
 from ..modeling import Distiller, TorchvisionBackbone
 
 
-def builds(node: DictConfig, kind: type) -> bool:
+def has_target(node: DictConfig, kind: type) -> bool:
     """Return whether a node's ``_target_`` is this class. In a saved recipe, ``_target_`` is a string."""
     target = node.get("_target_")
     return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))
@@ -19,15 +19,15 @@ def builds(node: DictConfig, kind: type) -> bool:
 
 def is_distiller(model: DictConfig) -> bool:
     """Return whether the target of a model node is :class:`Distiller`."""
-    return builds(model, Distiller)
+    return has_target(model, Distiller)
 
 
-def student_of(model: DictConfig) -> DictConfig:
+def student_node(model: DictConfig) -> DictConfig:
     """Return the detector's node: a Distiller's ``student``, otherwise the model node itself."""
     return model.student if is_distiller(model) else model
 
 
-def teacher_of(model: DictConfig) -> DictConfig:
+def teacher_node(model: DictConfig) -> DictConfig:
     """Copy a Distiller's :class:`Teacher` node. If it has weights, no classifier weights are downloaded first."""
     teacher = copy.deepcopy(model.teacher)
     if teacher.get("weights"):
@@ -35,9 +35,9 @@ def teacher_of(model: DictConfig) -> DictConfig:
     return teacher
 
 
-def reading_mapper(mapper: DictConfig | None) -> DictConfig:
-    """Return the mapper node that reads the image file, unwrapped from any :class:`TwoScales`; empty for None."""
-    while mapper is not None and builds(mapper, TwoScales):
+def base_mapper(mapper: DictConfig | None) -> DictConfig:
+    """Return the mapper node that reads the image file, unwrapped from any :class:`DownscaledStudentMapper`; empty for None."""
+    while mapper is not None and has_target(mapper, DownscaledStudentMapper):
         mapper = mapper.mapper
     return OmegaConf.create() if mapper is None else mapper
 
@@ -54,7 +54,7 @@ def without_weights(model: DictConfig) -> DictConfig:
     """Copy a model node without pretrained backbone weights, for a model that loads a whole checkpoint."""
     model = copy.deepcopy(model)
     for node in _mappings(model):
-        if builds(node, TorchvisionBackbone):
+        if has_target(node, TorchvisionBackbone):
             node.weights = None
         if "TORCHVISION" in node:  # of a yacs config
             node.TORCHVISION.WEIGHTS = ""

@@ -10,14 +10,14 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..data import TwoScales, class_step, split_classes
+from ..data import DownscaledStudentMapper, incremental_split, split_classes
 from ..data.incremental import Split
 from ..losses import DistillLosses, ImitationLoss, TARLoss
 from ..modeling import GFL, Distiller, Teacher
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
-from .files import detector, get_config, load
-from .nodes import builds, reading_mapper, student_of
+from .files import get_config, get_detector_config, load
+from .nodes import base_mapper, has_target, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
@@ -67,12 +67,12 @@ def distill(
 
     Args:
         base: the student's recipe, or its path or name. It is not modified.
-        teacher: a ``Teacher`` node, or (config, weights), where the config is as in :func:`detector`.
+        teacher: a ``Teacher`` node, or (config, weights), where the config is as in :func:`get_detector_config`.
         losses: a ``DistillLosses`` node.
         loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
             of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
         inherit, share: see :class:`Distiller`.
-        scale: factor by which the student's images are smaller than the teacher's, see :func:`reduced`.
+        scale: factor by which the student's images are smaller than the teacher's, see :func:`with_downscaled_student`.
 
     Returns:
         Recipe: the complete recipe.
@@ -80,15 +80,15 @@ def distill(
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     if not isinstance(teacher, DictConfig):
         config, weights = teacher
-        teacher = L(Teacher)(detector=detector(config), weights=weights)
+        teacher = L(Teacher)(detector=get_detector_config(config), weights=weights)
     if "image_format" not in teacher:
-        mapper = reading_mapper(base.dataloader.train.get("mapper"))
+        mapper = base_mapper(base.dataloader.train.get("mapper"))
         teacher.image_format = mapper.get("image_format", "BGR")
     if scale != 1:
         teacher.scale = scale
-        base = reduced(base, scale)
+        base = with_downscaled_student(base, scale)
     model = L(Distiller)(
-        student=student_of(base.model),
+        student=student_node(base.model),
         teacher=teacher,
         losses=losses,
         max_iter="${train.max_iter}",
@@ -103,16 +103,16 @@ def distill(
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
 
 
-def reduced(recipe: DictConfig, scale: int) -> DictConfig:
+def with_downscaled_student(recipe: DictConfig, scale: int) -> DictConfig:
     """Copy a recipe so that its detector gets images ``scale`` times smaller, and a teacher the full ones.
 
-    The mappers of training and test data are wrapped in :class:`d2kd.data.TwoScales`.
+    The mappers of training and test data are wrapped in :class:`d2kd.data.DownscaledStudentMapper`.
     """
     recipe = copy.deepcopy(recipe)
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         _resolve(loader.mapper)  # relative interpolations would break once it is nested
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
-        loader.mapper = L(TwoScales)(mapper=loader.mapper, scale=scale)
+        loader.mapper = L(DownscaledStudentMapper)(mapper=loader.mapper, scale=scale)
     return recipe
 
 
@@ -125,7 +125,7 @@ def _resolve(config: DictConfig | ListConfig) -> None:
             _resolve(config[key])
 
 
-def increment(
+def incremental_recipe(
     base: str | DictConfig,
     *,
     split: Split,
@@ -154,8 +154,8 @@ def increment(
             or the detector is not a GFL.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
-    model, data = student_of(base.model), base.dataloader
-    if "num_classes" not in model or not builds(model, GFL):
+    model, data = student_node(base.model), base.dataloader
+    if "num_classes" not in model or not has_target(model, GFL):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
     for part in ("train", "test"):
         names = data[part].dataset.names
@@ -173,7 +173,7 @@ def increment(
     if not isinstance(split, str):
         split = [list(classes) for classes in split]
     for part, seen in ((data.train, False), (data.test, True)):
-        part.dataset.names = L(class_step)(
+        part.dataset.names = L(incremental_split)(
             dataset=part.dataset.names, split=split, step=step, seen=seen
         )
     learned = [name for classes in steps[:step] for name in classes]

@@ -12,7 +12,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from ..data.catalog import REGISTERED_BY
-from ..utils.env import importable_name
+from ..utils.env import import_path
 from ..utils.errors import InputError
 from ..utils.io import write_text
 
@@ -46,9 +46,7 @@ def _serializable(value: Any) -> Any:
     if isinstance(value, dict):
         value = {key: _serializable(item) for key, item in value.items()}
         target = value.get("_target_")
-        return (
-            value | {"_target_": importable_name(target) or target} if callable(target) else value
-        )
+        return value | {"_target_": import_path(target) or target} if callable(target) else value
     if isinstance(value, list):
         return [_serializable(item) for item in value]
     return _Registered(value) if isinstance(value, str) and value in REGISTERED_BY else value
@@ -74,9 +72,9 @@ class _Dumper(yaml.Dumper):
     def represent_other(self, data: Any) -> yaml.Node:
         kind = type(data)
         if hasattr(data, "__qualname__"):
-            if (name := importable_name(data)) is not None:
+            if (name := import_path(data)) is not None:
                 return self._call(f"{locate.__module__}.locate", [self.represent_data(name)])
-        elif hasattr(data, "__dict__") and importable_name(kind) is not None:
+        elif hasattr(data, "__dict__") and import_path(kind) is not None:
             if (kind.__reduce__, kind.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
                 return self.represent_object(data)
         self._pickled.append(data)
@@ -85,7 +83,7 @@ class _Dumper(yaml.Dumper):
 
     def represent_registered(self, name: str) -> yaml.Node:
         arguments = [self.represent_data(text) for text in (str(name), REGISTERED_BY[name])]
-        return self._call("d2kd.data.catalog.registered", arguments)
+        return self._call("d2kd.data.catalog.ensure_registered", arguments)
 
 
 for _kind in (type, FunctionType, BuiltinFunctionType):

@@ -181,16 +181,16 @@ def check_train(config: DictConfig) -> None:
         try:
             typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
         except OmegaConfBaseException as error:
-            raise _explained(error, key, config.train) from None
+            raise _to_input_error(error, key, config.train) from None
     config.train = typed
     try:
         _check_values(config.train)
     except OmegaConfBaseException as error:  # an interpolation cannot be resolved
-        raise _explained(error, "", config.train) from None
+        raise _to_input_error(error, "", config.train) from None
     config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
 
 
-def _explained(error: OmegaConfBaseException, key: str, train: DictConfig) -> InputError:
+def _to_input_error(error: OmegaConfBaseException, key: str, train: DictConfig) -> InputError:
     """Convert OmegaConf's error about a key of ``train`` to a one-line InputError."""
     full = (error.full_key or key).removeprefix("train.")
     kind: Any = Train

@@ -20,7 +20,7 @@ REGISTERED_BY: dict[str, str] = {}
 
 
 @contextlib.contextmanager
-def registering(file: str | Path) -> Iterator[None]:
+def recording_registrations(file: str | Path) -> Iterator[None]:
     """While a config file is loaded: add the data sets that its code registers to :data:`REGISTERED_BY`."""
     before = set(DatasetCatalog.list())
     yield
@@ -29,10 +29,10 @@ def registering(file: str | Path) -> Iterator[None]:
         REGISTERED_BY.update(dict.fromkeys(new, str(Path(file).resolve())))
 
 
-def registered(name: str, file: str) -> str:
+def ensure_registered(name: str, file: str) -> str:
     """Return the name of a data set; if it is not registered, first load the config file that registers it."""
     if name not in DatasetCatalog.list():
-        with registering(file):
+        with recording_registrations(file):
             LazyConfig.load(file)
     return name
 
@@ -52,7 +52,7 @@ def is_registered(name: str, given: tuple) -> bool:
     return True
 
 
-def register_described(recipe, dataset: str) -> None:
+def register_from_config(recipe, dataset: str) -> None:
     """Register a data set if a recipe has a node for it, such as ``names=L(coco_dataset)(name=…)``."""
     for part in ("train", "test"):
         names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)

@@ -212,7 +212,7 @@ def _is_box(box) -> bool:
     )
 
 
-def spread(records: Sequence[dict], number: int) -> list[dict]:
+def sample_evenly(records: Sequence[dict], number: int) -> list[dict]:
     """Return ``number`` evenly spaced records in their order, or all if there are fewer."""
     if number >= len(records):
         return list(records)

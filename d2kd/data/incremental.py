@@ -33,7 +33,7 @@ from d2kd.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_SPLITS = ("40+40", "50+30", "60+20", "70+10", "40+20+20", "40+10x4")
+ERD_SPLITS = ("40+40", "50+30", "60+20", "70+10", "40+20+20", "40+10x4")
 """ERD's splits of COCO's 80 classes, which are in the order of their category ids."""
 
 Split = str | Sequence[Sequence[str]]
@@ -75,13 +75,13 @@ def split_classes(classes: str | Sequence[str], split: Split) -> tuple[tuple[str
     return steps
 
 
-def class_step(
+def incremental_split(
     dataset: str, split: Split, step: int, *, seen: bool = False, name: str | None = None
 ) -> str:
     """Register an increment of a registered data set and return its name, for use in a config::
 
-        dataloader.train.dataset.names = L(class_step)(dataset="coco_2017_train", split="40+40", step=2)
-        dataloader.test.dataset.names = L(class_step)(
+        dataloader.train.dataset.names = L(incremental_split)(dataset="coco_2017_train", split="40+40", step=2)
+        dataloader.test.dataset.names = L(incremental_split)(
             dataset="coco_2017_val", split="40+40", step=2, seen=True
         )
 
@@ -112,10 +112,10 @@ def class_step(
     given = (f"step {step} of {steps}{', seen' if seen else ''}", dataset)
     if is_registered(name, given):
         return name
-    part = ClassStep(dataset, steps, step, seen)
+    part = Increment(dataset, steps, step, seen)
     DatasetCatalog.register(name, functools.partial(part.load, name))
     MetadataCatalog.get(name).set(
-        class_step=part,
+        incremental_split=part,
         thing_classes=list(part.order),
         seen_classes=list(chain(*steps[:step])),
         evaluator_type="coco",
@@ -127,8 +127,8 @@ def class_step(
 
 
 @dataclass(frozen=True)
-class ClassStep:
-    """An increment of a data set; its metadata has it as ``class_step``.
+class Increment:
+    """An increment of a data set; its metadata has it as ``incremental_split``.
 
     Attributes:
         dataset: name of the complete data set.
@@ -153,7 +153,7 @@ class ClassStep:
         return tuple(chain(*self.steps[: self.step])) if self.seen else self.steps[self.step - 1]
 
     @property
-    def numbers(self) -> dict[str, int]:
+    def class_ids(self) -> dict[str, int]:
         """Detector's index of each of :attr:`classes`."""
         return {name: self.order.index(name) for name in self.classes}
 
@@ -171,7 +171,7 @@ class ClassStep:
         all_classes = MetadataCatalog.get(self.dataset).thing_classes
         number = [self.order.index(c) if c in self.order else -1 for c in all_classes]
         step_of = [i for i, classes in enumerate(self.steps, 1) for _ in classes]
-        wanted = set(self.numbers.values())
+        wanted = set(self.class_ids.values())
         kept, boxes, elsewhere = [], 0, Counter()
         for record in records:
             annotations = record.get("annotations", ())
@@ -240,7 +240,9 @@ class ClassStep:
         }
 
 
-def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int = 0) -> None:
+def check_annotated_classes(
+    names: Sequence[str], num_classes: int, num_old_classes: int = 0
+) -> None:
     """Check that all training objects have a class of the detector, and only new classes.
 
     If the data sets have class names, their number is compared. Objects are read, too, if some classes are old, or if
@@ -256,16 +258,16 @@ def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int =
     """
     for name in names:
         metadata = MetadataCatalog.get(name)
-        part, classes = metadata.get("class_step"), metadata.get("thing_classes")
+        part, classes = metadata.get("incremental_split"), metadata.get("thing_classes")
         if part is not None:
-            for c, k in part.numbers.items():
+            for c, k in part.class_ids.items():
                 if k < num_old_classes:
                     expected = f"new ones alone: {', '.join(part.order[num_old_classes:])}"
                     raise InputError(f"data set {name!r}", f"has {c!r}, an old class", expected)
-            check_count(name, num_classes, least=max(part.numbers.values()) + 1)
+            check_num_classes(name, num_classes, least=max(part.class_ids.values()) + 1)
             continue
         if classes:
-            check_count(name, num_classes, least=len(classes))
+            check_num_classes(name, num_classes, least=len(classes))
             file = metadata.get("json_file") or metadata.get("dirname")
             if file is not None and not num_old_classes:
                 continue
@@ -283,7 +285,7 @@ def check_objects(names: Sequence[str], num_classes: int, num_old_classes: int =
                 )
 
 
-def check_count(name: str, num_classes: int, least: int) -> None:
+def check_num_classes(name: str, num_classes: int, least: int) -> None:
     """Raise InputError unless a detector has at least ``least`` classes, and no more than the data set.
 
     A data set without class names has no upper limit.
@@ -308,7 +310,7 @@ class _Annotations(PathHandler):
         return [_PREFIX]
 
     def _get_local_path(self, path: str, **_) -> str:
-        part = MetadataCatalog.get(path.removeprefix(_PREFIX)).class_step
+        part = MetadataCatalog.get(path.removeprefix(_PREFIX)).incremental_split
         return _write_annotations(part, MetadataCatalog.get(part.dataset).get("json_file"))
 
     def _isfile(self, path: str, **_) -> bool:
@@ -323,7 +325,7 @@ PathManager.register_handler(_Annotations())
 
 
 @functools.cache
-def _write_annotations(part: ClassStep, source: str | None) -> str:
+def _write_annotations(part: Increment, source: str | None) -> str:
     """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
     folder = tempfile.mkdtemp(prefix="d2kd_step_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

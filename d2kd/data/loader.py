@@ -161,7 +161,7 @@ def _seeds(*key: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
+def seeded_rng(*key: int) -> Iterator[None]:
     """Seed the global generators of NumPy, Python and torch (CPU), and restore them at the end."""
     former = np.random.get_state(), random.getstate(), torch.default_generator.get_state()
     words = _seeds(*key)
@@ -195,7 +195,7 @@ class _Mapped(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> dict | InputError:
         position, index = at
-        with seeded(self.seed, _SAMPLE, position):
+        with seeded_rng(self.seed, _SAMPLE, position):
             for other in range(len(self)):
                 record = self.dataset[(index + other) % len(self)]
                 try:

@@ -16,11 +16,11 @@ from PIL import Image
 RESIZES = (T.Resize, T.ResizeShortestEdge)
 
 
-class QuickMapper(DatasetMapper):
+class OpenCVDatasetMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper``, but OpenCV decodes and torch resizes, instead of Pillow.
 
     Arguments, outputs and random numbers are those of ``DatasetMapper``. To use it in a recipe:
-    ``dataloader.train.mapper._target_=d2kd.data.QuickMapper``. JPEG files decode to the same pixels if both
+    ``dataloader.train.mapper._target_=d2kd.data.OpenCVDatasetMapper``. JPEG files decode to the same pixels if both
     libraries use libjpeg-turbo, as their wheels do. Resized pixels differ by at most 1 of 255: both libraries use the
     same triangle filter, but round differently. ``DatasetMapper``'s code is used for files that OpenCV cannot
     decode, formats other than BGR and RGB, semantic segmentation, precomputed proposals, and resizes other than a
@@ -29,7 +29,9 @@ class QuickMapper(DatasetMapper):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        quick = [_Quick(a) if type(a) in RESIZES else a for a in self.augmentations.augs]
+        quick = [
+            _ResizeAugmentation(a) if type(a) in RESIZES else a for a in self.augmentations.augs
+        ]
         self.augmentations = T.AugmentationList(quick)
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -64,8 +66,8 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-class _Quick(T.Augmentation):
-    """A resize augmentation that returns a :class:`_QuickResize`."""
+class _ResizeAugmentation(T.Augmentation):
+    """A resize augmentation that returns a :class:`_TorchResize`."""
 
     def __init__(self, resize: T.Augmentation):
         self.resize = resize
@@ -77,10 +79,10 @@ class _Quick(T.Augmentation):
         transform = self.resize.get_transform(image)
         if type(transform) is not T.ResizeTransform or transform.interp != Image.BILINEAR:
             return transform
-        return _QuickResize(*(getattr(transform, name) for name in ("h", "w", "new_h", "new_w", "interp")))  # fmt: skip
+        return _TorchResize(*(getattr(transform, name) for name in ("h", "w", "new_h", "new_w", "interp")))  # fmt: skip
 
 
-class _QuickResize(T.ResizeTransform):
+class _TorchResize(T.ResizeTransform):
     """A bilinear resize by torch, for uint8 images."""
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:

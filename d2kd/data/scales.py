@@ -14,7 +14,7 @@ from torch import Tensor
 from ..utils.errors import InputError
 
 
-class TwoScales:
+class DownscaledStudentMapper:
     """A dataset mapper that downscales the output of another mapper, and keeps the full image for the teacher.
 
     Augmentations are applied once, at full size, so both images show the same view.
@@ -41,14 +41,14 @@ class TwoScales:
         if sample is None:
             return None
         full = sample["image"]
-        small = {**sample, "image": reduce(full, self.scale), "teacher_image": full}
+        small = {**sample, "image": downscale(full, self.scale), "teacher_image": full}
         for key in {"instances", "proposals"} & sample.keys():
             size = tuple(small["image"].shape[-2:])
-            small[key] = reduce_instances(sample[key], tuple(full.shape[-2:]), size)
+            small[key] = downscale_instances(sample[key], tuple(full.shape[-2:]), size)
         return small
 
 
-def reduce(image: Tensor, scale: int) -> Tensor:
+def downscale(image: Tensor, scale: int) -> Tensor:
     """Downscale an image by area interpolation: (C, H, W) to (C, ceil(H / scale), ceil(W / scale)).
 
     If a side is not a multiple of ``scale``, its factor is slightly smaller. Coordinates are multiplied by
@@ -59,7 +59,7 @@ def reduce(image: Tensor, scale: int) -> Tensor:
     return values if image.is_floating_point() else values.round().to(image.dtype)
 
 
-def reduce_instances(
+def downscale_instances(
     instances: Instances, full_size: tuple[int, int], image_size: tuple[int, int]
 ) -> Instances:
     """Rescale instances from an image of ``full_size`` (H, W) to one of ``image_size``.

@@ -5,6 +5,6 @@
 
 from .examination import diagnose
 from .findings import Finding, exit_code, table
-from .first_look import FirstLook, first_look
+from .first_look import SanityCheckHook, sanity_check
 
-__all__ = ["Finding", "FirstLook", "diagnose", "exit_code", "first_look", "table"]
+__all__ = ["Finding", "SanityCheckHook", "diagnose", "exit_code", "sanity_check", "table"]

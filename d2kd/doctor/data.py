@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..data.datasets import dataset_names, spread
+from ..data.datasets import dataset_names, sample_evenly
 from ..utils.errors import InputError
 from .findings import Finding
 
@@ -19,7 +19,7 @@ MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
 MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
-def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
+def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
     """Check the training and the test data.
 
     Args:
@@ -44,10 +44,10 @@ def look_at_data(config: DictConfig, images: int) -> Iterator[Finding]:
 
 def _annotated_classes(metadata: Metadata) -> dict[int, str]:
     """Return the annotated classes, class index -> name; those of an increment are a subset."""
-    part, names = metadata.get("class_step"), metadata.get("thing_classes") or []
+    part, names = metadata.get("incremental_split"), metadata.get("thing_classes") or []
     if part is None:
         return dict(enumerate(names))
-    return {k: name for name, k in part.numbers.items()}
+    return {k: name for name, k in part.class_ids.items()}
 
 
 def _check_annotations(
@@ -90,7 +90,7 @@ def _check_annotations(
 
 
 def _check_images(subject: str, records: Sequence[dict], images: int) -> Finding:
-    chosen = spread(records, images or len(records))
+    chosen = sample_evenly(records, images or len(records))
     bad = []
     for record in chosen:
         try:

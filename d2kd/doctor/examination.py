@@ -10,16 +10,16 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, student_of, with_defaults, without_weights
+from ..config import is_distiller, student_node, with_defaults, without_weights
 from ..engine import Trainer
-from ..engine.checkpoint import unwrapped
-from ..modeling.weights import CLASSES, STATISTICS, read
-from ..utils.console import quiet
+from ..engine.checkpoint import unwrap_ddp
+from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint
+from ..utils.console import suppress_output
 from ..utils.errors import InputError
-from .data import look_at_data
+from .data import check_data
 from .findings import Finding
-from .first_look import data_classes, first_look
-from .measurements import look_at_features, look_at_inputs, look_at_losses, look_at_teacher
+from .first_look import data_classes, sanity_check
+from .measurements import check_features, check_inputs, check_losses, check_teacher
 
 STATISTIC_BATCHES = 4
 
@@ -37,7 +37,7 @@ def diagnose(
         config: a recipe.
         images: number of images to decode from each data set, and to evaluate the teacher on; 0: all.
         iterations: training iterations before losses are compared; 0: skip this.
-        target: see :func:`~d2kd.doctor.measurements.look_at_losses`.
+        target: see :func:`~d2kd.doctor.measurements.check_losses`.
 
     Yields:
         Finding: the result of each check.
@@ -46,27 +46,27 @@ def diagnose(
         InputError: if a part of the recipe is missing.
     """
     config = with_defaults(config)
-    yield from look_at_data(config, images)
+    yield from check_data(config, images)
     yield from _check_checkpoints(config)
     try:
-        with quiet():
+        with suppress_output():
             trainer = Trainer(config)
             trainer.resume_or_load(resume=False)
     except InputError as error:
         yield Finding("the run", "error", f"{error.culprit}: {error.found}", error.expected)
         return
-    yield from first_look(trainer.cfg, trainer.model)
+    yield from sanity_check(trainer.cfg, trainer.model)
     try:
         loader = trainer._trainer.data_loader
         batches = list(itertools.islice(loader, STATISTIC_BATCHES))
-        yield from look_at_inputs(trainer, batches)
-        model = unwrapped(trainer.model)
+        yield from check_inputs(trainer, batches)
+        model = unwrap_ddp(trainer.model)
         if is_distiller(config.model):
-            yield from look_at_features(model, batches)
+            yield from check_features(model, batches)
         if is_distiller(config.model) and "evaluator" in config.dataloader:
-            yield from look_at_teacher(trainer.cfg, model, images)
+            yield from check_teacher(trainer.cfg, model, images)
         if iterations:
-            yield from look_at_losses(trainer, iterations, target)
+            yield from check_losses(trainer, iterations, target)
     except InputError as error:
         yield Finding("a step", "error", f"{error.culprit}: {error.found}", error.expected)
 
@@ -75,7 +75,7 @@ def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
     """Check how many weights of each checkpoint match its detector."""
     if config.train.init_checkpoint:
         file = config.train.init_checkpoint
-        yield from _check_file("student's weights", student_of(config.model), file, partly=True)
+        yield from _check_file("student's weights", student_node(config.model), file, partly=True)
     if not is_distiller(config.model):
         return
     teacher = config.model.teacher
@@ -89,11 +89,11 @@ def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
 
 def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
     try:
-        with quiet():
+        with suppress_output():
             detector: nn.Module = instantiate(without_weights(node))
-        checkpoint = read(file)
+        checkpoint = load_checkpoint(file)
         given = set(checkpoint["model"])
-        with quiet():
+        with suppress_output():
             bad = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
     except InputError as error:
         yield Finding(subject, "error", f"{error.culprit}: {error.found}", error.expected)
@@ -101,7 +101,7 @@ def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> I
     own = set(detector.state_dict())
     misshapen = [key for key, *_ in bad.incorrect_shapes]
     missing = [key for key in bad.missing_keys if key not in misshapen]
-    unexpected = [key for key in bad.unexpected_keys if key not in STATISTICS]
+    unexpected = [key for key in bad.unexpected_keys if key not in PIXEL_STATISTICS]
     matched = len(own) - len(own.intersection(missing)) - len(misshapen)
     found = (
         f"{matched} of {len(own)} tensors matched, {len(missing)} missing, "
@@ -124,7 +124,7 @@ def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> I
 def _check_teacher_classes(config: DictConfig, teacher: DictConfig) -> Iterator[Finding]:
     """If classes are matched by index, check that the teacher's checkpoint and the data have the same names."""
     try:
-        stored, names = read(teacher.weights).get(CLASSES), data_classes(config)
+        stored, names = load_checkpoint(teacher.weights).get(CLASSES_KEY), data_classes(config)
     except InputError:
         return
     if teacher.get("classes") is not None or stored is None or names is None:

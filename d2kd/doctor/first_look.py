@@ -12,10 +12,10 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import reading_mapper
+from ..config import base_mapper
 from ..data import check_dataset
 from ..data.datasets import dataset_names
-from ..engine.checkpoint import student_of, unwrapped
+from ..engine.checkpoint import get_student, unwrap_ddp
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
 from ..modeling.backbone.torchvision_backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
@@ -39,25 +39,25 @@ ADAM_RATES = (1e-5, 1e-2, 5e-2)
 """For Adam and AdamW at any batch size: below the first or above the second is a warning, above the third an error."""
 
 
-def first_look(config: DictConfig, model: nn.Module) -> list[Finding]:
+def sanity_check(config: DictConfig, model: nn.Module) -> list[Finding]:
     """Check channel order, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
         model: its model, which may be wrapped in DDP.
     """
-    model = unwrapped(model)
+    model = unwrap_ddp(model)
     checks = (_check_channels, _check_classes, _check_levels, _check_learning_rate)
     return [finding for check in checks for finding in check(config, model)]
 
 
-class FirstLook(HookBase):
-    """Logs the results of :func:`first_look` before training; warnings and errors as a warning."""
+class SanityCheckHook(HookBase):
+    """Logs the results of :func:`sanity_check` before training; warnings and errors as a warning."""
 
     def before_train(self) -> None:
         if not comm.is_main_process():
             return
-        for finding in first_look(self.trainer.cfg, self.trainer.model):
+        for finding in sanity_check(self.trainer.cfg, self.trainer.model):
             level = logging.INFO if finding.state == "ok" else logging.WARNING
             advice = f" -> {finding.advice}" if finding.advice else ""
             logger.log(level, "%s: %s%s", finding.subject, finding.found, advice)
@@ -65,7 +65,7 @@ class FirstLook(HookBase):
 
 def _check_channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     readers = [
-        reading_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
+        base_mapper(OmegaConf.select(config, f"dataloader.{part}.mapper", default=None))
         for part in ("train", "test")
     ]
     train, test = (reader.get("image_format") for reader in readers)
@@ -76,7 +76,7 @@ def _check_channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if test is not None and test != train:
         found = f"training images are {train}, test images {test}"
         yield Finding("channel order", "error", found, f"{test_key}={train}")
-    student = student_of(model)
+    student = get_student(model)
     wanted = getattr(student, "input_format", None) or train
     if wanted != train:
         found = f"images are {train}, the student's input_format is {wanted}"
@@ -122,7 +122,7 @@ def _close(values: Sequence[float], known: Sequence[float]) -> bool:
 
 
 def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
-    student = student_of(model)
+    student = get_student(model)
     count, names = num_classes_of(student), data_classes(config)
     if names is None:
         yield Finding("classes", "ok", f"{count} of the student; the data have no class names")
@@ -186,7 +186,7 @@ def _check_learning_rate(config: DictConfig, model: nn.Module) -> Iterator[Findi
         return
     found = f"{rate:g} of {name} at {batch} images an iteration"
     if isinstance(kind, type) and issubclass(kind, torch.optim.SGD):
-        two_stage = hasattr(student_of(model), "roi_heads")
+        two_stage = hasattr(get_student(model), "roi_heads")
         usual = SGD_RATE[two_stage] * batch / REFERENCE_BATCH
         found += f", {rate / usual:.2g} times Detectron2's scaled to it"
         state = _state(rate / usual, *SGD_MULTIPLES)

@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..data import build_test_loader
-from ..data.datasets import spread
+from ..data.datasets import sample_evenly
 from ..engine import Trainer, build_evaluator
-from ..engine.checkpoint import student_of, unwrapped
-from ..engine.step import NotFinite
+from ..engine.checkpoint import get_student, unwrap_ddp
+from ..engine.step import NonFiniteError
 from ..modeling import Distiller
 from ..modeling.outputs import capture
 from ..structures.class_map import num_classes_of
-from ..utils.console import quiet
+from ..utils.console import suppress_output
 from .findings import Finding
 
 MAX_MEAN, STD_RANGE = 1.5, (0.2, 100)
@@ -39,7 +39,7 @@ GRADIENT_RATIO = (0.05, 5.0)
 """Usual range of the gradient of a distillation loss, relative to that of the task losses, in the student's features."""
 
 
-def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
+def check_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
     """Check the range of the pixels, and their statistics after the student's normalisation."""
     examples = list(itertools.chain.from_iterable(batches))
     highest = max(float(example["image"].max()) for example in examples)
@@ -47,7 +47,7 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
         found = f"pixels up to {highest:g}"
         yield Finding("inputs", "error", found, "images from 0 to 255, as Detectron2 reads them")
         return
-    student = student_of(trainer.model)
+    student = get_student(trainer.model)
     with torch.no_grad():
         pixels = [student.preprocess_image([{"image": x["image"]}]).tensor[0] for x in examples]
     values = torch.cat([p.flatten(1) for p in pixels], dim=1)
@@ -61,20 +61,22 @@ def look_at_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Find
     yield Finding("inputs", "ok" if usual else "warning", found, advice)
 
 
-def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator[Finding]:
+def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator[Finding]:
     """Evaluate the teacher on ``images`` evenly spaced test images, or on all if ``images`` is 0.
 
     A teacher without common classes, or with more classes and no names, is skipped; the class map is checked elsewhere.
     """
     class_map = model.class_map
-    with quiet():
-        detect = model.teacher.as_student(num_classes_of(model.student), class_map)
+    with suppress_output():
+        detect = model.teacher.predictor_in_student_classes(
+            num_classes_of(model.student), class_map
+        )
     if detect is None:
         return
     dataset = instantiate(config.dataloader.test.dataset)
-    records = spread(dataset, images or len(dataset))
+    records = sample_evenly(dataset, images or len(dataset))
     loader = build_test_loader(records, mapper=instantiate(config.dataloader.test.mapper))
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), suppress_output():
         evaluators = build_evaluator(config, folder)
         evaluators = list(evaluators) if isinstance(evaluators, MutableSequence) else [evaluators]
         evaluator = DatasetEvaluators(evaluators)
@@ -90,7 +92,7 @@ def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterat
     value = found.get("bbox", {}).get("AP", math.nan)
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
     # A class that the teacher lacks counts as an AP of 0.
-    share = 1.0 if class_map is None else class_map.share
+    share = 1.0 if class_map is None else class_map.shared_fraction
     if not value >= MIN_AP * share:
         advice = "its weights, its config, its classes, their order"
         yield Finding("teacher", "error", text, advice)
@@ -100,7 +102,7 @@ def look_at_teacher(config: DictConfig, model: Distiller, images: int) -> Iterat
         yield Finding("teacher", "ok", text)
 
 
-def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Finding]:
+def check_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Finding]:
     """Compare the RMS of the teacher's features between the levels that the losses use.
 
     A level to which no object is assigned in training often has large features that only suppress detections.
@@ -114,7 +116,7 @@ def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Fi
     if len(pairs) < 2:
         return
     with torch.no_grad():
-        maps = [model.teacher.ask(batch).features for batch in batches]
+        maps = [model.teacher.outputs(batch).features for batch in batches]
     strength = {
         level: math.sqrt(statistics.fmean(m[match].float().square().mean().item() for m in maps))
         for level, match in pairs.items()
@@ -135,7 +137,7 @@ def look_at_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Fi
     yield Finding("teacher's features", "warning", found, advice)
 
 
-def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:
+def check_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:
     """Train for a few iterations, then compare the losses by their gradient in the student's features.
 
     Loss weights are those of the middle of the run, where losses that decay or start late are active.
@@ -145,7 +147,7 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
         iterations: number of training iterations.
         target: the ratio of gradients for which the advised overrides are computed.
     """
-    step, model = trainer._trainer, unwrapped(trainer.model)
+    step, model = trainer._trainer, unwrap_ddp(trainer.model)
     model.train()
     try:
         with EventStorage() as storage:
@@ -154,7 +156,7 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
                 trainer.scheduler.step()
                 storage.step()
         rows = _gradients(trainer, next(step._batches))
-    except NotFinite as error:
+    except NonFiniteError as error:
         found = f"{error.culprit} is {error.value} within {iterations} iterations"
         yield Finding("losses", "error", found, "a smaller optimizer.lr, or train.clip_gradients")
         return
@@ -184,8 +186,8 @@ def look_at_losses(trainer: Trainer, iterations: int, target: float) -> Iterator
 
 def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
     """Return value and gradient norm in the student's features, of the task losses and each distillation loss."""
-    model = unwrapped(trainer.model)
-    student = student_of(model)
+    model = unwrap_ddp(trainer.model)
+    student = get_student(model)
     with (
         EventStorage(start_iter=trainer.max_iter // 2),
         capture({"backbone": student.backbone}) as calls,

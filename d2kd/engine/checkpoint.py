@@ -17,25 +17,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling import Distiller, Teacher
-from ..modeling.weights import CLASSES, check_names, local_path, read
+from ..modeling.weights import CLASSES_KEY, check_class_names, load_checkpoint, local_path
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
-from ..utils.io import explaining_full_disk, write_text, written_whole
+from ..utils.io import atomic_write, report_full_disk, write_text
 from ..utils.random_state import random_state
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_ddp(model: nn.Module) -> nn.Module:
     """Return the module inside DDP, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def student_of(model: nn.Module) -> nn.Module:
+def get_student(model: nn.Module) -> nn.Module:
     """Return the detector that is trained, without DDP and :class:`Distiller` around it."""
-    model = unwrapped(model)
+    model = unwrap_ddp(model)
     return model.student if isinstance(model, Distiller) else model
 
 
-def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
+def training_class_names(student: nn.Module, names: list[str]) -> tuple[str, ...] | None:
     """Return the class names of the training data sets; None if their number is not that of the detector's classes."""
     with contextlib.suppress(InputError, AttributeError):
         classes = class_names(names)
@@ -44,7 +44,7 @@ def learned_classes(student: nn.Module, names: list[str]) -> tuple[str, ...] | N
     return None
 
 
-def teacher_classes(teacher: Teacher, student: Sequence[str] | None) -> tuple[str, ...] | None:
+def teacher_class_names(teacher: Teacher, student: Sequence[str] | None) -> tuple[str, ...] | None:
     """Return the names of a teacher's classes in its order, or None.
 
     They are its ``classes``, those in its weights file, or otherwise the student's first ones.
@@ -55,7 +55,7 @@ def teacher_classes(teacher: Teacher, student: Sequence[str] | None) -> tuple[st
     if teacher.classes is not None:
         return teacher.classes
     count = num_classes_of(teacher.detector)
-    names = None if teacher.weights is None else read(teacher.weights).get(CLASSES)
+    names = None if teacher.weights is None else load_checkpoint(teacher.weights).get(CLASSES_KEY)
     names = names or (student or ())[:count]
     return tuple(names) if len(names) == count else None
 
@@ -84,9 +84,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         classes: Sequence[str] | None = None,
         **checkpointables: Any,
     ):
-        super().__init__(student_of(model), save_dir, **checkpointables)
+        super().__init__(get_student(model), save_dir, **checkpointables)
         self.classes = None if classes is None else list(classes)
-        self.begun = 0
+        self.start_time = 0
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write ``name.pth``. This is a collective operation.
@@ -101,12 +101,12 @@ class StudentCheckpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict(), "processes": processes}
         if self.classes is not None:
-            data[CLASSES] = self.classes
+            data[CLASSES_KEY] = self.classes
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = plain(data | extra)
+        data = to_builtin_types(data | extra)
         file = Path(self.save_dir, f"{name}.pth")
-        with explaining_full_disk(file):
-            with written_whole(file) as temporary, temporary.open("wb") as stream:
+        with report_full_disk(file):
+            with atomic_write(file) as temporary, temporary.open("wb") as stream:
                 torch.save(data, stream)
             if tag:
                 self.tag_last_checkpoint(file.name)
@@ -115,8 +115,8 @@ class StudentCheckpointer(DetectionCheckpointer):
     def process_state(self) -> dict[str, Any]:
         """Return the state that differs between processes: random state, and a dense detector's loss normalizer."""
         state = {"random": random_state()}
-        if hasattr(self.model, NORMALIZER):
-            state[NORMALIZER] = getattr(self.model, NORMALIZER)
+        if hasattr(self.model, LOSS_NORMALIZER):
+            state[LOSS_NORMALIZER] = getattr(self.model, LOSS_NORMALIZER)
         return state
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -128,7 +128,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         Raises:
             InputError: the file cannot be read, or none of its weights fits.
         """
-        incompatible = self._load_model(read(weights))
+        incompatible = self._load_model(load_checkpoint(weights))
         parameters = {name for name, _ in self.model.named_parameters()}
         missing = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
         if parameters <= missing:
@@ -142,7 +142,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             "%s: %d of %d parameters loaded", weights, len(parameters - missing), len(parameters)
         )
 
-    def last(self) -> str | None:
+    def last_checkpoint_file(self) -> str | None:
         """Return the file of the last checkpoint, or None.
 
         Raises:
@@ -152,33 +152,33 @@ class StudentCheckpointer(DetectionCheckpointer):
             return None
         return local_path(self.get_checkpoint_file())
 
-    def read_last(self) -> tuple[str, dict[str, Any]] | None:
+    def load_last_checkpoint(self) -> tuple[str, dict[str, Any]] | None:
         """Return the newest readable checkpoint with its content, or None; unreadable ones are logged.
 
         Raises:
             InputError: ``last_checkpoint`` names a file that does not exist, or no checkpoint can be read.
         """
-        last = self.last()
+        last = self.last_checkpoint_file()
         if last is None:
             return None
-        for file in [last, *self.before(last)]:
+        for file in [last, *self.older_checkpoints(last)]:
             try:
-                return file, read(file)
+                return file, load_checkpoint(file)
             except InputError as error:
                 self.logger.warning("%s. Trying the one before it", error)
         raise InputError(
             last, "cannot be read, nor is there one before it", "a whole checkpoint to resume from"
         )
 
-    def before(self, last: str) -> list[str]:
-        """Return this run's periodic checkpoints that are older than ``last``, the newest first."""
+    def older_checkpoints(self, last: str) -> list[str]:
+        """Return this run's periodic checkpoints that are older than ``last_checkpoint_file``, the newest first."""
         files = {
             (file.stat().st_mtime_ns, file.name): str(file)
             for file in Path(self.save_dir).glob("model_*.pth")
             if re.fullmatch(r"model_\d+", file.stem)
         }
         newest = (Path(last).stat().st_mtime_ns, Path(last).name)
-        times = [time for time in files if (self.begun,) <= time < newest]
+        times = [time for time in files if (self.start_time,) <= time < newest]
         return [files[time] for time in sorted(times, reverse=True)]
 
     def restore(self, weights: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         Raises:
             InputError: the checkpoint does not fit this recipe.
         """
-        check_names(checkpoint, weights, self.classes)
+        check_class_names(checkpoint, weights, self.classes)
         incompatible = self._load_model(checkpoint)
         unmet = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if unmet:
@@ -214,17 +214,17 @@ class StudentCheckpointer(DetectionCheckpointer):
         return checkpoint
 
 
-FINAL = "model_final.pth"
+FINAL_CHECKPOINT = "model_final.pth"
 """File name of the checkpoint at the end of a run."""
 
-NORMALIZER = "loss_normalizer"
+LOSS_NORMALIZER = "loss_normalizer"
 """Name of the attribute with the loss normalizer of Detectron2's dense detectors, which is not in their state dict."""
 
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 
 
-def plain(value: Any, name: str = "checkpoint") -> Any:
+def to_builtin_types(value: Any, name: str = "checkpoint") -> Any:
     """Replace NumPy's scalars in a value by Python's, in dicts and lists in place.
 
     Raises:
@@ -235,9 +235,9 @@ def plain(value: Any, name: str = "checkpoint") -> Any:
     if type(value) in (dict, OrderedDict, list):
         # In place, because a state_dict has its modules' versions in an attribute.
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = plain(item, f"{name}.{key}")
+            value[key] = to_builtin_types(item, f"{name}.{key}")
     elif type(value) is tuple:
-        return tuple(plain(item, f"{name}.{i}") for i, item in enumerate(value))
+        return tuple(to_builtin_types(item, f"{name}.{i}") for i, item in enumerate(value))
     elif not isinstance(value, torch.Tensor) and type(value) not in _SCALARS:
         raise InputError(name, f"a {type(value).__name__}", "tensors and Python's scalars")
     return value

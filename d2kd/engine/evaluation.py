@@ -20,12 +20,12 @@ from ..data import use_seeded_loaders
 from ..data.datasets import dataset_names
 from ..utils.compat import has_compiled_operators
 from ..utils.random_state import preserved_random_state
-from .checkpoint import student_of
+from .checkpoint import get_student
 
 logger = logging.getLogger(__name__)
 
 
-def the_test_set(config: DictConfig) -> str | None:
+def get_test_dataset_name(config: DictConfig) -> str | None:
     """Return the registered name of a recipe's test data set; None if there are several, or none."""
     # Without the checks of check_dataset, which read all annotations: this is called at every evaluation.
     names = dataset_names(config, "test")
@@ -104,16 +104,16 @@ def do_test(
     with preserved_random_state():
         evaluator = evaluator or build_evaluator(config, output_dir)
         if isinstance(model, nn.Module):
-            model = student_of(model)
+            model = get_student(model)
         results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return dict(results)
 
 
-def finite(results: Mapping) -> dict:
+def finite_metrics(results: Mapping) -> dict:
     """Return results, possibly nested by task, without metrics that are not finite."""
     return {
-        name: finite(value) if isinstance(value, Mapping) else value
+        name: finite_metrics(value) if isinstance(value, Mapping) else value
         for name, value in results.items()
         if isinstance(value, Mapping) or math.isfinite(value)
     }

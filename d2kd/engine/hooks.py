@@ -22,25 +22,25 @@ from torch import nn
 from ..data import check_dataset
 from ..data.datasets import dataset_names
 from ..modeling import Distiller, Teacher
-from ..modeling.weights import sha256
+from ..modeling.weights import file_sha256
 from ..structures.class_map import num_classes_of
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 from ..utils.io import read_rows, write_json
 from ..utils.random_state import preserved_random_state
 from ..visualization.curves import read_metrics
-from ..visualization.panels import Scene, described, scenes, side_by_side
-from .checkpoint import StudentCheckpointer, learned_classes, student_of, teacher_classes
+from ..visualization.panels import Scene, panel_metadata, scenes, side_by_side
+from .checkpoint import StudentCheckpointer, get_student, teacher_class_names, training_class_names
 
 logger = logging.getLogger(__name__)
 
 # Of a panel in TensorBoard, in pixels; limited, because the event file has all pictures of a run.
-LONGEST_SIDE = 800
+MAX_PANEL_SIZE = 800
 # Score threshold; lower than the tools' 0.5, because scores are low early in training.
-DRAWN_FROM = 0.3
+SCORE_THRESHOLD = 0.3
 
 
-def cache_file() -> Path:
+def teacher_cache_file() -> Path:
     """Return the cache file of teachers' APs: in ``$D2KD_CACHE``, otherwise in the user's cache folder."""
     caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
     return Path(os.environ.get("D2KD_CACHE", Path(caches, "d2kd")), "teachers.json")
@@ -62,13 +62,15 @@ class EvalTeacher(HookBase):
     def __init__(self, model: Distiller, config: DictConfig, evaluate: Callable[[Callable], dict]):
         self._teacher, self._class_map = model.teacher, model.class_map
         self._config, self._evaluate = config, evaluate
-        self._detect = self._teacher.as_student(num_classes_of(model.student), self._class_map)
+        self._detect = self._teacher.predictor_in_student_classes(
+            num_classes_of(model.student), self._class_map
+        )
 
     def before_train(self) -> None:
         key = self._key()
         if self._detect is None:
             if comm.is_main_process():
-                self.trainer.record.set(teacher={**key, "AP": None})
+                self.trainer.run_metadata.set(teacher={**key, "AP": None})
             return
         # All use what the main process has found in the cache, because all must take part in an evaluation.
         cached = comm.all_gather(self._read_cache(key))[0]
@@ -77,7 +79,7 @@ class EvalTeacher(HookBase):
         if comm.is_main_process():
             if cached is None:
                 self._write_cache({**key, "AP": average_precision})
-            self.trainer.record.set(teacher={**key, "AP": average_precision})
+            self.trainer.run_metadata.set(teacher={**key, "AP": average_precision})
             self._log(average_precision)
 
     def _key(self) -> dict:
@@ -93,15 +95,17 @@ class EvalTeacher(HookBase):
             "weights": self._teacher.weights,
             "weights_sha256": self._teacher.weights_sha256,
             "dataset": names,
-            "dataset_sha256": [sha256(f) if f and PathManager.isfile(f) else None for f in files],
+            "dataset_sha256": [
+                file_sha256(f) if f and PathManager.isfile(f) else None for f in files
+            ],
             "config_sha256": config_hash(content),
         }
 
     def _read_cache(self, key: dict) -> dict | None:
         """Return the result of this run, if it is resumed, or of any run of this user."""
-        rows = [self.trainer.record.content["teacher"] or {}]
+        rows = [self.trainer.run_metadata.content["teacher"] or {}]
         if key["weights_sha256"] is not None:
-            rows += read_rows(cache_file())
+            rows += read_rows(teacher_cache_file())
         items = {name: value for name, value in key.items() if name != "weights"}.items()
         return next((row for row in rows if "AP" in row and items <= row.items()), None)
 
@@ -109,7 +113,9 @@ class EvalTeacher(HookBase):
         if row["weights_sha256"] is None:
             return
         try:
-            write_json(cache_file(), {"schema": 1, "rows": [*read_rows(cache_file()), row]})
+            write_json(
+                teacher_cache_file(), {"schema": 1, "rows": [*read_rows(teacher_cache_file()), row]}
+            )
         except OSError as error:  # without a cache, the evaluation is only repeated
             logger.warning("the teacher's AP is not cached: %s", error)
 
@@ -120,7 +126,7 @@ class EvalTeacher(HookBase):
         return None if value is None or not math.isfinite(value) else float(value)
 
     def _log(self, average_precision: float | None) -> None:
-        fraction = 1.0 if self._class_map is None else self._class_map.share
+        fraction = 1.0 if self._class_map is None else self._class_map.shared_fraction
         # A class that the teacher lacks has an AP of 0.
         if average_precision is not None and average_precision >= fraction:
             note = "" if fraction == 1 else f"; it has {fraction:.0%} of the classes"
@@ -134,7 +140,7 @@ class EvalTeacher(HookBase):
         )
 
 
-class Checkpoints(hooks.PeriodicCheckpointer):
+class PeriodicCheckpoint(hooks.PeriodicCheckpointer):
     """Detectron2's PeriodicCheckpointer, with ``max_to_keep`` also for files from before a resume.
 
     A run that was interrupted between its last two checkpoints, the periodic and the final one, gets the final one.
@@ -150,11 +156,11 @@ class Checkpoints(hooks.PeriodicCheckpointer):
             self.recent_checkpoints = [file for file in written if Path(file).name < unwritten]
         if self.trainer.start_iter >= self.max_iter and not self.trainer.finished:
             last = self.trainer.start_iter - 1  # max_iter may have been lowered since
-            with self.trainer.as_of(last):
+            with self.trainer.at_iteration(last):
                 self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
 
 
-class Evaluate(hooks.EvalHook):
+class ResumableEvalHook(hooks.EvalHook):
     """Detectron2's EvalHook, which in a resumed run first does an evaluation that is missing.
 
     A checkpoint is written before the evaluation at the same iteration, so that a failing evaluation costs no
@@ -175,7 +181,7 @@ class Evaluate(hooks.EvalHook):
         done, trainer = self.trainer.start_iter, self.trainer
         due = self._period > 0 and done > 0 and done % self._period == 0 and done < trainer.max_iter
         if due and not comm.all_gather(self._is_done(done - 1))[0]:
-            with trainer.as_of(done - 1):
+            with trainer.at_iteration(done - 1):
                 self._do_eval()
 
     def _is_done(self, iteration: int) -> bool:
@@ -188,11 +194,11 @@ class Evaluate(hooks.EvalHook):
             super().after_train()
 
 
-BEST = "model_best.json"
+BEST_METRIC_FILE = "model_best.json"
 """File name, in a run's folder, of the best metric so far and its iteration."""
 
 
-class Writers(hooks.PeriodicWriter):
+class LazyPeriodicWriter(hooks.PeriodicWriter):
     """Detectron2's PeriodicWriter, which opens its files when training begins.
 
     Args:
@@ -222,7 +228,7 @@ class BestCheckpoint(HookBase):
 
     def __init__(self, period: int, checkpointer: StudentCheckpointer, metric: str):
         self._period, self._checkpointer, self._metric = period, checkpointer, metric
-        self._file = Path(checkpointer.save_dir, BEST)
+        self._file = Path(checkpointer.save_dir, BEST_METRIC_FILE)
         self._best = -math.inf
 
     def state_dict(self) -> dict:
@@ -237,7 +243,9 @@ class BestCheckpoint(HookBase):
             rows = [row for row in read_rows(self._file) if row.get("metric") == self._metric]
             self._best = max([self._best, *(row["value"] for row in rows)])
             last = self.trainer.start_iter - 1
-            with self.trainer.as_of(last):  # if the evaluation hook has done a missing evaluation
+            with self.trainer.at_iteration(
+                last
+            ):  # if the evaluation hook has done a missing evaluation
                 self._save_if_best(last)
 
     def after_step(self) -> None:
@@ -296,8 +304,8 @@ class DrawDetections(HookBase):
         self._student, self._teacher = student, teacher
         names = {"student": classes}
         if teacher is not None:
-            names["teacher"] = teacher_classes(teacher, classes)
-        self._metadata = described(metadata, names, getattr(student, "num_old_classes", 0))
+            names["teacher"] = teacher_class_names(teacher, classes)
+        self._metadata = panel_metadata(metadata, names, getattr(student, "num_old_classes", 0))
 
     @classmethod
     def from_config(
@@ -323,7 +331,7 @@ class DrawDetections(HookBase):
         if not has_tensorboard():
             logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
             return None
-        test, student = cfg.dataloader.test, student_of(model)
+        test, student = cfg.dataloader.test, get_student(model)
         names = check_dataset(dataset_names(cfg, "test"))
         # From the catalog, because the test mapper removes annotations.
         records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))
@@ -333,7 +341,7 @@ class DrawDetections(HookBase):
             scenes(records, instantiate(test.mapper)),
             MetadataCatalog.get(names[0]),
             student,
-            classes or learned_classes(student, names),
+            classes or training_class_names(student, names),
             model.teacher if isinstance(model, Distiller) else None,
         )
 
@@ -349,18 +357,18 @@ class DrawDetections(HookBase):
         done = self.trainer.iter + 1
         if done % self._period != 0 and done != self.trainer.max_iter:
             return
-        with preserved_random_state(), evaluating(self._student):
+        with preserved_random_state(), eval_mode(self._student):
             for scene in self._scenes:
                 scene.add("student", self._student)
                 picture = side_by_side(
-                    scene.image, scene.panels, self._metadata, DRAWN_FROM, LONGEST_SIDE
+                    scene.image, scene.panels, self._metadata, SCORE_THRESHOLD, MAX_PANEL_SIZE
                 )
                 name = f"detections/{scene.name}"
                 self.trainer.storage.put_image(name, picture.transpose(2, 0, 1))
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to ``eval()`` inside the block, and restore the mode of each submodule at its end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from ..utils.compat import forget_process_groups, make_local_process_group
 from ..utils.errors import InputError
 
-REFUSED = 2  # exit code after an InputError
+EXIT_INPUT_ERROR = 2  # exit code after an InputError
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,22 +46,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def under_torchrun() -> bool:
+def launched_by_torchrun() -> bool:
     """Return whether the environment variables of torchrun are set."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Initialize the process group of torchrun's processes inside the block: NCCL on CUDA, gloo on the CPU.
 
     At the end, there should be no reference to objects that use the group, such as a trainer.
     """
     if dist.is_initialized():  # by Detectron2's launch
-        with explaining_lost_process():
+        with report_lost_process():
             yield
         return
-    if not under_torchrun():
+    if not launched_by_torchrun():
         yield
         return
     on_cuda = device != "cpu" and torch.cuda.is_available()
@@ -70,7 +70,7 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     make_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", comm.get_world_size())))
     try:
-        with explaining_lost_process():
+        with report_lost_process():
             yield
     finally:
         # A group joins its threads when it has no more references. One that exists until Python exits may abort it.
@@ -80,7 +80,7 @@ def joined(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explaining_lost_process() -> Iterator[None]:
+def report_lost_process() -> Iterator[None]:
     """Raise InputError if the code inside fails because another process has ended."""
     try:
         yield
@@ -104,7 +104,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         InputError: there are fewer GPUs, or a process was killed.
         SystemExit: a process has raised and printed an InputError.
     """
-    if under_torchrun() or args.num_gpus * args.num_machines <= 1:
+    if launched_by_torchrun() or args.num_gpus * args.num_machines <= 1:
         main(args)
         return
     if args.num_gpus > torch.cuda.device_count():
@@ -123,8 +123,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             args=(main, args, multiprocessing.get_context("spawn").Lock()),
         )
     except ProcessExitedException as error:  # torch has ended the other processes
-        if error.exit_code == REFUSED:
-            raise SystemExit(REFUSED) from None
+        if error.exit_code == EXIT_INPUT_ERROR:
+            raise SystemExit(EXIT_INPUT_ERROR) from None
         ended_by = getattr(error, "signal_name", None) or f"exit code {error.exit_code}"
         raise InputError(
             f"process {error.error_index} of {args.num_gpus} here",
@@ -144,4 +144,4 @@ def _run_one(
             raise
         if first.acquire(block=False):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(REFUSED) from None
+        raise SystemExit(EXIT_INPUT_ERROR) from None

@@ -112,14 +112,16 @@ def _multiplier(node: DictConfig) -> ParamScheduler:
     return LinearParamScheduler(1.0, 1.0) if multiplier is None else instantiate(multiplier)
 
 
-def students(optimizer: Optimizer) -> Optimizer:
+def student_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer of the student's parameters."""
     return optimizer.student if isinstance(optimizer, DistillerOptimizer) else optimizer
 
 
-def clipping(optimizer: Optimizer, train: DictConfig) -> list[tuple[Optimizer, DictConfig]]:
+def optimizers_to_clip(
+    optimizer: Optimizer, train: DictConfig
+) -> list[tuple[Optimizer, DictConfig]]:
     """Return the optimizers whose gradients are clipped separately, each with its ``clip_gradients``."""
-    clips = [(students(optimizer), train.clip_gradients)]
+    clips = [(student_optimizer(optimizer), train.clip_gradients)]
     if isinstance(optimizer, DistillerOptimizer):
         clips.append((optimizer.losses, train.loss_optimizer.clip_gradients))
     return clips

@@ -9,10 +9,10 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..utils.errors import InputError
-from .checkpoint import NORMALIZER
+from .checkpoint import LOSS_NORMALIZER
 
 
-def check_agreed(last: tuple[str, dict] | None) -> None:
+def check_same_checkpoint(last: tuple[str, dict] | None) -> None:
     """Check that all processes resume from the same checkpoint; otherwise their weights would differ silently.
 
     Raises:
@@ -28,10 +28,10 @@ def check_agreed(last: tuple[str, dict] | None) -> None:
             )
 
 
-def dealt_anew(states: Sequence[dict], processes: int) -> dict[str, Any]:
+def redistribute_normalizer(states: Sequence[dict], processes: int) -> dict[str, Any]:
     """Return the state of each process if their number has changed, with the same total batch size.
 
     A loss normalizer counts the foreground of its process's part of the batch, so that their sum is preserved.
     """
-    values = [state[NORMALIZER] for state in states if NORMALIZER in state]
-    return {NORMALIZER: sum(values) / processes} if values else {}
+    values = [state[LOSS_NORMALIZER] for state in states if LOSS_NORMALIZER in state]
+    return {LOSS_NORMALIZER: sum(values) / processes} if values else {}

@@ -15,12 +15,12 @@ from typing import Any
 from detectron2.utils import comm
 
 from ..utils.console import LOGGERS
-from ..utils.env import versions
+from ..utils.env import collect_versions
 from ..utils.errors import InputError
-from ..utils.io import disk_is_full, read_json, read_rows, write_json, write_text
+from ..utils.io import full_disk_message, read_json, read_rows, write_json, write_text
 
 
-def keep_metrics_before(path: str | Path, iteration: int) -> None:
+def truncate_metrics(path: str | Path, iteration: int) -> None:
     """Remove the lines of ``metrics.json`` from an iteration on, which a resumed run will write again."""
     path = Path(path)
     if not path.exists():
@@ -44,7 +44,7 @@ class RunLog:
         self._buffer.setLevel(logging.DEBUG)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Collect all records that are logged inside the block."""
         loggers = [logging.getLogger(name) for name in LOGGERS]
         for logger in loggers:
@@ -73,30 +73,30 @@ class RunLog:
             self._buffer.setTarget(None)
 
 
-class RunRecord:
+class RunMetadata:
     """``run.json``: command, versions, teacher and results of a run. Starting or resuming adds a row."""
 
     def __init__(self, path: Path):
         self._path = path
-        self.content = {"schema": 1, "command": " ".join(sys.argv), "versions": versions()}
-        self.content |= {"begun": 0, "teacher": None, "rows": []}
+        self.content = {"schema": 1, "command": " ".join(sys.argv), "versions": collect_versions()}
+        self.content |= {"start_time": 0, "teacher": None, "rows": []}
 
     @property
-    def begun(self) -> int:
+    def start_time(self) -> int:
         """Start time of the run in the folder, as a file's modification time in ns; 0 if unknown."""
-        return int(read_json(self._path).get("begun", 0))
+        return int(read_json(self._path).get("start_time", 0))
 
     def load(self) -> None:
         """Load the record of the run that is resumed."""
         written = read_json(self._path)
-        self.content |= {k: written[k] for k in ("begun", "teacher") if k in written}
+        self.content |= {k: written[k] for k in ("start_time", "teacher") if k in written}
         self.content["rows"] = read_rows(self._path)
 
     def begin(self, **row: Any) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         if not self.content["rows"]:
             self.set()  # so that the start time is from the same clock as the times of checkpoints
-            self.content["begun"] = self._path.stat().st_mtime_ns
+            self.content["start_time"] = self._path.stat().st_mtime_ns
         self.content["rows"].append({"started": started, **row})
         self.set()
 
@@ -118,12 +118,12 @@ class RunRecord:
 
 
 @contextlib.contextmanager
-def quiet_about_input_errors() -> Iterator[None]:
+def suppress_input_error_traceback() -> Iterator[None]:
     """Suppress the traceback that Detectron2's train loop logs, if the error is an InputError or a full disk."""
 
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return error is None or not (isinstance(error, InputError) or disk_is_full(error))
+        return error is None or not (isinstance(error, InputError) or full_disk_message(error))
 
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(keep)

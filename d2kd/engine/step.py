@@ -19,11 +19,11 @@ from torch.profiler import record_function
 
 from ..utils.errors import InputError
 from ..utils.random_state import random_state, set_random_state
-from .checkpoint import NORMALIZER, student_of
-from .optimizer import clipping
+from .checkpoint import LOSS_NORMALIZER, get_student
+from .optimizer import optimizers_to_clip
 
 
-class NotFinite(Exception):
+class NonFiniteError(Exception):
     """A loss or gradient is NaN or infinite; the step has changed nothing."""
 
     def __init__(self, culprit: str, value: float):
@@ -31,18 +31,18 @@ class NotFinite(Exception):
         self.culprit, self.value = culprit, value
 
 
-class Step(SimpleTrainer):
+class TrainStep(SimpleTrainer):
     """A ``SimpleTrainer`` with mixed precision, gradient clipping and checks for values that are not finite.
 
     In full precision without clipping, its results are those of ``SimpleTrainer``, bit for bit. If a loss or
-    gradient is not finite in one process, all raise :class:`NotFinite` and restore the state before the step.
+    gradient is not finite in one process, all raise :class:`NonFiniteError` and restore the state before the step.
 
     Args:
         model: the detector or :class:`Distiller`, possibly in DDP.
         data_loader: the training loader.
         optimizer: output of :func:`d2kd.engine.optimizer.build_optimizer`. Gradients of a separate optimizer of
             the losses are clipped separately.
-        precision: output of :func:`precision`.
+        precision: output of :func:`build_amp`.
         train: the node ``train`` of a recipe with defaults, for its ``clip_gradients``.
     """
 
@@ -55,9 +55,9 @@ class Step(SimpleTrainer):
         train: DictConfig,
     ):
         super().__init__(model, (), optimizer)
-        self.feed(data_loader)
+        self.reset_data_loader(data_loader)
         self._autocast, self.grad_scaler = precision
-        self._clipping = clipping(optimizer, train)
+        self._clipping = optimizers_to_clip(optimizer, train)
         self._device = next(model.parameters()).device
         # Running statistics and counters, which a forward changes.
         self._buffers = [
@@ -73,7 +73,7 @@ class Step(SimpleTrainer):
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
 
-    def feed(self, data_loader: Iterable) -> None:
+    def reset_data_loader(self, data_loader: Iterable) -> None:
         """Use another loader from now on."""
         self.data_loader, self._batches = data_loader, iter(data_loader)
 
@@ -91,7 +91,7 @@ class Step(SimpleTrainer):
                 self.grad_scaler.scale(sum(losses.values())).backward()
             self.grad_scaler.unscale_(self.optimizer)
             self._clip_gradients()
-        except NotFinite:
+        except NonFiniteError:
             restore()
             raise
         self.grad_scaler.step(self.optimizer)
@@ -99,10 +99,10 @@ class Step(SimpleTrainer):
 
     def _snapshot(self) -> Callable[[], None]:
         """Copy all state that a forward changes, and return a function that restores it."""
-        student = student_of(self.model)
+        student = get_student(self.model)
         buffers, random = [buffer.clone() for buffer in self._buffers], random_state()
         extra_states = [module.get_extra_state() for module in self._extra_state_modules]
-        normalizer = getattr(student, NORMALIZER, None)
+        normalizer = getattr(student, LOSS_NORMALIZER, None)
 
         def restore() -> None:
             for buffer, before in zip(self._buffers, buffers):
@@ -111,9 +111,9 @@ class Step(SimpleTrainer):
                 module.set_extra_state(before)
             set_random_state(random)
             if normalizer is not None:
-                setattr(student, NORMALIZER, normalizer)
-            elif hasattr(student, NORMALIZER):  # the failed step was the first
-                delattr(student, NORMALIZER)
+                setattr(student, LOSS_NORMALIZER, normalizer)
+            elif hasattr(student, LOSS_NORMALIZER):  # the failed step was the first
+                delattr(student, LOSS_NORMALIZER)
 
         return restore
 
@@ -137,7 +137,7 @@ class Step(SimpleTrainer):
         for metrics, _ in all_metrics:
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise NotFinite(name, value)
+                    raise NonFiniteError(name, value)
         if not comm.is_main_process():
             return
         means = {name: sum(x[name] for x, _ in all_metrics) / len(all_metrics) for name in losses}
@@ -155,7 +155,7 @@ class Step(SimpleTrainer):
             norm = nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type)
             # An enabled GradScaler itself skips such a step, and reduces its scale.
             if not self.grad_scaler.is_enabled() and not torch.isfinite(norm):
-                raise NotFinite("the gradient", norm.item())
+                raise NonFiniteError("the gradient", norm.item())
             if not clip.enabled:
                 continue
             if clip.clip_type == "full_model":
@@ -186,7 +186,7 @@ def _unoptimized_torchscript(device: torch.device) -> contextlib.AbstractContext
     return torch.jit.optimized_execution(False)
 
 
-def distributed(model: nn.Module, device: torch.device, options: DictConfig) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device, options: DictConfig) -> nn.Module:
     """Return the model in DDP if there are several processes, otherwise the model itself."""
     if comm.get_world_size() == 1:
         return model
@@ -201,7 +201,7 @@ def distributed(model: nn.Module, device: torch.device, options: DictConfig) -> 
     return model
 
 
-def precision(
+def build_amp(
     amp: DictConfig, device: torch.device
 ) -> tuple[Callable[[], Any], torch.amp.GradScaler]:
     """Return (function that returns the context of a forward, GradScaler) for ``train.amp``.

@@ -32,45 +32,51 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import is_distiller, teacher_of, with_defaults
+from ..config import is_distiller, teacher_node, with_defaults
 from ..config.saving import save_config
 from ..data import check_dataset, use_seeded_loaders
 from ..data.datasets import dataset_names
-from ..data.incremental import check_count, check_objects
+from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.errors import InputError
-from ..utils.io import explaining_full_disk, remove_temporaries
-from ..utils.memory import Peak
+from ..utils.io import remove_temporary_files, report_full_disk
+from ..utils.memory import PeakMemory
 from ..utils.random_state import preserved_random_state, set_random_state
 from .checkpoint import (
-    FINAL,
-    NORMALIZER,
+    FINAL_CHECKPOINT,
+    LOSS_NORMALIZER,
     StudentCheckpointer,
-    learned_classes,
-    student_of,
-    unwrapped,
+    get_student,
+    training_class_names,
+    unwrap_ddp,
 )
-from .evaluation import build_evaluator, build_test_loader, do_test, finite, the_test_set
+from .evaluation import (
+    build_evaluator,
+    build_test_loader,
+    do_test,
+    finite_metrics,
+    get_test_dataset_name,
+)
 from .hooks import (
-    BEST,
+    BEST_METRIC_FILE,
     BestCheckpoint,
-    Checkpoints,
     DrawDetections,
     EvalTeacher,
-    Evaluate,
-    Writers,
+    LazyPeriodicWriter,
+    PeriodicCheckpoint,
+    ResumableEvalHook,
     has_tensorboard,
 )
 from .launch import pick_device
-from .optimizer import build_lr_scheduler, build_optimizer, students
-from .resume import check_agreed, dealt_anew
-from .run_info import RunLog, RunRecord, keep_metrics_before, quiet_about_input_errors
-from .step import NotFinite, Step, distributed, precision
+from .optimizer import build_lr_scheduler, build_optimizer, student_optimizer
+from .resume import check_same_checkpoint, redistribute_normalizer
+from .run_info import RunLog, RunMetadata, suppress_input_error_traceback, truncate_metrics
+from .step import NonFiniteError, TrainStep, build_amp, wrap_ddp
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 
 
 class Trainer(DefaultTrainer):
@@ -103,7 +109,7 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name, distributed_rank=comm.get_rank())
         self._log = RunLog()
-        with self._log.listening():
+        with self._log.recording():
             self._build(with_defaults(cfg))
 
     def _build(self, cfg: DictConfig) -> None:
@@ -122,7 +128,7 @@ class Trainer(DefaultTrainer):
 
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
-        self._is_measured = self.build_test_loader(cfg, the_test_set(cfg)) is not None
+        self._is_measured = self.build_test_loader(cfg, get_test_dataset_name(cfg)) is not None
         # Seeded once for the weights and once for the loader, because a teacher or an adapter also uses random
         # numbers and must not change those of the student's run. Seeded again before the first step.
         seed_all_rng(train.seed)
@@ -131,15 +137,15 @@ class Trainer(DefaultTrainer):
         self._seed()
         loader = self.build_train_loader(cfg)
         self._check_classes(model)
-        self._trainer = Step(
-            distributed(model, self.device, train.ddp),
+        self._trainer = TrainStep(
+            wrap_ddp(model, self.device, train.ddp),
             loader,
             optimizer,
-            precision(train.amp, self.device),
+            build_amp(train.amp, self.device),
             train,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._classes = learned_classes(student_of(model), self._data)
+        self._classes = training_class_names(get_student(model), self._data)
         losses, self._teacher_sha256 = {}, None
         if isinstance(model, Distiller):
             losses["losses"] = model.losses
@@ -152,7 +158,7 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
             **losses,
         )
-        self.record = RunRecord(Path(train.output_dir, "run.json"))
+        self.run_metadata = RunMetadata(Path(train.output_dir, "run.json"))
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
@@ -162,20 +168,20 @@ class Trainer(DefaultTrainer):
 
     def _check_classes(self, model: nn.Module) -> None:
         """Check that the data have the student's classes; after loading, because some data have no names before."""
-        student = student_of(model)
+        student = get_student(model)
         try:
             num_classes = num_classes_of(student)
         except AttributeError:  # a detector of another family
             return
-        check_objects(self._data, num_classes, getattr(student, "num_old_classes", 0))
+        check_annotated_classes(self._data, num_classes, getattr(student, "num_old_classes", 0))
         if self._is_measured:
             for name in self._test_data:  # may have classes of later increments
-                check_count(name, num_classes, least=1)
-        names = learned_classes(student, self._data)
+                check_num_classes(name, num_classes, least=1)
+        names = training_class_names(student, self._data)
         if names is None or not isinstance(model, Distiller) or model.class_map is None:
             return
         classes = model.class_map.student
-        same = ClassMap.by_name(classes, names)
+        same = ClassMap.from_names(classes, names)
         if not same.is_identity:
             k = next(k for k in range(len(classes)) if (k, k) not in same.pairs)
             raise InputError(
@@ -191,7 +197,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         node = copy.deepcopy(cfg.model)
         if is_distiller(node):
-            node.teacher = teacher_of(node)
+            node.teacher = teacher_node(node)
         model = instantiate(node).to(pick_device(cfg.train.device))
         logger.info("Model:\n%s", model)
         return model
@@ -224,7 +230,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: DictConfig, model: nn.Module | Callable, evaluators: Any = None) -> dict:
         """Evaluate a model on ``cfg.dataloader.test``, see :func:`do_test`."""
         with preserved_random_state():
-            name = the_test_set(cfg)
+            name = get_test_dataset_name(cfg)
             loader = cls.build_test_loader(cfg, name)
             if loader is None:  # a subclass may return None although the recipe has a test loader
                 logger.info("no test loader: no evaluation")
@@ -233,12 +239,12 @@ class Trainer(DefaultTrainer):
             return do_test(cfg, model, loader=loader, evaluator=evaluators)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        train, checkpointer, model = self.cfg.train, self.checkpointer, unwrapped(self.model)
+        train, checkpointer, model = self.cfg.train, self.checkpointer, unwrap_ddp(self.model)
         main, measured = comm.is_main_process(), self._is_measured
 
         def evaluate() -> dict:
             self._last_eval_results = self.test(self.cfg, self.model)
-            return finite(self._last_eval_results)  # JSON has no NaN
+            return finite_metrics(self._last_eval_results)  # JSON has no NaN
 
         def evaluate_teacher(detect: Callable) -> dict:
             cfg = copy.deepcopy(self.cfg)
@@ -250,18 +256,18 @@ class Trainer(DefaultTrainer):
             if train.eval_teacher and isinstance(model, Distiller) and measured
             else None,
             hooks.IterationTimer(),
-            hooks.LRScheduler(students(self._trainer.optimizer)),
+            hooks.LRScheduler(student_optimizer(self._trainer.optimizer)),
             # In every process, unlike Detectron2's, because a checkpoint has the random state of each.
-            Checkpoints(
+            PeriodicCheckpoint(
                 checkpointer,
                 train.checkpointer.period,
                 max_to_keep=train.checkpointer.max_to_keep if main else None,
             ),
-            Evaluate(
+            ResumableEvalHook(
                 train.eval_period,
                 evaluate,
                 train.best_checkpoint or "bbox/AP",
-                Path(train.output_dir, METRICS),
+                Path(train.output_dir, METRICS_FILE),
             ),
             BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
             if train.best_checkpoint and measured
@@ -269,19 +275,19 @@ class Trainer(DefaultTrainer):
             DrawDetections.from_config(self.cfg, model, self._classes)
             if train.draw_period
             else None,
-            Writers(self.build_writers, train.log_period) if main else None,
+            LazyPeriodicWriter(self.build_writers, train.log_period) if main else None,
         ]
 
     def register_hooks(self, hooks: list[hooks.HookBase | None]) -> None:
         super().register_hooks(hooks)
         # Last, so that scalars that other hooks log in a step are written with it.
-        self._hooks.sort(key=lambda hook: isinstance(hook, Writers))
+        self._hooks.sort(key=lambda hook: isinstance(hook, LazyPeriodicWriter))
 
     def build_writers(self) -> list[EventWriter]:
         folder = self.cfg.train.output_dir
         writers = [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(os.path.join(folder, METRICS)),
+            JSONWriter(os.path.join(folder, METRICS_FILE)),
         ]
         if has_tensorboard():
             writers.append(TensorboardXWriter(folder))
@@ -295,31 +301,31 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: a file is missing, cannot be read or does not fit.
         """
-        with self._log.listening():
-            self.checkpointer.begun = self.record.begun
-            last = self.checkpointer.read_last() if resume else None
-            check_agreed(last)
+        with self._log.recording():
+            self.checkpointer.start_time = self.run_metadata.start_time
+            last = self.checkpointer.load_last_checkpoint() if resume else None
+            check_same_checkpoint(last)
             if last is not None:
                 self._resume(*last)
             elif self.cfg.train.init_checkpoint:
                 self.checkpointer.load_initial(self.cfg.train.init_checkpoint)
-                if isinstance(unwrapped(self.model), Distiller):
-                    unwrapped(self.model).inherit()
+                if isinstance(unwrap_ddp(self.model), Distiller):
+                    unwrap_ddp(self.model).inherit()
 
     def _resume(self, file: str, checkpoint: dict) -> None:
         rest = self.checkpointer.restore(file, checkpoint)
         self.start_iter = self.iter + 1
-        self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL
+        self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL_CHECKPOINT
         states, processes = rest.get("processes", ()), comm.get_world_size()
         if len(states) == processes:
             state = states[comm.get_rank()]
             self._random = state["random"]
         else:
-            state = dealt_anew(states, processes)
-            note = f"; its {NORMALIZER} is divided anew" if state else ""
+            state = redistribute_normalizer(states, processes)
+            note = f"; its {LOSS_NORMALIZER} is divided anew" if state else ""
             logger.warning("%s has no random state for this many processes%s", file, note)
-        if NORMALIZER in state:
-            setattr(student_of(self.model), NORMALIZER, state[NORMALIZER])
+        if LOSS_NORMALIZER in state:
+            setattr(get_student(self.model), LOSS_NORMALIZER, state[LOSS_NORMALIZER])
         start = self.start_iter
         if self._batch_size:
             start = self._images_before // self._batch_size
@@ -327,8 +333,8 @@ class Trainer(DefaultTrainer):
         use_seeded_loaders(cfg.dataloader, seed=cfg.train.seed, start=start)
         if start > 0 and "start" not in cfg.dataloader.train:
             logger.warning("this data loader cannot be resumed: it starts from its beginning")
-        self._trainer.feed(self.build_train_loader(cfg))
-        self.record.load()
+        self._trainer.reset_data_loader(self.build_train_loader(cfg))
+        self.run_metadata.load()
         logger.info("Resuming from %s at iteration %d", file, self.start_iter)
 
     def train(self) -> dict | None:
@@ -341,11 +347,11 @@ class Trainer(DefaultTrainer):
             InputError: a loss is not finite, after the state before it was saved; or an image cannot be read.
         """
         folder = self.cfg.train.output_dir
-        self._peak = Peak(self.device)
+        self._peak = PeakMemory(self.device)
         with (
-            self._log.listening(),
-            quiet_about_input_errors(),
-            explaining_full_disk(folder),
+            self._log.recording(),
+            suppress_input_error_traceback(),
+            report_full_disk(folder),
         ):
             if comm.is_main_process():
                 self._open_output()
@@ -364,14 +370,14 @@ class Trainer(DefaultTrainer):
 
     def _end_record(self) -> None:
         results = getattr(self, "_last_eval_results", {})
-        self.record.end(self.iter, self.seconds, results, self._peak.bytes)
+        self.run_metadata.end(self.iter, self.seconds, results, self._peak.bytes)
 
     def _open_output(self) -> None:
         folder = Path(self.cfg.train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder)
+        remove_temporary_files(folder)
         if self.start_iter == 0:  # a new run must not use files of an earlier one
-            for name in ("last_checkpoint", BEST):
+            for name in ("last_checkpoint", BEST_METRIC_FILE):
                 (folder / name).unlink(missing_ok=True)
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
@@ -379,14 +385,14 @@ class Trainer(DefaultTrainer):
             save_config(self.cfg, folder / "config.yaml")
         except InputError as error:  # the run does not need this copy of its recipe
             logger.warning("%s", error)
-        keep_metrics_before(folder / METRICS, self.start_iter)
-        self.record.begin(
+        truncate_metrics(folder / METRICS_FILE, self.start_iter)
+        self.run_metadata.begin(
             seed=self.cfg.train.seed,
             device=str(self.device),
             processes=comm.get_world_size(),
             start_iter=self.start_iter,
             max_iter=self.max_iter,
-            parameters=sum(p.numel() for p in student_of(self.model).parameters()),
+            parameters=sum(p.numel() for p in get_student(self.model).parameters()),
         )
 
     def before_train(self) -> None:
@@ -401,7 +407,7 @@ class Trainer(DefaultTrainer):
             set_random_state(self._random)
 
     @contextlib.contextmanager
-    def as_of(self, iteration: int) -> Iterator[None]:
+    def at_iteration(self, iteration: int) -> Iterator[None]:
         """Set the iteration to an earlier one inside the block, for hooks that do work that is missing there."""
         current = self.iter
         self.iter = self.storage.iter = iteration
@@ -426,11 +432,11 @@ class Trainer(DefaultTrainer):
         start = time.perf_counter()
         try:
             super().run_step()
-        except NotFinite as error:
+        except NonFiniteError as error:
             self._keep_last_good_state(error)
         self.seconds += time.perf_counter() - start
 
-    def _keep_last_good_state(self, error: NotFinite) -> None:
+    def _keep_last_good_state(self, error: NonFiniteError) -> None:
         failed_at = self.iter
         self.iter = self._trainer.iter = failed_at - 1
         self.checkpointer.save("model_last_good", iteration=self.iter)

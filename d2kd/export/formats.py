@@ -20,10 +20,10 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..modeling import outputs_of
+from ..modeling import get_outputs_class
 from ..utils.compat import tracing_adapter
 from ..utils.errors import InputError
-from ..utils.io import written_whole
+from ..utils.io import atomic_write
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 """Format -> file suffix."""
@@ -43,23 +43,23 @@ BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.1, 1e-3, 0.01
 fraction of the box's pixels in which they differ."""
 
 
-def exportable(detector: nn.Module) -> nn.Module:
+def prepare_for_export(detector: nn.Module) -> nn.Module:
     """Return the detector in eval mode on the CPU, after checking that :func:`write` supports it.
 
     Raises:
         InputError: if it is not a Faster, Mask or Cascade R-CNN with FPN, a RetinaNet, an FCOS or a GFL.
     """
-    outputs_of(detector)
+    get_outputs_class(detector)
     if getattr(getattr(detector, "roi_heads", None), "keypoint_on", False):
         raise InputError(type(detector).__name__, "RoI heads with keypoints", "boxes and masks")
     return detector.cpu().eval()
 
 
-def of_image(detector: nn.Module, image: Tensor) -> nn.Module:
+def single_image_model(detector: nn.Module, image: Tensor) -> nn.Module:
     """Wrap a detector as a function of one image, to be traced inside :func:`tracing`.
 
     Args:
-        detector: the result of :func:`exportable`, or another detector with Detectron2's interface.
+        detector: the result of :func:`prepare_for_export`, or another detector with Detectron2's interface.
         image: an example image.
 
     Returns:
@@ -103,7 +103,7 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
     """Write the detector to a file, atomically; the suffix selects the format.
 
     Args:
-        detector: the result of :func:`exportable`.
+        detector: the result of :func:`prepare_for_export`.
         path: ``*.onnx`` or ``*.ts``.
         metadata: strings to save in the file, together with the names of its ``outputs``: in ONNX's
             ``metadata_props``, or TorchScript's extra file ``metadata.json``.
@@ -112,8 +112,8 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
         InputError: if the packages to write ONNX are not installed.
     """
     image = torch.rand(3, *EXAMPLE, generator=torch.Generator().manual_seed(0)) * 255
-    model = of_image(detector, image)
-    with torch.no_grad(), tracing(), written_whole(path) as temporary:
+    model = single_image_model(detector, image)
+    with torch.no_grad(), tracing(), atomic_write(path) as temporary:
         outputs = list(FIELDS)[: len(model(image))]
         metadata = {**metadata, "outputs": " ".join(outputs)}
         if Path(path).suffix == FORMATS["torchscript"]:
@@ -121,7 +121,7 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
             extra = {"metadata.json": json.dumps(metadata)}
             torch.jit.save(traced, str(temporary), _extra_files=extra)
             return
-        onnx = imported("onnx")
+        onnx = import_optional("onnx")
         torch.onnx.export(
             model,
             model.flattened_inputs,
@@ -141,7 +141,7 @@ def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) ->
         onnx.save(graph, temporary)
 
 
-def imported(name: str) -> ModuleType:
+def import_optional(name: str) -> ModuleType:
     """Import a package of the extra ``export``.
 
     Raises:
@@ -170,7 +170,9 @@ class ExportedDetector:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        runtime = None if self.path.suffix == FORMATS["torchscript"] else imported("onnxruntime")
+        runtime = (
+            None if self.path.suffix == FORMATS["torchscript"] else import_optional("onnxruntime")
+        )
         try:
             self._open(runtime)
         except Exception as error:  # torch and onnxruntime have different exceptions
@@ -200,7 +202,7 @@ class ExportedDetector:
 
     @torch.no_grad()
     def detect(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Run the file on an image; inputs and outputs are those of :func:`of_image`."""
+        """Run the file on an image; inputs and outputs are those of :func:`single_image_model`."""
         image = image.float()
         if self._module is not None:
             return self._module(image)
@@ -219,7 +221,7 @@ class ExportedDetector:
         return results
 
 
-def strangers(a: Instances, b: Instances) -> int:
+def count_mismatches(a: Instances, b: Instances) -> int:
     """Count the detections in ``a`` and ``b`` without a match in the other.
 
     Two detections match if they have the same class, and boxes, scores and masks differ by no more than

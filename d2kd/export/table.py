@@ -25,18 +25,25 @@ from tabulate import tabulate
 from torch import nn
 
 from .. import __version__
-from ..config import builds, is_distiller, reading_mapper, student_of, teacher_of, without_weights
-from ..data import TwoScales
+from ..config import (
+    base_mapper,
+    has_target,
+    is_distiller,
+    student_node,
+    teacher_node,
+    without_weights,
+)
+from ..data import DownscaledStudentMapper
 from ..data.datasets import dataset_names
-from ..engine.checkpoint import learned_classes
+from ..engine.checkpoint import training_class_names
 from ..engine.evaluation import build_test_loader, do_test
-from ..modeling.meta_arch.distiller import class_map_of
-from ..modeling.weights import CLASSES, load_strict, read
+from ..modeling.meta_arch.distiller import build_class_map
+from ..modeling.weights import CLASSES_KEY, load_checkpoint, load_weights_strict
 from ..structures.class_map import num_classes_of
-from ..utils.console import quiet
-from ..utils.env import versions
+from ..utils.console import suppress_output
+from ..utils.env import collect_versions
 from ..utils.errors import InputError
-from .formats import ExportedDetector, of_image, strangers, tracing
+from .formats import ExportedDetector, count_mismatches, single_image_model, tracing
 
 FLOP_IMAGES = 3  # operations of two-stage detectors depend on the image
 WARM_UPS = 2
@@ -61,17 +68,17 @@ class Row:
     module: nn.Module
     size: int
     inputs: Callable[[list[dict]], list[dict]] = list
-    measurable: bool = True
+    has_ap: bool = True
 
 
-def built(config: DictConfig, weights: str) -> nn.Module:
+def build_student(config: DictConfig, weights: str) -> nn.Module:
     """Build the recipe's student with these weights, in eval mode on the CPU.
 
     Raises:
         InputError: if the weights cannot be read or do not match.
     """
-    detector = instantiate(without_weights(student_of(config.model)))
-    load_strict(detector, weights)
+    detector = instantiate(without_weights(student_node(config.model)))
+    load_weights_strict(detector, weights)
     return detector.eval().cpu()
 
 
@@ -85,14 +92,14 @@ def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
     """Return the row of the recipe's teacher, if any. Its AP is over the student's classes."""
     if not is_distiller(config.model):
         return None
-    teacher = instantiate(teacher_of(config.model))
-    class_map = class_map_of(student, teacher, instantiate(config.model.get("classes")))
-    detect = teacher.as_student(num_classes_of(student), class_map)
+    teacher = instantiate(teacher_node(config.model))
+    class_map = build_class_map(student, teacher, instantiate(config.model.get("classes")))
+    detect = teacher.predictor_in_student_classes(num_classes_of(student), class_map)
     return replace(
         detector_row("teacher", teacher.detector.cpu()),
         detect=detect or teacher.detect,
-        inputs=teacher.own_inputs,
-        measurable=detect is not None,
+        inputs=teacher.convert_inputs,
+        has_ap=detect is not None,
     )
 
 
@@ -108,10 +115,10 @@ def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str,
         InputError: if neither the weights nor the data have class names.
     """
     mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None)
-    reading = reading_mapper(mapper)
+    reading = base_mapper(mapper)
     own = getattr(detector, "input_format", "BGR")
     resizing = [str(instantiate(one)) for one in reading.get("augmentations", ())]
-    while mapper is not None and builds(mapper, TwoScales):
+    while mapper is not None and has_target(mapper, DownscaledStudentMapper):
         resizing.append(f"1/{mapper.scale} (means of {mapper.scale} x {mapper.scale} pixels)")
         mapper = mapper.mapper
     return {
@@ -125,16 +132,16 @@ def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str,
 
 
 def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:
-    names = read(weights).get(CLASSES)
+    names = load_checkpoint(weights).get(CLASSES_KEY)
     if names is None:
-        names = learned_classes(detector, dataset_names(config, "test"))
+        names = training_class_names(detector, dataset_names(config, "test"))
     if names is None or len(names) != num_classes_of(detector):
         found = f"{len(names or ())} names of {num_classes_of(detector)} classes"
         raise InputError(weights, found, "a checkpoint or test data that name the classes")
     return list(names)
 
 
-def first_images(config: DictConfig, count: int) -> list[list[dict]]:
+def first_test_images(config: DictConfig, count: int) -> list[list[dict]]:
     """Return the first test images, as batches of one.
 
     Raises:
@@ -148,18 +155,20 @@ def first_images(config: DictConfig, count: int) -> list[list[dict]]:
 
 
 @torch.no_grad()
-def agreement(first: Callable, second: Callable, batches: Sequence[list[dict]]) -> tuple[int, int]:
+def compare_detections(
+    first: Callable, second: Callable, batches: Sequence[list[dict]]
+) -> tuple[int, int]:
     """Return the number of detections of both, and how many of them have no match in the other."""
     total = unmatched = 0
     for batch in batches:
         for a, b in zip(first(batch), second(batch), strict=True):
             total += len(a["instances"]) + len(b["instances"])
-            unmatched += strangers(a["instances"], b["instances"])
+            unmatched += count_mismatches(a["instances"], b["instances"])
     return total, unmatched
 
 
 @torch.no_grad()
-def milliseconds(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[float]:
+def time_per_image(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[float]:
     """Return the median time per image of each row."""
     for row, batch in itertools.product(rows, batches[:WARM_UPS]):
         row.detect(batch)
@@ -177,8 +186,8 @@ def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
     """Return fvcore's multiply-adds per image in 10^9, averaged over the first image of each batch."""
     counts = []
     for first, *_ in batches:
-        model = of_image(detector, first["image"].float())
-        with tracing(), quiet():
+        model = single_image_model(detector, first["image"].float())
+        with tracing(), suppress_output():
             counter = FlopCountAnalysis(model, model.flattened_inputs)
             counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts.append(counter.total())
@@ -197,15 +206,15 @@ def compare(
         output: folder of the evaluator's files.
 
     Returns:
-        dict: the content of ``table.json``: versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
-        ``milliseconds``, ``megabytes`` and ``gflops``.
+        dict: the content of ``table.json``: collect_versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
+        ``time_per_image``, ``megabytes`` and ``gflops``.
     """
-    times = milliseconds(rows, batches)
+    times = time_per_image(rows, batches)
     measured = []
     for row, spent in zip(rows, times, strict=True):
         found = {}
-        if row.measurable:
-            with quiet():
+        if row.has_ap:
+            with suppress_output():
                 found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
         box = found.get("bbox", {})
         measured.append(
@@ -221,7 +230,7 @@ def compare(
     return {
         "schema": 1,
         "command": shlex.join(sys.argv),
-        "versions": versions(),
+        "versions": collect_versions(),
         "threads": torch.get_num_threads(),
         "images_timed": sum(map(len, batches)),
         "rows": measured,

@@ -1,6 +1,6 @@
 """Modules and functions that the losses are built of."""
 
 from .adapter import FeatureAdapter
-from .masks import paint
+from .masks import boxes_to_mask
 
-__all__ = ["FeatureAdapter", "paint"]
+__all__ = ["FeatureAdapter", "boxes_to_mask"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..utils.errors import InputError
 
 
-def point_positions(points: Tensor, channels: int) -> Tensor:
+def sine_position_embedding(points: Tensor, channels: int) -> Tensor:
     """Return sine position embeddings of points (DETR, arXiv 2005.12872).
 
     Args:
@@ -26,12 +26,12 @@ def point_positions(points: Tensor, channels: int) -> Tensor:
     Returns:
         ``(..., C)`` float32.
     """
-    return torch.cat([*_sines(*points.float().flip(-1).unbind(-1), channels)], dim=-1)
+    return torch.cat([*_sine_embeddings(*points.float().flip(-1).unbind(-1), channels)], dim=-1)
 
 
 @dataclass
 class CellPositions:
-    """Sine position embeddings of the cells of all levels, as in :func:`point_positions`.
+    """Sine position embeddings of the cells of all levels, as in :func:`sine_position_embedding`.
 
     Coordinates are counts of valid cells, scaled so that the last valid row and column are at 2 pi. Rows and columns
     are stored separately: H + W vectors instead of H W.
@@ -44,16 +44,16 @@ class CellPositions:
     columns: list[Tensor]
 
     @classmethod
-    def of(cls, valid: Iterable[Tensor], channels: int) -> CellPositions:
+    def from_masks(cls, valid: Iterable[Tensor], channels: int) -> CellPositions:
         """Create positions from masks ``(N, H, W)`` of each level, whose first rows and columns are valid."""
         positions = cls([], [])
-        for rows, columns in map(_places, valid):
-            rows, columns = _sines(rows[:, :, 0], columns[:, 0], channels)
+        for rows, columns in map(_normalized_coordinates, valid):
+            rows, columns = _sine_embeddings(rows[:, :, 0], columns[:, 0], channels)
             positions.rows.append(rows)
             positions.columns.append(columns)
         return positions
 
-    def mapped(self, weight: Tensor, bias: Tensor) -> Tensor:
+    def project(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Apply a linear map, weight ``(C', C)`` and bias ``(C',)``, to each cell's position.
 
         Returns:
@@ -67,7 +67,7 @@ class CellPositions:
         return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
 
 
-def _places(valid: Tensor) -> Iterable[Tensor]:
+def _normalized_coordinates(valid: Tensor) -> Iterable[Tensor]:
     """Yield the y and x coordinates of cells, ``(N, H, W)`` each, 1 in the last valid row and column."""
     for axis in (1, 2):
         count = valid.cumsum(axis, dtype=torch.float32)
@@ -75,7 +75,7 @@ def _places(valid: Tensor) -> Iterable[Tensor]:
         yield count / (last + 1e-6)
 
 
-def _sines(rows: Tensor, columns: Tensor, channels: int) -> Iterable[Tensor]:
+def _sine_embeddings(rows: Tensor, columns: Tensor, channels: int) -> Iterable[Tensor]:
     """Yield the row channels and the column channels, as a new last dimension."""
     for position, width in ((rows, channels // 2), (columns, channels - channels // 2)):
         index = torch.arange(width, device=position.device)
@@ -85,7 +85,7 @@ def _sines(rows: Tensor, columns: Tensor, channels: int) -> Iterable[Tensor]:
 
 
 @dataclass
-class Decoded:
+class DecoderOutput:
     """Output of a decoder layer.
 
     Attributes:
@@ -157,10 +157,10 @@ class InstanceDecoderLayer(nn.Module):
         tokens: Tensor,
         positions: CellPositions,
         valid: Tensor,
-        chosen: Tensor | None = None,
-        mebibytes: float = 64,
+        query_mask: Tensor | None = None,
+        max_memory_mib: float = 64,
         query_positions: Tensor | None = None,
-    ) -> Decoded:
+    ) -> DecoderOutput:
         """Attend to the cells of a pyramid.
 
         No tensor of size K x S is created if PyTorch has a fused attention for the device.
@@ -171,17 +171,17 @@ class InstanceDecoderLayer(nn.Module):
             positions: their positions, with C channels.
             valid: ``(N, S)`` bool, cells to attend to; at least one per image.
             chosen: ``(N, K)`` bool mask of the queries whose attention is returned, see :func:`summed_attention`.
-            mebibytes: memory limit of that computation, see :func:`summed_attention`.
+            max_memory_mib: memory limit of that computation, see :func:`summed_attention`.
             query_positions: ``(N, K, C)``.
         """
         query, key = self._query(queries, query_positions), self._key(tokens, positions)
-        value = by_head(self.value(tokens), self.heads)
+        value = split_heads(self.value(tokens), self.heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None])
         decoded = self.attention_norm(queries + self.out(attended.transpose(1, 2).flatten(2)))
-        decoded = Decoded(self.perceptron_norm(decoded + self.perceptron(decoded)), value)
-        if chosen is not None:
+        decoded = DecoderOutput(self.perceptron_norm(decoded + self.perceptron(decoded)), value)
+        if query_mask is not None:
             decoded.attention, decoded.entropy = summed_attention(
-                query, key, valid, chosen, mebibytes
+                query, key, valid, query_mask, max_memory_mib
             )
         return decoded
 
@@ -201,7 +201,7 @@ class InstanceDecoderLayer(nn.Module):
     def _query(self, queries: Tensor, positions: Tensor | None) -> Tensor:
         if positions is not None:
             queries = queries + self.position(positions)
-        return by_head(self.query(queries), self.heads)
+        return split_heads(self.query(queries), self.heads)
 
     def _key(self, tokens: Tensor, positions: CellPositions) -> Tensor:
         if self.normalize_keys:
@@ -210,12 +210,12 @@ class InstanceDecoderLayer(nn.Module):
         # and K x is added in place, so there is one tensor of the tokens' size instead of three.
         weight = self.key.weight @ self.position.weight
         bias = self.key.weight @ self.position.bias + self.key.bias
-        key = positions.mapped(weight, bias)
+        key = positions.project(weight, bias)
         key.baddbmm_(tokens, self.key.weight.t().expand(len(tokens), -1, -1))
-        return by_head(key, self.heads)
+        return split_heads(key, self.heads)
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """Split channels into heads: ``(N, L, C)`` to ``(N, M, L, d)``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -234,7 +234,7 @@ def _init_projection(linear: nn.Linear) -> nn.Linear:
 
 @torch.no_grad()
 def summed_attention(
-    query: Tensor, key: Tensor, valid: Tensor, chosen: Tensor, mebibytes: float = 64
+    query: Tensor, key: Tensor, valid: Tensor, query_mask: Tensor, max_memory_mib: float = 64
 ) -> tuple[Tensor, Tensor]:
     """Return the attention of the selected queries, summed for each image, and its entropy.
 
@@ -243,26 +243,26 @@ def summed_attention(
         key: ``(N, M, S, d)``.
         valid: ``(N, S)`` bool.
         chosen: ``(N, K)`` bool, the selected queries. A mask on the CPU avoids synchronization.
-        mebibytes: limit for logits and softmax of the queries of one chunk; a chunk has at least one query.
+        max_memory_mib: limit for logits and softmax of the queries of one chunk; a chunk has at least one query.
 
     Returns:
-        ``(N, M, S)``, whose sum over cells is the number of selected queries; and the entropy, see :class:`Decoded`.
+        ``(N, M, S)``, whose sum over cells is the number of selected queries; and the entropy, see :class:`DecoderOutput`.
     """
     _, heads, cells, _ = key.shape
-    rows = max(1, int(mebibytes * 2**20 / (2 * heads * cells * key.element_size())))
+    rows = max(1, int(max_memory_mib * 2**20 / (2 * heads * cells * key.element_size())))
     summed, total_entropy = key.new_zeros(key.shape[:3]), key.new_zeros(())
-    counts = chosen.sum(dim=1).tolist()
-    slots = chosen.nonzero()[:, 1].to(key.device, non_blocking=True).split(counts)
+    counts = query_mask.sum(dim=1).tolist()
+    slots = query_mask.nonzero()[:, 1].to(key.device, non_blocking=True).split(counts)
     for i, selected in enumerate(slots):
         uniform_entropy = valid[i].sum().clamp(min=2).log()
         for chunk in query[i, :, selected].split(rows, dim=1):
-            attention, entropy = _attended(chunk, key[i], valid[i])
+            attention, entropy = _attention_and_entropy(chunk, key[i], valid[i])
             summed[i] += attention
             total_entropy += entropy / uniform_entropy
     return summed, total_entropy / (heads * sum(counts))
 
 
-def _attended(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_and_entropy(query: Tensor, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return attention ``(M, S)`` and entropy, summed over queries. Larger tensors are freed on return."""
     attention = _logits(query, key, valid).softmax(dim=-1)
     return attention.sum(dim=1), torch.special.entr(attention).sum()

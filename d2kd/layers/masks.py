@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 MASK_KINDS = ("gaussian", "box")
 
-AT_ONCE = 2**24
+MAX_CELLS_PER_CHUNK = 2**24
 """Maximum number of cells, over objects, per chunk (64 MiB); a chunk has at least one object of each image."""
 
 
@@ -27,7 +27,9 @@ def pad_boxes(boxes: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussian") -> Tensor:
+def boxes_to_mask(
+    boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussian"
+) -> Tensor:
     """Draw each image's boxes on the grid of a level. Where boxes overlap, the larger value is used.
 
     * ``"gaussian"``: ``exp(-dx^2 / 2 - dy^2 / 2)`` inside a box, 0 outside. dx and dy are distances to its centre in
@@ -49,7 +51,7 @@ def paint(boxes: Tensor, size: tuple[int, int], stride: int, kind: str = "gaussi
     # A two-dimensional Gaussian is the product of two one-dimensional ones, each (N, G, cells).
     rows, columns = _along(y, y0, y1, kind)[..., None], _along(x, x0, x1, kind)[:, :, None]
     mask = torch.zeros(len(boxes), *size, device=boxes.device)
-    chunk = max(1, AT_ONCE // max(1, mask.numel()))
+    chunk = max(1, MAX_CELLS_PER_CHUNK // max(1, mask.numel()))
     for start in range(0, boxes.shape[1], chunk):
         part = slice(start, start + chunk)
         mask = torch.maximum(mask, (rows[:, part] * columns[:, part]).amax(dim=1))

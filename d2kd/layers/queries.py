@@ -28,7 +28,7 @@ def descriptor_size(num_classes: int) -> int:
     return num_classes + 2 * _CENTER + 2 * _BINS
 
 
-def describe(classes: Tensor, centers: Tensor, sides: Tensor, num_classes: int) -> Tensor:
+def make_descriptors(classes: Tensor, centers: Tensor, sides: Tensor, num_classes: int) -> Tensor:
     """Return descriptors of class, position and quantized size.
 
     Args:
@@ -54,17 +54,17 @@ class InstanceQueries:
     """The queries of a batch. Images with fewer than K have empty slots at the end, where all values are 0.
 
     Attributes:
-        descriptors: ``(N, K, C + 266)``, see :func:`describe`.
+        descriptors: ``(N, K, C + 266)``, see :func:`make_descriptors`.
         centers: ``(N, K, 2)``, x and y of the jittered centre.
         edge_distances: ``(N, K, 4)``, from the jittered centre to the left, top, right and bottom of the box.
-        is_real: ``(N, K)`` bool, slots with a real object, not a negative.
+        is_positive: ``(N, K)`` bool, slots with a real object, not a negative.
         is_used: ``(N, K)`` bool, slots that are not empty.
     """
 
     descriptors: Tensor
     centers: Tensor
     edge_distances: Tensor
-    is_real: Tensor
+    is_positive: Tensor
     is_used: Tensor
 
     def to(self, device: torch.device) -> InstanceQueries:
@@ -73,9 +73,9 @@ class InstanceQueries:
         )
 
 
-def query_count(objects: int, fakes_per_object: float, max_queries: int) -> int:
+def num_queries(objects: int, negatives_per_instance: float, max_queries: int) -> int:
     """Return the number of queries of an image: at least one, and at least its objects."""
-    wanted = max(1, math.floor(objects * (1 + fakes_per_object)))
+    wanted = max(1, math.floor(objects * (1 + negatives_per_instance)))
     return min(wanted, max(max_queries, objects))
 
 
@@ -83,7 +83,7 @@ def make_queries(
     gt_instances: Sequence[Instances],
     priors: InstancePriors,
     *,
-    fakes_per_object: float = 5.0,
+    negatives_per_instance: float = 5.0,
     max_queries: int = 300,
     jitter: float = 0.3,
     generator: torch.Generator | None = None,
@@ -92,8 +92,8 @@ def make_queries(
 
     Args:
         gt_instances: ``gt_boxes`` in pixels of ``image_size``, and ``gt_classes``.
-        priors: distribution of the negatives, see :func:`sample_fakes`.
-        fakes_per_object: number of negatives per object.
+        priors: distribution of the negatives, see :func:`sample_negatives`.
+        negatives_per_instance: number of negatives per object.
         max_queries: maximum number of queries of an image, unless it has more objects.
         jitter: maximum offset of a query's centre, in box widths and heights, for objects and negatives.
         generator: random generator of the negatives and the jitter.
@@ -115,8 +115,8 @@ def make_queries(
     ):
         height, width = gt.image_size
         size = torch.tensor([width, height], dtype=torch.float32)
-        count = query_count(len(gt), fakes_per_object, max_queries)
-        boxes, classes = sample_fakes(priors, count, generator)
+        count = num_queries(len(gt), negatives_per_instance, max_queries)
+        boxes, classes = sample_negatives(priors, count, generator)
         real = torch.arange(count) < len(gt)
         boxes[real] = gt_boxes / size.repeat(2)
         classes[real] = gt_classes
@@ -126,13 +126,13 @@ def make_queries(
         sides = high - low
         offset = (2 * torch.rand(count, 2, generator=generator) - 1) * jitter
         centers = (low + high) / 2 + offset * sides
-        descriptors = describe(classes, centers, sides * size, num_classes)
+        descriptors = make_descriptors(classes, centers, sides * size, num_classes)
         distances = torch.cat([centers - low, high - centers], dim=1)
         images.append((descriptors, centers, distances, real, torch.ones_like(real)))
     return InstanceQueries(*(pad_sequence(list(x), batch_first=True) for x in zip(*images)))
 
 
-def sample_fakes(
+def sample_negatives(
     priors: InstancePriors, count: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sample boxes ``(count, 4)``, XYXY in [0, 1], and their classes ``(count,)``.

@@ -10,9 +10,9 @@ from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
-from ..modeling.outputs import Unreadable
+from ..modeling.outputs import OutputNotAvailable
 from ..structures.class_map import ClassMap
-from ..utils.comm import over_processes
+from ..utils.comm import reduce_mean
 from ..utils.errors import InputError
 
 Weight = float | ParamScheduler
@@ -21,7 +21,7 @@ Weight = float | ParamScheduler
 _END = math.nextafter(1.0, 0.0)
 
 
-def value_of(weight: Weight, progress: float) -> float:
+def get_weight(weight: Weight, progress: float) -> float:
     """Return the value of a coefficient at ``progress = iteration / max_iter``.
 
     fvcore's schedules are defined below 1. A run continued past its end keeps the last value.
@@ -53,7 +53,7 @@ class DistillLoss(nn.Module):
 
     Subclasses implement ``forward(student, teacher)`` and return a scalar, or a dict of named scalars. The teacher
     computes only the outputs that are read. Adapters and decoders are ordinary submodules. They are created in the
-    constructor or, where they depend on the detectors, in :meth:`bind`.
+    constructor or, where they depend on the detectors, in :meth:`setup`.
 
     Args:
         weight: coefficient of the loss, a number or a schedule.
@@ -67,14 +67,14 @@ class DistillLoss(nn.Module):
     term_weights: Mapping[str, str] = {}
     """The weight argument of each term whose argument is not called ``<term>_weight``."""
 
-    changes: tuple[float, ...] = ()
+    milestones: tuple[float, ...] = ()
     """Fractions of the run at which the amount of computation changes, other than by a weight of 0."""
 
     class_map: ClassMap | None = None
-    """The classes that both detectors have. None if their class lists are equal. Set before :meth:`bind`."""
+    """The classes that both detectors have. None if their class lists are equal. Set before :meth:`setup`."""
 
     scale = 1
-    """Size of the teacher's images relative to the student's. Set before :meth:`bind`."""
+    """Size of the teacher's images relative to the student's. Set before :meth:`setup`."""
 
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
         super().__init__()
@@ -82,7 +82,7 @@ class DistillLoss(nn.Module):
         self.across_processes = across_processes
         self.progress = 0.0
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         """Create what depends on the detectors. Called once, before the optimizer is built.
 
         Raises:
@@ -92,7 +92,7 @@ class DistillLoss(nn.Module):
     def forward(self, student, teacher) -> Tensor | dict[str, Tensor]:
         raise NotImplementedError
 
-    def normalizer(self, *counts: Tensor, least: float = 1.0) -> Tensor:
+    def normalizer(self, *counts: Tensor, min_total: float = 1.0) -> Tensor:
         """Return a divisor for each count of this process.
 
         If ``across_processes``, it is the total over processes, at least ``least``, divided by their number. This is a
@@ -101,8 +101,8 @@ class DistillLoss(nn.Module):
         """
         stacked = torch.stack([count.detach().float() for count in counts])
         if self.across_processes:
-            return over_processes(stacked, least)
-        return stacked.clamp(min=least)
+            return reduce_mean(stacked, min_total)
+        return stacked.clamp(min=min_total)
 
 
 class DistillLosses(nn.Module):
@@ -133,18 +133,18 @@ class DistillLosses(nn.Module):
     def taps(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(tap for loss in self.by_name.values() for tap in loss.taps))
 
-    def bind(
+    def setup(
         self,
         student: nn.Module,
         teacher: nn.Module,
         class_map: ClassMap | None = None,
         scale: int = 1,
     ) -> None:
-        """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.bind`."""
+        """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.setup`."""
         for name, loss in self.by_name.items():
             loss.class_map, loss.scale = class_map, scale
             try:
-                loss.bind(student, teacher)
+                loss.setup(student, teacher)
             except InputError as error:
                 raise InputError(
                     f"losses.{name}.{error.culprit}", error.found, error.expected
@@ -155,14 +155,14 @@ class DistillLosses(nn.Module):
         terms: dict[str, Tensor] = {}
         storage = get_event_storage()
         for name, loss in self.by_name.items():
-            weight = value_of(loss.weight, progress)
+            weight = get_weight(loss.weight, progress)
             storage.put_scalar(f"distill/weight_{name}", weight, smoothing_hint=False)
             key = f"distill/loss_{name}"
             if weight != 0.0:
                 loss.progress = progress
                 try:
                     value = loss(student, teacher)
-                except Unreadable as error:
+                except OutputNotAvailable as error:
                     raise InputError(
                         f"losses.{name}", error, "outputs that both detectors have"
                     ) from error
@@ -186,7 +186,7 @@ def zero_from_params(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [torch.stack(zeros).sum()] if zeros else []
 
 
-def is_off(weight: Weight) -> bool:
+def is_zero(weight: Weight) -> bool:
     """Return whether a coefficient is 0 throughout, so its term needs no modules."""
     return not isinstance(weight, ParamScheduler) and (weight == 0 or math.isnan(weight))
 

@@ -109,7 +109,7 @@ class ERDLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: if an option is unknown. In ``bind``: if the detectors are not two GFLs with equal anchors, have no
+        InputError: if an option is unknown. In ``setup``: if the detectors are not two GFLs with equal anchors, have no
             class in common, or the student has fewer classes than the teacher.
 
     Example:
@@ -151,18 +151,18 @@ class ERDLoss(DistillLoss):
         self.reference_images_per_process = reference_images_per_process
         self.box_weight_from = box_weight_from
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         bins = [getattr(getattr(d, "head", None), "reg_max", None) for d in (student, teacher)]
         if None in bins or bins[0] != bins[1]:
             names = [type(d).__name__ for d in (student, teacher)]
             found = f"student {names[0]} with reg_max {bins[0]}, teacher {names[1]} with {bins[1]}"
             raise InputError("distributions", found, "two GFLs with the same reg_max")
         check_anchors(student, teacher, self.scale)
-        check_old_classes(self, student, teacher)
+        set_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        student_predictions = self.answer(student, "of_student")
-        teacher_predictions = self.answer(teacher, "of_teacher")
+        student_predictions = self.gather_predictions(student, "student_ids")
+        teacher_predictions = self.gather_predictions(teacher, "teacher_ids")
         selection = self.select(teacher, teacher_predictions)
         squares, values = self.class_terms(student_predictions, teacher_predictions, selection)
         boxes = self.box_terms(student_predictions, teacher_predictions, selection)
@@ -183,10 +183,10 @@ class ERDLoss(DistillLoss):
         get_event_storage().put_scalars(**scalars)
         return {"classification": classification, "box": boxes.sum() * scale}
 
-    def answer(self, outputs, side: str) -> Predictions:
+    def gather_predictions(self, outputs, side: str) -> Predictions:
         """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "of_student" or "of_teacher"."""
         return Predictions(
-            torch.cat(outputs.pred_logits, dim=1).float()[..., old_classes(self, side)],
+            torch.cat(outputs.pred_logits, dim=1).float()[..., old_class_ids(self, side)],
             torch.cat(outputs.pred_distributions, dim=1),
         )
 
@@ -247,11 +247,11 @@ def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
     return responses > bound[:, None]
 
 
-def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
+def old_class_ids(loss: DistillLoss, side: str) -> slice | list[int]:
     """Return indices of the classes that both detectors have; without class names, the teacher's come first.
 
     Args:
-        loss: a loss for which :func:`check_old_classes` was called.
+        loss: a loss for which :func:`set_old_classes` was called.
         side: whose class indices, "of_student" or "of_teacher".
     """
     if loss.class_map is None:
@@ -259,7 +259,7 @@ def old_classes(loss: DistillLoss, side: str) -> slice | list[int]:
     return getattr(loss.class_map, side)
 
 
-def check_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:
+def set_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:
     """Set ``num_classes`` and ``num_old_classes`` of a loss.
 
     Raises:

@@ -93,9 +93,9 @@ def masked_squared_error(
         tensor(1.5000)
     """
     cells = (student - teacher).square().sum(dim=1)
-    return (cells * mask).sum() / (2 * at_least_one(mask.sum(), normalizer))
+    return (cells * mask).sum() / (2 * resolve_normalizer(mask.sum(), normalizer))
 
 
-def at_least_one(count: Tensor, normalizer: Tensor | None) -> Tensor:
+def resolve_normalizer(count: Tensor, normalizer: Tensor | None) -> Tensor:
     """Return ``normalizer`` if given, otherwise ``max(1, count)``."""
     return count.clamp(min=1) if normalizer is None else normalizer

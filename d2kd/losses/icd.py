@@ -25,19 +25,19 @@ from torchvision.ops import MLP
 from ..layers.adapter import match_levels
 from ..layers.attention import (
     CellPositions,
-    Decoded,
+    DecoderOutput,
     InstanceDecoderLayer,
-    by_head,
-    point_positions,
+    sine_position_embedding,
+    split_heads,
     value_projection,
 )
-from ..layers.masks import pad_boxes, paint, valid_cells
+from ..layers.masks import boxes_to_mask, pad_boxes, valid_cells
 from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from ..structures.class_map import num_classes_of
 from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
-from .base import DistillLoss, Weight, value_of
-from .functional import at_least_one, in_float32
+from .base import DistillLoss, Weight, get_weight
+from .functional import in_float32, resolve_normalizer
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ICDLoss(DistillLoss):
         distillation_weight: lambda. None: 3 for two-stage students, 8 for others.
         identification_weight, localization_weight: weights of the auxiliary terms.
         heads, layers: number of attention heads and of layers of the decoder, which has the teacher's channels.
-        fakes_per_object: number of negatives per object.
+        negatives_per_instance: number of negatives per object.
         max_queries: limit per image, unless it has more objects. None: 100 for two-stage students, 300 for others.
         jitter: maximum offset of a query's point from the box centre, in box widths and heights.
         query_positions: whether queries get position embeddings like the cells', see
@@ -89,14 +89,14 @@ class ICDLoss(DistillLoss):
             cell whose centre is in an object's box.
         normalizer: "image", as in the authors' code: images with objects have equal weight, others are 0; or
             "instance", as in the paper: all objects of the batch have equal weight.
-        attention_mebibytes: memory for the objects' attention, see :func:`d2kd.layers.attention.summed_attention`.
+        max_attention_mib: memory for the objects' attention, see :func:`d2kd.layers.attention.summed_attention`.
         seed: seed of the loss's own random generator. Its position is part of ``state_dict()``. Negative: a random
             seed, as with ``train.seed``.
         weight: weight of all terms.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: if an option is invalid. In ``bind``: if heads do not divide the teacher's channels, if channels
+        InputError: if an option is invalid. In ``setup``: if heads do not divide the teacher's channels, if channels
             differ between levels, or if the priors have another number of classes. In ``forward``: if an object has
             a class index out of range.
 
@@ -117,7 +117,7 @@ class ICDLoss(DistillLoss):
         localization_weight: Weight = 1.0,
         heads: int = 8,
         layers: int = 1,
-        fakes_per_object: float = 5.0,
+        negatives_per_instance: float = 5.0,
         max_queries: int | None = None,
         jitter: float = 0.3,
         query_positions: bool = False,
@@ -126,7 +126,7 @@ class ICDLoss(DistillLoss):
         start: float = 1000 / 90000,
         weights: str = "attention",
         normalizer: str = "image",
-        attention_mebibytes: float = 64,
+        max_attention_mib: float = 64,
         seed: int = 0,
         weight: Weight = 1.0,
         across_processes: bool = True,
@@ -140,7 +140,12 @@ class ICDLoss(DistillLoss):
                 raise InputError(culprit, given, " or ".join(known))
         for culprit, given, fits, expected in (
             ("layers", layers, layers >= 1, "at least 1"),
-            ("fakes_per_object", fakes_per_object, fakes_per_object >= 0, "0 or more"),
+            (
+                "negatives_per_instance",
+                negatives_per_instance,
+                negatives_per_instance >= 0,
+                "0 or more",
+            ),
             ("max_queries", max_queries, max_queries is None or max_queries >= 1, "at least 1"),
             ("jitter", jitter, 0 <= jitter < 0.5, "from 0 to less than 0.5, to stay in the box"),
             ("aux_warmup", aux_warmup, 0 <= aux_warmup < 1, "a fraction of the run, less than 1"),
@@ -148,24 +153,28 @@ class ICDLoss(DistillLoss):
         ):
             if not fits:
                 raise InputError(culprit, given, expected)
-        self.wanted = None if levels is None else list(levels)
+        self.level_names = None if levels is None else list(levels)
         self.priors = InstancePriors.load(priors) if isinstance(priors, str) else priors
         self.distillation_weight = distillation_weight
         self.identification_weight = identification_weight
         self.localization_weight = localization_weight
         self.heads, self.layers = heads, layers
-        self.fakes_per_object, self.max_queries, self.jitter = fakes_per_object, max_queries, jitter
+        self.negatives_per_instance, self.max_queries, self.jitter = (
+            negatives_per_instance,
+            max_queries,
+            jitter,
+        )
         self.query_positions, self.normalize_keys = query_positions, normalize_keys
         self.aux_warmup, self.distill_start = aux_warmup, aux_warmup + start
-        self.changes = aux_warmup, self.distill_start
+        self.milestones = aux_warmup, self.distill_start
         self.weights, self.normalize_by = weights, normalizer
-        self.attention_mebibytes = attention_mebibytes
+        self.max_attention_mib = max_attention_mib
         self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.draws = 0  # with this seed
+        self.num_forwards = 0  # with this seed
         self._before_distill = False
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
         shapes = student.backbone.output_shape()
         self.strides = {level: shapes[level].stride for level in self.levels}
         two_stage = hasattr(student, "roi_heads")
@@ -191,7 +200,7 @@ class ICDLoss(DistillLoss):
         """
         if self.priors is None:
             logger.warning("no priors given: all classes have the same frequency and sizes")
-            self.priors = InstancePriors.unknown(num_classes)
+            self.priors = InstancePriors.uniform(num_classes)
         if self.priors.num_classes != num_classes:
             found = f"of {self.priors.num_classes} classes"
             raise InputError("priors", found, f"{num_classes}, the student's classes")
@@ -222,7 +231,7 @@ class ICDLoss(DistillLoss):
         queries = make_queries(
             student.gt_instances,
             self.priors,
-            fakes_per_object=self.fakes_per_object,
+            negatives_per_instance=self.negatives_per_instance,
             max_queries=self.max_queries,
             jitter=self.jitter,
             generator=self._generator(),
@@ -243,23 +252,23 @@ class ICDLoss(DistillLoss):
         if self.weights == "box":
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
             inside = [
-                mask & paint(boxes, tuple(mask.shape[-2:]), stride, "box").bool()
+                mask & boxes_to_mask(boxes, tuple(mask.shape[-2:]), stride, "box").bool()
                 for mask, stride in zip(valid, self.strides.values(), strict=True)
             ]
             compared = torch.cat([x.flatten(1) for x in inside], dim=1)
-        layer_losses = self.read(
+        layer_losses = self.run_decoder(
             None if self.progress < self.aux_warmup else tokens(student_maps),
             tokens(teacher_maps),
             torch.cat([x.flatten(1) for x in valid], dim=1),
-            CellPositions.of(valid, t.shape[1]),
+            CellPositions.from_masks(valid, t.shape[1]),
             queries,
             compared,
         )
         self._log_metrics(layer_losses, queries)
-        return self.terms(layer_losses)
+        return self.weighted_terms(layer_losses)
 
     @in_float32
-    def read(
+    def run_decoder(
         self,
         student: Tensor | None,
         teacher: Tensor,
@@ -275,45 +284,47 @@ class ICDLoss(DistillLoss):
                 distillation. Before distillation starts, the student gets no gradient.
             valid: ``(N, S)`` bool, cells that the image covers.
             positions: positions of these cells, with the teacher's C.
-            queries: K slots per image; best on the CPU, where ``is_real`` is read without synchronization.
+            queries: K slots per image; best on the CPU, where ``is_positive`` is read without synchronization.
             compared: ``(N, S)`` bool, cells with equal weights unless weights are the attention. Default: ``valid``.
         """
         if student is not None and self.progress < self.distill_start:
             student = student.detach()
         use_attention = student is not None and self.weights == "attention"
         compared = valid if compared is None else compared
-        query_mask = queries.is_real if use_attention else None
+        query_mask = queries.is_positive if use_attention else None
         queries = queries.to(teacher.device)
         used, real, images = self.normalizer(
             queries.is_used.sum(),
-            queries.is_real.sum(),
+            queries.is_positive.sum(),
             valid.new_full((), len(valid), dtype=torch.float32),
         )
-        x, query_positions = self.encoded(queries)
+        x, query_positions = self.encode_queries(queries)
         layer_losses = []
         for layer, student_value in zip(self.decoder, self.student_values):
             decoded = layer(
-                x, teacher, positions, valid, query_mask, self.attention_mebibytes, query_positions
+                x, teacher, positions, valid, query_mask, self.max_attention_mib, query_positions
             )
             logits = self.auxiliary_head(decoded.queries)
             losses = DecoderLayerLosses(
                 decoded,
-                identification_loss(logits[..., 0], queries.is_real, queries.is_used, used),
-                localization_loss(logits[..., 1:], queries.edge_distances, queries.is_real, real),
+                identification_loss(logits[..., 0], queries.is_positive, queries.is_used, used),
+                localization_loss(
+                    logits[..., 1:], queries.edge_distances, queries.is_positive, real
+                ),
             )
             if student is not None:
                 if use_attention:
                     weights = decoded.attention
                 else:  # summed over the objects of an image, as attention is; 0 for an image without objects
-                    objects = queries.is_real.sum(-1)[:, None, None]
+                    objects = queries.is_positive.sum(-1)[:, None, None]
                     weights = objects * compared[:, None]
                     weights = weights / compared.sum(-1).clamp(min=1)[:, None, None]
                     weights = weights.expand(-1, self.heads, -1)
                 if self.normalize_by == "instance":
-                    (total,) = self.normalizer(weights.float().sum(), least=1e-6)
+                    (total,) = self.normalizer(weights.float().sum(), min_total=1e-6)
                 else:
                     total = images * self.heads
-                values = by_head(student_value(student), self.heads)
+                values = split_heads(student_value(student), self.heads)
                 losses.distance = value_distance(
                     values, decoded.values.detach(), weights, self.normalize_by, total
                 )
@@ -321,14 +332,14 @@ class ICDLoss(DistillLoss):
             x = decoded.queries
         return layer_losses
 
-    def encoded(self, queries: InstanceQueries) -> tuple[Tensor, Tensor | None]:
+    def encode_queries(self, queries: InstanceQueries) -> tuple[Tensor, Tensor | None]:
         """Return query embeddings ``(N, K, C)`` and, if queries have positions, their embeddings ``(N, K, C)``."""
         embeddings = self.query_encoder(queries.descriptors)
         if not self.query_positions:
             return embeddings, None
-        return embeddings, point_positions(queries.centers, embeddings.shape[-1])
+        return embeddings, sine_position_embedding(queries.centers, embeddings.shape[-1])
 
-    def terms(self, layers: list[DecoderLayerLosses]) -> dict[str, Tensor]:
+    def weighted_terms(self, layers: list[DecoderLayerLosses]) -> dict[str, Tensor]:
         """Return the weighted terms by name, without those of weight 0."""
         terms = {
             "identification": (self.identification_weight, sum(x.identification for x in layers)),
@@ -338,24 +349,25 @@ class ICDLoss(DistillLoss):
             distance = sum(x.distance for x in layers) / len(layers)
             terms["distillation"] = (self.distillation_weight, distance)
         weighted = {
-            name: (value_of(weight, self.progress), term) for name, (weight, term) in terms.items()
+            name: (get_weight(weight, self.progress), term)
+            for name, (weight, term) in terms.items()
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
 
     # Not buffers, whose reading would synchronize with the GPU in each step.
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.draws, self.seed])
+        return torch.tensor([self.num_forwards, self.seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.draws, self.seed = (int(number) for number in state)
+        self.num_forwards, self.seed = (int(number) for number in state)
 
     def _generator(self) -> torch.Generator:
         """Return the generator of this step, seeded by the seed, the process rank and the number of steps.
 
         One number in the checkpoint, equal in all processes, thus restores the generator of each process.
         """
-        key = (self.seed, comm.get_rank(), self.draws)
-        self.draws += 1
+        key = (self.seed, comm.get_rank(), self.num_forwards)
+        self.num_forwards += 1
         (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(word) >> 1)
 
@@ -367,7 +379,7 @@ class ICDLoss(DistillLoss):
 
         # Losses possible without the teacher's features: a constant probability, the fraction of real objects; and
         # the exact size of every box, but not the position of the jittered point in it.
-        real = float(queries.is_real.sum() / queries.is_used.sum())
+        real = float(queries.is_positive.sum() / queries.is_used.sum())
         identification_baseline = -sum(p * math.log(p) for p in (real, 1 - real) if p > 0)
         localization_baseline = 2 * self.jitter * (real > 0)
         values = {}
@@ -385,7 +397,7 @@ class ICDLoss(DistillLoss):
             for key, value in zip(values, torch.stack(list(values.values())).tolist()):
                 storage.put_scalar(key, value)
 
-        if self.progress < self.distill_start or self.draws == 1:
+        if self.progress < self.distill_start or self.num_forwards == 1:
             self._before_distill = True
         if self._before_distill and self.progress >= self.distill_start:
             self._before_distill = False
@@ -424,7 +436,7 @@ class DecoderLayerLosses:
         distance: unweighted distillation term, see :func:`value_distance`; None without a student.
     """
 
-    decoded: Decoded
+    decoded: DecoderOutput
     identification: Tensor
     localization: Tensor
     distance: Tensor | None = None
@@ -437,33 +449,35 @@ def tokens(maps: Iterable[Tensor]) -> Tensor:
 
 @in_float32
 def identification_loss(
-    logits: Tensor, is_real: Tensor, is_used: Tensor, normalizer: Tensor | None = None
+    logits: Tensor, is_positive: Tensor, is_used: Tensor, normalizer: Tensor | None = None
 ) -> Tensor:
-    """Return the binary cross-entropy of ``is_real``, averaged over the used slots.
+    """Return the binary cross-entropy of ``is_positive``, averaged over the used slots.
 
     Args:
-        logits, is_real, is_used: ``(N, K)``.
+        logits, is_positive, is_used: ``(N, K)``.
         normalizer: replaces the number of used slots.
     """
-    entropy = F.binary_cross_entropy_with_logits(logits, is_real.to(logits), reduction="none")
-    return (entropy * is_used).sum() / at_least_one(is_used.sum(), normalizer)
+    entropy = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits), reduction="none")
+    return (entropy * is_used).sum() / resolve_normalizer(is_used.sum(), normalizer)
 
 
 @in_float32
 def localization_loss(
-    logits: Tensor, edge_distances: Tensor, is_real: Tensor, normalizer: Tensor | None = None
+    logits: Tensor, edge_distances: Tensor, is_positive: Tensor, normalizer: Tensor | None = None
 ) -> Tensor:
     """Return the L1 errors of the four edge distances, in box widths and heights, summed and averaged over objects.
 
     Args:
         logits: ``(N, K, 4)``, before the sigmoid.
         edge_distances: ``(N, K, 4)``, to the left, top, right and bottom, as fractions of image width and height.
-        is_real: ``(N, K)``.
+        is_positive: ``(N, K)``.
         normalizer: replaces the number of objects.
     """
     sides = (edge_distances[..., :2] + edge_distances[..., 2:]).clamp(min=1e-7)
     error = (logits.sigmoid() - edge_distances).abs().unflatten(-1, (2, 2)) / sides[..., None, :]
-    return (error.sum(dim=(-1, -2)) * is_real).sum() / at_least_one(is_real.sum(), normalizer)
+    return (error.sum(dim=(-1, -2)) * is_positive).sum() / resolve_normalizer(
+        is_positive.sum(), normalizer
+    )
 
 
 @in_float32

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers.adapter import FeatureAdapter, match_levels
-from ..layers.masks import MASK_KINDS, pad_boxes, paint, valid_cells
+from ..layers.masks import MASK_KINDS, boxes_to_mask, pad_boxes, valid_cells
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
@@ -26,7 +26,7 @@ class ImitationLoss(DistillLoss):
 
     Args:
         levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
-        mask: "gaussian" or "box", see :func:`d2kd.layers.masks.paint`; or "none", all cells covered by the images.
+        mask: "gaussian" or "box", see :func:`d2kd.layers.masks.boxes_to_mask`; or "none", all cells covered by the images.
         adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
         weight: a number or a schedule. The default 0.01 is FGFI's.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
@@ -48,14 +48,14 @@ class ImitationLoss(DistillLoss):
         across_processes: bool = True,
     ):
         super().__init__(weight=weight, across_processes=across_processes)
-        self.wanted = None if levels is None else list(levels)
+        self.level_names = None if levels is None else list(levels)
         if mask not in (*MASK_KINDS, "none"):
             raise InputError("mask", mask, " or ".join((*MASK_KINDS, "none")))
         self.mask = mask
         self.adapter = adapter
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.wanted, self.scale)
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
         shapes = student.backbone.output_shape()
         self.strides = {level: shapes[level].stride for level in self.levels}
         self.adapters = FeatureAdapter(
@@ -82,7 +82,7 @@ class ImitationLoss(DistillLoss):
         else:
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
             masks = [
-                paint(boxes, tuple(adapted.shape[-2:]), self.strides[level], self.mask)
+                boxes_to_mask(boxes, tuple(adapted.shape[-2:]), self.strides[level], self.mask)
                 for level, (adapted, _) in zip(self.levels, pairs)
             ]
         normalizers = self.normalizer(*(mask.sum() for mask in masks))

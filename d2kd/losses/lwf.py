@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..layers.masks import valid_cells
 from ..modeling.outputs import DenseOutputs
 from .base import DistillLoss, Weight, check_anchors
-from .erd import check_old_classes, old_classes
+from .erd import old_class_ids, set_old_classes
 
 
 class LwFLoss(DistillLoss):
@@ -27,7 +27,7 @@ class LwFLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: in ``bind``, if the detectors have different anchors, no class in common, or the student has fewer
+        InputError: in ``setup``, if the detectors have different anchors, no class in common, or the student has fewer
             classes than the teacher.
 
     Example:
@@ -41,14 +41,14 @@ class LwFLoss(DistillLoss):
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
         super().__init__(weight=weight, across_processes=across_processes)
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         check_anchors(student, teacher, self.scale)
-        check_old_classes(self, student, teacher)
+        set_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> Tensor:
         s, t = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
         difference = (
-            s[..., old_classes(self, "of_student")] - t[..., old_classes(self, "of_teacher")]
+            s[..., old_class_ids(self, "student_ids")] - t[..., old_class_ids(self, "teacher_ids")]
         )
         valid = valid_locations(teacher)
         (count,) = self.normalizer(valid.sum() * difference.shape[-1])

@@ -27,11 +27,11 @@ from fvcore.common.param_scheduler import (
 from torch import Tensor, nn
 
 from ..modeling.matcher import is_foreground
-from ..modeling.outputs import scores_by_sigmoid
+from ..modeling.outputs import uses_sigmoid_scores
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
-from .base import DistillLoss, Weight, check_anchors, is_off, value_of
-from .functional import at_least_one, in_float32, sigmoid_divergence, softmax_kl
+from .base import DistillLoss, Weight, check_anchors, get_weight, is_zero
+from .functional import in_float32, resolve_normalizer, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class TARLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Raises:
-        InputError: if a gate is unknown. In ``bind``: if one detector is two-stage and the other one-stage, if anchors
+        InputError: if a gate is unknown. In ``setup``: if one detector is two-stage and the other one-stage, if anchors
             differ, if a box head has ``use_sigmoid_ce``, or if classes differ and their names were not given.
 
     Example:
@@ -130,7 +130,7 @@ class TARLoss(DistillLoss):
         # The feature term is an ImitationLoss. Its weight is applied in forward(), like those of the other terms.
         self.feature = (
             None
-            if is_off(feature_weight)
+            if is_zero(feature_weight)
             else ImitationLoss(
                 levels=levels,
                 mask=mask,
@@ -152,12 +152,12 @@ class TARLoss(DistillLoss):
 
     @property
     def reads_predictions(self) -> bool:
-        return not (is_off(self.classification_weight) and is_off(self.regression_weight))
+        return not (is_zero(self.classification_weight) and is_zero(self.regression_weight))
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.feature is not None:
             self.feature.scale = self.scale
-            self.feature.bind(student, teacher)
+            self.feature.setup(student, teacher)
         if not self.reads_predictions:
             return
         if self.class_map is not None and not self.class_map.pairs:
@@ -172,9 +172,9 @@ class TARLoss(DistillLoss):
                 "both with regions or both with anchors, or classification_weight=0 and "
                 "regression_weight=0",
             )
-        if two_stage == {True} and not is_off(self.classification_weight):
+        if two_stage == {True} and not is_zero(self.classification_weight):
             for detector in (student, teacher):
-                if scores_by_sigmoid(detector):
+                if uses_sigmoid_scores(detector):
                     raise InputError(
                         "regions",
                         f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
@@ -198,12 +198,12 @@ class TARLoss(DistillLoss):
     def forward(self, student, teacher) -> dict[str, Tensor]:
         terms = {}
         if self.feature is not None:
-            weight = value_of(self.feature.weight, self.progress)
-            weight *= value_of(self.ramp, self.progress)
+            weight = get_weight(self.feature.weight, self.progress)
+            weight *= get_weight(self.ramp, self.progress)
             if weight:
                 terms["feature"] = weight * self.feature(student, teacher)
         for name in ("classification", "regression"):
-            if weight := value_of(getattr(self, f"{name}_weight"), self.progress):
+            if weight := get_weight(getattr(self, f"{name}_weight"), self.progress):
                 if hasattr(student.detector, "roi_heads"):
                     stages = zip(student.regions, teacher.regions, strict=True)
                     term = sum(getattr(self, name)(s, t) for s, t in stages)
@@ -216,7 +216,7 @@ class TARLoss(DistillLoss):
         """Return the unweighted classification term of two ``Regions`` with equal boxes."""
         s, t, labels = student.pred_class_logits, teacher.pred_class_logits, student.gt_classes
         if self.class_map is not None:
-            labels = self.class_map.shared_labels(labels)
+            labels = self.class_map.map_labels(labels)
             s, t = self.class_map.shared_logits(s, t, background=True)
         (normalizer,) = self.normalizer((labels >= 0).sum())
         return classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
@@ -226,8 +226,8 @@ class TARLoss(DistillLoss):
         num_classes = student.pred_class_logits.shape[1] - 1
         rows, teacher_classes = self._foreground(student.gt_classes, num_classes)
         return self._regression(
-            of_class(student.pred_proposal_deltas[rows], student.gt_classes[rows]),
-            of_class(teacher.pred_proposal_deltas[rows], teacher_classes),
+            select_class_deltas(student.pred_proposal_deltas[rows], student.gt_classes[rows]),
+            select_class_deltas(teacher.pred_proposal_deltas[rows], teacher_classes),
             boxes=student.box_tensor[rows],
             gt=student.gt_boxes[rows],
             coder=student.box2box_transform,
@@ -239,7 +239,7 @@ class TARLoss(DistillLoss):
         s, t = (torch.cat(x.pred_logits, dim=1).flatten(0, 1) for x in (student, teacher))
         labels = student.gt_labels.flatten()
         if self.class_map is not None:
-            labels = self.class_map.shared_labels(labels)
+            labels = self.class_map.map_labels(labels)
             s, t = self.class_map.shared_logits(s, t)
         (normalizer,) = self.normalizer(is_foreground(labels, s.shape[1]).sum())
         return dense_classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
@@ -266,9 +266,9 @@ class TARLoss(DistillLoss):
         if self.class_map is None:
             rows = torch.nonzero(foreground)[:, 0]
             return rows, labels[rows]
-        shared = self.class_map.shared_labels(labels)
+        shared = self.class_map.map_labels(labels)
         rows = torch.nonzero(foreground & (shared >= 0))[:, 0]
-        return rows, torch.tensor(self.class_map.of_teacher).to(labels)[shared[rows]]
+        return rows, torch.tensor(self.class_map.teacher_ids).to(labels)[shared[rows]]
 
     def _regression(self, student, teacher, *, boxes, gt, coder, teacher_coder) -> Tensor:
         """Return the regression term of ``(P, 4)`` deltas relative to the same boxes."""
@@ -338,7 +338,7 @@ def classification_term(
                 for x in (student_logits, teacher_logits)
             )
             weight = weight * (p_t > p_s + margin)
-    return (divergence * weight).sum() / at_least_one(valid.sum(), normalizer)
+    return (divergence * weight).sum() / resolve_normalizer(valid.sum(), normalizer)
 
 
 @in_float32
@@ -374,7 +374,7 @@ def dense_classification_term(
             at_label = torch.where(foreground[:, None], t > s + margin, t < s - margin)
             better.scatter_(1, label, at_label)
             weight = weight * better
-    return (divergence * weight).sum() / at_least_one(foreground.sum(), normalizer)
+    return (divergence * weight).sum() / resolve_normalizer(foreground.sum(), normalizer)
 
 
 @in_float32
@@ -394,10 +394,10 @@ def regression_term(
         normalizer: replaces max(1, P).
     """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
-    return (errors * gate).sum() / at_least_one(errors.new_full((), len(errors)), normalizer)
+    return (errors * gate).sum() / resolve_normalizer(errors.new_full((), len(errors)), normalizer)
 
 
-def of_class(deltas: Tensor, classes: Tensor) -> Tensor:
+def select_class_deltas(deltas: Tensor, classes: Tensor) -> Tensor:
     """Return each row's deltas for its class, ``(P, 4)`` from ``(P, 4K)``; class-agnostic deltas are unchanged."""
     if deltas.shape[1] == 4:
         return deltas

@@ -4,7 +4,7 @@ from .backbone.fpn import LinearP6P7
 from .backbone.resnet import StaticBatchNorm2d, basic_resnet
 from .backbone.torchvision_backbone import TorchvisionBackbone, add_torchvision_config
 from .meta_arch import GFL, Distiller, GFLHead, add_distiller_config, add_gfl_config
-from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, outputs_of
+from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, get_outputs_class
 from .teacher import Teacher
 
 __all__ = [
@@ -24,5 +24,5 @@ __all__ = [
     "add_torchvision_config",
     "basic_resnet",
     "capture",
-    "outputs_of",
+    "get_outputs_class",
 ]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..structures.class_map import ClassMap
-from .outputs import DetectorOutputs, scores_by_sigmoid
+from .outputs import DetectorOutputs, uses_sigmoid_scores
 
 TOPK_ANCHORS = 100
 
 
 @torch.no_grad()
-def agreement(
+def top1_agreement(
     student: DetectorOutputs, teacher: DetectorOutputs, class_map: ClassMap | None = None
 ) -> float | None:
     """Return the fraction of a batch's regions, or anchors, for which both detectors have the same top class.
@@ -33,7 +33,9 @@ def agreement(
         return None
     for name, same in (("regions", _same_in_regions), ("predictions", _same_in_anchors)):
         if name in vars(teacher) and hasattr(type(student), name):
-            if name == "regions" and any(scores_by_sigmoid(x.detector) for x in (student, teacher)):
+            if name == "regions" and any(
+                uses_sigmoid_scores(x.detector) for x in (student, teacher)
+            ):
                 return None  # no top class among the classes and the background
             agreed = same(student, teacher, class_map)
             return agreed.float().mean().item() if len(agreed) else None
@@ -53,7 +55,9 @@ def _same_in_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
 def _same_in_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
     pair = student.pred_logits, teacher.pred_logits
     if class_map is not None:
-        index = torch.tensor([class_map.of_student, class_map.of_teacher], device=pair[0][0].device)
+        index = torch.tensor(
+            [class_map.student_ids, class_map.teacher_ids], device=pair[0][0].device
+        )
         pair = [[x.index_select(2, k) for x in logits] for logits, k in zip(pair, index)]
     logits, teacher_logits = pair
     if [x.shape for x in logits] != [x.shape for x in teacher_logits]:

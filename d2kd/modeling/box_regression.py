@@ -7,7 +7,7 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from torch import Tensor
 
 
-class StrideTransform(Box2BoxTransformLinear):
+class Box2BoxTransformStride(Box2BoxTransformLinear):
     """FCOS's box transform with deltas in strides: the distances from an anchor's center to the four edges.
 
     Args:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..structures.class_map import ClassMap
 from ..utils.errors import InputError
-from .weights import STATISTICS
+from .weights import PIXEL_STATISTICS
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ def inherit_weights(
         count = len(class_map.student)
         whole = [k for k in whole if not has_class_rows(k, own[k].shape[:1].numel(), count)]
     whole = [k for k in whole if k not in rows]
-    stem = stem_of(student)
+    stem = find_stem_weight(student)
     if flip_channels and stem is None and any(k.startswith("backbone.") for k in whole):
         found = "the teacher sees another channel order, and no convolution has three channels"
         raise InputError("inherit", found, "equal input_format, or no weights of the backbone")
     for key in whole:
         own[key].copy_(source[key].flip(1) if flip_channels and key == stem else source[key])
-    for key in STATISTICS if stem in whole else ():
+    for key in PIXEL_STATISTICS if stem in whole else ():
         value, inherited = (getattr(d, key).flatten() for d in (student, teacher))
         inherited = inherited.flip(0) if flip_channels else inherited
         if not torch.allclose(value, inherited.to(value)):
@@ -75,7 +75,7 @@ def inherit_weights(
                 value.tolist(),
             )
     for key in rows:
-        own[key][class_map.of_student] = source[key][class_map.of_teacher].to(own[key])
+        own[key][class_map.student_ids] = source[key][class_map.teacher_ids].to(own[key])
     kept = sorted(own.keys() - {*whole, *rows})
     logger.info("inherited %d tensors of the teacher under %s", len(whole), list(prefixes))
     if rows:
@@ -90,7 +90,7 @@ def inherit_weights(
     return whole + rows
 
 
-def stem_of(detector: nn.Module) -> str | None:
+def find_stem_weight(detector: nn.Module) -> str | None:
     """Return the name of the weight of the backbone's first convolution with three input channels, or None."""
     body = "backbone.bottom_up" if hasattr(detector.backbone, "bottom_up") else "backbone"
     for name, module in detector.get_submodule(body).named_modules():

@@ -62,7 +62,7 @@ def _fuse(conv: nn.Conv2d, norm: nn.Module) -> None:
     )
 
 
-def keep_weights(detector: nn.Module, dtype: torch.dtype) -> None:
+def cast_weights_(detector: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of convolutions and linear layers to autocast's precision; the outputs are the same.
 
     Autocast caches its casts of trainable parameters alone: those of a frozen detector are cast at every use.
@@ -73,7 +73,7 @@ def keep_weights(detector: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def compile_parts(detector: nn.Module) -> None:
+def compile_modules(detector: nn.Module) -> None:
     """Compile the backbone and the heads that compute on feature maps or regions, by ``torch.compile``.
 
     This is done in place, so that no name changes. Labelling, sampling and NMS, with shapes that depend on the

@@ -9,11 +9,17 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from ..structures.class_map import ClassMap, check_classes, class_names, num_classes_of, renamed
+from ..structures.class_map import (
+    ClassMap,
+    apply_aliases,
+    check_classes,
+    class_names,
+    num_classes_of,
+)
 from ..utils.errors import InputError
-from .outputs import DetectorOutputs, outputs_of, precision_around, precision_of
-from .speed import compile_parts, fuse_norms, keep_weights
-from .weights import load_strict, sha256
+from .outputs import DetectorOutputs, autocast_context, current_autocast_dtype, get_outputs_class
+from .speed import cast_weights_, compile_modules, fuse_norms
+from .weights import file_sha256, load_weights_strict
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ class Teacher:
             others, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
         aliases: {a name in ``classes``: the student's name of that class}, where they differ.
         scale: size of its images divided by that of the student's. The batch must have both, see
-            :class:`d2kd.data.TwoScales`. Levels are matched by their stride in the student's pixels.
+            :class:`d2kd.data.DownscaledStudentMapper`. Levels are matched by their stride in the student's pixels.
         fuse_norms: whether to fold batch norms into convolutions when outputs are first needed. The result is
             equal up to rounding. It renames weights, which are not saved anywhere.
         channels_last: whether to use the channels last memory format for its weights and feature maps.
@@ -65,17 +71,17 @@ class Teacher:
     ):
         if dtype not in (None, *DTYPES):
             raise InputError("teacher.dtype", dtype, " or ".join(DTYPES))
-        self.kind = outputs_of(detector)
+        self.outputs_class = get_outputs_class(detector)
         self.classes = None
         names = None if classes is None else class_names(classes, "teacher.classes")
         if aliases and names is None:
             raise InputError("teacher.aliases", "no teacher.classes", "classes that they rename")
         if names is not None:
-            self.classes = renamed(names, aliases or {})
+            self.classes = apply_aliases(names, aliases or {})
             check_classes("teacher", detector, self.classes)
         self.weights = weights
         if weights is not None:
-            load_strict(detector, weights, names)
+            load_weights_strict(detector, weights, names)
         self.detector = detector.eval().requires_grad_(False)
         input_format = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = input_format != image_format
@@ -93,9 +99,9 @@ class Teacher:
     @property
     def weights_sha256(self) -> str | None:
         """SHA-256 of the weights file; None if there is no file."""
-        return None if self.weights is None else sha256(self.weights)
+        return None if self.weights is None else file_sha256(self.weights)
 
-    def own_inputs(self, batched_inputs: list[dict]) -> list[dict]:
+    def convert_inputs(self, batched_inputs: list[dict]) -> list[dict]:
         """Return the batch with images of the teacher's size and channel order.
 
         The detector itself applies its pixel statistics. With a ``scale`` above 1, ``instances`` and ``proposals``
@@ -109,7 +115,7 @@ class Teacher:
                 raise InputError(
                     "teacher.scale",
                     f"{self.scale}, but a batch without 'teacher_image'",
-                    "mapper=L(TwoScales)(mapper=…, scale=…)",
+                    "mapper=L(DownscaledStudentMapper)(mapper=…, scale=…)",
                 )
             names = {"instances", "proposals", "teacher_image"}
             batched_inputs = [
@@ -122,10 +128,10 @@ class Teacher:
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
         """Return the teacher's detections in the student's batch, as a detector in ``eval()`` returns them."""
-        with precision_of(self.detector, self.dtype):
-            return self.detector(self.own_inputs(batched_inputs))
+        with autocast_context(self.detector, self.dtype):
+            return self.detector(self.convert_inputs(batched_inputs))
 
-    def as_student(
+    def predictor_in_student_classes(
         self, num_classes: int, class_map: ClassMap | None
     ) -> Callable[[list[dict]], list[dict]] | None:
         """Return :meth:`detect` in the student's classes, for evaluation on the student's data.
@@ -144,7 +150,7 @@ class Teacher:
             reason = f"it has {count} classes, the student {num_classes}, and no names"
         elif class_map.pairs:
             return lambda batched_inputs: [
-                {**output, "instances": in_students_classes(output["instances"], class_map)}
+                {**output, "instances": to_student_classes(output["instances"], class_map)}
                 for output in self.detect(batched_inputs)
             ]
         else:
@@ -152,7 +158,7 @@ class Teacher:
         logger.warning("The teacher's AP is not measured: %s", reason)
         return None
 
-    def ask(
+    def outputs(
         self, batched_inputs: list[dict], region_boxes: list[list[Boxes]] | None = None
     ) -> DetectorOutputs:
         """Return outputs that are computed, without gradient, when they are first read; nothing is computed here.
@@ -169,8 +175,8 @@ class Teacher:
             InputError: its images are not ``scale`` times larger than the student's.
         """
         self._optimize_for_inference()
-        inputs = self.own_inputs(batched_inputs)
-        dtype = self.dtype or precision_around(self.detector)
+        inputs = self.convert_inputs(batched_inputs)
+        dtype = self.dtype or current_autocast_dtype(self.detector)
         sizes = None
         if self.scale != 1:
             sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
@@ -179,7 +185,7 @@ class Teacher:
                 if any(abs(a - b * self.scale) >= self.scale for a, b in zip(full, small)):
                     found = f"{self.scale}, but an image of {full} beside the student's of {small}"
                     raise InputError("teacher.scale", found, "the scale of the mapper")
-        outputs = self.kind(self.detector, inputs, dtype=dtype, shared_sizes=sizes)
+        outputs = self.outputs_class(self.detector, inputs, dtype=dtype, student_image_sizes=sizes)
         outputs.set_region_boxes(region_boxes)
         return outputs
 
@@ -188,16 +194,16 @@ class Teacher:
         if self._pending_optimizations.pop("fuse", False):
             fuse_norms(self.detector)
         if self._pending_optimizations.pop("keep", False):
-            keep_weights(self.detector, self.dtype)
+            cast_weights_(self.detector, self.dtype)
         if self._pending_optimizations.pop("channels_last", False):
             self.detector.to(memory_format=torch.channels_last)
         if self._pending_optimizations.pop("compile", False):
-            compile_parts(self.detector)
+            compile_modules(self.detector)
 
 
-def in_students_classes(detections: Instances, class_map: ClassMap) -> Instances:
+def to_student_classes(detections: Instances, class_map: ClassMap) -> Instances:
     """Return a teacher's detections with the student's class ids, without those of classes the student lacks."""
-    labels = class_map.student_labels(detections.pred_classes)
+    labels = class_map.labels_to_student(detections.pred_classes)
     shared = detections[labels >= 0]
     shared.pred_classes = labels[labels >= 0]
     return shared

@@ -20,21 +20,21 @@ from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = ("pixel_mean", "pixel_std")
-CLASSES = "classes"
+PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
+CLASSES_KEY = "classes"
 """Key of the class names in a checkpoint that d2kd has written; Detectron2 ignores it."""
-HEURISTICS = "?matching_heuristics=True"
+MATCHING_HEURISTICS = "?matching_heuristics=True"
 """Suffix of a URI with which Detectron2 matches weights by the ends of their names."""
 
 
 def local_path(weights: str) -> str:
-    """Return the local file of a weights URI, downloaded if needed, without :data:`HEURISTICS`.
+    """Return the local file of a weights URI, downloaded if needed, without :data:`MATCHING_HEURISTICS`.
 
     Raises:
         InputError: there is no such file, or it cannot be fetched.
     """
     try:
-        path = PathManager.get_local_path(weights.removesuffix(HEURISTICS))
+        path = PathManager.get_local_path(weights.removesuffix(MATCHING_HEURISTICS))
     except Exception as error:  # each URI handler raises its own
         raise InputError(
             weights, f"cannot be fetched ({error})", "a reachable checkpoint"
@@ -44,11 +44,11 @@ def local_path(weights: str) -> str:
     return path
 
 
-def read(weights: str) -> dict:
+def load_checkpoint(weights: str) -> dict:
     """Read a checkpoint in the form that :class:`DetectionCheckpointer` needs.
 
     Args:
-        weights: any URI that Detectron2 reads, :data:`HEURISTICS` included.
+        weights: any URI that Detectron2 reads, :data:`MATCHING_HEURISTICS` included.
 
     Raises:
         InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which could run
@@ -58,7 +58,7 @@ def read(weights: str) -> dict:
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # zip, pickle and torch each fail in their own way
-        if objects := python_objects(path, error):
+        if objects := find_unsafe_globals(path, error):
             raise InputError(
                 weights,
                 f"holds {', '.join(objects)}, which only a trusted file may",
@@ -77,12 +77,12 @@ def read(weights: str) -> dict:
             raise InputError(
                 weights, f"its {name!r} is no tensor", "tensors by name, or those under 'model'"
             )
-    if weights.endswith(HEURISTICS):
+    if weights.endswith(MATCHING_HEURISTICS):
         checkpoint["matching_heuristics"] = True
     return checkpoint
 
 
-def python_objects(path: str, error: Exception) -> list[str]:
+def find_unsafe_globals(path: str, error: Exception) -> list[str]:
     """Return the names of a file's Python objects that torch does not load, from the file or from torch's error."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -90,7 +90,9 @@ def python_objects(path: str, error: Exception) -> list[str]:
         return re.findall(r"GLOBAL (\S+) was not", str(error))
 
 
-def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None = None) -> None:
+def load_weights_strict(
+    detector: nn.Module, weights: str, classes: Sequence[str] | None = None
+) -> None:
     """Load weights into a detector strictly: no key may be missing or unexpected.
 
     Loading is done by :class:`DetectionCheckpointer`, so that ``cell_anchors`` of old files are ignored. Pixel
@@ -98,18 +100,18 @@ def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None
 
     Args:
         detector: the detector to load.
-        weights: as for :func:`read`.
+        weights: as for :func:`load_checkpoint`.
         classes: names of the detector's classes. If the file has class names, they must be equal.
 
     Raises:
         InputError: the file cannot be read; keys are missing, unexpected or of another shape; its class names
             differ.
     """
-    checkpoint = read(weights)
-    check_names(checkpoint, weights, classes)
+    checkpoint = load_checkpoint(weights)
+    check_class_names(checkpoint, weights, classes)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
-    fit(detector, checkpoint, weights)
-    for key in state.keys() & set(STATISTICS):
+    load_state_dict_checked(detector, checkpoint, weights)
+    for key in state.keys() & set(PIXEL_STATISTICS):
         loaded, used = torch.as_tensor(state[key]), getattr(detector, key, None)
         if used is not None and not torch.allclose(loaded.flatten().to(used), used.flatten()):
             logger.warning(
@@ -121,17 +123,19 @@ def load_strict(detector: nn.Module, weights: str, classes: Sequence[str] | None
             )
 
 
-def check_names(checkpoint: dict, weights: str, classes: Sequence[str] | None) -> None:
+def check_class_names(checkpoint: dict, weights: str, classes: Sequence[str] | None) -> None:
     """Raise InputError if a checkpoint has class names that are not ``classes`` in this order."""
-    found = checkpoint.get(CLASSES)
+    found = checkpoint.get(CLASSES_KEY)
     if classes is not None and found is not None and list(found) != list(classes):
         raise InputError(
             weights, f"its classes are {', '.join(found)}", f"the classes {', '.join(classes)}"
         )
 
 
-def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True) -> None:
-    """Load a checkpoint, as :func:`read` returns it, into a module; no key may be missing.
+def load_state_dict_checked(
+    module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True
+) -> None:
+    """Load a checkpoint, as :func:`load_checkpoint` returns it, into a module; no key may be missing.
 
     Args:
         module: the module to load.
@@ -146,7 +150,9 @@ def fit(module: nn.Module, checkpoint: dict, weights: str, *, whole: bool = True
     faults = {
         "missing": list(incompatible.missing_keys),
         # Old checkpoints hold the pixel statistics, which now belong to the config.
-        "unexpected": [k for k in incompatible.unexpected_keys if whole and k not in STATISTICS],
+        "unexpected": [
+            k for k in incompatible.unexpected_keys if whole and k not in PIXEL_STATISTICS
+        ],
         "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
     }
     faults = {fault: keys for fault, keys in faults.items() if keys}
@@ -164,7 +170,7 @@ def _sha256(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256(weights: str) -> str:
+def file_sha256(weights: str) -> str:
     """Return the SHA-256 of a weights file, in hexadecimal; each version of a file is read once."""
     path = local_path(weights)
     stat = Path(path).stat()

@@ -13,12 +13,12 @@ from markupsafe import Markup, escape
 
 from ..comparison.accuracy import LABELS, METRICS
 from ..comparison.comparison import Comparison, Gain
-from ..comparison.error_kinds import KINDS
+from ..comparison.error_kinds import ERROR_TYPES
 from ..utils.io import write_text
 from .pictures import LOST, WON, Pictures
 
 COLORS = ("#4b5668", "#d18b1f", "#0f8577", "#7a5bb0", "#c0496b", "#2f6fb5", "#7c8a2c")
-"""Colors of the detectors; see :func:`colors_of`."""
+"""Colors of the detectors; see :func:`detector_colors`."""
 MEANINGS = {
     "classification": "right place, wrong class",
     "localization": "right class, overlap 0.1 to 0.5",
@@ -57,7 +57,7 @@ def render(comparison: Comparison) -> str:
 
 def _values(c: Comparison) -> dict[str, Any]:
     """Return the variables of the template."""
-    color = colors_of(c)
+    color = detector_colors(c)
     headline = None
     if len(c.detectors) > 1:
         headline = c.gain(c.featured, c.baseline).metrics["AP"]
@@ -71,11 +71,11 @@ def _values(c: Comparison) -> dict[str, Any]:
         "c": c,
         "color": color,
         "title": f"{c.featured} on {c.dataset['name']}",
-        "sentence": sentence(c),
+        "sentence": summary_sentence(c),
         "headline": headline,
-        "headline_domain": Domain.around([headline]) if headline else None,
-        "errors": [_error_row(c, kind) for kind in KINDS],
-        "error_domain": Domain(0, max([v for v in costs if v is not None] or [1]) or 1),
+        "headline_domain": ValueRange.around([headline]) if headline else None,
+        "errors": [_error_row(c, kind) for kind in ERROR_TYPES],
+        "error_domain": ValueRange(0, max([v for v in costs if v is not None] or [1]) or 1),
         "won": pictures.tiles(c.objects.won_objects),
         "lost": pictures.tiles(c.objects.lost_objects),
         "won_color": WON,
@@ -86,7 +86,7 @@ def _values(c: Comparison) -> dict[str, Any]:
         "gains_shown": [g for g in c.gains if g.over == c.baseline and g.of != c.reference],
         "curves": _curves(c, color),
         "class_gains": class_gains,
-        "class_domain": Domain.around(class_gains),
+        "class_domain": ValueRange.around(class_gains),
         "class_rows": _class_rows(c),
         "regions": observation and observation.regions,
         "why_no_regions": why,
@@ -101,7 +101,7 @@ def _values(c: Comparison) -> dict[str, Any]:
     }
 
 
-def colors_of(c: Comparison) -> dict[str, str]:
+def detector_colors(c: Comparison) -> dict[str, str]:
     """Return detector -> color. With two detectors or more the featured one has the third color."""
     order = [c.reference, c.baseline, c.featured, *(d.name for d in c.detectors[2:-1])]
     color: dict[str, str] = {}
@@ -110,7 +110,7 @@ def colors_of(c: Comparison) -> dict[str, str]:
     return {d.name: color[d.name] for d in c.detectors}
 
 
-def sentence(c: Comparison) -> str:
+def summary_sentence(c: Comparison) -> str:
     """Summarize the comparison in one sentence."""
     featured_ap = c[c.featured].accuracy.metrics["AP"]
     if len(c.detectors) == 1:
@@ -135,14 +135,14 @@ def sentence(c: Comparison) -> str:
 
 
 @dataclass(frozen=True)
-class Domain:
+class ValueRange:
     """Range of values of a chart."""
 
     low: float
     high: float
 
     @classmethod
-    def around(cls, rows: Iterable[dict[str, Any]]) -> Domain:
+    def around(cls, rows: Iterable[dict[str, Any]]) -> ValueRange:
         """Return a range that contains zero and all gains and intervals, with a margin."""
         values = [0.0]
         for row in rows:
@@ -186,12 +186,13 @@ def _class_rows(c: Comparison) -> list[dict[str, Any]]:
     rows = []
     for name in c.dataset["classes"]:
         values = [
-            "unknown" if name in d.lacks else _ap(d.accuracy.per_class[name]) for d in c.detectors
+            "unknown" if name in d.missing_classes else _ap(d.accuracy.per_class[name])
+            for d in c.detectors
         ]
         none = name in c.dataset["without_objects"]
         objects = "none" if none else _count(c.dataset["objects_of"][name])
         rows.append({"name": name, "objects": objects, "cells": values})
-    only = {name: d for d in c.detectors for name in d.only}
+    only = {name: d for d in c.detectors for name in d.unique_classes}
     for name, d in only.items():
         values = ["not in the data" if d is other else "unknown" for other in c.detectors]
         rows.append({"name": name, "objects": "none", "cells": values})

@@ -14,7 +14,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
 from ..comparison.comparison import Comparison
-from ..comparison.objects import Change, Picture
+from ..comparison.objects import ChangedObject, Picture
 
 WON, LOST = "#12915f", "#d1433f"
 RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"
@@ -38,7 +38,7 @@ class Pictures:
         self.classes = comparison.dataset["classes"]
         self.read = lru_cache(maxsize=4)(_read)
 
-    def tiles(self, changes: Sequence[Change]) -> list[dict[str, Any]]:
+    def tiles(self, changes: Sequence[ChangedObject]) -> list[dict[str, Any]]:
         """Draw each object with the detections of the baseline and of the featured detector that find it."""
         tiles = []
         for change in changes:
@@ -51,12 +51,12 @@ class Pictures:
             tiles.append(tile)
         return tiles
 
-    def _tile(self, image: np.ndarray, picture: Picture, name: str, change: Change) -> str:
+    def _tile(self, image: np.ndarray, picture: Picture, name: str, change: ChangedObject) -> str:
         target = picture.truth[change.object]["box"]
         window = _around(target, image.shape[1], image.shape[0])
         crop = image[window[1] : window[3], window[0] : window[2]]
         color = WON if change.object in picture.won else LOST
-        found = [s["box"] for s in picture.seen[name] if s["object"] == change.object]
+        found = [s["box"] for s in picture.detections[name] if s["object"] == change.object]
         scale = TILE / max(crop.shape[:2])
         size = [max(1, round(side * scale)) for side in crop.shape[1::-1]]
         drawn = Image.fromarray(crop).resize(size, _resampling(scale))
@@ -84,7 +84,7 @@ class Pictures:
             count = sum(not t["crowd"] for t in picture.truth)
             row = [("ground truth: " + _plural(count, "object"), truth)]
             for d in self.c.detectors:
-                found = len({s["object"] for s in picture.seen[d.name]} - {None})
+                found = len({s["object"] for s in picture.detections[d.name]} - {None})
                 row.append((f"{d.name}: finds {found}", self._marks(picture, d.name)))
             rows.append(
                 [
@@ -97,7 +97,7 @@ class Pictures:
     def _marks(self, picture: Picture, name: str) -> list[_Mark]:
         """Return the boxes to draw: false positives first, then true positives, then lost objects on top."""
         marks = []
-        for seen in sorted(picture.seen[name], key=lambda s: s["object"] is not None):
+        for seen in sorted(picture.detections[name], key=lambda s: s["object"] is not None):
             text = f"{self.classes[seen['label']]} {seen['score']:.0%}"
             if seen["object"] is None:
                 marks.append(_Mark(seen["box"], WRONG, width=1))

@@ -84,7 +84,7 @@ class ClassMap:
     pairs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def by_name(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
+    def from_names(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
         """Match two lists of class names. Equal lists match index by index.
 
         Raises:
@@ -93,9 +93,9 @@ class ClassMap:
         student, teacher = tuple(student), tuple(teacher)
         if student == teacher:
             return cls(student, teacher, tuple((k, k) for k in range(len(student))))
-        s, t = _numbers("classes", student), _numbers("teacher.classes", teacher)
+        s, t = _index_by_name("classes", student), _index_by_name("teacher.classes", teacher)
         pairs = [(s.pop(name), t.pop(name)) for name in student if name in t]
-        s, t = _by_key(s), _by_key(t)
+        s, t = _by_normalized_name(s), _by_normalized_name(t)
         pairs += [(k, t[key]) for key, k in s.items() if key in t]
         return cls(student, teacher, tuple(sorted(pairs)))
 
@@ -106,21 +106,21 @@ class ClassMap:
         return len(self.student) == len(self.teacher) and list(self.pairs) == same
 
     @property
-    def share(self) -> float:
+    def shared_fraction(self) -> float:
         """Fraction of the student's classes that the teacher has, in [0, 1]."""
         return len(self.pairs) / len(self.student)
 
     @property
-    def of_student(self) -> list[int]:
+    def student_ids(self) -> list[int]:
         """The student's indices of the shared classes."""
         return [k for k, _ in self.pairs]
 
     @property
-    def of_teacher(self) -> list[int]:
+    def teacher_ids(self) -> list[int]:
         """The teacher's indices of the shared classes, in the same order."""
         return [k for _, k in self.pairs]
 
-    def shared_labels(self, labels: Tensor) -> Tensor:
+    def map_labels(self, labels: Tensor) -> Tensor:
         """Map the student's labels to indices in ``pairs``.
 
         Args:
@@ -130,14 +130,14 @@ class ClassMap:
             Tensor: of equal shape; ``len(pairs)`` is background, -1 is ignored or a class that the teacher lacks.
         """
         table = torch.full((len(self.student) + 2,), -1, dtype=labels.dtype, device=labels.device)
-        table[self.of_student] = torch.arange(len(self.pairs)).to(table)
+        table[self.student_ids] = torch.arange(len(self.pairs)).to(table)
         table[len(self.student)] = len(self.pairs)
         return table[labels]  # label -1 indexes the last entry, which is -1
 
-    def student_labels(self, labels: Tensor) -> Tensor:
+    def labels_to_student(self, labels: Tensor) -> Tensor:
         """Map the teacher's labels, any shape, in ``{0, …, K_T - 1}``, to the student's; -1 for classes it lacks."""
         table = torch.full((len(self.teacher),), -1, dtype=labels.dtype, device=labels.device)
-        table[self.of_teacher] = torch.tensor(self.of_student).to(table)
+        table[self.teacher_ids] = torch.tensor(self.student_ids).to(table)
         return table[labels]
 
     def shared_logits(
@@ -150,17 +150,17 @@ class ClassMap:
             background: whether the last entry is the background, which is then also last in the outputs.
         """
         both = []
-        for logits, classes in ((student, self.of_student), (teacher, self.of_teacher)):
+        for logits, classes in ((student, self.student_ids), (teacher, self.teacher_ids)):
             both.append(logits[..., [*classes, logits.shape[-1] - 1] if background else classes])
         return both[0], both[1]
 
     def __str__(self) -> str:
-        lacking = [name for k, name in enumerate(self.student) if k not in self.of_student]
+        lacking = [name for k, name in enumerate(self.student) if k not in self.student_ids]
         text = f"{len(self.pairs)} of the student's {len(self.student)} classes are known to the teacher"
         return f"{text}; not {', '.join(lacking)}" if lacking else text
 
 
-def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]:
+def apply_aliases(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]:
     """Return ``names`` with those in ``aliases`` replaced.
 
     Raises:
@@ -173,21 +173,21 @@ def renamed(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]
     return tuple(aliases.get(name, name) for name in names)
 
 
-def _numbers(culprit: str, names: Sequence[str]) -> dict[str, int]:
+def _index_by_name(culprit: str, names: Sequence[str]) -> dict[str, int]:
     for name, times in Counter(names).items():
         if times > 1:
             raise InputError(culprit, f"{name!r} {times} times", "a name once")
     return {name: k for k, name in enumerate(names)}
 
 
-def _by_key(numbers: Mapping[str, int]) -> dict[str, int]:
+def _by_normalized_name(numbers: Mapping[str, int]) -> dict[str, int]:
     """Return the indices by normalized name, without names whose normalized form is not unique."""
-    keys = {name: _without_spelling(name) for name in numbers}
+    keys = {name: _normalize_name(name) for name in numbers}
     times = Counter(keys.values())
     return {key: numbers[name] for name, key in keys.items() if times[key] == 1}
 
 
-def _without_spelling(name: str) -> str:
+def _normalize_name(name: str) -> str:
     # Only between characters: a sign at the start or end is part of the name, as "A-" is not "A".
     name = unicodedata.normalize("NFC", name.strip()).casefold()
     return re.sub(r"(?<=[^\s_-])[\s_-]+(?=[^\s_-])", "", name)

@@ -47,7 +47,7 @@ class InstancePriors:
         return len(self.frequency)
 
     @classmethod
-    def unknown(cls, num_classes: int) -> InstancePriors:
+    def uniform(cls, num_classes: int) -> InstancePriors:
         """Return priors without data: equal frequencies, and sizes of mean 0.2 and standard deviation 0.2."""
         sides = torch.full((num_classes, 2), 0.2)
         return cls(torch.ones(num_classes), sides, sides)

@@ -4,11 +4,11 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
 
     study = dict(title="Does it help?", test="my_test", baseline="baseline")
     runs = dict(
-        teacher=dict(config=…, once=True),              # one run shared by all seeds
+        teacher=dict(config=…, shared_across_seeds=True),              # one run shared by all seeds
         baseline=dict(config=…),                        # one run per seed
         tar=dict(config=…, teacher="teacher"),          # sets model.teacher.weights
-        longer=dict(config=…, starts_from="baseline"),  # sets train.init_checkpoint
-        equal_time=dict(config=…, steps_like="tar"),    # sets train.max_iter, to match the training time
+        longer=dict(config=…, init_from="baseline"),  # sets train.init_checkpoint
+        equal_time=dict(config=…, match_time_of="tar"),    # sets train.max_iter, to match the training time
         ablation=dict(config=…, optional=True),         # runs only if given by name
     )
 
@@ -33,27 +33,27 @@ in an interruption do not count. Since runs in parallel slow each other down, an
 the teacher is trained, and while no run is, steps of the distilled and of the plain recipe are timed alternately. The
 ratio is saved in the study's ``step_cost.json`` and reused when the study is resumed.
 
-:class:`Commands` trains a run with the training command, on the ``config.yaml`` that the study writes into the run's
-folder. :class:`OneByOne` trains in this process, for ``--fast`` and tests.
+:class:`ParallelRunner` trains a run with the training command, on the ``config.yaml`` that the study writes into the run's
+folder. :class:`SequentialRunner` trains in this process, for ``--fast`` and tests.
 """
 
-from .plan import Run, Study, load, parse, planned, prepare
-from .results import show_results, write_results
-from .run import Measured, train
-from .schedule import Commands, OneByOne, run_study
+from .plan import Run, Study, build_study, load, load_and_plan, prepare_recipe
+from .results import write_results, write_tables_and_plots
+from .run import TrainingResult, train
+from .schedule import ParallelRunner, SequentialRunner, run_study
 
 __all__ = [
-    "Commands",
-    "Measured",
-    "OneByOne",
+    "ParallelRunner",
     "Run",
+    "SequentialRunner",
     "Study",
+    "TrainingResult",
+    "build_study",
     "load",
-    "parse",
-    "planned",
-    "prepare",
+    "load_and_plan",
+    "prepare_recipe",
     "run_study",
-    "show_results",
     "train",
     "write_results",
+    "write_tables_and_plots",
 ]

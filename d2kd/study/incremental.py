@@ -16,7 +16,7 @@ FILE = "steps.json"
 """File of these metrics in a study's folder."""
 
 
-def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def increment_metrics(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a dict of metrics for each run with a step, and for each run of the upper bound.
 
     ``forgetting`` is, for each class of an earlier step, its AP after the step that learned it minus its AP now. Both
@@ -24,7 +24,9 @@ def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dic
     after the last step, since the upper bound is not evaluated on the images of other steps.
     """
     found = {(row["method"], row["seed"]): row for row in rows}
-    once = {row["method"]: row for row in rows if study.runs[row["method"]].get("once")}
+    once = {
+        row["method"]: row for row in rows if study.runs[row["method"]].get("shared_across_seeds")
+    }
 
     def row_of(method: str | None, seed: int) -> Mapping[str, Any] | None:
         return once.get(method) or found.get((method, seed))
@@ -54,7 +56,7 @@ def after_each_step(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dic
     return after
 
 
-def steps_table(
+def increments_table(
     study: Study,
     rows: Sequence[Mapping[str, Any]],
     layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
@@ -67,7 +69,7 @@ def steps_table(
         layout: formats a list of rows of cells.
     """
     of: dict[str, list[Mapping]] = {}
-    for entry in after_each_step(study, rows):
+    for entry in increment_metrics(study, rows):
         of.setdefault(entry["method"], []).append(entry)
     columns = ["step", "old", "new", "all", "forgetting", "AbsGap", "RelGap %"]
     lines = [["AP after each step", *columns]]
@@ -89,10 +91,10 @@ def steps_table(
     return text
 
 
-def write_steps(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``steps.json``: the classes of each step, and the result of :func:`after_each_step`."""
+def write_increments(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``steps.json``: the classes of each step, and the result of :func:`increment_metrics`."""
     content = {"schema": 1, "steps": study.steps, "upper_bound": study.upper_bound}
-    write_json(output / FILE, {**content, "rows": after_each_step(study, rows)})
+    write_json(output / FILE, {**content, "rows": increment_metrics(study, rows)})
 
 
 PerClass = Mapping[str, float | None]

@@ -11,22 +11,22 @@ from typing import Any
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import config_file, override
-from ..data import class_step, split_classes
-from ..data.catalog import registering
+from ..config import apply_overrides, get_config_file
+from ..data import incremental_split, split_classes
+from ..data.catalog import recording_registrations
 from ..data.incremental import Split
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 
-RELATIONS = ("teacher", "starts_from", "steps_like")
-RUN_KEYS = ("config", *RELATIONS, "once", "optional", "step")
+RELATIONS = ("teacher", "init_from", "match_time_of")
+RUN_KEYS = ("config", *RELATIONS, "shared_across_seeds", "optional", "step")
 
 
 @dataclass(frozen=True)
 class Run:
     """One training: a method with one seed.
 
-    ``test`` is the test set; ``teacher`` and ``starts_from`` name other runs. ``steps_like`` is the distilled run whose
+    ``test`` is the test set; ``teacher`` and ``init_from`` name other runs. ``match_time_of`` is the distilled run whose
     training time is matched. That run need not be trained, but its teacher must be, since steps with it are timed.
     """
 
@@ -36,19 +36,19 @@ class Run:
     config: DictConfig = field(repr=False)
     test: str = ""
     teacher: str | None = None
-    starts_from: str | None = None
-    steps_like: Run | None = None
+    init_from: str | None = None
+    match_time_of: Run | None = None
 
     @property
-    def once(self) -> bool:
+    def shared_across_seeds(self) -> bool:
         """Whether all seeds share this run."""
         return self.name == self.method
 
     @property
-    def needs(self) -> list[str]:
+    def dependencies(self) -> list[str]:
         """Names of the runs that must be trained before."""
-        teacher_beside = self.steps_like and self.steps_like.teacher
-        return [n for n in (self.teacher, self.starts_from, teacher_beside) if n]
+        teacher_beside = self.match_time_of and self.match_time_of.teacher
+        return [n for n in (self.teacher, self.init_from, teacher_beside) if n]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Study:
         title: title of the table and the plots.
         compare: further methods to compare with.
         featured: method whose detections are drawn next to those of the baseline.
-        seeds: seeds of the runs that are not ``once``.
+        seeds: seeds of the runs that are not ``shared_across_seeds``.
         pictures: number of images to draw.
         steps: the classes of each step of a class-incremental study, see :func:`d2kd.data.split_classes`.
         upper_bound: method that learns all classes at once; gaps are computed to it.
@@ -92,8 +92,10 @@ class Study:
     @property
     def paired(self) -> list[str]:
         """Methods whose gains are computed: those with a run per seed and all classes, without the baseline."""
-        per_seed = [method for method, node in self.runs.items() if not node.get("once")]
-        return [m for m in per_seed if m != self.baseline and self.knows_all_classes(m)]
+        per_seed = [
+            method for method, node in self.runs.items() if not node.get("shared_across_seeds")
+        ]
+        return [m for m in per_seed if m != self.baseline and self.has_all_classes(m)]
 
     def step_of(self, method: str) -> int | None:
         """Return the step of a method, starting from 1; None if it learns all classes."""
@@ -104,16 +106,18 @@ class Study:
         step, node = self.step_of(method), self.runs[method]
         if step is None:
             return None
-        others = [node[key] for key in ("teacher", "starts_from") if node.get(key) is not None]
+        others = [node[key] for key in ("teacher", "init_from") if node.get(key) is not None]
         return next((other for other in others if (self.step_of(other) or step) < step), None)
 
-    def knows_all_classes(self, method: str) -> bool:
+    def has_all_classes(self, method: str) -> bool:
         return self.step_of(method) in (None, len(self.steps))
 
-    def test_of(self, method: str) -> str:
+    def test_set_of(self, method: str) -> str:
         """Return the test set of a method."""
         step = self.step_of(method)
-        return self.test if step is None else class_step(self.test, self.steps, step, seen=True)
+        return (
+            self.test if step is None else incremental_split(self.test, self.steps, step, seen=True)
+        )
 
     def plan(
         self, seeds: Sequence[int] = (), only: Sequence[str] = (), fast: bool = False
@@ -140,21 +144,29 @@ class Study:
 
         def made(method: str, seed: int, above: tuple[str, ...], relations: Sequence[str]) -> Run:
             node, above = self.runs[method], (*above, method)
-            name = method if node.get("once") else f"{method}_seed{seed}"
+            name = method if node.get("shared_across_seeds") else f"{method}_seed{seed}"
             if name in planned and relations == RELATIONS:
                 return planned[name]
             others = {key: node[key] for key in relations if node.get(key) is not None}
-            distilled = others.pop("steps_like", None)
+            distilled = others.pop("match_time_of", None)
             needs = {key: visit(other, seed, above) for key, other in others.items()}
             # A copy with its own root, which interpolations such as "${train.max_iter}" refer to.
             content = OmegaConf.to_container(node.config, resolve=False)
             config = OmegaConf.create(content, flags={"allow_objects": True})
             if fast:
-                config = override(config, self.fast)
-            own_seed = int(config.train.get("seed") or 0) if node.get("once") else seed
+                config = apply_overrides(config, self.fast)
+            own_seed = (
+                int(config.train.get("seed") or 0) if node.get("shared_across_seeds") else seed
+            )
             like = distilled and made(distilled, seed, above, ["teacher"])
             return Run(
-                name, method, own_seed, config, self.test_of(method), **needs, steps_like=like
+                name,
+                method,
+                own_seed,
+                config,
+                self.test_set_of(method),
+                **needs,
+                match_time_of=like,
             )
 
         _known("runs", only, self.runs)
@@ -171,11 +183,11 @@ def load(path: str | Path) -> Study:
     Raises:
         InputError: the file is missing, fails to load, or is not a valid study; or its test data cannot be registered.
     """
-    file = Path(path) if Path(path).is_file() else config_file(str(path))
+    file = Path(path) if Path(path).is_file() else get_config_file(str(path))
     try:
-        with registering(file):
+        with recording_registrations(file):
             content = LazyConfig.load(str(file))
-        return parse(content, path)
+        return build_study(content, path)
     except InputError:
         raise
     except Exception as error:  # a config is code, and may raise any error
@@ -183,7 +195,7 @@ def load(path: str | Path) -> Study:
         raise InputError(path, found, "a study, a LazyConfig (.py)") from error
 
 
-def planned(
+def load_and_plan(
     path: str | Path, seeds: Sequence[int], only: Sequence[str], fast: bool
 ) -> tuple[Study, list[Run]]:
     """Load a study and plan its runs; see :meth:`Study.plan` for the arguments.
@@ -198,7 +210,7 @@ def planned(
     return study, runs
 
 
-def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
+def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
     """Build a study from the content of a file, and check it; see :func:`load`."""
     for key in ("study", "runs"):
         if not isinstance(config.get(key), Mapping):
@@ -235,12 +247,18 @@ def parse(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
         for key in RELATIONS:
             other = node.get(key)
             _known(f"{where}.{key}", [other] if other else [], runs)
-            if other and node.get("once") and not runs[other].get("once"):
+            if (
+                other
+                and node.get("shared_across_seeds")
+                and not runs[other].get("shared_across_seeds")
+            ):
                 raise InputError(
-                    f"{where}.{key}", f"{other} is made per seed", "a run with once=True"
+                    f"{where}.{key}",
+                    f"{other} is made per seed",
+                    "a run with shared_across_seeds=True",
                 )
             config = other and runs[other].get("config") or {}
-            if other and key == "steps_like" and "teacher" not in (config.get("model") or {}):
+            if other and key == "match_time_of" and "teacher" not in (config.get("model") or {}):
                 raise InputError(f"{where}.{key}", f"{other} has no teacher", "a distilled run")
     return study
 
@@ -251,7 +269,7 @@ def _known(culprit: str, names, known) -> None:
             raise InputError(culprit, f"unknown {name!r}", f"one of {', '.join(known)}")
 
 
-def prepare(
+def prepare_recipe(
     run: Run, finished: Mapping[str, Mapping], folder: Path, ratio: float | None = None
 ) -> tuple[DictConfig, str]:
     """Return the recipe of a run, ready to be trained, and its fingerprint.
@@ -266,10 +284,10 @@ def prepare(
     """
     config = copy.deepcopy(run.config)
     config.train.seed = run.seed
-    if run.steps_like is not None:
+    if run.match_time_of is not None:
         # Schedules are fractions of max_iter, so they stretch with it.
-        config.train.max_iter = max(1, round(run.steps_like.config.train.max_iter * ratio))
-    sources = {"model.teacher.weights": run.teacher, "train.init_checkpoint": run.starts_from}
+        config.train.max_iter = max(1, round(run.match_time_of.config.train.max_iter * ratio))
+    sources = {"model.teacher.weights": run.teacher, "train.init_checkpoint": run.init_from}
     sources = {key: finished[name] for key, name in sources.items() if name}
     key = _fingerprint(config, {key: row["weights_sha256"] for key, row in sources.items()})
     config.train.output_dir = str(folder)
@@ -283,11 +301,11 @@ def timed_recipes(
 ) -> tuple[DictConfig, DictConfig, str]:
     """Return the distilled and the plain recipe to be timed for an equal-time run, and their common fingerprint.
 
-    They are the same for all seeds. See :func:`prepare` for the arguments.
+    They are the same for all seeds. See :func:`prepare_recipe` for the arguments.
     """
-    distilled, key = prepare(replace(run.steps_like, seed=0), finished, folder)
-    plain = replace(run, seed=0, starts_from=None, steps_like=None)
-    plain, of_plain = prepare(plain, finished, folder)
+    distilled, key = prepare_recipe(replace(run.match_time_of, seed=0), finished, folder)
+    plain = replace(run, seed=0, init_from=None, match_time_of=None)
+    plain, of_plain = prepare_recipe(plain, finished, folder)
     return distilled, plain, config_hash([key, of_plain])
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..comparison.comparison import Options, compare
-from ..comparison.detections import Report
-from ..comparison.detectors import Data, Detector, detectors_of_study, load_data
+from ..comparison.detections import ProgressCallback
+from ..comparison.detectors import Detector, EvaluationData, detectors_from_study, load_data
 from ..report.page import write_report
-from ..utils.console import Progress, quiet
+from ..utils.console import ProgressBar, suppress_output
 from ..utils.errors import InputError
 from .plan import Study
 
@@ -23,7 +23,7 @@ OBSERVED, PICTURES = 16, 4
 
 def compare_and_report(
     detectors: Sequence[Detector],
-    data: Data,
+    data: EvaluationData,
     output: Path,
     options: Options | None = None,
     console: TextIO | None = None,
@@ -35,8 +35,8 @@ def compare_and_report(
     """
     console = console or sys.stdout
 
-    def phase(what: str) -> Report:
-        line = Progress(f"  {what:<24}", console)
+    def phase(what: str) -> ProgressCallback:
+        line = ProgressBar(f"  {what:<24}", console)
 
         def report(step: int, steps: int) -> None:
             line(step, steps)
@@ -45,7 +45,7 @@ def compare_and_report(
 
         return report
 
-    with quiet():
+    with suppress_output():
         comparison = compare(detectors, data, output / CACHE, options, phase)
         page = write_report(comparison, output)
     for note in comparison.notes:
@@ -67,7 +67,7 @@ def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) 
     if study.steps:
         return None
     try:
-        detectors = detectors_of_study(output, rows, study.baseline, study.featured)
+        detectors = detectors_from_study(output, rows, study.baseline, study.featured)
     except InputError:
         return None
     return compare_and_report(

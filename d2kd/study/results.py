@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.accuracy import LABELS, METRICS
-from ..utils.env import versions
+from ..utils.env import collect_versions
 from ..utils.io import write_json, write_text
 from ..visualization.curves import draw_curves
 from ..visualization.panels import draw_differences
 from .incremental import FILE as STEPS
-from .incremental import steps_table, write_steps
+from .incremental import increments_table, write_increments
 from .plan import Run, Study
 from .plots import draw_gains
 from .text import aligned, markdown, mean_text, t_interval
@@ -36,7 +36,7 @@ def percent(value: float | None) -> float | None:
     return None if value is None or not value >= 0 or math.isinf(value) else float(value)
 
 
-def average_precision(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str, Any]:
+def ap_metrics(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str, Any]:
     """Return the metrics of a row.
 
     Args:
@@ -192,7 +192,7 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
     results = {
         "schema": 1,
         "command": shlex.join(sys.argv),
-        "versions": versions(),
+        "versions": collect_versions(),
         "dataset": study.test,
         "baseline": study.baseline,
         "featured": study.featured,
@@ -207,15 +207,17 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
     write_json(output / "results.json", results)
     write_json(output / "gains.json", {"schema": 1, "rows": over})
     if study.steps:
-        write_steps(output, study, rows)
+        write_increments(output, study, rows)
 
 
-def show_results(output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]) -> str:
+def write_tables_and_plots(
+    output: Path, study: Study, runs: Sequence[Run], rows: Sequence[Mapping]
+) -> str:
     """Draw curves and pictures; return the final output: tables, training time, and the files to open."""
-    whole = [row for row in rows if study.knows_all_classes(row["method"])]
+    whole = [row for row in rows if study.has_all_classes(row["method"])]
 
     def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
-        parts = [steps_table(study, rows, layout)] if study.steps else []
+        parts = [increments_table(study, rows, layout)] if study.steps else []
         if whole:  # empty if no run has learned all steps yet
             parts.append(table(whole, study.test, study.references, study.paired, layout))
         return "\n\n".join([*parts, training_time(rows), *step_costs(rows, study.baseline)])

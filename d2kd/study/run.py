@@ -21,24 +21,24 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
 from omegaconf import DictConfig
 
-from ..config import student_of, with_defaults, without_weights
+from ..config import student_node, with_defaults, without_weights
 from ..config.saving import save_config
 from ..engine import Trainer, do_test
 from ..engine.launch import pick_device
-from ..engine.trainer import METRICS
-from ..modeling.weights import fit, read, sha256
-from ..utils.console import quiet
+from ..engine.trainer import METRICS_FILE
+from ..modeling.weights import file_sha256, load_checkpoint, load_state_dict_checked
+from ..utils.console import suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_json, read_rows, write_json
 from .plan import Run
-from .results import PREDICTIONS, average_precision
+from .results import PREDICTIONS, ap_metrics
 
 RECORD = "study.json"  # in a run's folder: fingerprint of the recipe, and the row when finished
 STDERR = "stderr.txt"  # in a run's folder: stderr of the training command
 
 
 @dataclass(frozen=True)
-class Measured:
+class TrainingResult:
     """Results of a training.
 
     Attributes:
@@ -56,10 +56,10 @@ class Measured:
     peak_memory: int | None = None
 
 
-Report = Callable[[int, int], None]  # called with (step, steps)
+ProgressCallback = Callable[[int, int], None]  # called with (step, steps)
 
 
-class Died(InputError):
+class TrainingProcessDied(InputError):
     """The training process ended without an error message for the user."""
 
 
@@ -69,24 +69,24 @@ def training_command(config_file: Path) -> list[str]:
     return [*command, "--config-file", str(config_file), "--resume"]
 
 
-def train(config: DictConfig, test: str, report: Report) -> Measured:
+def train(config: DictConfig, test: str, progress: ProgressCallback) -> TrainingResult:
     """Train a recipe, or resume its training, in this process, and evaluate it on the test split."""
-    with quiet():
+    with suppress_output():
         trainer = Trainer(config)
         trainer.resume_or_load(resume=True)
         if not trainer.finished:
             progress = CallbackHook(
-                before_train=lambda trainer: report(trainer.start_iter, trainer.max_iter),
-                after_step=lambda trainer: report(trainer.iter + 1, trainer.max_iter),
+                before_train=lambda trainer: progress(trainer.start_iter, trainer.max_iter),
+                after_step=lambda trainer: progress(trainer.iter + 1, trainer.max_iter),
             )
             trainer.register_hooks([progress])
             trainer.train()
         del trainer
-    return measure(config, test)
+    return evaluate_run(config, test)
 
 
-def train_apart(
-    config: DictConfig, test: str, report: Report, count: int, gpu: str | None
+def train_in_subprocess(
+    config: DictConfig, test: str, progress: ProgressCallback, count: int, gpu: str | None
 ) -> Iterator[None]:
     """Like :func:`train`, but with the training command in a subprocess. It ends when this process or the iterator does.
 
@@ -99,7 +99,7 @@ def train_apart(
         gpu: value of CUDA_VISIBLE_DEVICES; default: unchanged.
 
     Yields:
-        repeatedly during the training. Returns a :class:`Measured`.
+        repeatedly during the training. Returns a :class:`TrainingResult`.
 
     Raises:
         InputError: the error of the command.
@@ -125,8 +125,8 @@ def train_apart(
     steps = config.train.max_iter
     try:
         while process.poll() is None:
-            if (iteration := _last_iteration(folder / METRICS)) is not None:
-                report(min(iteration + 1, steps), steps)  # the last line has max_iter
+            if (iteration := _last_iteration(folder / METRICS_FILE)) is not None:
+                progress(min(iteration + 1, steps), steps)  # the last line has max_iter
             yield
     finally:
         if process.poll() is None:
@@ -135,12 +135,12 @@ def train_apart(
             process.wait()
     if process.returncode != 0:
         raise _failure(folder, process.returncode)
-    with threads(count):
-        return measure(config, test)
+    with torch_threads(count):
+        return evaluate_run(config, test)
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Set the number of PyTorch threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -170,26 +170,26 @@ def _failure(folder: Path, code: int) -> InputError:
     lines = (folder / STDERR).read_text(errors="replace").splitlines() or [""]
     error_line = next((line for line in reversed(lines) if line.startswith("error: ")), None)
     if code == 2 and error_line is not None:
-        return InputError.of_line(error_line.removeprefix("error: "))
+        return InputError.from_line(error_line.removeprefix("error: "))
     end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, {lines[-1]}"
     expected = f"a complete training; see {folder / STDERR} or the system's log"
-    return Died(folder.name, end, expected)
+    return TrainingProcessDied(folder.name, end, expected)
 
 
-def measure(config: DictConfig, test: str) -> Measured:
+def evaluate_run(config: DictConfig, test: str) -> TrainingResult:
     """Evaluate the final weights of a run on the test split, and read the other results from its files."""
     folder = Path(config.train.output_dir)
     testing = with_defaults(config)
     testing.dataloader.test.dataset.names = test
     weights = folder / "model_final.pth"
-    with quiet():
-        student = instantiate(without_weights(student_of(testing.model)))
+    with suppress_output():
+        student = instantiate(without_weights(student_node(testing.model)))
         student.to(pick_device(testing.train.device))
-        checkpoint = read(str(weights))
-        fit(student, checkpoint, str(weights))
+        checkpoint = load_checkpoint(str(weights))
+        load_state_dict_checked(student, checkpoint, str(weights))
         metrics = do_test(testing, student, output_dir=(folder / PREDICTIONS).parent)["bbox"]
     parts = read_rows(folder / "run.json")
-    return Measured(
+    return TrainingResult(
         metrics=metrics,
         parameters=sum(p.numel() for p in student.parameters()),
         seconds=checkpoint["trainer"]["seconds"],
@@ -207,17 +207,17 @@ def finished_row(folder: Path, key: str, test: str) -> dict[str, Any] | None:
     for file in {"config", "weights", "log"} & row.keys():
         row[file] = str(folder / Path(row[file]).name)
     with contextlib.suppress(InputError, OSError):  # the weights were deleted
-        return row if sha256(row["weights"]) == row["weights_sha256"] else None
+        return row if file_sha256(row["weights"]) == row["weights_sha256"] else None
     return None
 
 
-def train_into(
+def train_run(
     folder: Path,
     run: Run,
     config: DictConfig,
     key: str,
-    train: Callable[[Run, DictConfig, Report], Iterator[None]],
-    report: Report,
+    train: Callable[[Run, DictConfig, ProgressCallback], Iterator[None]],
+    progress: ProgressCallback,
     step_cost: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Train a run, or resume it, and write its record. If it fails before the first step, its folder is removed.
@@ -226,7 +226,7 @@ def train_into(
         folder: folder of the run.
         run: the run.
         config, key: its recipe and fingerprint.
-        train: generator that yields repeatedly during the training and returns a :class:`Measured`.
+        train: generator that yields repeatedly during the training and returns a :class:`TrainingResult`.
         report: progress callback.
         step_cost: measured step cost, only for an equal-time run.
 
@@ -237,9 +237,9 @@ def train_into(
     renamed = _rename_other_run(folder, key)
     write_json(folder / RECORD, record)
     try:
-        measured = yield from train(run, config, report)
+        measured = yield from train(run, config, progress)
     except BaseException as error:
-        if not (folder / METRICS).exists() and not isinstance(error, Died):
+        if not (folder / METRICS_FILE).exists() and not isinstance(error, TrainingProcessDied):
             shutil.rmtree(folder, ignore_errors=True)
             if renamed:
                 renamed.rename(folder)
@@ -251,12 +251,12 @@ def train_into(
         "name": run.name,
         "method": run.method,
         "seed": run.seed,
-        **average_precision(measured.metrics, MetadataCatalog.get(run.test).thing_classes),
+        **ap_metrics(measured.metrics, MetadataCatalog.get(run.test).thing_classes),
         "parameters": measured.parameters,
         "seconds": round(measured.seconds, 3),
         "config": str(folder / "config.yaml"),
         "weights": str(measured.weights),
-        "weights_sha256": sha256(str(measured.weights)),
+        "weights_sha256": file_sha256(str(measured.weights)),
         "teacher_sha256": _teacher_of(config),
         "log": str(folder / "log.txt"),
         "peak_memory_mib": None if peak is None else peak / 2**20,
@@ -270,7 +270,7 @@ def _teacher_of(config: DictConfig) -> str | None:
     """Return the SHA-256 of the teacher's weights; None if there are none."""
     teacher = config.model.get("teacher") or {}
     with contextlib.suppress(InputError):  # the file was deleted
-        return sha256(teacher["weights"]) if teacher.get("weights") else None
+        return file_sha256(teacher["weights"]) if teacher.get("weights") else None
 
 
 def _rename_other_run(folder: Path, key: str) -> Path | None:

@@ -16,12 +16,20 @@ from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..utils.console import Progress, quiet
+from ..utils.console import ProgressBar, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_rows, write_json
-from .plan import Run, Study, prepare, timed_recipes
+from .plan import Run, Study, prepare_recipe, timed_recipes
 from .results import cost_text, write_results
-from .run import Measured, Report, finished_row, threads, train, train_apart, train_into
+from .run import (
+    ProgressCallback,
+    TrainingResult,
+    finished_row,
+    torch_threads,
+    train,
+    train_in_subprocess,
+    train_run,
+)
 
 STEP_COST = "step_cost.json"
 """File in a study's folder with the costs of distilled steps relative to plain ones."""
@@ -31,7 +39,7 @@ def run_study(
     study: Study,
     runs: Sequence[Run],
     output: Path,
-    trainer: OneByOne | None = None,
+    trainer: SequentialRunner | None = None,
     console: TextIO | None = None,
     others: Sequence[Run] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, InputError]]:
@@ -43,7 +51,7 @@ def run_study(
         study: the study.
         runs: its runs, see :meth:`Study.plan`.
         output: the study's folder; each run has a folder in it.
-        trainer: trains the runs; default: :class:`OneByOne`.
+        trainer: trains the runs; default: :class:`SequentialRunner`.
         console: stream of the progress output; default: stdout.
         others: further runs that are not trained, but whose rows are included if they are finished. May contain
             those in ``runs``.
@@ -57,28 +65,28 @@ def run_study(
     for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
         for name in check_dataset(test):
             DatasetCatalog.get(name)  # loading a step of classes checks that it has objects
-    trainer, console = trainer or OneByOne(), console or sys.stdout
+    trainer, console = trainer or SequentialRunner(), console or sys.stdout
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
     width = max(len(run.name) for run in runs)
     requested = {run.name for run in runs}
     # Finished runs first, so that the table of an interrupted study has their rows.
     waiting = [*(run for run in others if run.name not in requested), *trainer.ordered(runs)]
-    busy: dict[str, tuple[Run, Progress, Iterator[None]]] = {}
+    busy: dict[str, tuple[Run, ProgressBar, Iterator[None]]] = {}
 
     def rows() -> list[dict[str, Any]]:
         return sorted(finished.values(), key=lambda row: list(study.runs).index(row["method"]))
 
-    def line_of(run: Run) -> Progress:
-        return Progress(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
+    def line_of(run: Run) -> ProgressBar:
+        return ProgressBar(f"  {run.name:<{width}}", console, live=trainer.jobs == 1)
 
-    def close(run: Run, line: Progress, row: dict[str, Any], before: str = "") -> None:
+    def close(run: Run, line: ProgressBar, row: dict[str, Any], before: str = "") -> None:
         ap = "undefined" if row["AP"] is None else f"{row['AP']:.1f}"
         line.close(f"{before}AP {ap}, trained for {row['seconds']:.0f} s")
         finished[run.name] = row
         write_results(output, study, rows())
 
-    def fail(run: Run, line: Progress, error: InputError) -> None:
+    def fail(run: Run, line: ProgressBar, error: InputError) -> None:
         failed[run.name] = error
         line.close(f"failed: {error}")
 
@@ -88,7 +96,7 @@ def run_study(
         costs = read_rows(output / STEP_COST)
         cost = next((row for row in costs if row.get("recipes_sha256") == key), None)
         if cost is None and run.name in requested and not busy:
-            line = Progress(f"  {run.method:<{width}}  cost of a step", console)
+            line = ProgressBar(f"  {run.method:<{width}}  cost of a step", console)
             found = trainer.step_cost(*recipes, line)
             line.close(cost_text(found, "a plain step"))
             cost = {"method": run.method, "recipes_sha256": key, **found}
@@ -98,12 +106,12 @@ def run_study(
     def begin(run: Run) -> bool:
         """Start, skip or finish a run; return False if it must wait until no other run is being trained."""
         folder, cost = output / run.name, None
-        missing = [need for need in run.needs if need not in finished]
+        missing = [need for need in run.dependencies if need not in finished]
         if missing:
             if run.name in requested:
                 line_of(run).close(f"skipped, since it needs {missing[0]}")
             return True
-        if run.steps_like is not None:
+        if run.match_time_of is not None:
             try:
                 cost = step_cost(run)
             except InputError as error:
@@ -111,28 +119,28 @@ def run_study(
                 return True
             if cost is None:
                 return run.name not in requested
-        config, key = prepare(run, finished, folder, cost and cost["ratio"])
+        config, key = prepare_recipe(run, finished, folder, cost and cost["ratio"])
         row = finished_row(folder, key, run.test)
         if row is not None:
             close(run, line_of(run), row, "finished before: ")
         elif run.name in requested:
-            if busy and run.once:  # it uses all threads
+            if busy and run.shared_across_seeds:  # it uses all threads
                 return False
             line = line_of(run)
-            training = train_into(folder, run, config, key, trainer.train, line, cost)
+            training = train_run(folder, run, config, key, trainer.train, line, cost)
             busy[run.name] = run, line, training
         return True
 
     try:
         while waiting or busy:
             unknown = {run.name for run in waiting} | busy.keys()
-            ready = [run for run in waiting if unknown.isdisjoint(run.needs)]
+            ready = [run for run in waiting if unknown.isdisjoint(run.dependencies)]
             for run in ready if not busy else ():  # early, since it needs an idle machine
-                if run.steps_like is not None and finished.keys() >= set(run.needs):
+                if run.match_time_of is not None and finished.keys() >= set(run.dependencies):
                     with contextlib.suppress(InputError):  # raised again when the run starts
                         step_cost(run)
             for run in ready:
-                alone = any(other.once for other, *_ in busy.values())
+                alone = any(other.shared_across_seeds for other, *_ in busy.values())
                 if alone or len(busy) == trainer.jobs or not begin(run):
                     break
                 waiting.remove(run)
@@ -159,15 +167,17 @@ COST_FIELDS = ("ratio", "low", "high", "pairs", "clock")
 """Fields of :class:`d2kd.benchmark.step_cost.StepCost` in a row."""
 
 
-def measured_step_cost(distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
+def measure_step_cost(
+    distilled: DictConfig, plain: DictConfig, progress: ProgressCallback
+) -> dict[str, Any]:
     """Call :func:`d2kd.benchmark.step_cost.step_cost` and return its result as a dict."""
     from ..benchmark.step_cost import step_cost  # imported here, since only equal-time runs need it
 
-    with quiet():
-        return asdict(step_cost(distilled, plain, report=report))
+    with suppress_output():
+        return asdict(step_cost(distilled, plain, progress=progress))
 
 
-class OneByOne:
+class SequentialRunner:
     """Trains the runs one after another in this process.
 
     Args:
@@ -179,8 +189,8 @@ class OneByOne:
 
     def __init__(
         self,
-        train: Callable[[DictConfig, str, Report], Measured] = train,
-        step_cost: Callable[[DictConfig, DictConfig, Report], dict] = measured_step_cost,
+        train: Callable[[DictConfig, str, ProgressCallback], TrainingResult] = train,
+        step_cost: Callable[[DictConfig, DictConfig, ProgressCallback], dict] = measure_step_cost,
     ):
         self._train, self._step_cost = train, step_cost
 
@@ -188,17 +198,19 @@ class OneByOne:
         """Return the runs in the order in which they are started."""
         return list(runs)
 
-    def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
+    def step_cost(
+        self, distilled: DictConfig, plain: DictConfig, progress: ProgressCallback
+    ) -> dict[str, Any]:
         """Measure the cost of a distilled step relative to a plain one, while no run is being trained."""
-        return self._step_cost(distilled, plain, report)
+        return self._step_cost(distilled, plain, progress)
 
-    def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
-        """Train a run; see :func:`.train_into`."""
+    def train(self, run: Run, config: DictConfig, progress: ProgressCallback) -> Iterator[None]:
+        """Train a run; see :func:`.train_run`."""
         yield from ()
-        return self._train(config, run.test, report)
+        return self._train(config, run.test, progress)
 
 
-class Commands(OneByOne):
+class ParallelRunner(SequentialRunner):
     """Trains the runs in parallel with the training command, each with an equal number of threads.
 
     Runs that all seeds share are trained first, alone and with all threads, since the others need them. Each run has
@@ -220,19 +232,25 @@ class Commands(OneByOne):
 
     def ordered(self, runs: Sequence[Run]) -> list[Run]:
         """Return the runs in the order in which they are started: with several jobs, runs that seeds share come first."""
-        return sorted(runs, key=lambda run: not run.once) if self.jobs > 1 else list(runs)
+        return (
+            sorted(runs, key=lambda run: not run.shared_across_seeds)
+            if self.jobs > 1
+            else list(runs)
+        )
 
-    def step_cost(self, distilled: DictConfig, plain: DictConfig, report: Report) -> dict[str, Any]:
-        """Like :meth:`OneByOne.step_cost`, with the number of threads of a run."""
-        with threads(self._share):
-            return super().step_cost(distilled, plain, report)
+    def step_cost(
+        self, distilled: DictConfig, plain: DictConfig, progress: ProgressCallback
+    ) -> dict[str, Any]:
+        """Like :meth:`SequentialRunner.step_cost`, with the number of threads of a run."""
+        with torch_threads(self._share):
+            return super().step_cost(distilled, plain, progress)
 
-    def train(self, run: Run, config: DictConfig, report: Report) -> Iterator[None]:
-        """Like :meth:`OneByOne.train`, in a subprocess."""
-        count = self._all if run.once else self._share
+    def train(self, run: Run, config: DictConfig, progress: ProgressCallback) -> Iterator[None]:
+        """Like :meth:`SequentialRunner.train`, in a subprocess."""
+        count = self._all if run.shared_across_seeds else self._share
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)
         try:
-            return (yield from train_apart(config, run.test, report, count, gpu))
+            return (yield from train_in_subprocess(config, run.test, progress, count, gpu))
         finally:
             self._taken.remove(gpu)

@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 
 from .. import __version__
-from ..utils.errors import InputError, reporting
+from ..utils.errors import InputError, report_input_errors
 
 COMMANDS = {
     "train": "train or evaluate a recipe",
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(arguments)
     module = modules[args.command]
-    with reporting(args.debug, getattr(module, "INTERRUPTED", None)):
+    with report_input_errors(args.debug, getattr(module, "INTERRUPTED", None)):
         if args.command != "install-detectron2" and find_spec("detectron2") is None:
             raise InputError(
                 "detectron2", "not installed", "`d2kd install-detectron2`, or an official build"

@@ -75,7 +75,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..benchmark import HEADLINE, Setup, benchmark, table
+    from ..benchmark import MAIN_RATIO, Case, benchmark, table
     from ..utils.io import write_json, write_text
 
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
@@ -86,10 +86,10 @@ def run(args: argparse.Namespace) -> None:
     setups, variant_of = [], {}
     for config in args.config_file:
         label = Path(config).stem
-        setups.append(Setup(label, config, tuple(args.opts), **common))
+        setups.append(Case(label, config, tuple(args.opts), **common))
         for name, *overrides in args.variant:
             variant_of[f"{label}, {name}"] = label
-            setups.append(Setup(f"{label}, {name}", config, (*args.opts, *overrides), **common))
+            setups.append(Case(f"{label}, {name}", config, (*args.opts, *overrides), **common))
 
     def keep(result: dict) -> None:
         if args.json:
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         args.rounds,
         data_steps=args.data,
         memory=not args.no_memory,
-        keep=keep,
+        on_result=keep,
     )
     print(f"\n{table(result)}")
     if args.bound is None:
@@ -111,12 +111,12 @@ def run(args: argparse.Namespace) -> None:
     print()
     exceeded = False
     for ratio in result["ratios"]:
-        if ratio["ratio"] == HEADLINE:
+        if ratio["ratio"] == MAIN_RATIO:
             met = ratio["low"] <= args.bound
             exceeded = exceeded or not met
             verdict = "met" if met else "exceeded"
             print(
-                f"{ratio['recipe']}, {HEADLINE}: at least {ratio['low']:.3f}, "
+                f"{ratio['recipe']}, {MAIN_RATIO}: at least {ratio['low']:.3f}, "
                 f"bound {args.bound} {verdict}"
             )
     if exceeded:

@@ -14,7 +14,7 @@ run the same command again to continue.
 import argparse
 from pathlib import Path
 
-from ..utils.errors import InputError, need
+from ..utils.errors import InputError, require_packages
 
 INTERRUPTED = "interrupted; the same command continues"
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    need("plots", "matplotlib", "jinja2")
+    require_packages("plots", "matplotlib", "jinja2")
     from ..comparison.comparison import Options
     from ..comparison.detectors import load_data
     from ..study.report import compare_and_report
@@ -64,7 +64,11 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or args.folder
     if output is None:
         raise InputError("--output", "nothing", "a folder for the report")
-    detectors, dataset = found_in(args.folder, args.dataset) if args.folder else given(args)
+    detectors, dataset = (
+        detectors_from_folder(args.folder, args.dataset)
+        if args.folder
+        else detectors_from_args(args)
+    )
     options = Options(
         threshold=args.threshold,
         resamples=args.resamples,
@@ -75,11 +79,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nOpen {page}")
 
 
-def given(args: argparse.Namespace) -> tuple:
+def detectors_from_args(args: argparse.Namespace) -> tuple:
     """Return the detectors and the data set of the command line."""
     from ..comparison.detectors import from_config
-    from ..config import recipe_of
-    from ..data.catalog import register_described
+    from ..config import load_recipe_or_none
+    from ..data.catalog import register_from_config
 
     if not args.dataset:
         raise InputError("--dataset", "nothing", "the name of a data set")
@@ -90,24 +94,26 @@ def given(args: argparse.Namespace) -> tuple:
         if not name or len(parts) not in (2, 3) or not all(parts):
             raise InputError("--detector", text, "NAME=CONFIG,WEIGHTS")
         detectors.append(from_config(name, *parts))
-        recipe = recipe_of(parts[0])
+        recipe = load_recipe_or_none(parts[0])
         if recipe is not None:
-            register_described(recipe, args.dataset)
+            register_from_config(recipe, args.dataset)
     return detectors, args.dataset
 
 
-def found_in(folder: Path, dataset: str | None) -> tuple:
+def detectors_from_folder(folder: Path, dataset: str | None) -> tuple:
     """Return the detectors of an output folder, and ``dataset``, by default the one of their evaluation."""
-    from ..comparison.detectors import detectors_of_run, detectors_of_study, study_of
+    from ..comparison.detectors import detectors_from_run, detectors_from_study, load_study_results
     from ..config import load
-    from ..data.catalog import register_described
+    from ..data.catalog import register_from_config
 
-    study = study_of(folder)
+    study = load_study_results(folder)
     if study is None:
-        detectors, measured_on = detectors_of_run(folder, dataset)
+        detectors, measured_on = detectors_from_run(folder, dataset)
     else:
-        detectors = detectors_of_study(folder, study["rows"], study["baseline"], study["featured"])
+        detectors = detectors_from_study(
+            folder, study["rows"], study["baseline"], study["featured"]
+        )
         measured_on = study["dataset"]
     for detector in detectors:
-        register_described(load(detector.config), dataset or measured_on)
+        register_from_config(load(detector.config), dataset or measured_on)
     return detectors, dataset or measured_on

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..config import load
     from ..doctor import Finding, diagnose, exit_code, table
-    from ..utils.env import versions
+    from ..utils.env import collect_versions
     from ..utils.io import write_json
 
     for name, least in (("images", 0), ("iterations", 0)):
@@ -64,5 +64,5 @@ def run(args: argparse.Namespace) -> None:
     print(table(findings))
     if args.json:
         rows = [dataclasses.asdict(finding) for finding in findings]
-        write_json(args.json, {"schema": 1, "versions": versions(), "rows": rows})
+        write_json(args.json, {"schema": 1, "versions": collect_versions(), "rows": rows})
     raise SystemExit(exit_code(findings))

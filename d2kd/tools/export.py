@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
         FORMATS,
         SCORE_TOLERANCE,
         ExportedDetector,
-        exportable,
-        imported,
+        import_optional,
+        prepare_for_export,
         write,
     )
     from ..utils.io import write_json, write_text
@@ -52,17 +52,17 @@ def run(args: argparse.Namespace) -> None:
     if args.baseline and not args.table:
         raise InputError("--baseline", "given without --table", "both")
     if "onnx" in args.format:
-        imported("onnx"), imported("onnxruntime")
+        import_optional("onnx"), import_optional("onnxruntime")
 
     config = with_defaults(load(args.config_file, args.opts))
-    student = exportable(table.built(config, args.weights))
+    student = prepare_for_export(table.build_student(config, args.weights))
     about = table.metadata(config, student, args.weights)
-    batches = table.first_images(config, args.images) if args.images else []
+    batches = table.first_test_images(config, args.images) if args.images else []
     rows = []
     if args.table:
         rows.append(table.teacher_row(config, student))
         if args.baseline:
-            baseline = table.built(config, args.baseline)
+            baseline = table.build_student(config, args.baseline)
             rows.append(table.detector_row("baseline", baseline))
         rows = [row for row in rows if row] + [table.detector_row("student", student)]
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
-            total, unmatched = table.agreement(student, exported, batches)
+            total, unmatched = table.compare_detections(student, exported, batches)
             differ |= unmatched * 100 > total
             print(
                 f"{len(batches)} images, {total} detections of both, {unmatched} without a match "

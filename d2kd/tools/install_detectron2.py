@@ -201,7 +201,7 @@ def pip(*arguments: object, show: bool = False) -> subprocess.CompletedProcess:
     )
 
 
-def complaint(result: subprocess.CompletedProcess) -> str:
+def pip_error(result: subprocess.CompletedProcess) -> str:
     """Return the last exception or error in pip's output."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     raised = [line for line in lines if re.match(r"\w+Error: ", line)]
@@ -227,7 +227,7 @@ def download(folder: Path) -> Path:
             raise InputError(ARCHIVE, f"the archive's SHA-256 is {got[1]}", SHA256)
         raise InputError(
             ARCHIVE,
-            f"cannot be downloaded ({complaint(result)})",
+            f"cannot be downloaded ({pip_error(result)})",
             "a package index that has it, such as PyPI",
         )
     return next(folder.glob("*.tar.gz"))
@@ -252,7 +252,7 @@ def build(archive: Path, destination: Path) -> Path:
         if result.returncode:
             raise InputError(
                 "detectron2 0.6",
-                f"the wheel cannot be built ({complaint(result)})",
+                f"the wheel cannot be built ({pip_error(result)})",
                 "a working setuptools",
             )
         wheel = next(Path(scratch).glob("*.whl"))
@@ -271,7 +271,7 @@ def install(wheel: Path, constraints: Path | None) -> None:
         if result.returncode:
             raise InputError(
                 "detectron2 0.6",
-                f"cannot be installed ({complaint(result)})",
+                f"cannot be installed ({pip_error(result)})",
                 "the packages it needs in pip's index",
             )
 

@@ -9,7 +9,7 @@ including those of earlier commands with other --runs. See d2kd/study for the fo
 import argparse
 from pathlib import Path
 
-from ..utils.errors import InputError, need
+from ..utils.errors import InputError, require_packages
 
 INTERRUPTED = "interrupted; the same command continues"
 
@@ -44,20 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise InputError("--jobs", args.jobs, "1 or more")
-    need("plots", "matplotlib", "jinja2")
-    from ..study import Commands, OneByOne, planned, run_study, show_results
+    require_packages("plots", "matplotlib", "jinja2")
+    from ..study import (
+        ParallelRunner,
+        SequentialRunner,
+        load_and_plan,
+        run_study,
+        write_tables_and_plots,
+    )
     from ..study.report import study_report
 
-    study, runs = planned(args.study, args.seeds, args.runs, args.fast)
+    study, runs = load_and_plan(args.study, args.seeds, args.runs, args.fast)
     every_run = study.plan(args.seeds, list(study.runs), args.fast)
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
     # --fast registers smaller data sets in this process, so runs cannot be subprocesses.
-    trainer = OneByOne() if args.fast else Commands(args.jobs)
+    trainer = SequentialRunner() if args.fast else ParallelRunner(args.jobs)
     rows, failed = run_study(study, runs, output, trainer, others=every_run)
     if rows:
-        print("\n" + show_results(output, study, every_run, rows) + "\n", flush=True)
+        print("\n" + write_tables_and_plots(output, study, every_run, rows) + "\n", flush=True)
         page = study_report(output, study, rows)
         if page is not None:
             print(f"  {page}  what distillation changed")

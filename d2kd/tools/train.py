@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipe(args: argparse.Namespace) -> DictConfig:
     """Return the recipe of the command line, with overrides applied."""
-    from ..config import distill, load, method, override, with_defaults
+    from ..config import apply_overrides, distill, load, method, with_defaults
 
     if (args.distill is None) != (args.teacher is None):
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
     config = load(args.config_file)
     if args.distill:
         config = with_defaults(distill(config, teacher=args.teacher, **method(args.distill)))
-    return override(config, args.opts)
+    return apply_overrides(config, args.opts)
 
 
 def evaluate(config: DictConfig, resume: bool) -> dict:
@@ -68,17 +68,17 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
     """
     from detectron2.config import instantiate
 
-    from ..config import student_of, with_defaults, without_weights
+    from ..config import student_node, with_defaults, without_weights
     from ..data import check_dataset, dataset_names
     from ..engine import do_test
-    from ..engine.checkpoint import StudentCheckpointer, learned_classes
+    from ..engine.checkpoint import StudentCheckpointer, training_class_names
     from ..engine.launch import pick_device
-    from ..modeling.weights import load_strict
+    from ..modeling.weights import load_weights_strict
 
     config = with_defaults(config)
-    model = instantiate(without_weights(student_of(config.model)))
+    model = instantiate(without_weights(student_node(config.model)))
     model.to(pick_device(config.train.device))
-    last = StudentCheckpointer(model, config.train.output_dir).last()
+    last = StudentCheckpointer(model, config.train.output_dir).last_checkpoint_file()
     weights = (resume and last) or config.train.init_checkpoint or last
     if not weights:
         raise InputError(
@@ -87,26 +87,26 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
             "one there, or train.init_checkpoint=WEIGHTS",
         )
     names = check_dataset(dataset_names(config, "test"))
-    load_strict(model, weights, learned_classes(model, names))
+    load_weights_strict(model, weights, training_class_names(model, names))
     return do_test(config, model)
 
 
 def train(config: DictConfig, resume: bool) -> None:
-    from ..doctor import FirstLook
+    from ..doctor import SanityCheckHook
     from ..engine import Trainer
 
     trainer = Trainer(config)
-    trainer.register_hooks([FirstLook()])
+    trainer.register_hooks([SanityCheckHook()])
     trainer.resume_or_load(resume)
     trainer.train()
 
 
-def work(args: argparse.Namespace) -> None:
+def main_worker(args: argparse.Namespace) -> None:
     """Train or evaluate, in each process."""
-    from ..engine.launch import joined
+    from ..engine.launch import process_group
 
     config = recipe(args)
-    with joined(config.train.device):
+    with process_group(config.train.device):
         (evaluate if args.eval_only else train)(config, args.resume)
 
 
@@ -115,4 +115,4 @@ def run(args: argparse.Namespace) -> None:
 
     if args.num_machines > 1 and args.dist_url == "auto":
         raise InputError("--dist-url", "not given", "where the machines meet: tcp://FIRST:PORT")
-    launch(work, args)
+    launch(main_worker, args)

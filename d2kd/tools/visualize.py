@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.config import instantiate
     from omegaconf import OmegaConf
 
-    from ..config import load, student_of
-    from ..data.catalog import register_described
+    from ..config import load, student_node
+    from ..data.catalog import register_from_config
     from ..visualization.erd_selection import draw_selection
     from ..visualization.icd_attention import draw_attention
     from ..visualization.panels import draw_detections
@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> None:
     config = load(args.config_file, args.opts)
     if OmegaConf.select(config, "dataloader.test.mapper") is None:
         raise InputError(args.config_file, "no dataloader.test.mapper", "how images are read")
-    register_described(config, args.dataset)
+    register_from_config(config, args.dataset)
     mapper = instantiate(config.dataloader.test.mapper)
     if args.what == "attention":
         loss, teacher = icd_of(config, weights)
         drawn = draw_attention(args.output, args.dataset, loss, teacher, mapper, args.number)
         written = drawn.files
-        shown = f"attention, {drawn.inside:.0%} of it in boxes that cover {drawn.by_chance:.0%}"
+        shown = f"attention, {drawn.fraction_inside:.0%} of it in boxes that cover {drawn.by_chance:.0%}"
     elif args.what == "selection":
         loss, teacher = erd_of(config, weights)
         written = draw_selection(args.output, args.dataset, loss, teacher, mapper, args.number)
@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> None:
             mapper,
             args.number,
             args.threshold,
-            student_of(config.model).get("num_old_classes", 0),
+            student_node(config.model).get("num_old_classes", 0),
         )
         shown = " | ".join(["ground truth", *detectors])
     print(f"{shown}: {len(written)} pictures in {args.output}")
 
 
-def left_by_training(config, weights: dict[str, str]) -> str:
+def student_checkpoint(config, weights: dict[str, str]) -> str:
     """Return the run's checkpoint: the student's ``--weights``, or ``model_final.pth`` of the output folder."""
     final = Path(config.train.output_dir, "model_final.pth")
     if "student" not in weights and not final.is_file():
@@ -87,7 +87,7 @@ def left_by_training(config, weights: dict[str, str]) -> str:
     return weights.get("student", str(final))
 
 
-def give_teacher(config, weights: dict[str, str], what: str, method: str) -> None:
+def set_teacher_weights(config, weights: dict[str, str], what: str, method: str) -> None:
     """Set the weights of the recipe's teacher; raise InputError if there is no teacher, or no weights."""
     from ..config import is_distiller
 
@@ -103,14 +103,14 @@ def icd_of(config, weights: dict[str, str]) -> tuple:
     """Return the recipe's trained ICD loss and its teacher."""
     from detectron2.config import instantiate
 
-    from ..config import teacher_of, without_weights
+    from ..config import teacher_node, without_weights
     from ..engine.launch import pick_device
     from ..visualization.icd_attention import load_icd
 
-    give_teacher(config, weights, "attention", "ICD")
+    set_teacher_weights(config, weights, "attention", "ICD")
     device, model = pick_device(config.train.device), config.model
-    checkpoint = left_by_training(config, weights)
-    teacher = instantiate(teacher_of(model))
+    checkpoint = student_checkpoint(config, weights)
+    teacher = instantiate(teacher_node(model))
     student = instantiate(without_weights(model.student))
     loss = load_icd(model, student, teacher, checkpoint)
     teacher.detector.to(device)
@@ -125,7 +125,7 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
     from ..engine.launch import pick_device
     from ..losses import ERDLoss
 
-    give_teacher(config, weights, "selection", "ERD")
+    set_teacher_weights(config, weights, "selection", "ERD")
     model = instantiate(without_weights(config.model)).to(pick_device(config.train.device))
     losses = [loss for loss in model.losses.by_name.values() if isinstance(loss, ERDLoss)]
     if not losses:
@@ -140,28 +140,28 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
     """
     from detectron2.config import instantiate
 
-    from ..config import is_distiller, student_of, teacher_of, without_weights
-    from ..engine.checkpoint import learned_classes, teacher_classes
+    from ..config import is_distiller, student_node, teacher_node, without_weights
+    from ..engine.checkpoint import teacher_class_names, training_class_names
     from ..engine.launch import pick_device
-    from ..modeling.weights import CLASSES, load_strict, read
+    from ..modeling.weights import CLASSES_KEY, load_checkpoint, load_weights_strict
     from ..structures.class_map import class_names
 
     device = pick_device(config.train.device)
-    checkpoint = left_by_training(config, weights)
+    checkpoint = student_checkpoint(config, weights)
     if "teacher" in weights and not is_distiller(config.model):
         raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
-    student = instantiate(without_weights(student_of(config.model))).to(device).eval()
-    load_strict(student, checkpoint)
-    names = read(checkpoint).get(CLASSES)
+    student = instantiate(without_weights(student_node(config.model))).to(device).eval()
+    load_weights_strict(student, checkpoint)
+    names = load_checkpoint(checkpoint).get(CLASSES_KEY)
     if names is None and config.model.get("classes") is not None:
         names = class_names(instantiate(config.model.classes))
-    names = names or learned_classes(student, [dataset])
+    names = names or training_class_names(student, [dataset])
     detectors = {}
     if is_distiller(config.model):
         node = config.model.teacher
         node.weights = weights.get("teacher", node.weights)
         if node.weights:
-            teacher = instantiate(teacher_of(config.model))
+            teacher = instantiate(teacher_node(config.model))
             teacher.detector.to(device)
-            detectors["teacher"] = teacher.detect, teacher_classes(teacher, names)
+            detectors["teacher"] = teacher.detect, teacher_class_names(teacher, names)
     return detectors | {"student": (student, names)}

@@ -7,7 +7,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 
-def over_processes(counts: Tensor, least: float = 1.0) -> Tensor:
+def reduce_mean(counts: Tensor, min_total: float = 1.0) -> Tensor:
     """Return the mean of ``counts`` over all processes, for use as the normalizer of a loss.
 
     DDP averages gradients over processes, so that a sum divided by this mean has the gradient of the whole batch
@@ -25,9 +25,9 @@ def over_processes(counts: Tensor, least: float = 1.0) -> Tensor:
     if processes > 1:
         counts = counts.clone()
         dist.all_reduce(counts)
-    return counts.clamp(min=least) / processes
+    return counts.clamp(min=min_total) / processes
 
 
-def anywhere(found: bool) -> bool:
+def any_rank(found: bool) -> bool:
     """Return whether ``found`` is true in any process. This is a collective operation."""
     return any(comm.all_gather(found))

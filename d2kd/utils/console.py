@@ -15,7 +15,7 @@ LOGGERS = ("d2kd", "detectron2", "fvcore")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Suppress console output of d2kd, Detectron2 and pycocotools; the run's log has the log records."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Progress(tqdm):
+class ProgressBar(tqdm):
     """A progress line: step i/n, elapsed and remaining time. If it is not a terminal, a new line every 30 s.
 
     Args:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from .. import __version__
 
 
-def versions() -> dict[str, str | None]:
+def collect_versions() -> dict[str, str | None]:
     """Return the versions of packages, Python, platform and GPU on which a result depends."""
     names = ("torchvision", "detectron2", "numpy", "fvcore", "pycocotools", "pillow")
     found: dict[str, str | None] = {"d2kd": __version__, "python": platform.python_version()}
@@ -51,13 +51,13 @@ def _content(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if hasattr(value, "__qualname__"):
-        return importable_name(value) or value.__qualname__
+        return import_path(value) or value.__qualname__
     # Its repr may contain its address.
     held = _content(vars(value)) if hasattr(value, "__dict__") else repr(value)
     return [_content(type(value)), held]
 
 
-def importable_name(value: Any) -> str | None:
+def import_path(value: Any) -> str | None:
     """Return the name by which any process can import a class or function; None if there is none."""
     if getattr(value, "__module__", None) in (None, "__main__"):
         return None

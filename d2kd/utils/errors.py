@@ -1,6 +1,6 @@
 """Errors in the user's input, reported in one line.
 
-Library code raises :class:`InputError`. Command-line tools run inside :func:`reporting`, which prints
+Library code raises :class:`InputError`. Command-line tools run inside :func:`report_input_errors`, which prints
 ``error: <culprit>: <found>; expected <…>`` to stderr and exits with code 2.
 """
 
@@ -31,7 +31,7 @@ class InputError(Exception):
         return " ".join(line.split())
 
     @classmethod
-    def of_line(cls, line: str) -> InputError:
+    def from_line(cls, line: str) -> InputError:
         """Return the error that ``str`` has turned into a line, in another process."""
         rest, _, expected = line.rpartition("; expected ")
         culprit, _, found = rest.partition(": ")
@@ -39,7 +39,7 @@ class InputError(Exception):
 
 
 @contextlib.contextmanager
-def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
+def report_input_errors(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
     """Report an :class:`InputError` that is raised inside in one line, and exit with code 2.
 
     Args:
@@ -60,7 +60,7 @@ def reporting(debug: bool = False, interrupted: str | None = None) -> Iterator[N
         raise SystemExit(130) from None
 
 
-def need(extra: str, *modules: str) -> None:
+def require_packages(extra: str, *modules: str) -> None:
     """Check that optional packages are installed, before work begins that needs them.
 
     Args:

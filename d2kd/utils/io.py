@@ -15,7 +15,7 @@ from .errors import InputError
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path beside ``path``, and rename it to ``path`` on success.
 
     The content is flushed to the disk before it is renamed, so that this holds after a loss of power, too.
@@ -40,13 +40,13 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_temporaries(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed processes, which are as large as checkpoints."""
     for file in folder.glob(".*.tmp"):
         file.unlink(missing_ok=True)
 
 
-def disk_is_full(error: BaseException) -> str | None:
+def full_disk_message(error: BaseException) -> str | None:
     """Return the system's message if an error, or one of its causes, is a full disk, quota or file; otherwise None."""
     cause: BaseException | None = error
     while cause is not None:
@@ -57,14 +57,14 @@ def disk_is_full(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def explaining_full_disk(path: str | Path) -> Iterator[None]:
+def report_full_disk(path: str | Path) -> Iterator[None]:
     """Raise InputError if the code inside fails because the disk is full."""
     try:
         yield
     except InputError:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError from it
-        reason = disk_is_full(error)
+        reason = full_disk_message(error)
         if reason is None:
             raise
         expected = "room on the disk; earlier files are whole, and --resume continues from them"
@@ -73,7 +73,7 @@ def explaining_full_disk(path: str | Path) -> Iterator[None]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

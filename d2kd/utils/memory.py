@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 
-class Peak:
+class PeakMemory:
     """The peak of memory since construction: allocated tensors of a GPU, or resident memory of this process.
 
     ``getrusage`` cannot be used: its peak includes the process's past, and its parent's.

@@ -11,10 +11,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..data import check_dataset
-from ..data.datasets import spread
+from ..data.datasets import sample_evenly
 from ..losses import ERDLoss
 from ..modeling import Teacher
-from .panels import Scene, marked, save_pictures, scenes, side_by_side
+from .panels import Scene, save_pictures, scenes, side_by_side, tag_old_new
 
 TITLES = {"classes": "class logits", "boxes": "boxes", "kept": "boxes after NMS"}
 """Field of the selection -> title of its panel."""
@@ -46,9 +46,9 @@ def draw_selection(
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
     names = MetadataCatalog.get(dataset).get("thing_classes")
-    metadata = marked(names, *_old_and_new(loss, names or ()))
+    metadata = tag_old_new(names, *_old_and_new(loss, names or ()))
     drawn = {}
-    for scene in scenes(spread(records, number), mapper):
+    for scene in scenes(sample_evenly(records, number), mapper):
         add_selection(scene, loss, teacher)
         drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata)
     return save_pictures(folder, drawn)
@@ -59,16 +59,16 @@ def _old_and_new(loss: ERDLoss, names: Sequence[str]) -> tuple[list[str], list[s
     known: Sequence[int] = range(loss.num_old_classes)
     names = names[: loss.num_classes]
     if loss.class_map is not None:
-        names, known = loss.class_map.student, loss.class_map.of_student
+        names, known = loss.class_map.student, loss.class_map.student_ids
     old = [name for k, name in enumerate(names) if k in known]
     return old, [name for name in names if name not in old]
 
 
 def add_selection(scene: Scene, loss: ERDLoss, teacher: Teacher) -> None:
     """Add a panel for each of :data:`TITLES`, with the number of locations in the title."""
-    outputs = teacher.ask(scene.batch)
+    outputs = teacher.outputs(scene.batch)
     with torch.no_grad():
-        selection = loss.select(outputs, loss.answer(outputs, "of_teacher"))
+        selection = loss.select(outputs, loss.gather_predictions(outputs, "teacher_ids"))
     height, width = scene.image.shape[:2]
     shown = scene.batch[0]["image"].shape[-2:]
     centers = Boxes.cat(outputs.anchors).get_centers().cpu()

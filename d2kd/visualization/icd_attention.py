@@ -20,16 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from ..config import builds
+from ..config import has_target
 from ..data import InstancePriors, check_dataset
-from ..data.datasets import spread
+from ..data.datasets import sample_evenly
 from ..layers.attention import CellPositions
 from ..layers.masks import valid_cells
 from ..layers.queries import make_queries
 from ..losses import ICDLoss
 from ..losses.icd import tokens
 from ..modeling import Teacher
-from ..modeling.weights import fit, read
+from ..modeling.weights import load_checkpoint, load_state_dict_checked
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
 from .panels import GAP, save_pictures, scenes, title_strip
@@ -52,7 +52,7 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
     named = [
         name
         for name, node in model.get("losses", {}).items()
-        if OmegaConf.is_dict(node) and builds(node, ICDLoss)
+        if OmegaConf.is_dict(node) and has_target(node, ICDLoss)
     ]
     if not named:
         raise InputError("model.losses", "no ICDLoss", "a recipe that distils by ICD")
@@ -60,16 +60,16 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
     node.priors = None
     loss = instantiate(node)
     # The priors are not used, because no negatives are sampled here.
-    loss.priors = InstancePriors.unknown(num_classes_of(student))
+    loss.priors = InstancePriors.uniform(num_classes_of(student))
     loss.scale = teacher.scale
-    loss.bind(student, teacher.detector)
+    loss.setup(student, teacher.detector)
     prefix = f"by_name.{named[0]}."
-    state = read(weights).get("losses", {})
+    state = load_checkpoint(weights).get("losses", {})
     learned = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if not learned:
         expected = "a checkpoint of a run with ICD, which holds its decoder"
         raise InputError(weights, f"no losses.{named[0]}", expected)
-    fit(loss, {"model": learned}, weights)
+    load_state_dict_checked(loss, {"model": learned}, weights)
     return loss
 
 
@@ -85,15 +85,15 @@ class Attention:
     levels: dict[str, np.ndarray]
     extent: tuple[float, float]
 
-    def of_object(self, k: int) -> Attention:
+    def object_attention(self, k: int) -> Attention:
         """Return the attention of object k, with K = 1."""
         return Attention({level: x[k : k + 1] for level, x in self.levels.items()}, self.extent)
 
-    def shares(self, k: int) -> dict[str, float]:
+    def level_fractions(self, k: int) -> dict[str, float]:
         """Return, for each level, the fraction of object k's attention, averaged over the rows."""
         return {level: float(x[k].sum((-1, -2)).mean()) for level, x in self.levels.items()}
 
-    def inside(self, box: np.ndarray) -> np.ndarray:
+    def fraction_inside(self, box: np.ndarray) -> np.ndarray:
         """Return the fraction of the attention inside a box, (K, R). Cells are weighted by the covered area.
 
         Args:
@@ -117,7 +117,7 @@ class Attention:
             for cells in self.levels.values()
         )
 
-    def on_picture(self, level: str, size: tuple[int, int]) -> np.ndarray:
+    def upsample(self, level: str, size: tuple[int, int]) -> np.ndarray:
         """Upsample a level to an image of ``size`` (height, width) by nearest neighbour: (K, R, *size)."""
         cells = self.levels[level]
         rows, columns = (
@@ -130,7 +130,7 @@ class Attention:
         """Return the attention per area, summed over levels: (K, R, *size), with a mean of at most 1."""
         height, width = self.extent
         return sum(
-            self.on_picture(level, size) * (cells.shape[-2] * cells.shape[-1] / height / width)
+            self.upsample(level, size) * (cells.shape[-2] * cells.shape[-1] / height / width)
             for level, cells in self.levels.items()
         )
 
@@ -146,7 +146,7 @@ class AttentionPictures:
     """
 
     files: list[Path]
-    inside: float
+    fraction_inside: float
     by_chance: float
 
 
@@ -161,7 +161,7 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     Raises:
         InputError: if an object's class is not one of the student's.
     """
-    outputs = teacher.ask(batch)
+    outputs = teacher.outputs(batch)
     # Boxes in pixels of the student's image, as in training; the teacher's image may be larger.
     height, width = batch[0]["image"].shape[-2:]
     gt = Instances((height, width))
@@ -172,10 +172,10 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     padded = outputs.images.tensor.shape[-2:]
     cells, sizes = tokens(maps.values()), [x.shape[-2:] for x in maps.values()]
     valid = valid_cells(outputs.images.image_sizes, padded, sizes, cells.device)
-    positions = CellPositions.of(valid, cells.shape[-1])
+    positions = CellPositions.from_masks(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
-    queries = make_queries([gt], loss.priors, fakes_per_object=0, jitter=0).to(cells.device)
-    (x, query_positions), rows = loss.encoded(queries), []
+    queries = make_queries([gt], loss.priors, negatives_per_instance=0, jitter=0).to(cells.device)
+    (x, query_positions), rows = loss.encode_queries(queries), []
     for layer in loss.decoder:
         rows.append(layer.logits(x, cells, positions, valid, query_positions)[0].softmax(-1))
         x = layer(x, cells, positions, valid, query_positions=query_positions).queries
@@ -206,7 +206,7 @@ def attention_panel(
     scale = TILE / max(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
     gray = np.asarray(Image.fromarray(image).convert("L").resize(size[::-1]))[..., None] * 0.5
-    levels = [attention.on_picture(level, size)[0] for level in attention.levels]
+    levels = [attention.upsample(level, size)[0] for level in attention.levels]
     shown = np.stack([attention.density(size)[0], *levels], axis=1)  # (R, 1 + levels, *size)
     shown = np.concatenate([shown.mean(0, keepdims=True), shown])
     # The maximum over all cells, including those that the small image skips.
@@ -268,16 +268,18 @@ def draw_attention(
     if not records:
         raise InputError(dataset, "no annotated object", "images with objects")
     names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
-    for scene in scenes(spread(records, number), mapper):
+    for scene in scenes(sample_evenly(records, number), mapper):
         truth = scene.panels["ground truth"]
         attention = attention_of(loss, teacher, scene.batch, truth)
         height, width = scene.image.shape[:2]
         panels = []
         for k, (box, label) in enumerate(zip(truth.gt_boxes.tensor.numpy(), truth.gt_classes)):
-            own, relative = attention.of_object(k), box / [width, height, width, height]
-            inside.append(own.inside(relative).mean())
+            own, relative = attention.object_attention(k), box / [width, height, width, height]
+            inside.append(own.fraction_inside(relative).mean())
             by_chance.append((relative[2:] - relative[:2]).prod())
-            shares = ", ".join(f"{level} {share:.0%}" for level, share in own.shares(0).items())
+            shares = ", ".join(
+                f"{level} {share:.0%}" for level, share in own.level_fractions(0).items()
+            )
             title = f"{k + 1} {names[label]}: {shares}; in the box {inside[-1]:.0%}"
             panels.append(attention_panel(scene.image, own, box, title))
         drawn[scene.name] = _grid(panels)

@@ -21,7 +21,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data import build_test_loader, check_dataset
-from ..data.datasets import spread
+from ..data.datasets import sample_evenly
 
 # Smaller images are enlarged to this shorter side, in pixels, so that the labels of an 8 px object are legible.
 LEGIBLE_SIDE = 480
@@ -87,7 +87,9 @@ def side_by_side(
     return np.hstack(columns)
 
 
-def ground_truth(annotations: Iterable[Mapping], image_size: tuple[int, int]) -> Instances:
+def instances_from_annotations(
+    annotations: Iterable[Mapping], image_size: tuple[int, int]
+) -> Instances:
     """Convert the annotations of a dataset dict to instances, without crowd regions.
 
     Args:
@@ -102,7 +104,7 @@ def ground_truth(annotations: Iterable[Mapping], image_size: tuple[int, int]) ->
     return instances
 
 
-def predictions(
+def instances_from_results(
     results: Iterable[Mapping], image_size: tuple[int, int], class_of: Mapping[int, int]
 ) -> Instances:
     """Convert the COCO results of one image to instances.
@@ -123,7 +125,7 @@ def predictions(
     return instances
 
 
-def found_objects(
+def count_matched_objects(
     truth: Instances, predicted: Instances, threshold: float, iou: float = 0.5
 ) -> int:
     """Count the objects matched at IoU >= ``iou`` by a detection of their class, highest scores first."""
@@ -145,7 +147,7 @@ def draw_differences(
     """Draw ground truth | … | baseline | student for the images in which the last two differ most.
 
     Images are ranked by the absolute difference between the numbers of objects that the two detectors find, see
-    :func:`found_objects`, so gains and losses are shown alike.
+    :func:`count_matched_objects`, so gains and losses are shown alike.
 
     Args:
         folder: output folder; pictures of an earlier call are deleted.
@@ -163,12 +165,12 @@ def draw_differences(
     scored = []
     for record in records:
         size = (record["height"], record["width"])
-        truth = ground_truth(record.get("annotations", ()), size)
+        truth = instances_from_annotations(record.get("annotations", ()), size)
         seen = {
-            t: predictions(rows.get(record["image_id"], ()), size, class_of)
+            t: instances_from_results(rows.get(record["image_id"], ()), size, class_of)
             for t, rows in by_image.items()
         }
-        found = {t: found_objects(truth, p, threshold) for t, p in seen.items()}
+        found = {t: count_matched_objects(truth, p, threshold) for t, p in seen.items()}
         baseline, student = list(found.values())[-2:]
         scored.append((abs(student - baseline), record, truth, seen, found))
     scored.sort(key=lambda entry: -entry[0])  # stable: ties are in the data set's order
@@ -237,12 +239,12 @@ def scenes(records: Sequence[dict], mapper: Callable[[dict], dict]) -> Iterator[
     loader = build_test_loader(records, mapper=mapper, sampler=range(len(records)))
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         image = read_image(record["file_name"], "RGB")
-        truth = ground_truth(record.get("annotations", ()), image.shape[:2])
+        truth = instances_from_annotations(record.get("annotations", ()), image.shape[:2])
         name = f"{number:02d}_{Path(record['file_name']).stem}"
         yield Scene(name, image, batch, {"ground truth": truth})
 
 
-def described(
+def panel_metadata(
     metadata, classes: Mapping[str, Sequence[str] | None], num_old_classes: int = 0
 ) -> dict[str, Metadata | None]:
     """Return the metadata of each panel: of the data set for the ground truth, of the detector otherwise.
@@ -258,10 +260,10 @@ def described(
         learned = classes.get("student") or ()
         old, new = learned[:num_old_classes], learned[num_old_classes:]
     lists = {"ground truth": metadata.get("thing_classes"), **classes}
-    return {title: marked(names, old, new) for title, names in lists.items()}
+    return {title: tag_old_new(names, old, new) for title, names in lists.items()}
 
 
-def marked(
+def tag_old_new(
     names: Sequence[str] | None, old: Collection[str], new: Collection[str]
 ) -> Metadata | None:
     """Return metadata with "(old)" or "(new)" after the names of these classes; None if there are no names."""
@@ -285,11 +287,11 @@ def draw_detections(
     Args:
         folder: output folder.
         dataset: a registered data set.
-        detectors: title -> (detector in eval mode or other function of batches, class names as in :func:`described`).
+        detectors: title -> (detector in eval mode or other function of batches, class names as in :func:`panel_metadata`).
         mapper: a dataset mapper for evaluation.
         number: number of images.
         threshold: minimum score to draw.
-        num_old_classes: see :func:`described`.
+        num_old_classes: see :func:`panel_metadata`.
 
     Raises:
         InputError: if the data set is not registered, or an image cannot be read.
@@ -297,9 +299,9 @@ def draw_detections(
     check_dataset(dataset)
     records = DatasetCatalog.get(dataset)
     classes = {title: names for title, (_, names) in detectors.items()}
-    metadata = described(MetadataCatalog.get(dataset), classes, num_old_classes)
+    metadata = panel_metadata(MetadataCatalog.get(dataset), classes, num_old_classes)
     drawn = {}
-    for scene in scenes(spread(records, number), mapper):
+    for scene in scenes(sample_evenly(records, number), mapper):
         for title, (detector, _) in detectors.items():
             scene.add(title, detector)
         drawn[scene.name] = side_by_side(scene.image, scene.panels, metadata, threshold)

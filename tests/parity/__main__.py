@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from d2kd.utils.errors import InputError, reporting
+from d2kd.utils.errors import InputError, report_input_errors
 
 from . import Arrays, Method, compare, gfl_erd, icd
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
-    with reporting(args.debug):
+    with report_input_errors(args.debug):
         arrays = Arrays(args.file)
         try:
             outputs = METHODS[args.method](arrays)

@@ -91,7 +91,7 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
 
     anchors = gfl.anchor_generator(predictions[0])
     labels, boxes = gfl.label_anchors(anchors, [truth(arrays, i) for i in range(len(first))])
-    by_anchor = gfl._by_anchor(predictions)
+    by_anchor = gfl._transpose_predictions(predictions)
     losses = gfl.anchor_losses(anchors, by_anchor[0], labels, by_anchor[1], boxes)
     sum(loss.sum() for loss in losses.values()).backward()
 
@@ -138,7 +138,7 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     for instances in truths:
         instances.gt_classes += old
     labels, boxes = gfl.label_anchors(anchors, truths)
-    logits, edges = gfl._by_anchor(answers[2:])
+    logits, edges = gfl._transpose_predictions(answers[2:])
     with torch.no_grad():
         losses = gfl.anchor_losses(anchors, logits, labels, edges, boxes)
 
@@ -147,8 +147,11 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     )
     student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
     erd = ERDLoss(class_pool="image", reference_images_per_process=None)
-    erd.bind(gfl, teacher.detector)
-    ours, theirs = erd.answer(student, "of_student"), erd.answer(teacher, "of_teacher")
+    erd.setup(gfl, teacher.detector)
+    ours, theirs = (
+        erd.gather_predictions(student, "student_ids"),
+        erd.gather_predictions(teacher, "teacher_ids"),
+    )
     selection = erd.select(teacher, theirs)
     squares, values = erd.class_terms(ours, theirs, selection)
     per_image = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2kd.data import InstancePriors
-from d2kd.layers.attention import CellPositions, _places, _sines
+from d2kd.layers.attention import CellPositions, _normalized_coordinates, _sine_embeddings
 from d2kd.layers.masks import valid_cells
 from d2kd.layers.queries import InstanceQueries
 from d2kd.losses.icd import ICDLoss, tokens
@@ -20,7 +20,7 @@ LEVELS = ("p3", "p4", "p5", "p6", "p7")
 
 def sine_positions(valid: Tensor, channels: int) -> Tensor:
     """Where each of the cells lies in its image: ``(N, H, W, channels)`` of ``(N, H, W)`` bool, the valid ones."""
-    return torch.cat([*_sines(*_places(valid), channels)], dim=-1)
+    return torch.cat([*_sine_embeddings(*_normalized_coordinates(valid), channels)], dim=-1)
 
 
 def outputs(arrays: Arrays) -> dict[str, Tensor]:
@@ -39,19 +39,19 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
     valid = valid_cells(sizes, padded, [x.shape[-2:] for x in teacher])
     channels = teacher[0].shape[1]
     embedding = tokens(sine_positions(x, channels).movedim(-1, 1) for x in valid)
-    positions = CellPositions.of(valid, channels)
+    positions = CellPositions.from_masks(valid, channels)
     valid = torch.cat([x.flatten(1) for x in valid], dim=1)
     queries = InstanceQueries(
         descriptors=arrays.tensor("descriptor").transpose(0, 1),
         centers=arrays.tensor("query_centers"),
         edge_distances=arrays.tensor("edge_distances"),
-        is_real=arrays.tensor("query_is_real") > 0,
+        is_positive=arrays.tensor("query_is_real") > 0,
         is_used=~arrays.tensor("query_is_padding"),
     )
 
     loss.progress = 1.0
-    readings = loss.read(tokens(student), tokens(teacher), valid, positions, queries)
-    distillation = loss.terms(readings)["distillation"]
+    readings = loss.run_decoder(tokens(student), tokens(teacher), valid, positions, queries)
+    distillation = loss.weighted_terms(readings)["distillation"]
     gradients = torch.autograd.grad(distillation, student)
 
     asked = loss.query_encoder(queries.descriptors)
@@ -88,7 +88,7 @@ def trained(arrays: Arrays) -> ICDLoss:
     layers = max(1, len({found[1] for found in named if found}))
     channels, classes = int(arrays["hidden_dim"]), int(arrays["num_classes"])
     loss = ICDLoss(
-        priors=InstancePriors.unknown(classes),
+        priors=InstancePriors.uniform(classes),
         heads=int(arrays["num_heads"]),
         layers=layers,
         distillation_weight=8.0,

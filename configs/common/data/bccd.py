@@ -9,7 +9,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
-from d2kd.data import QuickMapper, build_test_loader, build_train_loader, register_voc
+from d2kd.data import OpenCVDatasetMapper, build_test_loader, build_train_loader, register_voc
 
 
 def _split(split):
@@ -25,7 +25,7 @@ dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names=_split("train"), filter_empty=False),
-    mapper=L(QuickMapper)(  # the same samples as DatasetMapper
+    mapper=L(OpenCVDatasetMapper)(  # the same samples as DatasetMapper
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(short_edge_length=240),
@@ -43,7 +43,7 @@ dataloader.train = L(build_train_loader)(
 
 dataloader.test = L(build_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names=_split("val"), filter_empty=False),
-    mapper=L(QuickMapper)(
+    mapper=L(OpenCVDatasetMapper)(
         is_train=False,
         augmentations=["${....train.mapper.augmentations.0}"],
         image_format="${...train.mapper.image_format}",

@@ -15,7 +15,7 @@ from torchvision.models import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ...utils.errors import InputError
-from ..weights import fit, read
+from ..weights import load_checkpoint, load_state_dict_checked
 
 TORCHVISION_PIXEL_MEAN = [123.675, 116.28, 103.53]
 """Mean of the images with which torchvision's weights were trained: RGB, in [0, 255] as in Detectron2."""
@@ -100,7 +100,7 @@ class TorchvisionBackbone(Backbone):
         self._out_features = sorted(features, key=self._out_feature_strides.get)
 
         if weights and not self.pretrained:
-            fit(self, _checkpoint(name, weights), weights, whole=False)
+            load_state_dict_checked(self, _checkpoint(name, weights), weights, whole=False)
         if norm_momentum is not None:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -141,7 +141,7 @@ def _classifier(name: str, weights: str | None = None) -> nn.Module:
 def _checkpoint(name: str, weights: str) -> dict:
     """Read the weights of a classifier from a file."""
     try:
-        return read(weights)
+        return load_checkpoint(weights)
     except InputError as error:
         expected = f"{error.expected}, or {' or '.join(_known(name))}"
         raise InputError(weights, error.found, expected) from error

@@ -15,18 +15,18 @@ from torch import nn
 from torch.profiler import record_function
 
 from ...structures.class_map import ClassMap, check_classes, class_names, num_classes_of
-from ...utils.comm import anywhere
+from ...utils.comm import any_rank
 from ...utils.errors import InputError
-from ..agreement import agreement
+from ..agreement import top1_agreement
 from ..inherit import inherit_weights
-from ..outputs import RCNNOutputs, capture, more_proposals, outputs_of
+from ..outputs import RCNNOutputs, append_proposals, capture, get_outputs_class
 from ..teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-SHARES = ("student", "both")
+PROPOSALS_FROM = ("student", "both")
 
-LOSSES = "distiller_losses"
+LOSSES_PREFIX = "distiller_losses"
 """The prefix of the losses' parameters in a Distiller's state dict."""
 
 
@@ -42,10 +42,10 @@ class Distiller(nn.Module):
     After loading only a part of the student's weights, such as a backbone, the student inherits again.
 
     Args:
-        student: a detector for which :func:`outputs_of` has a class.
+        student: a detector for which :func:`get_outputs_class` has a class.
         teacher: its :class:`Teacher`.
         losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns a dict of
-            losses. Its optional ``bind(student, teacher, class_map, scale)`` is called once here, and its optional
+            losses. Its optional ``setup(student, teacher, class_map, scale)`` is called once here, and its optional
             ``taps`` are names of further student modules to record.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names that are initialized with the teacher's weights; ``[""]`` is all.
@@ -74,25 +74,27 @@ class Distiller(nn.Module):
         super().__init__()
         if max_iter <= 0:
             raise InputError("max_iter", max_iter, "a positive number of iterations")
-        if share not in SHARES:
-            raise InputError("share", share, " or ".join(SHARES))
+        if share not in PROPOSALS_FROM:
+            raise InputError("share", share, " or ".join(PROPOSALS_FROM))
         self.student = student
         self.teacher = teacher
         self.losses = losses
         self.max_iter = max_iter
-        self.kind = outputs_of(student)
+        self.outputs_class = get_outputs_class(student)
         self.share = share
-        if share == "both" and {self.kind, teacher.kind} != {RCNNOutputs}:
+        if share == "both" and {self.outputs_class, teacher.outputs_class} != {RCNNOutputs}:
             kinds = f"a {type(student).__name__} and a {type(teacher.detector).__name__}"
             raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
         if share == "both" and teacher.scale != 1:
             raise InputError("share", f"both, at {teacher.scale} times the size", "student")
         if share == "both" and teacher.detector.proposal_generator is None:
             raise InputError("share", "both, where the teacher has no RPN", "student")
-        self.class_map = class_map_of(student, teacher, classes)
-        self._incremental_class_map = grown_classes(student, teacher.detector, self.class_map)
-        if hasattr(losses, "bind"):
-            losses.bind(student, teacher.detector, self.class_map, teacher.scale)
+        self.class_map = build_class_map(student, teacher, classes)
+        self._incremental_class_map = incremental_class_map(
+            student, teacher.detector, self.class_map
+        )
+        if hasattr(losses, "setup"):
+            losses.setup(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = tuple(getattr(losses, "taps", ()))
         for name in self.taps:
             self._tapped(name)
@@ -126,7 +128,7 @@ class Distiller(nn.Module):
         except AttributeError:
             if name.startswith("__") or "student" not in self.__dict__.get("_modules", ()):
                 raise
-            return self.losses if name == LOSSES else getattr(self.student, name)
+            return self.losses if name == LOSSES_PREFIX else getattr(self.student, name)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -170,21 +172,21 @@ class Distiller(nn.Module):
         """Return task losses and ``distill/loss_*`` in one dict in training, the student's detections in ``eval()``."""
         if not self.training:
             return self.student(batched_inputs)
-        teacher = self.teacher.ask(batched_inputs)
+        teacher = self.teacher.outputs(batched_inputs)
         taps = {name: self._tapped(name) for name in self.taps}
         with contextlib.ExitStack() as stack:
-            calls = stack.enter_context(capture(self.kind.joints(self.student)))
+            calls = stack.enter_context(capture(self.outputs_class.hook_points(self.student)))
             tapped = stack.enter_context(capture(taps))
             if self.share == "both":
                 heads = self.student.roi_heads
-                stack.enter_context(more_proposals(heads, lambda: teacher.proposals))
+                stack.enter_context(append_proposals(heads, lambda: teacher.proposals))
             losses = self._student_losses(batched_inputs)
-        student = self.kind.from_calls(self.student, batched_inputs, calls, tapped)
+        student = self.outputs_class.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.set_region_boxes(student.region_boxes)
         storage = get_event_storage()
         with record_function("d2kd/losses"):
             distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)
-        agreed = agreement(student, teacher, self.class_map)
+        agreed = top1_agreement(student, teacher, self.class_map)
         if agreed is not None:
             storage.put_scalar("distill/agreement", agreed)
         return {**losses, **distill_losses}
@@ -198,14 +200,14 @@ class Distiller(nn.Module):
         except FloatingPointError as error:
             failure = error
         # If only one process raised, the others would wait for its counts in the losses forever.
-        if anywhere(failure is not None):
+        if any_rank(failure is not None):
             raise failure or FloatingPointError("another process's predictions are not finite")
         return losses
 
 
 def _plain(key: str, prefix: str) -> str:
     """Return the state dict key of a Distiller's entry: without "student.", and with the prefix of the losses."""
-    for nested, plain in (("student.", ""), ("losses.", f"{LOSSES}.")):
+    for nested, plain in (("student.", ""), ("losses.", f"{LOSSES_PREFIX}.")):
         if key.startswith(prefix + nested):
             return prefix + plain + key.removeprefix(prefix + nested)
     return key
@@ -231,7 +233,7 @@ def _from_plain_keys(distiller: Distiller, state: dict, prefix: str, *_: Any) ->
         first, _, rest = name.partition(".")
         if not key.startswith(prefix) or first in own:
             return key
-        return prefix + (f"losses.{rest}" if first == LOSSES else f"student.{name}")
+        return prefix + (f"losses.{rest}" if first == LOSSES_PREFIX else f"student.{name}")
 
     distiller._load_prefix = prefix
     for key in list(state):
@@ -256,7 +258,7 @@ def _after_load(distiller: Distiller, incompatible: Any) -> None:
         distiller.inherit()
 
 
-def class_map_of(
+def build_class_map(
     student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
 ) -> ClassMap | None:
     """Return the class map of a student and its teacher; None if the teacher's classes have no names.
@@ -275,12 +277,12 @@ def class_map_of(
         raise InputError("classes", "only the teacher's", "those of the student, too")
     names = class_names(classes)
     check_classes("student", student, names)
-    class_map = ClassMap.by_name(names, teacher.classes)
+    class_map = ClassMap.from_names(names, teacher.classes)
     logger.info("%s", class_map)
     return class_map
 
 
-def grown_classes(
+def incremental_class_map(
     student: nn.Module, teacher: nn.Module, class_map: ClassMap | None
 ) -> ClassMap | None:
     """Return the class map of an incremental student, whose first classes are the teacher's; None for others.
@@ -297,7 +299,7 @@ def grown_classes(
     if not old:
         return None
     count, num_classes = num_classes_of(teacher), num_classes_of(student)
-    shared = range(count) if class_map is None else class_map.of_student
+    shared = range(count) if class_map is None else class_map.student_ids
     if set(shared) != set(range(old)):
         found = f"{old}, and the teacher has the student's {', '.join(map(str, sorted(shared)))}"
         raise InputError("num_old_classes", found, "the old classes first, all of the teacher's")

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from ...layers.losses import distribution_focal_loss, quality_focal_loss
-from ...utils.comm import over_processes
+from ...utils.comm import reduce_mean
 from ...utils.errors import InputError
-from ..box_regression import StrideTransform, integral
+from ..box_regression import Box2BoxTransformStride, integral
 from ..matcher import atss_matches, is_foreground
 
 
@@ -107,7 +107,7 @@ class GFL(DenseDetector):
             strides=strides,
             offset=0.0,
         )
-        self.box2box_transform = StrideTransform(anchor_scale)
+        self.box2box_transform = Box2BoxTransformStride(anchor_scale)
         self.topk_anchors = topk_anchors
 
         self.qfl_beta = qfl_beta
@@ -153,14 +153,16 @@ class GFL(DenseDetector):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        pred_logits, pred_distributions = self._by_anchor(predictions)
+        pred_logits, pred_distributions = self._transpose_predictions(predictions)
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         foreground = is_foreground(torch.stack(gt_labels), self.num_classes).sum()
         get_event_storage().put_scalar("num_pos_anchors", foreground.item() / len(gt_labels))
         return self.losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
 
-    def _by_anchor(self, predictions: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _transpose_predictions(
+        self, predictions: list[list[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         bins = self.reg_max + 1
         logits, distributions = self._transpose_dense_predictions(
             predictions, [self.num_classes, 4 * bins]
@@ -249,7 +251,7 @@ class GFL(DenseDetector):
 
         ``loss_cls`` is divided by the number of foreground anchors of the batch, at least one per image. The other
         two weight an anchor by its highest score, and are divided by the sum of these weights. Both normalizers
-        are means over processes, see :func:`~d2kd.utils.comm.over_processes`. The sum of weights is at least 1
+        are means over processes, see :func:`~d2kd.utils.comm.reduce_mean`. The sum of weights is at least 1
         over all processes together; in the published code, its mean is. Logits of old classes are not used.
 
         Args:
@@ -276,7 +278,7 @@ class GFL(DenseDetector):
         iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(gt_box))
         quality[image, row, labels[image, row]] = iou.to(quality)
         score = logits.detach()[image, row].sigmoid().amax(dim=-1)
-        num_foreground, total_score = over_processes(
+        num_foreground, total_score = reduce_mean(
             torch.stack([foreground.sum(dim=1).clamp(min=1).sum(), score.sum()])
         )
 
@@ -298,7 +300,7 @@ class GFL(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
     ) -> list[Instances]:
-        pred_logits, pred_distributions = self._by_anchor(predictions)
+        pred_logits, pred_distributions = self._transpose_predictions(predictions)
         anchors = self.anchor_generator(features)
         return [
             self.inference_single_image(

@@ -6,27 +6,41 @@ computed, without gradient, when a loss first reads them. Both have the same cla
 Notation: N images, R regions of the batch, K classes, A anchors of a location, (Hi, Wi) the size of level i.
 """
 
-from .base import DetectorOutputs, Maps, Unreadable, asked, precision_around, precision_of
-from .build import outputs_of
+from .base import (
+    DetectorOutputs,
+    OutputDict,
+    OutputNotAvailable,
+    autocast_context,
+    current_autocast_dtype,
+    lazy_property,
+)
+from .build import get_outputs_class
 from .capture import Call, capture
 from .dense import DenseOutputs
-from .rcnn import RCNNOutputs, Regions, box_stages, match_labels, more_proposals, scores_by_sigmoid
+from .rcnn import (
+    RCNNOutputs,
+    Regions,
+    append_proposals,
+    box_stages,
+    match_and_label_boxes,
+    uses_sigmoid_scores,
+)
 
 __all__ = [
     "Call",
     "DenseOutputs",
     "DetectorOutputs",
-    "Maps",
+    "OutputDict",
+    "OutputNotAvailable",
     "RCNNOutputs",
     "Regions",
-    "Unreadable",
-    "asked",
+    "append_proposals",
+    "autocast_context",
     "box_stages",
     "capture",
-    "match_labels",
-    "more_proposals",
-    "outputs_of",
-    "precision_around",
-    "precision_of",
-    "scores_by_sigmoid",
+    "current_autocast_dtype",
+    "get_outputs_class",
+    "lazy_property",
+    "match_and_label_boxes",
+    "uses_sigmoid_scores",
 ]

@@ -15,33 +15,37 @@ from torch.profiler import record_function
 from .capture import Call
 
 
-class asked(functools.cached_property):
+class lazy_property(functools.cached_property):
     """A cached property that is computed without gradient, in the precision of its object, when it is first read."""
 
     def __get__(self, outputs: Any, owner: type | None = None) -> Any:
         if outputs is None:
             return self
         who = "student" if outputs.detector.training else "teacher"
-        with record_function(f"d2kd/{who}.{self.attrname}"), torch.no_grad(), outputs.precision():
+        with (
+            record_function(f"d2kd/{who}.{self.attrname}"),
+            torch.no_grad(),
+            outputs.autocast_context(),
+        ):
             return super().__get__(outputs, owner)
 
 
-class Unreadable(LookupError):
+class OutputNotAvailable(LookupError):
     """A loss reads an output that this family of detectors does not have."""
 
 
-class Maps(dict):
+class OutputDict(dict):
     """A dict of outputs, such as the feature maps of a backbone.
 
     Raises:
-        Unreadable: there is none of that name. It is no ``KeyError``, which would mean a fault of the loss.
+        OutputNotAvailable: there is none of that name. It is no ``KeyError``, which would mean a fault of the loss.
     """
 
     def __missing__(self, name: str) -> Any:
-        raise Unreadable(f"no {name!r} among {', '.join(map(str, self)) or 'none'}")
+        raise OutputNotAvailable(f"no {name!r} among {', '.join(map(str, self)) or 'none'}")
 
 
-def precision_of(
+def autocast_context(
     detector: nn.Module, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager:
     """Return the autocast context for a detector and a precision; None: no change."""
@@ -53,7 +57,7 @@ def precision_of(
     return torch.autocast(kind, dtype)
 
 
-def precision_around(detector: nn.Module) -> torch.dtype:
+def current_autocast_dtype(detector: nn.Module) -> torch.dtype:
     """Return the precision of a detector in the current context: autocast's, or float32 without autocast."""
     kind = detector.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -66,7 +70,7 @@ class DetectorOutputs:
         detector: the detector; in ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, with images in the detector's channel order.
         dtype: precision of lazily computed outputs; None: that of the context in which they are read.
-        shared_sizes: (height, width) of the student's images, in whose pixels :meth:`share` gets the boxes;
+        student_image_sizes: (height, width) of the student's images, in whose pixels :meth:`share` gets the boxes;
             None: equal to those of ``batched_inputs``.
         captured: attributes captured in the detector's forward.
     """
@@ -79,17 +83,17 @@ class DetectorOutputs:
         detector: nn.Module,
         batched_inputs: list[dict],
         dtype: torch.dtype | None = None,
-        shared_sizes: Sequence[tuple[int, int]] | None = None,
+        student_image_sizes: Sequence[tuple[int, int]] | None = None,
         **captured: Any,
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
-        self.dtype, self.shared_sizes = dtype, shared_sizes
+        self.dtype, self.student_image_sizes = dtype, student_image_sizes
         self.__dict__.update(captured)
 
-    def precision(self) -> contextlib.AbstractContextManager:
+    def autocast_context(self) -> contextlib.AbstractContextManager:
         """Return the context in which lazily computed outputs are computed."""
-        return precision_of(self.detector, self.dtype)
+        return autocast_context(self.detector, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Called only after the ordinary look-up has failed.
@@ -99,10 +103,10 @@ class DetectorOutputs:
             # A property raised AttributeError, which Python takes for "no such attribute": raise that error again.
             return object.__getattribute__(self, name)
         kind = type(self.__dict__.get("detector")).__name__
-        raise Unreadable(f"a {kind} has no {name!r} ({type(self).__name__})")
+        raise OutputNotAvailable(f"a {kind} has no {name!r} ({type(self).__name__})")
 
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
+    def hook_points(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         """Return the modules and methods to record, by name, while ``detector`` trains."""
         return {"backbone": detector.backbone}
 
@@ -114,29 +118,29 @@ class DetectorOutputs:
         calls: dict[str, list[Call]],
         taps: dict[str, list[Call]] | None = None,
     ) -> DetectorOutputs:
-        """Return the outputs of a detector from the calls that were recorded at its :meth:`joints`."""
+        """Return the outputs of a detector from the calls that were recorded at its :meth:`hook_points`."""
         tapped = {name: [output for _, output in records] for name, records in (taps or {}).items()}
-        return cls(detector, batched_inputs, taps=Maps(tapped), **cls._captured(calls))
+        return cls(detector, batched_inputs, taps=OutputDict(tapped), **cls._captured(calls))
 
     @staticmethod
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
-        return {"features": Maps(calls["backbone"][0][1])}
+        return {"features": OutputDict(calls["backbone"][0][1])}
 
     def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
         """Set the student's ``region_boxes``; ignored by families without regions."""
 
-    @asked
+    @lazy_property
     def images(self) -> ImageList:
         """The normalized, padded batch, ``(N, 3, H, W)``."""
         return self.detector.preprocess_image(self.batched_inputs)
 
-    @asked
+    @lazy_property
     def gt_instances(self) -> list[Instances]:
         """Ground truth of each image: ``gt_boxes`` XYXY in absolute pixels of the padded input."""
         device = self.detector.device
         return [x["instances"].to(device) for x in self.batched_inputs]
 
-    @asked
+    @lazy_property
     def features(self) -> dict[str, Tensor]:
         """Feature maps by level name, ``{"p3": (N, C, H, W), …}``; ``p<n>`` has stride ``2**n``."""
-        return Maps(self.detector.backbone(self.images.tensor))
+        return OutputDict(self.detector.backbone(self.images.tensor))

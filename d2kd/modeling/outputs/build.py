@@ -11,7 +11,7 @@ from .dense import DenseOutputs
 from .rcnn import RCNNOutputs
 
 
-def outputs_of(detector: nn.Module) -> type[DetectorOutputs]:
+def get_outputs_class(detector: nn.Module) -> type[DetectorOutputs]:
     """Return the outputs class of a detector, by its submodules rather than by its class.
 
     Raises:

@@ -13,19 +13,19 @@ Call = tuple[tuple, Any]
 
 
 @contextlib.contextmanager
-def capture(joints: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, list[Call]]]:
+def capture(hook_points: Mapping[str, nn.Module | Callable]) -> Iterator[dict[str, list[Call]]]:
     """Record the calls of modules and methods while the block runs; hooks are removed at its end.
 
     Args:
-        joints: {name: module, or bound method of one}. A name is the key of the recorded calls. An
+        hook_points: {name: module, or bound method of one}. A name is the key of the recorded calls. An
             ``nn.ModuleList`` is never called, so its members must be named instead.
 
     Yields:
         for each name, the calls ``(positional inputs, output)`` in order; empty if there was none.
     """
-    calls: dict[str, list[Call]] = {name: [] for name in joints}
+    calls: dict[str, list[Call]] = {name: [] for name in hook_points}
     with contextlib.ExitStack() as stack:
-        for name, joint in joints.items():
+        for name, joint in hook_points.items():
             if not isinstance(joint, nn.Module):
                 recorded = _record_method(joint, calls[name])
                 stack.enter_context(mock.patch.object(joint.__self__, joint.__name__, recorded))

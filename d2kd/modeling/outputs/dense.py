@@ -12,37 +12,37 @@ from torch import Tensor, nn
 
 from ...utils.compat import box_tensors
 from ..box_regression import integral
-from .base import DetectorOutputs, Maps, Unreadable, asked
+from .base import DetectorOutputs, OutputDict, OutputNotAvailable, lazy_property
 from .capture import Call
 
 
 class DenseOutputs(DetectorOutputs):
     """Outputs of a ``DenseDetector``: RetinaNet, and FCOS and GFL with one anchor per location."""
 
-    own_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
+    captured_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
     """Captured output of a student's ``label_anchors``: labels and matched boxes of each image."""
 
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
-        joints = {
+    def hook_points(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
+        hook_points = {
             name: getattr(detector, name) for name in ("backbone", "head", "anchor_generator")
         }
         if hasattr(detector, "label_anchors"):  # otherwise the detector has no labels
-            joints["label_anchors"] = detector.label_anchors
-        return joints
+            hook_points["label_anchors"] = detector.label_anchors
+        return hook_points
 
     @staticmethod
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         ((_, features),) = calls["backbone"]
         ((_, predictions),) = calls["head"]
-        captured = {"features": Maps(features), "predictions": predictions}
+        captured = {"features": OutputDict(features), "predictions": predictions}
         for _, anchors in calls["anchor_generator"]:
             captured["anchors"] = anchors
         for (_, gt_instances), labels in calls.get("label_anchors", ()):
-            captured |= {"gt_instances": gt_instances, "own_labels": labels}
+            captured |= {"gt_instances": gt_instances, "captured_labels": labels}
         return captured
 
-    @asked
+    @lazy_property
     def predictions(self) -> tuple[list[Tensor], ...]:
         """Outputs of the head: for each type of prediction, a ``(N, A * k, Hi, Wi)`` map for each level."""
         return self.detector.head([self.features[f] for f in self.detector.head_in_features])
@@ -63,7 +63,9 @@ class DenseOutputs(DetectorOutputs):
     def pred_distributions(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, 4, n + 1)``, logits of each edge's distance in strides (GFL)."""
         if not hasattr(self.detector.head, "reg_max"):
-            raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_distributions'")
+            raise OutputNotAvailable(
+                f"a {type(self.detector).__name__} has no 'pred_distributions'"
+            )
         bins = self.detector.head.reg_max + 1
         return [
             permute_to_N_HWA_K(x, 4 * bins).unflatten(-1, (4, bins)) for x in self.predictions[1]
@@ -73,20 +75,20 @@ class DenseOutputs(DetectorOutputs):
     def pred_centerness(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, 1)``, before the sigmoid (FCOS)."""
         if len(self.predictions) < 3:
-            raise Unreadable(f"a {type(self.detector).__name__} has no 'pred_centerness'")
+            raise OutputNotAvailable(f"a {type(self.detector).__name__} has no 'pred_centerness'")
         return [permute_to_N_HWA_K(x, 1) for x in self.predictions[2]]
 
-    @asked
+    @lazy_property
     def anchors(self) -> list[Boxes]:
         """Anchors of each level, in the order of the predictions."""
         return self.detector.anchor_generator(
             [self.features[f] for f in self.detector.head_in_features]
         )
 
-    @asked
+    @lazy_property
     def labels(self) -> tuple[Tensor, Tensor]:
         """Labels by the detector's ``label_anchors``: ``gt_labels`` and ``matched_gt_boxes``."""
-        labels, boxes = self.own_labels or self.detector.label_anchors(
+        labels, boxes = self.captured_labels or self.detector.label_anchors(
             self.anchors, self.gt_instances
         )
         return torch.stack(list(labels)), torch.stack(box_tensors(boxes))

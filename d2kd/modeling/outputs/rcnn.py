@@ -12,7 +12,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from .base import DetectorOutputs, Maps, Unreadable, asked
+from .base import DetectorOutputs, OutputDict, OutputNotAvailable, lazy_property
 from .capture import Call
 
 
@@ -52,7 +52,7 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(heads, predictors)]
 
 
-def scores_by_sigmoid(detector: nn.Module) -> bool:
+def uses_sigmoid_scores(detector: nn.Module) -> bool:
     """Return whether an R-CNN's class scores are sigmoids (``use_sigmoid_ce``, after Detectron2 0.6).
 
     The background logit is then not trained, so that a softmax over the logits gives no valid scores.
@@ -68,16 +68,16 @@ class RCNNOutputs(DetectorOutputs):
     """The recorded calls of a student's box predictors, one for each stage."""
 
     @classmethod
-    def joints(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
+    def hook_points(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         heads = detector.roi_heads
-        joints = {
+        hook_points = {
             "backbone": detector.backbone,
             "roi_heads": heads,
             "box_pooler": heads.box_pooler,
         }
         for stage, (_, predictor) in enumerate(box_stages(heads)):
-            joints[f"box_predictor.{stage}"] = predictor
-        return joints
+            hook_points[f"box_predictor.{stage}"] = predictor
+        return hook_points
 
     @staticmethod
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class RCNNOutputs(DetectorOutputs):
         # train_on_pred_boxes the proposals change afterwards.
         boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
         captured = {
-            "features": Maps(features),
+            "features": OutputDict(features),
             "proposals": proposals,
             "region_boxes": boxes,
             "predictor_calls": [calls[f"box_predictor.{stage}"][0] for stage in range(len(boxes))],
@@ -106,7 +106,7 @@ class RCNNOutputs(DetectorOutputs):
             if stage == 0:
                 classes, matched = _sampled_labels(self.proposals, boxes)
             else:
-                classes, matched = match_labels(
+                classes, matched = match_and_label_boxes(
                     heads.proposal_matchers[stage], boxes, self.gt_instances, heads.num_classes
                 )
             regions.append(
@@ -124,17 +124,17 @@ class RCNNOutputs(DetectorOutputs):
 
     def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
         """Have :attr:`regions` pool the student's boxes, in pixels of the student's images."""
-        if boxes is not None and self.shared_sizes is not None:
+        if boxes is not None and self.student_image_sizes is not None:
             boxes = [[image_boxes.clone() for image_boxes in stage] for stage in boxes]
             for stage in boxes:
                 for image_boxes, (h, w), x in zip(
-                    stage, self.shared_sizes, self.batched_inputs, strict=True
+                    stage, self.student_image_sizes, self.batched_inputs, strict=True
                 ):
                     height, width = x["image"].shape[-2:]
                     image_boxes.scale(width / w, height / h)
         self.region_boxes = boxes
 
-    @asked
+    @lazy_property
     def proposals(self) -> list[Instances]:
         """The RPN's proposals in each image, sorted by score: ``proposal_boxes``, ``objectness_logits``.
 
@@ -142,7 +142,7 @@ class RCNNOutputs(DetectorOutputs):
         """
         return self.detector.proposal_generator(self.images, self.features, None)[0]
 
-    @asked
+    @lazy_property
     def regions(self) -> list[Regions]:
         """One :class:`Regions` for each stage of ``region_boxes``.
 
@@ -152,7 +152,7 @@ class RCNNOutputs(DetectorOutputs):
         if self.predictor_calls is not None:
             return self._captured_regions()
         if self.region_boxes is None:
-            raise Unreadable(
+            raise OutputNotAvailable(
                 f"no region boxes for a {type(self.detector).__name__}: the student has none"
             )
         heads = self.detector.roi_heads
@@ -178,7 +178,7 @@ def _sampled_labels(proposals: list[Instances], boxes: list[Boxes]) -> tuple[Ten
 
 
 @torch.no_grad()
-def match_labels(
+def match_and_label_boxes(
     matcher: Callable, boxes: list[Boxes], truth: list[Instances], num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Label boxes like a stage of Detectron2's ``CascadeROIHeads``.
@@ -200,7 +200,7 @@ def match_labels(
 
 
 @contextlib.contextmanager
-def more_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> Iterator[None]:
+def append_proposals(roi_heads: nn.Module, of: Callable[[], list[Instances]]) -> Iterator[None]:
     """Append another detector's proposals to the inputs of RoI heads while the block runs.
 
     Args:

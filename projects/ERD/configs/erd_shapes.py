@@ -2,10 +2,10 @@
 
 from detectron2.config import LazyCall as L
 
-from d2kd.config import increment
+from d2kd.config import incremental_recipe
 from d2kd.losses import DistillLosses, ERDLoss
 
-model, dataloader, optimizer, lr_multiplier, train = increment(
+model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
     "baselines/gfl_small_shapes.py",
     split="4+4",
     step=2,

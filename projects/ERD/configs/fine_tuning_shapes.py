@@ -1,8 +1,8 @@
 """Fine-tuning on the last four classes of generated shapes, without a teacher: the baseline of ERD."""
 
-from d2kd.config import increment
+from d2kd.config import incremental_recipe
 
-model, dataloader, optimizer, lr_multiplier, train = increment(
+model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
     "baselines/gfl_small_shapes.py",
     split="4+4",
     step=2,

@@ -2,16 +2,16 @@
 
 from d2kd.config import get_config
 
-from ....configs.common.study import on_blood_cells
+from ....configs.common.study import bccd_options
 from .bccd import BASELINE, STEPS
-from .common import in_steps, study_of
+from .common import incremental_runs, make_study
 
 SPLIT = [["RBC"], ["WBC"], ["Platelets"]]
 
-runs = in_steps(BASELINE, SPLIT, 3, STEPS, ["fine_tuning", "erd"])
-study = study_of(
+runs = incremental_runs(BASELINE, SPLIT, 3, STEPS, ["fine_tuning", "erd"])
+study = make_study(
     "Blood cells in three steps: GFL, by fine-tuning and ERD",
     split=SPLIT,
     number=3,
-    **on_blood_cells(get_config(BASELINE)),
+    **bccd_options(get_config(BASELINE)),
 )

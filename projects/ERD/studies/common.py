@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from d2kd.config import get_config, increment
+from d2kd.config import get_config, incremental_recipe
 from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
 
 METHODS = {
@@ -16,7 +16,7 @@ ABLATIONS = {
 }
 
 
-def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
+def incremental_runs(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
     """Return the runs: the first increment, the other increments with each method, and all classes at once.
 
     "everything" is trained as long as one increment; "everything_longer", an optional run, as long as all increments.
@@ -31,7 +31,7 @@ def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
     def recipe(step=None, losses=None, steps=steps):
         config = get_config(baseline)
         if step is not None:
-            config = increment(config, split=split, step=step, losses=losses)._asdict()
+            config = incremental_recipe(config, split=split, step=step, losses=losses)._asdict()
         config["train"]["max_iter"] = steps
         config["train"]["eval_period"] = steps // 2
         return config
@@ -50,7 +50,7 @@ def in_steps(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
     return runs
 
 
-def study_of(title, test, split, number, **options):
+def make_study(title, test, split, number, **options):
     """Return the study of these runs, with fine-tuning as the baseline."""
     last = "" if number == 2 else f"_step{number}"
     return dict(

@@ -6,12 +6,12 @@ minutes on two cores.
 """
 
 from ....configs.common.study import fast_shapes
-from .common import in_steps, study_of
+from .common import incremental_runs, make_study
 
 STEPS = 1400
 
-runs = in_steps("baselines/gfl_small_shapes.py", "4+4", 2, STEPS)
-study = study_of(
+runs = incremental_runs("baselines/gfl_small_shapes.py", "4+4", 2, STEPS)
+study = make_study(
     "Learning generated shapes in two steps: GFL, by fine-tuning, LwF and ERD",
     "shapes_test",
     "4+4",

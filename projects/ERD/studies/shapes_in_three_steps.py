@@ -1,11 +1,11 @@
 """The study of ``shapes.py`` in three increments, 4+2+2: each student is the teacher of the next increment."""
 
 from ....configs.common.study import fast_shapes
-from .common import in_steps, study_of
+from .common import incremental_runs, make_study
 from .shapes import STEPS
 
-runs = in_steps("baselines/gfl_small_shapes.py", "4+2+2", 3, STEPS, ["fine_tuning", "erd"])
-study = study_of(
+runs = incremental_runs("baselines/gfl_small_shapes.py", "4+2+2", 3, STEPS, ["fine_tuning", "erd"])
+study = make_study(
     "Learning generated shapes in three steps: GFL, by fine-tuning and ERD",
     "shapes_test",
     "4+2+2",

@@ -4,15 +4,17 @@ The runs are those of ``shapes.py``, on the data in D2KD_BCCD. No setting is cho
 weights are evaluated: learning rates are from ``val`` with another seed, ICD's settings are those of ``shapes.py``.
 """
 
-from ....configs.common.study import blood_cells
-from .common import compared, study_of
+from ....configs.common.study import bccd_recipes
+from .common import comparison_runs, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
-_student, _teacher, _options = blood_cells(
+_student, _teacher, _options = bccd_recipes(
     "baselines/retinanet_small_bccd.py", STUDENT_STEPS, TEACHER_STEPS
 )
-runs = compared(_student, _teacher, inherit=["backbone.fpn_", "backbone.top_block.", "head."])
+runs = comparison_runs(
+    _student, _teacher, inherit=["backbone.fpn_", "backbone.top_block.", "head."]
+)
 study = study_of(
     runs, title="ICD on blood cells: RetinaNet, a thin student and its teacher", **_options
 )

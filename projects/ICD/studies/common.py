@@ -7,17 +7,17 @@ from detectron2.config import LazyCall as L
 from d2kd.config import get_config
 from d2kd.losses import DistillLosses
 
-from ....configs.common.study import controls, taught
+from ....configs.common.study import control_runs, distillation_run
 
 
-def icd_method(levels=None):
+def icd_settings(levels=None):
     """Return ``losses`` and ``loss_optimizer`` of ICD with the settings for shapes, on ``levels`` or all by default."""
     recipe = get_config("projects/ICD/configs/icd_shapes.py")
     recipe.model.losses.icd.levels = levels
     return dict(losses=recipe.model.losses, loss_optimizer=recipe.train.loss_optimizer)
 
 
-def compared(student, teacher, inherit, levels=None):
+def comparison_runs(student, teacher, inherit, levels=None):
     """Return the runs: teacher, baseline, baseline with the time of ICD, imitation, ICD, and ICD's ablations.
 
     ``inherit`` starts from weights of the teacher and has no distillation loss; ``icd_inherit`` has both.
@@ -29,17 +29,17 @@ def compared(student, teacher, inherit, levels=None):
         inherit: prefixes of the inherited weights.
         levels: levels that ICD and imitation compare; all by default.
     """
-    icd = icd_method(levels)
+    icd = icd_settings(levels)
     uniform, published = copy.deepcopy(icd), copy.deepcopy(icd)
     uniform["losses"].icd.weights = "uniform"
     published["losses"].icd.query_positions = published["losses"].icd.normalize_keys = False
     return dict(
-        controls(student, teacher, "icd", levels),
-        icd=taught(student, teacher, **icd),
-        inherit=taught(student, teacher, inherit, losses=L(DistillLosses)()),
-        icd_inherit=taught(student, teacher, inherit, **icd),
-        icd_uniform=taught(student, teacher, **uniform),
-        icd_published=taught(student, teacher, **published),
+        control_runs(student, teacher, "icd", levels),
+        icd=distillation_run(student, teacher, **icd),
+        inherit=distillation_run(student, teacher, inherit, losses=L(DistillLosses)()),
+        icd_inherit=distillation_run(student, teacher, inherit, **icd),
+        icd_uniform=distillation_run(student, teacher, **uniform),
+        icd_published=distillation_run(student, teacher, **published),
     )
 
 

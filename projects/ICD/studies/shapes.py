@@ -4,18 +4,18 @@ A small RetinaNet is trained without a teacher, without a teacher for the time o
 ICD; then with inherited neck and head, with and without ICD; and with ICD with uniform weights.
 """
 
-from ....configs.common.study import fast_shapes, thin, wide
-from .common import compared, study_of
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
+from .common import comparison_runs, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 2000, 2000
 
 
 def on_shapes(baseline, **options):
     """Return the runs and the study of a small dense detector and its wider teacher."""
-    runs = compared(
+    runs = comparison_runs(
         # Each learning rate is the best of those tried with RetinaNet on shapes_val.
-        thin(baseline, STUDENT_STEPS),
-        wide(baseline, TEACHER_STEPS, lr=2e-3),
+        student_recipe(baseline, STUDENT_STEPS),
+        teacher_recipe(baseline, TEACHER_STEPS, lr=2e-3),
         inherit=["backbone.fpn_", "backbone.top_block.", "head."],
         # No object is assigned to p7, where the teacher's features are eight times as large as on the other levels and
         # would dominate imitation.

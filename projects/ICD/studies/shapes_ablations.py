@@ -8,7 +8,7 @@ import copy
 from .shapes import runs, study
 
 # Name of a run -> its differences from ICD in shapes.py.
-VARIED = {
+ABLATIONS = {
     "icd_identification": dict(localization_weight=0),
     "icd_localization": dict(identification_weight=0),
     "icd_box": dict(weights="box"),
@@ -21,6 +21,6 @@ study.seeds = [0]
 study.compare = ["icd"]
 for _method, _run in runs.items():  # the others are in shapes.py
     _run.optional = _method not in ("teacher", "baseline", "icd", "icd_uniform")
-for _method, _options in VARIED.items():
+for _method, _options in ABLATIONS.items():
     runs[_method] = copy.deepcopy(runs["icd"])
     runs[_method].config.model.losses.icd.update(_options)

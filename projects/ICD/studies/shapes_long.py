@@ -4,15 +4,18 @@ Detectors and iterations are those of TAR's ``shapes_long.py``, so that the resu
 ICD's settings are those of ``shapes.py``; none was tuned for this study. A seed takes several hours on two cores.
 """
 
-from ....configs.common.study import fast_shapes, thin, wide
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from ...TAR.studies.shapes_long import STUDENT_STEPS, TEACHER_STEPS
-from .common import compared, study_of
+from .common import comparison_runs, study_of
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
-_student, _teacher = thin(_baseline, STUDENT_STEPS), wide(_baseline, TEACHER_STEPS)
+_student, _teacher = (
+    student_recipe(_baseline, STUDENT_STEPS),
+    teacher_recipe(_baseline, TEACHER_STEPS),
+)
 for _recipe in (_student, _teacher):
     _recipe.train.eval_period, _recipe.train.log_period = 1000, 50
-runs = compared(_student, _teacher, ["backbone.fpn_", "proposal_generator.", "roi_heads."])
+runs = comparison_runs(_student, _teacher, ["backbone.fpn_", "proposal_generator.", "roi_heads."])
 study = study_of(
     runs,
     title="ICD on generated shapes, a long schedule: Faster R-CNN, a thin student and its teacher",

@@ -5,7 +5,7 @@ weights are evaluated: learning rates are from ``val`` with another seed, loss w
 ``test`` has only 72 images, so a gain is reliable only over several seeds.
 """
 
-from ....configs.common.study import blood_cells
+from ....configs.common.study import bccd_recipes
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
@@ -13,7 +13,7 @@ STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
 def on_blood_cells(baseline, title):
     """Return the runs and the study of a small detector and its wider teacher."""
-    student, teacher, options = blood_cells(baseline, STUDENT_STEPS, TEACHER_STEPS)
+    student, teacher, options = bccd_recipes(baseline, STUDENT_STEPS, TEACHER_STEPS)
     runs = compared(student, teacher)
     return runs, study_of(runs, title=title, **options)
 

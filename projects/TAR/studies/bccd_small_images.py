@@ -3,11 +3,11 @@
 Detectors and the teacher's images are those of ``bccd.py``; the students' images are 160 x 120.
 """
 
-from ....configs.common.study import blood_cells
+from ....configs.common.study import bccd_recipes
 from .bccd import STUDENT_STEPS, TEACHER_STEPS
 from .common import compared, study_of
 
-_student, _teacher, _options = blood_cells(
+_student, _teacher, _options = bccd_recipes(
     "baselines/faster_rcnn_small_bccd.py", STUDENT_STEPS, TEACHER_STEPS
 )
 runs = compared(_student, _teacher, scale=2)

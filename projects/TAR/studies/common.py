@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from d2kd.config import get_config
 from d2kd.losses import DistillLosses
 
-from ....configs.common.study import controls, taught
+from ....configs.common.study import control_runs, distillation_run
 
 _tar = get_config("projects/TAR/configs/tar_shapes.py").model.losses.tar
 
@@ -32,14 +32,14 @@ def compared(student, teacher, *, tar=True, inherit=(), scale=1):
         inherit: prefixes of the inherited weights.
         scale: factor by which the teacher's images, those of the recipes, are larger than the student's.
     """
-    runs = controls(student, teacher, steps_like="tar" if tar else "imitation", scale=scale)
+    runs = control_runs(student, teacher, match_time_of="tar" if tar else "imitation", scale=scale)
     if tar:
-        runs["tar"] = taught(student, teacher, losses=tar_losses(), scale=scale)
+        runs["tar"] = distillation_run(student, teacher, losses=tar_losses(), scale=scale)
     if inherit:
-        alone = taught(student, teacher, inherit, scale, losses=L(DistillLosses)())
+        alone = distillation_run(student, teacher, inherit, scale, losses=L(DistillLosses)())
         runs["inherit"] = dict(alone, optional=True)
     for term in ("feature", "classification", "regression") if tar else ():
-        alone = taught(student, teacher, losses=tar_losses(term), scale=scale)
+        alone = distillation_run(student, teacher, losses=tar_losses(term), scale=scale)
         runs[f"tar_{term}"] = dict(alone, optional=True)
     return runs
 

@@ -1,13 +1,13 @@
 """Feature imitation on generated shapes: Faster R-CNN from RetinaNet."""
 
-from ....configs.common.study import fast_shapes, thin, wide
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 550, 2000
 
 runs = compared(
-    thin("baselines/faster_rcnn_small_shapes.py", STUDENT_STEPS),
-    wide("baselines/retinanet_small_shapes.py", TEACHER_STEPS, lr=2e-3),
+    student_recipe("baselines/faster_rcnn_small_shapes.py", STUDENT_STEPS),
+    teacher_recipe("baselines/retinanet_small_shapes.py", TEACHER_STEPS, lr=2e-3),
     tar=False,
 )
 study = study_of(

@@ -1,13 +1,13 @@
 """TAR on generated shapes: MobileNetV3 from ResNet."""
 
-from ....configs.common.study import fast_shapes, thin, wide
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 runs = compared(
-    thin("baselines/faster_rcnn_mobilenet_v3_shapes.py", STUDENT_STEPS),
-    wide("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
+    student_recipe("baselines/faster_rcnn_mobilenet_v3_shapes.py", STUDENT_STEPS),
+    teacher_recipe("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
 )
 study = study_of(
     runs,

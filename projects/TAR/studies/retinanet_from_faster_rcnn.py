@@ -1,13 +1,13 @@
 """Feature imitation on generated shapes: RetinaNet from Faster R-CNN."""
 
-from ....configs.common.study import fast_shapes, thin, wide
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 2000, 1000
 
 runs = compared(
-    thin("baselines/retinanet_small_shapes.py", STUDENT_STEPS),
-    wide("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
+    student_recipe("baselines/retinanet_small_shapes.py", STUDENT_STEPS),
+    teacher_recipe("baselines/faster_rcnn_small_shapes.py", TEACHER_STEPS),
     tar=False,
 )
 study = study_of(

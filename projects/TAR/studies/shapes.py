@@ -5,15 +5,15 @@ with TAR. The schedule is short, so that one seed takes twenty minutes on two co
 gain of any method.
 """
 
-from ....configs.common.study import fast_shapes, thin, wide
+from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from .common import compared, study_of
 
 STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
 runs = compared(
-    thin(_baseline, STUDENT_STEPS),
-    wide(_baseline, TEACHER_STEPS),
+    student_recipe(_baseline, STUDENT_STEPS),
+    teacher_recipe(_baseline, TEACHER_STEPS),
     inherit=["backbone.fpn_", "proposal_generator.", "roi_heads."],
 )
 study = study_of(

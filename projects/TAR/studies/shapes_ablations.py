@@ -6,14 +6,17 @@ Detectors, schedule and loss weights are those of ``shapes.py``.
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from ....configs.common.study import fast_shapes, taught, thin, wide
+from ....configs.common.study import distillation_run, fast_shapes, student_recipe, teacher_recipe
 from .common import compared, study_of, tar_losses
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
-_student, _teacher = thin(_baseline, STUDENT_STEPS), wide(_baseline, TEACHER_STEPS)
+_student, _teacher = (
+    student_recipe(_baseline, STUDENT_STEPS),
+    teacher_recipe(_baseline, TEACHER_STEPS),
+)
 
-VARIED = {
+ABLATIONS = {
     "feature_box": dict(term="feature", mask="box"),
     "classification_any": dict(term="classification", cls_gate="none"),
     "regression_student": dict(term="regression", reg_gate="student"),
@@ -30,8 +33,8 @@ runs = {
     name: dict(run, optional=name in ("baseline_equal_time", "imitation"))
     for name, run in compared(_student, _teacher).items()
 } | {
-    name: taught(_student, _teacher, losses=tar_losses(**options))
-    for name, options in VARIED.items()
+    name: distillation_run(_student, _teacher, losses=tar_losses(**options))
+    for name, options in ABLATIONS.items()
 }
 study = study_of(
     runs,

@@ -5,7 +5,7 @@ numbers of iterations, which are not 12 epochs of them. A run logs the number of
 ``train.max_iter=$((12 * images / 16))``, and ``lr_multiplier.warmup_length`` to 500 / max_iter.
 """
 
-from d2kd.config import increment
+from d2kd.config import incremental_recipe
 
 FIRST, NEXT = 72890, 40945
 
@@ -17,7 +17,7 @@ def coco_step(split, step, losses=None, method="erd"):
         first = f"gfl_first_{split.split('+')[0]}"
         return f"output/{first if step == 1 else f'{method}_{split}_step{step}'}"
 
-    recipe = increment(
+    recipe = incremental_recipe(
         "baselines/gfl_R_50_FPN_1x.py",
         split=split,
         step=step,
