@@ -78,13 +78,15 @@ def icd_one_stage(data: Path, output: Path) -> DictConfig:
 def first_step(data: Path, output: Path) -> DictConfig:
     """A GFL that learns the first of two steps' classes."""
     base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
-    return _of(incremental_recipe(base, split="2+1", step=1))
+    return _of(incremental_recipe(base, split="2+1", increment=1))
 
 
 def _second_step(data: Path, output: Path, losses: DictConfig) -> DictConfig:
     base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
     weights = output.parent.parent / "first step" / "resumed" / "model_final.pth"
-    return _of(incremental_recipe(base, split="2+1", step=2, weights=str(weights), losses=losses))
+    return _of(
+        incremental_recipe(base, split="2+1", increment=2, weights=str(weights), losses=losses)
+    )
 
 
 def erd(data: Path, output: Path) -> DictConfig:

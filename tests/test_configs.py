@@ -167,11 +167,11 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
         teacher=("common/models/faster_rcnn_small.py", "weights.pth"),
         **method("imitation"),
         inherit=["backbone.fpn_"],
-        share="both",
+        proposals_from="both",
     )
     assert not is_distiller(again.model.student), "a distiller was put inside a distiller"
-    assert (list(again.model.inherit), again.model.share) == (["backbone.fpn_"], "both")
-    assert recipe.model.share == "student"
+    assert (list(again.model.inherit), again.model.proposals_from) == (["backbone.fpn_"], "both")
+    assert recipe.model.proposals_from == "student"
 
 
 def test_a_recipe_survives_being_saved(tmp_path):
@@ -205,7 +205,7 @@ def test_what_a_node_builds():
 
 def test_a_step_learns_its_own_classes_and_is_tested_on_all_so_far():
     data = load("projects/ERD/configs/erd_shapes.py").dataloader
-    assert [data[part].dataset.names.seen for part in ("train", "test")] == [False, True]
+    assert [data[part].dataset.names.cumulative for part in ("train", "test")] == [False, True]
 
 
 def test_get_config_gives_a_fresh_copy():
@@ -311,4 +311,4 @@ def test_an_increment_of_two_data_sets(refuses):
     base = load("baselines/gfl_small_shapes.py")
     base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
     line = "dataloader.test.dataset.names: 2 data sets; expected one alone"
-    refuses(lambda: incremental_recipe(base, split="4+4", step=1), line)
+    refuses(lambda: incremental_recipe(base, split="4+4", increment=1), line)

@@ -310,7 +310,7 @@ def test_the_proposals_of_both(family):
     """The student's heads choose among twice the proposals; both then judge the same boxes."""
     student, teacher = build(DETECTORS[family]()), build(DETECTORS[family](), 1)
     losses = DistillLosses(tar=TARLoss())
-    model = make(student, teacher, losses, share="both").train()
+    model = make(student, teacher, losses, proposals_from="both").train()
     examples = batch(objects=(2, 0))
     own = step(copy.deepcopy(student), examples)
     given = {}
@@ -331,14 +331,17 @@ def test_the_proposals_of_both(family):
         )
     assert not student.roi_heads._forward_pre_hooks
     for line, options in (
-        ("share: theirs; expected student or both", {"share": "theirs"}),
-        ("share: both, of a GeneralizedRCNN and a RetinaNet; expected two", {"share": "both"}),
+        ("proposals_from: theirs; expected student or both", {"proposals_from": "theirs"}),
+        (
+            "proposals_from: both, of a GeneralizedRCNN and a RetinaNet; expected two",
+            {"proposals_from": "both"},
+        ),
     ):
         with pytest.raises(InputError, match=line):
             make(build(tiny_faster_rcnn()), **options)
     teacher.proposal_generator = None  # with proposals of a file
-    with pytest.raises(InputError, match="share: both, where the teacher has no RPN"):
-        make(student, teacher, losses, share="both")
+    with pytest.raises(InputError, match="proposals_from: both, where the teacher has no RPN"):
+        make(student, teacher, losses, proposals_from="both")
 
 
 RECIPE = """
@@ -381,11 +384,14 @@ def yacs(folder, recipe=RECIPE):
 
 def test_yacs_users_build_it_by_name(tmp_path):
     cfg = yacs(tmp_path)
-    cfg.MODEL.DISTILLER.INHERIT, cfg.MODEL.DISTILLER.SHARE = ["backbone.fpn_output2"], "both"
+    cfg.MODEL.DISTILLER.INHERIT, cfg.MODEL.DISTILLER.PROPOSALS_FROM = (
+        ["backbone.fpn_output2"],
+        "both",
+    )
     assert "Distiller" in META_ARCH_REGISTRY
     model = build_model(cfg)
     weights = [m.backbone.fpn_output2.weight for m in (model.student, model.teacher.detector)]
-    assert torch.equal(*weights) and model.share == "both"
+    assert torch.equal(*weights) and model.proposals_from == "both"
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
     loss = step(model.train(), batch())["distill/loss_imitation"]

@@ -142,16 +142,16 @@ def test_a_box_is_inside_by_the_width_and_height_of_its_image():
         assert said(*box).startswith("1 boxes lie outside their image, 0 have no area")
 
 
-def test_a_class_step_is_about_its_own_classes(tmp_path, config):
-    """It has none of the other steps', and says so of no detector."""
+def test_an_increment_is_about_its_own_classes(tmp_path, config):
+    """It has none of the other increments', and says so of no detector."""
     file = tmp_path / "data" / "data.json"
     content = json.loads(file.read_text())
     for one, category in zip(content["annotations"], [1, 3, 1, 3, 1, 3, 1]):
         one["category_id"] = category
     file.write_text(json.dumps(content))
     whole = config.dataloader.train.dataset.names
-    for step, missing in ((1, "no object of class 1"), (2, None)):
-        names = L(incremental_split)(dataset=whole, split="2+1", step=step)
+    for increment, missing in ((1, "no object of class 1"), (2, None)):
+        names = L(incremental_split)(dataset=whole, split="2+1", increment=increment)
         config.dataloader.train.dataset.names = names
         found = {f.subject: f.found for f in check_data(with_defaults(config), images=1)}
         assert found.get("train data, classes") == missing

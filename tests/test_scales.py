@@ -194,13 +194,13 @@ def test_what_cannot_be():
         Teacher(teacher, None, scale=3).outputs(two_scales(batch()))
     with pytest.raises(InputError, match="teacher.scale: 0"):
         Teacher(teacher, None, scale=0)
-    with pytest.raises(InputError, match="share: both, at 2 times"):
+    with pytest.raises(InputError, match="proposals_from: both, at 2 times"):
         Distiller(
             student=build(tiny_faster_rcnn()),
             teacher=Teacher(build(tiny_faster_rcnn()), None, scale=2),
             losses=DistillLosses(),
             max_iter=4,
-            share="both",
+            proposals_from="both",
         )
 
 

@@ -16,12 +16,12 @@ from d2kd.visualization.erd_selection import TITLES, draw_selection
 from d2kd.visualization.panels import COLORS, panel_metadata, side_by_side
 
 from .common import command, refusal
-from .test_steps import increment
+from .test_incremental import increment
 
 RECIPE = """
 from pathlib import Path
 
-from tests.test_steps import increment
+from tests.test_incremental import increment
 
 _cfg = increment(Path(__file__).parent)
 model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.train

@@ -58,7 +58,7 @@ def distill(
     losses: DictConfig,
     loss_optimizer: DictConfig | None = None,
     inherit: Iterable[str] = (),
-    share: str = "student",
+    proposals_from: str = "student",
     scale: int = 1,
 ) -> Recipe:
     """Add a teacher and distillation losses to a student's recipe. In a config::
@@ -71,7 +71,7 @@ def distill(
         losses: a ``DistillLosses`` node.
         loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
             of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
-        inherit, share: see :class:`Distiller`.
+        inherit, proposals_from: see :class:`Distiller`.
         scale: factor by which the student's images are smaller than the teacher's, see :func:`with_downscaled_student`.
 
     Returns:
@@ -93,7 +93,7 @@ def distill(
         losses=losses,
         max_iter="${train.max_iter}",
         inherit=list(inherit),
-        share=share,
+        proposals_from=proposals_from,
     )
     if teacher.get("classes") is not None:
         # The student's classes are those of its training data.
@@ -129,7 +129,7 @@ def incremental_recipe(
     base: str | DictConfig,
     *,
     split: Split,
-    step: int,
+    increment: int,
     weights: str = "",
     losses: DictConfig | None = None,
 ) -> Recipe:
@@ -142,7 +142,7 @@ def incremental_recipe(
     Args:
         base: the recipe of a GFL, or its path or name. It is not modified.
         split: the classes of each increment, see :func:`d2kd.data.split_classes`.
-        step: the increment, from 1.
+        increment: which one, from 1.
         weights: checkpoint of the previous increment.
         losses: a ``DistillLosses`` node. By default there are none, which is fine-tuning.
 
@@ -167,21 +167,21 @@ def incremental_recipe(
     names = data.train.dataset.names
     if OmegaConf.is_dict(names):  # a call that registers data may list their classes
         names = list(names.get("classes") or class_names(instantiate(names)))
-    steps = split_classes(names, split)
-    if not 1 <= step <= len(steps):
-        raise InputError("step", step, f"from 1 to {len(steps)}")
+    increments = split_classes(names, split)
+    if not 1 <= increment <= len(increments):
+        raise InputError("increment", increment, f"from 1 to {len(increments)}")
     if not isinstance(split, str):
         split = [list(classes) for classes in split]
-    for part, seen in ((data.train, False), (data.test, True)):
+    for part, cumulative in ((data.train, False), (data.test, True)):
         part.dataset.names = L(incremental_split)(
-            dataset=part.dataset.names, split=split, step=step, seen=seen
+            dataset=part.dataset.names, split=split, increment=increment, cumulative=cumulative
         )
-    learned = [name for classes in steps[:step] for name in classes]
+    learned = [name for classes in increments[:increment] for name in classes]
     model.num_classes = len(learned)
-    if step == 1:
+    if increment == 1:
         return Recipe(model, data, base.optimizer, base.lr_multiplier, base.train)
     old = copy.deepcopy(model)
-    model.num_old_classes = old.num_classes = len(learned) - len(steps[step - 1])
+    model.num_old_classes = old.num_classes = len(learned) - len(increments[increment - 1])
     base.model, base.train.init_checkpoint = model, ""
     recipe = distill(
         base,

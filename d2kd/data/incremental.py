@@ -61,28 +61,30 @@ def split_classes(classes: str | Sequence[str], split: Split) -> tuple[tuple[str
             raise InputError(f"split {split}", f"{sum(sizes)} classes", f"{len(names)} in all")
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return tuple(names[end - size : end] for size, end in zip(sizes, ends))
-    steps = tuple(tuple(str(name) for name in step) for step in split)
-    if not steps or not all(steps):
-        raise InputError("split", "a step without a class", "at least one class in each")
-    for name, times in Counter(chain(*steps)).items():
+    increments = tuple(tuple(str(name) for name in increment) for increment in split)
+    if not increments or not all(increments):
+        raise InputError("split", "an increment without a class", "at least one class in each")
+    for name, times in Counter(chain(*increments)).items():
         if name not in names:
             raise InputError("split", f"unknown class {name!r}", f"of {', '.join(names)}")
         if times > 1:
-            where = [str(i) for i, step in enumerate(steps, 1) if name in step]
+            where = [str(i) for i, increment in enumerate(increments, 1) if name in increment]
             raise InputError(
-                "split", f"{name!r} in step {' and '.join(where)}", "steps that do not overlap"
+                "split",
+                f"{name!r} in increment {' and '.join(where)}",
+                "increments that do not overlap",
             )
-    return steps
+    return increments
 
 
 def incremental_split(
-    dataset: str, split: Split, step: int, *, seen: bool = False, name: str | None = None
+    dataset: str, split: Split, increment: int, *, cumulative: bool = False, name: str | None = None
 ) -> str:
     """Register an increment of a registered data set and return its name, for use in a config::
 
-        dataloader.train.dataset.names = L(incremental_split)(dataset="coco_2017_train", split="40+40", step=2)
+        dataloader.train.dataset.names = L(incremental_split)(dataset="coco_2017_train", split="40+40", increment=2)
         dataloader.test.dataset.names = L(incremental_split)(
-            dataset="coco_2017_val", split="40+40", step=2, seen=True
+            dataset="coco_2017_val", split="40+40", increment=2, cumulative=True
         )
 
     Nothing is read before the data set is loaded; loading logs the number of its images and boxes, and how many of
@@ -92,8 +94,8 @@ def incremental_split(
     Args:
         dataset: a COCO-style, VOC-style or generated data set whose metadata has ``thing_classes``.
         split: see :func:`split_classes`.
-        step: the increment, from 1.
-        seen: include the classes of all increments up to this one, for evaluation. The last increment then has all
+        increment: which one, from 1.
+        cumulative: include the classes of all increments up to this one, for evaluation. The last increment then has all
             images of the data set.
         name: name to register; by default from data set, split and increment, and from a hash if the split has
             another order of classes.
@@ -102,22 +104,25 @@ def incremental_split(
         InputError: if there is no such data set, class or increment, or the name is taken; while loading, if no
             image has an object of the increment.
     """
-    steps = split_classes(dataset, split)
-    if not 1 <= step <= len(steps):
-        raise InputError("step", step, f"from 1 to {len(steps)}")
-    parts = "+".join(str(len(classes)) for classes in steps)
-    if tuple(chain(*steps)) != class_names(dataset):  # another split may have the same counts
-        parts += f"_{hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:8]}"
-    name = name or f"{dataset}_{parts}_{'seen' if seen else 'step'}{step}"
-    given = (f"step {step} of {steps}{', seen' if seen else ''}", dataset)
+    increments = split_classes(dataset, split)
+    if not 1 <= increment <= len(increments):
+        raise InputError("increment", increment, f"from 1 to {len(increments)}")
+    parts = "+".join(str(len(classes)) for classes in increments)
+    if tuple(chain(*increments)) != class_names(dataset):  # another split may have the same counts
+        parts += f"_{hashlib.sha256(json.dumps(increments).encode()).hexdigest()[:8]}"
+    name = name or f"{dataset}_{parts}_{'cumulative' if cumulative else 'increment'}{increment}"
+    given = (
+        f"increment {increment} of {increments}{', cumulative' if cumulative else ''}",
+        dataset,
+    )
     if is_registered(name, given):
         return name
-    part = Increment(dataset, steps, step, seen)
+    part = Increment(dataset, increments, increment, cumulative)
     DatasetCatalog.register(name, functools.partial(part.load, name))
     MetadataCatalog.get(name).set(
         incremental_split=part,
         thing_classes=list(part.order),
-        seen_classes=list(chain(*steps[:step])),
+        seen_classes=list(chain(*increments[:increment])),
         evaluator_type="coco",
         json_file=f"{_PREFIX}{name}",
         prepare=functools.partial(check_dataset, dataset),
@@ -132,25 +137,29 @@ class Increment:
 
     Attributes:
         dataset: name of the complete data set.
-        steps: classes of each increment.
-        step: this increment, from 1.
-        seen: whether the classes of all increments up to this one are included, or only those of this one.
+        increments: classes of each increment.
+        index: this increment, from 1.
+        cumulative: whether the classes of all increments up to this one are included, or only those of this one.
     """
 
     dataset: str
-    steps: tuple[tuple[str, ...], ...]
-    step: int
-    seen: bool
+    increments: tuple[tuple[str, ...], ...]
+    index: int
+    cumulative: bool
 
     @property
     def order(self) -> tuple[str, ...]:
         """Classes of all increments, in the order of a detector's class indices."""
-        return tuple(chain(*self.steps))
+        return tuple(chain(*self.increments))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Classes whose annotations are kept."""
-        return tuple(chain(*self.steps[: self.step])) if self.seen else self.steps[self.step - 1]
+        return (
+            tuple(chain(*self.increments[: self.index]))
+            if self.cumulative
+            else self.increments[self.index - 1]
+        )
 
     @property
     def class_ids(self) -> dict[str, int]:
@@ -159,7 +168,7 @@ class Increment:
 
     @property
     def filters_images(self) -> bool:
-        return not (self.seen and self.step == len(self.steps))
+        return not (self.cumulative and self.index == len(self.increments))
 
     def load(self, name: str) -> list[dict]:
         """Return the dataset dicts of the increment."""
@@ -170,7 +179,7 @@ class Increment:
         }
         all_classes = MetadataCatalog.get(self.dataset).thing_classes
         number = [self.order.index(c) if c in self.order else -1 for c in all_classes]
-        step_of = [i for i, classes in enumerate(self.steps, 1) for _ in classes]
+        increment_of = [i for i, classes in enumerate(self.increments, 1) for _ in classes]
         wanted = set(self.class_ids.values())
         kept, boxes, elsewhere = [], 0, Counter()
         for record in records:
@@ -181,17 +190,23 @@ class Increment:
                 continue
             kept.append({**record, "annotations": own})
             boxes += len(own)
-            elsewhere.update({step_of[k] for k in labels if k >= 0} if own else ())
+            elsewhere.update({increment_of[k] for k in labels if k >= 0} if own else ())
         if not boxes:
             raise InputError(
                 f"data set {name!r}", f"no object of {', '.join(self.classes)}", "at least one"
             )
-        others = [f"{elsewhere[i]} in step {i}" for i in range(1, len(self.steps) + 1)]
-        if not self.seen:
-            del others[self.step - 1]
+        others = [f"{elsewhere[i]} in increment {i}" for i in range(1, len(self.increments) + 1)]
+        if not self.cumulative:
+            del others[self.index - 1]
         logger.info(
-            "%s: step %d of %d, %d classes%s: %d images, %d boxes; of these images %s",
-            *(name, self.step, len(self.steps), len(self.classes), " seen" if self.seen else ""),
+            "%s: increment %d of %d, %d classes%s: %d images, %d boxes; of these images %s",
+            *(
+                name,
+                self.index,
+                len(self.increments),
+                len(self.classes),
+                " cumulative" if self.cumulative else "",
+            ),
             *(len(kept), boxes, ", ".join(others) or "all are here alone"),
         )
         return kept
@@ -236,7 +251,7 @@ class Increment:
             "images": [
                 one for one in content["images"] if one["id"] in images or not self.filters_images
             ],
-            STEP_KEY: list(self.classes),
+            INCREMENT_KEY: list(self.classes),
         }
 
 
@@ -297,14 +312,14 @@ def check_num_classes(name: str, num_classes: int, least: int) -> None:
         raise InputError("num_classes", f"{num_classes} of the student", expected)
 
 
-STEP_KEY = "d2kd_step"
+INCREMENT_KEY = "d2kd_increment"
 """Key of an annotation file: the annotated classes, if its list of categories has more."""
 
-_PREFIX = "d2kd_step://"
+_PREFIX = "d2kd_increment://"
 
 
 class _Annotations(PathHandler):
-    """``d2kd_step://NAME``: an increment's annotation file, written when it is first opened, never by training."""
+    """``d2kd_increment://NAME``: an increment's annotation file, written when it is first opened, never by training."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [_PREFIX]
@@ -327,7 +342,7 @@ PathManager.register_handler(_Annotations())
 @functools.cache
 def _write_annotations(part: Increment, source: str | None) -> str:
     """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
-    folder = tempfile.mkdtemp(prefix="d2kd_step_")
+    folder = tempfile.mkdtemp(prefix="d2kd_increment_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = Path(folder, "annotations.json")
     file.write_text(json.dumps(part.annotations()))

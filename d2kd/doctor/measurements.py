@@ -92,11 +92,11 @@ def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator
     value = found.get("bbox", {}).get("AP", math.nan)
     text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
     # A class that the teacher lacks counts as an AP of 0.
-    share = 1.0 if class_map is None else class_map.shared_fraction
-    if not value >= MIN_AP * share:
+    known = 1.0 if class_map is None else class_map.shared_fraction
+    if not value >= MIN_AP * known:
         advice = "its weights, its config, its classes, their order"
         yield Finding("teacher", "error", text, advice)
-    elif value < LOW_AP * share:
+    elif value < LOW_AP * known:
         yield Finding("teacher", "warning", text, "a better teacher, if there is one")
     else:
         yield Finding("teacher", "ok", text)

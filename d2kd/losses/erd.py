@@ -113,10 +113,10 @@ class ERDLoss(DistillLoss):
             class in common, or the student has fewer classes than the teacher.
 
     Example:
-        >>> from d2kd.testing import batch, distillation, distiller, step, tiny_gfl
-        >>> distillation(step(distiller(ERDLoss, tiny_gfl), batch())).item() > 0
+        >>> from d2kd.testing import batch, sum_distill_losses, distiller, step, tiny_gfl
+        >>> sum_distill_losses(step(distiller(ERDLoss, tiny_gfl), batch())).item() > 0
         True
-        >>> distillation(step(distiller(ERDLoss, tiny_gfl, same=True), batch())).item()  # the teacher is a copy
+        >>> sum_distill_losses(step(distiller(ERDLoss, tiny_gfl, same=True), batch())).item()  # the teacher is a copy
         0.0
     """
 

@@ -12,13 +12,13 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # runs only if given by name
     )
 
-For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with a ``step`` is
-evaluated on the classes learned so far; the run it depends on has learned those of the steps before::
+For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with a ``increment`` is
+evaluated on the classes learned so far; the run it depends on has learned those of the increments before::
 
-    study = dict(…, steps="4+4", upper_bound="everything")
+    study = dict(…, increments="4+4", upper_bound="everything")
     runs = dict(
-        first=dict(config=…, step=1),
-        erd=dict(config=…, step=2, teacher="first"),
+        first=dict(config=…, increment=1),
+        erd=dict(config=…, increment=2, teacher="first"),
         everything=dict(config=…),                      # all classes at once
     )
 

@@ -12,16 +12,16 @@ from ..utils.io import write_json
 from .plan import Study
 from .text import aligned, mean_text
 
-FILE = "steps.json"
+FILE = "increments.json"
 """File of these metrics in a study's folder."""
 
 
 def increment_metrics(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a dict of metrics for each run with a step, and for each run of the upper bound.
+    """Return a dict of metrics for each run with an increment, and for each run of the upper bound.
 
-    ``forgetting`` is, for each class of an earlier step, its AP after the step that learned it minus its AP now. Both
-    are measured on the test images of their own step. The gaps to the upper bound of the same seed are computed only
-    after the last step, since the upper bound is not evaluated on the images of other steps.
+    ``forgetting`` is, for each class of an earlier increment, its AP after the increment that learned it minus its AP now. Both
+    are measured on the test images of their own increment. The gaps to the upper bound of the same seed are computed only
+    after the last increment, since the upper bound is not evaluated on the images of other increments.
     """
     found = {(row["method"], row["seed"]): row for row in rows}
     once = {
@@ -33,24 +33,24 @@ def increment_metrics(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[d
 
     after = []
     for row in rows:
-        step = study.step_of(row["method"])
-        if step is None and row["method"] != study.upper_bound:
+        increment = study.increment_of(row["method"])
+        if increment is None and row["method"] != study.upper_bound:
             continue
-        here = step or len(study.steps)
+        here = increment or len(study.increments)
         bound = row_of(study.upper_bound, row["seed"])
-        bound_ap = bound and mean_ap(bound["per_class"], chain(*study.steps))
-        entry = {key: row[key] for key in ("name", "method", "seed")} | {"step": here}
-        entry |= old_new_all(row["per_class"], study.steps, here)
+        bound_ap = bound and mean_ap(bound["per_class"], chain(*study.increments))
+        entry = {key: row[key] for key in ("name", "method", "seed")} | {"increment": here}
+        entry |= old_new_all(row["per_class"], study.increments, here)
         lost: dict[str, float | None] = {}
         learned_by = study.previous(row["method"])
-        while step and learned_by is not None:
+        while increment and learned_by is not None:
             before = row_of(learned_by, row["seed"])
-            classes = study.steps[study.step_of(learned_by) - 1]
+            classes = study.increments[study.increment_of(learned_by) - 1]
             lost |= forgetting(before["per_class"] if before else {}, row["per_class"], classes)
             learned_by = study.previous(learned_by)
-        entry["forgetting"] = {c: lost[c] for c in chain(*study.steps) if c in lost}
+        entry["forgetting"] = {c: lost[c] for c in chain(*study.increments) if c in lost}
         entry["mean_forgetting"] = mean_ap(lost, lost)
-        last = step == len(study.steps)
+        last = increment == len(study.increments)
         entry["abs_gap"], entry["rel_gap"] = gaps(entry["all"], bound_ap) if last else (None, None)
         after.append(entry)
     return after
@@ -71,14 +71,16 @@ def increments_table(
     of: dict[str, list[Mapping]] = {}
     for entry in increment_metrics(study, rows):
         of.setdefault(entry["method"], []).append(entry)
-    columns = ["step", "old", "new", "all", "forgetting", "AbsGap", "RelGap %"]
-    lines = [["AP after each step", *columns]]
+    columns = ["increment", "old", "new", "all", "forgetting", "AbsGap", "RelGap %"]
+    lines = [["AP after each increment", *columns]]
     for method, entries in of.items():
-        step = study.step_of(method)
+        increment = study.increment_of(method)
         values = [[e[key] for e in entries] for key in ("old", "new", "all", "mean_forgetting")]
         values.append([e["abs_gap"] for e in entries])
         values.append([e["rel_gap"] and 100 * e["rel_gap"] for e in entries])
-        lines.append([method, str(step or "all"), *(mean_text(column, 1) for column in values)])
+        lines.append(
+            [method, str(increment or "all"), *(mean_text(column, 1) for column in values)]
+        )
     text = layout(lines)
     learned = {m: entries for m, entries in of.items() if any(e["forgetting"] for e in entries)}
     if learned:
@@ -92,8 +94,8 @@ def increments_table(
 
 
 def write_increments(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``steps.json``: the classes of each step, and the result of :func:`increment_metrics`."""
-    content = {"schema": 1, "steps": study.steps, "upper_bound": study.upper_bound}
+    """Write ``increments.json``: the classes of each increment, and the result of :func:`increment_metrics`."""
+    content = {"schema": 1, "increments": study.increments, "upper_bound": study.upper_bound}
     write_json(output / FILE, {**content, "rows": increment_metrics(study, rows)})
 
 
@@ -102,19 +104,19 @@ PerClass = Mapping[str, float | None]
 
 
 def old_new_all(
-    per_class: PerClass, steps: Sequence[Sequence[str]], step: int
+    per_class: PerClass, increments: Sequence[Sequence[str]], increment: int
 ) -> dict[str, float | None]:
-    """Return the mean AP of the ``old`` classes (of the steps before), the ``new`` ones (of this step), and ``all``.
+    """Return the mean AP of the ``old`` classes (of the increments before), the ``new`` ones (of this increment), and ``all``.
 
     Args:
-        per_class: AP of a detector after ``step``.
-        steps: the classes of each step.
-        step: starts from 1, where there are no old classes.
+        per_class: AP of a detector after ``increment``.
+        increments: the classes of each increment.
+        increment: starts from 1, where there are no old classes.
 
     Returns:
         means over the classes whose AP is defined; None if there is none.
     """
-    old, new = list(chain(*steps[: step - 1])), list(steps[step - 1])
+    old, new = list(chain(*increments[: increment - 1])), list(increments[increment - 1])
     return {
         name: mean_ap(per_class, of)
         for name, of in (("old", old), ("new", new), ("all", old + new))

@@ -19,7 +19,7 @@ from ..utils.env import config_hash
 from ..utils.errors import InputError
 
 RELATIONS = ("teacher", "init_from", "match_time_of")
-RUN_KEYS = ("config", *RELATIONS, "shared_across_seeds", "optional", "step")
+RUN_KEYS = ("config", *RELATIONS, "shared_across_seeds", "optional", "increment")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Study:
         featured: method whose detections are drawn next to those of the baseline.
         seeds: seeds of the runs that are not ``shared_across_seeds``.
         pictures: number of images to draw.
-        steps: the classes of each step of a class-incremental study, see :func:`d2kd.data.split_classes`.
+        increments: the classes of each increment of a class-incremental study, see :func:`d2kd.data.split_classes`.
         upper_bound: method that learns all classes at once; gaps are computed to it.
         threshold: score threshold of detections in the pictures.
         fast: overrides of every recipe with ``--fast``, such as "train.max_iter=20".
@@ -79,7 +79,7 @@ class Study:
     featured: str | None = None
     seeds: Sequence[int] = (0,)
     pictures: int = 6
-    steps: Split = ()
+    increments: Split = ()
     upper_bound: str | None = None
     threshold: float = 0.3
     fast: Sequence[str] = ()
@@ -97,26 +97,30 @@ class Study:
         ]
         return [m for m in per_seed if m != self.baseline and self.has_all_classes(m)]
 
-    def step_of(self, method: str) -> int | None:
-        """Return the step of a method, starting from 1; None if it learns all classes."""
-        return self.runs[method].get("step")
+    def increment_of(self, method: str) -> int | None:
+        """Return the increment of a method, starting from 1; None if it learns all classes."""
+        return self.runs[method].get("increment")
 
     def previous(self, method: str) -> str | None:
-        """Return the method of an earlier step that a method depends on; None if there is none."""
-        step, node = self.step_of(method), self.runs[method]
-        if step is None:
+        """Return the method of an earlier increment that a method depends on; None if there is none."""
+        increment, node = self.increment_of(method), self.runs[method]
+        if increment is None:
             return None
         others = [node[key] for key in ("teacher", "init_from") if node.get(key) is not None]
-        return next((other for other in others if (self.step_of(other) or step) < step), None)
+        return next(
+            (other for other in others if (self.increment_of(other) or increment) < increment), None
+        )
 
     def has_all_classes(self, method: str) -> bool:
-        return self.step_of(method) in (None, len(self.steps))
+        return self.increment_of(method) in (None, len(self.increments))
 
     def test_set_of(self, method: str) -> str:
         """Return the test set of a method."""
-        step = self.step_of(method)
+        increment = self.increment_of(method)
         return (
-            self.test if step is None else incremental_split(self.test, self.steps, step, seen=True)
+            self.test
+            if increment is None
+            else incremental_split(self.test, self.increments, increment, cumulative=True)
         )
 
     def plan(
@@ -225,8 +229,8 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
                 f"{culprit}: study", f"no {key!r}", "test=<data set>, baseline=<method>"
             )
     given["test"] = instantiate(given["test"])
-    if given.get("steps"):
-        given["steps"] = split_classes(given["test"], given["steps"])
+    if given.get("increments"):
+        given["increments"] = split_classes(given["test"], given["increments"])
     study = Study(runs=runs, **given)
     _known(
         f"{culprit}: study",
@@ -236,12 +240,14 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
     for method, node in runs.items():
         where = f"{culprit}: runs.{method}"
         _known(where, node, RUN_KEYS)
-        step = node.get("step")
-        if step is not None and step not in range(1, len(study.steps) + 1):
+        increment = node.get("increment")
+        if increment is not None and increment not in range(1, len(study.increments) + 1):
             expected = (
-                f"from 1 to {len(study.steps)}" if study.steps else "none, without study.steps"
+                f"from 1 to {len(study.increments)}"
+                if study.increments
+                else "none, without study.increments"
             )
-            raise InputError(f"{where}.step", step, expected)
+            raise InputError(f"{where}.increment", increment, expected)
         if not node.get("config"):
             raise InputError(where, "no config", "config=<a whole recipe>")
         for key in RELATIONS:

@@ -64,7 +64,7 @@ def study_report(output: Path, study: Study, rows: Sequence[Mapping[str, Any]]) 
     Returns:
         path of the page; None for a class-incremental study, or without a distilled run.
     """
-    if study.steps:
+    if study.increments:
         return None
     try:
         detectors = detectors_from_study(output, rows, study.baseline, study.featured)

@@ -19,7 +19,7 @@ from ..utils.env import collect_versions
 from ..utils.io import write_json, write_text
 from ..visualization.curves import draw_curves
 from ..visualization.panels import draw_differences
-from .incremental import FILE as STEPS
+from .incremental import FILE as INCREMENTS
 from .incremental import increments_table, write_increments
 from .plan import Run, Study
 from .plots import draw_gains
@@ -188,7 +188,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
     """Write ``results.json``, with gains over the baseline; ``gains.json``, with gains over every reference; and
-    ``steps.json`` of a class-incremental study."""
+    ``increments.json`` of a class-incremental study."""
     results = {
         "schema": 1,
         "command": shlex.join(sys.argv),
@@ -206,7 +206,7 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
     ]
     write_json(output / "results.json", results)
     write_json(output / "gains.json", {"schema": 1, "rows": over})
-    if study.steps:
+    if study.increments:
         write_increments(output, study, rows)
 
 
@@ -217,8 +217,8 @@ def write_tables_and_plots(
     whole = [row for row in rows if study.has_all_classes(row["method"])]
 
     def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
-        parts = [increments_table(study, rows, layout)] if study.steps else []
-        if whole:  # empty if no run has learned all steps yet
+        parts = [increments_table(study, rows, layout)] if study.increments else []
+        if whole:  # empty if no run has learned all increments yet
             parts.append(table(whole, study.test, study.references, study.paired, layout))
         return "\n\n".join([*parts, training_time(rows), *step_costs(rows, study.baseline)])
 
@@ -239,8 +239,8 @@ def write_tables_and_plots(
     if any(over.values()):
         draw_gains(output / "gains.png", over, study.title)
         opens.insert(0, (output / "gains.png", "gains in AP, seed by seed, with their intervals"))
-    if study.steps:
-        opens.append((output / STEPS, "the figures after each step"))
+    if study.increments:
+        opens.append((output / INCREMENTS, "the metrics after each increment"))
     named = [row["name"] for row in rows]
     first = {run.method: run for run in reversed(runs) if run.name in named}
     if study.pictures and study.featured in first and study.baseline in first:

@@ -51,7 +51,7 @@ class Distiller(nn.Module):
         inherit: prefixes of parameter names that are initialized with the teacher's weights; ``[""]`` is all.
             If the classes or their order differ, rows of a GFL's classifier are copied by class name, as
             incremental training needs; of other detectors, layers with rows for each class are not inherited.
-        share: the proposals among which the student's RoI heads sample. "student": its own, as without a teacher.
+        proposals_from: the proposals among which the student's RoI heads sample. "student": its own, as without a teacher.
             "both": its own and the teacher's, which changes the student's task losses, too.
         classes: names of the student's classes, or a data set that has them; required if the teacher's are given.
 
@@ -68,27 +68,31 @@ class Distiller(nn.Module):
         losses: nn.Module,
         max_iter: int,
         inherit: Sequence[str] = (),
-        share: str = "student",
+        proposals_from: str = "student",
         classes: str | Iterable[str] | None = None,
     ):
         super().__init__()
         if max_iter <= 0:
             raise InputError("max_iter", max_iter, "a positive number of iterations")
-        if share not in PROPOSALS_FROM:
-            raise InputError("share", share, " or ".join(PROPOSALS_FROM))
+        if proposals_from not in PROPOSALS_FROM:
+            raise InputError("proposals_from", proposals_from, " or ".join(PROPOSALS_FROM))
         self.student = student
         self.teacher = teacher
         self.losses = losses
         self.max_iter = max_iter
         self.outputs_class = get_outputs_class(student)
-        self.share = share
-        if share == "both" and {self.outputs_class, teacher.outputs_class} != {RCNNOutputs}:
+        self.proposals_from = proposals_from
+        if proposals_from == "both" and {self.outputs_class, teacher.outputs_class} != {
+            RCNNOutputs
+        }:
             kinds = f"a {type(student).__name__} and a {type(teacher.detector).__name__}"
-            raise InputError("share", f"both, of {kinds}", "two detectors with proposals")
-        if share == "both" and teacher.scale != 1:
-            raise InputError("share", f"both, at {teacher.scale} times the size", "student")
-        if share == "both" and teacher.detector.proposal_generator is None:
-            raise InputError("share", "both, where the teacher has no RPN", "student")
+            raise InputError("proposals_from", f"both, of {kinds}", "two detectors with proposals")
+        if proposals_from == "both" and teacher.scale != 1:
+            raise InputError(
+                "proposals_from", f"both, at {teacher.scale} times the size", "student"
+            )
+        if proposals_from == "both" and teacher.detector.proposal_generator is None:
+            raise InputError("proposals_from", "both, where the teacher has no RPN", "student")
         self.class_map = build_class_map(student, teacher, classes)
         self._incremental_class_map = incremental_class_map(
             student, teacher.detector, self.class_map
@@ -155,7 +159,7 @@ class Distiller(nn.Module):
             "losses": instantiate(recipe.losses),
             "max_iter": cfg.SOLVER.MAX_ITER,
             "inherit": tuple(node.INHERIT),
-            "share": node.SHARE,
+            "proposals_from": node.PROPOSALS_FROM,
             "classes": tuple(node.CLASSES) or None,
         }
 
@@ -177,7 +181,7 @@ class Distiller(nn.Module):
         with contextlib.ExitStack() as stack:
             calls = stack.enter_context(capture(self.outputs_class.hook_points(self.student)))
             tapped = stack.enter_context(capture(taps))
-            if self.share == "both":
+            if self.proposals_from == "both":
                 heads = self.student.roi_heads
                 stack.enter_context(append_proposals(heads, lambda: teacher.proposals))
             losses = self._student_losses(batched_inputs)
@@ -313,5 +317,5 @@ def add_distiller_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILLER.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.DISTILLER.CONFIG = ""
     cfg.MODEL.DISTILLER.INHERIT = []
-    cfg.MODEL.DISTILLER.SHARE = "student"
+    cfg.MODEL.DISTILLER.PROPOSALS_FROM = "student"
     cfg.MODEL.DISTILLER.CLASSES = []  # names of the student's classes, if the teacher has others

@@ -70,7 +70,7 @@ class DetectorOutputs:
         detector: the detector; in ``eval()`` for a teacher.
         batched_inputs: Detectron2's list of dicts, with images in the detector's channel order.
         dtype: precision of lazily computed outputs; None: that of the context in which they are read.
-        student_image_sizes: (height, width) of the student's images, in whose pixels :meth:`share` gets the boxes;
+        student_image_sizes: (height, width) of the student's images, in whose pixels :meth:`set_region_boxes` gets the boxes;
             None: equal to those of ``batched_inputs``.
         captured: attributes captured in the detector's forward.
     """

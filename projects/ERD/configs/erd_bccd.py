@@ -8,7 +8,7 @@ from d2kd.losses import DistillLosses, ERDLoss
 model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
     "baselines/gfl_small_bccd.py",
     split=[["RBC", "WBC"], ["Platelets"]],
-    step=2,
+    increment=2,
     weights="output/gfl_bccd_first/model_final.pth",
     losses=L(DistillLosses)(erd=L(ERDLoss)()),
 )

@@ -5,7 +5,7 @@ from d2kd.config import incremental_recipe
 model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
     "baselines/gfl_small_shapes.py",
     split="4+4",
-    step=2,
+    increment=2,
     weights="output/gfl_shapes_first_half/model_final.pth",
 )
 train.output_dir = "output/fine_tuning_shapes"

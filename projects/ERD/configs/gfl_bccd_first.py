@@ -3,6 +3,6 @@
 from d2kd.config import incremental_recipe
 
 model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
-    "baselines/gfl_small_bccd.py", split=[["RBC", "WBC"], ["Platelets"]], step=1
+    "baselines/gfl_small_bccd.py", split=[["RBC", "WBC"], ["Platelets"]], increment=1
 )
 train.output_dir = "output/gfl_bccd_first"

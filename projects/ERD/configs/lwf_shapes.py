@@ -8,7 +8,7 @@ from d2kd.losses import DistillLosses, LwFLoss
 model, dataloader, optimizer, lr_multiplier, train = incremental_recipe(
     "baselines/gfl_small_shapes.py",
     split="4+4",
-    step=2,
+    increment=2,
     weights="output/gfl_shapes_first_half/model_final.pth",
     losses=L(DistillLosses)(lwf=L(LwFLoss)()),
 )

@@ -14,8 +14,8 @@ SPLIT = [["RBC", "WBC"], ["Platelets"]]
 
 runs = incremental_runs(BASELINE, SPLIT, 2, STEPS)
 study = make_study(
-    "Blood cells in two steps: GFL, by fine-tuning, LwF and ERD",
+    "Blood cells in two increments: GFL, by fine-tuning, LwF and ERD",
     split=SPLIT,
-    number=2,
+    num_increments=2,
     **bccd_options(get_config(BASELINE)),
 )

@@ -16,47 +16,51 @@ ABLATIONS = {
 }
 
 
-def incremental_runs(baseline, split, number, steps, methods=(*METHODS, *ABLATIONS)):
+def incremental_runs(baseline, split, num_increments, max_iter, methods=(*METHODS, *ABLATIONS)):
     """Return the runs: the first increment, the other increments with each method, and all classes at once.
 
     "everything" is trained as long as one increment; "everything_longer", an optional run, as long as all increments.
 
     Args:
         baseline: name of the recipe that trains all classes.
-        split, number: the split, see :func:`d2kd.data.split_classes`, and its number of increments.
-        steps: iterations of each run.
+        split, num_increments: the split, see :func:`d2kd.data.split_classes`, and its number of increments.
+        max_iter: iterations of each run.
         methods: names in ``METHODS`` and ``ABLATIONS``.
     """
 
-    def recipe(step=None, losses=None, steps=steps):
+    def recipe(increment=None, losses=None, max_iter=max_iter):
         config = get_config(baseline)
-        if step is not None:
-            config = incremental_recipe(config, split=split, step=step, losses=losses)._asdict()
-        config["train"]["max_iter"] = steps
-        config["train"]["eval_period"] = steps // 2
+        if increment is not None:
+            config = incremental_recipe(
+                config, split=split, increment=increment, losses=losses
+            )._asdict()
+        config["train"]["max_iter"] = max_iter
+        config["train"]["eval_period"] = max_iter // 2
         return config
 
-    runs = dict(first=dict(config=recipe(1), step=1))
+    runs = dict(first=dict(config=recipe(1), increment=1))
     for method in methods:
         before = "first"
-        for step in range(2, number + 1):
-            name = method if number == 2 else f"{method}_step{step}"
-            config = recipe(step, (METHODS | ABLATIONS)[method]())
+        for increment in range(2, num_increments + 1):
+            name = method if num_increments == 2 else f"{method}_increment{increment}"
+            config = recipe(increment, (METHODS | ABLATIONS)[method]())
             optional = method in ABLATIONS
-            runs[name] = dict(config=config, step=step, teacher=before, optional=optional)
+            runs[name] = dict(config=config, increment=increment, teacher=before, optional=optional)
             before = name
     runs["everything"] = dict(config=recipe())
-    runs["everything_longer"] = dict(config=recipe(steps=number * steps), optional=True)
+    runs["everything_longer"] = dict(
+        config=recipe(max_iter=num_increments * max_iter), optional=True
+    )
     return runs
 
 
-def make_study(title, test, split, number, **options):
+def make_study(title, test, split, num_increments, **options):
     """Return the study of these runs, with fine-tuning as the baseline."""
-    last = "" if number == 2 else f"_step{number}"
+    last = "" if num_increments == 2 else f"_increment{num_increments}"
     return dict(
         title=title,
         test=test,
-        steps=split,
+        increments=split,
         baseline=f"fine_tuning{last}",
         featured=f"erd{last}",
         upper_bound="everything",

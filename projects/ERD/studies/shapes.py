@@ -12,7 +12,7 @@ STEPS = 1400
 
 runs = incremental_runs("baselines/gfl_small_shapes.py", "4+4", 2, STEPS)
 study = make_study(
-    "Learning generated shapes in two steps: GFL, by fine-tuning, LwF and ERD",
+    "Learning generated shapes in two increments: GFL, by fine-tuning, LwF and ERD",
     "shapes_test",
     "4+4",
     2,

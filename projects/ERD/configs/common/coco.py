@@ -10,22 +10,22 @@ from d2kd.config import incremental_recipe
 FIRST, NEXT = 72890, 40945
 
 
-def coco_step(split, step, losses=None, method="erd"):
-    """Return the recipe of an increment, for ``output/<method>_<split>_step<step>`` or ``output/gfl_first_<number>``."""
+def coco_increment(split, increment, losses=None, method="erd"):
+    """Return the recipe of an increment, for ``output/<method>_<split>_increment<increment>`` or ``output/gfl_first_<number>``."""
 
-    def folder(step):
+    def folder(increment):
         first = f"gfl_first_{split.split('+')[0]}"
-        return f"output/{first if step == 1 else f'{method}_{split}_step{step}'}"
+        return f"output/{first if increment == 1 else f'{method}_{split}_increment{increment}'}"
 
     recipe = incremental_recipe(
         "baselines/gfl_R_50_FPN_1x.py",
         split=split,
-        step=step,
+        increment=increment,
         losses=losses,
-        weights=f"{folder(step - 1)}/model_final.pth" if step > 1 else "",
+        weights=f"{folder(increment - 1)}/model_final.pth" if increment > 1 else "",
     )
-    recipe.train.max_iter = FIRST if step == 1 else NEXT
-    recipe.train.output_dir = folder(step)
+    recipe.train.max_iter = FIRST if increment == 1 else NEXT
+    recipe.train.output_dir = folder(increment)
     recipe.lr_multiplier.scheduler.milestones = [8, 11, 12]
     recipe.lr_multiplier.warmup_length = 500 / recipe.train.max_iter
     return recipe

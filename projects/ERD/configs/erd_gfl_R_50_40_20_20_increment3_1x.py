@@ -4,8 +4,8 @@ from detectron2.config import LazyCall as L
 
 from d2kd.losses import DistillLosses, ERDLoss
 
-from .common.coco import coco_step
+from .common.coco import coco_increment
 
-model, dataloader, optimizer, lr_multiplier, train = coco_step(
+model, dataloader, optimizer, lr_multiplier, train = coco_increment(
     "40+20+20", 3, L(DistillLosses)(erd=L(ERDLoss)())
 )

@@ -1,4 +1,4 @@
-"""Classes in steps: what is kept of a data set, how classes are numbered, and what is refused."""
+"""Classes in increments: what is kept of a data set, how classes are numbered, and what is refused."""
 
 import json
 import logging
@@ -45,14 +45,14 @@ def few_shapes(tmp_path):
 
 @pytest.mark.parametrize("split", ERD_SPLITS)
 def test_published_splits(split):
-    steps = split_classes("coco_2017_val", split)
+    increments = split_classes("coco_2017_val", split)
     names = MetadataCatalog.get("coco_2017_val").thing_classes
-    assert [name for step in steps for name in step] == names
+    assert [name for increment in increments for name in increment] == names
     ends = {"40+40": "bottle", "50+30": "orange", "60+20": "bed", "70+10": "oven"}
-    assert steps[0][-1] == ends.get(split, "bottle")
+    assert increments[0][-1] == ends.get(split, "bottle")
     sizes = {"40+20+20": [40, 20, 20], "40+10x4": [40, 10, 10, 10, 10]}
     expected = sizes[split] if split in sizes else [int(n) for n in split.split("+")]
-    assert [len(step) for step in steps] == expected
+    assert [len(increment) for increment in increments] == expected
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,11 @@ def test_published_splits(split):
         ("4+0+4", "split 4+0+4"),
         ("half", "split: 'half'; expected numbers of classes"),
         ([ORDER[:2], ["hexagon"]], "split: unknown class 'hexagon'; expected of solid_triangle"),
-        ([ORDER[:2], ORDER[1:3]], "'striped_triangle' in step 1 and 2; expected steps that do not"),
-        ([ORDER[:2], []], "split: a step without a class"),
+        (
+            [ORDER[:2], ORDER[1:3]],
+            "'striped_triangle' in increment 1 and 2; expected increments that do not",
+        ),
+        ([ORDER[:2], []], "split: an increment without a class"),
     ],
 )
 def test_bad_splits(split, line):
@@ -71,20 +74,20 @@ def test_bad_splits(split, line):
         incremental_split("shapes_train", split, 1)
 
 
-def test_bad_steps():
-    with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
+def test_bad_increments():
+    with pytest.raises(InputError, match="increment: 3; expected from 1 to 2"):
         incremental_split("shapes_train", "4+4", 3)
     with pytest.raises(InputError, match="dataset: 'shape_train'"):
         incremental_split("shape_train", "4+4", 1)
     incremental_split("shapes_train", "4+4", 1, name="taken")
-    with pytest.raises(InputError, match="data set 'taken': already registered as step 1 of"):
+    with pytest.raises(InputError, match="data set 'taken': already registered as increment 1 of"):
         incremental_split("shapes_train", "4+4", 2, name="taken")
 
 
 def test_the_filter_rule():
-    """Annotations of the step, images that have one, global numbers; an image may be in two steps."""
+    """Annotations of the increment, images that have one, global numbers; an image may be in two increments."""
     every = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_train")}
-    steps = [
+    increments = [
         {
             r["image_id"]: r
             for r in DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", i))
@@ -92,20 +95,20 @@ def test_the_filter_rule():
         for i in (1, 2, 3)
     ]
     bounds = [range(0, 3), range(3, 7), range(7, 8)]
-    for step, numbers in zip(steps, bounds):
+    for increment, numbers in zip(increments, bounds):
         expected = {
             i: [a for a in annotations if a["category_id"] in numbers]
             for i, annotations in every.items()
         }
-        assert {i: r["annotations"] for i, r in step.items()} == {
+        assert {i: r["annotations"] for i, r in increment.items()} == {
             k: v for k, v in expected.items() if v
         }
-    assert len(steps[0]) < 20 and steps[0].keys() & steps[1].keys()
-    seen = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 2, seen=True))
+    assert len(increments[0]) < 20 and increments[0].keys() & increments[1].keys()
+    seen = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 2, cumulative=True))
     known = {i: [a for a in each if a["category_id"] < 7] for i, each in every.items()}
     assert {r["image_id"]: r["annotations"] for r in seen} == {k: v for k, v in known.items() if v}
     assert known != every
-    last = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 3, seen=True))
+    last = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 3, cumulative=True))
     assert [(r["image_id"], r["annotations"]) for r in last] == list(every.items())
 
 
@@ -113,19 +116,20 @@ def test_counts_are_logged(caplog):
     records = DatasetCatalog.get("shapes_train")
     of = [{a["category_id"] // 4 for a in r["annotations"]} for r in records]
     boxes = sum(a["category_id"] >= 4 for r in records for a in r["annotations"])
-    images, both = sum(1 in steps for steps in of), sum(steps == {0, 1} for steps in of)
+    images, both = (
+        sum(1 in increments for increments in of),
+        sum(increments == {0, 1} for increments in of),
+    )
     with caplog.at_level(logging.INFO, "d2kd"):
         DatasetCatalog.get(incremental_split("shapes_train", "4+4", 2))
-    text = (
-        f"step 2 of 2, 4 classes: {images} images, {boxes} boxes; of these images {both} in step 1"
-    )
+    text = f"increment 2 of 2, 4 classes: {images} images, {boxes} boxes; of these images {both} in increment 1"
     assert text in caplog.text and 0 < both <= images
 
 
 def test_any_order_of_names():
     """Class k is the k-th name of the split, whatever the data set calls it; other classes are left out."""
     split = [["striped_circle"], ["solid_triangle", "solid_circle"]]
-    name = incremental_split("shapes_val", split, 2, seen=True)
+    name = incremental_split("shapes_val", split, 2, cumulative=True)
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["striped_circle", "solid_triangle", "solid_circle"]
     assert class_names(incremental_split("shapes_val", split, 1)) == ("striped_circle",)
@@ -147,7 +151,7 @@ def test_splits_of_equal_counts_are_data_sets_of_their_own():
             == MetadataCatalog.get(name).incremental_split.classes
         )
         assert incremental_split("shapes_val", split, 1) == name
-    assert incremental_split("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_step1"
+    assert incremental_split("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_increment1"
 
 
 def perfect(evaluator, name):
@@ -169,14 +173,14 @@ def perfect(evaluator, name):
 @pytest.mark.parametrize(
     "split", ["4+4", [ORDER[4:], ORDER[:4]], [["solid_circle"], ["solid_square"]]]
 )
-def test_evaluation_follows_the_step(split, tmp_path):
-    for step, seen in ((1, False), (2, False), (2, True)):
-        name = incremental_split("shapes_train", split, step, seen=seen)
+def test_evaluation_follows_the_increment(split, tmp_path):
+    for increment, cumulative in ((1, False), (2, False), (2, True)):
+        name = incremental_split("shapes_train", split, increment, cumulative=cumulative)
         records = DatasetCatalog.get(name)
         evaluator = COCOEvaluator(name, output_dir=str(tmp_path), use_fast_impl=False)
         part = MetadataCatalog.get(name).incremental_split
         content = evaluator._coco_api.dataset
-        assert content["d2kd_step"] == list(part.classes)
+        assert content["d2kd_increment"] == list(part.classes)
         assert len(content["categories"]) == len(part.order)
         assert {one["id"] for one in content["images"]} == {r["image_id"] for r in records}
         assert len(content["annotations"]) == sum(len(r["annotations"]) for r in records)
@@ -191,14 +195,14 @@ def test_voc_style_data(tmp_path):
     name = register_voc(f"voc_{tmp_path}", str(tmp_path), "train", list(NAMES))
     every = DatasetCatalog.get(name)
     split = [NAMES[::-1][:1], NAMES[::-1][1:]]
-    for step in (1, 2):
-        part = incremental_split(name, split, step)
+    for increment in (1, 2):
+        part = incremental_split(name, split, increment)
         check_dataset(part)
         expected = [
             [
                 NAMES[a["category_id"]]
                 for a in r["annotations"]
-                if NAMES[a["category_id"]] in split[step - 1]
+                if NAMES[a["category_id"]] in split[increment - 1]
             ]
             for r in every
         ]
@@ -211,7 +215,7 @@ def test_voc_style_data(tmp_path):
         assert perfect(evaluator, part)["AP"] == pytest.approx(100)
 
 
-def test_a_step_without_images(tmp_path):
+def test_an_increment_without_images(tmp_path):
     draw_data(tmp_path)
     file = tmp_path / "data.json"
     content = json.loads(file.read_text())
@@ -224,16 +228,16 @@ def test_a_step_without_images(tmp_path):
         DatasetCatalog.get(name)
 
 
-def test_a_file_that_says_its_step(tmp_path):
+def test_a_file_that_says_its_increment(tmp_path):
     draw_data(tmp_path)
     file = tmp_path / "data.json"
     content = json.loads(file.read_text())
     first = content["annotations"][0]["category_id"] - 1
-    content["d2kd_step"] = [f"class {k}" for k in range(3) if k != first]
+    content["d2kd_increment"] = [f"class {k}" for k in range(3) if k != first]
     file.write_text(json.dumps(content))
-    line = f"annotation 1: class 'class {first}', outside the step; expected one of class"
+    line = f"annotation 1: class 'class {first}', outside the increment; expected one of class"
     with pytest.raises(InputError, match=line):
-        coco_dataset(f"step_{tmp_path}", str(file), str(tmp_path))
+        coco_dataset(f"increment_{tmp_path}", str(file), str(tmp_path))
 
 
 # In a run
@@ -258,7 +262,7 @@ def increment(tmp_path, data=None, **train):
     config = without_evaluation(recipe(tmp_path / "data", tmp_path / "out", model, **train))
     whole = config.dataloader.train.dataset.names
     config.dataloader.train.dataset.names = L(incremental_split)(
-        dataset=whole, split=data or [["class 0"], ["class 1", "class 2"]], step=2
+        dataset=whole, split=data or [["class 0"], ["class 1", "class 2"]], increment=2
     )
     return config
 
@@ -283,7 +287,7 @@ def test_names_travel_in_the_checkpoint(tmp_path):
     other = increment(tmp_path)
     other.model.classes = ["class 0", "class 2", "class 1"]
     other.dataloader.train.dataset.names.split = [["class 0"], ["class 2"], ["class 1"]]
-    other.dataloader.train.dataset.names.step = 3
+    other.dataloader.train.dataset.names.increment = 3
     with pytest.raises(InputError, match="its classes are class 0, class 1, class 2; expected the"):
         Trainer(other).resume_or_load(True)
 
@@ -304,7 +308,7 @@ def test_bad_input_is_refused_before_training(tmp_path):
         InputError, match="data set '.*': has 'class 0', an old class; expected new"
     ):
         config = increment(tmp_path)
-        config.dataloader.train.dataset.names.seen = True
+        config.dataloader.train.dataset.names.cumulative = True
         Trainer(config)
     with pytest.raises(InputError, match=r"\.png: an object of 'class 0', an old class; expected"):
         config = increment(tmp_path)
@@ -336,8 +340,8 @@ def test_objects_of_classes_that_a_detector_lacks(tmp_path):
     draw_data(tmp_path)
     whole = coco_dataset(f"all_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
     split = [["class 1"], ["class 0"], ["class 2"]]
-    for step, counts in ((1, [1, 2, 3]), (2, [2, 3]), (3, [3])):
-        part = incremental_split(whole, split, step)
+    for increment, counts in ((1, [1, 2, 3]), (2, [2, 3]), (3, [3])):
+        part = incremental_split(whole, split, increment)
         for count in range(1, 5):
             if count in counts:
                 check_annotated_classes([part], count)
@@ -373,14 +377,14 @@ def test_objects_of_data_without_a_file(named):
 
 
 @pytest.mark.parametrize(
-    "split, steps",
+    "split, increments",
     [("40_40", 2), ("50_30", 2), ("60_20", 2), ("70_10", 2), ("40_20_20", 3), ("40_10x4", 5)],
 )
-def test_published_steps_begin_where_the_one_before_ended(split, steps):
+def test_published_steps_begin_where_the_one_before_ended(split, increments):
     folder = "projects/ERD/configs"
     before = load(f"{folder}/gfl_R_50_first_{split[:2]}_1x.py")
-    for step in range(2, steps + 1):
-        name = f"erd_gfl_R_50_{split}" + (f"_step{step}" if steps > 2 else "")
+    for increment in range(2, increments + 1):
+        name = f"erd_gfl_R_50_{split}" + (f"_increment{increment}" if increments > 2 else "")
         recipe = load(f"{folder}/{name}_1x.py")
         assert recipe.model.teacher.weights == f"{before.train.output_dir}/model_final.pth"
         before = recipe

@@ -6,7 +6,7 @@ from .shapes import STEPS
 
 runs = incremental_runs("baselines/gfl_small_shapes.py", "4+2+2", 3, STEPS, ["fine_tuning", "erd"])
 study = make_study(
-    "Learning generated shapes in three steps: GFL, by fine-tuning and ERD",
+    "Learning generated shapes in three increments: GFL, by fine-tuning and ERD",
     "shapes_test",
     "4+2+2",
     3,

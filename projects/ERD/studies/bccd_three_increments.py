@@ -10,7 +10,7 @@ SPLIT = [["RBC"], ["WBC"], ["Platelets"]]
 
 runs = incremental_runs(BASELINE, SPLIT, 3, STEPS, ["fine_tuning", "erd"])
 study = make_study(
-    "Blood cells in three steps: GFL, by fine-tuning and ERD",
+    "Blood cells in three increments: GFL, by fine-tuning and ERD",
     split=SPLIT,
     number=3,
     **bccd_options(get_config(BASELINE)),

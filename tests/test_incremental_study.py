@@ -1,4 +1,4 @@
-"""Studies of class steps: what runs are measured on, and the figures after each step."""
+"""Studies of class increments: what runs are measured on, and the figures after each increment."""
 
 import copy
 import io
@@ -32,11 +32,11 @@ def few_shapes(tmp_path):
 
 def test_means_and_gaps():
     per_class = {"a": 10.0, "b": 20.0, "c": None, "d": 60.0}
-    steps = [["a"], ["b", "c"], ["d"]]
-    assert old_new_all(per_class, steps, 1) == {"old": None, "new": 10.0, "all": 10.0}
-    assert old_new_all(per_class, steps, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
-    assert old_new_all(per_class, steps, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
-    assert old_new_all({}, steps, 3) == {"old": None, "new": None, "all": None}
+    increments = [["a"], ["b", "c"], ["d"]]
+    assert old_new_all(per_class, increments, 1) == {"old": None, "new": 10.0, "all": 10.0}
+    assert old_new_all(per_class, increments, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
+    assert old_new_all(per_class, increments, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
+    assert old_new_all({}, increments, 3) == {"old": None, "new": None, "all": None}
     lost = forgetting({"a": 30.0, "b": None}, per_class, ["a", "b"])
     assert lost == {"a": 20.0, "b": None}
     # As published for 40.2 and 34.4: 5.8 points, 14.4 percent.
@@ -51,16 +51,16 @@ def study_of(split="4+2+2", **study):
         )
 
     runs = dict(
-        first=dict(config=recipe(False), step=1),
-        second=dict(config=recipe(True), step=2, teacher="first"),
-        third=dict(config=recipe(True), step=3, teacher="second"),
+        first=dict(config=recipe(False), increment=1),
+        second=dict(config=recipe(True), increment=2, teacher="first"),
+        third=dict(config=recipe(True), increment=3, teacher="second"),
         everything=dict(config=recipe(False)),
     )
     if split == "4+4":
         del runs["third"]
     last = "third" if "third" in runs else "second"
     given = dict(
-        test="shapes_test", baseline=last, steps=split, upper_bound="everything", pictures=0
+        test="shapes_test", baseline=last, increments=split, upper_bound="everything", pictures=0
     )
     content = dict(study=given | study, runs=runs)
     return build_study(OmegaConf.create(content, flags={"allow_objects": True}))
@@ -96,7 +96,7 @@ def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
     assert record["dataset"] == "shapes_test_4+2+2_seen2"
 
 
-def test_a_test_split_without_a_steps_objects_is_found_before_training(tmp_path):
+def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp_path):
     draw_data(tmp_path / "data")
     file = tmp_path / "data" / "data.json"
     content = json.loads(file.read_text())
@@ -115,11 +115,15 @@ def test_a_test_split_without_a_steps_objects_is_found_before_training(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_figures_after_each_step(tmp_path):
-    """Forgetting is against the run that learned the class, two steps back as well as one."""
+def test_figures_after_each_increment(tmp_path):
+    """Forgetting is against the run that learned the class, two increments back as well as one."""
     run(study_of(), tmp_path)
-    content = json.loads((tmp_path / "steps.json").read_text())
-    assert content["schema"] == 1 and content["steps"] == [CLASSES[:4], CLASSES[4:6], CLASSES[6:]]
+    content = json.loads((tmp_path / "increments.json").read_text())
+    assert content["schema"] == 1 and content["increments"] == [
+        CLASSES[:4],
+        CLASSES[4:6],
+        CLASSES[6:],
+    ]
     first, second, third, everything = content["rows"]
     assert (first["old"], first["new"], first["all"]) == (None, 35.0, 35.0)
     assert first["forgetting"] == {} and first["mean_forgetting"] is None
@@ -144,14 +148,14 @@ def test_the_table(tmp_path):
     # What other runs reached on fewer classes is not set beside what these did on all.
     heading = next(line for line in lines if line[:3] == ["AP", "on", "shapes_test"])
     assert heading[3:] == ["third", "everything"]
-    assert (tmp_path / "table.txt").read_text().count("AP after each step") == 1
+    assert (tmp_path / "table.txt").read_text().count("AP after each increment") == 1
     written = (tmp_path / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written]
     assert [CLASSES[0], "10.0 ±0.0", "30.0 ±0.0"] in cells
     assert ["AP on shapes_test", "third", "everything"] in cells
 
 
-def test_the_tables_of_a_first_step_alone(tmp_path):
+def test_the_tables_of_a_first_increment_alone(tmp_path):
     study = study_of()
     runs = study.plan([0], ["first"])
     train = FakeTraining({"first_seed0": APS["first"]})
@@ -159,29 +163,36 @@ def test_the_tables_of_a_first_step_alone(tmp_path):
     write_tables_and_plots(tmp_path, study, runs, rows)
     for name in ("table.txt", "table.md"):
         written = (tmp_path / name).read_text()
-        assert "AP after each step" in written and "AP on" not in written
+        assert "AP after each increment" in written and "AP on" not in written
 
 
 def test_what_found_nothing_is_undefined(tmp_path):
     aps = {**APS, "third": [math.nan] * 8}
     _, _, words = run(study_of(), tmp_path, aps)
-    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "increments.json").read_text())["rows"]
     assert rows[2]["old"] is None and rows[2]["rel_gap"] is None and "third" in words
 
 
 @pytest.mark.parametrize(
     "change, line",
     [
-        (dict(runs=dict(second=dict(step=4))), "runs.second.step: 4; expected from 1 to 3"),
+        (
+            dict(runs=dict(second=dict(increment=4))),
+            "runs.second.increment: 4; expected from 1 to 3",
+        ),
         (dict(study=dict(upper_bound="all")), "unknown 'all'"),
-        (dict(study=dict(steps="4+5")), "split 4.5: 9 classes; expected 8 in all"),
-        (dict(study=dict(steps=[])), "step: 1; expected none, without study.steps"),
+        (dict(study=dict(increments="4+5")), "split 4.5: 9 classes; expected 8 in all"),
+        (dict(study=dict(increments=[])), "increment: 1; expected none, without study.increments"),
     ],
 )
 def test_mistakes_are_named(change, line):
     study = study_of()
     given = dict(
-        test="shapes_test", baseline="third", steps="4+2+2", upper_bound="everything", pictures=0
+        test="shapes_test",
+        baseline="third",
+        increments="4+2+2",
+        upper_bound="everything",
+        pictures=0,
     )
     content = OmegaConf.create(
         dict(study=given, runs=dict(study.runs)), flags={"allow_objects": True}
@@ -192,34 +203,34 @@ def test_mistakes_are_named(change, line):
 
 def test_an_increment_is_a_recipe_of_its_own():
     base = load("baselines/gfl_small_shapes.py")
-    recipe = incremental_recipe(base, split="4+2+2", step=2)
+    recipe = incremental_recipe(base, split="4+2+2", increment=2)
     model = recipe.model
     assert base.model.num_classes == 8 and "num_old_classes" not in base.model
     assert (model.student.num_classes, model.student.num_old_classes) == (6, 4)
     assert model.teacher.detector.num_classes == 4 and list(model.classes) == CLASSES[:6]
     assert list(model.teacher.classes) == CLASSES[:4] and list(model.inherit) == [""]
-    assert incremental_recipe(base, split="4+2+2", step=1).model.num_classes == 4
+    assert incremental_recipe(base, split="4+2+2", increment=1).model.num_classes == 4
     listed = copy.deepcopy(base)
     for part in (listed.dataloader.train, listed.dataloader.test):
         part.dataset.names = [part.dataset.names]
-    assert incremental_recipe(listed, split="4+2+2", step=2) == recipe
+    assert incremental_recipe(listed, split="4+2+2", increment=2) == recipe
     with pytest.raises(
         InputError, match="increment: a recipe of another detector; expected one of"
     ):
-        incremental_recipe("baselines/retinanet_small_shapes.py", split="4+4", step=1)
-    with pytest.raises(InputError, match="step: 3; expected from 1 to 2"):
-        incremental_recipe(base, split="4+4", step=3)
+        incremental_recipe("baselines/retinanet_small_shapes.py", split="4+4", increment=1)
+    with pytest.raises(InputError, match="increment: 3; expected from 1 to 2"):
+        incremental_recipe(base, split="4+4", increment=3)
 
 
 def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
-    """Two steps of two iterations, interrupted in the second; classes by name in every file."""
+    """Two increments of two iterations, interrupted in the second; classes by name in every file."""
     study = load_study("projects/ERD/studies/shapes.py")
     fast = ["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
             "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
             "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
             "train.eval_teacher=False"]  # fmt: skip
     study = build_study(dict(runs=study.runs, study=dict(
-        test="shapes_test", baseline="fine_tuning", featured="erd", steps="4+4",
+        test="shapes_test", baseline="fine_tuning", featured="erd", increments="4+4",
         upper_bound="everything", pictures=1, fast=fast,
     )))  # fmt: skip
     runs = study.plan(fast=True)
@@ -235,6 +246,6 @@ def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
     sizes = {row["method"]: row["parameters"] for row in rows}
     assert sizes["fine_tuning"] == sizes["erd"] == sizes["everything"] > sizes["first"]
     words = write_tables_and_plots(tmp_path, study, runs, rows)
-    assert "AP after each step" in words and "RelGap" in words
+    assert "AP after each increment" in words and "RelGap" in words
     assert len(list((tmp_path / "pictures").iterdir())) == 1
-    assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 5
+    assert len(json.loads((tmp_path / "increments.json").read_text())["rows"]) == 5
