@@ -21,7 +21,7 @@ from d2kd.comparison.accuracy import (
 from d2kd.comparison.matching import Detections, GroundTruth, match
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
-from .test_error_kinds import scene
+from .test_error_types import scene
 
 
 def cocoeval(truth, detections):

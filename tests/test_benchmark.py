@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from d2kd.benchmark import DETECTRON2, DISTILLED, MAIN_RATIO, STUDENT, TEACHER, Bench, Case, costs
 from d2kd.benchmark.bench import BATCHES, peak_memory
 from d2kd.benchmark.costs import max_relative_difference, median_interval, ratios, time_rows
-from d2kd.benchmark.feeding import measure_data_loading
+from d2kd.benchmark.data_loading import measure_data_loading
 from d2kd.benchmark.phases import PHASES, phases
 from d2kd.benchmark.step_cost import bootstrap_medians
 from d2kd.benchmark.untrained import measure_norm_statistics, random_batch

@@ -17,13 +17,8 @@ from PIL import Image
 from d2kd.config import apply_overrides, distill, with_defaults
 from d2kd.data import incremental_split
 from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, sanity_check, table
-from d2kd.doctor.data import _check_annotations, check_data
-from d2kd.doctor.measurements import (
-    check_features,
-    check_inputs,
-    check_losses,
-    check_teacher,
-)
+from d2kd.doctor.data_checks import _check_annotations, check_data
+from d2kd.doctor.runtime_checks import check_features, check_inputs, check_losses, check_teacher
 from d2kd.engine import Trainer
 from d2kd.losses import (
     DistillLoss,

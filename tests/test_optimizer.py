@@ -17,7 +17,7 @@ from d2kd.config import apply_overrides, get_config, with_defaults
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.engine.optimizer import DistillerOptimizer
-from d2kd.engine.step import TrainStep
+from d2kd.engine.train_step import TrainStep
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.utils.errors import InputError
 

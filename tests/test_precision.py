@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.engine.step import build_amp
+from d2kd.engine.train_step import build_amp
 
 from . import fuzz
 from .fuzz import CHECKS, DTYPES, FUNCTIONS, check_function

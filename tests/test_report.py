@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from d2kd.comparison.comparison import Options, analyse, assemble
-from d2kd.comparison.error_kinds import ERROR_TYPES
+from d2kd.comparison.error_types import ERROR_TYPES
 from d2kd.report.page import ValueRange, detector_colors, render, summary_sentence, write_report
 
 from .coco_size import described, generated_data

@@ -21,7 +21,7 @@ import d2kd.engine.trainer as trainer_module
 from d2kd.config import get_config
 from d2kd.data import build_train_loader, estimate_priors
 from d2kd.engine.checkpoint import LOSS_NORMALIZER, StudentCheckpointer, to_builtin_types
-from d2kd.engine.step import TrainStep
+from d2kd.engine.train_step import TrainStep
 from d2kd.engine.trainer import Trainer
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling.weights import load_checkpoint

@@ -18,7 +18,7 @@ from torch import nn
 
 from d2kd.benchmark.costs import median_interval
 from d2kd.benchmark.step_cost import StepCost, _estimate, _points, step_cost
-from d2kd.engine.step import NonFiniteError, TrainStep
+from d2kd.engine.train_step import NonFiniteError, TrainStep
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.losses.base import get_weight
 from d2kd.modeling import Distiller

@@ -12,7 +12,7 @@ from torch import nn
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.modeling import Teacher
 from d2kd.modeling import weights as weights_module
-from d2kd.modeling.speed import compile_modules, fuse_norms
+from d2kd.modeling.inference_optimization import compile_modules, fuse_norms
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_retinanet

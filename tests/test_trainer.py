@@ -23,7 +23,7 @@ import d2kd.engine.trainer as trainer_module
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
 from d2kd.engine.launch import process_group
-from d2kd.engine.step import wrap_ddp
+from d2kd.engine.train_step import wrap_ddp
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Teacher

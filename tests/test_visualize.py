@@ -15,7 +15,7 @@ from d2kd.config import load
 from d2kd.tools.visualize import detectors_of
 
 from .common import build, command, refusal, tiny_faster_rcnn
-from .test_visualization import panels_of
+from .test_panels import panels_of
 from .tiny_run import draw_data, teacher_weights
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,7 @@ from ..config import is_distiller, load, with_defaults, without_priors, without_
 from ..data import DownscaledStudentMapper
 from ..engine.launch import pick_device
 from ..engine.optimizer import build_optimizer
-from ..engine.step import NonFiniteError, TrainStep, build_amp
+from ..engine.train_step import NonFiniteError, TrainStep, build_amp
 from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import lazy_property
 from ..utils.errors import InputError

@@ -28,7 +28,7 @@ from .bench import (
     Case,
     peak_memory,
 )
-from .feeding import check_data, measure_data_loading
+from .data_loading import check_data, measure_data_loading
 from .phases import PHASES
 from .step_cost import bootstrap_medians
 from .untrained import OBJECTS

@@ -32,7 +32,7 @@ def phases(step: Callable[[], None], distilled: bool, now: Callable[[], float]) 
     """Measure the seconds of each of :data:`PHASES` in one step. Of nested ranges the innermost one counts.
 
     Args:
-        step: runs a step of :class:`d2kd.engine.step.TrainStep`.
+        step: runs a step of :class:`d2kd.engine.train_step.TrainStep`.
         distilled: whether the trained model is a Distiller.
         now: returned by :func:`clock`.
     """

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..engine import Trainer
-from ..engine.step import NonFiniteError
+from ..engine.train_step import NonFiniteError
 from ..losses.base import get_weight
 from ..utils.errors import InputError
 from ..utils.random_state import preserved_random_state

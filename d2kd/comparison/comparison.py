@@ -26,7 +26,7 @@ from ..utils.io import write_json
 from .accuracy import Accuracy, accuracy, bootstrap, bootstrap_counts, interval, paired_gains
 from .detections import ProgressCallback, get_detections
 from .detectors import Detector, EvaluationData, LoadedDetector, build, set_default_mapper
-from .error_kinds import ErrorTypes, error_kinds
+from .error_types import ErrorTypes, error_kinds
 from .matching import Detections, Matches, match
 from .objects import ChangedObject, FoundObjects, Picture, count_found_objects
 from .observation import Observation, observe

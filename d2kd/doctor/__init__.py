@@ -3,8 +3,8 @@
 ``d2kd doctor`` runs all checks; ``d2kd train`` runs those that need no extra time.
 """
 
-from .examination import diagnose
+from .diagnose import diagnose
 from .findings import Finding, exit_code, table
-from .first_look import SanityCheckHook, sanity_check
+from .static_checks import SanityCheckHook, sanity_check
 
 __all__ = ["Finding", "SanityCheckHook", "diagnose", "exit_code", "sanity_check", "table"]

@@ -72,7 +72,7 @@ from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, student_optimizer
 from .resume import check_same_checkpoint, redistribute_normalizer
 from .run_info import RunLog, RunMetadata, suppress_input_error_traceback, truncate_metrics
-from .step import NonFiniteError, TrainStep, build_amp, wrap_ddp
+from .train_step import NonFiniteError, TrainStep, build_amp, wrap_ddp
 
 logger = logging.getLogger(__name__)
 

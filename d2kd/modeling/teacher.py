@@ -17,8 +17,8 @@ from ..structures.class_map import (
     num_classes_of,
 )
 from ..utils.errors import InputError
+from .inference_optimization import cast_weights_, compile_modules, fuse_norms
 from .outputs import DetectorOutputs, autocast_context, current_autocast_dtype, get_outputs_class
-from .speed import cast_weights_, compile_modules, fuse_norms
 from .weights import file_sha256, load_weights_strict
 
 logger = logging.getLogger(__name__)

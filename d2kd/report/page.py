@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from ..comparison.accuracy import LABELS, METRICS
 from ..comparison.comparison import Comparison, Gain
-from ..comparison.error_kinds import ERROR_TYPES
+from ..comparison.error_types import ERROR_TYPES
 from ..utils.io import write_text
 from .pictures import LOST, WON, Pictures
 

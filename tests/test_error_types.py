@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d2kd.comparison.accuracy import accuracy
-from d2kd.comparison.error_kinds import ERROR_TYPES, error_kinds, find_errors
+from d2kd.comparison.error_types import ERROR_TYPES, error_kinds, find_errors
 from d2kd.comparison.matching import Detections, GroundTruth, match
 
 from .generated_detections import generated_detections, generated_truth

@@ -21,7 +21,7 @@ from ..data import build_test_loader
 from ..data.datasets import sample_evenly
 from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import get_student, unwrap_ddp
-from ..engine.step import NonFiniteError
+from ..engine.train_step import NonFiniteError
 from ..modeling import Distiller
 from ..modeling.outputs import capture
 from ..structures.class_map import num_classes_of

@@ -16,10 +16,10 @@ from ..engine.checkpoint import unwrap_ddp
 from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint
 from ..utils.console import suppress_output
 from ..utils.errors import InputError
-from .data import check_data
+from .data_checks import check_data
 from .findings import Finding
-from .first_look import data_classes, sanity_check
-from .measurements import check_features, check_inputs, check_losses, check_teacher
+from .runtime_checks import check_features, check_inputs, check_losses, check_teacher
+from .static_checks import data_classes, sanity_check
 
 STATISTIC_BATCHES = 4
 
@@ -37,7 +37,7 @@ def diagnose(
         config: a recipe.
         images: number of images to decode from each data set, and to evaluate the teacher on; 0: all.
         iterations: training iterations before losses are compared; 0: skip this.
-        target: see :func:`~d2kd.doctor.measurements.check_losses`.
+        target: see :func:`~d2kd.doctor.runtime_checks.check_losses`.
 
     Yields:
         Finding: the result of each check.
