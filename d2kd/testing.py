@@ -313,9 +313,9 @@ def _only_read_outputs_computed(factory, node) -> None:
         first = module[0] if isinstance(module, nn.ModuleList) else module
         first.register_forward_hook(lambda *_, name=name: ran.append(name))
     outputs = []
-    ask = model.teacher.outputs
+    compute = model.teacher.outputs
     model.teacher.outputs = lambda *args, **kwargs: (
-        outputs.append(ask(*args, **kwargs)) or outputs[-1]
+        outputs.append(compute(*args, **kwargs)) or outputs[-1]
     )
     step(model, batch())
     computed = set(outputs[0].__dict__)

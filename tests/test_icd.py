@@ -717,7 +717,7 @@ def test_less_memory_for_attention_changes_no_loss(monkeypatch):
         taken.append(query.shape[1])
         return attended(query, key, valid)
 
-    monkeypatch.setattr(attention_module, "_attended", counted)
+    monkeypatch.setattr(attention_module, "_attention_and_entropy", counted)
 
     def losses(max_memory_mib):
         torch.manual_seed(0)

@@ -47,7 +47,7 @@ def test_odd_boxes(kind):
 @pytest.mark.parametrize("at_once", [1, 3 * 6 * 9 * 2, 2**24])
 @pytest.mark.parametrize("counts", [(5, 0, 2), (0, 0, 0), (1, 1, 1)])
 def test_a_batch_is_painted_as_each_object_alone(counts, at_once, kind, monkeypatch):
-    monkeypatch.setattr(masks, "AT_ONCE", at_once)
+    monkeypatch.setattr(masks, "MAX_CELLS_PER_CHUNK", at_once)
     g = torch.Generator().manual_seed(0)
     corners = [torch.rand(count, 2, 2, generator=g) * 40 - 4 for count in counts]
     boxes = [torch.cat([x.amin(1), x.amax(1)], dim=1) for x in corners]

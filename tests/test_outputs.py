@@ -112,7 +112,7 @@ def test_regions_are_labelled_when_they_are_read(monkeypatch):
     labelled = []
     match = outputs_module.match_and_label_boxes
     monkeypatch.setattr(
-        outputs_module, "match_labels", lambda *args: labelled.append(1) or match(*args)
+        outputs_module, "match_and_label_boxes", lambda *args: labelled.append(1) or match(*args)
     )
     said = listen(detector, batch())
     assert len(said.region_boxes) == 3 and not labelled

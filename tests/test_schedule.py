@@ -281,7 +281,7 @@ def test_each_has_its_share_of_the_threads_and_of_the_gpus(file, tmp_path, monke
         yield
         raise InputError("nothing", "trained", "no more than this")
 
-    monkeypatch.setattr(schedule, "train_apart", apart)
+    monkeypatch.setattr(schedule, "train_in_subprocess", apart)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")

@@ -198,8 +198,8 @@ def test_its_hooks_are_in_one_list(data, tmp_path):  # noqa: F811
         "EvalTeacher",
         "IterationTimer",
         "LRScheduler",
-        "Checkpoints",
-        "Evaluate",
+        "PeriodicCheckpoint",
+        "ResumableEvalHook",
         "BestCheckpoint",
-        "Writers",
+        "LazyPeriodicWriter",
     ]

@@ -204,9 +204,9 @@ class Bench:
     def _record(self, model: Distiller, batch: list[dict]) -> tuple[TeacherReads, dict[str, float]]:
         """Run one distilled step; return the teacher outputs that its losses read, and the losses."""
         calls: list[DetectorOutputs] = []
-        ask = model.teacher.outputs
+        compute = model.teacher.outputs
         model.teacher.outputs = lambda *args, **kwargs: (
-            calls.append(ask(*args, **kwargs)) or calls[-1]
+            calls.append(compute(*args, **kwargs)) or calls[-1]
         )
         try:
             with self.at_half_progress(), self._precision[0]():

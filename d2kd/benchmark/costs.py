@@ -290,7 +290,7 @@ def table(result: Mapping[str, Any], style: str = "simple") -> str:
         lines += [
             "",
             f"{recipe['label']}: {recipe['config']}{overrides}",
-            f"  teacher outputs read: {', '.join(recipe['asked']) or 'none'}",
+            f"  teacher outputs read: {', '.join(recipe['teacher_outputs']) or 'none'}",
         ]
         if differs is not None:
             lines.append(f"  maximum relative difference of its losses: {differs:.1e}")

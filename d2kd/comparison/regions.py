@@ -117,8 +117,8 @@ class RegionCounts:
         self.columns = [
             torch.as_tensor([r.to_detector_label[k] for k in classes]) for r in detectors
         ]
-        self.own_labels = torch.full((len(detectors), self.background + 1), -1)
-        for own, columns in zip(self.own_labels, self.columns):
+        self.detector_labels = torch.full((len(detectors), self.background + 1), -1)
+        for own, columns in zip(self.detector_labels, self.columns):
             own[self.classes] = columns
         self.dataset_classes = [self._to_dataset_classes(ready.map) for ready in detectors]
         self.pairs = list(combinations(range(len(detectors)), 2))
@@ -198,7 +198,7 @@ class RegionCounts:
             output.set_region_boxes([[Boxes(boxes)]])
             stage = output.regions[0]
             rows.top.append(self.dataset_classes[e][stage.pred_class_logits.argmax(dim=1).cpu()])
-            label = self.own_labels[e][image.labels[objects[is_fg]]].to(device)
+            label = self.detector_labels[e][image.labels[objects[is_fg]]].to(device)
             deltas = select_class_deltas(stage.pred_proposal_deltas[is_fg.to(device)], label)
             refined = stage.box2box_transform.apply_deltas(deltas.float(), boxes[is_fg.to(device)])
             rows.refined.append(_clipped(refined, image, e))

@@ -184,7 +184,7 @@ class ERDLoss(DistillLoss):
         return {"classification": classification, "box": boxes.sum() * scale}
 
     def gather_predictions(self, outputs, side: str) -> Predictions:
-        """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "of_student" or "of_teacher"."""
+        """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "student_ids" or "teacher_ids"."""
         return Predictions(
             torch.cat(outputs.pred_logits, dim=1).float()[..., old_class_ids(self, side)],
             torch.cat(outputs.pred_distributions, dim=1),
@@ -252,7 +252,7 @@ def old_class_ids(loss: DistillLoss, side: str) -> slice | list[int]:
 
     Args:
         loss: a loss for which :func:`set_old_classes` was called.
-        side: whose class indices, "of_student" or "of_teacher".
+        side: whose class indices, "student_ids" or "teacher_ids".
     """
     if loss.class_map is None:
         return slice(loss.num_old_classes)

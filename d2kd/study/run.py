@@ -103,7 +103,7 @@ def train_in_subprocess(
 
     Raises:
         InputError: the error of the command.
-        Died: the command failed without such an error.
+        TrainingProcessDied: the command failed without such an error.
     """
     folder = Path(config.train.output_dir)
     save_config(config, folder / "config.yaml")

@@ -2,7 +2,7 @@
 
 from ....configs.common.study import bccd_recipes
 from .bccd_retinanet import STUDENT_STEPS, TEACHER_STEPS
-from .common import comparison_runs, study_of
+from .common import comparison_runs, make_study
 
 _student, _teacher, _options = bccd_recipes(
     "baselines/faster_rcnn_small_bccd.py", STUDENT_STEPS, TEACHER_STEPS
@@ -10,6 +10,6 @@ _student, _teacher, _options = bccd_recipes(
 runs = comparison_runs(
     _student, _teacher, inherit=["backbone.fpn_", "proposal_generator.", "roi_heads."]
 )
-study = study_of(
+study = make_study(
     runs, title="ICD on blood cells: Faster R-CNN, a thin student and its teacher", **_options
 )

@@ -5,7 +5,7 @@ weights are evaluated: learning rates are from ``val`` with another seed, ICD's 
 """
 
 from ....configs.common.study import bccd_recipes
-from .common import comparison_runs, study_of
+from .common import comparison_runs, make_study
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
@@ -15,6 +15,6 @@ _student, _teacher, _options = bccd_recipes(
 runs = comparison_runs(
     _student, _teacher, inherit=["backbone.fpn_", "backbone.top_block.", "head."]
 )
-study = study_of(
+study = make_study(
     runs, title="ICD on blood cells: RetinaNet, a thin student and its teacher", **_options
 )

@@ -43,7 +43,7 @@ def comparison_runs(student, teacher, inherit, levels=None):
     )
 
 
-def study_of(runs, **options):
+def make_study(runs, **options):
     """Return the study of these runs."""
     compare = ["baseline_equal_time", "imitation", "inherit", "icd_uniform"]
     return dict(baseline="baseline", compare=compare, featured="icd", **options)

@@ -5,7 +5,7 @@ ICD; then with inherited neck and head, with and without ICD; and with ICD with 
 """
 
 from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
-from .common import comparison_runs, study_of
+from .common import comparison_runs, make_study
 
 STUDENT_STEPS, TEACHER_STEPS = 2000, 2000
 
@@ -21,7 +21,7 @@ def on_shapes(baseline, **options):
         # would dominate imitation.
         levels=["p3", "p4", "p5", "p6"],
     )
-    return runs, study_of(runs, test="shapes_test", **options, **fast_shapes)
+    return runs, make_study(runs, test="shapes_test", **options, **fast_shapes)
 
 
 runs, study = on_shapes(

@@ -6,7 +6,7 @@ ICD's settings are those of ``shapes.py``; none was tuned for this study. A seed
 
 from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
 from ...TAR.studies.shapes_long import STUDENT_STEPS, TEACHER_STEPS
-from .common import comparison_runs, study_of
+from .common import comparison_runs, make_study
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
 _student, _teacher = (
@@ -16,7 +16,7 @@ _student, _teacher = (
 for _recipe in (_student, _teacher):
     _recipe.train.eval_period, _recipe.train.log_period = 1000, 50
 runs = comparison_runs(_student, _teacher, ["backbone.fpn_", "proposal_generator.", "roi_heads."])
-study = study_of(
+study = make_study(
     runs,
     title="ICD on generated shapes, a long schedule: Faster R-CNN, a thin student and its teacher",
     test="shapes_test",

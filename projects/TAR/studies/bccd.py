@@ -6,19 +6,19 @@ weights are evaluated: learning rates are from ``val`` with another seed, loss w
 """
 
 from ....configs.common.study import bccd_recipes
-from .common import compared, study_of
+from .common import comparison_runs, make_study
 
 STUDENT_STEPS, TEACHER_STEPS = 600, 1000
 
 
-def on_blood_cells(baseline, title):
+def bccd_study(baseline, title):
     """Return the runs and the study of a small detector and its wider teacher."""
     student, teacher, options = bccd_recipes(baseline, STUDENT_STEPS, TEACHER_STEPS)
-    runs = compared(student, teacher)
-    return runs, study_of(runs, title=title, **options)
+    runs = comparison_runs(student, teacher)
+    return runs, make_study(runs, title=title, **options)
 
 
-runs, study = on_blood_cells(
+runs, study = bccd_study(
     "baselines/faster_rcnn_small_bccd.py",
     "TAR on blood cells: Faster R-CNN, a thin student and its teacher",
 )

@@ -5,12 +5,12 @@ Detectors and the teacher's images are those of ``bccd.py``; the students' image
 
 from ....configs.common.study import bccd_recipes
 from .bccd import STUDENT_STEPS, TEACHER_STEPS
-from .common import compared, study_of
+from .common import comparison_runs, make_study
 
 _student, _teacher, _options = bccd_recipes(
     "baselines/faster_rcnn_small_bccd.py", STUDENT_STEPS, TEACHER_STEPS
 )
-runs = compared(_student, _teacher, scale=2)
-study = study_of(
+runs = comparison_runs(_student, _teacher, scale=2)
+study = make_study(
     runs, title="TAR on blood cells: a student of half the pixels a side, Faster R-CNN", **_options
 )

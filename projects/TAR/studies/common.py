@@ -21,7 +21,7 @@ def tar_losses(term=None, **options):
     return L(DistillLosses)(tar=tar)
 
 
-def compared(student, teacher, *, tar=True, inherit=(), scale=1):
+def comparison_runs(student, teacher, *, tar=True, inherit=(), scale=1):
     """Return the runs: teacher, baseline, baseline with the time of TAR, imitation, TAR.
 
     Optional runs (``--runs tar inherit tar_feature …``) are ``inherit`` without distillation, and each term of TAR.
@@ -44,7 +44,7 @@ def compared(student, teacher, *, tar=True, inherit=(), scale=1):
     return runs
 
 
-def study_of(runs, title, test, **options):
+def make_study(runs, title, test, **options):
     """Return the study of these runs."""
     last = "tar" if "tar" in runs else "imitation"
     references = ["baseline_equal_time"] + (["imitation"] if last == "tar" else [])

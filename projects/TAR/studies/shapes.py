@@ -6,17 +6,17 @@ gain of any method.
 """
 
 from ....configs.common.study import fast_shapes, student_recipe, teacher_recipe
-from .common import compared, study_of
+from .common import comparison_runs, make_study
 
 STUDENT_STEPS, TEACHER_STEPS = 550, 1000
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
-runs = compared(
+runs = comparison_runs(
     student_recipe(_baseline, STUDENT_STEPS),
     teacher_recipe(_baseline, TEACHER_STEPS),
     inherit=["backbone.fpn_", "proposal_generator.", "roi_heads."],
 )
-study = study_of(
+study = make_study(
     runs,
     title="TAR on generated shapes: Faster R-CNN, a thin student and its teacher",
     test="shapes_test",

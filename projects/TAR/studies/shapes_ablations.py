@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from ....configs.common.study import distillation_run, fast_shapes, student_recipe, teacher_recipe
-from .common import compared, study_of, tar_losses
+from .common import comparison_runs, make_study, tar_losses
 from .shapes import STUDENT_STEPS, TEACHER_STEPS
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
@@ -31,12 +31,12 @@ ABLATIONS = {
 # Ablations run by default; the baseline of equal time and imitation, which are in shapes.py, are optional.
 runs = {
     name: dict(run, optional=name in ("baseline_equal_time", "imitation"))
-    for name, run in compared(_student, _teacher).items()
+    for name, run in comparison_runs(_student, _teacher).items()
 } | {
     name: distillation_run(_student, _teacher, losses=tar_losses(**options))
     for name, options in ABLATIONS.items()
 }
-study = study_of(
+study = make_study(
     runs,
     title="TAR's parts on generated shapes: Faster R-CNN, a thin student and its teacher",
     test="shapes_test",
