@@ -695,7 +695,7 @@ def test_lambda_is_the_family_s_and_the_auxiliary_weights_are_1(node, factor, ca
     loss = model.losses.by_name["loss"]
     assert loss.max_queries == cap
     assert (loss.negatives_per_instance, loss.jitter, loss.aux_warmup) == (5, 0.3, 0)
-    assert loss.begin == 1000 / 90000  # as published
+    assert loss.distill_start == 1000 / 90000  # as published
     losses, storage = step_at(model, batch(), 0.5)
     values = {key: value for key, (value, _) in storage.latest().items()}
     distance = values[icd_module.DISTANCE]

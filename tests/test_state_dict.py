@@ -139,7 +139,7 @@ def test_a_part_of_the_weights_leaves_the_inherited_ones():
 
 @pytest.mark.parametrize(
     "loss",
-    [Tapped, TARLoss, ImitationLoss, lambda: ICDLoss(heads=4)],
+    [lambda: Tapped("head.cls_subnet.0"), TARLoss, ImitationLoss, lambda: ICDLoss(heads=4)],
     ids=["taps", "tar", "it", "icd"],
 )
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -12,6 +12,6 @@ runs = incremental_runs(BASELINE, SPLIT, 3, STEPS, ["fine_tuning", "erd"])
 study = make_study(
     "Blood cells in three increments: GFL, by fine-tuning and ERD",
     split=SPLIT,
-    number=3,
+    num_increments=3,
     **bccd_options(get_config(BASELINE)),
 )
