@@ -32,7 +32,7 @@ from .matching import Detections, Matches, match
 from .objects import ChangedObject, FoundObjects, Picture, count_found_objects
 from .observation import Observation, observe
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

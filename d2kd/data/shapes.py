@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 VERSION = 2  # incremented whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
