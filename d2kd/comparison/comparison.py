@@ -159,7 +159,7 @@ ProgressFactory = Callable[[str], ProgressCallback]
 
 def no_progress(what: str) -> ProgressCallback:
     """Show no progress."""
-    return lambda step, steps: None
+    return lambda done, total: None
 
 
 @dataclass(frozen=True)
