@@ -56,12 +56,7 @@ BLOCKS = {
         "features.12": 112,
         "features.16": 960,
     },
-    "efficientnet_b0": {
-        "features.2": 24,
-        "features.3": 40,
-        "features.5": 112,
-        "features.8": 1280,
-    },
+    "efficientnet_b0": {"features.2": 24, "features.3": 40, "features.5": 112, "features.8": 1280},
     "resnet18": {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512},
 }
 FEATURES = ("res2", "res3", "res4", "res5")

@@ -18,15 +18,7 @@ from d2kd.modeling.inherit import inherit_weights
 from d2kd.testing import distiller, step, sum_distill_losses
 from d2kd.utils.errors import InputError
 
-from .common import (
-    DETECTORS,
-    batch,
-    build,
-    lively,
-    tiny_faster_rcnn,
-    tiny_fcos,
-    tiny_retinanet,
-)
+from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
 
 
 def make(student=None, teacher=None, losses=None, **options):

@@ -26,18 +26,8 @@ from d2kd.losses import (
     TARLoss,
 )
 from d2kd.losses.base import check_anchors, get_weight
-from d2kd.losses.functional import (
-    in_float32,
-    masked_squared_error,
-    sigmoid_divergence,
-    softmax_kl,
-)
-from d2kd.losses.tar import (
-    _same_coder,
-    classification_term,
-    regression_term,
-    select_class_deltas,
-)
+from d2kd.losses.functional import in_float32, masked_squared_error, sigmoid_divergence, softmax_kl
+from d2kd.losses.tar import _same_coder, classification_term, regression_term, select_class_deltas
 from d2kd.modeling import Regions
 from d2kd.testing import DETECTORS, check_loss, distiller, step, sum_distill_losses
 from d2kd.utils.errors import InputError
@@ -56,10 +46,7 @@ LOSSES = {
         lambda: TARLoss(cls_gate="none", reg_gate="none"),
         ["cascade_rcnn", "retinanet"],
     ),
-    "TAR, both gates": (
-        lambda: TARLoss(reg_gate="both", cls_margin=0.1),
-        ["faster_rcnn", "fcos"],
-    ),
+    "TAR, both gates": (lambda: TARLoss(reg_gate="both", cls_margin=0.1), ["faster_rcnn", "fcos"]),
     "TAR, student gate": (
         lambda: TARLoss(reg_gate="student", temperature=2.0),
         ["faster_rcnn", "retinanet"],
@@ -388,8 +375,7 @@ def test_regression_restated(gate, teacher_coder, agnostic):
     coder = (10.0, 10.0, 5.0, 5.0)
     loss = TARLoss(reg_gate=gate)
     value = loss.regression(
-        regions(boxes, ours, classes, gt),
-        regions(boxes, theirs, None, None, coder=teacher_coder),
+        regions(boxes, ours, classes, gt), regions(boxes, theirs, None, None, coder=teacher_coder)
     )
     slow, positives, opened = 0.0, 0, 0
     for i, y in enumerate(classes.tolist()):

@@ -106,10 +106,7 @@ def _save(path, state):
         ),
         (lambda path, state: _save(path, dict(list(state.items())[:-1])), "1 missing"),
         (lambda path, state: _save(path, {**state, "extra.weight": torch.ones(1)}), "1 unexpected"),
-        (
-            lambda path, state: _save(path, {k: v[None] for k, v in state.items()}),
-            "misshapen",
-        ),
+        (lambda path, state: _save(path, {k: v[None] for k, v in state.items()}), "misshapen"),
     ],
 )
 def test_bad_weights_are_named(detector, weights, spoil, found):
