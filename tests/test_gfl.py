@@ -340,31 +340,31 @@ def test_last_levels_are_linear():
 
 def test_the_published_recipe():
     config = load("baselines/gfl_R_50_FPN_1x.py")
-    assert config.dataloader.train.mapper.image_format == "RGB" == config.model.input_format
-    assert config.lr_multiplier.warmup_length * config.train.max_iter == 500
-    model = instantiate(config.model)
-    block = model.backbone.bottom_up.res3[0]
-    assert block.conv1.stride == (1, 1) and block.conv2.stride == (2, 2)
-    frozen = {n for n, p in model.backbone.bottom_up.named_parameters() if not p.requires_grad}
-    assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
-    assert model.backbone.top_block.p6.in_channels == 256
-    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
-    assert model.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
-    bottom_up = model.backbone.bottom_up.modules()
-    norms = {type(m) for m in bottom_up if "BatchNorm" in type(m).__name__}
-    assert norms == {FrozenBatchNorm2d} and isinstance(model.backbone.top_block, LinearP6P7)
-    tests = (model.test_score_thresh, model.test_topk_candidates, model.test_nms_thresh)
-    assert (*tests, model.max_detections_per_image) == (0.05, 1000, 0.6, 100)
-    assert config.dataloader.test.mapper.image_format == "RGB"
-    assert config.dataloader.train.mapper.augmentations[0].short_edge_length == 800
+    loader, optimizer = config.dataloader, config.optimizer
+    formats = {config.model.input_format, loader.train.mapper.image_format}
+    assert formats | {loader.test.mapper.image_format} == {"RGB"}
+    assert loader.train.mapper.augmentations[0].short_edge_length == 800
     assert config.train.init_checkpoint == "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
-    assert config.optimizer.lr == 0.01 and config.dataloader.train.total_batch_size == 16
+    assert (optimizer.lr, loader.train.total_batch_size) == (0.01, 16)
+    assert config.lr_multiplier.warmup_length * config.train.max_iter == 500
     scheduler = config.lr_multiplier.scheduler
     ends = [end * config.train.max_iter / scheduler.milestones[-1] for end in scheduler.milestones]
     assert ends == [60000, 80000, 90000]
-    config.optimizer.params.model = model
-    optimizer = instantiate(config.optimizer)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+    model = instantiate(config.model)
+    bottom_up, top_block = model.backbone.bottom_up, model.backbone.top_block
+    assert bottom_up.res3[0].conv1.stride == (1, 1) and bottom_up.res3[0].conv2.stride == (2, 2)
+    frozen = {n for n, p in bottom_up.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
+    norms = {type(m) for m in bottom_up.modules() if "BatchNorm" in type(m).__name__}
+    assert norms == {FrozenBatchNorm2d}
+    assert isinstance(top_block, LinearP6P7) and top_block.p6.in_channels == 256
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert model.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    assert inference_options(model) == (0.05, 1000, 0.6, 100)
+    optimizer.params.model = model
+    groups = instantiate(optimizer).param_groups
+    assert {group["weight_decay"] for group in groups} == {1e-4}
 
     cfg = get_cfg()
     add_d2kd_config(cfg)
@@ -380,8 +380,12 @@ def test_the_published_recipe():
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
     assert shapes[0] == shapes[1]
     assert (same.num_old_classes, same.head.cls_subnet[1].num_groups) == (40, 16)
-    tests = (same.test_score_thresh, same.test_topk_candidates, same.test_nms_thresh)
-    assert tests == (0.1, 500, 0.5)
+    assert inference_options(same) == (0.1, 500, 0.5, 100)
+
+
+def inference_options(gfl):
+    tests = (gfl.test_score_thresh, gfl.test_topk_candidates, gfl.test_nms_thresh)
+    return (*tests, gfl.max_detections_per_image)
 
 
 def test_norms_of_which_scale_and_offset_learn():

@@ -8,13 +8,16 @@ import pytest
 from .parity import Arrays, compare
 from .parity.__main__ import main as parity
 
-FOLDER = Path(__file__).with_name("parity")
-ICD, GFL_ERD = str(FOLDER / "icd.npz"), str(FOLDER / "gfl_erd.npz")
+
+def file_of(method):
+    return str(
+        Path(__file__).with_name("parity") / ("icd.npz" if method == "icd" else "gfl_erd.npz")
+    )
 
 
 def altered(path, method, **changes):
     """A copy of the method's file with other arrays, or without those that are None."""
-    arrays = {**Arrays(ICD if method == "icd" else GFL_ERD), **changes}
+    arrays = {**Arrays(file_of(method)), **changes}
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
     return str(path)
 
@@ -29,15 +32,16 @@ def refused(method, file, capsys):
 
 
 @pytest.mark.parametrize(
-    "method, file, inputs, count",
+    "method, inputs, count",
     [
-        ("icd", ICD, None, 14),
-        ("gfl", GFL_ERD, ["class_logits", "box_logits"], 25),
-        ("erd", GFL_ERD, [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
+        ("icd", None, 14),
+        ("gfl", ["class_logits", "box_logits"], 25),
+        ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
     ],
 )
-def test_methods_agree(method, file, inputs, count, capsys):
+def test_methods_agree(method, inputs, count, capsys):
     """Labels, losses, gradients, detections and selections are those of the published implementation."""
+    file = file_of(method)
     assert parity(["--method", method, file]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == count and all(line.endswith(" ok") for line in lines)
@@ -72,7 +76,7 @@ def finite(logits):
     ],
 )
 def test_it_can_fail(method, name, change, tmp_path, capsys):
-    value = change(Arrays(ICD if method == "icd" else GFL_ERD)[name])
+    value = change(Arrays(file_of(method))[name])
     assert parity(["--method", method, altered(tmp_path / "a.npz", method, **{name: value})]) == 1
     out = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "OUT" in line]
     assert out == [name]
