@@ -143,7 +143,7 @@ class Tapped(DistillLoss):
         return sum(of_one[-1].square().mean() for of_one in calls)
 
 
-def test_taps_listen_to_any_module_of_the_student():
+def test_taps_reach_any_module_of_the_student():
     """Each loss to its own, and several to the same."""
     classes, boxes = "head.cls_subnet.0", "head.bbox_subnet.0"
     losses = DistillLosses(one=Tapped(classes), none=ImitationLoss(), both=Tapped(boxes, classes))
@@ -155,56 +155,36 @@ def test_taps_listen_to_any_module_of_the_student():
         make(losses=DistillLosses(one=Tapped(classes), other=Tapped("head.nothing")))
 
 
-DOUBLED = [[x, 2 * x] for x in (12, 24, 48, 96, 192)]
+@pytest.mark.parametrize(
+    "teacher, line",
+    [
+        (tiny_faster_rcnn(), "regions: student RetinaNet, teacher GeneralizedRCNN"),
+        (tiny_retinanet(classes=9), "num_classes: student 3, teacher 9; expected the same"),
+        (tiny_fcos(), r"anchors: anchors of a cell: student \[2, 2.*, teacher \[1, 1.*; expected"),
+        (with_anchors(sizes=[[9, 18]] * 5), "anchors: sizes of anchors: student one set, teacher"),
+        (with_anchors(offset=0.25), "anchors: offset of anchors: student 0.0, teacher 0.25"),
+        (with_anchors(strides=[8, 16, 32, 64, 100]), r"anchors: strides of anchors: .*100\]"),
+    ],
+)
+def test_what_tar_cannot_compare_is_refused_before_training(teacher, line):
+    with pytest.raises(InputError, match=f"losses.it.{line}"):
+        make(teacher=build(teacher), losses=DistillLosses(it=TARLoss()))
 
 
 @pytest.mark.parametrize(
-    "loss, student, teacher, line",
+    "options, channels, line",
     [
-        (
-            ImitationLoss(levels=["p2"]),
-            tiny_retinanet(),
-            tiny_retinanet(),
-            "levels: the student's backbone has no 'p2'; expected of p3, p4",
-        ),
-        (
-            ImitationLoss(adapter="none"),
-            tiny_retinanet(),
-            tiny_retinanet(channels=24),
-            "adapter: none, but 'p3' has 16 and 24 channels; expected auto",
-        ),
-        (
-            TARLoss(),
-            tiny_retinanet(),
-            tiny_faster_rcnn(),
-            "regions: student RetinaNet, teacher GeneralizedRCNN; expected both with",
-        ),
-        (
-            TARLoss(),
-            tiny_faster_rcnn(),
-            tiny_faster_rcnn(classes=9),
-            "num_classes: student 3, teacher 9; expected the same classes",
-        ),
-        *(
-            (TARLoss(), tiny_retinanet(), teacher, f"anchors: {line}")
-            for teacher, line in (
-                (
-                    tiny_fcos(),
-                    r"anchors of a cell: student \[2, 2.*, teacher \[1, 1.*; expected the",
-                ),
-                (with_anchors(sizes=DOUBLED), "sizes of anchors: student one set, teacher another"),
-                (with_anchors(offset=0.25), "offset of anchors: student 0.0, teacher 0.25"),
-                (
-                    with_anchors(strides=[8, 16, 32, 64, 100]),
-                    r"strides of anchors: student \[8, .*, teacher \[8, .*100\]",
-                ),
-            )
-        ),
+        ({"levels": ["p2"]}, 16, "levels: the student's backbone has no 'p2'; expected of p3, p4"),
+        ({"adapter": "none"}, 24, "adapter: none, but 'p3' has 16 and 24 channels; expected auto"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_training(loss, student, teacher, line):
+def test_levels_that_cannot_be_compared_are_refused_before_training(options, channels, line):
+    teacher, losses = (
+        build(tiny_retinanet(channels=channels)),
+        DistillLosses(it=ImitationLoss(**options)),
+    )
     with pytest.raises(InputError, match=f"losses.it.{line}"):
-        make(build(student), build(teacher), DistillLosses(it=loss))
+        make(teacher=teacher, losses=losses)
 
 
 def test_anchors_of_another_padding_are_refused():
@@ -370,9 +350,8 @@ def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
     cfg = yacs(tmp_path)
     cfg.INPUT.FORMAT = images  # the teacher wants BGR
     assert build_model(cfg).teacher.flip_channels == flipped
-    told = RECIPE.replace("weights=None", "weights=None, image_format='BGR'")
-    cfg = yacs(tmp_path, told)
-    cfg.INPUT.FORMAT = images
+    recipe = RECIPE.replace("weights=None", "weights=None, image_format='BGR'")
+    (tmp_path / "recipe.py").write_text(recipe)
     refused = pytest.raises(InputError, match="image_format=BGR, beside INPUT.FORMAT RGB")
     with refused if flipped else contextlib.nullcontext():
         build_model(cfg)
