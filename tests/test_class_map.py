@@ -177,7 +177,7 @@ def test_without_a_shared_class_features_alone_are_compared(family, caplog):
     assert "only features" in caplog.text
 
 
-def test_aliases_say_what_the_student_calls_it():
+def test_aliases_are_the_students_names():
     model = make("faster_rcnn", aliases={"dog": "cat"})
     assert model.losses.by_name["tar"].class_map.pairs == ((0, 0), (1, 3), (2, 1))
     with pytest.raises(InputError, match="teacher.aliases: 'dogs'; expected of dog"):

@@ -346,7 +346,7 @@ def test_rotated_boxes_are_refused_before_training(tmp_path, anchors):
 
 
 @pytest.mark.parametrize("images, flipped", [("BGR", False), ("RGB", True)])
-def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
+def test_yacs_users_give_the_channel_order_once(tmp_path, images, flipped):
     cfg = yacs(tmp_path)
     cfg.INPUT.FORMAT = images  # the teacher wants BGR
     assert build_model(cfg).teacher.flip_channels == flipped

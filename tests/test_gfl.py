@@ -309,7 +309,7 @@ def test_losses_are_float32_inside_autocast():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_score_learns_to_say_how_well_the_box_fits():
+def test_a_score_learns_how_well_the_box_fits():
     model = build(tiny_gfl(classes=2)).train()
     examples = batch(sizes=((64, 64),), objects=(1,), classes=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

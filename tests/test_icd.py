@@ -199,7 +199,7 @@ def test_valid_cells_of_all_levels_are_those_of_each():
 
 
 @pytest.mark.parametrize("channels", [8, 7])
-def test_rows_and_columns_say_what_all_cells_would(channels):
+def test_rows_and_columns_give_the_positions_of_all_cells(channels):
     torch.manual_seed(0)
     sizes, padded = [(1, 1), (33, 65), (64, 96)], (64, 96)
     valid = valid_cells(sizes, padded, [(8, 12), (2, 3), (1, 1)])

@@ -158,7 +158,7 @@ def test_a_dense_detector_need_not_label_anchors():
     assert said.captured_labels is None and len(said.gt_instances) == 2
 
 
-def test_what_a_family_does_not_say_is_named():
+def test_an_output_that_a_family_lacks_is_named():
     dense = Teacher(build(DETECTORS["retinanet"]()), None).outputs(batch())
     assert isinstance(dense, DenseOutputs)
     with pytest.raises(OutputNotAvailable, match="a RetinaNet has no 'regions'"):
