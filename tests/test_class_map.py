@@ -1,6 +1,6 @@
 """Classes are matched by name, and only what both detectors know is compared."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,15 +100,11 @@ def test_names_of_a_data_set():
         class_names([])
 
 
-def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None, seed=1):
+def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None):
+    detector = build(DETECTORS[family](classes=len(teacher)), seed=1)
     return Distiller(
         student=build(DETECTORS[family](classes=len(student))),
-        teacher=Teacher(
-            build(DETECTORS[family](classes=len(teacher)), seed),
-            None,
-            classes=teacher,
-            aliases=aliases,
-        ),
+        teacher=Teacher(detector, None, classes=teacher, aliases=aliases),
         losses=DistillLosses(tar=loss or TARLoss()),
         max_iter=2,
         classes=student,
@@ -125,32 +121,28 @@ def test_a_teacher_of_other_classes_teaches(family):
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
 def test_the_order_of_classes_does_not_matter(family):
-    """A teacher whose classes and rows are turned round says the same."""
-    straight, turned = (
-        make(family, student=STUDENT, teacher=classes, loss=TARLoss(reg_gate="none"))
+    """A teacher whose classes and rows are turned round teaches the same."""
+    models = [
+        make(family, teacher=classes, loss=TARLoss(reg_gate="none"))
         for classes in (STUDENT, STUDENT[::-1])
-    )
-    detector = turned.teacher.detector
+    ]
     with torch.no_grad():
-        for model in (straight, turned):  # whose boxes are of a class
+        for model in models:  # whose boxes are of a class
             part = model.teacher.detector
             part = part.roi_heads.box_predictor if family == "faster_rcnn" else part.head
             part.bbox_pred.weight *= 50
         if family == "faster_rcnn":
-            predictor = detector.roi_heads.box_predictor
-            rows = [2, 1, 0, 3]
-            deltas = [4 * k + i for k in rows[:3] for i in range(4)]
-            layers = [(predictor.cls_score, rows), (predictor.bbox_pred, deltas)]
+            deltas = [4 * k + i for k in (2, 1, 0) for i in range(4)]
+            layers = [(part.cls_score, [2, 1, 0, 3]), (part.bbox_pred, deltas)]
         else:
-            rows = [3 * anchor + k for anchor in range(2) for k in (2, 1, 0)]
-            layers = [(detector.head.cls_score, rows)]
+            layers = [(part.cls_score, [3 * anchor + k for anchor in range(2) for k in (2, 1, 0)])]
         for layer, order in layers:
             layer.weight.copy_(layer.weight[order])
             layer.bias.copy_(layer.bias[order])
-    a, b = step(straight, batch()), step(turned, batch())
-    assert a["distill/loss_tar_regression"] > 1e-3
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-7)
+    straight, turned = (step(model, batch()) for model in models)
+    assert straight["distill/loss_tar_regression"] > 1e-3
+    for key in straight:
+        torch.testing.assert_close(straight[key], turned[key], rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_teacher_does_not_know_gives_no_term():
@@ -169,18 +161,12 @@ def test_what_the_teacher_does_not_know_gives_no_term():
 def test_both_sides_are_normalised_over_what_is_shared():
     loss = TARLoss(cls_gate="none")
     loss.class_map = ClassMap.from_names(["a", "b"], ["b", "c"])
-    ours, theirs = torch.tensor([[5.0, 1.0, -1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
-
-    class Said:
-        def __init__(self, logits):
-            self.pred_class_logits, self.gt_classes = logits, torch.tensor([1])
-
-    def soft(x, y):
-        return [math.exp(v) / (math.exp(x) + math.exp(y)) for v in (x, y)]
-
-    p, q = soft(0.5, 0.25), soft(1.0, -1.0)
-    slow = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert float(loss.classification(Said(ours), Said(theirs))) == pytest.approx(slow, rel=1e-5)
+    sides = [
+        SimpleNamespace(pred_class_logits=torch.tensor([logits]), gt_classes=torch.tensor([1]))
+        for logits in ([5.0, 1.0, -1.0], [0.5, 9.0, 0.25])
+    ]
+    q, p = (torch.tensor(x).softmax(0) for x in ([1.0, -1.0], [0.5, 0.25]))
+    assert float(loss.classification(*sides)) == pytest.approx(float((p * (p / q).log()).sum()))
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
@@ -191,7 +177,7 @@ def test_without_a_shared_class_features_alone_are_compared(family, caplog):
     assert "only features" in caplog.text
 
 
-def test_aliases_say_what_the_student_calls_it():
+def test_aliases_are_the_students_names():
     model = make("faster_rcnn", aliases={"dog": "cat"})
     assert model.losses.by_name["tar"].class_map.pairs == ((0, 0), (1, 3), (2, 1))
     with pytest.raises(InputError, match="teacher.aliases: 'dogs'; expected of dog"):
