@@ -21,11 +21,7 @@ from torch import Tensor
 
 from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
 from d2kd.losses.erd import elastic_selection
-from d2kd.losses.functional import (
-    masked_squared_error,
-    sigmoid_divergence,
-    softmax_kl,
-)
+from d2kd.losses.functional import masked_squared_error, sigmoid_divergence, softmax_kl
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
 from d2kd.losses.tar import classification_term, dense_classification_term, regression_term
 from d2kd.modeling.box_regression import integral

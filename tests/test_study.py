@@ -151,13 +151,10 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(teacher="x"))), "runs.tar.teacher: unknown 'x'"),
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
-        (
-            dict(runs=dict(teacher=dict(init_from="tar"))),
-            "runs.teacher.init_from: tar is made per seed",
-        ),
+        (dict(runs=dict(teacher=dict(init_from="tar"))), "teacher.init_from: tar is made per seed"),
         (
             dict(runs=dict(equal_time=dict(match_time_of="term"))),
-            "runs.equal_time.match_time_of: term has no teacher; expected a dis",
+            "equal_time.match_time_of: term has no teacher; expected a dis",
         ),
     ],
 )
@@ -169,13 +166,15 @@ def test_mistakes_are_named(change, message):
         build_study(config)
 
 
-def test_circles_and_unknown_methods_are_named():
+def test_circles_unknown_methods_and_missing_test_data_are_named():
     study = study_of()
     study.runs["baseline"].init_from = "longer"
     with pytest.raises(InputError, match="runs: longer needs baseline needs longer"):
         study.plan(only=["longer"])
     with pytest.raises(InputError, match="runs: unknown 'tra'; expected one of tar"):
         study.plan(only=["tra"])
+    with pytest.raises(InputError, match="no 'test'; expected test=<data set>, baseline=<method>"):
+        build_study({"study": {}, "runs": {}})
 
 
 def test_files_that_are_no_study(tmp_path):
@@ -190,45 +189,42 @@ def test_files_that_are_no_study(tmp_path):
             load(tmp_path / "s.py")
 
 
-def test_sources_and_equal_time(tmp_path):
-    train = FakeTraining()
-    rows, failed, _ = run(study_of(), tmp_path, train, cost=FakeCost(1.508))
-    assert not failed and [row["method"] for row in rows] == [
-        "tar", "teacher", "baseline", "equal_time", "longer",
-    ]  # fmt: skip
-    configs = train.configs
-    assert configs["equal_time_seed0"].train.max_iter == 151
-    assert configs["equal_time_seed0"].model.max_iter == 151
-    assert configs["tar_seed0"].model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+def test_runs_have_their_sources_and_equal_time_is_measured_once(tmp_path):
+    train, cost = FakeTraining(), FakeCost(1.508)
+    rows, failed, said = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    methods = ["tar", "teacher", "baseline", "equal_time", "longer"]
+    assert not failed and list(dict.fromkeys(row["method"] for row in rows)) == methods
+    teacher, configs = str(tmp_path / "teacher/model_final.pth"), train.configs
+    assert configs["tar_seed0"].model.teacher.weights == teacher
     start = str(tmp_path / "baseline_seed0/model_final.pth")
     assert configs["longer_seed0"].train.init_checkpoint == start
-
-
-def test_equal_time_is_measured_once_with_the_trained_teacher_and_not_again(tmp_path):
-    train, cost = FakeTraining(), FakeCost(1.5)
-    rows, _, said = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    assert configs["equal_time_seed0"].train.max_iter == 151
+    assert configs["equal_time_seed0"].model.max_iter == 151
     [(distilled, plain)] = cost.calls  # for both seeds
-    assert distilled.model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+    assert distilled.model.teacher.weights == teacher
     assert "teacher" not in plain.model and plain.train.max_iter == 100
-    assert said.count("1.50 (1.40 to 1.60) times a plain step, measured over 12 pairs") == 1
-    measured = dict(ratio=1.5, low=1.4, high=1.6, pairs=12, clock="cpu seconds")
+    assert said.count("1.51 (1.41 to 1.61) times a plain step, measured over 12 pairs") == 1
+    measured = cost(None, None, lambda *_: None)
     written = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["step_cost"] for row in written if row["method"] == "equal_time"] == [measured] * 2
     assert {row["step_cost"] for row in written if row["method"] != "equal_time"} == {None}
     # A machine that is slower in another way tomorrow makes no other run of it.
     train.calls.clear()
+    cost.calls.clear()
     cost.ratio = 9.0
     again, _, _ = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
-    assert train.calls == [] and len(cost.calls) == 1 and again == rows
-    shown = "equal_time: 1.50 (1.40 to 1.60) times the steps of baseline, measured over 12 pairs"
+    assert train.calls == cost.calls == [] and again == rows
+    shown = "equal_time: 1.51 (1.41 to 1.61) times the steps of baseline, measured over 12 pairs"
     assert shown in write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
     assert shown in (tmp_path / "table.md").read_text()
     # Another teacher, another cost.
     other = study_of()
     other.runs["teacher"].config.model.width = 16
     run(other, tmp_path, train, only=["equal_time"], cost=cost)
-    assert train.calls == ["teacher", "equal_time_seed0"] and len(cost.calls) == 2
+    assert train.calls == ["teacher", "equal_time_seed0"] and len(cost.calls) == 1
     assert train.configs["equal_time_seed0"].train.max_iter == 900
+    assert (tmp_path / "teacher.old1" / "model_final.pth").is_file()
+    assert (tmp_path / "equal_time_seed0.old1" / "model_final.pth").is_file()
 
 
 def test_an_equal_time_run_whose_steps_cannot_be_measured_fails_alone(tmp_path):
@@ -282,9 +278,8 @@ def test_an_interrupted_study_continues(tmp_path):
     train.stop = "baseline_seed0"
     with pytest.raises(KeyboardInterrupt):
         run(study_of(), tmp_path, train)
-    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())["rows"]} == {
-        "teacher", "tar_seed0",
-    }  # fmt: skip
+    written = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["name"] for row in written} == {"teacher", "tar_seed0"}
     train.stop = None
     train.calls.clear()
     run(study_of(), tmp_path, train)
@@ -316,9 +311,8 @@ def test_several_commands_add_up_to_one_table(tmp_path):
     assert said.count("finished before") == 5
 
     other = study_of()
-    other.runs[
-        "teacher"
-    ].config.model.width = 16  # and so TAR's, and that of its steps, are no longer its own
+    # And so TAR's, and that of its steps, are no longer its own.
+    other.runs["teacher"].config.model.width = 16
     found, said = again(other, ["baseline"])
     assert found == ["baseline_seed0", "longer_seed0", "term_seed0"]
     assert "left out" not in said and "teacher" not in said
@@ -343,16 +337,13 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, harm):
     assert train.calls == ["baseline_seed0"]
 
 
-def test_another_recipe_moves_the_old_run_aside(tmp_path):
-    train = FakeTraining()
-    run(study_of(), tmp_path, train, only=["baseline", "tar"])
-    study = study_of()
+def test_another_teacher_is_another_student(tmp_path):
+    train, study = FakeTraining(), study_of()
+    run(study, tmp_path, train, only=["baseline", "tar"])
     study.runs["teacher"].config.model.width = 16
     train.calls.clear()
     run(study, tmp_path, train, only=["baseline", "tar"])
-    assert train.calls == ["teacher", "tar_seed0"]  # other teacher, other student
-    assert (tmp_path / "teacher.old1" / "model_final.pth").is_file()
-    assert (tmp_path / "tar_seed0.old1" / "model_final.pth").is_file()
+    assert train.calls == ["teacher", "tar_seed0"]
 
 
 def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
@@ -423,18 +414,11 @@ def row(method, seed, ap, seconds=10.0):
 
 def test_gains_are_paired():
     rows = [row("b", 0, 10), row("b", 1, 30), row("m", 1, 33), row("m", 0, 11), row("m", 2, 9)]
-    assert gains(rows, "m", "b") == {
-        "mean_gain": 2.0,
-        "std_gain": math.sqrt(2),
-        "interval": pytest.approx((2 - 12.706, 2 + 12.706)),
-        "gains": [1.0, 3.0, None],
-    }
-    assert gains(rows[:1] + rows[3:4], "m", "b") == {
-        "mean_gain": 1.0,
-        "std_gain": None,
-        "interval": None,
-        "gains": [1.0],
-    }
+    interval = pytest.approx((2 - 12.706, 2 + 12.706))
+    found = {"mean_gain": 2.0, "std_gain": math.sqrt(2), "interval": interval}
+    assert gains(rows, "m", "b") == found | {"gains": [1.0, 3.0, None]}
+    found = {"mean_gain": 1.0, "std_gain": None, "interval": None, "gains": [1.0]}
+    assert gains(rows[:1] + rows[3:4], "m", "b") == found
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 30])
@@ -485,20 +469,13 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
 
 def test_an_only_class_and_undefined_figures():
     assert ap_metrics({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
-    for value in (math.nan, -1, None, math.inf):
-        assert ap_metrics({"AP": value}, ["x"])["AP"] is None
-    assert ap_metrics({"AP": 0.0}, ["x"])["AP"] == 0.0
+    expected = {math.nan: None, -1: None, None: None, math.inf: None, 0.0: 0.0}
+    assert [ap_metrics({"AP": value}, ["x"])["AP"] for value in expected] == [*expected.values()]
 
 
 def test_the_table_shows_each_seed():
-    rows = [
-        row("teacher", 0, 42),
-        row("b", 0, 10),
-        row("b", 1, 12),
-        row("m", 0, 11),
-        row("m", 1, 15),
-    ]
-    rows += [row("i", 0, -1), row("i", 1, 12.01)]
+    rows = [row("teacher", 0, 42), row("b", 0, 10), row("b", 1, 12), row("m", 0, 11)]
+    rows += [row("m", 1, 15), row("i", 0, -1), row("i", 1, 12.01)]
     lines = [line.split() for line in table(rows, "val", ["b", "i"], ["m", "i"]).splitlines()]
     assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
     assert ["AP", "small", "-", "-", "-", "-"] in lines
@@ -536,7 +513,7 @@ STUDIES = [
     for path in sorted(ROOT.glob("projects/*/studies/*.py"))
     if path.stem != "common"
 ]
-OF_STEPS = "projects/ERD/studies"
+INCREMENTAL = "projects/ERD/studies"
 
 
 def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
@@ -559,7 +536,7 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
     if "bccd" in path.stem:
         for run in planned.values():
             names = [run.config.dataloader[part].dataset.names for part in ("train", "test")]
-            assert study.steps or check_dataset(names) == ["bccd_train", "bccd_val"]
+            assert study.increments or check_dataset(names) == ["bccd_train", "bccd_val"]
     if path.stem == "gfl_beside_retinanet":
         gfl, retinanet = (dict(planned[f"{m}_seed0"].config) for m in ("gfl", "retinanet"))
         assert gfl["model"].pop("_target_") != retinanet["model"].pop("_target_")
@@ -568,16 +545,12 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
             of["optimizer"].pop("lr")
         assert gfl == retinanet
         return
-    if str(path.parent) == OF_STEPS:
-        assert (
-            study.steps and study.upper_bound and set(planned) == {f"{m}_seed0" for m in study.runs}
-        )
+    if str(path.parent) == INCREMENTAL:
+        assert study.increments and study.upper_bound
+        assert set(planned) == {f"{m}_seed0" for m in study.runs}
         for run in planned.values():
-            assert (
-                ("losses" in run.config.model)
-                == bool(run.teacher)
-                == ((study.step_of(run.method) or 1) > 1)
-            )
+            later = (study.increment_of(run.method) or 1) > 1
+            assert ("losses" in run.config.model) == bool(run.teacher) == later
         return
     assert {"teacher", "baseline_seed0"} <= planned.keys()
     assert any(name.startswith("baseline_equal_time") for name in planned)
@@ -632,10 +605,8 @@ def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
 
 def test_a_real_study_trains_measures_and_continues(tmp_path):
     study = load("projects/TAR/studies/shapes.py")
-    for teacher in (
-        study.runs["teacher"].config.model,
-        study.runs["tar"].config.model.teacher.detector,
-    ):
+    models = study.runs["teacher"].config.model, study.runs["tar"].config.model.teacher.detector
+    for teacher in models:
         teacher.backbone.bottom_up.width = 4
     study = build_study(dict(runs=study.runs, study=dict(
         test="shapes_test", baseline="baseline", featured="tar", pictures=1,
@@ -648,11 +619,8 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
         run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("tar")), io.StringIO())
     assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
-    assert not failed and [row["name"] for row in rows] == [
-        "teacher",
-        "baseline_seed0",
-        "tar_seed0",
-    ]
+    assert not failed
+    assert [row["name"] for row in rows] == ["teacher", "baseline_seed0", "tar_seed0"]
     assert all(row["seconds"] > 0 and 0 <= row["AP"] <= 100 for row in rows)
     assert rows[1]["parameters"] == rows[2]["parameters"]  # the student's alone
     for row in rows:
@@ -672,14 +640,5 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     assert again[-1]["peak_memory_mib"] == 3
 
 
-def test_a_study_without_data_to_test_on_is_refused(refuses):
-    content = {"study": {}, "runs": {}}
-    refuses(
-        lambda: build_study(content),
-        "study: no 'test'; expected test=<data set>, baseline=<method>",
-    )
-
-
 def test_no_runs_at_a_time_are_refused(refuses):
-    line = "--jobs: 0; expected 1 or more"
-    refuses(lambda: command("study")(["none.py", "--jobs", 0]), line)
+    refuses(lambda: command("study")(["none.py", "--jobs", 0]), "--jobs: 0; expected 1 or more")
