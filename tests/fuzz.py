@@ -34,11 +34,7 @@ VALUES = (0.0, 1.0, -1.0, 80.0, -80.0, 1e-3)
 
 
 class Draw:
-    """Tensors of one example.
-
-    Args:
-        data: hypothesis's, from which all that is chosen comes.
-    """
+    """Tensors of one example, all chosen from hypothesis's `data`."""
 
     def __init__(self, data):
         self._data = data
@@ -95,24 +91,21 @@ def _sigmoids(draw: Draw) -> Tensor:
 
 
 def _maps(draw: Draw) -> Tensor:
-    n, c, h, w = (draw.size() for _ in range(4))
-    return masked_squared_error(
-        draw.answer(n, c, h, w), draw.constant(n, c, h, w), draw.share(n, h, w)
-    )
+    n, *shape = (draw.size() for _ in range(4))
+    maps = draw.answer(n, *shape), draw.constant(n, *shape)
+    return masked_squared_error(*maps, draw.share(n, *shape[1:]))
 
 
 def _classification(draw: Draw) -> Tensor:
     r, k = draw.size(), draw.size(1)
-    return classification_term(
-        draw.answer(r, k + 1), draw.constant(r, k + 1), draw.labels(r, -1, k), temperature=2.0
-    )
+    logits = draw.answer(r, k + 1), draw.constant(r, k + 1)
+    return classification_term(*logits, draw.labels(r, -1, k), temperature=2.0)
 
 
 def _dense_classification(draw: Draw) -> Tensor:
     r, k = draw.size(), draw.size(1)
-    return dense_classification_term(
-        draw.answer(r, k), draw.constant(r, k), draw.labels(r, -1, k), background_weight=0.5
-    )
+    logits = draw.answer(r, k), draw.constant(r, k)
+    return dense_classification_term(*logits, draw.labels(r, -1, k), background_weight=0.5)
 
 
 def _regression(draw: Draw) -> Tensor:
@@ -140,13 +133,9 @@ def _localization(draw: Draw) -> Tensor:
 
 
 def _values(draw: Draw) -> Tensor:
-    n, m, s, d = draw.size(1), draw.size(1), draw.size(), draw.size(1)
-    return value_distance(
-        draw.answer(n, m, s, d),
-        draw.constant(n, m, s, d),
-        draw.share(n, m, s),
-        draw.one_of(("image", "instance")),
-    )
+    shape = draw.size(1), draw.size(1), draw.size(), draw.size(1)
+    values, share = (draw.answer(*shape), draw.constant(*shape)), draw.share(*shape[:3])
+    return value_distance(*values, share, draw.one_of(("image", "instance")))
 
 
 def _quality(draw: Draw) -> Tensor:
@@ -201,9 +190,8 @@ def check_whole_loss(name: str, data) -> None:
         _RECORDED[name] = Recorded(name)
     draw = Draw(data)
     images = draw.one_of(([0], [2], [0, 2], [2, 3], [0, 1, 2, 3]))
-    total, gradients = _RECORDED[name].loss(
-        images, draw.like, draw.one_of((None, 0, 1)), draw.dtype
-    )
+    some = draw.one_of((None, 0, 1))
+    total, gradients = _RECORDED[name].loss(images, draw.like, some, draw.dtype)
     _finite(name, total)
     for key, gradient in gradients.items():
         _finite(f"{name}'s gradient of {key}", gradient)
@@ -232,20 +220,13 @@ def fuzz(name: str, examples: int, repeatable: bool = True) -> int:
     """
     seen = [0]
 
-    @settings(
-        max_examples=examples,
-        derandomize=repeatable,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
     def look(data) -> None:
         seen[0] += 1
         CHECKS[name](data)
 
-    look()
+    options = dict(database=None, deadline=None, report_multiple_bugs=False)
+    options |= dict(max_examples=examples, suppress_health_check=list(HealthCheck))
+    settings(derandomize=repeatable, **options)(given(st.data())(look))()
     return seen[0]
 
 
@@ -264,10 +245,8 @@ def main() -> int:
         except AssertionError as error:
             faults += 1
             print(f"{name:32} {error}", flush=True)
-    print(
-        f"{seen} examples of {len(FUNCTIONS)} functions and {len(LOSSES)} losses in "
-        f"{len(DTYPES)} precisions: {faults} not finite"
-    )
+    of = f"{len(FUNCTIONS)} functions and {len(LOSSES)} losses in {len(DTYPES)} precisions"
+    print(f"{seen} examples of {of}: {faults} not finite")
     return 1 if faults else 0
 
 

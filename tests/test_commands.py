@@ -30,22 +30,22 @@ def exit_code(monkeypatch):
 
 
 def test_a_resumed_run_that_differs(exit_code, monkeypatch, capsys):
-    asked, found = [], {}
+    found, compared = {}, []
 
     def compare(name, data, folder):
-        asked.append(name)
+        compared.append(name)
         assert (data / "data.json").is_file()
         return found.get(name, [])
 
     monkeypatch.setattr(resume_runs, "compare", compare)
     cases = len(resume_runs.CASES)
-    assert exit_code(resume_runs) == 0 and asked == list(resume_runs.CASES)
+    assert exit_code(resume_runs) == 0 and compared == list(resume_runs.CASES)
     assert f"{cases} of {cases} resumed runs are" in capsys.readouterr().out
     found["tar"] = ["losses.3", "model_final.pth.model"]
     assert exit_code(resume_runs) == 1
-    said = capsys.readouterr().out
-    assert "differs in 2, such as losses.3" in said
-    assert f"{cases - 1} of {cases} resumed runs are" in said
+    out = capsys.readouterr().out
+    assert "differs in 2, such as losses.3" in out
+    assert f"{cases - 1} of {cases} resumed runs are" in out
 
 
 def test_a_killed_run_that_ends_otherwise(exit_code, monkeypatch, capsys):
@@ -79,25 +79,20 @@ def test_two_processes_that_are_not_as_one(exit_code, monkeypatch, capsys):
 
 
 def test_an_example_that_is_not_finite(exit_code, monkeypatch, capsys):
-    asked, seen, look = [], [], fuzz.fuzz
-
-    def asking(*arguments):
-        asked.append(arguments)
-        return look(*arguments)
-
-    monkeypatch.setattr(fuzz, "fuzz", asking)
-    monkeypatch.setattr(fuzz, "CHECKS", {"good": lambda data: seen.append(1)})
-    assert exit_code(fuzz, "--examples", 3) == 0 and seen
-    assert "all finite" in capsys.readouterr().out
+    calls, look = [], fuzz.fuzz
 
     def bad(data):
         raise AssertionError("bad is not finite")
 
+    monkeypatch.setattr(fuzz, "fuzz", lambda *args: calls.append(args) or look(*args))
+    monkeypatch.setattr(fuzz, "CHECKS", {"good": lambda data: None})
+    assert exit_code(fuzz, "--examples", 3) == 0
+    assert "all finite" in capsys.readouterr().out
     monkeypatch.setattr(fuzz, "CHECKS", {"bad": bad, **fuzz.CHECKS})
     assert exit_code(fuzz, "--examples", 3, "--random") == 1
-    said = capsys.readouterr().out
-    assert "bad is not finite" in said and "good" in said and ": 1 not finite" in said
-    assert asked == [("good", 3, True), ("bad", 3, False), ("good", 3, False)]
+    out = capsys.readouterr().out
+    assert "bad is not finite" in out and "good" in out and ": 1 not finite" in out
+    assert calls == [("good", 3, True), ("bad", 3, False), ("good", 3, False)]
 
 
 def test_a_comparison_of_any_size(monkeypatch, tmp_path, capsys):

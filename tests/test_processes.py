@@ -108,9 +108,7 @@ def test_launch_ends_all_and_says_why(launched):
 def test_input_that_every_process_refuses_is_told_of_once(launched, capfd):
     with pytest.raises(SystemExit, match="2"):
         launched("raise")
-    said = (
-        capfd.readouterr().err
-    )  # with torch's word about a process that had not ended yet, if there was one
+    said = capfd.readouterr().err  # beside torch's line about a process that it had to end
     assert said.count("error: a.json: broken JSON; expected a COCO file\n") == 1
     assert said.count("error") == 1 and "Traceback" not in said
     with pytest.raises(ProcessRaisedException, match="Traceback"):
@@ -141,13 +139,10 @@ def test_a_device_that_is_not_there(refuses, monkeypatch, name, there, line):
     refuses(lambda: pick_device(name), line)
 
 
-def test_a_process_that_is_gone_is_said_in_one_line(refuses):
+def test_a_process_that_is_gone_is_an_error_of_one_line(refuses):
     def lost():
         with report_lost_process():
-            raise RuntimeError(
-                "[gloo/transport/tcp/pair.cc:1] Connection closed by peer. See\nbelow"
-            )
+            raise RuntimeError("[gloo/pair.cc:1] Connection closed by peer. See\nbelow")
 
-    refuses(
-        lost, r"process 0 of 1: another process is gone \(Connection closed by peer\); expected"
-    )
+    line = r"process 0 of 1: another process is gone \(Connection closed by peer\); expected"
+    refuses(lost, line)

@@ -245,11 +245,9 @@ def test_results_have_the_promised_form(tmp_path):
     assert [results[key] for key in about] == ["shapes_test", "baseline", "tar"]
     assert results["schema"] == 1
     row = next(row for row in results["rows"] if row["name"] == "tar_seed1")
-    assert list(row) == [
-        "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",
-        "parameters", "seconds", "config", "weights", "weights_sha256",
-        "teacher_sha256", "log", "peak_memory_mib", "step_cost",
-    ]  # fmt: skip
+    keys = "name method seed AP AP50 AP75 APs APm APl per_class parameters seconds config weights"
+    keys += " weights_sha256 teacher_sha256 log peak_memory_mib step_cost"
+    assert list(row) == keys.split()
     assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
     assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}
     gained = {"mean_gain": 5.0, "std_gain": 0.0, "interval": [5.0, 5.0], "gains": [5.0, 5.0]}
@@ -296,8 +294,7 @@ def test_several_commands_add_up_to_one_table(tmp_path):
 
     def again(study, only):
         runs, every = study.plan([0], only), study.plan([0], list(study.runs))
-        console = io.StringIO()
-        trainer = SequentialRunner(train, FakeCost())
+        console, trainer = io.StringIO(), SequentialRunner(train, FakeCost())
         rows, failed = run_study(study, runs, tmp_path, trainer, console, every)
         assert not failed
         written = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -397,12 +394,12 @@ def test_fingerprints_are_of_content(tmp_path):
         def __init__(self, value):
             self.value = value
 
-    keys = []
-    for value in (1, 1, 2):
+    def held(value):
         study = study_of()
         study.runs["baseline"].config.model.held = Held(value)
-        keys.append(key(study))
-    assert keys[0] == keys[1] != keys[2]
+        return key(study)
+
+    assert held(1) == held(1) != held(2)
 
 
 def row(method, seed, ap, seconds=10.0):
@@ -432,12 +429,10 @@ def test_the_interval_covers_the_mean_95_times_in_100(count):
 
 def test_tables_as_text_and_as_markdown():
     lines = [["a", "bb"], ["  c", "1.0"], ["", "-"]]
-    assert aligned(lines).splitlines() == [
-        "a      bb", "---  ----", "  c   1.0", "        -"
-    ]  # fmt: skip
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(lines).splitlines()
-    ]
+    expected = ["a      bb", "---  ----", "  c   1.0", "        -"]
+    assert aligned(lines).splitlines() == expected
+    cells = [line.split("|")[1:-1] for line in markdown(lines).splitlines()]
+    cells = [[cell.strip() for cell in line] for line in cells]
     assert [cells[0], *cells[2:]] == [["a", "bb"], ["c", "1.0"], ["", "-"]]
     assert all(set(cell) <= set("-:") for cell in cells[1])
     assert len(aligned(lines[:1]).splitlines()) == 2
@@ -491,28 +486,23 @@ def test_the_table_shows_each_seed():
 def test_closing_words_name_what_to_open(tmp_path):
     train = FakeTraining()
     study = study_of(pictures=2)
-    runs = study.plan([0])
-    rows, _ = run_study(study, runs, tmp_path, SequentialRunner(train, FakeCost()), io.StringIO())
-    words = write_tables_and_plots(tmp_path, study, runs, rows)
+    rows, _, _ = run(study, tmp_path, train, [0])
+    words = write_tables_and_plots(tmp_path, study, study.plan([0]), rows)
     for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
     written = (tmp_path / "table.md").read_text()
-    for run in rows:
-        assert f"[config]({run['name']}/config.yaml)" in written
-        assert f"[log]({run['name']}/log.txt)" in written
-        assert run["weights_sha256"][:12] in written
-    (teacher,) = [run for run in rows if run["method"] == "teacher"]
-    (taught,) = [run for run in rows if run["method"] == "tar"]
-    assert teacher["teacher_sha256"] is None
-    assert taught["teacher_sha256"] == teacher["weights_sha256"]
+    for row in rows:
+        assert f"[config]({row['name']}/config.yaml)" in written
+        assert f"[log]({row['name']}/log.txt)" in written
+        assert row["weights_sha256"][:12] in written
+    of = {row["method"]: row for row in rows}
+    assert of["teacher"]["teacher_sha256"] is None
+    assert of["tar"]["teacher_sha256"] == of["teacher"]["weights_sha256"]
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-STUDIES = [
-    path.relative_to(ROOT)
-    for path in sorted(ROOT.glob("projects/*/studies/*.py"))
-    if path.stem != "common"
-]
+STUDIES = sorted(ROOT.glob("projects/*/studies/*.py"))
+STUDIES = [path.relative_to(ROOT) for path in STUDIES if path.stem != "common"]
 INCREMENTAL = "projects/ERD/studies"
 
 
@@ -572,9 +562,8 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
 )
 def test_rows_differ_in_what_their_gain_is_of(path, method):
     """Each way to distil is its own; beside it nothing changes but what the student inherits."""
-    study = build_study(
-        OmegaConf.merge(LazyConfig.load(f"projects/{path}.py"), {"study": {"test": "x"}})
-    )
+    content = LazyConfig.load(f"projects/{path}.py")
+    study = build_study(OmegaConf.merge(content, {"study": {"test": "x"}}))
     rows = {}
     for run in study.plan([0], only=list(study.runs)):
         config = OmegaConf.to_container(run.config, resolve=False)
@@ -603,17 +592,18 @@ def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
     assert len(alive) == 1 and alive[0]() is None
 
 
+FAST = """train.max_iter=2 train.eval_period=0 train.checkpointer.period=1 train.log_period=1
+train.device=cpu train.eval_teacher=False dataloader.train.total_batch_size=2
+dataloader.train.num_workers=0 dataloader.test.num_workers=0""".split()
+
+
 def test_a_real_study_trains_measures_and_continues(tmp_path):
     study = load("projects/TAR/studies/shapes.py")
     models = study.runs["teacher"].config.model, study.runs["tar"].config.model.teacher.detector
     for teacher in models:
         teacher.backbone.bottom_up.width = 4
-    study = build_study(dict(runs=study.runs, study=dict(
-        test="shapes_test", baseline="baseline", featured="tar", pictures=1,
-        fast=["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
-              "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
-              "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
-    )))  # fmt: skip
+    about = dict(test="shapes_test", baseline="baseline", featured="tar", pictures=1, fast=FAST)
+    study = build_study(dict(runs=study.runs, study=about))
     runs = study.plan(only=["baseline", "tar"], fast=True)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("tar")), io.StringIO())

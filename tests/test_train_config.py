@@ -58,9 +58,7 @@ WRONG = {
     "train.clip_gradients.clip_value: nan; expected a number above 0": {
         "clip_gradients": {"clip_value": float("nan")}
     },
-    "train.clip_gradients.norm_type: 0.0; expected a number above": {
-        "clip_gradients": {"norm_type": 0}
-    },
+    "clip_gradients.norm_type: 0.0; expected a number": {"clip_gradients": {"norm_type": 0}},
 }
 
 
@@ -75,15 +73,12 @@ def test_what_is_wrong_is_one_line(base, line):
         Trainer(config)
 
 
-@pytest.mark.parametrize("train", [None, 5, "x", [1]])
-def test_it_is_a_mapping(base, train):
+@pytest.mark.parametrize("value", [None, 5, "x", [1]])
+@pytest.mark.parametrize("key, expected", [("train", "a mapping"), ("optimizer", "a node")])
+def test_it_is_a_mapping(base, key, expected, value):
     config = copy.deepcopy(base)
-    config.train = train
-    with pytest.raises(InputError, match="train: .*; expected a mapping"):
-        with_defaults(config)
-    config = copy.deepcopy(base)
-    config.optimizer = train
-    with pytest.raises(InputError, match="optimizer: .*; expected a node"):
+    config[key] = value
+    with pytest.raises(InputError, match=f"{key}: .*; expected {expected}"):
         with_defaults(config)
 
 
@@ -95,10 +90,8 @@ def test_overrides_are_checked_too(base):
     }.items():
         with pytest.raises(InputError, match=line):
             apply_overrides(copy.deepcopy(base), [text])
-    config = apply_overrides(
-        copy.deepcopy(base),
-        ["train.user.ema.decay=0.9", "train.checkpointer.max_to_keep=null", "train.seed=null"],
-    )
+    words = "train.user.ema.decay=0.9 train.checkpointer.max_to_keep=null train.seed=null".split()
+    config = apply_overrides(copy.deepcopy(base), words)
     assert config.train.user.ema.decay == 0.9
     assert config.train.checkpointer.max_to_keep is None and config.train.seed is None
 
@@ -190,16 +183,3 @@ def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path)
     Trainer(without_evaluation(config)).train()
     assert (tmp_path / "model_final.pth").is_file()
     assert "config.yaml: cannot be written" in (tmp_path / "log.txt").read_text()
-
-
-def test_its_hooks_are_in_one_list(data, tmp_path):  # noqa: F811
-    names = [type(hook).__name__ for hook in Trainer(recipe(data, tmp_path, distiller()))._hooks]
-    assert names == [
-        "EvalTeacher",
-        "IterationTimer",
-        "LRScheduler",
-        "PeriodicCheckpoint",
-        "ResumableEvalHook",
-        "BestCheckpoint",
-        "LazyPeriodicWriter",
-    ]
