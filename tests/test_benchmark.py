@@ -125,9 +125,10 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("classes", [1, 3, 80])
-def test_batches_are_fixed_by_their_seed(classes):
-    detector = SimpleNamespace(num_classes=classes)
+@pytest.mark.parametrize("classes, masks", [(1, False), (3, True), (80, False)])
+def test_batches_are_fixed_by_their_seed(classes, masks):
+    head = SimpleNamespace(num_classes=classes, mask_on=masks)
+    detector = SimpleNamespace(roi_heads=head) if masks else head
     one, same, other = (random_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
     for a, b, c in zip(one, same, other):
         assert torch.equal(a["image"], b["image"]) and not torch.equal(a["image"], c["image"])
@@ -142,16 +143,11 @@ def test_batches_are_fixed_by_their_seed(classes):
         found = set(a["instances"].gt_classes.tolist())
         assert {0, classes - 1} <= found <= set(range(classes))
         assert len(found) == min(classes, 7)
-        assert not a["instances"].has("gt_masks")
+        assert a["instances"].has("gt_masks") == masks
+        if masks:
+            drawn = a["instances"].gt_masks.get_bounding_boxes().tensor
+            assert torch.allclose(drawn, boxes, atol=1e-4)
     assert not torch.equal(one[0]["image"], one[1]["image"])
-
-
-def test_a_mask_head_gets_masks():
-    detector = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3, mask_on=True))
-    for example in random_batch(detector, (48, 64), 2, seed=0):
-        instances = example["instances"]
-        boxes = instances.gt_masks.get_bounding_boxes().tensor
-        assert torch.allclose(boxes, instances.gt_boxes.tensor, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,7 @@ def compare(*words):
     command("compare")(words)
 
 
-def test_detectors_by_config_and_weights(data, tmp_path, capsys):  # noqa: F811
-    words = []
-    for seed, name in enumerate(("teacher", "student")):
-        config, weights = saved(tmp_path / name, data, tiny_faster_rcnn(), seed)
-        words += ["--detector", f"{name}={config},{weights}"]
-    output = tmp_path / "report"
-    compare(*words, "--dataset", named(data), "--output", output, "--resamples", 5)
-    assert str(output / "report.html") in capsys.readouterr().out
-    content = json.loads((output / "report.json").read_text())
-    assert [row["name"] for row in content["rows"]] == ["teacher", "student"]
-    assert content["resamples"] == 5
-
-
-def test_results_count_as_detections_from_a_threshold_on(data, tmp_path):  # noqa: F811
+def test_results_count_as_detections_from_a_threshold_on(data, tmp_path, capsys):  # noqa: F811
     """Every object with a score of 0.9, and a detection with 0.3 in the image that has none."""
     config, weights = saved(tmp_path / "it", data, tiny_faster_rcnn(), 0)
     truth = json.loads((data / "data.json").read_text())["annotations"]
@@ -44,11 +31,14 @@ def test_results_count_as_detections_from_a_threshold_on(data, tmp_path):  # noq
     rows.append(rows[0] | {"image_id": 2, "score": 0.3})
     (tmp_path / "results.json").write_text(json.dumps(rows))
     words = ["--detector", f"it={config},{weights},{tmp_path / 'results.json'}"]
-    words += ["--dataset", named(data), "--resamples", 5, "--observe", 1, "--output", tmp_path]
+    words += ["--detector", f"same={config},{weights}", "--dataset", named(data)]
+    words += ["--resamples", 5, "--observe", 1, "--output", tmp_path]
     for threshold, wrong in ((0.2, 1), (None, 0)):
         compare(*words, *([] if threshold is None else ["--threshold", threshold]))
+        assert str(tmp_path / "report.html") in capsys.readouterr().out
         content = json.loads((tmp_path / "report.json").read_text())
-        [row] = content["rows"]
+        row, other = content["rows"]
+        assert (row["name"], other["name"], content["resamples"]) == ("it", "same", 5)
         assert row["accuracy"]["metrics"]["AP"] == pytest.approx(100)
         fixed = row["accuracy"]["fixed"]
         assert (fixed["recall"], fixed["wrong"]) == (100, wrong)

@@ -130,29 +130,21 @@ def test_the_scaler_sees_both_once():
 
 
 def test_overrides_and_defaults(data, tmp_path):  # noqa: F811
-    config = apply_overrides(
-        two(data, tmp_path), ["train.loss_optimizer.optimizer.lr=0.25", "optimizer.lr=0.5"]
-    )
+    words = ["train.loss_optimizer.optimizer.lr=0.002", "optimizer.lr=0.004"]
+    config = apply_overrides(two(data, tmp_path, max_iter=2), words)
     config.train.loss_optimizer.lr_multiplier = L(ConstantParamScheduler)(value=0.5)
     optimizer = Trainer(config)._trainer.optimizer
-    assert optimizer.student.param_groups[0]["lr"] == 0.5
-    assert optimizer.losses.param_groups[0]["lr"] == 0.125
+    assert optimizer.student.param_groups[0]["lr"] == 0.004
+    assert optimizer.losses.param_groups[0]["lr"] == 0.001
     assert with_defaults(config).train.loss_optimizer.clip_gradients.norm_type == 2.0
     for key in ("lr_multiplier", "clip_gradients"):
         del config.train.loss_optimizer[key]
-    trainer = Trainer(config)
-    assert trainer._trainer.optimizer.losses.param_groups[0]["lr"] == 0.25
+    del config["lr_multiplier"]
+    trainer = run(config)  # without a schedule the rates stay
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.004, 0.002]
     assert not trainer.cfg.train.loss_optimizer.clip_gradients.enabled
     with pytest.raises(InputError, match="loss_optimizer.rate: no 'rate' in train.loss_optimizer"):
         apply_overrides(config, ["train.loss_optimizer.rate=0.25"])
-
-
-def test_without_a_schedule_the_rates_stay(data, tmp_path):  # noqa: F811
-    config = two(data, tmp_path, max_iter=2)
-    del config["lr_multiplier"]
-    del config.train.loss_optimizer["lr_multiplier"]
-    optimizer = run(config)._trainer.optimizer
-    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 1e-4]
 
 
 BAD = {
