@@ -187,7 +187,7 @@ def saved(file: Path) -> dict:
     return checkpoint
 
 
-def detectron2_alone(config: DictConfig, wrap: Callable = lambda model: model) -> torch.nn.Module:
+def stock(config: DictConfig, wrap: Callable = lambda model: model) -> torch.nn.Module:
     """The student of a recipe as Detectron2 trains it, in as many processes as there are."""
     config = with_defaults(config)
     seed, steps = config.train.seed, config.train.max_iter

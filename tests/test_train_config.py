@@ -9,7 +9,6 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
 from detectron2.engine import hooks
 from omegaconf import OmegaConf
-from torch import nn
 from torch.optim import AdamW
 
 from d2kd.config import Train, apply_overrides, get_config, load, train_defaults, with_defaults
@@ -110,41 +109,25 @@ def test_it_stays_an_ordinary_mapping(base):
     assert OmegaConf.is_interpolation(complete.train, "eval_period")
 
 
+def overridden(name):
+    def method(cls, cfg, *args, **options):
+        if name == "build_test_loader":
+            assert {*args, *options.values()} <= {*DatasetCatalog.list()}
+        else:
+            cls.built.append(name)
+        return getattr(super(Mine, cls), name)(cfg, *args, **options)
+
+    return classmethod(method)
+
+
 class Mine(Trainer):
-    """Overrides what Detectron2 documents, with its signatures."""
+    """Overrides what Detectron2 documents."""
 
     built = []
-
-    @classmethod
-    def build_model(cls, cfg):
-        cls.built.append("model")
-        return super().build_model(cfg)
-
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        assert isinstance(model, nn.Module)
-        cls.built.append("optimizer")
-        return super().build_optimizer(cfg, model)
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        cls.built.append("train_loader")
-        return super().build_train_loader(cfg)
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        assert dataset_name in DatasetCatalog.list()
-        return super().build_test_loader(cfg, dataset_name)
-
-    @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        cls.built.append("results")
-        return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        cls.built.append("evaluator")
-        return super().build_evaluator(cfg, dataset_name)
+    build_model, build_optimizer = overridden("build_model"), overridden("build_optimizer")
+    build_train_loader = overridden("build_train_loader")
+    test, build_test_loader = overridden("test"), overridden("build_test_loader")
+    build_evaluator = overridden("build_evaluator")
 
     def build_hooks(self):
         def log(trainer):
@@ -157,14 +140,14 @@ def test_a_subclass_overrides_what_detectron2_documents(data, tmp_path):  # noqa
     config = recipe(data, tmp_path, distiller(), max_iter=1, user={"mine": 3})
     Mine.built.clear()
     trainer = Mine(config)
-    assert trainer.built == ["model", "optimizer", "train_loader"]
+    assert trainer.built == ["build_model", "build_optimizer", "build_train_loader"]
     trainer.train()
-    assert trainer.built[3:] == ["results", "evaluator"] * 2  # the teacher's, the student's
+    assert trainer.built[3:] == ["test", "build_evaluator"] * 2  # the teacher's, the student's
     assert '"mine": 3' in (tmp_path / "metrics.json").read_text()  # though its hook came last
     config.train.max_iter = 2
     trainer = Mine(config)
     trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == 1 and trainer.built.count("train_loader") == 3
+    assert trainer.start_iter == 1 and trainer.built.count("build_train_loader") == 3
     trainer.train()
 
 

@@ -29,7 +29,7 @@ from d2kd.structures.class_map import ClassMap
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build, tiny_faster_rcnn, tiny_retinanet
-from .resume_runs import detectron2_alone, differences
+from .resume_runs import differences, stock
 from .resume_runs import saved as whole_but_seconds
 from .test_voc import write_voc
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
@@ -136,7 +136,7 @@ def test_with_every_weight_zero_it_is_detectron2(data, tmp_path):
     config = recipe(data, tmp_path, distiller(teacher_weights(tmp_path)), max_iter=5, seed=3)
     model = run(without_evaluation(config)).model
     assert any(p.numel() for p in model.losses.parameters())  # there was an adapter to build
-    assert_same(dict(model.student.state_dict()), dict(detectron2_alone(config).state_dict()))
+    assert_same(dict(model.student.state_dict()), dict(stock(config).state_dict()))
 
 
 class Breaks(DistillLoss):

@@ -36,16 +36,7 @@ from d2kd.utils.errors import report_input_errors
 
 from .common import one_thread
 from .recorded import LOSSES, Recorded, relative
-from .resume_runs import (
-    OBJECTS,
-    detectron2_alone,
-    differences,
-    erd,
-    gfl_increment,
-    quiet,
-    run,
-    saved,
-)
+from .resume_runs import OBJECTS, differences, erd, gfl_increment, quiet, run, saved, stock
 from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
 BOUND = 1e-5
@@ -150,7 +141,7 @@ def _work(rank: int, folder: Path) -> None:
     found["statistics"] = trainer.model.module.student.state_dict()
     for name, node in STUDENTS.items():
         trainer, _ = run(stock_run(data, two / name, node))
-        alone = detectron2_alone(stock_run(data, two / name, node), in_ddp)
+        alone = stock(stock_run(data, two / name, node), in_ddp)
         found["stock", name] = differences(state(trainer.model.module.student), state(alone))
         found["unused", name] = trainer.model.find_unused_parameters
     config = resumable_run(data, two / "whole")
