@@ -61,7 +61,7 @@ class Draw:
         return drawn.to(self.dtype)
 
     def answer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """What a student said, of which a gradient is wanted."""
+        """An output of a student, of which a gradient is wanted."""
         drawn = self.like(torch.empty(shape)).to(dtype or self.dtype)
         self.leaves.append(drawn.requires_grad_())
         return self.leaves[-1]
@@ -167,7 +167,7 @@ FUNCTIONS: dict[str, Callable[[Draw], Tensor]] = {
 
 
 def check_function(name: str, data) -> None:
-    """One example of a function: value and gradients are finite, and no warning tells of a doubtful number."""
+    """One example of a function: value and gradients are finite, and there is no warning of a doubtful number."""
     draw = Draw(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -128,7 +128,7 @@ def left_by(output: Path) -> dict:
     return {
         "final": saved(output / "model_final.pth"),
         "best": saved(output / "model_best.pth"),
-        "told best": json.loads((output / "model_best.json").read_text()),
+        "reported best": json.loads((output / "model_best.json").read_text()),
         "AP": {row["iteration"]: row["bbox/AP"] for row in rows if "bbox/AP" in row},
     }
 
@@ -210,7 +210,7 @@ def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
 
 
 def _starts(output: Path) -> list[int]:
-    """The first iteration of each part of a run, of those that came so far as to say."""
+    """The first iteration of each part of a run, of those that came so far as to record it."""
     with contextlib.suppress(FileNotFoundError):
         return [row["start_iter"] for row in json.loads((output / "run.json").read_text())["rows"]]
     return []

@@ -134,16 +134,16 @@ class Stopped(BaseException):
     """Ends a run as a signal would."""
 
 
-class Listen(HookBase):
+class KeepLosses(HookBase):
     """Keeps every loss of every iteration, and may end the run."""
 
     def __init__(self, stop: int | None = None):
-        self.heard: dict[int, dict[str, float]] = {}
+        self.received: dict[int, dict[str, float]] = {}
         self._stop = stop
 
     def after_step(self) -> None:
         now, latest = self.trainer.iter, self.trainer.storage.latest()
-        self.heard[now] = {k: v for k, (v, _) in latest.items() if "loss" in k}
+        self.received[now] = {k: v for k, (v, _) in latest.items() if "loss" in k}
         if self._stop is not None and now + 1 == self._stop:
             raise Stopped
 
@@ -152,13 +152,13 @@ def run(config: DictConfig, *, resume: bool = False, stop: int | None = None, ho
     """Train; the trainer, and every loss by iteration."""
     trainer = Trainer(config)
     trainer.resume_or_load(resume)
-    listen = Listen(stop)
-    trainer.register_hooks([listen, *hooks])
+    losses_kept = KeepLosses(stop)
+    trainer.register_hooks([losses_kept, *hooks])
     try:
         trainer.train()
     except Stopped:
         pass
-    return trainer, listen.heard
+    return trainer, losses_kept.received
 
 
 def differences(one, other, name: str = "") -> list[str]:
@@ -226,26 +226,26 @@ def compare(name: str, data: Path, folder: Path, stop: int = STOP) -> list[str]:
     whole, parts = folder / name / "whole", folder / name / "resumed"
     outcome = []
     for output, ends in ((whole, [None]), (parts, [stop, None])):
-        heard: dict[int, dict[str, float]] = {}
+        received: dict[int, dict[str, float]] = {}
         for i, end in enumerate(ends):
             config = make(data, output)
             config.train.checkpointer.period = stop
-            said = output.with_name(f"{output.name}.{i}.pth")
-            if in_a_process(_part, config, i > 0, end, said) != 0:
+            printed = output.with_name(f"{output.name}.{i}.pth")
+            if in_a_process(_part, config, i > 0, end, printed) != 0:
                 return [f"part {i} of {output.name} failed"]
-            began, more = torch.load(said)
+            began, more = torch.load(printed)
             if began != stop * i:
                 return [f"the resumed run began at {began}"]
-            heard |= more
+            received |= more
         files = {file.name: saved(file) for file in sorted(output.glob("model_*.pth"))}
-        outcome.append({"losses": heard, **files})
+        outcome.append({"losses": received, **files})
     return differences(*outcome)
 
 
-def _part(config: DictConfig, resume: bool, stop: int | None, said: Path) -> None:
-    said.parent.mkdir(parents=True, exist_ok=True)
-    trainer, heard = run(config, resume=resume, stop=stop)
-    torch.save((trainer.start_iter, heard), said)
+def _part(config: DictConfig, resume: bool, stop: int | None, printed: Path) -> None:
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    trainer, received = run(config, resume=resume, stop=stop)
+    torch.save((trainer.start_iter, received), printed)
 
 
 def quiet() -> None:
@@ -265,8 +265,8 @@ def main() -> int:
         for name in CASES:
             found = compare(name, data, Path(folder))
             broken += bool(found)
-            said = f"differs in {len(found)}, such as {found[0]}" if found else "equal"
-            print(f"{name:32} stopped at {STOP} of {END}: {said}", flush=True)
+            printed = f"differs in {len(found)}, such as {found[0]}" if found else "equal"
+            print(f"{name:32} stopped at {STOP} of {END}: {printed}", flush=True)
     print(
         f"{len(CASES) - broken} of {len(CASES)} resumed runs are their uninterrupted ones bit for bit: "
         "losses, weights, optimizers, generators, best state"

@@ -57,8 +57,8 @@ def test_every_precision_is_cocos(options, seed):
     found = precision_array(truth, match(truth, detections))
     np.testing.assert_array_equal(found, expected.eval["precision"][..., -1])
     measured = accuracy(truth, match(truth, detections), range(len(truth.classes)), 0.5)
-    for name, theirs in zip(METRICS, expected.stats):
-        assert measured.metrics[name] == (None if theirs == -1 else 100 * theirs)
+    for name, stat in zip(METRICS, expected.stats):
+        assert measured.metrics[name] == (None if stat == -1 else 100 * stat)
 
 
 def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: which work, on which batches, and how sure it is."""
+"""The benchmark: which work it measures, on which batches, and how precise the figures are."""
 
 import contextlib
 import itertools
@@ -168,7 +168,7 @@ def test_the_teachers_part_is_what_the_losses_read(bench, recipe, read, runs):
     for name in (TEACHER, DISTILLED):
         with capture(parts) as calls:
             assert one.seconds(name, 1) > 0
-        counts[name] = {part: len(heard) for part, heard in calls.items()}
+        counts[name] = {part: len(received) for part, received in calls.items()}
     assert counts[TEACHER] == {**runs, "proposal_generator": 0}
     assert counts[TEACHER] == counts[DISTILLED]
 
@@ -235,27 +235,27 @@ def test_every_step_starts_alike(bench):
 
 
 def test_rows_take_turns_on_the_same_batch():
-    heard, told = [], []
+    received, reported = [], []
 
     class Silent:
         def __init__(self, label, rows):
             self.label, self.rows = label, dict.fromkeys(rows)
 
         def seconds(self, name, number):
-            heard.append((self.label, name, number))
-            return float((len(heard) - 1) // 3)  # the round
+            received.append((self.label, name, number))
+            return float((len(received) - 1) // 3)  # the round
 
     benches = {"a": Silent("a", [STUDENT, TEACHER]), "b": Silent("b", [TEACHER])}
-    seconds = time_rows(benches, 4, lambda *steps: told.append(steps))
+    seconds = time_rows(benches, 4, lambda *steps: reported.append(steps))
     rows = [("a", STUDENT), ("a", TEACHER), ("b", TEACHER)]
     assert seconds == dict.fromkeys(rows, [3.0, 4.0, 5.0, 6.0])  # three to warm up
-    rounds = [heard[i : i + 3] for i in range(0, len(heard), 3)]
+    rounds = [received[i : i + 3] for i in range(0, len(received), 3)]
     assert len(rounds) == 3 + 4
     for k, measured in enumerate(rounds):
         assert {(label, name) for label, name, _ in measured} == set(rows)
         assert {number for *_, number in measured} == {k % BATCHES}
     assert len({measured[0][:2] for measured in rounds[:3]}) == 3  # each was first
-    assert told == [(k, 7) for k in range(7)]
+    assert reported == [(k, 7) for k in range(7)]
 
 
 def test_detectron2s_step_is_ours(bench):
@@ -325,7 +325,7 @@ def test_a_profile_of_a_step_has_its_ranges(bench, monkeypatch):
 
 def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
     draw_data(folder / "data")
-    one, told, shown = bench("imitation"), [], []
+    one, reported, shown = bench("imitation"), [], []
     model, optimizer = one.rows[DISTILLED].trained
     before = {key: value.clone() for key, value in model.state_dict().items()}
     forward = type(model).forward
@@ -333,9 +333,9 @@ def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
         type(model), "forward", lambda self, batch: shown.append(batch) or forward(self, batch)
     )
     found = measure_data_loading(
-        one, batch_size=3, steps=2, progress=lambda *steps: told.append(steps)
+        one, batch_size=3, steps=2, progress=lambda *steps: reported.append(steps)
     )
-    assert told == [(k, 10) for k in range(10)]  # three and two, twice
+    assert reported == [(k, 10) for k in range(10)]  # three and two, twice
     assert [len(batch) for batch in shown] == [3] * 5
     names = {image["file_name"] for batch in shown for image in batch}
     assert names == {str(folder / f"data/{k}.png") for k in range(6)}
@@ -417,7 +417,7 @@ run = command("benchmark")
 
 
 def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
-    asked, models = [], []
+    requested, models = [], []
 
     class Watched(Bench):
         def __init__(self, setup):
@@ -426,7 +426,7 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
 
     def peak(setup, name):
         assert not any(model() for model in models), "there are two of it in memory"
-        asked.append((setup.label, name))
+        requested.append((setup.label, name))
         return None if name == TEACHER else 3 * 2**20
 
     monkeypatch.setattr(costs, "Bench", Watched)
@@ -438,13 +438,13 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     words += ["--variant", "fused", "model.teacher.fuse_norms=true"]
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
     run([*words, "--bound", "1e6", "train.max_iter=6"])
-    said = capsys.readouterr().out
-    assert len(models) == 6 and said.count("met") == 6 and "exceeded" not in said
+    printed = capsys.readouterr().out
+    assert len(models) == 6 and printed.count("met") == 6 and "exceeded" not in printed
     result = json.loads((tmp_path / "new/result.json").read_text())
     assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
-    told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
-    assert told == ["cpu", [[64, 64], [32, 96]], 2, 2]
-    assert "\n64 x 64, 32 x 96 px, 2 images per batch" in said
+    reported = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
+    assert reported == ["cpu", [[64, 64], [32, 96]], 2, 2]
+    assert "\n64 x 64, 32 x 96 px, 2 images per batch" in printed
 
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
@@ -458,7 +458,7 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
 
     # The plain step is one for both recipes, and another where the student is trained otherwise.
     rows = [(row["recipe"], row["name"]) for row in result["rows"]]
-    assert rows == asked
+    assert rows == requested
     assert [row[0] for row in rows if row[1] == DETECTRON2] == ["tar"]
     assert [row[0] for row in rows if row[1] == STUDENT] == ["tar", "tar, clipped"]
     for name in (TEACHER, DISTILLED):
@@ -471,12 +471,12 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
         assert min(row["seconds"]) > 0
         assert (row["phases"] is None) == (row["name"] in (TEACHER, DETECTRON2))
     assert [row["recipe"] for row in result["data"]] == labels
-    assert said.count("with its data loader") == 1
+    assert printed.count("with its data loader") == 1
     compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
     assert ("tar, fused", "distilled / that of tar") in compared
     markdown = (tmp_path / "table.md").read_text()
     for ratio in result["ratios"]:
-        assert ratio["ratio"] in said and f"{ratio['median']:.3f}" in said
+        assert ratio["ratio"] in printed and f"{ratio['median']:.3f}" in printed
         assert f"{ratio['median']:.3f}" in markdown
     assert "| recipe" in markdown
 

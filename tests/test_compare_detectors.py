@@ -99,10 +99,10 @@ def test_a_study_alone_is_enough(study):  # noqa: F811
 
 def test_a_study_ends_with_it(study, data, capsys):  # noqa: F811
     rows = json.loads((study / "results.json").read_text())["rows"]
-    asked = Study(runs={}, test=named(data), baseline="baseline")
-    assert study_report(study, asked, rows) == study / "report.html"
+    requested = Study(runs={}, test=named(data), baseline="baseline")
+    assert study_report(study, requested, rows) == study / "report.html"
     assert "regions and features" in capsys.readouterr().out
-    assert study_report(study, asked, rows[:2]) is None  # nothing was distilled
+    assert study_report(study, requested, rows[:2]) is None  # nothing was distilled
 
 
 @pytest.mark.parametrize(

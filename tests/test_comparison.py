@@ -225,7 +225,7 @@ def test_classes_are_compared_by_name(data, tmp_path):
     classes = {"one": ["class 1", "class 2", "čaša <b>"], "other": ["zebra", "Class_1", "crab"]}
     detectors = pair(tmp_path, data, **classes)
     for detector in detectors:
-        detector.classes = None  # as of a config that does not tell; its checkpoint does
+        detector.classes = None  # as of a config without them; the checkpoint has them
     found = seen_by(detectors, data, tmp_path)
     assert found.compared_classes == ["class 1"]
     assert found["other"].missing_classes == ["čaša <b>", "class 2"]
@@ -372,15 +372,15 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     detectors = detectors_from_study(study, content["rows"], content["baseline"])
     assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
     for featured, last in (("weak", "weak"), ("gone", "tar")):
-        asked = detectors_from_study(study, content["rows"], content["baseline"], featured)
-        assert [d.name for d in asked] == ["teacher", "baseline", last]
+        requested = detectors_from_study(study, content["rows"], content["baseline"], featured)
+        assert [d.name for d in requested] == ["teacher", "baseline", last]
     more = []  # of a later seed, and better
     for row in content["rows"][1::2]:
         name = row["name"].replace("seed0", "seed1")
         shutil.copytree(study / row["name"], study / name)
         more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": name})
-    asked = detectors_from_study(study, [*more, *content["rows"]], content["baseline"])
-    assert [d.config for d in asked] == [d.config for d in detectors]
+    requested = detectors_from_study(study, [*more, *content["rows"]], content["baseline"])
+    assert [d.config for d in requested] == [d.config for d in detectors]
     test = study / "tar_seed0" / "test"
     test.mkdir()
     (test / "coco_instances_results.json").write_text("[]")

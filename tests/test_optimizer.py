@@ -38,7 +38,7 @@ def two(data, output, **train):  # noqa: F811
 
 def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F811
     config = two(data, tmp_path, max_iter=4, seed=3)
-    ours = run(config)
+    trainer = run(config)
 
     seed_all_rng(3)
     model = instantiate(config.model).train()
@@ -64,7 +64,7 @@ def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F81
             optimizer.step()
     assert all(student > 0.5 and own > 0.01 for student, own in norms), "nothing was clipped"
     for name, part in zip(("student", "losses"), parts):
-        found = dict(getattr(ours.model, name).state_dict())
+        found = dict(getattr(trainer.model, name).state_dict())
         assert found.keys() == part.state_dict().keys()
         for key, value in part.state_dict().items():
             torch.testing.assert_close(found[key], value, msg=f"{name}.{key}")

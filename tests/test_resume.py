@@ -98,7 +98,7 @@ def test_a_run_that_begins_anew_does_not_go_on_from_a_former_one(data, tmp_path)
     config.train.checkpointer.period = 2
     run(config, stop=1)  # before its first checkpoint
     assert not (tmp_path / "model_best.json").exists()
-    assert (tmp_path / "model_final.pth").exists()  # weights are not ours to delete
+    assert (tmp_path / "model_final.pth").exists()  # the user may still want its weights
     trainer, _ = run(config, resume=True, stop=2)
     assert trainer.start_iter == 0
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
@@ -140,14 +140,14 @@ def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
 
 def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, caplog):
     def images(config, resume):
-        heard = []
+        received = []
         trainer = Trainer(config)
         trainer.resume_or_load(resume)
         trainer.model.register_forward_pre_hook(
-            lambda _, args: heard.extend(x["image_id"] for x in args[0])
+            lambda _, args: received.extend(x["image_id"] for x in args[0])
         )
         trainer.train()
-        return heard
+        return received
 
     config = plain_recipe(data, tmp_path / "whole")
     config.dataloader.train.aspect_ratio_grouping = False
@@ -160,7 +160,7 @@ def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, capl
     assert first + rest == whole and len(whole) == 8
     assert "total_batch_size is 1 and was another: the data continue at image 4" in caplog.text
     caplog.clear()
-    config.train.max_iter = 7  # what was said once is known
+    config.train.max_iter = 7  # what was logged once is known
     config.dataloader.train.total_batch_size = 2
     images(config, True)
     assert "the data continue at image 8" in caplog.text
@@ -182,9 +182,9 @@ def test_another_teacher_and_another_seed_are_named(data, tmp_path, caplog):
     assert "the teacher's weights are" in caplog.text and line in caplog.text
 
 
-def _with_little_room(config, said):
-    """A run whose disk takes no file larger than 100 kB; what it says on stderr, and its exit code."""
-    with open(said, "w") as file:
+def _with_little_room(config, printed):
+    """A run whose disk takes no file larger than 100 kB; its stderr is kept in a file."""
+    with open(printed, "w") as file:
         sys.stderr = file
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         with report_input_errors():
@@ -192,16 +192,16 @@ def _with_little_room(config, said):
 
 
 def test_out_of_room(data, tmp_path):
-    out, said = tmp_path / "out", tmp_path / "said.txt"
+    out, printed = tmp_path / "out", tmp_path / "printed.txt"
     config = plain_recipe(data, out)
     run(config, stop=1)
     name = "model_0000000.pth"
     before = (out / name).read_bytes()
     assert len(before) > 100_000
-    assert in_a_process(_with_little_room, config, said) == 2
+    assert in_a_process(_with_little_room, config, printed) == 2
     # The lines of the run's log are for stdout and its file.
-    lines = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in said.read_text()
+    lines = [line for line in printed.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed.read_text()
     assert "model_0000001.pth: cannot be written (File too large)" in lines[0]
     assert (out / name).read_bytes() == before and (out / "last_checkpoint").read_text() == name
     assert not [*out.glob(".*")]
@@ -260,8 +260,8 @@ def test_a_run_that_ended_before_its_final_file_is_given_it(data, tmp_path):
     expected = saved(final)
     final.unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    resumed, heard = run(config, resume=True)
-    assert heard == {} and differences(saved(final), expected) == []
+    resumed, received = run(config, resume=True)
+    assert received == {} and differences(saved(final), expected) == []
     assert not trainer.finished and not resumed.finished
     assert run(config, resume=True)[0].finished
 

@@ -92,9 +92,9 @@ def run(file, output, seeds=(), only=(), trainer=None, console=None):
 def test_commands_side_by_side_are_one_by_one_in_this_process(command, file, tmp_path, capsys):
     """To the last bit: weights, figures; also of what only the study's own file defines and registers."""
     command("--seeds 3 --runs baseline imitation --jobs 2 --output two")
-    said = capsys.readouterr().out
-    assert said.splitlines()[3].split()[0] == "teacher"  # which others wait for
-    assert "two/report.html" in said
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[3].split()[0] == "teacher"  # which others wait for
+    assert "two/report.html" in printed
     assert (tmp_path / "two/report.html").exists() and (tmp_path / "two/curves.png").exists()
     rows = json.loads((tmp_path / "two/results.json").read_text())["rows"]
     one, _ = run(file, tmp_path / "one", [3], ["baseline", "imitation"])
@@ -114,10 +114,10 @@ def test_a_run_that_fails_is_told_and_takes_along_only_what_needs_it(command, tm
     with pytest.raises(SystemExit) as exit:
         command("--runs baseline needy --jobs 2")
     assert exit.value.code == 2
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
-    assert "at iteration" in said.err and "; expected a finite number" in said.err
-    assert "skipped, since it needs broken_seed0" in said.out
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
+    assert "at iteration" in printed.err and "; expected a finite number" in printed.err
+    assert "skipped, since it needs broken_seed0" in printed.out
     rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["baseline_seed0"]
 
@@ -146,12 +146,12 @@ def trained_by(code, monkeypatch):
 )
 def test_a_process_that_dies_is_named_and_its_output_kept(file, tmp_path, monkeypatch, code, found):
     trained_by(code, monkeypatch)
-    said, only = io.StringIO(), ["baseline", "imitation"]
-    rows, failed = run(file, tmp_path / "out", [0], only, ParallelRunner(2), said)
+    printed, only = io.StringIO(), ["baseline", "imitation"]
+    rows, failed = run(file, tmp_path / "out", [0], only, ParallelRunner(2), printed)
     assert rows == [] and set(failed) == {"teacher", "baseline_seed0"}
     error = str(failed["baseline_seed0"])
     assert error.startswith(f"baseline_seed0: {found}") and "\n" not in error
-    assert f"failed: {error}" in said.getvalue()
+    assert f"failed: {error}" in printed.getvalue()
     kept = tmp_path / "out" / "baseline_seed0" / "stderr.txt"
     assert kept.exists() and str(kept) in error
     assert ("ZeroDivisionError" in kept.read_text()) == ("1 / 0" in code)
@@ -188,12 +188,12 @@ def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
     assert metrics.exists()  # and the next command goes on from there
 
 
-def _begin_and_wait(folder, told):
+def _begin_and_wait(folder, reported):
     config = OmegaConf.create(dict(model={}, train=dict(output_dir=folder, max_iter=1)))
     going_on = training.train_in_subprocess(config, "", print, 1, None)
     next(going_on)
-    told.send(going_on.gi_frame.f_locals["process"].pid)
-    told.recv()
+    reported.send(going_on.gi_frame.f_locals["process"].pid)
+    reported.recv()
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux shows a grandchild's end")

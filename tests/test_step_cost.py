@@ -115,8 +115,8 @@ def test_each_set_of_losses_is_measured(faked):
 
 
 def test_pairs_take_turns_on_equal_draws(faked):
-    told = []
-    found = faked({"a": 0.5}, 12, a=1.0, report=lambda *steps: told.append(steps))
+    reported = []
+    found = faked({"a": 0.5}, 12, a=1.0, report=lambda *steps: reported.append(steps))
     assert found.pairs == 12
     steps = [faked.steps[i : i + 2] for i in range(0, len(faked.steps), 2)]
     assert len(steps) == 3 * (1 + 4)  # one to warm up at each of three points
@@ -125,7 +125,7 @@ def test_pairs_take_turns_on_equal_draws(faked):
         assert [name for name, *_ in pair] == (names if k % 2 == 0 else names[::-1])
         assert pair[0][1:] == pair[1][1:]  # iteration and random draw
     assert sorted({iteration for _, iteration, _ in faked.steps}) == [0, 500, 999]
-    assert told == [(k, 15) for k in range(16)]
+    assert reported == [(k, 15) for k in range(16)]
     assert faked({"a": 0.5}, 13, a=1.0).pairs == 13
     faked.steps.clear()  # few pairs where few iterations are
     assert faked({"a": 0.5}, 40, a=off_from(0.9)).pairs >= 40

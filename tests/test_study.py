@@ -1,4 +1,4 @@
-"""Studies: what is planned, what is trained again and what is not, and what the figures say."""
+"""Studies: what is planned, what is trained again and what is not, and the figures."""
 
 import io
 import json
@@ -191,7 +191,7 @@ def test_files_that_are_no_study(tmp_path):
 
 def test_runs_have_their_sources_and_equal_time_is_measured_once(tmp_path):
     train, cost = FakeTraining(), FakeCost(1.508)
-    rows, failed, said = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    rows, failed, printed = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
     methods = ["tar", "teacher", "baseline", "equal_time", "longer"]
     assert not failed and list(dict.fromkeys(row["method"] for row in rows)) == methods
     teacher, configs = str(tmp_path / "teacher/model_final.pth"), train.configs
@@ -203,7 +203,7 @@ def test_runs_have_their_sources_and_equal_time_is_measured_once(tmp_path):
     [(distilled, plain)] = cost.calls  # for both seeds
     assert distilled.model.teacher.weights == teacher
     assert "teacher" not in plain.model and plain.train.max_iter == 100
-    assert said.count("1.51 (1.41 to 1.61) times a plain step, measured over 12 pairs") == 1
+    assert printed.count("1.51 (1.41 to 1.61) times a plain step, measured over 12 pairs") == 1
     measured = cost(None, None, lambda *_: None)
     written = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["step_cost"] for row in written if row["method"] == "equal_time"] == [measured] * 2
@@ -231,9 +231,9 @@ def test_an_equal_time_run_whose_steps_cannot_be_measured_fails_alone(tmp_path):
     def refuse(distilled, plain, report):
         raise InputError("train.device", "cuda", "cpu")
 
-    rows, failed, said = run(study_of(), tmp_path, FakeTraining(), cost=refuse)
+    rows, failed, printed = run(study_of(), tmp_path, FakeTraining(), cost=refuse)
     assert list(failed) == ["equal_time_seed0"] and len(rows) == 4
-    assert said.count("failed: train.device: cuda; expected cpu") == 1
+    assert printed.count("failed: train.device: cuda; expected cpu") == 1
 
 
 def test_results_have_the_promised_form(tmp_path):
@@ -265,8 +265,8 @@ def test_finished_runs_are_not_trained_again_even_elsewhere(tmp_path):
     first, _, _ = run(study_of(), tmp_path / "a", train)
     (tmp_path / "a").rename(tmp_path / "b")
     train.calls.clear()
-    rows, _, said = run(study_of(), tmp_path / "b", train)
-    assert train.calls == [] and said.count("finished before") == 5
+    rows, _, printed = run(study_of(), tmp_path / "b", train)
+    assert train.calls == [] and printed.count("finished before") == 5
     assert [row["AP"] for row in rows] == [row["AP"] for row in first]
     assert all(str(tmp_path / "b") in row["weights"] for row in rows)
 
@@ -301,18 +301,18 @@ def test_several_commands_add_up_to_one_table(tmp_path):
         assert [row["name"] for row in rows] == [row["name"] for row in written]
         return [row["name"] for row in rows], console.getvalue()
 
-    found, said = again(study_of(), ["longer"])
+    found, printed = again(study_of(), ["longer"])
     assert train.calls == ["longer_seed0"]
     first = ["tar_seed0", "teacher", "baseline_seed0", "equal_time_seed0"]
     assert found == [*first, "longer_seed0", "term_seed0"]
-    assert said.count("finished before") == 5
+    assert printed.count("finished before") == 5
 
     other = study_of()
     # And so TAR's, and that of its steps, are no longer its own.
     other.runs["teacher"].config.model.width = 16
-    found, said = again(other, ["baseline"])
+    found, printed = again(other, ["baseline"])
     assert found == ["baseline_seed0", "longer_seed0", "term_seed0"]
-    assert "left out" not in said and "teacher" not in said
+    assert "left out" not in printed and "teacher" not in printed
     assert (tmp_path / "teacher" / "model_final.pth").is_file()  # nor is it moved aside
 
     train.stop = "longer_seed0"
@@ -337,14 +337,16 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, harm):
 def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     train = FakeTraining()
     train.stop, train.error = "teacher", InputError("loss_cls", "nan", "a finite number")
-    rows, failed, said = run(study_of(), tmp_path, train)
+    rows, failed, printed = run(study_of(), tmp_path, train)
     assert [row["name"] for row in rows] == ["baseline_seed0", "longer_seed0"]
     assert list(failed) == ["teacher"]
-    assert "failed: loss_cls: nan" in said and said.count("skipped, since it needs teacher") == 2
-    said = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
-    assert "over baseline" in said
+    assert (
+        "failed: loss_cls: nan" in printed and printed.count("skipped, since it needs teacher") == 2
+    )
+    printed = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
+    assert "over baseline" in printed
     time = training_time(rows)
-    assert time in said and time in (tmp_path / "table.md").read_text()
+    assert time in printed and time in (tmp_path / "table.md").read_text()
 
 
 def test_the_time_of_all_runs_is_added_up():
@@ -444,13 +446,15 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
             line(step, 100)
         line.close("AP 1.0")
         line.close("shared_across_seeds")
-        said = console.getvalue()
-        assert said.endswith("  tar  AP 1.0\n")
-        assert "step 70/100  00:30 elapsed  00:30 left" in said  # by the steps that were made here
+        printed = console.getvalue()
+        assert printed.endswith("  tar  AP 1.0\n")
+        assert (
+            "step 70/100  00:30 elapsed  00:30 left" in printed
+        )  # by the steps that were made here
         if console.isatty():
-            assert said.count("\n") == 1 and "step 100/100" in said
+            assert printed.count("\n") == 1 and "step 100/100" in printed
         else:
-            assert "\r" not in said and 3 <= said.count("\n") <= 5
+            assert "\r" not in printed and 3 <= printed.count("\n") <= 5
 
 
 def test_an_only_class_and_undefined_figures():
@@ -570,12 +574,12 @@ def test_rows_differ_in_what_their_gain_is_of(path, method):
 def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
     alive = []
 
-    class Heard(Trainer):
+    class Watched(Trainer):
         def __init__(self, config):
             super().__init__(config)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr("d2kd.study.run.Trainer", Heard)
+    monkeypatch.setattr("d2kd.study.run.Trainer", Watched)
     draw_data(tmp_path / "data")
     config = tiny_recipe(tmp_path / "data", tmp_path / "run", max_iter=1)
     train(config, config.dataloader.test.dataset.names, lambda step, steps: None)

@@ -58,11 +58,11 @@ def test_train_resume_evaluate(folder, monkeypatch):
     measured = []
     do_test = engine.do_test
 
-    def heard(config, model):
+    def received(config, model):
         measured.append(model.state_dict())
         assert "AP" in do_test(config, model)["bbox"]
 
-    monkeypatch.setattr(engine, "do_test", heard)
+    monkeypatch.setattr(engine, "do_test", received)
     final = torch.load(folder / "out/model_final.pth")["model"]
     given = {key: value + 1 for key, value in final.items()}
     torch.save({"model": given}, folder / "given.pth")

@@ -53,12 +53,12 @@ def loss_difference(name: str, parts: list[tuple[Tensor, dict]], deal: list[list
     found = [relative(sum(value for value, _ in parts) / 2, whole)]
     for key, gradient in gradients.items():
         if key.startswith("student."):
-            mine = torch.cat([part[key] for _, part in parts]) / 2
-            theirs = torch.cat([recorded.by_image(key, gradient, images) for images in deal])
+            of_two = torch.cat([part[key] for _, part in parts]) / 2
+            of_one = torch.cat([recorded.by_image(key, gradient, images) for images in deal])
         else:
-            mine, theirs = sum(part[key] for _, part in parts) / 2, gradient
-        if theirs.norm() > 1e-8:
-            found.append(relative(mine, theirs))
+            of_two, of_one = sum(part[key] for _, part in parts) / 2, gradient
+        if of_one.norm() > 1e-8:
+            found.append(relative(of_two, of_one))
     return max(found)
 
 
@@ -111,10 +111,10 @@ def evaluation(data: Path, folder: Path) -> dict:
             truth = [a for a in content["annotations"] if a["image_id"] == i]
             boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4) + i % 4
             boxes[:, 2:] += boxes[:, :2]
-            said = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes))
-            said.scores = torch.full((len(truth),), 1 / (1 + i))
-            said.pred_classes = torch.tensor([a["category_id"] - 1 for a in truth]).long()
-            found.append({"instances": said})
+            printed = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes))
+            printed.scores = torch.full((len(truth),), 1 / (1 + i))
+            printed.pred_classes = torch.tensor([a["category_id"] - 1 for a in truth]).long()
+            found.append({"instances": printed})
         return found
 
     return do_test(with_defaults(recipe(data, folder / "evaluation")), detect)
@@ -229,24 +229,24 @@ def _compare(folder: Path) -> dict[str, str]:
 
     one = folder / "one"
     for make, name in ((gfl_run, "first step/resumed"), (erd_run, "erd/run")):
-        _, heard = run(make(data, one))
+        _, received = run(make(data, one))
         apart = [
             # A divergence near 0 is a difference of numbers near 1.
             abs(both[0][make.__name__][i][k] - v) / max(abs(v), 0.01 * row["total_loss"])
-            for i, row in heard.items()
+            for i, row in received.items()
             for k, v in row.items()
         ]
         close(f"losses of each step of {name.split('/')[0]}", max(apart))
         momenta = [_momenta(saved(folder / n / name / "model_final.pth")) for n in ("two", "one")]
         close(f"gradients' momenta after the steps of {name.split('/')[0]}", relative(*momenta))
-    trainer, heard = run(taught_run(data, one))
+    trainer, received = run(taught_run(data, one))
     statistics = [{k: v for k, v in s["statistics"].items() if "running" in k} for s in both]
     same("statistics of synchronised norms in both", *statistics)
     means = {k: v for k, v in trainer.model.student.state_dict().items() if "running_mean" in k}
     means = [torch.cat([s[k] for k in means]) for s in (statistics[0], means)]
     close("and those of one process", relative(*means))
     # The student's own are not to be compared: each process divides them by its own normalizer, as in Detectron2.
-    (of_two,), (alone,) = both[0]["norms"].values(), heard.values()
+    (of_two,), (alone,) = both[0]["norms"].values(), received.values()
     of_two, alone = (row["distill/loss_imitation"] for row in (of_two, alone))
     close("imitation of their features", abs(of_two - alone) / alone)
     for name in STUDENTS:
