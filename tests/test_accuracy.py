@@ -94,7 +94,7 @@ def test_the_best_f1_is_that_of_the_best_threshold():
     assert len(at) > 5 and [one.best for one in at] == [best] * len(at)
 
 
-def test_means_are_over_the_classes_asked_for():
+def test_means_are_over_the_given_classes():
     truth = generated_truth()
     matches = match(truth, generated_detections(truth))
     some = accuracy(truth, matches, [0, 2], 0.5)

@@ -85,7 +85,9 @@ def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp
     file.write_text(json.dumps(content))
     test = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path / "data"))
     study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
-    with pytest.raises(InputError, match="_seen1': no object of class 0; expected at least one"):
+    with pytest.raises(
+        InputError, match="_cumulative1': no object of class 0; expected at least one"
+    ):
         run(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -93,10 +95,10 @@ def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp
 def test_figures_after_each_increment(tmp_path):
     """Forgetting is against the run that learned the class, two increments back as well as one."""
     train, _, _ = run(study_of(), tmp_path)
-    tests = {f"{x}_seed0": f"shapes_test_4+2+2_seen{k}" for k, x in enumerate(APS, 1)}
+    tests = {f"{x}_seed0": f"shapes_test_4+2+2_cumulative{k}" for k, x in enumerate(APS, 1)}
     assert train.tests == tests | {"everything_seed0": "shapes_test"}
     record = json.loads((tmp_path / "second_seed0" / "study.json").read_text())
-    assert record["dataset"] == "shapes_test_4+2+2_seen2"
+    assert record["dataset"] == "shapes_test_4+2+2_cumulative2"
     content = json.loads((tmp_path / "increments.json").read_text())
     assert content["schema"] == 1
     assert content["increments"] == [CLASSES[:4], CLASSES[4:6], CLASSES[6:]]

@@ -81,9 +81,13 @@ def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path): 
         Trainer(config).resume_or_load(True)
 
 
-@pytest.mark.parametrize("part", ["student", "losses"])
-def test_gradients_that_are_not_finite_stop_both(data, tmp_path, part):  # noqa: F811
-    trainer = Trainer(two(data, tmp_path))
+@pytest.mark.parametrize("part", ["student", "losses", "backbone"])
+def test_gradients_that_are_not_finite_stop_all(data, tmp_path, part):  # noqa: F811
+    """Also where there is one optimizer and no distillation."""
+    config = two(data, tmp_path)
+    if part == "backbone":
+        config = without_evaluation(recipe(data, tmp_path))
+    trainer = Trainer(config)
     weight = next(p for p in getattr(trainer.model, part).parameters() if p.requires_grad)
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = copy.deepcopy(dict(trainer.model.named_parameters()))

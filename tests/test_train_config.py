@@ -166,3 +166,9 @@ def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path)
     Trainer(without_evaluation(config)).train()
     assert (tmp_path / "model_final.pth").is_file()
     assert "config.yaml: cannot be written" in (tmp_path / "log.txt").read_text()
+
+
+def test_checkpoints_come_before_evaluations_and_the_log_is_written_last(data, tmp_path):  # noqa: F811
+    names = [type(hook).__name__ for hook in Trainer(recipe(data, tmp_path, distiller()))._hooks]
+    order = "EvalTeacher IterationTimer LRScheduler PeriodicCheckpoint ResumableEvalHook"
+    assert names == [*order.split(), "BestCheckpoint", "LazyPeriodicWriter"]
