@@ -180,7 +180,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(data, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         seen_by(detectors, data, tmp_path)
     seen_by(detectors, data, tmp_path)
-    assert calls == [0, 1, 2, 3, 2, 3, 4, 5]  # only the first file was whole
+    assert calls[:8] == [0, 1, 2, 3, 2, 3, 4, 5]  # only the first file was whole
+    assert set(calls[8:]) == {0}  # to measure its time
 
 
 def _boxes(folder):
@@ -229,7 +230,7 @@ def test_classes_are_compared_by_name(data, tmp_path):
     found = seen_by(detectors, data, tmp_path)
     assert found.compared_classes == ["class 1"]
     assert found["other"].missing_classes == ["čaša <b>", "class 2"]
-    assert found["other"].only == ["zebra", "crab"] and found["one"].only == []
+    assert found["other"].unique_classes == ["zebra", "crab"] and found["one"].unique_classes == []
     text = write_report(found, tmp_path).read_text()
     assert "zebra" in text and "unknown" in text
 

@@ -71,34 +71,30 @@ def study_of(**study):
 
 
 class FakeTraining:
-    """Trains at once: AP, or those of classes, and seconds by run or method; ``stop`` names a run to be interrupted in."""
+    """Trains at once: AP, or those of classes, by run or method; ``stop`` names a run to be interrupted in."""
 
-    def __init__(self, ap=None, seconds=None):
-        self.ap, self.seconds = ap or {}, seconds or {}
-        self.calls, self.configs, self.stop, self.error = [], {}, None, KeyboardInterrupt()
-        self.tests = {}
+    def __init__(self, ap=None):
+        self.ap, self.calls, self.configs, self.tests = ap or {}, [], {}, {}
+        self.stop, self.error = None, KeyboardInterrupt()
 
     def __call__(self, config, test, report):
-        folder = config.train.output_dir
-        name = folder.rsplit("/", 1)[1]
-        method = name.split("_seed")[0]
+        folder, steps = Path(config.train.output_dir), config.train.max_iter
+        name, weights = folder.name, folder / "model_final.pth"
         self.calls.append(name)
         self.configs[name], self.tests[name] = config, test
-        report(0, config.train.max_iter)
-        with open(f"{folder}/metrics.json", "a") as file:
+        report(0, steps)
+        with open(folder / "metrics.json", "a") as file:
             file.write('{"iteration": 0, "loss_cls": 1.0}\n')
         if name == self.stop:
             raise self.error
-        report(config.train.max_iter, config.train.max_iter)
-        weights = folder + "/model_final.pth"
-        with open(weights, "w") as file:
-            file.write(f"{name} {config.model} {config.train.max_iter}")
-        ap = self.ap.get(name, self.ap.get(method, 10.0))
+        report(steps, steps)
+        weights.write_text(f"{name} {config.model} {steps}")
+        ap = self.ap.get(name, self.ap.get(name.split("_seed")[0], 10.0))
         known = ap if isinstance(ap, list) else [ap] * (len(CLASSES) - 1)
         ap = sum(known) / len(known)
         metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": -1, "APm": ap, "APl": math.nan}
         metrics |= {f"AP-{name}": ap for name, ap in zip(CLASSES, known)}
-        return TrainingResult(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
+        return TrainingResult(metrics, 1234, 50.0, weights)
 
 
 class FakeCost:
@@ -114,11 +110,9 @@ class FakeCost:
         return found | dict(pairs=12, clock="cpu seconds")
 
 
-def run(study, output, train, seeds=(), only=(), fast=False, cost=None):
-    console = io.StringIO()
-    runs = study.plan(seeds, only, fast)
-    trainer = SequentialRunner(train, cost or FakeCost())
-    rows, failed = run_study(study, runs, output, trainer, console)
+def run(study, output, train, seeds=(), only=(), cost=None):
+    console, trainer = io.StringIO(), SequentialRunner(train, cost or FakeCost())
+    rows, failed = run_study(study, study.plan(seeds, only), output, trainer, console)
     return rows, failed, console.getvalue()
 
 
@@ -395,11 +389,9 @@ def test_fingerprints_are_of_content(tmp_path):
     assert held(1) == held(1) != held(2)
 
 
-def row(method, seed, ap, seconds=10.0):
-    filled = ap_metrics({"AP": ap, "AP50": ap}, ["x"])
-    return dict(
-        name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=seconds, **filled
-    )
+def row(method, seed, ap):
+    about = dict(name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=10.0)
+    return about | ap_metrics({"AP": ap, "AP50": ap}, ["x"])
 
 
 def test_gains_are_paired():
