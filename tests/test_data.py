@@ -36,6 +36,8 @@ from d2kd.data import (
 )
 from d2kd.utils.errors import InputError
 
+from .common import perfect
+
 SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
 
 
@@ -64,9 +66,6 @@ def change(json_file, edit):
     content = json.loads(json_file.read_text())
     edit(content)
     json_file.write_text(json.dumps(content))
-
-
-# ---------------------------------------------------------------------------------------- shapes
 
 
 def test_same_json_and_pixels_everywhere(small):
@@ -171,9 +170,6 @@ def test_registered_without_drawing(tmp_path):
         assert len(DatasetCatalog.get("shapes_train")) == 6
     finally:
         shapes.register()
-
-
-# ---------------------------------------------------------------------------------------- loaders
 
 
 class Probe:
@@ -301,12 +297,8 @@ def test_the_shapes_config(registered):
     assert [[one["image_id"] for one in batch] for batch in tests] == [[1, 2]]
     evaluator = instantiate(cfg.dataloader.evaluator)
     evaluator.reset()
-    for image in sum(tests, []):  # the ground truth as predictions: every AP is 100
-        target = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
-        found = target(DatasetCatalog.get("shapes_val")[image["image_id"] - 1])["instances"]
-        found.pred_boxes, found.pred_classes = found.gt_boxes, found.gt_classes
-        found.scores = torch.ones(len(found))
-        evaluator.process([image], [{"instances": found}])
+    records = DatasetCatalog.get("shapes_val")
+    evaluator.process(sum(tests, []), [{"instances": perfect(record)} for record in records])
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -346,9 +338,6 @@ def test_detectron2s_loaders_become_ours(registered):
     nodes.train = L(build_detection_train_loader)(dataset=names, sampler="mine")
     use_seeded_loaders(nodes, seed=9)
     assert nodes.train._target_ is build_detection_train_loader and "seed" not in nodes.train
-
-
-# ------------------------------------------------------------------------------------ user's data
 
 
 def test_own_data_is_registered_once(own, small):

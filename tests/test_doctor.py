@@ -37,7 +37,7 @@ from d2kd.modeling.backbone.torchvision_backbone import (
 from d2kd.testing import tiny_gfl
 from d2kd.utils.random_state import random_state
 
-from .common import CLASSES, command, tiny_faster_rcnn, tiny_retinanet
+from .common import CLASSES, command, perfect, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, write_recipe
 
 HEADS = "model.student.roi_heads"
@@ -54,20 +54,11 @@ def config(tmp_path, monkeypatch):
         if not truth:
             records = DatasetCatalog.get(f"tiny_{tmp_path / 'data'}")
             truth.update({r["image_id"]: r for r in records})
-        return [{"instances": as_detections(truth[x["image_id"]])} for x in batch]
+        return [{"instances": perfect(truth[x["image_id"]])} for x in batch]
 
     monkeypatch.setattr(Teacher, "detect", detect)
     model = distiller(teacher_weights(tmp_path), L(DistillLosses)(**LOSSES))
     return recipe(tmp_path / "data", tmp_path / "out", model, max_iter=100)
-
-
-def as_detections(record):
-    boxes = torch.tensor([one["bbox"] for one in record["annotations"]]).reshape(-1, 4).float()
-    boxes[:, 2:] += boxes[:, :2]
-    found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
-    found.scores = torch.ones(len(boxes))
-    found.pred_classes = torch.tensor([one["category_id"] for one in record["annotations"]]).long()
-    return found
 
 
 def examined(config, **options):

@@ -7,11 +7,9 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-import torch
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances, register_pascal_voc
-from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from d2kd.config import load
@@ -20,7 +18,7 @@ from d2kd.engine import Trainer, do_test
 from d2kd.utils.errors import InputError
 
 from . import tiny_run
-from .common import CLASSES, ROOT
+from .common import CLASSES, ROOT, perfect
 
 NAMES = [f"class {k}" for k in range(CLASSES)]
 SIZE = 64, 48  # width, height
@@ -74,9 +72,6 @@ def boxes(name="own"):
     return [[a["bbox"] for a in record["annotations"]] for record in DatasetCatalog.get(name)]
 
 
-# ---------------------------------------------------------------------------------------- loading
-
-
 @pytest.mark.parametrize("split", ["train", "val"])  # it reads no list of one image
 def test_what_detectron2_reads(voc, split, caplog):
     with caplog.at_level(logging.WARNING):
@@ -124,9 +119,6 @@ def test_a_root_from_the_environment(voc, monkeypatch):
     monkeypatch.setenv("D2KD_HERE", str(voc.parent))
     assert check_dataset(node) == check_dataset([node, "own"])[:1] == ["own"]
     assert boxes() == [[[1, 2, 40, 41]]]
-
-
-# ---------------------------------------------------------------------------------------- checking
 
 
 def edit(change):
@@ -221,9 +213,6 @@ def test_a_picture_of_another_size_is_named(voc, tmp_path):
         Trainer(config).train()
 
 
-# ---------------------------------------------------------------------------------------- using
-
-
 def recipe(root, tmp_path, **options):
     config = tiny_run.without_evaluation(tiny_run.recipe(tmp_path, tmp_path / "run", **options))
 
@@ -245,15 +234,8 @@ def with_evaluation(config):
 
 def oracle(batch):
     """A detector that knows the annotations."""
-    [one] = batch
-    [record] = [r for r in DatasetCatalog.get("val") if r["image_id"] == one["image_id"]]
-    instances = Instances((record["height"], record["width"]))
-    corners = [a["bbox"] for a in record["annotations"]]
-    assert all(a["bbox_mode"] == BoxMode.XYXY_ABS for a in record["annotations"])
-    instances.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
-    instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]]).long()
-    instances.scores = torch.ones(len(corners))
-    return [{"instances": instances}]
+    records = {record["image_id"]: record for record in DatasetCatalog.get("val")}
+    return [{"instances": perfect(records[one["image_id"]])} for one in batch]
 
 
 def test_evaluation_agrees_with_the_annotations(voc, tmp_path):
@@ -301,8 +283,6 @@ def test_a_distiller_learns_from_it(voc, tmp_path, monkeypatch):
     again = load(str(tmp_path / "run" / "config.yaml"))
     assert check_dataset(again.dataloader.train.dataset.names) == ["train"]
 
-
-# ---------------------------------------------------------------------------------------- blood cells
 
 BLOOD = ["RBC", "WBC", "Platelets"]
 CELLS = {"train": SPLITS["train"], "val": SPLITS["val"], "test": SPLITS["one"]}
