@@ -360,7 +360,7 @@ def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
         type(model), "forward", lambda self, batch: shown.append(batch) or forward(self, batch)
     )
     found = measure_data_loading(
-        one, batch_size=3, steps=2, report=lambda *steps: told.append(steps)
+        one, batch_size=3, steps=2, progress=lambda *steps: told.append(steps)
     )
     assert told == [(k, 10) for k in range(10)]  # three and two, twice
     assert [len(batch) for batch in shown] == [3] * 5

@@ -494,7 +494,7 @@ def test_a_run_that_does_not_say_its_data_or_its_images(data, tmp_path, refuses)
     torch.save({"model": {}}, tmp_path / "model_final.pth")
     config.model.teacher.scale = 2
     save_config(config, tmp_path / "config.yaml")
-    line = "config.yaml: a teacher of images 2 times larger, and dataloader.test.mapper is no TwoSc"
+    line = "config.yaml: a teacher of images 2 times larger, and dataloader.test.mapper is no Downscaled"
     refuses(lambda: detectors_from_run(tmp_path), line)
     config.model.teacher.scale = 1
     del config.dataloader.test.dataset["names"]

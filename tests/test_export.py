@@ -354,7 +354,7 @@ def test_a_time_is_the_median_of_an_image_after_some_to_warm_up(monkeypatch):
     def detect(batch):
         now[0] += next(seconds)
 
-    row = table.Row("it", detect, torch.nn.Module(), 0)
+    row = table.DetectorRow("it", detect, torch.nn.Module(), 0)
     assert table.time_per_image([row], [[{}]] * 3) == [3000.0]
 
 

@@ -137,7 +137,7 @@ class Bench:
         clock: returns the time in seconds after synchronizing the device.
         dataloader: node of the recipe.
         batches: five batches, generated from a fixed seed.
-        questions: for each batch the teacher outputs that are read.
+        teacher_reads: for each batch the teacher outputs that are read.
         losses: name -> distillation loss on the first batch.
         plain: what the plain step depends on; recipes with an equal value share its measurement.
         rows: name -> row. Rows hold all large objects, so deleting a row frees its memory.

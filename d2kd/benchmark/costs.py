@@ -65,7 +65,7 @@ def time_rows(
 
     Args:
         rounds: number of rounds, after three for warm-up.
-        report: progress callback, called with (rounds done, rounds) before each round.
+        progress: progress callback, called with (rounds done, rounds) before each round.
     """
     rows = [(label, name) for label, bench in benches.items() for name in bench.rows]
     seconds: Seconds = {row: [] for row in rows}
@@ -150,7 +150,7 @@ def benchmark(
         console: stream of the progress output; default: stdout.
         data_steps: number of distilled steps with the recipe's data loader; 0: no data is read.
         memory: whether to measure peak memory, which builds the detectors of each row again.
-        keep: called with the result so far, first after the times and then after each peak memory.
+        on_result: called with the result so far, first after the times and then after each peak memory.
 
     Returns:
         content of the JSON file: the settings; ``recipes`` with ``teacher_outputs`` (teacher outputs that the losses read),

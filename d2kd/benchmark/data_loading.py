@@ -24,7 +24,7 @@ def measure_data_loading(
         bench: the detectors.
         batch_size: number of images per batch, instead of the recipe's.
         steps: number of batches to time in each case, after three for warm-up.
-        report: progress callback, called with (batches done, batches) before each batch.
+        progress: progress callback, called with (batches done, batches) before each batch.
 
     Returns:
         ``workers``, the number of loader workers; ``loader_images_per_second`` without training; and of training

@@ -73,7 +73,7 @@ def step_cost(
             used for both.
         pairs: total number of pairs, distributed by the fraction of the run that each point stands for, with at least 3
             per point, so there may be more. One more pair per point is for warm-up.
-        report: progress callback, called with (pairs done, pairs) before the first pair and after each one, including
+        progress: progress callback, called with (pairs done, pairs) before the first pair and after each one, including
             those for warm-up.
 
     Raises:

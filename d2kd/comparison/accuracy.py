@@ -175,7 +175,7 @@ def bootstrap(
     Args:
         truth, matches, classes: see :func:`accuracy`.
         counts: (B, I), returned by :func:`bootstrap_counts`. Use the same counts for all detectors of a paired bootstrap.
-        report: progress callback, called with (classes done, classes).
+        progress: progress callback, called with (classes done, classes).
 
     Returns:
         metric -> (B,) in [0, 100], NaN where undefined; and ``"per_class"`` -> (B, K).

@@ -20,11 +20,12 @@ import numpy as np
 
 from ..engine.launch import pick_device
 from ..structures.class_map import ClassMap
+from ..utils.console import ProgressCallback
 from ..utils.env import collect_versions
 from ..utils.errors import InputError
 from ..utils.io import write_json
 from .accuracy import Accuracy, accuracy, bootstrap, bootstrap_counts, interval, paired_gains
-from .detections import ProgressCallback, get_detections
+from .detections import get_detections
 from .detectors import Detector, EvaluationData, LoadedDetector, build, set_default_mapper
 from .error_types import ErrorTypes, error_kinds
 from .matching import Detections, Matches, match
@@ -44,8 +45,8 @@ class DetectorResult:
         accuracy, errors: its accuracy and its errors.
         intervals: metric -> 95 % bootstrap interval.
         cost: ``seconds`` and ``memory_mib`` per image.
-        lacks: classes of the data set that the detector does not have.
-        only: classes that neither the data set nor another detector has.
+        missing_classes: classes of the data set that the detector does not have.
+        unique_classes: classes that neither the data set nor another detector has.
         provenance: see :attr:`.Detector.provenance`.
     """
 
@@ -153,7 +154,7 @@ class Comparison:
 
 
 ProgressFactory = Callable[[str], ProgressCallback]
-"""Maps the name of a phase to its progress callback, see :data:`.detections.ProgressCallback`."""
+"""Maps the name of a phase to its progress callback, see :data:`d2kd.utils.console.ProgressCallback`."""
 
 
 def no_progress(what: str) -> ProgressCallback:

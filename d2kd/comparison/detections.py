@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..modeling.teacher import to_student_classes
+from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
 from .accuracy import accuracy
@@ -25,8 +26,6 @@ IMAGES_PER_FILE = 200
 SCHEMA = 1
 FIELDS = ("image", "label", "box", "score")  # of Detections
 
-ProgressCallback = Callable[[int, int], None]
-"""Progress callback, called with (steps done, steps)."""
 Warn = Callable[[str], None]
 """Callback for warnings, called with one line of text."""
 
@@ -44,8 +43,8 @@ def get_detections(
         ready: the detector.
         data: the data set.
         folder: cache folder of this detector.
-        report: progress callback.
-        say: callback for warnings, such as that cached detections are computed again.
+        progress: progress callback.
+        warn: callback for warnings, such as that cached detections are computed again.
 
     Raises:
         InputError: a results file that must fit does not, or an image cannot be read.

@@ -60,9 +60,9 @@ class Errors:
     """The error type of each detection, and the missed objects.
 
     Attributes:
-        kind: (D,) index in :data:`ERROR_TYPES`, -1 for true positives and ignored detections.
-        meant: (D,) target object of a classification or localization error, otherwise -1.
-        mends: (D,) whether it has the highest score of the errors with this target, and the target is not matched.
+        type: (D,) index in :data:`ERROR_TYPES`, -1 for true positives and ignored detections.
+        target: (D,) target object of a classification or localization error, otherwise -1.
+        fixes: (D,) whether it has the highest score of the errors with this target, and the target is not matched.
         missed: (G,) whether the object is missed.
     """
 

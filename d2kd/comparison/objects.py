@@ -26,7 +26,7 @@ class Picture:
     Attributes:
         file_name, image_id: the image.
         truth: its objects, dicts of ``box`` (XYXY), ``label`` and ``crowd``.
-        seen: detector -> its detections above its threshold, dicts of ``box``, ``label``, ``score`` and ``object``
+        detections: detector -> its detections above its threshold, dicts of ``box``, ``label``, ``score`` and ``object``
             (index of the matched object in ``truth``, or None).
         won, lost: indices in ``truth``.
     """
@@ -54,7 +54,7 @@ class FoundObjects:
 
     Attributes:
         thresholds: detector -> score threshold of its detections.
-        together: rows of ``found_by`` (names of detectors) and ``objects`` (the number found by exactly these).
+        found_by_counts: rows of ``found_by`` (names of detectors) and ``objects`` (the number found by exactly these).
         won, lost: number of objects found by the featured detector but not by the baseline, and the reverse.
         by_class, by_size: name -> ``{"won": …, "lost": …}``.
         pictures: images that the following attributes refer to.

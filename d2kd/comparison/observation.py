@@ -18,10 +18,11 @@ import torch
 from detectron2.structures import BoxMode
 
 from ..data.datasets import sample_evenly
+from ..utils.console import ProgressCallback
 from ..utils.env import config_hash
 from ..utils.io import atomic_write
 from ..utils.memory import PeakMemory
-from .detections import ProgressCallback, Warn
+from .detections import Warn
 from .detectors import EvaluationData, LoadedDetector, build_loader, input_scale
 from .features import FeatureSimilarity
 from .regions import RegionCounts, why_not_comparable
@@ -69,8 +70,8 @@ def observe(
         classes: indices of the classes that all detectors have.
         thresholds: for each detector the score threshold of its highest F1.
         file: cache file of the counts.
-        report: progress callback.
-        say: callback for warnings.
+        progress: progress callback.
+        warn: callback for warnings.
         number: number of images, spread evenly over the data set; default: all.
     """
     records = data.records if number is None else sample_evenly(data.records, number)

@@ -49,10 +49,10 @@ def why_not_comparable(detectors: Sequence[LoadedDetector]) -> str | None:
     """Return the reason why the regions of these detectors cannot be compared; None if they can."""
     if len(detectors) < 2:
         return "there is one detector"
-    kinds = {ready.teacher.kind for ready in detectors}
+    kinds = {ready.teacher.outputs_class for ready in detectors}
     if len(kinds) > 1:
         names = [
-            f"{r.detector.name} {'regions' if r.teacher.kind is RCNNOutputs else 'anchors'}"
+            f"{r.detector.name} {'regions' if r.teacher.outputs_class is RCNNOutputs else 'anchors'}"
             for r in detectors
         ]
         return f"the detectors are of different families: {', '.join(names)}"
@@ -122,7 +122,7 @@ class RegionCounts:
             own[self.classes] = columns
         self.dataset_classes = [self._to_dataset_classes(ready.map) for ready in detectors]
         self.pairs = list(combinations(range(len(detectors)), 2))
-        self.two_stage = detectors[0].teacher.kind is RCNNOutputs
+        self.two_stage = detectors[0].teacher.outputs_class is RCNNOutputs
         # FCOS and GFL regress from points, whose IoU before regression is undefined.
         self.starts_from_boxes = self.two_stage or isinstance(
             detectors[0].teacher.detector.box2box_transform, Box2BoxTransform

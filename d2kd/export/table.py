@@ -51,7 +51,7 @@ MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
-class Row:
+class DetectorRow:
     """A detector to measure, one row of the table.
 
     Args:
@@ -60,7 +60,7 @@ class Row:
         module: the model whose operations are counted.
         size: bytes of the weights, or of the exported file.
         inputs: converts Detectron2's batches to the module's inputs.
-        measurable: whether it predicts the data's classes, so that AP can be computed.
+        has_ap: whether it predicts the data's classes, so that AP can be computed.
     """
 
     name: str
@@ -82,13 +82,13 @@ def build_student(config: DictConfig, weights: str) -> nn.Module:
     return detector.eval().cpu()
 
 
-def detector_row(name: str, detector: nn.Module) -> Row:
+def detector_row(name: str, detector: nn.Module) -> DetectorRow:
     """Return the row of a detector."""
     size = sum(value.nbytes for value in detector.state_dict().values())
-    return Row(name, detector, detector, size)
+    return DetectorRow(name, detector, detector, size)
 
 
-def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
+def teacher_row(config: DictConfig, student: nn.Module) -> DetectorRow | None:
     """Return the row of the recipe's teacher, if any. Its AP is over the student's classes."""
     if not is_distiller(config.model):
         return None
@@ -103,9 +103,9 @@ def teacher_row(config: DictConfig, student: nn.Module) -> Row | None:
     )
 
 
-def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> Row:
+def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> DetectorRow:
     """Return the row of an exported file; its operations are those of the detector."""
-    return Row(name, exported, detector, exported.path.stat().st_size)
+    return DetectorRow(name, exported, detector, exported.path.stat().st_size)
 
 
 def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ def compare_detections(
 
 
 @torch.no_grad()
-def time_per_image(rows: Sequence[Row], batches: Sequence[list[dict]]) -> list[float]:
+def time_per_image(rows: Sequence[DetectorRow], batches: Sequence[list[dict]]) -> list[float]:
     """Return the median time per image of each row."""
     for row, batch in itertools.product(rows, batches[:WARM_UPS]):
         row.detect(batch)
@@ -195,7 +195,7 @@ def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
 
 
 def compare(
-    config: DictConfig, rows: Sequence[Row], batches: Sequence[list[dict]], output: Path
+    config: DictConfig, rows: Sequence[DetectorRow], batches: Sequence[list[dict]], output: Path
 ) -> dict[str, Any]:
     """Measure all rows.
 

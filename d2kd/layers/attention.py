@@ -170,7 +170,7 @@ class InstanceDecoderLayer(nn.Module):
             tokens: ``(N, S, C)``, features of all cells.
             positions: their positions, with C channels.
             valid: ``(N, S)`` bool, cells to attend to; at least one per image.
-            chosen: ``(N, K)`` bool mask of the queries whose attention is returned, see :func:`summed_attention`.
+            query_mask: ``(N, K)`` bool mask of the queries whose attention is returned, see :func:`summed_attention`.
             max_memory_mib: memory limit of that computation, see :func:`summed_attention`.
             query_positions: ``(N, K, C)``.
         """
@@ -242,7 +242,7 @@ def summed_attention(
         query: ``(N, M, K, d)``.
         key: ``(N, M, S, d)``.
         valid: ``(N, S)`` bool.
-        chosen: ``(N, K)`` bool, the selected queries. A mask on the CPU avoids synchronization.
+        query_mask: ``(N, K)`` bool, the selected queries. A mask on the CPU avoids synchronization.
         max_memory_mib: limit for logits and softmax of the queries of one chunk; a chunk has at least one query.
 
     Returns:

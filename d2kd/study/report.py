@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..comparison.comparison import Options, compare
-from ..comparison.detections import ProgressCallback
 from ..comparison.detectors import Detector, EvaluationData, detectors_from_study, load_data
 from ..report.page import write_report
-from ..utils.console import ProgressBar, suppress_output
+from ..utils.console import ProgressBar, ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from .plan import Study
 

@@ -27,7 +27,7 @@ from ..engine import Trainer, do_test
 from ..engine.launch import pick_device
 from ..engine.trainer import METRICS_FILE
 from ..modeling.weights import file_sha256, load_checkpoint, load_state_dict_checked
-from ..utils.console import suppress_output
+from ..utils.console import ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_json, read_rows, write_json
 from .plan import Run
@@ -54,9 +54,6 @@ class TrainingResult:
     seconds: float
     weights: Path
     peak_memory: int | None = None
-
-
-ProgressCallback = Callable[[int, int], None]  # called with (step, steps)
 
 
 class TrainingProcessDied(InputError):
@@ -94,7 +91,7 @@ def train_in_subprocess(
     must not be resumed before it has ended.
 
     Args:
-        config, test, report: see :func:`train`.
+        config, test, progress: see :func:`train`.
         count: number of threads.
         gpu: value of CUDA_VISIBLE_DEVICES; default: unchanged.
 
@@ -227,7 +224,7 @@ def train_run(
         run: the run.
         config, key: its recipe and fingerprint.
         train: generator that yields repeatedly during the training and returns a :class:`TrainingResult`.
-        report: progress callback.
+        progress: progress callback.
         step_cost: measured step cost, only for an equal-time run.
 
     Yields:

@@ -16,13 +16,12 @@ from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..utils.console import ProgressBar, suppress_output
+from ..utils.console import ProgressBar, ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_rows, write_json
 from .plan import Run, Study, prepare_recipe, timed_recipes
 from .results import cost_text, write_results
 from .run import (
-    ProgressCallback,
     TrainingResult,
     finished_row,
     torch_threads,

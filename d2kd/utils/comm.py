@@ -15,7 +15,7 @@ def reduce_mean(counts: Tensor, min_total: float = 1.0) -> Tensor:
 
     Args:
         counts: a tensor of any shape, of equal shape in all processes.
-        least: minimum of the sum over all processes.
+        min_total: minimum of the sum over all processes.
 
     Returns:
         float32 of equal shape, without gradient.

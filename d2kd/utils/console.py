@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from tqdm import tqdm
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number of steps done and of all steps."""
 
 LOGGERS = ("d2kd", "detectron2", "fvcore")
 """Loggers whose records are in a run's log."""

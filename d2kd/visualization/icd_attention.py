@@ -141,7 +141,7 @@ class AttentionPictures:
 
     Attributes:
         files: one picture per image.
-        inside: fraction of an object's attention inside its box, averaged over objects and rows.
+        fraction_inside: fraction of an object's attention inside its box, averaged over objects and rows.
         by_chance: the same for uniform attention, which is the fraction of the image that a box covers.
     """
 
