@@ -204,16 +204,12 @@ def test_a_loss_that_begins_late_is_looked_at_where_it_is_on(config):
     assert ratio and all(ratio.values())
 
 
-def test_terms_that_share_their_weight_say_so(config):
+def test_two_terms_of_one_weight_and_a_gradient_that_is_not_finite(config):
     _, advice = pulls(with_loss(config, tiny_retinanet, L(TwoTerms)(weight=1.0)))
-    assert advice["distill/loss_it_first"].endswith(", which multiplies second as well")
-    assert advice["distill/loss_it_second"].endswith(", which multiplies first as well")
-
-
-def test_a_gradient_that_is_not_finite(config):
+    for one, other in (("first", "second"), ("second", "first")):
+        assert advice[f"distill/loss_it_{one}"].endswith(f", which multiplies {other} as well")
     trainer = Trainer(with_loss(config, tiny_retinanet, L(Vertical)()))
-    found = errors(check_losses(trainer, 0, 0.5))
-    assert found == {"distill/loss_it": "0.0, gradient nan"}
+    assert errors(check_losses(trainer, 0, 0.5)) == {"distill/loss_it": "0.0, gradient nan"}
 
 
 def test_a_file_that_names_its_classes(config, tmp_path):
@@ -410,8 +406,8 @@ def test_the_first_look(config, change, subject, state, text):
     assert bool(found[0].advice) == (state != "ok")
 
 
-def test_statistics_of_torchvisions_weights(config):
-    """They are wanted where a backbone began with these weights, and there alone."""
+def test_statistics_and_range_of_pixels(config):
+    """Those of torchvision are wanted where a backbone began with its weights, and there alone."""
     trainer = Trainer(config)
     mapper, student = trainer.cfg.dataloader.train.mapper, trainer.model.student
     mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "RGB"
@@ -429,6 +425,18 @@ def test_statistics_of_torchvisions_weights(config):
     assert not said()
     student.pixel_std.fill_(1.0)
     assert said()
+    student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
+    student.backbone.bottom_up.pretrained = False
+    trainer.cfg.model.teacher.image_format = student.input_format = "BGR"
+    mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "BGR"
+    (finding,) = (f for f in sanity_check(trainer.cfg, trainer.model) if f.state != "ok")
+    assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
+    for image, state in (
+        (torch.rand(3, 32, 32), "error"),
+        (torch.full((3, 32, 32), 250), "warning"),
+    ):
+        (finding,) = check_inputs(trainer, [[{"image": image}]])
+        assert finding.state == state and ("0 to 255" in finding.advice or state == "warning")
 
 
 def test_the_first_look_at_two_scales(config):
@@ -449,14 +457,6 @@ def test_what_trains_the_losses_own_parts_alone(config):
     findings = by_subject(config, iterations=2)
     assert "what the loss owns" in findings["distill/loss_icd_identification"].found
     assert findings["distill/loss_icd_distillation"].advice.startswith("for 1: model.losses.icd.")
-
-
-def test_pixels_of_another_range(config):
-    trainer = Trainer(config)
-    (finding,) = check_inputs(trainer, [[{"image": torch.rand(3, 32, 32)}]])
-    assert finding.state == "error" and "0 to 255" in finding.advice
-    (finding,) = check_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
-    assert finding.state == "warning"
 
 
 def test_a_level_that_outweighs_the_others(config):
@@ -483,14 +483,6 @@ def test_a_level_that_outweighs_the_others(config):
     for losses in ({}, {"it": L(ImitationLoss)(levels=["p3"])}):  # nothing or one level compared
         config.model.losses = L(DistillLosses)(**losses)
         assert not list(check_features(Trainer(config).model, [batch]))
-
-
-def test_statistics_of_the_other_order(config):
-    trainer = Trainer(config)
-    student = trainer.model.student
-    student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
-    (finding,) = (f for f in sanity_check(trainer.cfg, trainer.model) if f.state != "ok")
-    assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
 
 
 def test_the_first_look_draws_and_changes_nothing(config, caplog):
