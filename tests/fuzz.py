@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
+from d2kd.layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from d2kd.losses.erd import elastic_selection
 from d2kd.losses.functional import (
     masked_squared_error,

@@ -13,10 +13,10 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.config import add_d2kd_config, load
-from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
+from d2kd.layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from d2kd.modeling import GFL, LinearP6P7
+from d2kd.modeling.atss import atss_matches
 from d2kd.modeling.box_regression import Box2BoxTransformStride, integral
-from d2kd.modeling.matcher import atss_matches
 from d2kd.testing import edge_case_batches, step, tiny_gfl
 from d2kd.utils.errors import InputError
 

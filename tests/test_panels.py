@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from d2kd.data import coco_dataset
-from d2kd.visualization.curves import draw_curves, read_metrics
+from d2kd.utils.io import read_metrics
+from d2kd.visualization.curves import draw_curves
 from d2kd.visualization.panels import (
     GAP,
     LEGIBLE_SIDE,

@@ -139,7 +139,7 @@ class Bench:
         batches: five batches, generated from a fixed seed.
         teacher_reads: for each batch the teacher outputs that are read.
         losses: name -> distillation loss on the first batch.
-        plain: what the plain step depends on; recipes with an equal value share its measurement.
+        plain: key of the plain step; recipes with equal keys share its measurement.
         rows: name -> row. Rows hold all large objects, so deleting a row frees its memory.
 
     Raises:

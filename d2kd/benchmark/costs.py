@@ -124,7 +124,7 @@ def max_relative_difference(a: Mapping[str, float], b: Mapping[str, float]) -> f
     return max((abs(a[name] - b[name]) / max(abs(b[name]), 1e-12) for name in a), default=0.0)
 
 
-def mean_phases(bench: Bench, name: str) -> dict[str, float] | None:
+def median_phases(bench: Bench, name: str) -> dict[str, float] | None:
     """Return the median time of each phase over some steps of a row."""
     found = [bench.phases(name, k % BATCHES) for k in range(PHASE_ROUNDS)]
     if None in found:
@@ -154,11 +154,11 @@ def benchmark(
 
     Returns:
         content of the JSON file: the settings; ``recipes`` with ``teacher_outputs`` (teacher outputs that the losses read),
-        ``losses`` on the first batch and ``max_relative_difference`` (relative, to the base recipe);
+        ``losses`` on the first batch and ``difference`` (the largest relative one, to the base recipe);
         ``rows`` with ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
         ``seconds`` of each round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (including weights;
         None if unknown or not measured) and ``weights_mib``; ``ratios``; and ``data`` with the results of
-        :func:`~d2kd.benchmark.measure_data_loading.measure_data_loading` for each recipe.
+        :func:`~d2kd.benchmark.data_loading.measure_data_loading` for each recipe.
 
     Raises:
         InputError: see :class:`Bench`; no rounds, equal labels, data that cannot be read, or different values of
@@ -193,7 +193,7 @@ def benchmark(
     line = ProgressBar("time", console)
     seconds = time_rows(benches, rounds, line)
     line.close(f"{rounds} rounds, after {WARM_UPS} for warm-up")
-    phases = {(label, name): mean_phases(benches[label], name) for label, name in seconds}
+    phases = {(label, name): median_phases(benches[label], name) for label, name in seconds}
     recipes = [_recipe(setup, benches, variant_of) for setup in setups]
     data = []
     for setup in setups if data_steps else ():

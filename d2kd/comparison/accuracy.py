@@ -168,7 +168,7 @@ def bootstrap(
     matches: Matches,
     classes: Sequence[int],
     counts: np.ndarray,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Compute the AP of resampled data sets without matching again. An image that is drawn twice counts twice.
 

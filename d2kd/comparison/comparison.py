@@ -32,7 +32,7 @@ from .matching import Detections, Matches, match
 from .objects import ChangedObject, FoundObjects, Picture, count_found_objects
 from .observation import Observation, observe
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ ProgressFactory = Callable[[str], ProgressCallback]
 
 def no_progress(what: str) -> ProgressCallback:
     """Show no progress."""
-    return lambda step, steps: None
+    return lambda done, total: None
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairw
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-from ..losses.base import check_anchors
-from ..losses.tar import select_class_deltas
+from ..modeling.anchors import check_anchors
+from ..modeling.box_regression import select_class_deltas
 from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, uses_sigmoid_scores
 from ..structures.class_map import ClassMap
 from ..utils.compat import box_tensors

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 VERSION = 2  # incremented whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
@@ -125,13 +125,13 @@ def _fill(points: np.ndarray) -> np.ndarray:
 
     In every row that it crosses, an edge flips all samples to its right.
     """
-    step = _UNIT // _FINE
+    spacing = _UNIT // _FINE
     width, height = (-(-points.max(axis=0) // _UNIT) * _FINE).tolist()
     (x1, y1), (x2, y2) = points.T[..., None], np.roll(points, -1, axis=0).T[..., None]
-    y = np.arange(height) * step + step // 2
+    y = np.arange(height) * spacing + spacing // 2
     crosses = (y1 > y) != (y2 > y)
     x = x1 + (y - y1) * (x2 - x1) // np.where(y1 == y2, 1, y2 - y1)
-    column = np.clip((x - step // 2) // step + 1, 0, width)
+    column = np.clip((x - spacing // 2) // spacing + 1, 0, width)
     flips = (np.arange(height) * (width + 1) + column)[crosses]
     parity = np.bincount(flips, minlength=height * (width + 1)).reshape(height, width + 1)
     return (np.cumsum(parity, axis=1) & 1).astype(bool)[:, :width]

@@ -206,8 +206,8 @@ def compare(
         output: folder of the evaluator's files.
 
     Returns:
-        dict: the content of ``table.json``: collect_versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
-        ``time_per_image``, ``megabytes`` and ``gflops``.
+        dict: the content of ``table.json``: versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
+        ``milliseconds``, ``megabytes`` and ``gflops``.
     """
     times = time_per_image(rows, batches)
     measured = []

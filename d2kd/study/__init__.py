@@ -12,7 +12,7 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # runs only if given by name
     )
 
-For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with a ``increment`` is
+For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with an ``increment`` is
 evaluated on the classes learned so far; the run it depends on has learned those of the increments before::
 
     study = dict(…, increments="4+4", upper_bound="everything")

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     require_packages("plots", "matplotlib", "jinja2")
     from ..comparison.comparison import Options
     from ..comparison.detectors import load_data
-    from ..study.report import compare_and_report
+    from ..report.build import compare_and_report
 
     for name, least in (("resamples", 1), ("observe", 1)):
         number = getattr(args, name)
