@@ -62,11 +62,11 @@ def test_it_is_what_the_distillation_is_weighted_by(node, options, monkeypatch):
     rows = sum(x.sum((-1, -2)) for x in found.levels.values())
     assert rows.shape == (3, 2 * 4)
     np.testing.assert_allclose(rows, 1, rtol=1e-5)
-    readings, read = [], loss.read
-    monkeypatch.setattr(loss, "read", lambda *args: readings.extend(read(*args)) or readings)
+    layers, run = [], loss.run_decoder
+    monkeypatch.setattr(loss, "run_decoder", lambda *args: layers.extend(run(*args)) or layers)
     with EventStorage(start_iter=1):
         model([example])
-    summed = torch.cat([reading.decoded.attention[0] for reading in readings])
+    summed = torch.cat([layer.decoded.attention[0] for layer in layers])
     flat = np.concatenate([x.sum(0).reshape(len(x[0]), -1) for x in found.levels.values()], axis=1)
     np.testing.assert_allclose(flat, summed.numpy(), rtol=1e-4, atol=1e-7)
 
