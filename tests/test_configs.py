@@ -24,6 +24,7 @@ from d2kd.config import (
     student_node,
     with_defaults,
     with_downscaled_student,
+    without_priors,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
 from d2kd.modeling import Distiller, Teacher
@@ -43,14 +44,12 @@ def test_every_recipe_takes_a_step(recipe):
     if is_distiller(model):
         model.teacher.weights = None
         _untrained(model.teacher.detector)
-        _without_priors(model)
+        without_priors(model.losses)
     _untrained(student_node(model))
     inherit = tuple(model.get("inherit", ()))
     model = instantiate(model).train()
-    if inherit == ("",):
-        _the_old_detector_is_inherited(model)
-    elif inherit:
-        _all_but_the_trunk_is_inherited(model, inherit)
+    if inherit:
+        _the_weights_are_inherited(model, inherit)
     old = student_node(config.model).get("num_old_classes", 0)
     new = student_node(config.model).get("num_classes", 80) - old
     examples = batch(sizes=((96, 128),), objects=(2,))
@@ -65,28 +64,20 @@ def test_every_recipe_takes_a_step(recipe):
     build_optimizer(with_defaults(config), model).step()
 
 
-def _all_but_the_trunk_is_inherited(model, inherit):
-    ours, theirs = model.student.state_dict(), model.teacher.detector.state_dict()
-    beyond = {key for key in ours if not key.startswith("backbone.bottom_up.")}
-    assert beyond == {key for key in ours if key.startswith(inherit)}
-    others = {key for key in beyond if key not in theirs or theirs[key].shape != ours[key].shape}
+def _the_weights_are_inherited(model, inherit):
+    """All of an old detector, rows of its classes among more; of another, all but the backbone."""
+    state, given = model.student.state_dict(), model.teacher.detector.state_dict()
+    if inherit == ("",):
+        assert state.keys() == given.keys()
+        rows = {f"{model.student.classifier}.{name}" for name in ("weight", "bias")}
+        for key, value in given.items():
+            assert torch.equal(state[key][: len(value)] if key in rows else state[key], value), key
+        return
+    beyond = {key for key in state if not key.startswith("backbone.bottom_up.")}
+    assert beyond == {key for key in state if key.startswith(inherit)}
+    others = {key for key in beyond if key not in given or given[key].shape != state[key].shape}
     assert all(key.startswith("backbone.fpn_lateral") for key in others)
-    assert all(torch.equal(ours[key], theirs[key]) for key in beyond - others)
-
-
-def _the_old_detector_is_inherited(model):
-    ours, theirs = model.student.state_dict(), model.teacher.detector.state_dict()
-    assert ours.keys() == theirs.keys()
-    rows = {f"{model.student.classifier}.{name}" for name in ("weight", "bias")}
-    for key, value in theirs.items():
-        assert torch.equal(ours[key][: len(value)] if key in rows else ours[key], value), key
-
-
-def _without_priors(model):
-    """They are estimated from the recipe's data, which need not be there."""
-    for loss in model.losses.values():
-        if OmegaConf.is_dict(loss) and "priors" in loss:
-            loss.priors = None
+    assert all(torch.equal(state[key], given[key]) for key in beyond - others)
 
 
 def _untrained(node):
@@ -195,7 +186,7 @@ def test_an_increment_is_trained_on_its_own_classes_and_tested_on_all_so_far():
 def test_methods_by_name(name):
     recipe = distill("baselines/faster_rcnn_small_shapes.py", teacher=SMALL, **method(name))
     config = apply_overrides(with_defaults(recipe), ["model.teacher.weights=null"])
-    _without_priors(config.model)
+    without_priors(config.model.losses)
     model = instantiate(config.model)
     assert list(model.losses.by_name) == [name]
     optimizer = build_optimizer(config, model)
