@@ -31,12 +31,8 @@ from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
     sigmoid_divergence,
-    softmax_kl,
 )
-from d2kd.losses.tar import _same_coder, classification_term, regression_term
-from d2kd.losses.base import check_anchors, get_weight
-from d2kd.losses.functional import in_float32, masked_squared_error, sigmoid_divergence
-from d2kd.losses.tar import classification_term, regression_term, select_class_deltas
+from d2kd.losses.tar import classification_term, regression_term
 from d2kd.modeling import Regions
 from d2kd.modeling.anchors import check_anchors
 from d2kd.modeling.box_regression import select_class_deltas
