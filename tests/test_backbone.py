@@ -18,10 +18,10 @@ from detectron2.modeling import build_model
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from d2kd.benchmark import Case
-from d2kd.comparison.detectors import build as build_detector
+from d2kd.benchmark import BenchmarkCase
 from d2kd.comparison.detectors import detectors_from_run, load_data
-from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
+from d2kd.comparison.detectors import load_detector as build_detector
+from d2kd.config import add_d2kd_config, build_model_from_yacs, get_config, load, without_weights
 from d2kd.config.saving import save_config
 from d2kd.data import check_dataset
 from d2kd.engine import Trainer
@@ -34,7 +34,7 @@ from d2kd.modeling.backbone.torchvision_backbone import (
     TORCHVISION_PIXEL_STD,
     _last_blocks,
 )
-from d2kd.testing import step
+from d2kd.testing import forward_losses
 from d2kd.tools import train, visualize
 from d2kd.utils.errors import InputError
 
@@ -289,7 +289,7 @@ def test_a_student_of_another_kind_steps_and_is_saved_plain(tmp_path, name):
 
 def assert_trains(model):
     """Every parameter, with finite losses, on images of odd sizes."""
-    losses = step(model, batch(sizes=((65, 96), (64, 33))))
+    losses = forward_losses(model, batch(sizes=((65, 96), (64, 33))))
     assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()
     assert not idle(model)
@@ -393,7 +393,9 @@ def measured(config):
 
 def benched(config):
     file = Path(config.train.output_dir, "config.yaml")
-    return instantiate(Case("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model)
+    return instantiate(
+        BenchmarkCase("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model
+    )
 
 
 def exported(config):
@@ -415,6 +417,6 @@ def test_a_yacs_detector_without_weights():
     cfg = get_cfg()
     add_d2kd_config(cfg)
     cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
-    node = L(from_yacs)(config=yaml.safe_load(cfg.dump()))
+    node = L(build_model_from_yacs)(config=yaml.safe_load(cfg.dump()))
     assert without_weights(node).config.MODEL.TORCHVISION.WEIGHTS == ""
     assert node.config.MODEL.TORCHVISION.WEIGHTS == "DEFAULT"

@@ -17,11 +17,20 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from d2kd.benchmark import DETECTRON2, DISTILLED, MAIN_RATIO, STUDENT, TEACHER, Bench, Case, costs
+from d2kd.benchmark import (
+    DETECTRON2,
+    DISTILLED,
+    MAIN_RATIO,
+    STUDENT,
+    TEACHER,
+    Bench,
+    BenchmarkCase,
+    costs,
+)
 from d2kd.benchmark.bench import BATCHES, peak_memory
-from d2kd.benchmark.costs import max_relative_difference, median_interval, ratios, time_rows
+from d2kd.benchmark.costs import max_relative_difference, median_interval, time_ratios, time_rows
 from d2kd.benchmark.data_loading import measure_data_loading
-from d2kd.benchmark.phases import PHASES, phases
+from d2kd.benchmark.phases import PHASES, measure_phases
 from d2kd.benchmark.step_cost import bootstrap_medians
 from d2kd.benchmark.untrained import measure_norm_statistics, random_batch
 from d2kd.modeling import capture
@@ -74,7 +83,7 @@ def bench(folder):
 
 
 def setup_of(folder, name, *overrides, sizes=((64, 64),)):
-    return Case(name, str(folder / f"{name}.py"), overrides, sizes, device="cpu")
+    return BenchmarkCase(name, str(folder / f"{name}.py"), overrides, sizes, device="cpu")
 
 
 def test_frozen_stages_get_statistics_and_stay_frozen():
@@ -177,7 +186,7 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Case("icd", recipe, image_sizes=((64, 64),), device="cpu"))
+    one = Bench(BenchmarkCase("icd", recipe, image_sizes=((64, 64),), device="cpu"))
     assert all(set(question.read) == {"images", "features"} for question in one.teacher_reads)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
@@ -299,7 +308,7 @@ def test_each_instant_counts_for_the_innermost_phase():
     for distilled in (True, False):
         if not distilled:
             expected |= {"student forward": 1.0, "rest": 4.0}
-        assert phases(step, distilled, ticks.__next__) == expected
+        assert measure_phases(step, distilled, ticks.__next__) == expected
 
 
 def test_phases_make_up_the_step(bench):
@@ -362,7 +371,7 @@ def test_ratios_are_taken_round_by_round():
     own = {DETECTRON2: student / 1.25, STUDENT: student, TEACHER: teacher, DISTILLED: whole}
     seconds = {("a", row): list(values) for row, values in own.items()}
     seconds |= {("b", row): list(own[row] / 2) for row in (TEACHER, DISTILLED)}
-    found = ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
+    found = time_ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
     names = MAIN_RATIO, "distilled / student", "teacher / student", "student / Detectron2's"
     expected = {("a", name): value for name, value in zip(names, (1.1, 1.65, 0.5, 1.25))}
     expected |= {("b", name): value for name, value in zip(names, (0.66, 0.825, 0.25, 1.25))}
@@ -373,7 +382,7 @@ def test_ratios_are_taken_round_by_round():
         interval = [ratio[key] for key in ("low", "median", "high")]
         assert interval == pytest.approx([expected[ratio["recipe"], ratio["ratio"]]] * 3)
     del seconds["a", DETECTRON2]
-    left = ratios(seconds, plain={"a": "a"}, variant_of={})
+    left = time_ratios(seconds, plain={"a": "a"}, variant_of={})
     assert "student / Detectron2's" not in {r["ratio"] for r in left}
 
 
@@ -555,6 +564,7 @@ def test_an_untrained_detector_that_explodes(folder, monkeypatch, refuses):
 
 def test_recipes_that_choose_algorithms_otherwise(folder, refuses):
     setups = [
-        Case(x, str(folder / "tar.py"), (f"train.cudnn_benchmark={x}",)) for x in ("true", "false")
+        BenchmarkCase(x, str(folder / "tar.py"), (f"train.cudnn_benchmark={x}",))
+        for x in ("true", "false")
     ]
     refuses(lambda: costs.benchmark(setups), "train.cudnn_benchmark: true and false; expected one")

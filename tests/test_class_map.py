@@ -11,7 +11,7 @@ from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.teacher import to_student_classes
 from d2kd.structures.class_map import ClassMap, class_names
-from d2kd.testing import step
+from d2kd.testing import forward_losses
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build
@@ -113,7 +113,7 @@ def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None):
 
 @pytest.mark.parametrize("family", DETECTORS)
 def test_a_teacher_of_other_classes_teaches(family):
-    losses = step(make(family), batch())
+    losses = forward_losses(make(family), batch())
     sum(losses.values()).backward()
     terms = {key for key in losses if key.startswith("distill/")}
     assert len(terms) == 3 and all(torch.isfinite(losses[key]) for key in terms)
@@ -139,7 +139,7 @@ def test_the_order_of_classes_does_not_matter(family):
         for layer, order in layers:
             layer.weight.copy_(layer.weight[order])
             layer.bias.copy_(layer.bias[order])
-    straight, turned = (step(model, batch()) for model in models)
+    straight, turned = (forward_losses(model, batch()) for model in models)
     assert straight["distill/loss_tar_regression"] > 1e-3
     for key in straight:
         torch.testing.assert_close(straight[key], turned[key], rtol=1e-5, atol=1e-7)
@@ -152,7 +152,7 @@ def test_what_the_teacher_does_not_know_gives_no_term():
         example["instances"].gt_classes[:] = 0
     for family in ("faster_rcnn", "retinanet"):
         loss = TARLoss(cls_gate="none", reg_gate="none", background_weight=0.0)
-        losses = step(make(family, loss=loss), examples)
+        losses = forward_losses(make(family, loss=loss), examples)
         assert losses["distill/loss_tar_classification"].item() == 0
         assert float(losses["distill/loss_tar_regression"]) == 0
         assert float(losses["distill/loss_tar_feature"]) > 0
@@ -172,7 +172,7 @@ def test_both_sides_are_normalised_over_what_is_shared():
 @pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
 def test_without_a_shared_class_features_alone_are_compared(family, caplog):
     model = make(family, teacher=["x", "y", "z"])
-    losses = step(model, batch())
+    losses = forward_losses(model, batch())
     assert {key for key in losses if key.startswith("distill/")} == {"distill/loss_tar_feature"}
     assert "only features" in caplog.text
 

@@ -20,14 +20,14 @@ from d2kd.comparison.comparison import Comparison, Options, compare
 from d2kd.comparison.detectors import (
     Detector,
     build_loader,
+    detector_from_config,
     detectors_from_run,
     detectors_from_study,
-    from_config,
     load_coco_results,
     load_data,
     load_study_results,
 )
-from d2kd.comparison.detectors import build as build_detector
+from d2kd.comparison.detectors import load_detector as build_detector
 from d2kd.comparison.regions import why_not_comparable
 from d2kd.config import distill
 from d2kd.config.saving import save_config
@@ -87,7 +87,9 @@ def taught(data: Path, run: Path, **teacher) -> Path:
 def pair(folder: Path, data: Path, names=("one", "other"), node=None, **classes) -> list[Detector]:
     """Two detectors of the same weights."""
     return [
-        from_config(x, *saved(folder / x, data, node or tiny_faster_rcnn(), 0, classes.get(x)))
+        detector_from_config(
+            x, *saved(folder / x, data, node or tiny_faster_rcnn(), 0, classes.get(x))
+        )
         for x in names
     ]
 
@@ -103,7 +105,7 @@ def saved(folder: Path, data: Path, node, seed: int, classes=None) -> tuple[str,
 
 def three(folder: Path, data: Path, make=tiny_faster_rcnn) -> list[Detector]:
     return [
-        from_config(name, *saved(folder / name, data, make(), seed))
+        detector_from_config(name, *saved(folder / name, data, make(), seed))
         for seed, name in enumerate(NAMES)
     ]
 
@@ -155,7 +157,9 @@ def test_a_broken_file_is_named_and_computed_anew(compared, data, tmp_path):
 
 def test_files_of_other_weights_or_data_are_computed_anew(data, tmp_path):
     seen_by(three(tmp_path, data)[:1], data, tmp_path)
-    detectors = [from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))]
+    detectors = [
+        detector_from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))
+    ]
     assert "differs in weights" in seen_by(detectors, data, tmp_path).notes[0]
     other = tmp_path / "other"
     draw_data(other, objects=(1, 1, 1))
@@ -218,8 +222,10 @@ def test_a_detector_agrees_with_itself(family, data, tmp_path):
 
 
 def test_families_that_share_no_regions(data, tmp_path):
-    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
-    other = from_config("other", *saved(tmp_path / "b", data, tiny_retinanet(channels=24), 0))
+    one = detector_from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
+    other = detector_from_config(
+        "other", *saved(tmp_path / "b", data, tiny_retinanet(channels=24), 0)
+    )
     found = seen_by([one, other], data, tmp_path)
     assert found.observation.regions is None and "families" in found.observation.why_no_regions
     assert found.observation.features["left_out"] == {"other": "24 channels beside 16"}
@@ -262,7 +268,7 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     row = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
     results.write_text(json.dumps([row]))
     config, weights = saved(tmp_path / "a", data, tiny_faster_rcnn(), 0)
-    detector = from_config("one", config, weights, str(results))
+    detector = detector_from_config("one", config, weights, str(results))
     found = seen_by([detector], data, tmp_path)
     assert found["one"].accuracy.fixed["wrong"] == 1
     assert found.notes == [f"{results}: detections on only 1 of 6 images"]
@@ -421,7 +427,11 @@ def test_a_yacs_detector_and_data_in_vocs_format(tmp_path):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 128
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
-    found = [from_config("teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth"))]
+    found = [
+        detector_from_config(
+            "teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth")
+        )
+    ]
     resize = instantiate(found[0].mapper).augmentations.augs[0]
     assert resize.short_edge_length == (64, 64) and resize.max_size == 128
     comparison = compare(found, load_data(name), tmp_path / "kept", QUICK)

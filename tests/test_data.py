@@ -43,15 +43,15 @@ SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return shapes.write(tmp_path_factory.mktemp("data") / "small", **SMALL)
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "small", **SMALL)
 
 
 @pytest.fixture
 def registered(small):
     """shapes_* mean the small set; the default ones come back after."""
-    shapes.register(small, **SMALL)
+    shapes.register_shapes(small, **SMALL)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 @pytest.fixture
@@ -79,15 +79,15 @@ def test_same_json_and_pixels_everywhere(small):
 
 
 def test_an_image_depends_on_seed_split_and_index_only():
-    image, objects = shapes.draw(5, "train", 7)
-    again, objects_again = shapes.draw(5, "train", 7)
+    image, objects = shapes.draw_image(5, "train", 7)
+    again, objects_again = shapes.draw_image(5, "train", 7)
     assert np.array_equal(image, again) and objects == objects_again
     for other in ((6, "train", 7), (5, "val", 7), (5, "train", 8)):
-        assert not np.array_equal(image, shapes.draw(*other)[0])
+        assert not np.array_equal(image, shapes.draw_image(*other)[0])
 
 
 def test_boxes_are_inside_and_all_classes_and_sizes_occur():
-    drawn = [shapes.draw(0, "train", index) for index in range(80)]
+    drawn = [shapes.draw_image(0, "train", index) for index in range(80)]
     objects = [one for _, many in drawn for one in many]
     boxes = np.array([one["bbox"] for one in objects])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= shapes.SIZE).all()
@@ -114,7 +114,7 @@ def test_polygons_are_filled_exactly():
 
 def test_written_once_and_whole(small, tmp_path, monkeypatch):
     before = (small / "train.json").stat().st_mtime_ns
-    shapes.write(small, **SMALL)
+    shapes.write_shapes(small, **SMALL)
     assert (small / "train.json").stat().st_mtime_ns == before
 
     def interrupted(*_):
@@ -122,35 +122,35 @@ def test_written_once_and_whole(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shapes, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        shapes.write(tmp_path / "new", **SMALL)
+        shapes.write_shapes(tmp_path / "new", **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_else_a_folder_may_hold(small, tmp_path):
     with pytest.raises(InputError, match="small: shapes of .*'seed': 3.*expected.*'seed': 4"):
-        shapes.write(small, **{**SMALL, "seed": 4})
+        shapes.write_shapes(small, **{**SMALL, "seed": 4})
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=f"{tmp_path}: no readable train.json"):
-        shapes.write(tmp_path, **SMALL)
+        shapes.write_shapes(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     broken = shutil.copytree(small, tmp_path / "broken")
     (broken / "val" / "000001.png").unlink()
     with pytest.raises(InputError, match="broken/val: 1 images; expected 2"):
-        shapes.write(broken, **SMALL)
+        shapes.write_shapes(broken, **SMALL)
     for key, value in (("train", 0), ("seed", -1), ("val", 2.5)):
         with pytest.raises(InputError, match=f"{key} of shapes: {value}; expected a whole number"):
-            shapes.write(tmp_path / "wrong", **{**SMALL, key: value})
+            shapes.write_shapes(tmp_path / "wrong", **{**SMALL, key: value})
 
 
 def test_two_processes_at_once(tmp_path):
     context, words = multiprocessing.get_context("fork"), (tmp_path / "set",)
-    both = [context.Process(target=shapes.write, args=words, kwargs=SMALL) for _ in range(2)]
+    both = [context.Process(target=shapes.write_shapes, args=words, kwargs=SMALL) for _ in range(2)]
     for act in ("start", "join"):
         for process in both:
             getattr(process, act)()
     assert [process.exitcode for process in both] == [0, 0]
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
-    assert shapes.write(tmp_path / "set", **SMALL)
+    assert shapes.write_shapes(tmp_path / "set", **SMALL)
 
 
 def test_the_default_place(monkeypatch, tmp_path):
@@ -162,14 +162,14 @@ def test_the_default_place(monkeypatch, tmp_path):
 
 def test_registered_without_drawing(tmp_path):
     try:
-        shapes.register(tmp_path / "later", **SMALL)
+        shapes.register_shapes(tmp_path / "later", **SMALL)
         assert not list(tmp_path.iterdir())
         assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASSES)
         assert check_dataset("shapes_test") == ["shapes_test"]
         assert (tmp_path / "later" / "test.json").is_file()
         assert len(DatasetCatalog.get("shapes_train")) == 6
     finally:
-        shapes.register()
+        shapes.register_shapes()
 
 
 class Probe:
@@ -418,7 +418,7 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
             "aspect_ratio_grouping: an image without 'height'",
         ),
         (
-            lambda: shapes.write("own.json/shapes", **SMALL),
+            lambda: shapes.write_shapes("own.json/shapes", **SMALL),
             "own.json/shapes: .*; expected a folder",
         ),
         (lambda: coco_dataset("own", "own.json", "nowhere"), "nowhere: no such folder"),

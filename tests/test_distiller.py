@@ -15,7 +15,7 @@ from d2kd.config import add_d2kd_config
 from d2kd.losses import DistillLoss, DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.inherit import inherit_weights
-from d2kd.testing import distiller, step, sum_distill_losses
+from d2kd.testing import distiller, forward_losses, sum_distill_losses
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
@@ -148,7 +148,7 @@ def test_taps_reach_any_module_of_the_student():
     classes, boxes = "head.cls_subnet.0", "head.bbox_subnet.0"
     losses = DistillLosses(one=Tapped(classes), none=ImitationLoss(), both=Tapped(boxes, classes))
     model = make(losses=losses).train()
-    step(model, batch())["distill/loss_both"].backward()
+    forward_losses(model, batch())["distill/loss_both"].backward()
     for name in (classes, boxes):
         assert model.student.get_submodule(name).weight.grad.any()
     with pytest.raises(InputError, match="no module 'head.nothing'"):
@@ -217,7 +217,7 @@ class Reads(DistillLoss):
 def test_a_loss_that_reads_what_is_not_there_is_named(family, read, line):
     pair = build(DETECTORS[family]()), build(DETECTORS[family]())
     with pytest.raises(InputError, match=f"losses.mine: {line}"):
-        step(make(*pair, DistillLosses(mine=Reads(read))).train(), batch())
+        forward_losses(make(*pair, DistillLosses(mine=Reads(read))).train(), batch())
 
 
 @pytest.mark.parametrize("error", [KeyError("temperature"), IndexError(5), AttributeError("tau")])
@@ -228,7 +228,7 @@ def test_a_loss_s_own_error_stays_its_own(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        step(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
+        forward_losses(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
     assert raised.value is error and raised.traceback[-1].name == "fail"
 
 
@@ -240,10 +240,14 @@ def test_features_join_two_families(loss, student, teacher):
     """p6 is pooled in one and convolved in the other: no level to compare unless asked for."""
     pair = build(DETECTORS[student]()), build(DETECTORS[teacher](channels=24), 1)
     model = make(*pair, DistillLosses(it=loss())).train()
-    assert 0 < sum_distill_losses(step(model, batch(sizes=((33, 65), (64, 90))))) < float("inf")
+    assert (
+        0
+        < sum_distill_losses(forward_losses(model, batch(sizes=((33, 65), (64, 90)))))
+        < float("inf")
+    )
     assert list(model.losses.by_name["it"].levels) == ["p3", "p4", "p5"]
     wanted = make(*pair, DistillLosses(it=ImitationLoss(levels=["p6"]))).train()
-    assert step(wanted, batch())["distill/loss_it"] > 0
+    assert forward_losses(wanted, batch())["distill/loss_it"] > 0
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "cascade_rcnn"])
@@ -253,13 +257,13 @@ def test_the_proposals_of_both(family):
     losses = DistillLosses(tar=TARLoss())
     model = make(student, teacher, losses, proposals_from="both").train()
     examples = batch(objects=(2, 0))
-    own = step(copy.deepcopy(student), examples)
+    own = forward_losses(copy.deepcopy(student), examples)
     given = {}
     sample = student.roi_heads.label_and_sample_proposals
     student.roi_heads.label_and_sample_proposals = lambda proposals, targets: (
         given.update(proposals=proposals) or sample(proposals, targets)
     )
-    both = step(model, examples)
+    both = forward_losses(model, examples)
     assert all(torch.isfinite(value) for value in both.values())
     same = {key for key, value in own.items() if torch.equal(value, both[key])}
     assert {key for key in own if "rpn" in key} <= same < own.keys()
@@ -327,7 +331,7 @@ def test_yacs_users_build_it_by_name(tmp_path):
     assert torch.equal(*weights) and model.proposals_from == "both"
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
-    assert torch.isfinite(step(model.train(), batch())["distill/loss_imitation"])
+    assert torch.isfinite(forward_losses(model.train(), batch())["distill/loss_imitation"])
 
 
 @pytest.mark.parametrize("anchors", ["RotatedAnchorGenerator", None])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from d2kd.config import apply_overrides, distill, with_defaults
 from d2kd.data import incremental_split
-from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, sanity_check, table
+from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, format_findings, sanity_check
 from d2kd.doctor.data_checks import _check_annotations, check_data
 from d2kd.doctor.runtime_checks import check_features, check_inputs, check_losses, check_teacher
 from d2kd.engine import Trainer
@@ -81,7 +81,7 @@ def by_subject(config, **options):
 
 def test_a_good_run(config, capfd):
     findings = examined(config, target=0.5)
-    assert not errors(findings), table(findings)
+    assert not errors(findings), format_findings(findings)
     assert capfd.readouterr().out == ""
     found = {finding.subject: finding.found for finding in findings}
     assert "6 images, 7 objects, 1 images without any" in found["train data"]
@@ -294,7 +294,7 @@ def test_a_spoiled_run(config, tmp_path, spoil, expected):
     findings = examined(config, iterations=2 if "losses" in expected else 0)
     found = errors(findings)
     for subject, text in expected.items():
-        assert text in found.get(subject, ""), table(findings)
+        assert text in found.get(subject, ""), format_findings(findings)
     assert all(f.advice for f in findings if f.state == "error")
     assert exit_code(findings) == 2
 
@@ -502,7 +502,7 @@ def test_the_first_look_draws_and_changes_nothing(config, caplog):
 
 def test_the_table():
     findings = [Finding("a", "ok", "fine"), Finding("longer", "warning", "odd", "look")]
-    lines = table(findings).splitlines()
+    lines = format_findings(findings).splitlines()
     indent = " " * len("warning  longer  ")
     assert lines == ["ok       a       fine", "warning  longer  odd", f"{indent}-> look"]
     assert [exit_code(findings[:n]) for n in (0, 1, 2)] == [0, 0, 1]

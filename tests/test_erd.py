@@ -12,7 +12,14 @@ from detectron2.utils.events import EventStorage
 from d2kd.losses import DistillLosses, ERDLoss, LwFLoss
 from d2kd.modeling import DenseOutputs, Distiller, Teacher
 from d2kd.structures.class_map import ClassMap
-from d2kd.testing import check_loss, step, sum_distill_losses, tiny_fcos, tiny_gfl, tiny_retinanet
+from d2kd.testing import (
+    check_loss,
+    forward_losses,
+    sum_distill_losses,
+    tiny_fcos,
+    tiny_gfl,
+    tiny_retinanet,
+)
 from d2kd.utils.errors import InputError
 
 from .common import batch, build
@@ -306,7 +313,7 @@ def test_at_first_it_is_the_old_detector():
         torch.testing.assert_close(a.scores, b.scores)
     bias = model.student.head.cls_score.bias
     torch.testing.assert_close(bias[len(OLD) :], torch.full((len(NEW),), -math.log(99)))
-    losses = step(model.train(), new_batch())
+    losses = forward_losses(model.train(), new_batch())
     assert abs(float(sum_distill_losses(losses))) <= 1e-9
 
 
@@ -355,8 +362,8 @@ def test_the_task_is_that_of_a_detector_of_the_new_classes(objects):
         for k, v in model.student.state_dict().items()
     }
     alone.load_state_dict(state)
-    losses = step(model, new_batch(objects=objects))
-    expected = step(alone.train(), batch(classes=len(NEW), objects=objects))
+    losses = forward_losses(model, new_batch(objects=objects))
+    expected = forward_losses(alone.train(), batch(classes=len(NEW), objects=objects))
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, msg=name)
@@ -369,7 +376,7 @@ def test_old_objects_are_refused():
     with pytest.raises(InputError, match="ground truth: an object of class 0, which is an old one"):
         examples = new_batch()
         examples[0]["instances"].gt_classes[0] = 0
-        step(grown(old_detector()).train(), examples)
+        forward_losses(grown(old_detector()).train(), examples)
     with pytest.raises(InputError, match="num_old_classes: 3; expected from 0 to 2"):
         node = tiny_gfl()
         node.num_old_classes = 3

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from d2kd.comparison.accuracy import accuracy
-from d2kd.comparison.error_types import ERROR_TYPES, error_kinds, find_errors
-from d2kd.comparison.matching import Detections, GroundTruth, match
+from d2kd.comparison.accuracy import compute_accuracy
+from d2kd.comparison.error_types import ERROR_TYPES, count_error_types, find_errors
+from d2kd.comparison.matching import Detections, GroundTruth, match_detections
 
 from .generated_detections import generated_detections, generated_truth
 
@@ -31,12 +31,12 @@ def scene(objects, detections, classes=("a", "b")):
         np.array([d[1] for d in detections], float).reshape(-1, 4),
         np.array([d[2] for d in detections], float),
     )
-    return truth, match(truth, found)
+    return truth, match_detections(truth, found)
 
 
 def kinds(objects, detections):
     truth, matches = scene(objects, detections)
-    found = error_kinds(truth, matches, range(len(truth.classes)))
+    found = count_error_types(truth, matches, range(len(truth.classes)))
     return {k: n for k, n in found.count.items() if n}, found
 
 
@@ -111,16 +111,16 @@ def test_an_object_is_mended_once_by_the_best_that_means_it():
     errors = find_errors(truth, matches)
     assert matches.detections.score[errors.fixes].tolist() == [0.9]
     # Mending classification drops the detection of b: its object is the better one's to mend.
-    assert error_kinds(truth, matches, [0, 1]).cost["classification"] == 0
-    assert error_kinds(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
+    assert count_error_types(truth, matches, [0, 1]).cost["classification"] == 0
+    assert count_error_types(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
     # Classes that are not compared do not count.
-    found = error_kinds(*scene([(0, OBJECT), (1, ELSEWHERE)], [(1, OBJECT, 0.9)]), [0])
+    found = count_error_types(*scene([(0, OBJECT), (1, ELSEWHERE)], [(1, OBJECT, 0.9)]), [0])
     assert found.count["classification"] == 0 and found.AP50 == 0
 
 
 def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
     truth = generated_truth(objects=10, crowds=0.1)
-    matches = match(truth, generated_detections(truth, background=8))
+    matches = match_detections(truth, generated_detections(truth, background=8))
     errors = find_errors(truth, matches)
     wrong = ~matches.is_tp[0, 0] & ~matches.ignored[0, 0]
     assert ((errors.type >= 0) == wrong).all() and len(set(errors.type[wrong])) == 5
@@ -133,8 +133,10 @@ def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
 
 def test_ap50_is_the_reported_one_and_costs_are_gains():
     truth = generated_truth(objects=10)
-    matches = match(truth, generated_detections(truth, quality=0.2, background=8))
-    found = error_kinds(truth, matches, range(4))
-    assert found.AP50 == pytest.approx(accuracy(truth, matches, range(4), 0.5).metrics["AP50"])
+    matches = match_detections(truth, generated_detections(truth, quality=0.2, background=8))
+    found = count_error_types(truth, matches, range(4))
+    assert found.AP50 == pytest.approx(
+        compute_accuracy(truth, matches, range(4), 0.5).metrics["AP50"]
+    )
     assert all(0 <= cost <= 100 - found.AP50 for cost in found.cost.values())
     assert found.cost["localization"] > 0 and found.cost["missed"] > 0

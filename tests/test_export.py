@@ -23,9 +23,9 @@ from d2kd.export import formats, table
 from d2kd.export.formats import (
     ExportedDetector,
     count_mismatches,
+    export_detector,
     prepare_for_export,
     single_image_model,
-    write,
 )
 from d2kd.modeling import TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
@@ -94,7 +94,7 @@ def files(tmp_path_factory):
         path = folder / f"{family}{formats.FORMATS[form]}"
         if path not in written:
             written[path] = prepare_for_export(untrained(family))
-            write(written[path], path, ABOUT)
+            export_detector(written[path], path, ABOUT)
         return written[path], ExportedDetector(path)
 
     return of
@@ -157,7 +157,7 @@ def test_an_image_without_detections(form, tmp_path):
     """It may be the traced one, and any other."""
     detector = prepare_for_export(untrained("mask_rcnn", threshold=0.345))
     path = tmp_path / f"model{formats.FORMATS[form]}"
-    write(detector, path, ABOUT)
+    export_detector(detector, path, ABOUT)
     traced = torch.rand(3, *formats.EXAMPLE, generator=seeded(0)) * 255
     exported, (photograph, noise, _) = ExportedDetector(path), images()
     for image in (traced, photograph):
@@ -217,7 +217,7 @@ def test_what_cannot_be_read_or_written(tmp_path, monkeypatch):
             ExportedDetector(tmp_path / name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match="onnx: cannot be imported.*d2kd.export"):
-        write(prepare_for_export(untrained("fcos")), tmp_path / "model.onnx", ABOUT)
+        export_detector(prepare_for_export(untrained("fcos")), tmp_path / "model.onnx", ABOUT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "broken.ts"]
     detector = build(tiny_mask_rcnn())
     detector.roi_heads.keypoint_on = True
@@ -310,9 +310,9 @@ def test_files_of_several_formats_and_one_that_answers_otherwise(
     def another_in_torchscript(detector, path, about):
         if path.suffix == ".ts":
             another = lively(build(tiny_retinanet(), seed=9)).eval()
-            write(prepare_for_export(another), path, about)
+            export_detector(prepare_for_export(another), path, about)
 
-    monkeypatch.setattr(formats, "write", another_in_torchscript)
+    monkeypatch.setattr(formats, "export_detector", another_in_torchscript)
     with pytest.raises(SystemExit) as exit:
         command("export")(words)
     _, (differing, same) = counts()
@@ -326,8 +326,8 @@ def test_how_a_reduced_image_was_made(folder):
         mapper.image_format, mapper.augmentations = "RGB", [L(Resize)(shape=(48, 64))]
     student = build(config.model.student)
     weights = str(folder / "student.pth")
-    plain = table.metadata(config, student, weights)
-    small = table.metadata(with_downscaled_student(config, 2), student, weights)
+    plain = table.export_metadata(config, student, weights)
+    small = table.export_metadata(with_downscaled_student(config, 2), student, weights)
     assert plain["image_format"] == small["image_format"] == "RGB"
     assert "48" in plain["resizing"] and small["resizing"].startswith(plain["resizing"])
     assert small["resizing"].removeprefix(plain["resizing"]) == " 1/2 (means of 2 x 2 pixels)"

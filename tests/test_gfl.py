@@ -17,7 +17,7 @@ from d2kd.layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from d2kd.modeling import GFL, LinearP6P7
 from d2kd.modeling.atss import atss_matches
 from d2kd.modeling.box_regression import Box2BoxTransformStride, integral
-from d2kd.testing import edge_case_batches, step, tiny_gfl
+from d2kd.testing import edge_case_batches, forward_losses, tiny_gfl
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build
@@ -229,7 +229,7 @@ def with_options(**options):
     [("cls_weight", "loss_cls"), ("box_weight", "loss_box_reg"), ("dfl_weight", "loss_dfl")],
 )
 def test_a_weight_is_that_of_its_own_term_alone(weight, term):
-    once, twice = (step(with_options(**{weight: value}), batch()) for value in (0.5, 1.0))
+    once, twice = (forward_losses(with_options(**{weight: value}), batch()) for value in (0.5, 1.0))
     for name, value in once.items():
         assert value > 0 and torch.equal(twice[name], value * (2 if name == term else 1)), name
 
@@ -239,7 +239,7 @@ def test_what_background_costs_under_another_exponent(beta):
     """With a score p, p^beta of its cross entropy; without objects nothing else costs."""
     gfl, logits = with_options(qfl_beta=beta), []
     gfl.head.register_forward_hook(lambda *args: logits.extend(args[-1][0]))
-    losses = step(gfl, batch(sizes=((64, 64),) * 2, objects=(0, 0)))
+    losses = forward_losses(gfl, batch(sizes=((64, 64),) * 2, objects=(0, 0)))
     costs = sum((x.sigmoid() ** beta * F.softplus(x)).sum() for x in logits)
     torch.testing.assert_close(losses["loss_cls"], costs / 2)
     assert losses["loss_box_reg"] == losses["loss_dfl"] == 0
@@ -279,7 +279,7 @@ def test_an_answer_learns_from_its_own_term_alone():
 def test_trains_and_detects_on_odd_input(why, classes):
     model = build(tiny_gfl(classes=classes)).train()
     examples = edge_case_batches(classes)[why]
-    losses = step(model, examples)
+    losses = forward_losses(model, examples)
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_dfl"]
     assert all(torch.isfinite(value) for value in losses.values()), losses
     sum(losses.values()).backward()
@@ -297,9 +297,9 @@ def test_trains_and_detects_on_odd_input(why, classes):
 
 def test_losses_are_float32_inside_autocast():
     model = build(tiny_gfl()).train()
-    exact = step(model, batch())
+    exact = forward_losses(model, batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = step(model, batch())
+        losses = forward_losses(model, batch())
         _, edges = model.head([torch.randn(1, 16, 8, 8)] * 5)
     assert all(x.dtype == torch.float32 for x in edges)
     for name, value in losses.items():
@@ -315,7 +315,7 @@ def test_a_score_learns_how_well_the_box_fits():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(80):
         optimizer.zero_grad()
-        sum(step(model, examples).values()).backward()
+        sum(forward_losses(model, examples).values()).backward()
         optimizer.step()
     with torch.no_grad():
         found = model.eval()(examples)[0]["instances"]
@@ -408,4 +408,4 @@ def test_an_object_of_no_class_is_refused():
     for wrong in (CLASSES, CLASSES + 2, -1):
         examples[0]["instances"].gt_classes[0] = wrong
         with pytest.raises(InputError, match=f"ground truth: an object of class {wrong}, which is"):
-            step(build(tiny_gfl()).train(), examples)
+            forward_losses(build(tiny_gfl()).train(), examples)

@@ -22,8 +22,8 @@ from d2kd.visualization.icd_attention import (
     HEAT,
     TILE,
     Attention,
-    attention_of,
     attention_panel,
+    compute_attention,
     draw_attention,
     load_icd,
 )
@@ -58,7 +58,7 @@ def test_it_is_what_the_distillation_is_weighted_by(node, options, monkeypatch):
     model = model_of(node, layers=2, jitter=0.0, negatives_per_instance=0, **options)
     [example] = batch(sizes=((40, 90),), objects=(3,))
     loss, gt = model.losses.by_name["loss"], example["instances"]
-    found = attention_of(loss, model.teacher, [example], gt)
+    found = compute_attention(loss, model.teacher, [example], gt)
     rows = sum(x.sum((-1, -2)) for x in found.levels.values())
     assert rows.shape == (3, 2 * 4)
     np.testing.assert_allclose(rows, 1, rtol=1e-5)
@@ -75,7 +75,7 @@ def test_objects_are_in_pixels_of_the_resized_image():
     model, [example] = model_of(), batch(sizes=((64, 96),), objects=(1,))
     loss = model.losses.by_name["loss"]
     small, large = truth([[5, 8, 20, 16]], (32, 48)), truth([[10, 16, 40, 32]], (64, 96))
-    one, other = (attention_of(loss, model.teacher, [example], gt) for gt in (small, large))
+    one, other = (compute_attention(loss, model.teacher, [example], gt) for gt in (small, large))
     for level in one.levels:
         np.testing.assert_allclose(one.levels[level], other.levels[level], rtol=1e-5)
     assert small.gt_boxes.tensor.tolist() == [[5, 8, 20, 16]]  # left as it was
@@ -87,7 +87,7 @@ def test_even_attention_is_even_on_the_picture():
     for layer in loss.decoder:
         torch.nn.init.zeros_(layer.query.weight)
         torch.nn.init.zeros_(layer.query.bias)
-    found = attention_of(loss, model.teacher, [example], example["instances"])
+    found = compute_attention(loss, model.teacher, [example], example["instances"])
     cells = {level: x.shape[-2] * x.shape[-1] for level, x in found.levels.items()}
     valid = {level: np.count_nonzero(x[0, 0]) for level, x in found.levels.items()}
     assert all(valid[level] <= cells[level] for level in cells)
@@ -188,12 +188,12 @@ def test_a_teacher_of_larger_images(tmp_path, monkeypatch):
         return make_queries(gt, *args, **options)
 
     monkeypatch.setattr(icd_attention, "make_queries", kept)
-    found = attention_of(loss, teacher, [small], full["instances"])
+    found = compute_attention(loss, teacher, [small], full["instances"])
     assert given[0].image_size == small["image"].shape[1:] == (32, 48)
     boxes, halves = given[0].gt_boxes.tensor, full["instances"].gt_boxes.tensor / 2
     torch.testing.assert_close(boxes, halves, rtol=0, atol=1e-4)
     loss.levels = {match: match for match in loss.levels.values()}
-    wanted = attention_of(loss, model.teacher, [full], full["instances"])
+    wanted = compute_attention(loss, model.teacher, [full], full["instances"])
     assert found.extent == wanted.extent
     for level, same in zip(found.levels, wanted.levels, strict=True):
         np.testing.assert_allclose(found.levels[level], wanted.levels[same], rtol=1e-5)
@@ -240,7 +240,7 @@ def test_what_is_refused(tmp_path, refuses):
     )
     gt = truth([[1, 1, 30, 30]], (64, 64), [CLASSES])
     loss = model.losses.by_name["mine"]
-    refuses(lambda: attention_of(loss, teacher, [example], gt), f"gt_classes: {CLASSES}")
+    refuses(lambda: compute_attention(loss, teacher, [example], gt), f"gt_classes: {CLASSES}")
     with pytest.raises(InputError, match="no annotated object"):
         draw(tmp_path, 2, 0, 0)
     assert not (tmp_path / "out").exists()

@@ -37,9 +37,9 @@ ORDER = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=20, val=8, test=3)
+    shapes.register_shapes(tmp_path / "shapes", train=20, val=8, test=3)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 @pytest.mark.parametrize("split", ERD_SPLITS)

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from d2kd.config import incremental_recipe, load
 from d2kd.data import coco_dataset, shapes
 from d2kd.study import SequentialRunner, build_study, run_study, write_tables_and_plots
-from d2kd.study import load as load_study
-from d2kd.study.incremental import forgetting, gaps, old_new_all
+from d2kd.study import load_study as load_study
+from d2kd.study.incremental import forgetting_per_class, gaps_to_upper_bound, mean_ap_old_new_all
 from d2kd.utils.errors import InputError
 
 from .common import interrupted_in
@@ -25,23 +25,28 @@ CLASSES = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=8, val=4, test=6)
+    shapes.register_shapes(tmp_path / "shapes", train=8, val=4, test=6)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 def test_means_and_gaps():
     per_class = {"a": 10.0, "b": 20.0, "c": None, "d": 60.0}
     increments = [["a"], ["b", "c"], ["d"]]
-    assert old_new_all(per_class, increments, 1) == {"old": None, "new": 10.0, "all": 10.0}
-    assert old_new_all(per_class, increments, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
-    assert old_new_all(per_class, increments, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
-    assert old_new_all({}, increments, 3) == {"old": None, "new": None, "all": None}
-    lost = forgetting({"a": 30.0, "b": None}, per_class, ["a", "b"])
+    assert mean_ap_old_new_all(per_class, increments, 1) == {"old": None, "new": 10.0, "all": 10.0}
+    assert mean_ap_old_new_all(per_class, increments, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
+    assert mean_ap_old_new_all(per_class, increments, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
+    assert mean_ap_old_new_all({}, increments, 3) == {"old": None, "new": None, "all": None}
+    lost = forgetting_per_class({"a": 30.0, "b": None}, per_class, ["a", "b"])
     assert lost == {"a": 20.0, "b": None}
     # As published for 40.2 and 34.4: 5.8 points, 14.4 percent.
-    assert gaps(34.4, 40.2) == pytest.approx((5.8, 0.144), abs=5e-4)
-    assert gaps(None, 40.2) == gaps(3.0, 0.0) == gaps(3.0, None) == (None, None)
+    assert gaps_to_upper_bound(34.4, 40.2) == pytest.approx((5.8, 0.144), abs=5e-4)
+    assert (
+        gaps_to_upper_bound(None, 40.2)
+        == gaps_to_upper_bound(3.0, 0.0)
+        == gaps_to_upper_bound(3.0, None)
+        == (None, None)
+    )
 
 
 def study_of(split="4+2+2", runs=None, **study):

@@ -148,7 +148,7 @@ def test_each_fault_of_the_archive_is_one_error_line(index, tmp_path, monkeypatc
     assert not wheels.exists()
     tarfile.open(tmp_path / "other.tar.gz", "w:gz").close()
     with pytest.raises(InputError, match="other.tar.gz: holds no folder detectron2; expected"):
-        install_detectron2.build(tmp_path / "other.tar.gz", tmp_path)
+        install_detectron2.build_wheel(tmp_path / "other.tar.gz", tmp_path)
     monkeypatch.setattr(install_detectron2, "REQUIREMENTS", ("d2kd-no-such-package",))
     with pytest.raises(InputError, match="detectron2 0.6: cannot be installed .*no-such"):
         install_detectron2.install(index / "detectron2-0.6-py3-none-any.whl", None)

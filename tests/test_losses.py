@@ -36,7 +36,7 @@ from d2kd.losses.tar import classification_term, regression_term
 from d2kd.modeling import Regions
 from d2kd.modeling.anchors import check_anchors
 from d2kd.modeling.box_regression import select_class_deltas
-from d2kd.testing import DETECTORS, check_loss, distiller, step, sum_distill_losses
+from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
 from d2kd.utils.errors import InputError
 
 from .common import batch, build
@@ -78,7 +78,7 @@ def test_images_of_a_few_pixels(family, sizes):
     """No level has a whole cell of such an image, and its padding is most of the batch."""
     for make in (TARLoss, lambda: ICDLoss(heads=4)):
         model = distiller(make, DETECTORS[family])
-        losses = step(model, batch(sizes=sizes, objects=(1,) * len(sizes)))
+        losses = forward_losses(model, batch(sizes=sizes, objects=(1,) * len(sizes)))
         sum(losses.values()).backward()
         assert all(value.isfinite() for value in losses.values()), losses
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -396,7 +396,7 @@ def test_dense_regression_restated(family, gate):
             detector.head.bbox_pred.weight.normal_(std=0.05)
     loss = model.losses.by_name["loss"]
     given = sides_of(loss)
-    step(model, batch(objects=(3, 3)))
+    forward_losses(model, batch(objects=(3, 3)))
     student, teacher = given["s"], given["t"]
     value = loss.dense_regression(student, teacher)
     anchors = Boxes.cat(student.anchors).tensor.tolist()
@@ -432,7 +432,7 @@ def test_the_stages_of_a_cascade_add_up():
     model = distiller(lambda: TARLoss(feature_weight=0), DETECTORS["cascade_rcnn"])
     loss = model.losses.by_name["loss"]
     given = sides_of(loss)
-    losses = step(model, batch())
+    losses = forward_losses(model, batch())
     stages = list(zip(given["s"].regions, given["t"].regions, strict=True))
     assert len(stages) == 3
     for name in ("classification", "regression"):
@@ -447,7 +447,7 @@ def test_imitation_restated():
     model = distiller(make, DETECTORS["retinanet"])
     examples, loss = batch(), model.losses.by_name["loss"]
     given = sides_of(loss)
-    value = step(model, examples)["distill/loss_loss"]
+    value = forward_losses(model, examples)["distill/loss_loss"]
     total = 0.0
     for level, stride in (("p3", 8), ("p4", 16)):
         maps = (given[side].features[level] for side in "st")
@@ -500,7 +500,7 @@ def test_outputs_in_padding_do_not_count(make, family):
             return forward(student, teacher)
 
         loss.forward = spoiling
-        return sum_distill_losses(step(model, batch(sizes=((64, 64), (64, 128)))))
+        return sum_distill_losses(forward_losses(model, batch(sizes=((64, 64), (64, 128)))))
 
     assert value(0) > 0 and torch.equal(value(0), value(100))
 
@@ -596,7 +596,7 @@ def test_only_distill_losses_can_be_summed():
 def test_a_loss_cannot_overwrite_the_students_own():
     model = distiller(ImitationLoss, DETECTORS["retinanet"])
     model.losses = DistillLosses(cls=model.losses.by_name["loss"])
-    losses = step(model, batch())
+    losses = forward_losses(model, batch())
     assert {"loss_cls", "distill/loss_cls"} <= losses.keys()
 
 

@@ -81,7 +81,7 @@ def ready(name, classes=("a", "b")):
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
         teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
-        map=class_map,
+        class_map=class_map,
         to_detector_label=dict(class_map.pairs),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.comparison.comparison import Options, build_comparison, compute_detector_metrics
 from d2kd.comparison.error_types import ERROR_TYPES
 from d2kd.report.page import ValueRange, detector_colors, render, summary_sentence, write_report
 
@@ -36,8 +36,8 @@ def generated(data, qualities):
 
 def made(data, seen, classes, **options):
     options = Options(**{"resamples": 5, **options})
-    found = analyse(seen, data, classes, options)
-    return assemble(found, [described(n) for n in seen], None, data, classes, options)
+    found = compute_detector_metrics(seen, data, classes, options)
+    return build_comparison(found, [described(n) for n in seen], None, data, classes, options)
 
 
 def outside(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from d2kd.data.scales import downscale
 from d2kd.layers.adapter import match_levels
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.testing import edge_case_batches, step
+from d2kd.testing import edge_case_batches, forward_losses
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_retinanet
@@ -116,7 +116,7 @@ def pair(family):
 def test_every_loss_works_across_scales(family, name):
     examples = two_scales({"plain": batch(), **edge_case_batches()}[name])
     model = pair(family).train()
-    losses = step(model, examples)
+    losses = forward_losses(model, examples)
     assert all(torch.isfinite(value) for value in losses.values())
     assert any(key.startswith("distill/loss_icd") for key in losses)
 
@@ -124,8 +124,10 @@ def test_every_loss_works_across_scales(family, name):
 def test_the_student_sees_the_small_images_alone():
     examples = two_scales(batch())
     model, alone = pair("retinanet").train(), build(tiny_retinanet()).train()
-    ours = {k: v for k, v in step(model, examples).items() if not k.startswith("distill/")}
-    theirs = step(alone, [{**x, "teacher_image": None} for x in examples])
+    ours = {
+        k: v for k, v in forward_losses(model, examples).items() if not k.startswith("distill/")
+    }
+    theirs = forward_losses(alone, [{**x, "teacher_image": None} for x in examples])
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 

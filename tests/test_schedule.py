@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.study import ParallelRunner, load, run_study, schedule
+from d2kd.study import ParallelRunner, load_study, run_study, schedule
 from d2kd.study import run as training
 from d2kd.utils.errors import InputError
 
@@ -85,7 +85,7 @@ def command(file, monkeypatch):
 
 
 def run(file, output, seeds=(), only=(), trainer=None, console=None):
-    study = load(file)
+    study = load_study(file)
     return run_study(study, study.plan(seeds, only), output, trainer, console or io.StringIO())
 
 

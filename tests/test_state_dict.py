@@ -15,7 +15,7 @@ from torch import nn
 from d2kd.data import coco_dataset
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller
-from d2kd.testing import step
+from d2kd.testing import forward_losses
 
 from .common import batch, build, tiny_faster_rcnn, tiny_retinanet
 from .test_distiller import RECIPE, Tapped, make, yacs
@@ -142,7 +142,7 @@ def test_copies_are_models_of_their_own(loss, duplicate):
     assert_same(dict(twin.state_dict()), dict(model.state_dict()))
     results = []
     for one in (model, twin):
-        losses = step(one, batch())
+        losses = forward_losses(one, batch())
         sum(losses.values()).backward()
         results.append({key: value.item() for key, value in losses.items()})
     assert results[0] == pytest.approx(results[1])
@@ -157,7 +157,7 @@ def test_copies_are_models_of_their_own(loss, duplicate):
             torch.testing.assert_close(one.grad, other.grad)
     with torch.no_grad():
         next(twin.parameters()).add_(1)
-    assert step(twin, batch()).keys() == losses.keys()
+    assert forward_losses(twin, batch()).keys() == losses.keys()
 
 
 def test_a_plain_loop(tmp_path, caplog):

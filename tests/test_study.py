@@ -19,15 +19,15 @@ from d2kd.study import (
     SequentialRunner,
     TrainingResult,
     build_study,
-    load,
     load_and_plan,
+    load_study,
     prepare_recipe,
     run_study,
     train,
     write_tables_and_plots,
 )
-from d2kd.study.results import ap_metrics, gains, table, training_time
-from d2kd.study.text import aligned, markdown, t_interval
+from d2kd.study.results import ap_metrics, compute_gains, format_results, format_training_time
+from d2kd.study.text import format_markdown_table, format_text_table, t_interval
 from d2kd.utils.console import ProgressBar
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import PeakMemory
@@ -42,9 +42,9 @@ CLASSES = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=2, val=2, test=3)
+    shapes.register_shapes(tmp_path / "shapes", train=2, val=2, test=3)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 def recipe(steps=100, **model):
@@ -173,14 +173,14 @@ def test_circles_unknown_methods_and_missing_test_data_are_named():
 
 def test_files_that_are_no_study(tmp_path):
     with pytest.raises(InputError, match="absent.py: no such config"):
-        load(tmp_path / "absent.py")
+        load_study(tmp_path / "absent.py")
     for text, message in (
         ("x = 1", "no dict named 'study'"),
         ("1 / 0", r"does not load \(ZeroDivisionError: .*\); expected a study"),
     ):
         (tmp_path / "s.py").write_text(text)
         with pytest.raises(InputError, match=f"s.py: {message}"):
-            load(tmp_path / "s.py")
+            load_study(tmp_path / "s.py")
 
 
 def test_runs_have_their_sources_and_equal_time_is_measured_once(tmp_path):
@@ -339,14 +339,14 @@ def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     )
     printed = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
     assert "over baseline" in printed
-    time = training_time(rows)
+    time = format_training_time(rows)
     assert time in printed and time in (tmp_path / "table.md").read_text()
 
 
 def test_the_time_of_all_runs_is_added_up():
     rows = [{"seconds": 3600.0}, {"seconds": 1800.5}, {"seconds": 130.0}]
-    assert training_time(rows) == "3 runs, trained in 1 h 32 min added up"
-    assert training_time([{"seconds": 3599}]) == "1 run, trained in 1 h 00 min"
+    assert format_training_time(rows) == "3 runs, trained in 1 h 32 min added up"
+    assert format_training_time([{"seconds": 3599}]) == "1 run, trained in 1 h 00 min"
 
 
 def test_what_fails_before_its_first_step_leaves_no_trace(tmp_path):
@@ -398,9 +398,9 @@ def test_gains_are_paired():
     rows = [row("b", 0, 10), row("b", 1, 30), row("m", 1, 33), row("m", 0, 11), row("m", 2, 9)]
     interval = pytest.approx((2 - 12.706, 2 + 12.706))
     found = {"mean_gain": 2.0, "std_gain": math.sqrt(2), "interval": interval}
-    assert gains(rows, "m", "b") == found | {"gains": [1.0, 3.0, None]}
+    assert compute_gains(rows, "m", "b") == found | {"gains": [1.0, 3.0, None]}
     found = {"mean_gain": 1.0, "std_gain": None, "interval": None, "gains": [1.0]}
-    assert gains(rows[:1] + rows[3:4], "m", "b") == found
+    assert compute_gains(rows[:1] + rows[3:4], "m", "b") == found
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 30])
@@ -415,12 +415,12 @@ def test_the_interval_covers_the_mean_95_times_in_100(count):
 def test_tables_as_text_and_as_markdown():
     lines = [["a", "bb"], ["  c", "1.0"], ["", "-"]]
     expected = ["a      bb", "---  ----", "  c   1.0", "        -"]
-    assert aligned(lines).splitlines() == expected
-    cells = [line.split("|")[1:-1] for line in markdown(lines).splitlines()]
+    assert format_text_table(lines).splitlines() == expected
+    cells = [line.split("|")[1:-1] for line in format_markdown_table(lines).splitlines()]
     cells = [[cell.strip() for cell in line] for line in cells]
     assert [cells[0], *cells[2:]] == [["a", "bb"], ["c", "1.0"], ["", "-"]]
     assert all(set(cell) <= set("-:") for cell in cells[1])
-    assert len(aligned(lines[:1]).splitlines()) == 2
+    assert len(format_text_table(lines[:1]).splitlines()) == 2
 
 
 class Terminal(io.StringIO):
@@ -441,10 +441,10 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
         printed = console.getvalue()
         assert printed.endswith("  tar  AP 1.0\n")
         assert (
-            "step 70/100  00:30 elapsed  00:30 left" in printed
+            "70/100  00:30 elapsed  00:30 left" in printed
         )  # by the steps that were made here
         if console.isatty():
-            assert printed.count("\n") == 1 and "step 100/100" in printed
+            assert printed.count("\n") == 1 and "100/100" in printed
         else:
             assert "\r" not in printed and 3 <= printed.count("\n") <= 5
 
@@ -458,16 +458,18 @@ def test_an_only_class_and_undefined_figures():
 def test_the_table_shows_each_seed():
     rows = [row("teacher", 0, 42), row("b", 0, 10), row("b", 1, 12), row("m", 0, 11)]
     rows += [row("m", 1, 15), row("i", 0, -1), row("i", 1, 12.01)]
-    lines = [line.split() for line in table(rows, "val", ["b", "i"], ["m", "i"]).splitlines()]
+    lines = [
+        line.split() for line in format_results(rows, "val", ["b", "i"], ["m", "i"]).splitlines()
+    ]
     assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
     assert ["AP", "small", "-", "-", "-", "-"] in lines
     assert ["m", "mean", "+2.0", "±1.4", "+3.0"] in lines
     assert ["95", "%", "-10.7", "to", "+14.7", "-"] in lines
     assert ["seed", "0", "+1.0", "-"] in lines and ["seed", "1", "+3.0", "+3.0"] in lines
     assert ["i", "mean", "+0.0"] in lines
-    one = table(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
+    one = format_results(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
     assert one.splitlines()[-1].split() == ["m", "seed", "0", "+1.0"]
-    assert "gain" not in table(rows[:1], "val", ["b"], ["m"])
+    assert "gain" not in format_results(rows[:1], "val", ["b"], ["m"])
 
 
 def test_closing_words_name_what_to_open(tmp_path):
@@ -506,9 +508,9 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     if "bccd" in path.stem:
         with pytest.raises(InputError, match="D2KD_BCCD: not set; expected the folder"):
-            load(str(path))
+            load_study(str(path))
         monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
-    study = load(str(path))
+    study = load_study(str(path))
     planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
     if "bccd" in path.stem:
         for run in planned.values():
@@ -585,7 +587,7 @@ dataloader.train.num_workers=0 dataloader.test.num_workers=0""".split()
 
 
 def test_a_real_study_trains_measures_and_continues(tmp_path):
-    study = load("projects/TAR/studies/shapes.py")
+    study = load_study("projects/TAR/studies/shapes.py")
     models = study.runs["teacher"].config.model, study.runs["tar"].config.model.teacher.detector
     for teacher in models:
         teacher.backbone.bottom_up.width = 4

@@ -25,10 +25,10 @@ from .bench import (
     TEACHER,
     WARM_UPS,
     Bench,
-    Case,
+    BenchmarkCase,
     peak_memory,
 )
-from .data_loading import check_data, measure_data_loading
+from .data_loading import check_loadable, measure_data_loading
 from .phases import PHASES
 from .step_cost import bootstrap_medians
 from .untrained import OBJECTS
@@ -77,7 +77,7 @@ def time_rows(
     return {row: values[WARM_UPS:] for row, values in seconds.items()}
 
 
-def ratios(
+def time_ratios(
     seconds: Seconds, plain: Mapping[str, str], variant_of: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Compute the ratios of times, round by round.
@@ -133,7 +133,7 @@ def median_phases(bench: Bench, name: str) -> dict[str, float] | None:
 
 
 def benchmark(
-    setups: Sequence[Case],
+    setups: Sequence[BenchmarkCase],
     variant_of: Mapping[str, str] | None = None,
     rounds: int = 15,
     console: TextIO | None = None,
@@ -181,7 +181,7 @@ def benchmark(
     print(f"building, with norms of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
     for bench in benches.values() if data_steps else ():
-        check_data(bench)
+        check_loadable(bench)
     firsts: dict[str, str] = {}
     plain = {label: firsts.setdefault(bench.plain, label) for label, bench in benches.items()}
     for label, bench in benches.items():
@@ -238,7 +238,7 @@ def benchmark(
         "rounds": rounds,
         "recipes": recipes,
         "rows": rows,
-        "ratios": ratios(seconds, plain, variant_of),
+        "ratios": time_ratios(seconds, plain, variant_of),
         "data": data,
     }
     if on_result is not None:
@@ -257,7 +257,7 @@ def benchmark(
 
 
 def _recipe(
-    setup: Case, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
+    setup: BenchmarkCase, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
 ) -> dict[str, Any]:
     bench, base = benches[setup.label], benches.get(variant_of.get(setup.label, ""))
     read = itertools.chain.from_iterable(reads.read for reads in bench.teacher_reads)
@@ -271,7 +271,7 @@ def _recipe(
     }
 
 
-def table(result: Mapping[str, Any], style: str = "simple") -> str:
+def format_costs(result: Mapping[str, Any], style: str = "simple") -> str:
     """Format a result of :func:`benchmark` as text.
 
     Args:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accuracy import interpolated_precision, mean_precision
-from .matching import GroundTruth, Matches, overlapping
+from .matching import GroundTruth, Matches, overlapping_pairs
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 ERROR_TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
@@ -77,7 +77,7 @@ def find_errors(truth: GroundTruth, matches: Matches) -> Errors:
     """Find the error type of every detection, and the missed objects."""
     detections, total = matches.detections, len(matches.detections)
     is_tp, ignored = matches.is_tp[0, 0], matches.ignored[0, 0]
-    d, g, iou = overlapping(truth, detections, BACKGROUND, same_class=False)
+    d, g, iou = overlapping_pairs(truth, detections, BACKGROUND, same_class=False)
     single = ~truth.crowd[g]
     d, g, iou = d[single], g[single], iou[single]
     same = detections.label[d] == truth.label[g]
@@ -112,7 +112,7 @@ def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
     return best, which
 
 
-def error_kinds(truth: GroundTruth, matches: Matches, classes: Sequence[int]) -> ErrorTypes:
+def count_error_types(truth: GroundTruth, matches: Matches, classes: Sequence[int]) -> ErrorTypes:
     """Count the errors of each type and compute their costs.
 
     Args:

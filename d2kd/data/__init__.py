@@ -27,4 +27,4 @@ __all__ = [
     "use_seeded_loaders",
 ]
 
-shapes.register()  # names only; the images are drawn when the set is first loaded
+shapes.register_shapes()  # names only; the images are drawn when the set is first loaded

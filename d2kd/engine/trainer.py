@@ -55,7 +55,7 @@ from .checkpoint import (
 )
 from .evaluation import (
     build_evaluator,
-    build_test_loader,
+    build_recipe_test_loader,
     do_test,
     finite_metrics,
     get_test_dataset_name,
@@ -218,9 +218,9 @@ class Trainer(DefaultTrainer):
         return instantiate(dataloader.train)
 
     @classmethod
-    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
+    def build_recipe_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
         """Build the loader of ``cfg.dataloader.test``, for another data set if it is named; None: no evaluation."""
-        return build_test_loader(cfg, dataset_name)
+        return build_recipe_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: DictConfig, dataset_name: str | None) -> Any:

@@ -1,5 +1,5 @@
 """Trained detectors as ONNX or TorchScript, measured beside where they came from."""
 
-from .formats import ExportedDetector, prepare_for_export, write
+from .formats import ExportedDetector, export_detector, prepare_for_export
 
-__all__ = ["ExportedDetector", "prepare_for_export", "write"]
+__all__ = ["ExportedDetector", "export_detector", "prepare_for_export"]

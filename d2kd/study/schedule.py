@@ -20,7 +20,7 @@ from ..utils.console import ProgressBar, ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_rows, write_json
 from .plan import Run, Study, prepare_recipe, timed_recipes
-from .results import cost_text, write_results
+from .results import format_step_cost, write_results
 from .run import (
     TrainingResult,
     finished_row,
@@ -97,7 +97,7 @@ def run_study(
         if cost is None and run.name in requested and not busy:
             line = ProgressBar(f"  {run.method:<{width}}  cost of a step", console)
             found = trainer.step_cost(*recipes, line)
-            line.close(cost_text(found, "a plain step"))
+            line.close(format_step_cost(found, "a plain step"))
             cost = {"method": run.method, "recipes_sha256": key, **found}
             write_json(output / STEP_COST, {"schema": 1, "rows": [*costs, cost]})
         return cost and {name: cost[name] for name in COST_FIELDS}
