@@ -120,7 +120,7 @@ def test_written_once_and_whole(small, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "draw", interrupted)
+    monkeypatch.setattr(shapes, "draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shapes.write_shapes(tmp_path / "new", **SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -157,7 +157,7 @@ def test_each_fault_of_the_archive_is_one_error_line(index, tmp_path, monkeypatc
 def test_an_installed_detectron2_is_left_alone_unless_forced(monkeypatch, capsys):
     installed = []
     monkeypatch.setattr(install_detectron2, "download", lambda folder: folder)
-    monkeypatch.setattr(install_detectron2, "build", lambda archive, destination: destination)
+    monkeypatch.setattr(install_detectron2, "build_wheel", lambda archive, destination: destination)
     monkeypatch.setattr(install_detectron2, "install", lambda *given: installed.append(given))
 
     install([])
