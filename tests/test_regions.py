@@ -80,7 +80,7 @@ def ready(name, classes=("a", "b")):
     class_map = ClassMap.from_names(("a", "b"), classes)
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
-        teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
+        teacher=SimpleNamespace(outputs_class=RCNNOutputs, detector=None),
         class_map=class_map,
         to_detector_label=dict(class_map.pairs),
     )
@@ -189,7 +189,7 @@ def test_anchors_by_hand(monkeypatch):
 
     def table():
         for one, said in zip(detectors, (first, second)):
-            one.teacher = SimpleNamespace(kind=DenseOutputs, detector=said.detector)
+            one.teacher = SimpleNamespace(outputs_class=DenseOutputs, detector=said.detector)
         return counted([first, second], detectors, thresholds=[0.5, 0.8])
 
     found = table()

@@ -440,9 +440,7 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
         line.close("shared_across_seeds")
         printed = console.getvalue()
         assert printed.endswith("  tar  AP 1.0\n")
-        assert (
-            "70/100  00:30 elapsed  00:30 left" in printed
-        )  # by the steps that were made here
+        assert "70/100  00:30 elapsed  00:30 left" in printed  # by the steps that were made here
         if console.isatty():
             assert printed.count("\n") == 1 and "100/100" in printed
         else:

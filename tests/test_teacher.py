@@ -240,7 +240,7 @@ def test_a_teacher_answers_in_its_own_precision():
 def test_weights_are_kept_in_the_precision_of_the_answers(family):
     """So that autocast need not make them so in each step; to the bit what it would say."""
     casting = Teacher(live_statistics(build(DETECTORS[family]())), None, dtype="bfloat16")
-    casting._pending_optimizations.pop("keep")
+    casting._pending_optimizations.pop("cast")
     kept = Teacher(lively(live_statistics(build(DETECTORS[family]()))), None, dtype="bfloat16")
     before = kept.detect(batch())
     for ours, theirs in zip(answers(kept), answers(casting), strict=True):

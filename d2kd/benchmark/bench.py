@@ -268,7 +268,7 @@ class Bench:
         model, optimizer = self.rows[name].trained
         return TrainStep(model, batches, optimizer, self._precision, self._train)
 
-    def measure_phases(self, name: str, number: int) -> dict[str, float] | None:
+    def phases(self, name: str, number: int) -> dict[str, float] | None:
         """Measure the phases of one step; None for a row that is not trained by d2kd's trainer."""
         if name not in (STUDENT, DISTILLED):
             return None

@@ -114,11 +114,11 @@ class DistillLosses(nn.Module):
     Example:
         >>> from d2kd.losses import DistillLosses, ImitationLoss
         >>> from d2kd.modeling import Distiller, Teacher
-        >>> from d2kd.testing import batch, build, step, tiny_retinanet
+        >>> from d2kd.testing import batch, build, forward_losses, tiny_retinanet
         >>> student, teacher = build(tiny_retinanet()), Teacher(build(tiny_retinanet(), seed=1), weights=None)
         >>> losses = DistillLosses(imitation=ImitationLoss())
         >>> model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
-        >>> list(step(model, batch()))
+        >>> list(forward_losses(model, batch()))
         ['loss_cls', 'loss_box_reg', 'distill/loss_imitation']
     """
 

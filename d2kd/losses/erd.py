@@ -114,10 +114,10 @@ class ERDLoss(DistillLoss):
             class in common, or the student has fewer classes than the teacher.
 
     Example:
-        >>> from d2kd.testing import batch, sum_distill_losses, distiller, step, tiny_gfl
-        >>> sum_distill_losses(step(distiller(ERDLoss, tiny_gfl), batch())).item() > 0
+        >>> from d2kd.testing import batch, sum_distill_losses, distiller, forward_losses, tiny_gfl
+        >>> sum_distill_losses(forward_losses(distiller(ERDLoss, tiny_gfl), batch())).item() > 0
         True
-        >>> sum_distill_losses(step(distiller(ERDLoss, tiny_gfl, same=True), batch())).item()  # the teacher is a copy
+        >>> sum_distill_losses(forward_losses(distiller(ERDLoss, tiny_gfl, same=True), batch())).item()  # the teacher is a copy
         0.0
     """
 

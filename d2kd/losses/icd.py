@@ -101,8 +101,8 @@ class ICDLoss(DistillLoss):
             a class index out of range.
 
     Example:
-        >>> from d2kd.testing import batch, distiller, step, tiny_retinanet
-        >>> losses = step(distiller(lambda: ICDLoss(heads=2), tiny_retinanet), batch())
+        >>> from d2kd.testing import batch, distiller, forward_losses, tiny_retinanet
+        >>> losses = forward_losses(distiller(lambda: ICDLoss(heads=2), tiny_retinanet), batch())
         >>> [key.rsplit("_", 1)[1] for key in losses if key.startswith("distill/")]
         ['identification', 'localization', 'distillation']
     """

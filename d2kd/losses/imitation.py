@@ -32,9 +32,9 @@ class ImitationLoss(DistillLoss):
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Example:
-        >>> from d2kd.testing import batch, sum_distill_losses, distiller, step, tiny_retinanet
+        >>> from d2kd.testing import batch, sum_distill_losses, distiller, forward_losses, tiny_retinanet
         >>> model = distiller(lambda: ImitationLoss(levels=["p3"], mask="none"), tiny_retinanet, same=True)
-        >>> sum_distill_losses(step(model, batch())).item()  # the teacher is a copy
+        >>> sum_distill_losses(forward_losses(model, batch())).item()  # the teacher is a copy
         0.0
     """
 

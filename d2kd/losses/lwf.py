@@ -32,10 +32,10 @@ class LwFLoss(DistillLoss):
             classes than the teacher.
 
     Example:
-        >>> from d2kd.testing import batch, sum_distill_losses, distiller, step, tiny_fcos
-        >>> sum_distill_losses(step(distiller(LwFLoss, tiny_fcos), batch())).item() > 0
+        >>> from d2kd.testing import batch, sum_distill_losses, distiller, forward_losses, tiny_fcos
+        >>> sum_distill_losses(forward_losses(distiller(LwFLoss, tiny_fcos), batch())).item() > 0
         True
-        >>> sum_distill_losses(step(distiller(LwFLoss, tiny_fcos, same=True), batch())).item()  # the teacher is a copy
+        >>> sum_distill_losses(forward_losses(distiller(LwFLoss, tiny_fcos, same=True), batch())).item()  # the teacher is a copy
         0.0
     """
 

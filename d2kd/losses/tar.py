@@ -95,9 +95,9 @@ class TARLoss(DistillLoss):
             differ, if a box head has ``use_sigmoid_ce``, or if classes differ and their names were not given.
 
     Example:
-        >>> from d2kd.testing import batch, distiller, step, tiny_faster_rcnn
+        >>> from d2kd.testing import batch, distiller, forward_losses, tiny_faster_rcnn
         >>> model = distiller(TARLoss, tiny_faster_rcnn, same=True)  # the teacher is a copy
-        >>> {key: value.item() for key, value in step(model, batch()).items() if key.startswith("distill/")}
+        >>> {key: value.item() for key, value in forward_losses(model, batch()).items() if key.startswith("distill/")}
         {'distill/loss_loss_feature': 0.0, 'distill/loss_loss_classification': 0.0, 'distill/loss_loss_regression': 0.0}
     """
 
