@@ -559,7 +559,7 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
     if "bccd" in path.stem:
         for run in planned.values():
             names = [run.config.dataloader[part].dataset.names for part in ("train", "test")]
-            assert study.steps or check_dataset(names) == ["bccd_train", "bccd_val"]
+            assert study.increments or check_dataset(names) == ["bccd_train", "bccd_val"]
     if path.stem == "gfl_beside_retinanet":
         gfl, retinanet = (dict(planned[f"{m}_seed0"].config) for m in ("gfl", "retinanet"))
         assert gfl["model"].pop("_target_") != retinanet["model"].pop("_target_")
@@ -570,13 +570,15 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
         return
     if str(path.parent) == OF_STEPS:
         assert (
-            study.steps and study.upper_bound and set(planned) == {f"{m}_seed0" for m in study.runs}
+            study.increments
+            and study.upper_bound
+            and set(planned) == {f"{m}_seed0" for m in study.runs}
         )
         for run in planned.values():
             assert (
                 ("losses" in run.config.model)
                 == bool(run.teacher)
-                == ((study.step_of(run.method) or 1) > 1)
+                == ((study.increment_of(run.method) or 1) > 1)
             )
         return
     assert {"teacher", "baseline_seed0"} <= planned.keys()

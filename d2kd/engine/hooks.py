@@ -150,7 +150,7 @@ class PeriodicCheckpoint(hooks.PeriodicCheckpointer):
         super().before_train()
         if self.max_to_keep is not None and self.trainer.start_iter > 0:
             last = self.checkpointer.get_checkpoint_file()
-            written = [*reversed(self.checkpointer.before(last)), last]
+            written = [*reversed(self.checkpointer.older_checkpoints(last)), last]
             # Without files of later iterations, which were unreadable or are an earlier run's.
             unwritten = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
             self.recent_checkpoints = [file for file in written if Path(file).name < unwritten]

@@ -72,11 +72,11 @@ def train(config: DictConfig, test: str, progress: ProgressCallback) -> Training
         trainer = Trainer(config)
         trainer.resume_or_load(resume=True)
         if not trainer.finished:
-            progress = CallbackHook(
+            hook = CallbackHook(
                 before_train=lambda trainer: progress(trainer.start_iter, trainer.max_iter),
                 after_step=lambda trainer: progress(trainer.iter + 1, trainer.max_iter),
             )
-            trainer.register_hooks([progress])
+            trainer.register_hooks([hook])
             trainer.train()
         del trainer
     return evaluate_run(config, test)
