@@ -87,13 +87,13 @@ def run(study, output, aps=APS, seeds=(0,)):
 def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
     train, _, _ = run(study_of(), tmp_path)
     assert train.tests == {
-        "first_seed0": "shapes_test_4+2+2_seen1",
-        "second_seed0": "shapes_test_4+2+2_seen2",
-        "third_seed0": "shapes_test_4+2+2_seen3",
+        "first_seed0": "shapes_test_4+2+2_cumulative1",
+        "second_seed0": "shapes_test_4+2+2_cumulative2",
+        "third_seed0": "shapes_test_4+2+2_cumulative3",
         "everything_seed0": "shapes_test",
     }
     record = json.loads((tmp_path / "second_seed0" / "study.json").read_text())
-    assert record["dataset"] == "shapes_test_4+2+2_seen2"
+    assert record["dataset"] == "shapes_test_4+2+2_cumulative2"
 
 
 def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp_path):
@@ -104,7 +104,7 @@ def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp
     file.write_text(json.dumps(content))
     test = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path / "data"))
     study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
-    with pytest.raises(InputError, match="_seen1': no object of class 0; expected at least one"):
+    with pytest.raises(InputError, match="_cumulative1': no object of class 0; expected at least one"):
         run_study(
             study,
             study.plan((0,)),
