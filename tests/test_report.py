@@ -129,7 +129,7 @@ def test_what_is_won_is_found_by_one_and_not_by_the_other():
             assert scores == [change.score] and change.score >= objects.thresholds[finder]
             assert change.object not in [s["object"] for s in picture.detections[other]]
     counted = ~data.truth.crowd & np.isin(data.truth.label, [0, 2])
-    assert sum(row["objects"] for row in objects.together) == counted.sum()
+    assert sum(row["objects"] for row in objects.found_by_counts) == counted.sum()
     drawn = [compared(2, seed=seed)["baseline"].intervals for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 

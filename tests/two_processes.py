@@ -201,7 +201,7 @@ def in_two(function: Callable, folder: Path, *arguments) -> list[int]:
 
 def _free_port() -> int:
     with socket.socket() as free:
-        free.setup(("127.0.0.1", 0))
+        free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
