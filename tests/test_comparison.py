@@ -294,7 +294,11 @@ def test_an_image_that_was_replaced_is_looked_at_again(tmp_path):
     draw_data(tmp_path / "data")
     detectors, kept = three(tmp_path, tmp_path / "data")[:1], tmp_path / "kept"
     compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "data/1.png")
+    file = tmp_path / "data/1.png"
+    size = file.stat().st_size
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(file)
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))  # as large as before
+    assert file.stat().st_size == size
     again = compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
     assert any("differs in dataset; detections are computed again" in note for note in again.notes)
 

@@ -519,3 +519,8 @@ def test_an_id_that_means_nothing_found_is_refused(refuses, own):
     refuses(
         lambda: coco_dataset("own", *map(str, own)), "own.json: annotation 0: id 0; expected ids"
     )
+
+
+def test_a_box_may_be_flat(own):
+    change(own[0], with_value("annotations", "bbox", [1, 2, 3, 0]))
+    assert coco_dataset("own", *map(str, own)) == "own"

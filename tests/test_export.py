@@ -125,6 +125,7 @@ def test_a_file_sees_images_of_a_few_pixels(files, family, form):
         with torch.no_grad():
             (wanted,), (found,) = detector(batch), exported(batch)
         assert count_mismatches(found["instances"], wanted["instances"]) == 0
+        assert len(exported.detect(image)[0]) == len(wanted["instances"])  # none without area
 
 
 @pytest.mark.parametrize("family", FAMILIES[:-1])
@@ -205,6 +206,10 @@ def test_detections_of_other_masks_are_strangers():
         == count_mismatches(found(other), found(mask))
         == 2
     )
+    small = torch.zeros(2, 1, 50, 50, dtype=torch.bool)
+    small[0, 0, 0, 0] = True
+    one, two = (instances([[0, 0, 3, 3]], [0.9], [0], pred_masks=masks) for masks in small)
+    assert count_mismatches(one, two) == 0  # 1 % of 9 pixels is less than one, which may differ
 
 
 def test_keypoints_are_refused():

@@ -104,7 +104,9 @@ def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp
     file.write_text(json.dumps(content))
     test = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path / "data"))
     study = study_of([["class 0"], ["class 1"], ["class 2"]], test=test)
-    with pytest.raises(InputError, match="_cumulative1': no object of class 0; expected at least one"):
+    with pytest.raises(
+        InputError, match="_cumulative1': no object of class 0; expected at least one"
+    ):
         run_study(
             study,
             study.plan((0,)),

@@ -83,7 +83,7 @@ def ready(name, classes=("a", "b")):
     class_map = ClassMap.from_names(("a", "b"), classes)
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
-        teacher=SimpleNamespace(kind=RCNNOutputs, detector=None),
+        teacher=SimpleNamespace(outputs_class=RCNNOutputs, detector=None),
         map=class_map,
         to_detector_label=dict(class_map.pairs),
     )
@@ -196,7 +196,7 @@ def test_anchors_by_hand(monkeypatch):
     second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)
     detectors = [ready("t"), ready("s")]
     for one, said in zip(detectors, (first, second)):
-        one.teacher = SimpleNamespace(kind=DenseOutputs, detector=said.detector)
+        one.teacher = SimpleNamespace(outputs_class=DenseOutputs, detector=said.detector)
     counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
     given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
     counts.update(0, [given, given], [first, second])
@@ -326,7 +326,7 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
     ready = [
         SimpleNamespace(
             detector=SimpleNamespace(name=name),
-            teacher=SimpleNamespace(kind=RCNNOutputs, detector=detector),
+            teacher=SimpleNamespace(outputs_class=RCNNOutputs, detector=detector),
         )
         for name, detector in detectors.items()
     ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import weakref
 from pathlib import Path
@@ -28,7 +29,7 @@ from d2kd.study import (
 )
 from d2kd.study.results import ap_metrics, gains, table, training_time
 from d2kd.study.text import aligned, markdown, t_interval
-from d2kd.utils.console import ProgressBar
+from d2kd.utils.console import ProgressBar, suppress_output
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import PeakMemory
 
@@ -498,7 +499,7 @@ def test_the_table_shows_each_seed():
         row("m", 0, 11),
         row("m", 1, 15),
     ]
-    rows += [row("i", 0, -1), row("i", 1, 12.01)]
+    rows += [row("i", 0, -1), row("i", 1, 11.99)]
     lines = [line.split() for line in table(rows, "val", ["b", "i"], ["m", "i"]).splitlines()]
     assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
     assert ["AP", "small", "-", "-", "-", "-"] in lines
@@ -685,3 +686,12 @@ def test_a_study_without_data_to_test_on_is_refused(refuses):
 def test_no_runs_at_a_time_are_refused(refuses):
     line = "--jobs: 0; expected 1 or more"
     refuses(lambda: command("study")(["none.py", "--jobs", 0]), line)
+
+
+def test_what_is_quiet_for_a_while_is_as_loud_as_before():
+    logger = logging.getLogger("d2kd")
+    logger.setLevel(logging.DEBUG)
+    before = logger.handlers[:], logger.propagate
+    with suppress_output():
+        assert not logger.isEnabledFor(logging.DEBUG)
+    assert logger.level == logging.DEBUG and (logger.handlers, logger.propagate) == before
