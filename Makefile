@@ -1,6 +1,6 @@
 # make demo          the main job: a small study, then a table, curves, pictures and a report
 # make demo FAST=1   the same in about two minutes, to see that it runs; its figures mean nothing
-# make demo-incremental [FAST=1]   classes learned in two steps, and what is forgotten
+# make demo-incremental [FAST=1]   classes learned in two increments, and what is forgotten
 # make test          lint, format check, tests
 # make test-all      these, and the long sweeps: parity, every loss on every family, resuming, kills, processes, fuzzing
 #

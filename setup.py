@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["d2kd", "d2kd.*"]) + list(RECIPES),
     package_dir=RECIPES,
     package_data={package: ["**/*.py", "**/*.yaml", "**/*.md"] for package in RECIPES}
-    | {"d2kd": ["templates/*.html"]},
+    | {"d2kd": ["report/templates/*.html"]},
     # Detectron2 itself is not named: it is not on PyPI. `d2kd install-detectron2` installs it,
     # and what needs it says so where it is missing.
     install_requires=[

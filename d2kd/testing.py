@@ -227,7 +227,7 @@ def distiller(
     return Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
 
 
-def step(model: nn.Module, examples: list[dict], seed: int = 0) -> dict[str, Tensor]:
+def forward_losses(model: nn.Module, examples: list[dict], seed: int = 0) -> dict[str, Tensor]:
     """Return the losses of one forward at half of a run, with random numbers from ``seed``."""
     torch.manual_seed(seed)
     with EventStorage(start_iter=1):
@@ -251,7 +251,7 @@ def _zero_for_equal_detectors(factory, node) -> None:
     for module in model.losses.modules():
         if hasattr(module, "make_identity"):
             module.make_identity()
-    value = sum_distill_losses(step(model, batch()))
+    value = sum_distill_losses(forward_losses(model, batch()))
     assert abs(value.item()) <= 1e-6, f"the loss of a detector and its copy is {value.item()}"
     if value.requires_grad:
         value.backward()
@@ -262,8 +262,8 @@ def _zero_for_equal_detectors(factory, node) -> None:
 def _student_unchanged(factory, node) -> None:
     model = distiller(factory, node)
     copied = copy.deepcopy(model.student)
-    expected, rng_state = step(copied, batch()), torch.get_rng_state()
-    losses, rng_state_distilled = step(model, batch()), torch.get_rng_state()
+    expected, rng_state = forward_losses(copied, batch()), torch.get_rng_state()
+    losses, rng_state_distilled = forward_losses(model, batch()), torch.get_rng_state()
     for key, value in expected.items():
         assert torch.equal(value, losses[key]), (
             f"{key} is {losses[key].item()}, without distillation {value.item()}"
@@ -283,7 +283,7 @@ def _teacher_hidden(factory, node) -> None:
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     ids = {id(p) for p in teacher.parameters()}
     model.train()
-    sum(step(model, batch()).values()).backward()
+    sum(forward_losses(model, batch()).values()).backward()
     assert not any(id(p) in ids for p in model.parameters()), "it is in model.parameters()"
     assert not any("teacher" in key for key in model.state_dict()), "it is in the state_dict"
     assert not any(m.training for m in teacher.modules()), "it is in training mode"
@@ -317,7 +317,7 @@ def _only_read_outputs_computed(factory, node) -> None:
     model.teacher.outputs = lambda *args, **kwargs: (
         outputs.append(compute(*args, **kwargs)) or outputs[-1]
     )
-    step(model, batch())
+    forward_losses(model, batch())
     computed = set(outputs[0].__dict__)
     for name in set(ran):
         assert computed & set(_OUTPUTS_OF[name]), f"the teacher's {name} ran, but was not read"
@@ -326,7 +326,7 @@ def _only_read_outputs_computed(factory, node) -> None:
 
 def _gradients(factory, node) -> None:
     model = distiller(factory, node)
-    value = sum_distill_losses(step(model, batch()))
+    value = sum_distill_losses(forward_losses(model, batch()))
     assert value.requires_grad, "the loss is detached from the student"
     value.backward()
     norm = _gradient_norm([model.student])
@@ -338,7 +338,7 @@ def _gradients(factory, node) -> None:
 
 def _finite(factory, node, examples, *, case: str, **options) -> None:
     model = distiller(factory, node, **options)
-    losses = step(model, examples)
+    losses = forward_losses(model, examples)
     for key, value in losses.items():
         assert torch.isfinite(value).all(), f"{case}: {key} is {value.item()}"
     sum(losses.values()).backward()
@@ -352,7 +352,7 @@ def _empty_and_unusual_input(factory, node) -> None:
     _finite(factory, node, batch(classes=1), case="one class", classes=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         try:
-            step(build(node()).train(), batch())
+            forward_losses(build(node()).train(), batch())
         except RuntimeError:
             return  # not supported by the detector: fvcore's GIoU fails on FCOS's half-precision boxes
         _finite(factory, node, batch(), case="bfloat16 autocast")
@@ -360,7 +360,7 @@ def _empty_and_unusual_input(factory, node) -> None:
 
 def _zero_at_weight_zero(factory, node) -> None:
     model = distiller(factory, node, weight=0.0)
-    losses = step(model, batch())
+    losses = forward_losses(model, batch())
     sum(losses.values()).backward()
     terms = {key: value.item() for key, value in losses.items() if key.startswith("distill/")}
     assert not any(terms.values()), f"the loss at weight 0 is {terms}"

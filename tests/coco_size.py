@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.comparison.comparison import Options, build_comparison, compute_detector_metrics
 from d2kd.comparison.detectors import EvaluationData
 from d2kd.report.page import write_report
 
@@ -62,9 +62,11 @@ def main() -> None:
         print(f"{time.process_time() - start:7.1f} s  {what}", flush=True)
         return lambda step, steps: None
 
-    found = analyse(detections, data, classes, options, phase)
+    found = compute_detector_metrics(detections, data, classes, options, phase)
     phase("page")
-    comparison = assemble(found, [described(name) for name in found], None, data, classes, options)
+    comparison = build_comparison(
+        found, [described(name) for name in found], None, data, classes, options
+    )
     output = args.output or Path(tempfile.mkdtemp())
     write_report(comparison, output)
     size = (output / "report.html").stat().st_size / 2**20

@@ -19,13 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
+from d2kd.layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from d2kd.losses.erd import elastic_selection
-from d2kd.losses.functional import (
-    masked_squared_error,
-    sigmoid_divergence,
-    softmax_kl,
-)
+from d2kd.losses.functional import masked_squared_error, sigmoid_divergence, softmax_kl
 from d2kd.losses.icd import identification_loss, localization_loss, value_distance
 from d2kd.losses.tar import classification_term, dense_classification_term, regression_term
 from d2kd.modeling.box_regression import integral
@@ -38,11 +34,7 @@ VALUES = (0.0, 1.0, -1.0, 80.0, -80.0, 1e-3)
 
 
 class Draw:
-    """Tensors of one example.
-
-    Args:
-        data: hypothesis's, from which all that is chosen comes.
-    """
+    """Tensors of one example, all chosen from hypothesis's `data`."""
 
     def __init__(self, data):
         self._data = data
@@ -69,7 +61,7 @@ class Draw:
         return drawn.to(self.dtype)
 
     def answer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """What a student said, of which a gradient is wanted."""
+        """An output of a student, of which a gradient is wanted."""
         drawn = self.like(torch.empty(shape)).to(dtype or self.dtype)
         self.leaves.append(drawn.requires_grad_())
         return self.leaves[-1]
@@ -99,24 +91,21 @@ def _sigmoids(draw: Draw) -> Tensor:
 
 
 def _maps(draw: Draw) -> Tensor:
-    n, c, h, w = (draw.size() for _ in range(4))
-    return masked_squared_error(
-        draw.answer(n, c, h, w), draw.constant(n, c, h, w), draw.share(n, h, w)
-    )
+    n, *shape = (draw.size() for _ in range(4))
+    maps = draw.answer(n, *shape), draw.constant(n, *shape)
+    return masked_squared_error(*maps, draw.share(n, *shape[1:]))
 
 
 def _classification(draw: Draw) -> Tensor:
     r, k = draw.size(), draw.size(1)
-    return classification_term(
-        draw.answer(r, k + 1), draw.constant(r, k + 1), draw.labels(r, -1, k), temperature=2.0
-    )
+    logits = draw.answer(r, k + 1), draw.constant(r, k + 1)
+    return classification_term(*logits, draw.labels(r, -1, k), temperature=2.0)
 
 
 def _dense_classification(draw: Draw) -> Tensor:
     r, k = draw.size(), draw.size(1)
-    return dense_classification_term(
-        draw.answer(r, k), draw.constant(r, k), draw.labels(r, -1, k), background_weight=0.5
-    )
+    logits = draw.answer(r, k), draw.constant(r, k)
+    return dense_classification_term(*logits, draw.labels(r, -1, k), background_weight=0.5)
 
 
 def _regression(draw: Draw) -> Tensor:
@@ -144,13 +133,9 @@ def _localization(draw: Draw) -> Tensor:
 
 
 def _values(draw: Draw) -> Tensor:
-    n, m, s, d = draw.size(1), draw.size(1), draw.size(), draw.size(1)
-    return value_distance(
-        draw.answer(n, m, s, d),
-        draw.constant(n, m, s, d),
-        draw.share(n, m, s),
-        draw.one_of(("image", "instance")),
-    )
+    shape = draw.size(1), draw.size(1), draw.size(), draw.size(1)
+    values, share = (draw.answer(*shape), draw.constant(*shape)), draw.share(*shape[:3])
+    return value_distance(*values, share, draw.one_of(("image", "instance")))
 
 
 def _quality(draw: Draw) -> Tensor:
@@ -182,7 +167,7 @@ FUNCTIONS: dict[str, Callable[[Draw], Tensor]] = {
 
 
 def check_function(name: str, data) -> None:
-    """One example of a function: value and gradients are finite, and no warning tells of a doubtful number."""
+    """One example of a function: value and gradients are finite, and there is no warning of a doubtful number."""
     draw = Draw(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,9 +190,8 @@ def check_whole_loss(name: str, data) -> None:
         _RECORDED[name] = Recorded(name)
     draw = Draw(data)
     images = draw.one_of(([0], [2], [0, 2], [2, 3], [0, 1, 2, 3]))
-    total, gradients = _RECORDED[name].loss(
-        images, draw.like, draw.one_of((None, 0, 1)), draw.dtype
-    )
+    some = draw.one_of((None, 0, 1))
+    total, gradients = _RECORDED[name].loss(images, draw.like, some, draw.dtype)
     _finite(name, total)
     for key, gradient in gradients.items():
         _finite(f"{name}'s gradient of {key}", gradient)
@@ -236,20 +220,13 @@ def fuzz(name: str, examples: int, repeatable: bool = True) -> int:
     """
     seen = [0]
 
-    @settings(
-        max_examples=examples,
-        derandomize=repeatable,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
     def look(data) -> None:
         seen[0] += 1
         CHECKS[name](data)
 
-    look()
+    options = dict(database=None, deadline=None, report_multiple_bugs=False)
+    options |= dict(max_examples=examples, suppress_health_check=list(HealthCheck))
+    settings(derandomize=repeatable, **options)(given(st.data())(look))()
     return seen[0]
 
 
@@ -268,10 +245,8 @@ def main() -> int:
         except AssertionError as error:
             faults += 1
             print(f"{name:32} {error}", flush=True)
-    print(
-        f"{seen} examples of {len(FUNCTIONS)} functions and {len(LOSSES)} losses in "
-        f"{len(DTYPES)} precisions: {faults} not finite"
-    )
+    of = f"{len(FUNCTIONS)} functions and {len(LOSSES)} losses in {len(DTYPES)} precisions"
+    print(f"{seen} examples of {of}: {faults} not finite")
     return 1 if faults else 0
 
 

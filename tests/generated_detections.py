@@ -66,14 +66,9 @@ def coco_of(truth: GroundTruth) -> dict:
         "images": [{"id": i, "width": 640, "height": 640, "file_name": f"{i}.jpg"} for i in ids],
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(truth.classes)],
         "annotations": [
-            {
-                "id": n + 1,
-                "image_id": ids[truth.image[n]],
-                "category_id": int(truth.label[n]) + 1,
-                "bbox": truth.box[n].tolist(),
-                "area": float(truth.area[n]),
-                "iscrowd": int(truth.crowd[n]),
-            }
+            {"id": n + 1, "image_id": ids[truth.image[n]], "category_id": int(truth.label[n]) + 1}
+            | {"bbox": truth.box[n].tolist(), "area": float(truth.area[n])}
+            | {"iscrowd": int(truth.crowd[n])}
             for n in range(len(truth))
         ],
     }
@@ -81,14 +76,8 @@ def coco_of(truth: GroundTruth) -> dict:
 
 def results_of(truth: GroundTruth, detections: Detections) -> list[dict]:
     """The content of a COCO results file."""
+    d, ids = detections, truth.image_ids
     return [
-        {
-            "image_id": int(truth.image_ids[i]),
-            "category_id": int(k) + 1,
-            "bbox": box.tolist(),
-            "score": float(s),
-        }
-        for i, k, box, s in zip(
-            detections.image, detections.label, detections.box, detections.score
-        )
+        {"image_id": int(ids[i]), "category_id": int(k) + 1, "bbox": b.tolist(), "score": float(s)}
+        for i, k, b, s in zip(d.image, d.label, d.box, d.score)
     ]

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,43 +61,36 @@ def config_of(data: Path, output: Path, end: int) -> DictConfig:
     return config
 
 
-@contextlib.contextmanager
-def killed_at(point: str | None, number: int) -> Iterator[None]:
+def kill_at(point: str | None, number: int) -> None:
     """Kill this process at a point of its ``number``-th checkpoint, counted from 0."""
-    if point is None:
-        yield
-        return
     to_disk, replace, counted = io._to_disk, os.replace, [0]
 
     def of_checkpoint(path: Path) -> bool:
         return path.name.lstrip(".").startswith("model_") and ".pth" in path.name
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die_at(here: str, path: Path) -> None:
+        if of_checkpoint(path) and counted[0] == number and point == here:
+            if here == POINTS[0]:
+                os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def syncing(path: Path) -> None:
-        if of_checkpoint(path) and counted[0] == number and point == POINTS[0]:
-            os.truncate(path, path.stat().st_size // 2)
-            die()
+        die_at(POINTS[0], path)
         to_disk(path)
 
     def replacing(source: Path, target: Path) -> None:
-        mine = of_checkpoint(Path(target))
-        if mine and counted[0] == number and point == POINTS[1]:
-            die()
+        die_at(POINTS[1], Path(target))
         replace(source, target)
-        if mine and counted[0] == number and point == POINTS[2]:
-            die()
-        counted[0] += mine
+        die_at(POINTS[2], Path(target))
+        counted[0] += of_checkpoint(Path(target))
 
     io._to_disk, os.replace = syncing, replacing
-    yield
 
 
 def _train(data: Path, output: Path, end: int, point: str | None = None, number: int = 0) -> None:
     torch.set_num_threads(1)
-    with killed_at(point, number):
-        run(config_of(data, output, end), resume=True)
+    kill_at(point, number)
+    run(config_of(data, output, end), resume=True)
 
 
 def start(*arguments) -> multiprocessing.Process:
@@ -135,18 +128,13 @@ def left_by(output: Path) -> dict:
     return {
         "final": saved(output / "model_final.pth"),
         "best": saved(output / "model_best.pth"),
-        "told best": json.loads((output / "model_best.json").read_text()),
+        "reported best": json.loads((output / "model_best.json").read_text()),
         "AP": {row["iteration"]: row["bbox/AP"] for row in rows if "bbox/AP" in row},
     }
 
 
 def kill(
-    kills: int,
-    seed: int,
-    data: Path,
-    folder: Path,
-    end: int = END,
-    say: Callable[[str], object] = print,
+    kills: int, seed: int, data: Path, folder: Path, end: int = END, say: Callable = print
 ) -> Outcome:
     """Kill runs of so many iterations until there were so many kills, and let the last one come to its end."""
     chance, outcome = random.Random(seed), Outcome()
@@ -210,11 +198,8 @@ def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
     if last not in checkpoints:  # it was cut, and nothing was written since
         return expected
     # The final state is newer than whatever else is named as the last: a run never goes back to it.
-    older = [
-        begin
-        for name, begin in checkpoints.items()
-        if name not in (last, "model_best.pth", "model_final.pth") and begin <= checkpoints[last]
-    ]
+    newest, no = checkpoints[last], (last, "model_best.pth", "model_final.pth")
+    older = [begin for name, begin in checkpoints.items() if name not in no and begin <= newest]
     if cut and older:
         status = (output / last).stat()
         os.truncate(output / last, status.st_size // 2)
@@ -225,7 +210,7 @@ def _look(output: Path, outcome: Outcome, expected: int, cut: bool) -> int:
 
 
 def _starts(output: Path) -> list[int]:
-    """The first iteration of each part of a run, of those that came so far as to say."""
+    """The first iteration of each part of a run, of those that came so far as to record it."""
     with contextlib.suppress(FileNotFoundError):
         return [row["start_iter"] for row in json.loads((output / "run.json").read_text())["rows"]]
     return []
@@ -243,11 +228,10 @@ def main() -> int:
     for fault in outcome.faults:
         print(f"fault: {fault}")
     kills = "; ".join(f"{how}: {count}" for how, count in outcome.kills.items())
-    print(
-        f"{sum(outcome.kills.values())} kills ({kills}), {len(outcome.cut)} last checkpoints cut short, "
-        f"{outcome.finished} runs finished as the uninterrupted one bit for bit, "
-        f"{len(outcome.faults)} faults"
-    )
+    done = f"{outcome.finished} runs finished as the uninterrupted one bit for bit"
+    cut = f"{len(outcome.cut)} last checkpoints cut short, {done}"
+    count = sum(outcome.kills.values())
+    print(f"{count} kills ({kills}), {cut}, {len(outcome.faults)} faults")
     return 1 if outcome.faults else 0
 
 

@@ -12,14 +12,20 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.engine import HookBase
+from detectron2.config import instantiate
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 
-from d2kd.config import get_config, incremental_recipe
+from d2kd.config import get_config, incremental_recipe, with_defaults
 from d2kd.data import estimate_priors
 from d2kd.engine import Trainer
 from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
@@ -33,8 +39,8 @@ OBJECTS = (1, 2, 0, 3, 2, 3, 1, 3)
 """In each image; all three classes are among them."""
 
 
-def _taught(data: Path, output: Path, losses: DictConfig, node=tiny_faster_rcnn) -> DictConfig:
-    config = recipe(data, output, distiller(losses=losses), max_iter=END)
+def _taught(data: Path, output: Path, loss: DictConfig, node=tiny_faster_rcnn) -> DictConfig:
+    config = recipe(data, output, distiller(losses=L(DistillLosses)(loss=loss)), max_iter=END)
     config.model.student, config.model.teacher.detector = node(), node(channels=24)
     return without_evaluation(config)
 
@@ -45,27 +51,18 @@ def plain(data: Path, output: Path) -> DictConfig:
 
 
 def imitation(data: Path, output: Path) -> DictConfig:
-    return _taught(data, output, L(DistillLosses)(imitation=L(ImitationLoss)()))
+    return _taught(data, output, L(ImitationLoss)())
 
 
-def tar(data: Path, output: Path) -> DictConfig:
-    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()))
-
-
-def tar_one_stage(data: Path, output: Path) -> DictConfig:
-    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()), tiny_retinanet)
-
-
-def tar_points(data: Path, output: Path) -> DictConfig:
-    """An FCOS, taught at its points."""
-    return _taught(data, output, L(DistillLosses)(tar=L(TARLoss)()), tiny_fcos)
+def tar(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
+    return _taught(data, output, L(TARLoss)(), node)
 
 
 def icd(data: Path, output: Path, node=tiny_faster_rcnn) -> DictConfig:
     """A decoder with an optimizer of its own; fakes from a generator of its own; beginning in between."""
     priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
-    losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors))
-    config = _taught(data, output, losses, node)
+    loss = L(ICDLoss)(heads=4, aux_warmup=0.3, start=0.3, priors=priors)
+    config = _taught(data, output, loss, node)
     config.train.clip_gradients = {"enabled": True, "clip_value": 0.5}
     config.train.loss_optimizer = get_config("common/icd.py").loss_optimizer
     return config
@@ -75,31 +72,25 @@ def icd_one_stage(data: Path, output: Path) -> DictConfig:
     return icd(data, output, tiny_retinanet)
 
 
-def first_step(data: Path, output: Path) -> DictConfig:
-    """A GFL that learns the first of two steps' classes."""
+def gfl_increment(data: Path, output: Path, increment: int, **options) -> DictConfig:
     base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
-    return _of(incremental_recipe(base, split="2+1", increment=1))
+    parts = incremental_recipe(base, split="2+1", increment=increment, **options)
+    return DictConfig(parts._asdict(), flags={"allow_objects": True})
 
 
-def _second_step(data: Path, output: Path, losses: DictConfig) -> DictConfig:
-    base = without_evaluation(recipe(data, output, tiny_gfl(), max_iter=END))
+def _second_increment(data: Path, output: Path, loss: DictConfig) -> DictConfig:
     weights = output.parent.parent / "first step" / "resumed" / "model_final.pth"
-    return _of(
-        incremental_recipe(base, split="2+1", increment=2, weights=str(weights), losses=losses)
-    )
+    losses = L(DistillLosses)(loss=loss)
+    return gfl_increment(data, output, 2, weights=str(weights), losses=losses)
 
 
 def erd(data: Path, output: Path) -> DictConfig:
-    """The second step, taught by what the resumed first one left."""
-    return _second_step(data, output, L(DistillLosses)(erd=L(ERDLoss)()))
+    """The second increment, taught by what the resumed first one left."""
+    return _second_increment(data, output, L(ERDLoss)())
 
 
 def lwf(data: Path, output: Path) -> DictConfig:
-    return _second_step(data, output, L(DistillLosses)(lwf=L(LwFLoss)()))
-
-
-def _of(parts) -> DictConfig:
-    return DictConfig(parts._asdict(), flags={"allow_objects": True})
+    return _second_increment(data, output, L(LwFLoss)())
 
 
 def in_bfloat16(case: Callable) -> Callable:
@@ -126,37 +117,33 @@ CASES: dict[str, Callable[[Path, Path], DictConfig]] = {
     "imitation": imitation,
     "imitation, AdamW, a worker": adamw,
     "tar": tar,
-    "tar, one-stage": tar_one_stage,
-    "tar, points": tar_points,
+    "tar, one-stage": partial(tar, node=tiny_retinanet),
+    "tar, points": partial(tar, node=tiny_fcos),
     "icd": icd,
     "icd, one-stage": icd_one_stage,
-    "first step": first_step,
+    "first step": partial(gfl_increment, increment=1),
     "erd": erd,
     "lwf": lwf,
-    "alone, bfloat16": in_bfloat16(plain),
-    "imitation, bfloat16": in_bfloat16(imitation),
-    "tar, bfloat16": in_bfloat16(tar),
-    "icd, bfloat16": in_bfloat16(icd),
-    "erd, bfloat16": in_bfloat16(erd),
-    "lwf, bfloat16": in_bfloat16(lwf),
 }
-"""Recipes by case, functions of the data's folder and the run's; step two follows step one."""
+"""Recipes by case, functions of the data's folder and the run's; the second increment follows the first."""
+for _name in ("alone", "imitation", "tar", "icd", "erd", "lwf"):
+    CASES[f"{_name}, bfloat16"] = in_bfloat16(CASES[_name])
 
 
 class Stopped(BaseException):
     """Ends a run as a signal would."""
 
 
-class Listen(HookBase):
+class KeepLosses(HookBase):
     """Keeps every loss of every iteration, and may end the run."""
 
     def __init__(self, stop: int | None = None):
-        self.heard: dict[int, dict[str, float]] = {}
+        self.received: dict[int, dict[str, float]] = {}
         self._stop = stop
 
     def after_step(self) -> None:
         now, latest = self.trainer.iter, self.trainer.storage.latest()
-        self.heard[now] = {k: v for k, (v, _) in latest.items() if "loss" in k}
+        self.received[now] = {k: v for k, (v, _) in latest.items() if "loss" in k}
         if self._stop is not None and now + 1 == self._stop:
             raise Stopped
 
@@ -165,13 +152,13 @@ def run(config: DictConfig, *, resume: bool = False, stop: int | None = None, ho
     """Train; the trainer, and every loss by iteration."""
     trainer = Trainer(config)
     trainer.resume_or_load(resume)
-    listen = Listen(stop)
-    trainer.register_hooks([listen, *hooks])
+    losses_kept = KeepLosses(stop)
+    trainer.register_hooks([losses_kept, *hooks])
     try:
         trainer.train()
     except Stopped:
         pass
-    return trainer, listen.heard
+    return trainer, losses_kept.received
 
 
 def differences(one, other, name: str = "") -> list[str]:
@@ -185,9 +172,7 @@ def differences(one, other, name: str = "") -> list[str]:
     if isinstance(one, list | tuple):
         if len(one) != len(other):
             return [name]
-        return [
-            d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{name}.{i}")
-        ]
+        return differences(dict(enumerate(one)), dict(enumerate(other)), name)
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and torch.equal(one, other)
     else:
@@ -200,6 +185,26 @@ def saved(file: Path) -> dict:
     checkpoint = torch.load(file, weights_only=True)
     del checkpoint["trainer"]["seconds"]
     return checkpoint
+
+
+def stock(config: DictConfig, wrap: Callable = lambda model: model) -> torch.nn.Module:
+    """The student of a recipe as Detectron2 trains it, in as many processes as there are."""
+    config = with_defaults(config)
+    seed, steps = config.train.seed, config.train.max_iter
+    seed_all_rng(seed)
+    model = instantiate(config.model.student)
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    seed_all_rng(seed + comm.get_rank())
+    trainer = SimpleTrainer(wrap(model), instantiate(config.dataloader.train), optimizer)
+    schedule = LRMultiplier(optimizer, instantiate(config.lr_multiplier), max_iter=steps)
+    seed_all_rng(seed + comm.get_rank())
+    with EventStorage() as storage:
+        for step in range(steps):
+            storage.iter = trainer.iter = step
+            trainer.run_step()
+            schedule.step()
+    return model
 
 
 def in_a_process(function: Callable, *args) -> int:
@@ -221,26 +226,26 @@ def compare(name: str, data: Path, folder: Path, stop: int = STOP) -> list[str]:
     whole, parts = folder / name / "whole", folder / name / "resumed"
     outcome = []
     for output, ends in ((whole, [None]), (parts, [stop, None])):
-        heard: dict[int, dict[str, float]] = {}
+        received: dict[int, dict[str, float]] = {}
         for i, end in enumerate(ends):
             config = make(data, output)
             config.train.checkpointer.period = stop
-            said = output.with_name(f"{output.name}.{i}.pth")
-            if in_a_process(_part, config, i > 0, end, said) != 0:
+            printed = output.with_name(f"{output.name}.{i}.pth")
+            if in_a_process(_part, config, i > 0, end, printed) != 0:
                 return [f"part {i} of {output.name} failed"]
-            began, more = torch.load(said)
+            began, more = torch.load(printed)
             if began != stop * i:
                 return [f"the resumed run began at {began}"]
-            heard |= more
+            received |= more
         files = {file.name: saved(file) for file in sorted(output.glob("model_*.pth"))}
-        outcome.append({"losses": heard, **files})
+        outcome.append({"losses": received, **files})
     return differences(*outcome)
 
 
-def _part(config: DictConfig, resume: bool, stop: int | None, said: Path) -> None:
-    said.parent.mkdir(parents=True, exist_ok=True)
-    trainer, heard = run(config, resume=resume, stop=stop)
-    torch.save((trainer.start_iter, heard), said)
+def _part(config: DictConfig, resume: bool, stop: int | None, printed: Path) -> None:
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    trainer, received = run(config, resume=resume, stop=stop)
+    torch.save((trainer.start_iter, received), printed)
 
 
 def quiet() -> None:
@@ -260,8 +265,8 @@ def main() -> int:
         for name in CASES:
             found = compare(name, data, Path(folder))
             broken += bool(found)
-            said = f"differs in {len(found)}, such as {found[0]}" if found else "equal"
-            print(f"{name:32} stopped at {STOP} of {END}: {said}", flush=True)
+            printed = f"differs in {len(found)}, such as {found[0]}" if found else "equal"
+            print(f"{name:32} stopped at {STOP} of {END}: {printed}", flush=True)
     print(
         f"{len(CASES) - broken} of {len(CASES)} resumed runs are their uninterrupted ones bit for bit: "
         "losses, weights, optimizers, generators, best state"

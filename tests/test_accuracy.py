@@ -11,14 +11,14 @@ from pycocotools.cocoeval import COCOeval
 
 from d2kd.comparison.accuracy import (
     METRICS,
-    accuracy,
-    bootstrap,
+    bootstrap_ap,
     bootstrap_counts,
-    interval,
+    compute_accuracy,
     paired_gains,
+    percentile_interval,
     precision_array,
 )
-from d2kd.comparison.matching import Detections, GroundTruth, match
+from d2kd.comparison.matching import Detections, GroundTruth, match_detections
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 from .test_error_types import scene
@@ -36,23 +36,13 @@ def cocoeval(truth, detections):
     return evaluation
 
 
-def nothing(truth):
-    empty = np.zeros(0, dtype=np.int64)
-    return Detections(empty, empty, np.zeros((0, 4)), np.zeros(0))
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {
-            "images": 6,
-            "objects": 60,
-            "classes": 2,
-            "crowds": 0.3,
-        },  # crowded, and more than 100 of one
-        {"images": 30, "classes": 300},
-        {"images": 1, "objects": 0},
+        dict(images=6, objects=60, classes=2, crowds=0.3),  # more than 100 of a class in an image
+        dict(images=30, classes=300),
+        dict(images=1, objects=0),
     ],
     ids=["ordinary", "crowds", "300 classes", "no object"],
 )
@@ -64,11 +54,13 @@ def test_every_precision_is_cocos(options, seed):
     if not len(detections):
         pytest.skip("COCO refuses an empty file")
     expected = cocoeval(truth, detections)
-    found = precision_array(truth, match(truth, detections))
+    found = precision_array(truth, match_detections(truth, detections))
     np.testing.assert_array_equal(found, expected.eval["precision"][..., -1])
-    measured = accuracy(truth, match(truth, detections), range(len(truth.classes)), 0.5)
-    for name, theirs in zip(METRICS, expected.stats):
-        assert measured.metrics[name] == (None if theirs == -1 else 100 * theirs)
+    measured = compute_accuracy(
+        truth, match_detections(truth, detections), range(len(truth.classes)), 0.5
+    )
+    for name, stat in zip(METRICS, expected.stats):
+        assert measured.metrics[name] == (None if stat == -1 else 100 * stat)
 
 
 def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
@@ -77,18 +69,24 @@ def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
     twice = Detections(*(np.concatenate([x, x]) for x in vars(detections).values()))
     twice.score[:] = 0.5
     expected = cocoeval(truth, twice).eval["precision"][..., -1]
-    np.testing.assert_array_equal(precision_array(truth, match(truth, twice)), expected)
+    np.testing.assert_array_equal(precision_array(truth, match_detections(truth, twice)), expected)
 
 
 def test_without_detections_ap_is_zero_and_without_objects_undefined():
-    truth = generated_truth()
-    measured = accuracy(truth, match(truth, nothing(truth)), range(len(truth.classes)), 0.5)
+    def only(of, first, kept):
+        return replace(of, **{k: v[kept] for k, v in list(vars(of).items())[first:]})
+
+    truth, no = generated_truth(), slice(0)
+    nothing = only(generated_detections(truth), 0, no)
+    measured = compute_accuracy(
+        truth, match_detections(truth, nothing), range(len(truth.classes)), 0.5
+    )
     assert measured.metrics["AP"] == 0 and measured.per_class["class 3"] is None
     assert measured.best["precision"] is None and measured.best["recall"] == 0
-    nobody = GroundTruth(
-        truth.image_ids, truth.classes, *(x[:0] for x in list(vars(truth).values())[2:])
-    )
-    assert set(accuracy(nobody, match(nobody, nothing(truth)), [0], 0.5).metrics.values()) == {None}
+    nobody = only(truth, 2, no)
+    assert set(
+        compute_accuracy(nobody, match_detections(nobody, nothing), [0], 0.5).metrics.values()
+    ) == {None}
 
 
 def test_the_best_f1_is_that_of_the_best_threshold():
@@ -96,20 +94,19 @@ def test_the_best_f1_is_that_of_the_best_threshold():
     truth = generated_truth(images=4, seed=3)
     detections = generated_detections(truth, seed=3)
     detections.score[:] = detections.score.round(1)
-    matches = match(truth, detections)
-    at = [accuracy(truth, matches, range(4), t) for t in np.unique(detections.score)]
+    matches = match_detections(truth, detections)
+    at = [compute_accuracy(truth, matches, range(4), t) for t in np.unique(detections.score)]
     best = max((one.fixed for one in at), key=lambda fixed: fixed["f1"])
     assert len(at) > 5 and [one.best for one in at] == [best] * len(at)
 
 
-def test_means_are_over_the_classes_asked_for():
+def test_means_are_over_the_given_classes():
     truth = generated_truth()
-    matches = match(truth, generated_detections(truth))
-    some = accuracy(truth, matches, [0, 2], 0.5)
-    assert some.metrics["AP"] == pytest.approx(
-        (some.per_class["class 0"] + some.per_class["class 2"]) / 2
-    )
-    alone = [accuracy(truth, matches, [k], 0.5).precision for k in (0, 2)]
+    matches = match_detections(truth, generated_detections(truth))
+    some = compute_accuracy(truth, matches, [0, 2], 0.5)
+    mean = np.mean([some.per_class["class 0"], some.per_class["class 2"]])
+    assert some.metrics["AP"] == pytest.approx(mean)
+    alone = [compute_accuracy(truth, matches, [k], 0.5).precision for k in (0, 2)]
     assert some.precision == pytest.approx(np.mean(alone, axis=0)) and alone[0] != alone[1]
 
 
@@ -122,18 +119,16 @@ def test_sizes_are_cocos_and_the_smaller_one_on_their_bounds():
 
 def repeated(truth, detections, counts):
     """The resampled data set written out: every image as often as it was drawn."""
-    parts_t, parts_d, new = [], [], 0
-    for image, count in enumerate(counts):
-        for _ in range(count):
-            g, d = np.flatnonzero(truth.image == image), np.flatnonzero(detections.image == image)
-            parts_t.append((g, np.full(len(g), new)))
-            parts_d.append((d, np.full(len(d), new)))
-            new += 1
-    (g, gi), (d, di) = (map(np.concatenate, zip(*parts)) for parts in (parts_t, parts_d))
-    whole = GroundTruth(
-        tuple(range(new)), truth.classes, gi, *(x[g] for x in list(vars(truth).values())[3:])
-    )
-    return whole, Detections(di, *(x[d] for x in list(vars(detections).values())[1:]))
+    drawn = np.repeat(np.arange(len(counts)), counts)
+
+    def copies(values, of_image):
+        parts = [np.flatnonzero(of_image == image) for image in drawn]
+        new = np.repeat(np.arange(len(drawn)), [len(part) for part in parts])
+        return new, *(value[np.concatenate(parts)] for value in list(values)[1:])
+
+    of = copies(list(vars(truth).values())[2:], truth.image)
+    whole = GroundTruth(tuple(range(len(drawn))), truth.classes, *of)
+    return whole, Detections(*copies(vars(detections).values(), detections.image))
 
 
 @pytest.mark.parametrize("cells", [8_000_000, 50])
@@ -144,34 +139,32 @@ def test_a_resample_has_the_ap_of_its_images_written_out(monkeypatch, cells):
     # Equal scores in different images are ordered by image, which is another order once images are repeated.
     detections.score[:] += np.random.default_rng(0).uniform(0, 1e-3, len(detections))
     counts = bootstrap_counts(12, 6)
-    found = bootstrap(truth, match(truth, detections), range(4), counts)
+    found = bootstrap_ap(truth, match_detections(truth, detections), range(4), counts)
+
+    def close(values, expected, bound):
+        expected = np.array([np.nan if x is None else x for x in expected])
+        np.testing.assert_allclose(np.array(values, float), expected, atol=bound, rtol=0)
+
     for row, count in enumerate(counts):
         whole = repeated(truth, detections, count)
-        expected = accuracy(whole[0], match(*whole), range(4), 0.5)
-        for name in METRICS:
-            value = expected.metrics[name]
-            # Copies of an image have equal scores: COCO reads precision between them, too.
-            assert found[name][row] == pytest.approx(
-                np.nan if value is None else value, abs=0.6, nan_ok=True
-            )
-    once = bootstrap(truth, match(truth, detections), range(4), np.ones((1, 12), np.int32))
-    exact = accuracy(truth, match(truth, detections), range(4), 0.5)
-    for name in METRICS:
-        assert once[name][0] == pytest.approx(exact.metrics[name], abs=1e-4)
-    for k, name in enumerate(truth.classes):
-        value = exact.per_class[name]
-        assert once["per_class"][0, k] == pytest.approx(
-            np.nan if value is None else value, abs=1e-4, nan_ok=True
-        )
+        expected = compute_accuracy(whole[0], match_detections(*whole), range(4), 0.5).metrics
+        # Copies of an image have equal scores: COCO reads precision between them, too.
+        close([found[name][row] for name in METRICS], [expected[name] for name in METRICS], 0.6)
+    once = bootstrap_ap(
+        truth, match_detections(truth, detections), range(4), np.ones((1, 12), np.int32)
+    )
+    exact = compute_accuracy(truth, match_detections(truth, detections), range(4), 0.5)
+    close([once[name][0] for name in METRICS], [exact.metrics[name] for name in METRICS], 1e-4)
+    close(once["per_class"][0], [exact.per_class[name] for name in truth.classes], 1e-4)
 
 
 def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
     truth = generated_truth(images=30)
     counts = bootstrap_counts(30, 200)
     better, worse = (generated_detections(truth, quality=q) for q in (0.9, 0.2))
-    seen = [(accuracy(truth, m, range(4), 0.5), bootstrap(truth, m, range(4), counts)) for m in
-            (match(truth, d) for d in (better, worse))]  # fmt: skip
-    (a, of_a), (b, of_b) = seen
+    matches = [match_detections(truth, detections) for detections in (better, worse)]
+    a, b = (compute_accuracy(truth, found, range(4), 0.5) for found in matches)
+    of_a, of_b = (bootstrap_ap(truth, found, range(4), counts) for found in matches)
     gain = paired_gains(of_a, of_b, a, b)["metrics"]["AP"]
     assert gain["interval"][0] < gain["gain"] < gain["interval"][1] and gain["interval"][0] > 0
     same = paired_gains(of_a, of_a, a, a)
@@ -181,9 +174,9 @@ def test_a_pairs_interval_is_of_the_difference_and_none_for_equals():
 
 def test_an_interval_holds_95_of_100_resamples():
     values = np.random.default_rng(0).permutation(1000).astype(float)
-    low, high = interval(np.append(values, [np.nan, np.nan]))
+    low, high = percentile_interval(np.append(values, [np.nan, np.nan]))
     assert np.mean((low < values) & (values < high)) == 0.95 == 1 - 2 * np.mean(values < low)
-    assert interval(np.full(3, np.nan)) is None
+    assert percentile_interval(np.full(3, np.nan)) is None
 
 
 def test_resamples_draw_as_many_images_as_there_are_and_repeat():
@@ -196,7 +189,7 @@ def test_precision_and_recall_at_a_threshold_by_hand():
     near, far = [0, 0, 10, 10], [50, 50, 10, 10]
     seen = [(0, near, 0.9), (0, [90, 0, 10, 10], 0.8), (0, far, 0.7), (0, [70, 0, 5, 5], 0.6)]
     truth, matches = scene([(0, near), (0, far)], seen)
-    measured = accuracy(truth, matches, [0], 0.85)
+    measured = compute_accuracy(truth, matches, [0], 0.85)
     assert measured.best["threshold"] == 0.7 and measured.best["recall"] == 100
     assert measured.best["precision"] == pytest.approx(200 / 3)
     assert (measured.fixed["precision"], measured.fixed["recall"]) == (100, 50)

@@ -14,15 +14,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import FPN, build_model
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling import build_model
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from d2kd.benchmark import Case
-from d2kd.comparison.detectors import build as build_detector
+from d2kd.benchmark import BenchmarkCase
 from d2kd.comparison.detectors import detectors_from_run, load_data
-from d2kd.config import add_d2kd_config, from_yacs, get_config, load, without_weights
+from d2kd.comparison.detectors import load_detector as build_detector
+from d2kd.config import add_d2kd_config, build_model_from_yacs, get_config, load, without_weights
 from d2kd.config.saving import save_config
 from d2kd.data import check_dataset
 from d2kd.engine import Trainer
@@ -35,7 +34,7 @@ from d2kd.modeling.backbone.torchvision_backbone import (
     TORCHVISION_PIXEL_STD,
     _last_blocks,
 )
-from d2kd.testing import step
+from d2kd.testing import forward_losses
 from d2kd.tools import train, visualize
 from d2kd.utils.errors import InputError
 
@@ -44,25 +43,10 @@ from .tiny_run import draw_data, recipe
 
 # The last block of each stride by torchvision's names, and its channels.
 BLOCKS = {
-    "mobilenet_v3_small": {
-        "features.1": 16,
-        "features.3": 24,
-        "features.8": 48,
-        "features.12": 576,
-    },
-    "mobilenet_v3_large": {
-        "features.3": 24,
-        "features.6": 40,
-        "features.12": 112,
-        "features.16": 960,
-    },
-    "efficientnet_b0": {
-        "features.2": 24,
-        "features.3": 40,
-        "features.5": 112,
-        "features.8": 1280,
-    },
-    "resnet18": {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512},
+    "mobilenet_v3_small": ([f"features.{k}" for k in (1, 3, 8, 12)], [16, 24, 48, 576]),
+    "mobilenet_v3_large": ([f"features.{k}" for k in (3, 6, 12, 16)], [24, 40, 112, 960]),
+    "efficientnet_b0": ([f"features.{k}" for k in (2, 3, 5, 8)], [24, 40, 112, 1280]),
+    "resnet18": ([f"layer{k}" for k in (1, 2, 3, 4)], [64, 128, 256, 512]),
 }
 FEATURES = ("res2", "res3", "res4", "res5")
 SMALL = "mobilenet_v3_small"
@@ -91,12 +75,31 @@ def idle(model):
     return [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def assert_features_are(backbone, model, nodes, size):
+    """Of an image, the backbone's are what the classifier computes at these nodes."""
+    expected = {}
+    for node, feature in nodes:
+
+        def keep(module, args, output, key=feature):
+            expected[key] = output.clone()  # the next module may write into it
+
+        model.get_submodule(node).register_forward_hook(keep)
+    with torch.no_grad():
+        model(images(*size))
+        found = backbone(images(*size))
+    assert found.keys() == expected.keys() == set(FEATURES)
+    for key in FEATURES:
+        scale = float(expected[key].std())
+        assert scale > 0
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4 * scale)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_shapes_gradients_and_modes(name):
     backbone = TorchvisionBackbone(name)
     shapes = backbone.output_shape()
     assert tuple(shapes) == FEATURES and [s.stride for s in shapes.values()] == [4, 8, 16, 32]
-    assert [s.channels for s in shapes.values()] == list(BLOCKS[name].values())
+    assert [s.channels for s in shapes.values()] == BLOCKS[name][1]
     torch.manual_seed(0)
     for size in ((96, 65), (64, 64)):
         features = backbone.train()(images(*size))
@@ -118,26 +121,12 @@ def test_shapes_gradients_and_modes(name):
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_features_are_torchvisions_own(tmp_path, name, norm):
     model, path = state_file(tmp_path, name)
-    expected = {}
-    for node, feature in zip(BLOCKS[name], FEATURES):
-
-        def keep(module, args, output, key=feature):
-            expected[key] = output.clone()
-
-        model.get_submodule(node).register_forward_hook(keep)
     backbone = TorchvisionBackbone(name, weights=path, norm=norm).eval()
-    with torch.no_grad():
-        model(images(96, 65))
-        found = backbone(images(96, 65))
-    for key in FEATURES:
-        scale = float(expected[key].std())
-        assert scale > 0
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4 * scale)
-    own, all_of_it = set(backbone.state_dict()), set(model.state_dict())
-    assert own < all_of_it and not any(key.startswith(("classifier.", "fc.")) for key in own)
-    frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
-    live = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert (bool(frozen), bool(live)) == (norm == "FrozenBN", norm == "BN")
+    assert_features_are(backbone, model, zip(BLOCKS[name][0], FEATURES), (96, 65))
+    own, whole = set(backbone.state_dict()), set(model.state_dict())
+    assert own < whole and not any(key.startswith(("classifier.", "fc.")) for key in own)
+    kinds = {type(m) for m in backbone.modules()} & {FrozenBatchNorm2d, nn.BatchNorm2d}
+    assert kinds == {FrozenBatchNorm2d if norm == "FrozenBN" else nn.BatchNorm2d}
 
 
 def test_frozen_statistics_stay():
@@ -173,16 +162,6 @@ def test_stochastic_depth_and_copies():
         parameter.data.zero_()
     assert twin.eval()(images(64, 64))["res5"].abs().max() == 0
     assert backbone.eval()(images(64, 64))["res5"].abs().max() > 0
-
-
-def test_levels_of_an_fpn():
-    bottom_up = TorchvisionBackbone(SMALL)
-    fpn = FPN(bottom_up, list(FEATURES), 16, top_block=LastLevelMaxPool())
-    assert list(fpn.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
-    assert fpn.size_divisibility == 32
-    features = fpn(images(96, 64))
-    for key, shape in fpn.output_shape().items():
-        assert features[key].shape == (2, 16, math.ceil(96 / shape.stride), 64 // shape.stride)
 
 
 def test_fewer_features_leave_out_what_lies_deeper():
@@ -228,25 +207,20 @@ KEY = "features.0.0.weight"
 
 
 @pytest.mark.parametrize(
-    "changes, line",
+    "name, changes, line",
     [
-        ({KEY: None}, rf"1 missing \(such as {KEY}\)"),
-        ({KEY: torch.zeros(3, 3)}, rf"1 misshapen \(such as {KEY}\)"),
+        (SMALL, {KEY: None}, rf"1 missing \(such as {KEY}\)"),
+        (SMALL, {KEY: torch.zeros(3, 3)}, rf"1 misshapen \(such as {KEY}\)"),
+        ("resnet18", {}, "missing"),
+        (SMALL, None, "cannot be read"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, changes, line):
-    _, path = state_file(tmp_path, **changes)
+def test_weights_that_do_not_fit(tmp_path, name, changes, line):
+    _, path = state_file(tmp_path, **changes or {})
+    if changes is None:
+        Path(path).write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(InputError, match=line):
-        TorchvisionBackbone(SMALL, weights=path)
-
-
-def test_weights_of_another_network_and_of_none(tmp_path):
-    with pytest.raises(InputError, match="missing"):
-        TorchvisionBackbone("resnet18", weights=state_file(tmp_path)[1])
-    path = tmp_path / "damaged.pth"
-    path.write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(InputError, match="cannot be read"):
-        TorchvisionBackbone(SMALL, weights=str(path))
+        TorchvisionBackbone(name, weights=path)
 
 
 def test_weights_by_torchvisions_name(tmp_path, monkeypatch):
@@ -284,20 +258,8 @@ def test_weights_are_read_as_torchvision_reads_them(name, monkeypatch):
     state = published(name)
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
     model = torchvision.models.get_model(name, weights="DEFAULT").eval()
-    expected = {}
-    for path, feature in _last_blocks(model, name).items():
-
-        def keep(module, args, output, key=feature):
-            expected[key] = output.clone()  # the next module may write into it
-
-        model.get_submodule(path).register_forward_hook(keep)
     backbone = TorchvisionBackbone(name, weights="DEFAULT").eval()
-    with torch.no_grad():
-        model(images(64, 96))
-        found = backbone(images(64, 96))
-    assert found.keys() == expected.keys() == set(FEATURES)
-    for key in FEATURES:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+    assert_features_are(backbone, model, _last_blocks(model, name).items(), (64, 96))
 
 
 def test_the_statistics_are_those_of_torchvisions_weights():
@@ -315,19 +277,22 @@ def test_a_student_of_another_kind_steps_and_is_saved_plain(tmp_path, name):
     losses = instantiate(get_config("../projects/TAR/configs/tar_shapes.py").model.losses)
     teacher = Teacher(build(tiny_faster_rcnn()), None)
     model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
-    named = step(model, batch(sizes=((65, 96), (64, 33))))
-    assert all(torch.isfinite(value) for value in named.values())
-    assert any(key.startswith("distill/") for key in named)
-    sum(named.values()).backward()
-    assert not idle(model)
+    assert_trains(model)
     DetectionCheckpointer(model.student, str(tmp_path)).save("model_final")
     plain = build(node, seed=1)
-    left = DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth"))
-    assert left == {}
+    assert DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth")) == {}
     with torch.no_grad():
         examples = batch(sizes=((65, 96),), objects=(1,))
-        theirs, ours = (m.eval()(examples)[0]["instances"] for m in (plain, student))
-    assert torch.equal(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
+        found, expected = (m.eval()(examples)[0]["instances"] for m in (plain, student))
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def assert_trains(model):
+    """Every parameter, with finite losses, on images of odd sizes."""
+    losses = forward_losses(model, batch(sizes=((65, 96), (64, 33))))
+    assert all(torch.isfinite(value) for value in losses.values())
+    sum(losses.values()).backward()
+    assert not idle(model)
 
 
 @pytest.mark.parametrize(
@@ -351,10 +316,7 @@ def test_yacs(file, backbone, levels, in_features_left_out):
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     model = build_model(cfg).train()
     assert list(model.backbone.output_shape()) == levels.split()
-    losses = step(model, batch(sizes=((65, 96), (64, 33))))
-    assert all(torch.isfinite(value) for value in losses.values())
-    sum(losses.values()).backward()
-    assert not idle(model)
+    assert_trains(model)
 
 
 def test_yacs_weights_and_norm(tmp_path):
@@ -431,21 +393,17 @@ def measured(config):
 
 def benched(config):
     file = Path(config.train.output_dir, "config.yaml")
-    return instantiate(Case("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model)
+    return instantiate(
+        BenchmarkCase("it", str(file), image_sizes=((64, 64),), device="cpu").recipe().model
+    )
+
+
+def exported(config):
+    return table.build_student(config, f"{config.train.output_dir}/model_final.pth")
 
 
 @pytest.mark.parametrize(
-    "use",
-    [
-        trained_on,
-        compared,
-        benched,
-        evaluated,
-        drawn,
-        lambda config: table.build_student(config, f"{config.train.output_dir}/model_final.pth"),
-        measured,
-    ],
-    ids="trained compared benched evaluated drawn exported measured".split(),
+    "use", [trained_on, compared, benched, evaluated, drawn, exported, measured]
 )
 def test_where_a_checkpoint_brings_all_weights_none_are_fetched(run, use):
     config = load(str(run / "config.yaml"))
@@ -459,6 +417,6 @@ def test_a_yacs_detector_without_weights():
     cfg = get_cfg()
     add_d2kd_config(cfg)
     cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
-    node = L(from_yacs)(config=yaml.safe_load(cfg.dump()))
+    node = L(build_model_from_yacs)(config=yaml.safe_load(cfg.dump()))
     assert without_weights(node).config.MODEL.TORCHVISION.WEIGHTS == ""
     assert node.config.MODEL.TORCHVISION.WEIGHTS == "DEFAULT"

@@ -1,5 +1,6 @@
-"""The benchmark measures what it says: which work, on which batches, and how sure it is."""
+"""The benchmark: which work it measures, on which batches, and how precise the figures are."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -16,11 +17,20 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from d2kd.benchmark import DETECTRON2, DISTILLED, MAIN_RATIO, STUDENT, TEACHER, Bench, Case, costs
+from d2kd.benchmark import (
+    DETECTRON2,
+    DISTILLED,
+    MAIN_RATIO,
+    STUDENT,
+    TEACHER,
+    Bench,
+    BenchmarkCase,
+    costs,
+)
 from d2kd.benchmark.bench import BATCHES, peak_memory
-from d2kd.benchmark.costs import max_relative_difference, median_interval, ratios, time_rows
+from d2kd.benchmark.costs import max_relative_difference, median_interval, time_ratios, time_rows
 from d2kd.benchmark.data_loading import measure_data_loading
-from d2kd.benchmark.phases import PHASES, phases
+from d2kd.benchmark.phases import PHASES, measure_phases
 from d2kd.benchmark.step_cost import bootstrap_medians
 from d2kd.benchmark.untrained import measure_norm_statistics, random_batch
 from d2kd.modeling import capture
@@ -41,10 +51,7 @@ from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
 from tests.tiny_run import distiller, recipe
 
 _here = Path(__file__).parent  # without data, and without the teacher's weights
-_cfg = recipe(_here / "data", _here / "out", {model}, max_iter=4)
-model, dataloader, optimizer, lr_multiplier, train = (
-    _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.lr_multiplier, _cfg.train
-)
+globals().update(recipe(_here / "data", _here / "out", {model}, max_iter=4).items())
 """
 MODELS = {
     "plain": "None",
@@ -75,8 +82,8 @@ def bench(folder):
     return get
 
 
-def setup_of(folder, name):
-    return Case(name, str(folder / f"{name}.py"), image_sizes=((64, 64),), device="cpu")
+def setup_of(folder, name, *overrides, sizes=((64, 64),)):
+    return BenchmarkCase(name, str(folder / f"{name}.py"), overrides, sizes, device="cpu")
 
 
 def test_frozen_stages_get_statistics_and_stay_frozen():
@@ -114,10 +121,7 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
         found = dict(detector.named_modules()).items()
         return {k: m for k, m in found if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
 
-    overrides = (f"model.student.backbone.bottom_up.norm={norm}",)
-    setup = Case(
-        "it", str(folder / "imitation.py"), overrides, image_sizes=((64, 64),), device="cpu"
-    )
+    setup = setup_of(folder, "imitation", f"model.student.backbone.bottom_up.norm={norm}")
     rows, built = Bench(setup).rows, instantiate(setup.recipe().model)
     student, teacher = (rows[name].modules[0] for name in (STUDENT, TEACHER))
     for detector, own in ((student, built.student), (teacher, built.teacher.detector)):
@@ -130,9 +134,10 @@ def test_benched_detectors_have_the_recipes_norms_with_statistics(folder, norm):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("classes", [1, 3, 80])
-def test_batches_are_fixed_by_their_seed(classes):
-    detector = SimpleNamespace(num_classes=classes)
+@pytest.mark.parametrize("classes, masks", [(1, False), (3, True), (80, False)])
+def test_batches_are_fixed_by_their_seed(classes, masks):
+    head = SimpleNamespace(num_classes=classes, mask_on=masks)
+    detector = SimpleNamespace(roi_heads=head) if masks else head
     one, same, other = (random_batch(detector, (96, 128), 2, seed) for seed in (0, 0, 1))
     for a, b, c in zip(one, same, other):
         assert torch.equal(a["image"], b["image"]) and not torch.equal(a["image"], c["image"])
@@ -147,16 +152,11 @@ def test_batches_are_fixed_by_their_seed(classes):
         found = set(a["instances"].gt_classes.tolist())
         assert {0, classes - 1} <= found <= set(range(classes))
         assert len(found) == min(classes, 7)
-        assert not a["instances"].has("gt_masks")
+        assert a["instances"].has("gt_masks") == masks
+        if masks:
+            drawn = a["instances"].gt_masks.get_bounding_boxes().tensor
+            assert torch.allclose(drawn, boxes, atol=1e-4)
     assert not torch.equal(one[0]["image"], one[1]["image"])
-
-
-def test_a_mask_head_gets_masks():
-    detector = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3, mask_on=True))
-    for example in random_batch(detector, (48, 64), 2, seed=0):
-        instances = example["instances"]
-        boxes = instances.gt_masks.get_bounding_boxes().tensor
-        assert torch.allclose(boxes, instances.gt_boxes.tensor, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_teachers_part_is_what_the_losses_read(bench, recipe, read, runs):
     for name in (TEACHER, DISTILLED):
         with capture(parts) as calls:
             assert one.seconds(name, 1) > 0
-        counts[name] = {part: len(heard) for part, heard in calls.items()}
+        counts[name] = {part: len(received) for part, received in calls.items()}
     assert counts[TEACHER] == {**runs, "proposal_generator": 0}
     assert counts[TEACHER] == counts[DISTILLED]
 
@@ -186,7 +186,7 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
     """The recipe's priors would be estimated from images that need not be there."""
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     recipe = str(ROOT / "projects/ICD/configs/icd_bccd_retinanet.py")
-    one = Bench(Case("icd", recipe, image_sizes=((64, 64),), device="cpu"))
+    one = Bench(BenchmarkCase("icd", recipe, image_sizes=((64, 64),), device="cpu"))
     assert all(set(question.read) == {"images", "features"} for question in one.teacher_reads)
     model = one.rows[DISTILLED].modules[0]
     parts = {STUDENT: (model.student,), DISTILLED: (model.student, model.losses)}
@@ -195,18 +195,18 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
         assert one.seconds(name, 0) > 0
         changed = {key for key, value in model.named_parameters() if not value.equal(before[key])}
         for part in (model.student, model.losses):
-            own = {key for key, value in model.named_parameters() if any(value is p for p in part.parameters())}  # fmt: skip
+            own = {id(p) for p in part.parameters()}
+            own = {key for key, value in model.named_parameters() if id(value) in own}
             assert bool(own & changed) == (part in moved), name
 
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_the_teacher_judges_the_students_regions(folder, scale):
-    """At the same places of its images, also where these are larger."""
-    recipe = str(folder / "tar.py")
-    one = Bench(
-        Case("it", recipe, (f"model.teacher.scale={scale}",), ((64 * scale,) * 2,), device="cpu")
-    )
-    assert one.batches[0][0]["image"].shape[-2:] == (64, 64)
+    """At the same places of its images, also where these are larger; batches take the sizes in turn."""
+    sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
+    one = Bench(setup_of(folder, "tar", f"model.teacher.scale={scale}", sizes=sizes))
+    shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
+    assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]
     heads = {name: one.rows[name].modules[0].roi_heads for name in (STUDENT, TEACHER)}
     for number in range(BATCHES):
         boxes = {}
@@ -220,18 +220,6 @@ def test_the_teacher_judges_the_students_regions(folder, scale):
         assert same.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("scale", [1, 2])
-def test_batches_take_the_sizes_in_turn(folder, scale):
-    sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
-    overrides = (f"model.teacher.scale={scale}",)
-    one = Bench(Case("it", str(folder / "tar.py"), overrides, sizes, device="cpu"))
-    shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
-    assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]
-    for name in one.rows:
-        for number in range(2):
-            assert one.seconds(name, number) > 0
-
-
 @pytest.mark.parametrize("choice", [True, False])
 def test_convolutions_choose_their_algorithms_as_in_training(folder, monkeypatch, choice):
     """From the first on, those that the norms' statistics come from included."""
@@ -243,8 +231,7 @@ def test_convolutions_choose_their_algorithms_as_in_training(folder, monkeypatch
         measure_norm_statistics(*arguments)
 
     monkeypatch.setattr("d2kd.benchmark.bench.measure_norm_statistics", measure)
-    override = f"train.cudnn_benchmark={choice}".lower()
-    Bench(Case("it", str(folder / "silent.py"), (override,), ((64, 64),), device="cpu"))
+    Bench(setup_of(folder, "silent", f"train.cudnn_benchmark={choice}".lower()))
     assert chosen == [choice, choice] and torch.backends.cudnn.benchmark is choice
 
 
@@ -253,32 +240,31 @@ def test_every_step_starts_alike(bench):
     for _ in range(2):
         with bench("tar").at_half_progress():
             seen.append((torch.rand(3).tolist(), np.random.rand(), get_event_storage().iter))
-    assert seen[0] == seen[1]
-    assert seen[0][2] == 2  # of 4
+    assert seen[0] == seen[1] and seen[0][2] == 2  # of 4
 
 
 def test_rows_take_turns_on_the_same_batch():
-    heard, told = [], []
+    received, reported = [], []
 
     class Silent:
         def __init__(self, label, rows):
             self.label, self.rows = label, dict.fromkeys(rows)
 
         def seconds(self, name, number):
-            heard.append((self.label, name, number))
-            return float((len(heard) - 1) // 3)  # the round
+            received.append((self.label, name, number))
+            return float((len(received) - 1) // 3)  # the round
 
     benches = {"a": Silent("a", [STUDENT, TEACHER]), "b": Silent("b", [TEACHER])}
-    seconds = time_rows(benches, 4, lambda *steps: told.append(steps))
+    seconds = time_rows(benches, 4, lambda *steps: reported.append(steps))
     rows = [("a", STUDENT), ("a", TEACHER), ("b", TEACHER)]
     assert seconds == dict.fromkeys(rows, [3.0, 4.0, 5.0, 6.0])  # three to warm up
-    rounds = [heard[i : i + 3] for i in range(0, len(heard), 3)]
+    rounds = [received[i : i + 3] for i in range(0, len(received), 3)]
     assert len(rounds) == 3 + 4
     for k, measured in enumerate(rounds):
         assert {(label, name) for label, name, _ in measured} == set(rows)
         assert {number for *_, number in measured} == {k % BATCHES}
     assert len({measured[0][:2] for measured in rounds[:3]}) == 3  # each was first
-    assert told == [(k, 7) for k in range(7)]
+    assert reported == [(k, 7) for k in range(7)]
 
 
 def test_detectron2s_step_is_ours(bench):
@@ -312,31 +298,27 @@ def test_each_instant_counts_for_the_innermost_phase():
         with pytest.raises(KeyError), record_function("d2kd/backward"):  # from 7
             raise KeyError
         # to 8
-        with record_function(
-            "d2kd/forward"
-        ):  # from 9, the student's forward where nothing is distilled
+        with record_function("d2kd/forward"):  # from 9, where nothing is distilled
             pass
 
     # to 9, or to 11
-    expected = {"student forward": 0.0, "losses": 3.0, "teacher": 2.0, "backward": 1.0, "optimizer": 0.0, "rest": 3.0}  # fmt: skip
+    expected = {"student forward": 0.0, "losses": 3.0, "teacher": 2.0}
+    expected |= {"backward": 1.0, "optimizer": 0.0, "rest": 3.0}
     ticks = itertools.count()
     for distilled in (True, False):
         if not distilled:
             expected |= {"student forward": 1.0, "rest": 4.0}
-        assert phases(step, distilled, ticks.__next__) == expected
+        assert measure_phases(step, distilled, ticks.__next__) == expected
 
 
 def test_phases_make_up_the_step(bench):
     one = bench("tar")
-    for name in (TEACHER, DETECTRON2):
-        assert one.phases(name, 0) is None
-    for name in (STUDENT, DISTILLED):
+    assert one.phases(TEACHER, 0) is one.phases(DETECTRON2, 0) is None
+    for name, other in ((STUDENT, ("teacher", "losses")), (DISTILLED, ())):
         found = one.phases(name, 0)
         assert tuple(found) == PHASES
-        asked = name == DISTILLED
         for phase, seconds in found.items():
-            works = asked or phase not in ("teacher", "losses")
-            assert (seconds > 0) == works, (name, phase)
+            assert (seconds > 0) == (phase not in other), (name, phase)
 
 
 def test_a_profile_of_a_step_has_its_ranges(bench, monkeypatch):
@@ -345,14 +327,14 @@ def test_a_profile_of_a_step_has_its_ranges(bench, monkeypatch):
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         bench("tar").seconds(DISTILLED, 0)
     names = {event.name for event in profiled.events()}
-    parts = {"forward", "student forward", "teacher.features", "teacher.regions", "losses", "backward"}  # fmt: skip
-    assert {f"d2kd/{part}" for part in parts} <= names
+    parts = "forward", "student forward", "teacher.features", "teacher.regions", "losses"
+    assert {f"d2kd/{part}" for part in (*parts, "backward")} <= names
     assert "Optimizer.step#SGD.step" in names
 
 
 def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
     draw_data(folder / "data")
-    one, told, shown = bench("imitation"), [], []
+    one, reported, shown = bench("imitation"), [], []
     model, optimizer = one.rows[DISTILLED].trained
     before = {key: value.clone() for key, value in model.state_dict().items()}
     forward = type(model).forward
@@ -360,9 +342,9 @@ def test_a_recipes_own_loader_feeds_the_step(folder, bench, monkeypatch):
         type(model), "forward", lambda self, batch: shown.append(batch) or forward(self, batch)
     )
     found = measure_data_loading(
-        one, batch_size=3, steps=2, progress=lambda *steps: told.append(steps)
+        one, batch_size=3, steps=2, progress=lambda *steps: reported.append(steps)
     )
-    assert told == [(k, 10) for k in range(10)]  # three and two, twice
+    assert reported == [(k, 10) for k in range(10)]  # three and two, twice
     assert [len(batch) for batch in shown] == [3] * 5
     names = {image["file_name"] for batch in shown for image in batch}
     assert names == {str(folder / f"data/{k}.png") for k in range(6)}
@@ -386,41 +368,27 @@ def test_the_interval_holds_95_of_100_resampled_medians():
 def test_ratios_are_taken_round_by_round():
     student, teacher = np.array([1.0, 2.0, 40.0]), np.array([0.5, 1.0, 20.0])
     whole = 1.1 * (student + teacher)
-    seconds = {
-        ("a", DETECTRON2): student / 1.25,
-        ("a", STUDENT): student,
-        ("a", TEACHER): teacher,
-        ("a", DISTILLED): whole,
-        ("b", TEACHER): teacher / 2,
-        ("b", DISTILLED): whole / 2,
-    }
-    seconds = {row: list(values) for row, values in seconds.items()}
-    found = ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
-    expected = {
-        ("a", MAIN_RATIO): 1.1,
-        ("a", "distilled / student"): 1.65,
-        ("a", "teacher / student"): 0.5,
-        ("a", "student / Detectron2's"): 1.25,
-        ("b", MAIN_RATIO): 0.66,
-        ("b", "distilled / student"): 0.825,
-        ("b", "teacher / student"): 0.25,
-        ("b", "student / Detectron2's"): 1.25,
-        ("b", "distilled / that of a"): 0.5,
-        ("b", "distilled / (student + teacher) of a"): 0.55,
-    }
+    own = {DETECTRON2: student / 1.25, STUDENT: student, TEACHER: teacher, DISTILLED: whole}
+    seconds = {("a", row): list(values) for row, values in own.items()}
+    seconds |= {("b", row): list(own[row] / 2) for row in (TEACHER, DISTILLED)}
+    found = time_ratios(seconds, plain={"a": "a", "b": "a"}, variant_of={"b": "a"})
+    names = MAIN_RATIO, "distilled / student", "teacher / student", "student / Detectron2's"
+    expected = {("a", name): value for name, value in zip(names, (1.1, 1.65, 0.5, 1.25))}
+    expected |= {("b", name): value for name, value in zip(names, (0.66, 0.825, 0.25, 1.25))}
+    expected |= {("b", "distilled / that of a"): 0.5}
+    expected |= {("b", "distilled / (student + teacher) of a"): 0.55}
     assert {(r["recipe"], r["ratio"]) for r in found} == set(expected)
     for ratio in found:
         interval = [ratio[key] for key in ("low", "median", "high")]
         assert interval == pytest.approx([expected[ratio["recipe"], ratio["ratio"]]] * 3)
     del seconds["a", DETECTRON2]
-    left = ratios(seconds, plain={"a": "a"}, variant_of={})
+    left = time_ratios(seconds, plain={"a": "a"}, variant_of={})
     assert "student / Detectron2's" not in {r["ratio"] for r in left}
 
 
 def test_losses_are_compared_by_their_size():
-    assert max_relative_difference({"a": 2.0, "b": 1e-3}, {"a": 2.0, "b": 1.1e-3}) == pytest.approx(
-        1 / 11
-    )
+    found = max_relative_difference({"a": 2.0, "b": 1e-3}, {"a": 2.0, "b": 1.1e-3})
+    assert found == pytest.approx(1 / 11)
     assert max_relative_difference({}, {}) == 0.0
     assert max_relative_difference({"a": 1.0}, {"b": 1.0}) == float("inf")
 
@@ -437,14 +405,12 @@ def test_growth_is_the_peak_and_not_the_rest():
 @only_linux
 def test_memory_is_measured_in_another_process(folder):
     setup = setup_of(folder, "imitation")
-    weights, peak = Bench(setup).rows[DISTILLED].weights, peak_memory(setup, DISTILLED)
-    assert weights > 0
-    assert peak > weights
+    assert 0 < Bench(setup).rows[DISTILLED].weights < peak_memory(setup, DISTILLED)
 
 
 def test_a_peak_has_each_size_of_images_with_the_optimizers_state(folder, monkeypatch):
     sizes = ((96, 64), (64, 64))
-    one = Bench(Case("imitation", str(folder / "imitation.py"), image_sizes=sizes, device="cpu"))
+    one = Bench(setup_of(folder, "imitation", sizes=sizes))
     optimizer, seen = one.rows[DISTILLED].trained[1], []
 
     def seconds(name, number):
@@ -460,7 +426,7 @@ run = command("benchmark")
 
 
 def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
-    asked, models = [], []
+    requested, models = [], []
 
     class Watched(Bench):
         def __init__(self, setup):
@@ -469,26 +435,25 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
 
     def peak(setup, name):
         assert not any(model() for model in models), "there are two of it in memory"
-        asked.append((setup.label, name))
+        requested.append((setup.label, name))
         return None if name == TEACHER else 3 * 2**20
 
     monkeypatch.setattr(costs, "Bench", Watched)
     monkeypatch.setattr(costs, "peak_memory", peak)
-    words = ["--config-file", str(folder / "tar.py"), "--config-file", str(folder / "silent.py")]
-    words += ["--image-size", "64", "--image-size", "32x96", "--device", "cpu", "--rounds", "2"]
-    words += ["--json", str(tmp_path / "new/result.json")]
-    words += ["--markdown", str(tmp_path / "table.md"), "--data", "2"]
+    words = ["--config-file", folder / "tar.py", "--config-file", folder / "silent.py"]
+    words += "--image-size 64 --image-size 32x96 --device cpu --rounds 2 --data 2".split()
+    words += ["--json", tmp_path / "new/result.json", "--markdown", tmp_path / "table.md"]
     draw_data(folder / "data")
     words += ["--variant", "fused", "model.teacher.fuse_norms=true"]
     words += ["--variant", "clipped", "train.clip_gradients.enabled=true"]
     run([*words, "--bound", "1e6", "train.max_iter=6"])
-    said = capsys.readouterr().out
-    assert len(models) == 6 and said.count("met") == 6 and "exceeded" not in said
+    printed = capsys.readouterr().out
+    assert len(models) == 6 and printed.count("met") == 6 and "exceeded" not in printed
     result = json.loads((tmp_path / "new/result.json").read_text())
     assert result["schema"] == 2 and result["versions"]["torch"] == torch.__version__
-    told = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
-    assert told == ["cpu", [[64, 64], [32, 96]], 2, 2]
-    assert "\n64 x 64, 32 x 96 px, 2 images per batch" in said
+    reported = [result[key] for key in ("device", "image_sizes", "batch_size", "rounds")]
+    assert reported == ["cpu", [[64, 64], [32, 96]], 2, 2]
+    assert "\n64 x 64, 32 x 96 px, 2 images per batch" in printed
 
     recipes = {recipe["label"]: recipe for recipe in result["recipes"]}
     labels = ["tar", "tar, fused", "tar, clipped", "silent", "silent, fused", "silent, clipped"]
@@ -497,13 +462,12 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     assert recipes["tar"]["difference"] is None and recipes["tar"]["losses"]
     for label in ("tar, fused", "tar, clipped"):
         assert 0 <= recipes[label]["difference"] < 0.05
-    assert recipes["silent"]["teacher_outputs"] == [] and not any(
-        recipes["silent"]["losses"].values()
-    )
+    assert recipes["silent"]["teacher_outputs"] == []
+    assert not any(recipes["silent"]["losses"].values())
 
     # The plain step is one for both recipes, and another where the student is trained otherwise.
     rows = [(row["recipe"], row["name"]) for row in result["rows"]]
-    assert rows == asked
+    assert rows == requested
     assert [row[0] for row in rows if row[1] == DETECTRON2] == ["tar"]
     assert [row[0] for row in rows if row[1] == STUDENT] == ["tar", "tar, clipped"]
     for name in (TEACHER, DISTILLED):
@@ -516,12 +480,12 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
         assert min(row["seconds"]) > 0
         assert (row["phases"] is None) == (row["name"] in (TEACHER, DETECTRON2))
     assert [row["recipe"] for row in result["data"]] == labels
-    assert said.count("with its data loader") == 1
+    assert printed.count("with its data loader") == 1
     compared = {(r["recipe"], r["ratio"]): r for r in result["ratios"]}
     assert ("tar, fused", "distilled / that of tar") in compared
     markdown = (tmp_path / "table.md").read_text()
     for ratio in result["ratios"]:
-        assert ratio["ratio"] in said and f"{ratio['median']:.3f}" in said
+        assert ratio["ratio"] in printed and f"{ratio['median']:.3f}" in printed
         assert f"{ratio['median']:.3f}" in markdown
     assert "| recipe" in markdown
 
@@ -531,35 +495,25 @@ def test_table_and_json(folder, tmp_path, capsys, monkeypatch):
     assert "bound 1e-06 exceeded" in capsys.readouterr().out
 
 
-def test_without_memory(folder, capsys, tmp_path, monkeypatch):
-    def peak(*_):
-        raise AssertionError("memory was measured")
-
-    monkeypatch.setattr(costs, "peak_memory", peak)
-    words = ["--config-file", str(folder / "imitation.py"), "--image-size", "64", "--rounds", "1"]
-    words += ["--device", "cpu", "--no-memory", "--json", str(tmp_path / "result.json")]
-    run(words)
-    assert "memory " not in capsys.readouterr().out
-    for row in json.loads((tmp_path / "result.json").read_text())["rows"]:
-        assert row["peak_memory_mib"] is None and row["weights_mib"] > 0
-
-
-def test_what_is_known_is_kept_when_memory_is_cut_short(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [["--no-memory"], []], ids=["none wanted", "cut short"])
+def test_what_is_known_is_kept_without_memory(folder, capsys, tmp_path, monkeypatch, words):
     def peak(setup, name):
+        assert not words, "memory was measured"
         if name == STUDENT:
             raise KeyboardInterrupt
         return 3 * 2**20
 
     monkeypatch.setattr(costs, "peak_memory", peak)
-    words = ["--config-file", str(folder / "imitation.py"), "--image-size", "64", "--rounds", "1"]
-    words += ["--device", "cpu", "--json", str(tmp_path / "result.json")]
-    words += ["--markdown", str(tmp_path / "table.md")]
-    with pytest.raises(KeyboardInterrupt):
-        run(words)
+    every = f"--config-file {folder / 'imitation.py'} --image-size 64 --rounds 1 --device cpu"
+    every = [*every.split(), "--json", tmp_path / "result.json", *words]
+    with contextlib.nullcontext() if words else pytest.raises(KeyboardInterrupt):
+        run([*every, "--markdown", tmp_path / "table.md"])
+    assert not words or "memory " not in capsys.readouterr().out
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [DETECTRON2, STUDENT, TEACHER, DISTILLED]
-    assert [row["peak_memory_mib"] for row in rows] == [3, None, None, None]
-    assert all(row["median_seconds"] > 0 for row in rows)
+    known = None if words else 3
+    assert [row["peak_memory_mib"] for row in rows] == [known, None, None, None]
+    assert all(row["median_seconds"] > 0 and row["weights_mib"] > 0 for row in rows)
     assert DISTILLED in (tmp_path / "table.md").read_text()
 
 
@@ -586,9 +540,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
 def test_refused_in_one_line(folder, capfd, arguments, complaint):
-    words = arguments.format(
-        folder=folder, tar=f"--config-file {folder}/tar.py", nowhere=NOWHERE
-    ).split()
+    tar = f"--config-file {folder}/tar.py"
+    words = arguments.format(folder=folder, tar=tar, nowhere=NOWHERE).split()
     assert complaint in refusal(run, words, capfd)
 
 
@@ -600,18 +553,18 @@ def test_a_loss_that_is_not_finite(bench, monkeypatch):
         one.seconds(DISTILLED, 0)
 
 
-def test_an_untrained_detector_that_explodes(monkeypatch, refuses):
+def test_an_untrained_detector_that_explodes(folder, monkeypatch, refuses):
     def explode(*_):
         raise FloatingPointError("boxes are not finite")
 
     monkeypatch.setattr("d2kd.benchmark.bench.measure_norm_statistics", explode)
-    setup = Case("it", "projects/TAR/configs/tar_shapes.py", image_sizes=((64, 64),), device="cpu")
-    refuses(lambda: Bench(setup), "boxes are not finite; expected untrained detectors")
+    line = "boxes are not finite; expected untrained detectors"
+    refuses(lambda: Bench(setup_of(folder, "tar")), line)
 
 
-def test_recipes_that_choose_algorithms_otherwise(refuses):
+def test_recipes_that_choose_algorithms_otherwise(folder, refuses):
     setups = [
-        Case(value, "projects/TAR/configs/tar_shapes.py", (f"train.cudnn_benchmark={value}",))
-        for value in ("true", "false")
+        BenchmarkCase(x, str(folder / "tar.py"), (f"train.cudnn_benchmark={x}",))
+        for x in ("true", "false")
     ]
     refuses(lambda: costs.benchmark(setups), "train.cudnn_benchmark: true and false; expected one")

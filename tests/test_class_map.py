@@ -1,6 +1,6 @@
 """Classes are matched by name, and only what both detectors know is compared."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.teacher import to_student_classes
 from d2kd.structures.class_map import ClassMap, class_names
-from d2kd.testing import step
+from d2kd.testing import forward_losses
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build
@@ -100,15 +100,11 @@ def test_names_of_a_data_set():
         class_names([])
 
 
-def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None, seed=1):
+def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None):
+    detector = build(DETECTORS[family](classes=len(teacher)), seed=1)
     return Distiller(
         student=build(DETECTORS[family](classes=len(student))),
-        teacher=Teacher(
-            build(DETECTORS[family](classes=len(teacher)), seed),
-            None,
-            classes=teacher,
-            aliases=aliases,
-        ),
+        teacher=Teacher(detector, None, classes=teacher, aliases=aliases),
         losses=DistillLosses(tar=loss or TARLoss()),
         max_iter=2,
         classes=student,
@@ -117,7 +113,7 @@ def make(family, *, student=STUDENT, teacher=TEACHER, aliases=None, loss=None, s
 
 @pytest.mark.parametrize("family", DETECTORS)
 def test_a_teacher_of_other_classes_teaches(family):
-    losses = step(make(family), batch())
+    losses = forward_losses(make(family), batch())
     sum(losses.values()).backward()
     terms = {key for key in losses if key.startswith("distill/")}
     assert len(terms) == 3 and all(torch.isfinite(losses[key]) for key in terms)
@@ -125,32 +121,28 @@ def test_a_teacher_of_other_classes_teaches(family):
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
 def test_the_order_of_classes_does_not_matter(family):
-    """A teacher whose classes and rows are turned round says the same."""
-    straight, turned = (
-        make(family, student=STUDENT, teacher=classes, loss=TARLoss(reg_gate="none"))
+    """A teacher whose classes and rows are turned round teaches the same."""
+    models = [
+        make(family, teacher=classes, loss=TARLoss(reg_gate="none"))
         for classes in (STUDENT, STUDENT[::-1])
-    )
-    detector = turned.teacher.detector
+    ]
     with torch.no_grad():
-        for model in (straight, turned):  # whose boxes are of a class
+        for model in models:  # whose boxes are of a class
             part = model.teacher.detector
             part = part.roi_heads.box_predictor if family == "faster_rcnn" else part.head
             part.bbox_pred.weight *= 50
         if family == "faster_rcnn":
-            predictor = detector.roi_heads.box_predictor
-            rows = [2, 1, 0, 3]
-            deltas = [4 * k + i for k in rows[:3] for i in range(4)]
-            layers = [(predictor.cls_score, rows), (predictor.bbox_pred, deltas)]
+            deltas = [4 * k + i for k in (2, 1, 0) for i in range(4)]
+            layers = [(part.cls_score, [2, 1, 0, 3]), (part.bbox_pred, deltas)]
         else:
-            rows = [3 * anchor + k for anchor in range(2) for k in (2, 1, 0)]
-            layers = [(detector.head.cls_score, rows)]
+            layers = [(part.cls_score, [3 * anchor + k for anchor in range(2) for k in (2, 1, 0)])]
         for layer, order in layers:
             layer.weight.copy_(layer.weight[order])
             layer.bias.copy_(layer.bias[order])
-    a, b = step(straight, batch()), step(turned, batch())
-    assert a["distill/loss_tar_regression"] > 1e-3
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-7)
+    straight, turned = (forward_losses(model, batch()) for model in models)
+    assert straight["distill/loss_tar_regression"] > 1e-3
+    for key in straight:
+        torch.testing.assert_close(straight[key], turned[key], rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_teacher_does_not_know_gives_no_term():
@@ -160,7 +152,7 @@ def test_what_the_teacher_does_not_know_gives_no_term():
         example["instances"].gt_classes[:] = 0
     for family in ("faster_rcnn", "retinanet"):
         loss = TARLoss(cls_gate="none", reg_gate="none", background_weight=0.0)
-        losses = step(make(family, loss=loss), examples)
+        losses = forward_losses(make(family, loss=loss), examples)
         assert losses["distill/loss_tar_classification"].item() == 0
         assert float(losses["distill/loss_tar_regression"]) == 0
         assert float(losses["distill/loss_tar_feature"]) > 0
@@ -169,29 +161,23 @@ def test_what_the_teacher_does_not_know_gives_no_term():
 def test_both_sides_are_normalised_over_what_is_shared():
     loss = TARLoss(cls_gate="none")
     loss.class_map = ClassMap.from_names(["a", "b"], ["b", "c"])
-    ours, theirs = torch.tensor([[5.0, 1.0, -1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
-
-    class Said:
-        def __init__(self, logits):
-            self.pred_class_logits, self.gt_classes = logits, torch.tensor([1])
-
-    def soft(x, y):
-        return [math.exp(v) / (math.exp(x) + math.exp(y)) for v in (x, y)]
-
-    p, q = soft(0.5, 0.25), soft(1.0, -1.0)
-    slow = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert float(loss.classification(Said(ours), Said(theirs))) == pytest.approx(slow, rel=1e-5)
+    sides = [
+        SimpleNamespace(pred_class_logits=torch.tensor([logits]), gt_classes=torch.tensor([1]))
+        for logits in ([5.0, 1.0, -1.0], [0.5, 9.0, 0.25])
+    ]
+    q, p = (torch.tensor(x).softmax(0) for x in ([1.0, -1.0], [0.5, 0.25]))
+    assert float(loss.classification(*sides)) == pytest.approx(float((p * (p / q).log()).sum()))
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
 def test_without_a_shared_class_features_alone_are_compared(family, caplog):
     model = make(family, teacher=["x", "y", "z"])
-    losses = step(model, batch())
+    losses = forward_losses(model, batch())
     assert {key for key in losses if key.startswith("distill/")} == {"distill/loss_tar_feature"}
     assert "only features" in caplog.text
 
 
-def test_aliases_say_what_the_student_calls_it():
+def test_aliases_are_the_students_names():
     model = make("faster_rcnn", aliases={"dog": "cat"})
     assert model.losses.by_name["tar"].class_map.pairs == ((0, 0), (1, 3), (2, 1))
     with pytest.raises(InputError, match="teacher.aliases: 'dogs'; expected of dog"):

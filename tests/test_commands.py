@@ -1,4 +1,4 @@
-"""The long checks as commands: a fault is an exit code that a script can see, and a line that says which."""
+"""The long checks as commands: a fault gives an exit code for scripts and a line that names it."""
 
 import ast
 import json
@@ -30,40 +30,40 @@ def exit_code(monkeypatch):
 
 
 def test_a_resumed_run_that_differs(exit_code, monkeypatch, capsys):
-    asked, found = [], {}
+    found, compared = {}, []
 
     def compare(name, data, folder):
-        asked.append(name)
+        compared.append(name)
         assert (data / "data.json").is_file()
         return found.get(name, [])
 
     monkeypatch.setattr(resume_runs, "compare", compare)
     cases = len(resume_runs.CASES)
-    assert exit_code(resume_runs) == 0 and asked == list(resume_runs.CASES)
+    assert exit_code(resume_runs) == 0 and compared == list(resume_runs.CASES)
     assert f"{cases} of {cases} resumed runs are" in capsys.readouterr().out
     found["tar"] = ["losses.3", "model_final.pth.model"]
     assert exit_code(resume_runs) == 1
-    said = capsys.readouterr().out
-    assert "differs in 2, such as losses.3" in said
-    assert f"{cases - 1} of {cases} resumed runs are" in said
+    out = capsys.readouterr().out
+    assert "differs in 2, such as losses.3" in out
+    assert f"{cases - 1} of {cases} resumed runs are" in out
 
 
 def test_a_killed_run_that_ends_otherwise(exit_code, monkeypatch, capsys):
-    asked, outcome = [], kill_runs.Outcome(kills={"half written": 3}, finished=1)
+    requested, outcome = [], kill_runs.Outcome(kills={"half written": 3}, finished=1)
 
     def kill(kills, seed, data, folder):
-        asked.append((kills, seed))
+        requested.append((kills, seed))
         assert (data / "data.json").is_file()
         return outcome
 
     monkeypatch.setattr(kill_runs, "kill", kill)
-    assert exit_code(kill_runs, "--kills", 3, "--seed", 7) == 0 and asked == [(3, 7)]
-    said = capsys.readouterr().out
-    assert "3 kills (half written: 3)" in said and "0 faults" in said
+    assert exit_code(kill_runs, "--kills", 3, "--seed", 7) == 0 and requested == [(3, 7)]
+    printed = capsys.readouterr().out
+    assert "3 kills (half written: 3)" in printed and "0 faults" in printed
     outcome.faults.append("run 0 began at 4 and not at 6")
     assert exit_code(kill_runs) == 1
-    said = capsys.readouterr().out
-    assert "fault: run 0 began at 4 and not at 6" in said and "1 faults" in said
+    printed = capsys.readouterr().out
+    assert "fault: run 0 began at 4 and not at 6" in printed and "1 faults" in printed
 
 
 def test_two_processes_that_are_not_as_one(exit_code, monkeypatch, capsys):
@@ -73,31 +73,26 @@ def test_two_processes_that_are_not_as_one(exit_code, monkeypatch, capsys):
     assert "2 of 2 comparisons" in capsys.readouterr().out
     verdicts["loss of erd"] = "apart by 1.0e-03"
     assert exit_code(two_processes) == 1
-    said = capsys.readouterr().out
-    assert "loss of erd: apart by 1.0e-03" in said and "evaluation: holds" in said
-    assert "1 of 2 comparisons" in said
+    printed = capsys.readouterr().out
+    assert "loss of erd: apart by 1.0e-03" in printed and "evaluation: holds" in printed
+    assert "1 of 2 comparisons" in printed
 
 
 def test_an_example_that_is_not_finite(exit_code, monkeypatch, capsys):
-    asked, seen, look = [], [], fuzz.fuzz
-
-    def asking(*arguments):
-        asked.append(arguments)
-        return look(*arguments)
-
-    monkeypatch.setattr(fuzz, "fuzz", asking)
-    monkeypatch.setattr(fuzz, "CHECKS", {"good": lambda data: seen.append(1)})
-    assert exit_code(fuzz, "--examples", 3) == 0 and seen
-    assert "all finite" in capsys.readouterr().out
+    calls, look = [], fuzz.fuzz
 
     def bad(data):
         raise AssertionError("bad is not finite")
 
+    monkeypatch.setattr(fuzz, "fuzz", lambda *args: calls.append(args) or look(*args))
+    monkeypatch.setattr(fuzz, "CHECKS", {"good": lambda data: None})
+    assert exit_code(fuzz, "--examples", 3) == 0
+    assert "all finite" in capsys.readouterr().out
     monkeypatch.setattr(fuzz, "CHECKS", {"bad": bad, **fuzz.CHECKS})
     assert exit_code(fuzz, "--examples", 3, "--random") == 1
-    said = capsys.readouterr().out
-    assert "bad is not finite" in said and "good" in said and ": 1 not finite" in said
-    assert asked == [("good", 3, True), ("bad", 3, False), ("good", 3, False)]
+    out = capsys.readouterr().out
+    assert "bad is not finite" in out and "good" in out and ": 1 not finite" in out
+    assert calls == [("good", 3, True), ("bad", 3, False), ("good", 3, False)]
 
 
 def test_a_comparison_of_any_size(monkeypatch, tmp_path, capsys):
@@ -105,8 +100,8 @@ def test_a_comparison_of_any_size(monkeypatch, tmp_path, capsys):
     words = ["--images", 12, "--classes", 4, "--detectors", 2, "--output", tmp_path]
     monkeypatch.setattr(sys, "argv", ["coco_size", *map(str, words)])
     coco_size.main()
-    said = capsys.readouterr().out
-    assert said.startswith("12 images, ") and f"MiB in {tmp_path}" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("12 images, ") and f"MiB in {tmp_path}" in printed
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["detector 0", "detector 1"]
     assert content["dataset"]["images"] == 12 and len(content["compared_classes"]) == 4

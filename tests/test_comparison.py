@@ -20,14 +20,14 @@ from d2kd.comparison.comparison import Comparison, Options, compare
 from d2kd.comparison.detectors import (
     Detector,
     build_loader,
+    detector_from_config,
     detectors_from_run,
     detectors_from_study,
-    from_config,
     load_coco_results,
     load_data,
     load_study_results,
 )
-from d2kd.comparison.detectors import build as build_detector
+from d2kd.comparison.detectors import load_detector as build_detector
 from d2kd.comparison.regions import why_not_comparable
 from d2kd.config import distill
 from d2kd.config.saving import save_config
@@ -64,9 +64,34 @@ def data(tmp_path_factory):
 
 
 def named(folder: Path) -> str:
-    return coco_dataset(
-        name=f"tiny_{folder}", json_file=str(folder / "data.json"), image_root=str(folder)
-    )
+    return coco_dataset(f"tiny_{folder}", str(folder / "data.json"), str(folder))
+
+
+def seen_by(detectors: list[Detector], data: Path, folder: Path, options=QUICK) -> Comparison:
+    return compare(detectors, load_data(named(data)), folder / "kept", options)
+
+
+def trained(config, run: Path) -> Path:
+    """A run's folder, as its training leaves it."""
+    save_config(config, run / "config.yaml")
+    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    return run
+
+
+def taught(data: Path, run: Path, **teacher) -> Path:
+    config = recipe(data, run, distiller(teacher_weights(run.parent / "taught")))
+    config.model.teacher.update(teacher)
+    return trained(config, run)
+
+
+def pair(folder: Path, data: Path, names=("one", "other"), node=None, **classes) -> list[Detector]:
+    """Two detectors of the same weights."""
+    return [
+        detector_from_config(
+            x, *saved(folder / x, data, node or tiny_faster_rcnn(), 0, classes.get(x))
+        )
+        for x in names
+    ]
 
 
 def saved(folder: Path, data: Path, node, seed: int, classes=None) -> tuple[str, str]:
@@ -80,7 +105,7 @@ def saved(folder: Path, data: Path, node, seed: int, classes=None) -> tuple[str,
 
 def three(folder: Path, data: Path, make=tiny_faster_rcnn) -> list[Detector]:
     return [
-        from_config(name, *saved(folder / name, data, make(), seed))
+        detector_from_config(name, *saved(folder / name, data, make(), seed))
         for seed, name in enumerate(NAMES)
     ]
 
@@ -88,7 +113,7 @@ def three(folder: Path, data: Path, make=tiny_faster_rcnn) -> list[Detector]:
 @pytest.fixture(scope="module")
 def compared(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
-    return folder, compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
+    return folder, seen_by(three(folder, data), data, folder)
 
 
 def test_who_is_who_and_everything_is_there(compared):
@@ -113,13 +138,9 @@ def test_it_is_read_back_as_it_was_written(compared):
 
 def test_what_is_known_is_not_computed_again(compared, data, monkeypatch):
     folder, found = compared
-
-    def never(*_):
-        raise AssertionError("detected, or looked, once more")
-
-    monkeypatch.setattr(Teacher, "detect", never)
-    monkeypatch.setattr(Teacher, "outputs", never)
-    again = compare(three(folder, data), load_data(named(data)), folder / "kept", QUICK)
+    for method in ("detect", "outputs"):
+        monkeypatch.setattr(Teacher, method, None)  # which nobody could call
+    again = seen_by(three(folder, data), data, folder)
     assert again == found and not again.notes
 
 
@@ -128,51 +149,49 @@ def test_a_broken_file_is_named_and_computed_anew(compared, data, tmp_path):
     kept = shutil.copytree(folder / "kept", tmp_path / "kept")
     for name in ("teacher/000000.npz", "observation.npz"):
         (kept / name).write_bytes(b"PK broken")
-    again = compare(three(folder, data), load_data(named(data)), kept, QUICK)
+    again = seen_by(three(folder, data), data, tmp_path)
     assert [d.accuracy for d in again.detectors] == [d.accuracy for d in found.detectors]
     assert again.observation.regions == found.observation.regions
     assert len(again.notes) == 2 and all(".npz: cannot be read" in note for note in again.notes)
 
 
 def test_files_of_other_weights_or_data_are_computed_anew(data, tmp_path):
-    detectors = three(tmp_path, data)[:1]
-    compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
-    detectors = [from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))]
-    again = compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
-    assert "differs in weights" in again.notes[0]
+    seen_by(three(tmp_path, data)[:1], data, tmp_path)
+    detectors = [
+        detector_from_config("teacher", *saved(tmp_path / "teacher", data, tiny_faster_rcnn(), 9))
+    ]
+    assert "differs in weights" in seen_by(detectors, data, tmp_path).notes[0]
     other = tmp_path / "other"
     draw_data(other, objects=(1, 1, 1))
-    again = compare(detectors, load_data(named(other)), tmp_path / "kept", QUICK)
-    assert "differs in dataset" in again.notes[0]
+    assert "differs in dataset" in seen_by(detectors, other, tmp_path).notes[0]
+    size = (other / "1.png").stat().st_size
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(other / "1.png")  # replaced, as large as before
+    (other / "1.png").write_bytes((other / "1.png").read_bytes().ljust(size, b"\0"))
+    notes = seen_by(detectors, other, tmp_path).notes
+    assert any("differs in dataset; detections are computed again" in note for note in notes)
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "IMAGES_PER_FILE", 2)
-    calls, detect = [], Teacher.detect
+    calls, detect, seen, detect_file = [], Teacher.detect, [], kept._detect
 
-    def counted(self, batch):
-        if len(calls) == 3:
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        calls.append(batch[0]["image_id"])
         return detect(self, batch)
 
-    detectors = three(tmp_path, data)[:1]
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(Teacher, "detect", counted)
-        with pytest.raises(KeyboardInterrupt):
-            compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
-    seen = []
-    monkeypatch.setattr(kept, "_detect", _listening(kept._detect, seen))
-    compare(detectors, load_data(named(data)), tmp_path / "kept", QUICK)
-    assert seen == [[2, 3], [4, 5]]
-
-
-def _listening(function, seen):
-    def listened(ready, data, records, report):
+    def watched(ready, data, records, *rest):
         seen.append([record["image_id"] for record in records])
-        return function(ready, data, records, report)
+        return detect_file(ready, data, records, *rest)
 
-    return listened
+    monkeypatch.setattr(Teacher, "detect", interrupted)
+    monkeypatch.setattr(kept, "_detect", watched)
+    detectors = three(tmp_path, data)[:1]
+    with pytest.raises(KeyboardInterrupt):
+        seen_by(detectors, data, tmp_path)
+    seen_by(detectors, data, tmp_path)
+    assert seen == [[0, 1], [2, 3], [2, 3], [4, 5]]  # only the first file was whole
 
 
 def _boxes(folder):
@@ -184,69 +203,63 @@ def test_a_detector_agrees_with_itself(family, data, tmp_path):
     node = DETECTORS[family]()
     if "roi_heads" not in node:  # which an untrained dense detector never reaches
         node.test_score_thresh = 0.0
-    one, same = (from_config(x, *saved(tmp_path / x, data, node, 0)) for x in ("one", "same"))
-    found = compare([one, same], load_data(named(data)), tmp_path / "kept", QUICK)
+    found = seen_by(pair(tmp_path, data, ("one", "same"), node), data, tmp_path)
     assert _boxes(tmp_path / "kept/one") == _boxes(tmp_path / "kept/same") > 0
     gain = found.gain("same", "one").metrics["AP"]
     assert gain["gain"] == 0 and gain["interval"] == [0, 0]
     assert found.objects.won == found.objects.lost == 0
     assert all(row["everywhere"] == pytest.approx(1) for row in found.observation.features["rows"])
     table = found.observation.regions
-    [pair] = table["pairs"]
+    [row] = table["pairs"]
     assert table["kind"] == ("regions" if "rcnn" in family else "anchors")
-    assert table["rows"] > 0 and pair["all"]["agreement"] == 1
+    assert table["rows"] > 0 and row["all"]["agreement"] == 1
     for what in ("class", "box"):
-        assert pair["all"][what]["first"] == pair["all"][what]["second"] == 0
-    assert sum(pair["all"]["class"].values()) == table["rows"]
-    assert sum(pair["all"]["box"].values()) == table["foreground"]
-    assert sum(part["rows"] for part in pair["by_size"].values()) == table["foreground"]
+        assert row["all"][what]["first"] == row["all"][what]["second"] == 0
+    assert sum(row["all"]["class"].values()) == table["rows"]
+    assert sum(row["all"]["box"].values()) == table["foreground"]
+    assert sum(part["rows"] for part in row["by_size"].values()) == table["foreground"]
     if "rcnn" not in family:  # whose random proposals lie on nothing
         assert table["foreground"] > 0
         assert (table["detectors"][0]["iou_before"] is None) == (family in ("fcos", "gfl"))
 
 
 def test_families_that_share_no_regions(data, tmp_path):
-    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
-    other = from_config("other", *saved(tmp_path / "b", data, tiny_retinanet(channels=24), 0))
-    found = compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    one = detector_from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
+    other = detector_from_config(
+        "other", *saved(tmp_path / "b", data, tiny_retinanet(channels=24), 0)
+    )
+    found = seen_by([one, other], data, tmp_path)
     assert found.observation.regions is None and "families" in found.observation.why_no_regions
     assert found.observation.features["left_out"] == {"other": "24 channels beside 16"}
     assert "different families" in write_report(found, tmp_path).read_text()
 
 
 def test_classes_are_compared_by_name(data, tmp_path):
-    ours = ["class 1", "class 2", "čaša <b>"]
-    theirs = ["zebra", "Class_1", "crab"]
-    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0, ours))
-    other = from_config("other", *saved(tmp_path / "b", data, tiny_faster_rcnn(), 0, theirs))
-    for detector in (one, other):
-        detector.classes = None  # as of a config that does not tell; its checkpoint does
-    found = compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
+    classes = {"one": ["class 1", "class 2", "čaša <b>"], "other": ["zebra", "Class_1", "crab"]}
+    detectors = pair(tmp_path, data, **classes)
+    for detector in detectors:
+        detector.classes = None  # as of a config without them; the checkpoint has them
+    found = seen_by(detectors, data, tmp_path)
     assert found.compared_classes == ["class 1"]
     assert found["other"].missing_classes == ["čaša <b>", "class 2"]
-    assert found["other"].only == ["zebra", "crab"] and found["one"].only == []
+    assert found["other"].unique_classes == ["zebra", "crab"] and found["one"].unique_classes == []
     text = write_report(found, tmp_path).read_text()
     assert "zebra" in text and "unknown" in text
 
 
-def test_detectors_that_share_no_class_are_refused(data, tmp_path):
-    one = from_config("one", *saved(tmp_path / "a", data, tiny_faster_rcnn(), 0))
-    other = from_config("other", *saved(tmp_path / "b", data, tiny_faster_rcnn(), 0))
-    other.classes = ("a", "b", "c")
-    with pytest.raises(InputError, match="'other'.*none of the classes"):
-        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
-    one.classes, other.classes = ("class 1", "x", "y"), ("class 2", "x", "y")
-    with pytest.raises(InputError, match="one, other: no class of tiny_.* that all have"):
-        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
-
-
-def test_names_that_cannot_be_told_apart_are_refused(data, tmp_path):
-    one, other, _ = three(tmp_path, data)
+def test_detectors_that_share_no_class_or_a_name_are_refused(data, tmp_path):
+    one, other = pair(tmp_path, data)
+    for classes, more, line in (
+        (one.classes, ("a", "b", "c"), "'other'.*none of the classes"),
+        (("class 1", "x", "y"), ("class 2", "x", "y"), "one, other: no class of tiny_.* that all"),
+    ):
+        one.classes, other.classes = classes, more
+        with pytest.raises(InputError, match=line):
+            seen_by([one, other], data, tmp_path)
     other.name = one.name
-    line = "--detector: 'teacher' and 'teacher'; expected other names"
-    with pytest.raises(InputError, match=line):
-        compare([one, other], load_data(named(data)), tmp_path / "kept", QUICK)
-    assert not (tmp_path / "kept").exists()
+    with pytest.raises(InputError, match="--detector: 'one' and 'one'; expected other names"):
+        seen_by([one, other], data, tmp_path / "not")
+    assert not (tmp_path / "not").exists()
 
 
 OUTSIDE = ([70, 2, 3, 4], [1, 70, 3, 4], [-5, 2, 3, 4])
@@ -257,8 +270,8 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
     row = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
     results.write_text(json.dumps([row]))
     config, weights = saved(tmp_path / "a", data, tiny_faster_rcnn(), 0)
-    detector = from_config("one", config, weights, str(results))
-    found = compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+    detector = detector_from_config("one", config, weights, str(results))
+    found = seen_by([detector], data, tmp_path)
     assert found["one"].accuracy.fixed["wrong"] == 1
     assert found.notes == [f"{results}: detections on only 1 of 6 images"]
     for line, *faults in (
@@ -272,11 +285,11 @@ def test_a_results_file_is_used_and_one_of_other_data_refused(data, tmp_path):
         for fault in faults:
             results.write_text(json.dumps([row, row | fault] if fault else [{}]))
             with pytest.raises(InputError, match=f"results.json: .*{line}"):
-                compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+                seen_by([detector], data, tmp_path)
     results.write_text(json.dumps([row]))
     detector.expected_AP = 50.0
     with pytest.raises(InputError, match="AP 0.000; expected 50.000, the AP in the study"):
-        compare([detector], load_data(named(data)), tmp_path / "kept", QUICK)
+        seen_by([detector], data, tmp_path)
 
 
 def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):
@@ -290,27 +303,10 @@ def test_a_box_may_reach_over_the_edge_of_its_image(data, tmp_path):
     assert len(load_coco_results(tmp_path / "results.json", load_data(named(data)))) == 0
 
 
-def test_an_image_that_was_replaced_is_looked_at_again(tmp_path):
-    draw_data(tmp_path / "data")
-    detectors, kept = three(tmp_path, tmp_path / "data")[:1], tmp_path / "kept"
-    compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
-    file = tmp_path / "data/1.png"
-    size = file.stat().st_size
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(file)
-    file.write_bytes(file.read_bytes().ljust(size, b"\0"))  # as large as before
-    assert file.stat().st_size == size
-    again = compare(detectors, load_data(named(tmp_path / "data")), kept, QUICK)
-    assert any("differs in dataset; detections are computed again" in note for note in again.notes)
-
-
 def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
-    run = tmp_path / "run"
-    weights = teacher_weights(tmp_path / "taught")
-    save_config(recipe(data, run, distiller(weights)), run / "config.yaml")
-    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
-    detectors, dataset = detectors_from_run(run)
+    detectors, dataset = detectors_from_run(taught(data, tmp_path / "run"))
     assert [d.name for d in detectors] == ["teacher", "distilled"] and dataset == named(data)
-    found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
+    found = seen_by(detectors, data, tmp_path)
     assert found.observation.features["left_out"]  # 24 channels and 16
     with pytest.raises(InputError, match="config.yaml: no such file"):
         detectors_from_run(tmp_path)
@@ -326,19 +322,14 @@ def test_a_run_at_two_scales(data, tmp_path):
     node = L(Teacher)(detector=tiny_faster_rcnn(channels=24), weights=weights)  # which wants BGR
     whole = distill(base, teacher=node, losses=L(DistillLosses)(), scale=2)
     config = OmegaConf.create(whole._asdict(), flags={"allow_objects": True})
-    save_config(config, tmp_path / "run/config.yaml")
-    torch.save(
-        {"model": build(tiny_faster_rcnn(), 3).state_dict()}, tmp_path / "run/model_final.pth"
-    )
-    detectors, dataset = detectors_from_run(tmp_path / "run")
+    detectors, dataset = detectors_from_run(trained(config, tmp_path / "run"))
     ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
     assert [r.teacher.flip_channels for r in ready] == [True, False]
-    asked, records = instantiate(config.model.teacher), load_data(dataset).records
-    for ours, theirs in zip(
-        build_loader(detectors[0], records), instantiate(config.dataloader.test), strict=True
-    ):
+    teacher, records = instantiate(config.model.teacher), load_data(dataset).records
+    loaders = build_loader(detectors[0], records), instantiate(config.dataloader.test)
+    for batch, expected in zip(*loaders, strict=True):
         with torch.no_grad():
-            (found,), (wanted,) = ready[0].teacher.detect(ours), asked.detect(theirs)
+            (found,), (wanted,) = ready[0].teacher.detect(batch), teacher.detect(expected)
         assert len(wanted["instances"]) > 0
         assert found["instances"].pred_boxes.tensor.equal(wanted["instances"].pred_boxes.tensor)
     shapes = [next(iter(build_loader(d, records)))[0]["image"].shape for d in detectors]
@@ -347,13 +338,8 @@ def test_a_run_at_two_scales(data, tmp_path):
     assert found.observation.regions["of"] == "teacher"
 
 
-def test_a_teacher_that_was_told_its_channel_order_keeps_it(data, tmp_path):
-    run = tmp_path / "run"
-    config = recipe(data, run, distiller(teacher_weights(tmp_path / "taught")))
-    config.model.teacher.input_format = "RGB"
-    save_config(config, run / "config.yaml")
-    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
-    detectors, dataset = detectors_from_run(run)
+def test_a_teacher_keeps_its_own_channel_order(data, tmp_path):
+    detectors, dataset = detectors_from_run(taught(data, tmp_path / "run", input_format="RGB"))
     ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
     assert [r.teacher.flip_channels for r in ready] == [True, False]
     plain = replace(detectors[0], input_format=None)
@@ -362,11 +348,8 @@ def test_a_teacher_that_was_told_its_channel_order_keeps_it(data, tmp_path):
 
 def test_a_run_says_where_its_detectors_come_from(data, tmp_path):
     """The teacher's classes by the student's names, and what the training left beside the weights."""
-    run = tmp_path / "run"
-    config = recipe(data, run, distiller(teacher_weights(tmp_path / "taught")))
-    config.model.teacher.update(classes=["cup", "b", "c"], aliases={"cup": "class 0"})
-    save_config(config, run / "config.yaml")
-    torch.save({"model": build(tiny_faster_rcnn(), 3).state_dict()}, run / "model_final.pth")
+    classes = dict(classes=["cup", "b", "c"], aliases={"cup": "class 0"})
+    run = taught(data, tmp_path / "run", **classes)
     starts = [{"seconds": 1.0}, {"seconds": 12.34, "seed": 3, "iterations": 9}]
     write_json(run / "run.json", {"command": "train", "rows": starts, "teacher": {}})
     (teacher, student), _ = detectors_from_run(run)
@@ -381,16 +364,13 @@ def test_a_run_says_where_its_detectors_come_from(data, tmp_path):
 def study(data, tmp_path):
     """A study's folder that has moved since: a teacher, a baseline, two distilled students."""
     rows = []
-    for seed, (name, ap) in enumerate(
-        [("teacher", 9.0), ("baseline_seed0", 1.0), ("weak_seed0", 2.0), ("tar_seed0", 3.0)]
-    ):
+    aps = dict(teacher=9.0, baseline_seed0=1.0, weak_seed0=2.0, tar_seed0=3.0)
+    for seed, (name, ap) in enumerate(aps.items()):
         folder = tmp_path / name
-        node = tiny_faster_rcnn()
-        config, weights = saved(folder, data, node, seed)
+        _, weights = saved(folder, data, tiny_faster_rcnn(), seed)
         if name.startswith(("weak", "tar")):
-            taught = distiller("gone/teacher/model_final.pth")
-            save_config(recipe(data, folder, taught), folder / "config.yaml")
-            torch.save({"model": build(node, seed).state_dict()}, weights)
+            model = distiller("gone/teacher/model_final.pth")
+            save_config(recipe(data, folder, model), folder / "config.yaml")
         method = name.removesuffix("_seed0")
         row = {"name": name, "method": method, "seed": 0, "AP": ap}
         rows.append(row | {"weights_sha256": file_sha256(weights)})
@@ -405,15 +385,15 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
     detectors = detectors_from_study(study, content["rows"], content["baseline"])
     assert [d.name for d in detectors] == ["teacher", "baseline", "tar"]
     for featured, last in (("weak", "weak"), ("gone", "tar")):
-        asked = detectors_from_study(study, content["rows"], content["baseline"], featured)
-        assert [d.name for d in asked] == ["teacher", "baseline", last]
+        requested = detectors_from_study(study, content["rows"], content["baseline"], featured)
+        assert [d.name for d in requested] == ["teacher", "baseline", last]
     more = []  # of a later seed, and better
     for row in content["rows"][1::2]:
         name = row["name"].replace("seed0", "seed1")
         shutil.copytree(study / row["name"], study / name)
         more.append({**row, "name": name, "seed": 1, "AP": 8.0, "weights_sha256": name})
-    asked = detectors_from_study(study, [*more, *content["rows"]], content["baseline"])
-    assert [d.config for d in asked] == [d.config for d in detectors]
+    requested = detectors_from_study(study, [*more, *content["rows"]], content["baseline"])
+    assert [d.config for d in requested] == [d.config for d in detectors]
     test = study / "tar_seed0" / "test"
     test.mkdir()
     (test / "coco_instances_results.json").write_text("[]")
@@ -428,9 +408,7 @@ def test_a_study_gives_teacher_baseline_and_its_best_student(study, data):
 
 
 def test_some_images_are_enough_for_regions(data, tmp_path):
-    detectors = three(tmp_path, data)
-    options = Options(resamples=5, observed=2)
-    found = compare(detectors, load_data(named(data)), tmp_path / "kept", options)
+    found = seen_by(three(tmp_path, data), data, tmp_path, Options(resamples=5, observed=2))
     assert found.observation.images == 2 and found.dataset["images"] == 6
     assert "2 of 6" in write_report(found, tmp_path).read_text()
 
@@ -443,17 +421,19 @@ def test_a_yacs_detector_and_data_in_vocs_format(tmp_path):
     assert truth.classes == tuple(NAMES_OF_VOC) and truth.label.tolist() == [1, 0, 2]
     assert truth.box[2].tolist() == [0, 0, 20, 20]  # from 1, 1, 20, 20, counted from 1
     cfg = get_cfg()
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = (
-        "RetinaNet",
-        "build_retinanet_resnet_fpn_backbone",
-    )
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.DEVICE = len(NAMES_OF_VOC), "cpu"
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 128
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
-    found = [from_config("teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth"))]
+    found = [
+        detector_from_config(
+            "teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth")
+        )
+    ]
     resize = instantiate(found[0].mapper).augmentations.augs[0]
     assert resize.short_edge_length == (64, 64) and resize.max_size == 128
     comparison = compare(found, load_data(name), tmp_path / "kept", QUICK)
@@ -461,15 +441,16 @@ def test_a_yacs_detector_and_data_in_vocs_format(tmp_path):
 
 
 def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
-    detectors = three(tmp_path, data, tiny_retinanet)[:2]
-    detectors[1].node.anchor_generator.sizes = [[x] for x in (8, 16, 32, 64, 128)]
-    detectors[1].weights = detectors[0].weights
-    ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
-    assert "baseline has other anchors" in why_not_comparable(ready)
-    detectors[1].node = detectors[0].node
-    detectors[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
-    ready = [build_detector(d, load_data(named(data)), torch.device("cpu")) for d in detectors]
-    assert "baseline has another mapper" in why_not_comparable(ready)
+    def reason():
+        found = load_data(named(data))
+        return why_not_comparable([build_detector(d, found, torch.device("cpu")) for d in both])
+
+    both = pair(tmp_path, data, node=tiny_retinanet())
+    both[1].node.anchor_generator.sizes = [[x] for x in (8, 16, 32, 64, 128)]
+    assert "other has other anchors" in reason()
+    both[1].node = both[0].node
+    both[1].mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=32)]
+    assert "other has another mapper" in reason()
 
 
 @pytest.mark.parametrize(
@@ -482,13 +463,9 @@ def test_other_anchors_are_no_regions_to_compare(data, tmp_path):
     ids=["a name of dots", "too few names", "no way to read images"],
 )
 def test_a_detector_that_cannot_be_compared(data, tmp_path, refuses, change, line):
-    one = from_config("it", *saved(tmp_path / "it", data, tiny_faster_rcnn(), 0))
-    detector = replace(one, **change)
+    [one] = pair(tmp_path, data, ["it"])
     found = load_data(named(data))
-    refuses(lambda: compare([detector], found, Path("kept"), QUICK), line)
-
-
-def test_nothing_to_compare_is_refused(refuses):
+    refuses(lambda: compare([replace(one, **change)], found, Path("kept"), QUICK), line)
     line = "--detector: none; expected NAME=CONFIG,WEIGHTS"
     refuses(lambda: compare([], None, Path("kept"), QUICK), line)
 

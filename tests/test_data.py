@@ -36,20 +36,22 @@ from d2kd.data import (
 )
 from d2kd.utils.errors import InputError
 
+from .common import perfect
+
 SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return shapes.write(tmp_path_factory.mktemp("data") / "small", **SMALL)
+    return shapes.write_shapes(tmp_path_factory.mktemp("data") / "small", **SMALL)
 
 
 @pytest.fixture
 def registered(small):
     """shapes_* mean the small set; the default ones come back after."""
-    shapes.register(small, **SMALL)
+    shapes.register_shapes(small, **SMALL)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 @pytest.fixture
@@ -57,11 +59,7 @@ def own(small, tmp_path):
     """The user's own data: a COCO file and its folder of images, free to be broken."""
     shutil.copytree(small / "train", tmp_path / "images")
     shutil.copy(small / "train.json", tmp_path / "own.json")
-    names = set(DatasetCatalog.list())
-    yield tmp_path / "own.json", tmp_path / "images"
-    for name in set(DatasetCatalog.list()) - names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return tmp_path / "own.json", tmp_path / "images"
 
 
 def change(json_file, edit):
@@ -70,30 +68,26 @@ def change(json_file, edit):
     json_file.write_text(json.dumps(content))
 
 
-# ---------------------------------------------------------------------------------------- shapes
-
-
 def test_same_json_and_pixels_everywhere(small):
     digest = hashlib.sha256()
     for split in shapes.SPLITS:
         digest.update((small / f"{split}.json").read_bytes())
         for file in sorted((small / split).iterdir()):
             digest.update(np.asarray(Image.open(file)).tobytes())
-    assert digest.hexdigest() == (
-        "8c00bf6838be687fa4efdb47391a1a3bfa3a84a2c7a941036692568d51b0d008"
-    )
+    expected = "8c00bf6838be687fa4efdb47391a1a3bfa3a84a2c7a941036692568d51b0d008"
+    assert digest.hexdigest() == expected
 
 
 def test_an_image_depends_on_seed_split_and_index_only():
-    image, objects = shapes.draw(5, "train", 7)
-    again, objects_again = shapes.draw(5, "train", 7)
+    image, objects = shapes.draw_image(5, "train", 7)
+    again, objects_again = shapes.draw_image(5, "train", 7)
     assert np.array_equal(image, again) and objects == objects_again
     for other in ((6, "train", 7), (5, "val", 7), (5, "train", 8)):
-        assert not np.array_equal(image, shapes.draw(*other)[0])
+        assert not np.array_equal(image, shapes.draw_image(*other)[0])
 
 
 def test_boxes_are_inside_and_all_classes_and_sizes_occur():
-    drawn = [shapes.draw(0, "train", index) for index in range(80)]
+    drawn = [shapes.draw_image(0, "train", index) for index in range(80)]
     objects = [one for _, many in drawn for one in many]
     boxes = np.array([one["bbox"] for one in objects])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= shapes.SIZE).all()
@@ -120,47 +114,43 @@ def test_polygons_are_filled_exactly():
 
 def test_written_once_and_whole(small, tmp_path, monkeypatch):
     before = (small / "train.json").stat().st_mtime_ns
-    shapes.write(small, **SMALL)
+    shapes.write_shapes(small, **SMALL)
     assert (small / "train.json").stat().st_mtime_ns == before
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "draw", interrupted)
+    monkeypatch.setattr(shapes, "draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        shapes.write(tmp_path / "new", **SMALL)
+        shapes.write_shapes(tmp_path / "new", **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_else_a_folder_may_hold(small, tmp_path):
     with pytest.raises(InputError, match="small: shapes of .*'seed': 3.*expected.*'seed': 4"):
-        shapes.write(small, **{**SMALL, "seed": 4})
+        shapes.write_shapes(small, **{**SMALL, "seed": 4})
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=f"{tmp_path}: no readable train.json"):
-        shapes.write(tmp_path, **SMALL)
+        shapes.write_shapes(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     broken = shutil.copytree(small, tmp_path / "broken")
     (broken / "val" / "000001.png").unlink()
     with pytest.raises(InputError, match="broken/val: 1 images; expected 2"):
-        shapes.write(broken, **SMALL)
+        shapes.write_shapes(broken, **SMALL)
     for key, value in (("train", 0), ("seed", -1), ("val", 2.5)):
         with pytest.raises(InputError, match=f"{key} of shapes: {value}; expected a whole number"):
-            shapes.write(tmp_path / "wrong", **{**SMALL, key: value})
+            shapes.write_shapes(tmp_path / "wrong", **{**SMALL, key: value})
 
 
 def test_two_processes_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    both = [
-        context.Process(target=shapes.write, args=(tmp_path / "set",), kwargs=SMALL)
-        for _ in range(2)
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
+    context, words = multiprocessing.get_context("fork"), (tmp_path / "set",)
+    both = [context.Process(target=shapes.write_shapes, args=words, kwargs=SMALL) for _ in range(2)]
+    for act in ("start", "join"):
+        for process in both:
+            getattr(process, act)()
     assert [process.exitcode for process in both] == [0, 0]
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
-    assert shapes.write(tmp_path / "set", **SMALL)
+    assert shapes.write_shapes(tmp_path / "set", **SMALL)
 
 
 def test_the_default_place(monkeypatch, tmp_path):
@@ -172,17 +162,14 @@ def test_the_default_place(monkeypatch, tmp_path):
 
 def test_registered_without_drawing(tmp_path):
     try:
-        shapes.register(tmp_path / "later", **SMALL)
+        shapes.register_shapes(tmp_path / "later", **SMALL)
         assert not list(tmp_path.iterdir())
         assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASSES)
         assert check_dataset("shapes_test") == ["shapes_test"]
         assert (tmp_path / "later" / "test.json").is_file()
         assert len(DatasetCatalog.get("shapes_train")) == 6
     finally:
-        shapes.register()
-
-
-# ---------------------------------------------------------------------------------------- loaders
+        shapes.register_shapes()
 
 
 class Probe:
@@ -212,19 +199,23 @@ def stream(batches, start=0, seed=1, dataset=None, batch_size=4, **options):
 
 @pytest.mark.parametrize("grouping", [False, True])
 def test_same_draws_whatever_the_workers_and_the_random_state(grouping):
-    torch.manual_seed(0)
+    """Resumed in the middle of an epoch as well; and the random state is left alone."""
+
+    def state():
+        return np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
+
+    before = state()
     expected = stream(9, aspect_ratio_grouping=grouping)
+    assert state() == before
     torch.manual_seed(1)
     np.random.seed(1)
     for workers in (1, 2):
         assert stream(9, aspect_ratio_grouping=grouping, num_workers=workers) == expected
     assert stream(9, aspect_ratio_grouping=grouping, seed=2) != expected
-
-
-@pytest.mark.parametrize("grouping", [False, True])
-def test_resumed_in_the_middle_of_an_epoch(grouping):
-    whole = stream(12, aspect_ratio_grouping=grouping)
-    assert stream(7, start=5, aspect_ratio_grouping=grouping) == whole[5:]
+    assert stream(4, start=5, aspect_ratio_grouping=grouping) == expected[5:]
+    if grouping:
+        wide = [[records()[index]["width"] > 3 for index, *_ in batch] for batch in expected]
+        assert all(len(set(batch)) == 1 for batch in wide)
 
 
 def test_an_epoch_sees_every_image_once_and_in_another_order():
@@ -234,14 +225,6 @@ def test_an_epoch_sees_every_image_once_and_in_another_order():
     assert len(set(epochs)) == 12
     draws = [one[1:] for batch in stream(21) for one in batch]
     assert len(set(draws)) == len(draws)
-
-
-def test_grouped_batches_are_wide_or_tall():
-    data = records()
-    for batch in stream(20, batch_size=2, aspect_ratio_grouping=True):
-        assert len({data[index]["width"] > data[index]["height"] for index, *_ in batch}) == 1
-    with pytest.raises(InputError, match="aspect_ratio_grouping: an image without 'height'"):
-        stream(1, dataset=[{"index": 0, "width": 3}], aspect_ratio_grouping=True)
 
 
 def test_processes_share_one_stream(monkeypatch):
@@ -259,15 +242,6 @@ def test_processes_share_one_stream(monkeypatch):
         stream(1, batch_size=3)
 
 
-def test_global_random_state_is_left_alone():
-    def state():
-        return np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
-
-    before = state()
-    stream(3)
-    assert state() == before
-
-
 def test_a_mapper_may_pass_an_image_over():
     class Even(Probe):
         def __call__(self, record):
@@ -278,8 +252,10 @@ def test_a_mapper_may_pass_an_image_over():
     loader = build_train_loader(records(), mapper=lambda record: None, total_batch_size=7)
     with pytest.raises(InputError, match="the data set: no image that the mapper accepts"):
         next(iter(loader))
-    with pytest.raises(InputError, match="the training set: no image; expected at least one"):
-        build_train_loader([], mapper=Probe(), total_batch_size=1)
+
+
+def fails(record):
+    raise ZeroDivisionError("mine")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -304,14 +280,7 @@ def test_an_image_that_cannot_be_decoded_is_named(own, workers):
             with pytest.raises(InputError, match=f"{file}: {found}"):
                 for _ in zip(range(6), loader):
                     pass
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_other_errors_of_a_mapper_stay_what_they_are(own, workers):
-    def fails(record):
-        raise ZeroDivisionError("mine")
-
-    data = [{"file_name": str(own[1] / "000001.png"), "width": 160, "height": 160}]
+    # Other errors stay what they are.
     loader = build_train_loader(data, mapper=fails, total_batch_size=1, num_workers=workers)
     with pytest.raises(ZeroDivisionError, match="mine"):
         next(iter(loader))
@@ -328,12 +297,8 @@ def test_the_shapes_config(registered):
     assert [[one["image_id"] for one in batch] for batch in tests] == [[1, 2]]
     evaluator = instantiate(cfg.dataloader.evaluator)
     evaluator.reset()
-    for image in sum(tests, []):  # the ground truth as predictions: every AP is 100
-        target = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
-        found = target(DatasetCatalog.get("shapes_val")[image["image_id"] - 1])["instances"]
-        found.pred_boxes, found.pred_classes = found.gt_boxes, found.gt_classes
-        found.scores = torch.ones(len(found))
-        evaluator.process([image], [{"instances": found}])
+    records = DatasetCatalog.get("shapes_val")
+    evaluator.process(sum(tests, []), [{"instances": perfect(record)} for record in records])
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -375,46 +340,24 @@ def test_detectron2s_loaders_become_ours(registered):
     assert nodes.train._target_ is build_detection_train_loader and "seed" not in nodes.train
 
 
-# ------------------------------------------------------------------------------------ user's data
-
-
 def test_own_data_is_registered_once(own, small):
     json_file, images = map(str, own)
-    assert coco_dataset("own", json_file, images) == "own"
-    assert coco_dataset("own", json_file, images) == "own"
+    node = L(coco_dataset)(name="own", json_file=json_file, image_root=images)
+    assert check_dataset(OmegaConf.create([node, "own"])) == ["own", "own"]
+    assert coco_dataset("mine", json_file, images, classes=list(shapes.CLASSES)) == "mine"
     with pytest.raises(InputError, match="data set 'own': already registered as"):
         coco_dataset("own", json_file, str(small / "train"))
     with pytest.raises(InputError, match="data set 'shapes_val': already registered"):
         coco_dataset("shapes_val", json_file, images)
-    assert len(DatasetCatalog.get("own")) == 6
+    assert len(instantiate(L(get_detection_dataset_dicts)(names=node, filter_empty=False))) == 6
     assert MetadataCatalog.get("own").thing_classes == list(shapes.CLASSES)
-
-
-def test_own_data_from_a_config(own):
-    node = L(coco_dataset)(name="own", json_file=str(own[0]), image_root=str(own[1]))
-    assert check_dataset(node) == ["own"]
-    assert check_dataset(OmegaConf.create(["own", "own"])) == ["own", "own"]
-    cfg = L(get_detection_dataset_dicts)(names=node, filter_empty=False)
-    assert len(instantiate(cfg)) == 6
-
-
-def test_classes_must_be_the_files(own):
-    json_file, images = map(str, own)
-    classes = list(shapes.CLASSES)
-    assert coco_dataset("own", json_file, images, classes=classes) == "own"
-    with pytest.raises(
-        InputError, match="own.json: no class bird; classes not in the list: solid_"
-    ):
-        coco_dataset("birds", json_file, images, classes=["bird", *classes[1:]])
-    with pytest.raises(InputError, match="classes of .*own.json: .*; expected the order"):
-        coco_dataset("turned", json_file, images, classes=classes[::-1])
 
 
 def without(section, key):
     return lambda content: content[section][0].pop(key)
 
 
-def with_value(section, key, value):
+def value(section, key, value):
     return lambda content: content[section][0].update({key: value})
 
 
@@ -428,56 +371,25 @@ def with_value(section, key, value):
         (without("images", "file_name"), r"own.json: images\[0\]: no file_name"),
         (without("annotations", "bbox"), r"own.json: annotations\[0\]: no bbox"),
         (without("annotations", "area"), r"own.json: annotations\[0\]: no area"),
-        (with_value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
-        (
-            with_value("annotations", "category_id", 9),
-            "own.json: annotation 1: category 9; expected one of 1",
-        ),
-        (with_value("annotations", "image_id", 99), "own.json: annotation 1: image 99"),
-        (with_value("annotations", "bbox", [1, 2, 3]), r"own.json: annotation 1: bbox \[1, 2, 3\]"),
-        (
-            with_value("annotations", "bbox", [1, 2, 3, float("nan")]),
-            "own.json: annotation 1: bbox",
-        ),
-        (with_value("annotations", "bbox", [1, 2, -3, 4]), "own.json: annotation 1: bbox"),
-        (with_value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
-        (with_value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
-    ],
-)
-def test_wrong_content_is_named(own, edit, found):
-    change(own[0], edit)
-    with pytest.raises(InputError, match=found):
-        coco_dataset("own", *map(str, own))
-    assert "own" not in DatasetCatalog.list()
-
-
-def test_wrong_files_are_named(own, tmp_path):
-    json_file, images = own
-    for root, file, found in (
-        (tmp_path / "nowhere", json_file, "nowhere: no such folder"),
-        (images, tmp_path / "none.json", "none.json: no such file"),
-        (images, tmp_path, "no such file"),
-    ):
-        with pytest.raises(InputError, match=found):
-            coco_dataset("own", str(file), str(root))
-    for content, found in (
+        (value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
+        (value("annotations", "id", 0), "own.json: annotation 0: id 0; expected ids"),
+        (value("annotations", "category_id", 9), "annotation 1: category 9; expected one of 1"),
+        (value("annotations", "image_id", 99), "own.json: annotation 1: image 99"),
+        (value("annotations", "bbox", [1, 2, 3]), r"own.json: annotation 1: bbox \[1, 2, 3\]"),
+        (value("annotations", "bbox", [1, 2, 3, float("nan")]), "own.json: annotation 1: bbox"),
+        (value("annotations", "bbox", [1, 2, -3, 4]), "own.json: annotation 1: bbox"),
+        (value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
+        (value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
         (b'{"images": [\n  {"id": 1,]', "broken JSON at line 2, column 12"),
         (b"", "broken JSON at line 1, column 1"),
         (b"\xff\xfe\x00", "own.json: unreadable"),
         (b"[]", "own.json: a list"),
-    ):
-        json_file.write_bytes(content)
-        with pytest.raises(InputError, match=found):
-            coco_dataset("own", str(json_file), str(images))
-
-
-def test_names_nobody_registered():
-    with pytest.raises(
-        InputError, match="data set 'shapes_trian': not registered; expected shapes_t"
-    ):
-        check_dataset("shapes_trian")
-    with pytest.raises(InputError, match="expected a name registered with Detectron2"):
-        check_dataset(["qqq"])
+    ],
+)
+def test_wrong_content_is_named(own, refuses, edit, found):
+    own[0].write_bytes(edit) if isinstance(edit, bytes) else change(own[0], edit)
+    refuses(lambda: coco_dataset("own", *map(str, own)), found)
+    assert "own" not in DatasetCatalog.list()
 
 
 def _read_at_another_size(record):
@@ -485,42 +397,52 @@ def _read_at_another_size(record):
 
 
 GONE = {"file_name": "gone.png", "width": 65, "height": 64}
+BIRDS = ["bird", *shapes.CLASSES[1:]]
 
 
 @pytest.mark.parametrize(
     "act, line",
     [
+        (lambda: build_train_loader([], mapper=Probe(), total_batch_size=1), "training set: no im"),
         (
             lambda: build_test_loader([], mapper=Probe()),
             "the test set: no image; expected at least",
         ),
-        (
-            lambda: build_test_loader([{}], mapper=Probe(), batch_size=0),
-            "batch_size: 0; expected at least 1",
-        ),
+        (lambda: build_test_loader([{}], mapper=Probe(), batch_size=0), "batch_size: 0; expected"),
         (
             lambda: list(build_test_loader([GONE], mapper=_read_at_another_size)),
             "gone.png: another size; expected 65 x 64 as in the annotations",
         ),
         (
-            lambda: shapes.write("file/shapes", **SMALL),
-            "file/shapes: .*; expected a folder that can be written",
+            lambda: stream(1, dataset=[{"index": 0, "width": 3}], aspect_ratio_grouping=True),
+            "aspect_ratio_grouping: an image without 'height'",
         ),
+        (
+            lambda: shapes.write_shapes("own.json/shapes", **SMALL),
+            "own.json/shapes: .*; expected a folder",
+        ),
+        (lambda: coco_dataset("own", "own.json", "nowhere"), "nowhere: no such folder"),
+        (lambda: coco_dataset("own", "none.json", "images"), "none.json: no such file"),
+        (lambda: coco_dataset("own", "images", "images"), "no such file"),
+        (
+            lambda: coco_dataset("own", "own.json", "images", classes=BIRDS),
+            "own.json: no class bird; classes not in the list: solid_",
+        ),
+        (
+            lambda: coco_dataset("own", "own.json", "images", classes=[*shapes.CLASSES[::-1]]),
+            "classes of .*own.json: .*; expected the order",
+        ),
+        (
+            lambda: check_dataset("shapes_trian"),
+            "'shapes_trian': not registered; expected shapes_t",
+        ),
+        (lambda: check_dataset(["qqq"]), "expected a name registered with Detectron2"),
     ],
-    ids=["no image", "no batch", "a file that is gone meanwhile", "a folder in a file"],
 )
-def test_what_is_refused_too(refuses, tmp_path, act, line):
-    (tmp_path / "file").touch()
+def test_what_is_refused_too(refuses, own, act, line):
     refuses(act, line)
 
 
-def test_an_id_that_means_nothing_found_is_refused(refuses, own):
-    change(own[0], with_value("annotations", "id", 0))
-    refuses(
-        lambda: coco_dataset("own", *map(str, own)), "own.json: annotation 0: id 0; expected ids"
-    )
-
-
 def test_a_box_may_be_flat(own):
-    change(own[0], with_value("annotations", "bbox", [1, 2, 3, 0]))
+    change(own[0], value("annotations", "bbox", [1, 2, 3, 0]))
     assert coco_dataset("own", *map(str, own)) == "own"

@@ -1,4 +1,4 @@
-"""The meta-architecture: an ordinary student outside, a teacher nobody sees, inherit, taps, yacs."""
+"""The meta-architecture: an ordinary student outside, a hidden teacher, inheriting, taps, yacs configs."""
 
 import contextlib
 import copy
@@ -6,33 +6,28 @@ import re
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.solver.build import get_default_optimizer_params
+from detectron2.modeling import build_model
 from torch import nn
 
 from d2kd.config import add_d2kd_config
 from d2kd.losses import DistillLoss, DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.inherit import inherit_weights
-from d2kd.testing import distiller, step, sum_distill_losses
+from d2kd.testing import distiller, forward_losses, sum_distill_losses
 from d2kd.utils.errors import InputError
 
-from .common import (
-    DETECTORS,
-    batch,
-    build,
-    lively,
-    tiny_faster_rcnn,
-    tiny_fcos,
-    tiny_retinanet,
-)
+from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_fcos, tiny_retinanet
 
 
 def make(student=None, teacher=None, losses=None, **options):
+    """A RetinaNet taught by another one, unless told otherwise."""
+    if not isinstance(teacher, Teacher):
+        teacher = Teacher(teacher or build(tiny_retinanet(), 1), None)
     return Distiller(
         student=student or build(tiny_retinanet()),
-        teacher=Teacher(teacher or build(tiny_retinanet(), 1), None),
+        teacher=teacher,
         losses=losses or DistillLosses(imitation=ImitationLoss()),
         max_iter=10,
         **options,
@@ -55,15 +50,6 @@ def test_in_eval_a_distiller_is_its_student(family):
         a, b = a["instances"], b["instances"]
         assert len(a) and torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
-
-
-def test_the_teacher_is_no_part_of_the_module():
-    model = make()
-    theirs = {id(p) for p in model.teacher.detector.parameters()}
-    groups = get_default_optimizer_params(model, base_lr=0.1)
-    assert not theirs & {id(p) for group in groups for p in group["params"]}
-    own = {*model.student.state_dict(), *model.losses.state_dict(prefix="distiller_losses.")}
-    assert model.state_dict().keys() == own
 
 
 def test_moving_the_distiller_moves_the_teacher():
@@ -96,7 +82,7 @@ def test_inherit_copies_what_fits_and_names_the_rest(caplog):
 @pytest.mark.parametrize("family", DETECTORS)
 def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(family, caplog):
     """A class starts from its own weights or as it was made, never from another's."""
-    names = ["a", "b", "c"]
+    names, no_losses = ["a", "b", "c"], DistillLosses()
     student, teacher = build(DETECTORS[family]()), build(DETECTORS[family](), 1)
     made = {key: value.clone() for key, value in student.state_dict().items()}
     source = teacher.state_dict()
@@ -106,15 +92,8 @@ def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(famil
 
     def inherited(classes):
         student.load_state_dict(made)
-        caplog.clear()
-        Distiller(
-            student=student,
-            teacher=Teacher(teacher, None, classes=classes),
-            losses=DistillLosses(),
-            max_iter=1,
-            inherit=[""],
-            classes=names,
-        )
+        known = Teacher(teacher, None, classes=classes)
+        make(student, known, no_losses, inherit=[""], classes=names)
         return student.state_dict()
 
     with caplog.at_level("INFO", logger="d2kd"):
@@ -135,25 +114,21 @@ def test_what_has_rows_for_each_class_is_inherited_in_the_same_order_alone(famil
 @pytest.mark.parametrize("family", DETECTORS)
 def test_what_is_inherited_answers_the_same_image_the_same(family, caplog):
     """Also from a teacher that sees the channels in the other order."""
-    mean, std = [103.5, 116.3, 123.7], [57.4, 57.1, 58.4]
+    mean, std, no_losses = [103.5, 116.3, 123.7], [57.4, 57.1, 58.4], DistillLosses()
     node, other = DETECTORS[family](), DETECTORS[family]()
     node.pixel_mean, node.pixel_std = mean, std
     other.pixel_mean, other.pixel_std = mean[::-1], std[::-1]
     student = build(node)
     teacher = Teacher(build(other, 1), None, image_format="BGR", input_format="RGB")
     for _ in range(2):  # inheriting once more turns nothing back
-        Distiller(
-            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
-        ).inherit()
-    ours = student.backbone(student.preprocess_image(batch()).tensor)
-    for level, theirs in teacher.outputs(batch()).features.items():
-        torch.testing.assert_close(ours[level], theirs)
+        make(student, teacher, no_losses, inherit=[""]).inherit()
+    features = student.backbone(student.preprocess_image(batch()).tensor)
+    for level, expected in teacher.outputs(batch()).features.items():
+        torch.testing.assert_close(features[level], expected)
     assert "trained with" not in caplog.text
     student.pixel_std.fill_(1.0)
     with caplog.at_level("WARNING", logger="d2kd"):
-        Distiller(
-            student=student, teacher=teacher, losses=DistillLosses(), max_iter=1, inherit=[""]
-        )
+        make(student, teacher, no_losses, inherit=[""])
     assert re.search(r"stem.conv1.weight was trained with pixel_std \[57.*is \[1.0", caplog.text)
 
 
@@ -168,12 +143,12 @@ class Tapped(DistillLoss):
         return sum(of_one[-1].square().mean() for of_one in calls)
 
 
-def test_taps_listen_to_any_module_of_the_student():
+def test_taps_reach_any_module_of_the_student():
     """Each loss to its own, and several to the same."""
     classes, boxes = "head.cls_subnet.0", "head.bbox_subnet.0"
     losses = DistillLosses(one=Tapped(classes), none=ImitationLoss(), both=Tapped(boxes, classes))
     model = make(losses=losses).train()
-    step(model, batch())["distill/loss_both"].backward()
+    forward_losses(model, batch())["distill/loss_both"].backward()
     for name in (classes, boxes):
         assert model.student.get_submodule(name).weight.grad.any()
     with pytest.raises(InputError, match="no module 'head.nothing'"):
@@ -181,61 +156,35 @@ def test_taps_listen_to_any_module_of_the_student():
 
 
 @pytest.mark.parametrize(
-    "losses, student, teacher, line",
+    "teacher, line",
     [
-        (
-            lambda: ImitationLoss(levels=["p2"]),
-            tiny_retinanet,
-            tiny_retinanet,
-            r"losses.it.levels: the student's backbone has no 'p2'; expected of p3, p4",
-        ),
-        (
-            TARLoss,
-            tiny_retinanet,
-            tiny_faster_rcnn,
-            r"losses.it.regions: student RetinaNet, teacher GeneralizedRCNN; expected both with",
-        ),
-        (
-            TARLoss,
-            tiny_retinanet,
-            tiny_fcos,
-            r"losses.it.anchors: anchors of a cell: student \[2, 2.*, teacher \[1, 1.*; expected the",
-        ),
-        (
-            TARLoss,
-            tiny_retinanet,
-            lambda: with_anchors(sizes=[[x, 2 * x] for x in (12, 24, 48, 96, 192)]),
-            r"losses.it.anchors: sizes of anchors: student one set, teacher another",
-        ),
-        (
-            TARLoss,
-            tiny_retinanet,
-            lambda: with_anchors(offset=0.25),
-            r"losses.it.anchors: offset of anchors: student 0.0, teacher 0.25",
-        ),
-        (
-            TARLoss,
-            tiny_retinanet,
-            lambda: with_anchors(strides=[8, 16, 32, 64, 100]),
-            r"losses.it.anchors: strides of anchors: student \[8, .*, teacher \[8, .*100\]",
-        ),
-        (
-            TARLoss,
-            tiny_faster_rcnn,
-            lambda: tiny_faster_rcnn(classes=9),
-            r"losses.it.num_classes: student 3, teacher 9; expected the same classes",
-        ),
-        (
-            lambda: ImitationLoss(adapter="none"),
-            tiny_retinanet,
-            lambda: tiny_retinanet(channels=24),
-            r"losses.it.adapter: none, but 'p3' has 16 and 24 channels; expected auto",
-        ),
+        (tiny_faster_rcnn(), "regions: student RetinaNet, teacher GeneralizedRCNN"),
+        (tiny_retinanet(classes=9), "num_classes: student 3, teacher 9; expected the same"),
+        (tiny_fcos(), r"anchors: anchors of a cell: student \[2, 2.*, teacher \[1, 1.*; expected"),
+        (with_anchors(sizes=[[9, 18]] * 5), "anchors: sizes of anchors: student one set, teacher"),
+        (with_anchors(offset=0.25), "anchors: offset of anchors: student 0.0, teacher 0.25"),
+        (with_anchors(strides=[8, 16, 32, 64, 100]), r"anchors: strides of anchors: .*100\]"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_training(losses, student, teacher, line):
-    with pytest.raises(InputError, match=line):
-        make(build(student()), build(teacher()), DistillLosses(it=losses()))
+def test_what_tar_cannot_compare_is_refused_before_training(teacher, line):
+    with pytest.raises(InputError, match=f"losses.it.{line}"):
+        make(teacher=build(teacher), losses=DistillLosses(it=TARLoss()))
+
+
+@pytest.mark.parametrize(
+    "options, channels, line",
+    [
+        ({"levels": ["p2"]}, 16, "levels: the student's backbone has no 'p2'; expected of p3, p4"),
+        ({"adapter": "none"}, 24, "adapter: none, but 'p3' has 16 and 24 channels; expected auto"),
+    ],
+)
+def test_levels_that_cannot_be_compared_are_refused_before_training(options, channels, line):
+    teacher, losses = (
+        build(tiny_retinanet(channels=channels)),
+        DistillLosses(it=ImitationLoss(**options)),
+    )
+    with pytest.raises(InputError, match=f"losses.it.{line}"):
+        make(teacher=teacher, losses=losses)
 
 
 def test_anchors_of_another_padding_are_refused():
@@ -243,16 +192,6 @@ def test_anchors_of_another_padding_are_refused():
     teacher.backbone._size_divisibility = 64
     with pytest.raises(InputError, match="losses.it.anchors: padding: student 32, teacher 64"):
         make(teacher=teacher, losses=DistillLosses(it=TARLoss()))
-
-
-class ReadsRegions(DistillLoss):
-    def forward(self, student, teacher):
-        return student.regions[0].pred_class_logits.sum()
-
-
-def test_a_loss_that_reads_what_is_not_there_is_named():
-    with pytest.raises(InputError, match="losses.mine: a RetinaNet has no 'regions'"):
-        step(make(losses=DistillLosses(mine=ReadsRegions())).train(), batch())
 
 
 class Reads(DistillLoss):
@@ -264,19 +203,21 @@ class Reads(DistillLoss):
         return self.read(student, teacher)
 
 
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
-def test_a_level_that_is_not_there_is_named(family, side):
-    loss = Reads(lambda *sides: sides[side].features["p9"].sum())
+@pytest.mark.parametrize(
+    "family, read, line",
+    [
+        ("retinanet", lambda s, t: s.regions, "a RetinaNet has no 'regions'"),
+        ("retinanet", lambda s, t: s.taps["head"], "no 'head' among none"),
+        ("retinanet", lambda s, t: s.features["p9"], "no 'p9' among p3, .*p4"),
+        ("retinanet", lambda s, t: t.features["p9"], "no 'p9' among p3, .*p4"),
+        ("faster_rcnn", lambda s, t: s.features["p9"], "no 'p9' among p2, .*p4"),
+        ("faster_rcnn", lambda s, t: t.features["p9"], "no 'p9' among p2, .*p4"),
+    ],
+)
+def test_a_loss_that_reads_what_is_not_there_is_named(family, read, line):
     pair = build(DETECTORS[family]()), build(DETECTORS[family]())
-    with pytest.raises(InputError, match="losses.mine: no 'p9' among p[23], .*p4"):
-        step(make(*pair, DistillLosses(mine=loss)).train(), batch())
-
-
-def test_a_tap_that_was_not_named_is_named():
-    loss = Reads(lambda student, _: student.taps["head"])
-    with pytest.raises(InputError, match="losses.mine: no 'head' among none"):
-        step(make(losses=DistillLosses(mine=loss)).train(), batch())
+    with pytest.raises(InputError, match=f"losses.mine: {line}"):
+        forward_losses(make(*pair, DistillLosses(mine=Reads(read))).train(), batch())
 
 
 @pytest.mark.parametrize("error", [KeyError("temperature"), IndexError(5), AttributeError("tau")])
@@ -287,7 +228,7 @@ def test_a_loss_s_own_error_stays_its_own(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        step(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
+        forward_losses(make(losses=DistillLosses(mine=Reads(fail))).train(), batch())
     assert raised.value is error and raised.traceback[-1].name == "fail"
 
 
@@ -299,10 +240,14 @@ def test_features_join_two_families(loss, student, teacher):
     """p6 is pooled in one and convolved in the other: no level to compare unless asked for."""
     pair = build(DETECTORS[student]()), build(DETECTORS[teacher](channels=24), 1)
     model = make(*pair, DistillLosses(it=loss())).train()
-    assert 0 < sum_distill_losses(step(model, batch(sizes=((33, 65), (64, 90))))) < float("inf")
+    assert (
+        0
+        < sum_distill_losses(forward_losses(model, batch(sizes=((33, 65), (64, 90)))))
+        < float("inf")
+    )
     assert list(model.losses.by_name["it"].levels) == ["p3", "p4", "p5"]
     wanted = make(*pair, DistillLosses(it=ImitationLoss(levels=["p6"]))).train()
-    assert step(wanted, batch())["distill/loss_it"] > 0
+    assert forward_losses(wanted, batch())["distill/loss_it"] > 0
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "cascade_rcnn"])
@@ -312,36 +257,38 @@ def test_the_proposals_of_both(family):
     losses = DistillLosses(tar=TARLoss())
     model = make(student, teacher, losses, proposals_from="both").train()
     examples = batch(objects=(2, 0))
-    own = step(copy.deepcopy(student), examples)
+    own = forward_losses(copy.deepcopy(student), examples)
     given = {}
     sample = student.roi_heads.label_and_sample_proposals
     student.roi_heads.label_and_sample_proposals = lambda proposals, targets: (
         given.update(proposals=proposals) or sample(proposals, targets)
     )
-    both = step(model, examples)
-    assert any(not torch.equal(own[key], both[key]) for key in own)
+    both = forward_losses(model, examples)
     assert all(torch.isfinite(value) for value in both.values())
-    assert [key for key in own if key.startswith("loss_rpn")]
-    assert all(torch.equal(own[key], both[key]) for key in own if "rpn" in key), "RPN disturbed"
-    asked = model.teacher.outputs(examples).proposals
-    for joined, theirs in zip(given["proposals"], asked, strict=True):
-        assert len(joined) > len(theirs) > 0
-        assert torch.equal(
-            joined[-len(theirs) :].proposal_boxes.tensor, theirs.proposal_boxes.tensor
-        )
+    same = {key for key, value in own.items() if torch.equal(value, both[key])}
+    assert {key for key in own if "rpn" in key} <= same < own.keys()
+    proposals = model.teacher.outputs(examples).proposals
+    for joined, theirs in zip(given["proposals"], proposals, strict=True):
+        count = len(theirs)
+        assert len(joined) > count > 0
+        last = joined[-count:].proposal_boxes.tensor
+        assert torch.equal(last, theirs.proposal_boxes.tensor)
     assert not student.roi_heads._forward_pre_hooks
-    for line, options in (
-        ("proposals_from: theirs; expected student or both", {"proposals_from": "theirs"}),
-        (
-            "proposals_from: both, of a GeneralizedRCNN and a RetinaNet; expected two",
-            {"proposals_from": "both"},
-        ),
-    ):
-        with pytest.raises(InputError, match=line):
-            make(build(tiny_faster_rcnn()), **options)
     teacher.proposal_generator = None  # with proposals of a file
     with pytest.raises(InputError, match="proposals_from: both, where the teacher has no RPN"):
         make(student, teacher, losses, proposals_from="both")
+
+
+@pytest.mark.parametrize(
+    "value, line",
+    [
+        ("theirs", "theirs; expected student or both"),
+        ("both", "both, of a GeneralizedRCNN and a RetinaNet; expected two"),
+    ],
+)
+def test_proposals_that_are_none(value, line):
+    with pytest.raises(InputError, match=f"proposals_from: {line}"):
+        make(build(tiny_faster_rcnn()), proposals_from=value)
 
 
 RECIPE = """
@@ -361,41 +308,30 @@ def yacs(folder, recipe=RECIPE):
     (folder / "recipe.py").write_text(recipe)
     cfg = get_cfg()
     add_d2kd_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
-    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
     cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
     cfg.MODEL.DISTILLER.CONFIG = str(folder / "recipe.py")
     return cfg
 
 
 def test_yacs_users_build_it_by_name(tmp_path):
     cfg = yacs(tmp_path)
-    cfg.MODEL.DISTILLER.INHERIT, cfg.MODEL.DISTILLER.PROPOSALS_FROM = (
-        ["backbone.fpn_output2"],
-        "both",
-    )
-    assert "Distiller" in META_ARCH_REGISTRY
+    cfg.MODEL.DISTILLER.INHERIT = ["backbone.fpn_output2"]
+    cfg.MODEL.DISTILLER.PROPOSALS_FROM = "both"
     model = build_model(cfg)
     weights = [m.backbone.fpn_output2.weight for m in (model.student, model.teacher.detector)]
     assert torch.equal(*weights) and model.proposals_from == "both"
     assert isinstance(model, Distiller) and model.student.roi_heads.num_classes == 4
     assert model.max_iter == cfg.SOLVER.MAX_ITER
-    loss = step(model.train(), batch())["distill/loss_imitation"]
-    assert torch.isfinite(loss) and isinstance(model.student, nn.Module)
+    assert torch.isfinite(forward_losses(model.train(), batch())["distill/loss_imitation"])
 
 
 @pytest.mark.parametrize("anchors", ["RotatedAnchorGenerator", None])
@@ -414,13 +350,12 @@ def test_rotated_boxes_are_refused_before_training(tmp_path, anchors):
 
 
 @pytest.mark.parametrize("images, flipped", [("BGR", False), ("RGB", True)])
-def test_yacs_users_say_the_channel_order_once(tmp_path, images, flipped):
+def test_yacs_users_give_the_channel_order_once(tmp_path, images, flipped):
     cfg = yacs(tmp_path)
     cfg.INPUT.FORMAT = images  # the teacher wants BGR
     assert build_model(cfg).teacher.flip_channels == flipped
-    told = RECIPE.replace("weights=None", "weights=None, image_format='BGR'")
-    cfg = yacs(tmp_path, told)
-    cfg.INPUT.FORMAT = images
+    recipe = RECIPE.replace("weights=None", "weights=None, image_format='BGR'")
+    (tmp_path / "recipe.py").write_text(recipe)
     refused = pytest.raises(InputError, match="image_format=BGR, beside INPUT.FORMAT RGB")
     with refused if flipped else contextlib.nullcontext():
         build_model(cfg)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from d2kd.config import apply_overrides, distill, with_defaults
 from d2kd.data import incremental_split
-from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, sanity_check, table
+from d2kd.doctor import Finding, SanityCheckHook, diagnose, exit_code, format_findings, sanity_check
 from d2kd.doctor.data_checks import _check_annotations, check_data
 from d2kd.doctor.runtime_checks import check_features, check_inputs, check_losses, check_teacher
 from d2kd.engine import Trainer
@@ -37,9 +37,10 @@ from d2kd.modeling.backbone.torchvision_backbone import (
 from d2kd.testing import tiny_gfl
 from d2kd.utils.random_state import random_state
 
-from .common import CLASSES, command, refusal, tiny_faster_rcnn, tiny_retinanet
-from .tiny_run import distiller, draw_data, recipe, teacher_weights
+from .common import CLASSES, command, perfect, tiny_faster_rcnn, tiny_retinanet
+from .tiny_run import distiller, draw_data, recipe, teacher_weights, write_recipe
 
+HEADS = "model.student.roi_heads"
 LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
 
 
@@ -51,25 +52,13 @@ def config(tmp_path, monkeypatch):
 
     def detect(teacher, batch):
         if not truth:
-            truth.update(
-                {r["image_id"]: r for r in DatasetCatalog.get(f"tiny_{tmp_path / 'data'}")}
-            )
-        return [{"instances": as_detections(truth[x["image_id"]])} for x in batch]
+            records = DatasetCatalog.get(f"tiny_{tmp_path / 'data'}")
+            truth.update({r["image_id"]: r for r in records})
+        return [{"instances": perfect(truth[x["image_id"]])} for x in batch]
 
     monkeypatch.setattr(Teacher, "detect", detect)
     model = distiller(teacher_weights(tmp_path), L(DistillLosses)(**LOSSES))
     return recipe(tmp_path / "data", tmp_path / "out", model, max_iter=100)
-
-
-def as_detections(record):
-    boxes = torch.tensor([one["bbox"] for one in record["annotations"]]).reshape(-1, 4).float()
-    boxes[:, 2:] += boxes[:, :2]
-    found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
-    found.scores = torch.ones(len(boxes))
-    found.pred_classes = torch.tensor(
-        [one["category_id"] for one in record["annotations"]], dtype=torch.long
-    )
-    return found
 
 
 def examined(config, **options):
@@ -85,18 +74,23 @@ def errors(findings):
     return {finding.subject: finding.found for finding in findings if finding.state == "error"}
 
 
+def by_subject(config, **options):
+    """What is found of a recipe by a look at a few images, without a step of training."""
+    return {f.subject: f for f in examined(config, **{"iterations": 0, **options})}
+
+
 def test_a_good_run(config, capfd):
     findings = examined(config, target=0.5)
-    assert not errors(findings), table(findings)
+    assert not errors(findings), format_findings(findings)
     assert capfd.readouterr().out == ""
-    by_subject = {finding.subject: finding for finding in findings}
-    assert "6 images, 7 objects, 1 images without any" in by_subject["train data"].found
-    assert "AP 100.0 on 6 of 6" in by_subject["teacher"].found
-    matched = by_subject["teacher's weights"].found
+    found = {finding.subject: finding.found for finding in findings}
+    assert "6 images, 7 objects, 1 images without any" in found["train data"]
+    assert "AP 100.0 on 6 of 6" in found["teacher"]
+    matched = found["teacher's weights"]
     assert "0 missing" in matched and "0 of another shape" in matched
-    assert "16 and 24 channels" in by_subject["levels"].found
-    assert by_subject["learning rate"].state == "ok"
-    assert "0.005 of SGD at 2 images an iteration, 2 times" in by_subject["learning rate"].found
+    assert "16 and 24 channels" in found["levels"]
+    assert "0.005 of SGD at 2 images an iteration, 2 times" in found["learning rate"]
+    assert not [f for f in findings if f.subject == "learning rate" and f.state != "ok"]
     assert exit_code(findings) == (1 if any(f.state == "warning" for f in findings) else 0)
 
 
@@ -106,8 +100,7 @@ def test_few_weights_that_fit_are_told(config, tmp_path):
     config.train.init_checkpoint = str(tmp_path / "some.pth")
     for given, state in ((whole, "ok"), (whole | {"more": torch.ones(1)}, "ok"), (head, "warning")):
         torch.save({"model": given}, tmp_path / "some.pth")
-        found = {f.subject: f for f in examined(config, iterations=0, images=1)}
-        assert found["student's weights"].state == state
+        assert by_subject(config, images=1)["student's weights"].state == state
 
 
 def test_what_was_found_before_a_failure_is_shown(tmp_path, monkeypatch, capsys):
@@ -139,11 +132,9 @@ def test_a_box_is_inside_by_the_width_and_height_of_its_image():
 
 def test_an_increment_is_about_its_own_classes(tmp_path, config):
     """It has none of the other increments', and says so of no detector."""
-    file = tmp_path / "data" / "data.json"
-    content = json.loads(file.read_text())
-    for one, category in zip(content["annotations"], [1, 3, 1, 3, 1, 3, 1]):
-        one["category_id"] = category
-    file.write_text(json.dumps(content))
+    annotations(
+        tmp_path, lambda all: [one.update(category_id=k) for one, k in zip(all, [1, 3] * 3 + [1])]
+    )
     whole = config.dataloader.train.dataset.names
     for increment, missing in ((1, "no object of class 1"), (2, None)):
         names = L(incremental_split)(dataset=whole, split="2+1", increment=increment)
@@ -213,16 +204,12 @@ def test_a_loss_that_begins_late_is_looked_at_where_it_is_on(config):
     assert ratio and all(ratio.values())
 
 
-def test_terms_that_share_their_weight_say_so(config):
+def test_two_terms_of_one_weight_and_a_gradient_that_is_not_finite(config):
     _, advice = pulls(with_loss(config, tiny_retinanet, L(TwoTerms)(weight=1.0)))
-    assert advice["distill/loss_it_first"].endswith(", which multiplies second as well")
-    assert advice["distill/loss_it_second"].endswith(", which multiplies first as well")
-
-
-def test_a_gradient_that_is_not_finite(config):
+    for one, other in (("first", "second"), ("second", "first")):
+        assert advice[f"distill/loss_it_{one}"].endswith(f", which multiplies {other} as well")
     trainer = Trainer(with_loss(config, tiny_retinanet, L(Vertical)()))
-    found = errors(check_losses(trainer, 0, 0.5))
-    assert found == {"distill/loss_it": "0.0, gradient nan"}
+    assert errors(check_losses(trainer, 0, 0.5)) == {"distill/loss_it": "0.0, gradient nan"}
 
 
 def test_a_file_that_names_its_classes(config, tmp_path):
@@ -230,22 +217,31 @@ def test_a_file_that_names_its_classes(config, tmp_path):
     content = torch.load(file)
     for count, state in ((CLASSES, "ok"), (CLASSES - 1, "error")):
         torch.save(content | {"classes": [f"class {k}" for k in range(count)]}, file)
-        found = {f.subject: f for f in examined(config, iterations=0, images=1)}
+        found = by_subject(config, images=1)
         assert found["teacher's classes"].state == state
     assert f"{count} names in the file, {CLASSES} of the data" in found["teacher's classes"].found
 
 
 def _set(key, value):
-    return lambda config, folder: OmegaConf.update(config, key, value)
+    return lambda config, *_: OmegaConf.update(config, key, value)
+
+
+def annotations(folder, change):
+    """Other annotations in the file of the data."""
+    file = folder / "data/data.json"
+    content = json.loads(file.read_text())
+    change(content["annotations"])
+    file.write_text(json.dumps(content))
 
 
 def _bad_data(config, folder):
-    file = folder / "data/data.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["bbox"] = [40, 40, 60, 10]
-    content["annotations"][1]["bbox"] = [40, 40, 0, 10]
-    file.write_text(json.dumps(content))
+    boxes = [{"bbox": [40, 40, 60, 10]}, {"bbox": [40, 40, 0, 10]}]
+    annotations(folder, lambda those: [one.update(box) for one, box in zip(those, boxes)])
     (folder / "data/3.png").write_bytes(b"no image")
+
+
+def _wide_teacher(config, folder):
+    config.model.teacher.detector = tiny_faster_rcnn(channels=32)
 
 
 def _other_classes(config, folder):
@@ -255,15 +251,12 @@ def _other_classes(config, folder):
 
 
 def _another_order(config, folder):
-    names = [f"class {k}" for k in (1, 0, 2)]
     file = folder / "teacher.pth"
-    torch.save(torch.load(file) | {"classes": names}, file)
+    torch.save(torch.load(file) | {"classes": ["class 1", "class 0", "class 2"]}, file)
 
 
 def _no_objects(config, folder):
-    file = folder / "data/data.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"annotations": []}))
+    annotations(folder, list.clear)
 
 
 def _too_many_classes(config, folder):
@@ -272,61 +265,36 @@ def _too_many_classes(config, folder):
     config.model.teacher.weights = None
 
 
-SPOILED = {
-    "wrong channel order": (
-        _set("model.teacher.image_format", "RGB"),
-        {"channel order": "teacher's image_format is RGB"},
-    ),
-    "foreign weights": (
-        _set("model.teacher.detector", tiny_faster_rcnn(channels=32)),
-        {"teacher's weights": "of another shape", "the run": "misshapen"},
-    ),
-    "a learning rate for another batch": (
-        _set("optimizer.lr", 1.0),
-        {"learning rate": "1 of SGD at 2 images"},
-    ),
-    "broken images and boxes": (
-        _bad_data,
-        {"train images": "1 of 6 cannot be used", "train data, boxes": "1 boxes lie outside"},
-    ),
-    "a teacher of other classes": (
-        _other_classes,
-        {"class map": f"{CLASSES} of the student, {CLASSES + 2} of the teacher"},
-    ),
-    "classes in another order": (_another_order, {"teacher's classes": "class 0 is class 1"}),
-    "another order for tests": (
-        _set("dataloader.test.mapper.image_format", "RGB"),
-        {"channel order": "training images are BGR, test"},
-    ),
-    "the student's own order": (
-        _set("model.student.input_format", "RGB"),
-        {"channel order": "the student's input_format is RGB"},
-    ),
-    "nothing to find": (_no_objects, {"train data": "6 images, 0 objects"}),
-    "an image of another size": (
-        lambda config, folder: Image.new("RGB", (32, 64)).save(folder / "data/3.png"),
-        {"train images": "another size than annotated"},
-    ),
-    "no weights to start from": (
-        _set("train.init_checkpoint", "gone.pth"),
-        {"student's weights": "gone.pth"},
-    ),
-    "a student of other classes": (_too_many_classes, {"the run": f"{CLASSES + 1} of the student"}),
-    "a run that diverges": (_set("optimizer.lr", 1e20), {"losses": "within 2 iterations"}),
-    "a missing image": (
-        lambda config, folder: (folder / "data/3.png").unlink(),
-        {"train data": "3.png: missing"},
-    ),
-}
+def _three(act):
+    """A change of the file of an image."""
+    return lambda config, folder: act(folder / "data/3.png")
 
 
-@pytest.mark.parametrize("spoil, expected", SPOILED.values(), ids=SPOILED.keys())
+SPOILED = [
+    (_set("model.teacher.image_format", "RGB"), {"channel order": "teacher's image_format is RGB"}),
+    (_set("dataloader.test.mapper.image_format", "RGB"), {"channel order": "images are BGR, test"}),
+    (_set("model.student.input_format", "RGB"), {"channel order": "student's input_format is RGB"}),
+    (_wide_teacher, {"teacher's weights": "of another shape", "the run": "misshapen"}),
+    (_set("optimizer.lr", 1.0), {"learning rate": "1 of SGD at 2 images"}),
+    (_set("optimizer.lr", 1e20), {"losses": "within 2 iterations"}),
+    (_set("train.init_checkpoint", "gone.pth"), {"student's weights": "gone.pth"}),
+    (_bad_data, {"train images": "1 of 6 cannot be", "train data, boxes": "1 boxes lie outside"}),
+    (_no_objects, {"train data": "6 images, 0 objects"}),
+    (_three(Image.new("RGB", (32, 64)).save), {"train images": "another size than annotated"}),
+    (_three(Path.unlink), {"train data": "3.png: missing"}),
+    (_another_order, {"teacher's classes": "class 0 is class 1"}),
+    (_other_classes, {"class map": f"{CLASSES} of the student, {CLASSES + 2} of the teacher"}),
+    (_too_many_classes, {"the run": f"{CLASSES + 1} of the student"}),
+]
+
+
+@pytest.mark.parametrize("spoil, expected", SPOILED)
 def test_a_spoiled_run(config, tmp_path, spoil, expected):
     spoil(config, tmp_path)
     findings = examined(config, iterations=2 if "losses" in expected else 0)
     found = errors(findings)
     for subject, text in expected.items():
-        assert text in found.get(subject, ""), table(findings)
+        assert text in found.get(subject, ""), format_findings(findings)
     assert all(f.advice for f in findings if f.state == "error")
     assert exit_code(findings) == 2
 
@@ -343,10 +311,9 @@ def test_a_teacher_that_counts_otherwise(config, monkeypatch):
         return found
 
     monkeypatch.setattr(Teacher, "detect", turned)
-    findings = {f.subject: f for f in examined(config, iterations=0)}
-    assert "AP 100.0" in findings["teacher"].found
+    assert "AP 100.0" in by_subject(config)["teacher"].found
     config.model.teacher.classes = ["x", "y", "z"]
-    findings = {f.subject: f for f in examined(config, iterations=0)}
+    findings = by_subject(config)
     assert "teacher" not in findings and findings["class map"].state == "warning"
 
 
@@ -403,49 +370,33 @@ def test_a_plain_recipe_of_a_dense_detector(tmp_path):
     assert list(found) == ["learning rate"] and ", 80 times" in found["learning rate"]
 
 
-SAID = {
-    "a loader without an order": (
-        lambda c: c.dataloader.train.mapper.pop("image_format"),
-        ("channel order", "ok", "the mapper has no image_format"),
-    ),
-    "data without names": (
-        lambda c: c.dataloader.train.dataset.pop("names"),
-        ("classes", "ok", "the data have no class names"),
-    ),
-    "data of other classes": (
-        lambda c: c.model.student.roi_heads.update(num_classes=CLASSES + 1),
-        ("classes", "error", f"{CLASSES + 1} of the student, {CLASSES} of the data (class 0, "),
-    ),
-    "classes by name": (
-        lambda c: (
-            c.model.update(classes=list("abc")) or c.model.teacher.update(classes=list("cab"))
-        ),
-        ("class map", "ok", "3 of the student's 3 classes"),
-    ),
-    "no class in common": (
-        lambda c: (
-            c.model.update(classes=list("abc")) or c.model.teacher.update(classes=list("def"))
-        ),
-        ("class map", "warning", "0 of the student's 3 classes"),
-    ),
-    "Adam": (
-        lambda c: c.optimizer.update(_target_=torch.optim.AdamW, lr=1e-6),
-        ("learning rate", "warning", "1e-06 of AdamW at 2 images"),
-    ),
-    "no rate": (
-        lambda c: c.optimizer.pop("lr"),
-        ("learning rate", "ok", "SGD without a rate or batch size"),
-    ),
-    "an optimizer of which nothing is known": (
-        lambda c: c.optimizer.update(_target_=torch.optim.RMSprop),
-        ("learning rate", "ok", "0.005 of RMSprop at 2 images"),
-    ),
-}
+def _named(student, teacher):
+    return lambda c: (c.model.update(classes=student), c.model.teacher.update(classes=teacher))
 
 
-@pytest.mark.parametrize("change, expected", SAID.values(), ids=SAID.keys())
-def test_the_first_look_says(config, change, expected):
-    subject, state, text = expected
+def _without(node, key):
+    return lambda c: OmegaConf.select(c, node).pop(key)
+
+
+def _optimizer(kind, **options):
+    return lambda c: c.optimizer.update(_target_=kind, **options)
+
+
+FEW, MORE = f"{CLASSES} of the data (class 0, ", CLASSES + 1
+FIRST_LOOK = [
+    (_without("dataloader.train.mapper", "image_format"), "channel order", "ok", "no image_format"),
+    (_without("dataloader.train.dataset", "names"), "classes", "ok", "data have no class names"),
+    (_without("optimizer", "lr"), "learning rate", "ok", "SGD without a rate or batch size"),
+    (_optimizer(torch.optim.AdamW, lr=1e-6), "learning rate", "warning", "1e-06 of AdamW at 2 im"),
+    (_optimizer(torch.optim.RMSprop), "learning rate", "ok", "0.005 of RMSprop at 2 images"),
+    (_set(f"{HEADS}.num_classes", MORE), "classes", "error", f"{MORE} of the student, {FEW}"),
+    (_named([*"abc"], [*"cab"]), "class map", "ok", "3 of the student's 3 classes"),
+    (_named([*"abc"], [*"def"]), "class map", "warning", "0 of the student's 3 classes"),
+]
+
+
+@pytest.mark.parametrize("change, subject, state, text", FIRST_LOOK)
+def test_the_first_look(config, change, subject, state, text):
     config = with_defaults(config)
     change(config)
     config.model.losses = L(DistillLosses)(plain=L(ImitationLoss)(levels=["p3"]))
@@ -455,8 +406,8 @@ def test_the_first_look_says(config, change, expected):
     assert bool(found[0].advice) == (state != "ok")
 
 
-def test_statistics_of_torchvisions_weights(config):
-    """They are wanted where a backbone began with these weights, and there alone."""
+def test_statistics_and_range_of_pixels(config):
+    """Those of torchvision are wanted where a backbone began with its weights, and there alone."""
     trainer = Trainer(config)
     mapper, student = trainer.cfg.dataloader.train.mapper, trainer.model.student
     mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "RGB"
@@ -474,6 +425,18 @@ def test_statistics_of_torchvisions_weights(config):
     assert not said()
     student.pixel_std.fill_(1.0)
     assert said()
+    student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
+    student.backbone.bottom_up.pretrained = False
+    trainer.cfg.model.teacher.image_format = student.input_format = "BGR"
+    mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "BGR"
+    (finding,) = (f for f in sanity_check(trainer.cfg, trainer.model) if f.state != "ok")
+    assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
+    for image, state in (
+        (torch.rand(3, 32, 32), "error"),
+        (torch.full((3, 32, 32), 250), "warning"),
+    ):
+        (finding,) = check_inputs(trainer, [[{"image": image}]])
+        assert finding.state == state and ("0 to 255" in finding.advice or state == "warning")
 
 
 def test_the_first_look_at_two_scales(config):
@@ -491,17 +454,9 @@ def test_the_first_look_at_two_scales(config):
 
 def test_what_trains_the_losses_own_parts_alone(config):
     config.model.losses = L(DistillLosses)(icd=L(ICDLoss)(priors=None, start=0.0))
-    findings = {f.subject: f for f in examined(config)}
+    findings = by_subject(config, iterations=2)
     assert "what the loss owns" in findings["distill/loss_icd_identification"].found
     assert findings["distill/loss_icd_distillation"].advice.startswith("for 1: model.losses.icd.")
-
-
-def test_pixels_of_another_range(config):
-    trainer = Trainer(config)
-    (finding,) = check_inputs(trainer, [[{"image": torch.rand(3, 32, 32)}]])
-    assert finding.state == "error" and "0 to 255" in finding.advice
-    (finding,) = check_inputs(trainer, [[{"image": torch.full((3, 32, 32), 250)}]])
-    assert finding.state == "warning"
 
 
 def test_a_level_that_outweighs_the_others(config):
@@ -525,23 +480,9 @@ def test_a_level_that_outweighs_the_others(config):
     overridden = apply_overrides(config, [word for word in finding.advice.split() if "=" in word])
     (finding,) = check_features(Trainer(overridden).model, [batch])
     assert "p4" not in finding.found
-
-
-def test_features_that_nothing_compares(config):
-    trainer = Trainer(config)
-    batch = next(iter(trainer._trainer.data_loader))
-    config.model.losses = L(DistillLosses)()
-    assert not list(check_features(Trainer(config).model, [batch]))
-    config.model.losses = L(DistillLosses)(it=L(ImitationLoss)(levels=["p3"]))
-    assert not list(check_features(Trainer(config).model, [batch]))
-
-
-def test_statistics_of_the_other_order(config):
-    trainer = Trainer(config)
-    student = trainer.model.student
-    student.pixel_mean.copy_(torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1))
-    (finding,) = (f for f in sanity_check(trainer.cfg, trainer.model) if f.state != "ok")
-    assert finding.subject == "channel order" and "ImageNet's in RGB" in finding.found
+    for losses in ({}, {"it": L(ImitationLoss)(levels=["p3"])}):  # nothing or one level compared
+        config.model.losses = L(DistillLosses)(**losses)
+        assert not list(check_features(Trainer(config).model, [batch]))
 
 
 def test_the_first_look_draws_and_changes_nothing(config, caplog):
@@ -561,52 +502,38 @@ def test_the_first_look_draws_and_changes_nothing(config, caplog):
 
 def test_the_table():
     findings = [Finding("a", "ok", "fine"), Finding("longer", "warning", "odd", "look")]
-    lines = table(findings).splitlines()
-    assert lines == [
-        "ok       a       fine",
-        "warning  longer  odd",
-        "                 -> look",
-    ]
+    lines = format_findings(findings).splitlines()
+    indent = " " * len("warning  longer  ")
+    assert lines == ["ok       a       fine", "warning  longer  odd", f"{indent}-> look"]
     assert [exit_code(findings[:n]) for n in (0, 1, 2)] == [0, 0, 1]
 
 
-RECIPE = """
-from pathlib import Path
-
-from tests.tiny_run import recipe
-
-_here = Path(__file__).parent
-_cfg = recipe(_here / "data", _here / "out")
-model, dataloader, optimizer, lr_multiplier, train = (
-    _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.lr_multiplier, _cfg.train
-)
-"""
+@pytest.fixture
+def file(tmp_path):
+    return write_recipe(tmp_path / "plain.py", "recipe(_here / 'data', _here / 'out')")
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(file, tmp_path, capsys):
     draw_data(tmp_path / "data")
-    (tmp_path / "plain.py").write_text(RECIPE)
-    words = ["--config-file", tmp_path / "plain.py", "--json", tmp_path / "found.json"]
+    words = ["--config-file", file, "--json", tmp_path / "found.json"]
     with pytest.raises(SystemExit) as exit:
-        command("doctor")([*map(str, words), "--iterations", "0", "optimizer.lr=9.0"])
+        command("doctor")([*words, "--iterations", 0, "optimizer.lr=9.0"])
     assert exit.value.code == 2 and "error    learning rate" in capsys.readouterr().out
     content = json.loads((tmp_path / "found.json").read_text())
-    assert content["schema"] == 1 and {"subject", "state", "found", "advice"} == set(
-        content["rows"][0]
-    )
+    assert content["schema"] == 1
+    assert {"subject", "state", "found", "advice"} == set(content["rows"][0])
 
 
-REFUSED = {
-    "missing recipe": ("--config-file {folder}/gone.py", "gone.py: no such config"),
-    "images": ("--images -1", "--images: -1"),
-    "iterations": ("--iterations -1", "--iterations: -1"),
-    "target": ("--target 0", "--target: 0"),
-    "a folder for a file": ("--json {folder}", "--json: "),
-}
-
-
-@pytest.mark.parametrize("arguments, complaint", REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line(tmp_path, capfd, arguments, complaint):
-    (tmp_path / "plain.py").write_text(RECIPE)
-    words = ["--config-file", f"{tmp_path}/plain.py", *arguments.format(folder=tmp_path).split()]
-    assert complaint in refusal(command("doctor"), words, capfd)
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("--config-file {folder}/gone.py", "gone.py: no such config"),
+        ("--images -1", "--images: -1"),
+        ("--iterations -1", "--iterations: -1"),
+        ("--target 0", "--target: 0"),
+        ("--json {folder}", "--json: "),
+    ],
+)
+def test_refused_in_one_line(refuses, file, words, line):
+    words = ["--config-file", file, *words.format(folder=file.parent).split()]
+    refuses(lambda: command("doctor")(words), line)

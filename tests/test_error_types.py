@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from d2kd.comparison.accuracy import accuracy
-from d2kd.comparison.error_types import ERROR_TYPES, error_kinds, find_errors
-from d2kd.comparison.matching import Detections, GroundTruth, match
+from d2kd.comparison.accuracy import compute_accuracy
+from d2kd.comparison.error_types import ERROR_TYPES, count_error_types, find_errors
+from d2kd.comparison.matching import Detections, GroundTruth, match_detections
 
 from .generated_detections import generated_detections, generated_truth
 
@@ -31,59 +31,57 @@ def scene(objects, detections, classes=("a", "b")):
         np.array([d[1] for d in detections], float).reshape(-1, 4),
         np.array([d[2] for d in detections], float),
     )
-    return truth, match(truth, found)
+    return truth, match_detections(truth, found)
 
 
 def kinds(objects, detections):
     truth, matches = scene(objects, detections)
-    found = error_kinds(truth, matches, range(len(truth.classes)))
+    found = count_error_types(truth, matches, range(len(truth.classes)))
     return {k: n for k, n in found.count.items() if n}, found
+
+
+HIT, AGAIN = (0, OBJECT, 0.9), (0, OBJECT, 0.8)
 
 
 @pytest.mark.parametrize(
     "detections, expected",
     [
-        ([(0, OBJECT, 0.9)], {}),
+        ([HIT], {}),
         ([(1, OBJECT, 0.9)], {"classification": 1}),
         ([(0, SHIFTED, 0.9)], {"localization": 1}),
         ([(1, SHIFTED, 0.9)], {"both": 1, "missed": 1}),
-        ([(0, OBJECT, 0.9), (0, OBJECT, 0.8)], {"duplicate": 1}),
+        ([HIT, AGAIN], {"duplicate": 1}),
         ([(0, ELSEWHERE, 0.9)], {"background": 1, "missed": 1}),
         ([], {"missed": 1}),
         ([(0, SHIFTED, 0.9), (1, OBJECT, 0.5)], {"classification": 1, "localization": 1}),
         # A duplicate that overlaps too little is a localization error, as TIDE's order of tests has it.
-        ([(0, OBJECT, 0.9), (0, SHIFTED, 0.8)], {"localization": 1}),
+        ([HIT, (0, SHIFTED, 0.8)], {"localization": 1}),
     ],
 )
 def test_each_kind_alone(detections, expected):
     assert kinds([(0, OBJECT)], detections)[0] == expected
 
 
-def test_of_the_kinds_that_fit_it_is_the_first():
-    """TIDE's order: localization, classification, duplicate; so the places of ``ERROR_TYPES`` do not count."""
-    both = [(0, OBJECT), (1, OBJECT)]
-    assert kinds(both, [(0, OBJECT, 0.9), (0, OBJECT, 0.8)])[0] == {"classification": 1}
-    near = kinds([(0, SHIFTED), (1, OBJECT)], [(0, OBJECT, 0.9)])[0]
-    assert near == {"localization": 1, "missed": 1}
-
-
-def test_without_objects_everything_is_background():
-    count, found = kinds([], [(0, OBJECT, 0.9)])
-    assert count == {"background": 1} and found.AP50 is None and set(found.cost.values()) == {None}
-
-
-def test_in_a_crowd_nothing_is_wrong_and_nobody_need_find_it():
-    count, _ = kinds([(0, OBJECT, "crowd")], [(0, OBJECT, 0.9), (0, OBJECT, 0.8)])
-    assert count == {}
+@pytest.mark.parametrize(
+    "objects, detections, expected",
+    [
+        # TIDE's order: localization, classification, duplicate; the places of ``ERROR_TYPES`` do not count.
+        ([(0, OBJECT), (1, OBJECT)], [HIT, AGAIN], {"classification": 1}),
+        ([(0, SHIFTED), (1, OBJECT)], [HIT], {"localization": 1, "missed": 1}),
+        ([], [HIT], {"background": 1}),
+        ([(0, OBJECT, "crowd")], [HIT, AGAIN], {}),  # nothing is wrong, and nobody need find it
+    ],
+)
+def test_other_objects(objects, detections, expected):
+    count, found = kinds(objects, detections)
+    assert count == expected
+    if not objects:
+        assert found.AP50 is None and set(found.cost.values()) == {None}
 
 
 @pytest.mark.parametrize(
     "detections, kind",
-    [
-        ([(1, OBJECT, 0.9)], "classification"),
-        ([(0, SHIFTED, 0.9)], "localization"),
-        ([], "missed"),
-    ],
+    [([(1, OBJECT, 0.9)], "classification"), ([(0, SHIFTED, 0.9)], "localization"), ([], "missed")],
 )
 def test_mending_the_only_error_costs_all_there_is(detections, kind):
     # Class b has an object that is found, so that the mean over classes is known: 50 before, 100 after.
@@ -113,13 +111,16 @@ def test_an_object_is_mended_once_by_the_best_that_means_it():
     errors = find_errors(truth, matches)
     assert matches.detections.score[errors.fixes].tolist() == [0.9]
     # Mending classification drops the detection of b: its object is the better one's to mend.
-    assert error_kinds(truth, matches, [0, 1]).cost["classification"] == 0
-    assert error_kinds(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
+    assert count_error_types(truth, matches, [0, 1]).cost["classification"] == 0
+    assert count_error_types(truth, matches, [0, 1]).cost["localization"] == pytest.approx(100)
+    # Classes that are not compared do not count.
+    found = count_error_types(*scene([(0, OBJECT), (1, ELSEWHERE)], [(1, OBJECT, 0.9)]), [0])
+    assert found.count["classification"] == 0 and found.AP50 == 0
 
 
 def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
     truth = generated_truth(objects=10, crowds=0.1)
-    matches = match(truth, generated_detections(truth, background=8))
+    matches = match_detections(truth, generated_detections(truth, background=8))
     errors = find_errors(truth, matches)
     wrong = ~matches.is_tp[0, 0] & ~matches.ignored[0, 0]
     assert ((errors.type >= 0) == wrong).all() and len(set(errors.type[wrong])) == 5
@@ -132,14 +133,10 @@ def test_every_wrong_detection_has_one_kind_and_every_lost_object_a_reason():
 
 def test_ap50_is_the_reported_one_and_costs_are_gains():
     truth = generated_truth(objects=10)
-    matches = match(truth, generated_detections(truth, quality=0.2, background=8))
-    found = error_kinds(truth, matches, range(4))
-    assert found.AP50 == pytest.approx(accuracy(truth, matches, range(4), 0.5).metrics["AP50"])
+    matches = match_detections(truth, generated_detections(truth, quality=0.2, background=8))
+    found = count_error_types(truth, matches, range(4))
+    assert found.AP50 == pytest.approx(
+        compute_accuracy(truth, matches, range(4), 0.5).metrics["AP50"]
+    )
     assert all(0 <= cost <= 100 - found.AP50 for cost in found.cost.values())
     assert found.cost["localization"] > 0 and found.cost["missed"] > 0
-
-
-def test_classes_that_are_not_compared_do_not_count():
-    truth, matches = scene([(0, OBJECT), (1, ELSEWHERE)], [(1, OBJECT, 0.9)])
-    found = error_kinds(truth, matches, [0])
-    assert found.count["classification"] == 0 and found.AP50 == 0

@@ -1,4 +1,4 @@
-"""GFL: its formulas restated slowly, its anchors' labels, odd input, precision, processes."""
+"""GFL: its formulas restated slowly, its anchors' labels, odd input, precision."""
 
 import math
 
@@ -9,20 +9,19 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.config import add_d2kd_config, load
-from d2kd.layers.losses import distribution_focal_loss, quality_focal_loss
+from d2kd.layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from d2kd.modeling import GFL, LinearP6P7
+from d2kd.modeling.atss import atss_matches
 from d2kd.modeling.box_regression import Box2BoxTransformStride, integral
-from d2kd.modeling.matcher import atss_matches
-from d2kd.testing import edge_case_batches, step, tiny_gfl
+from d2kd.testing import edge_case_batches, forward_losses, tiny_gfl
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, batch, build
 from .parity.gfl_erd import detector
-from .two_processes import in_two
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +41,6 @@ def test_quality_focal_loss_restated(beta):
         p = 1 / (1 + math.exp(-x))
         expected = abs(q - p) ** beta * -(q * math.log(p) + (1 - q) * math.log(1 - p))
         assert value == pytest.approx(float(expected), rel=1e-9)
-    negative = quality == 0
-    entropy = F.softplus(logits[negative])  # -log(1 - p)
-    torch.testing.assert_close(loss[negative], logits[negative].sigmoid() ** beta * entropy)
-
-
-def test_a_score_that_says_the_quality_is_left_alone():
-    logits = torch.randn(10, requires_grad=True)
-    quality_focal_loss(logits, logits.detach().sigmoid()).sum().backward()
-    assert logits.grad.abs().max() == 0
-    double = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        quality_focal_loss, (double, torch.rand(4, 3, dtype=torch.float64))
-    )
 
 
 @pytest.mark.parametrize("bins", [2, 17])
@@ -67,26 +53,6 @@ def test_distribution_focal_loss_restated(bins):
         j = int(t)
         entropy = [-math.log(float(p)) for p in z.softmax(0)]
         assert value == pytest.approx((j + 1 - t) * entropy[j] + (t - j) * entropy[j + 1])
-
-
-def test_a_whole_distance_gives_plain_cross_entropy():
-    logits, distances = torch.randn(16, 17), torch.arange(16.0)
-    torch.testing.assert_close(
-        distribution_focal_loss(logits, distances),
-        F.cross_entropy(logits, distances.long(), reduction="none"),
-    )
-    assert torch.allclose(distribution_focal_loss(torch.zeros(5, 17), torch.rand(5) * 20), LN_17)
-
-
-LN_17 = torch.tensor(17.0).log()
-
-
-def test_the_integral_is_the_mean():
-    assert torch.allclose(integral(torch.zeros(3, 4, 17)), torch.tensor(8.0))
-    certain = torch.full((17, 17), -1e4).fill_diagonal_(0)
-    assert torch.equal(integral(certain), torch.arange(17.0))
-    logits = torch.randn(100, 17) * 20
-    assert ((integral(logits) >= 0) & (integral(logits) <= 16)).all()
 
 
 def test_boxes_survive_their_distributions():
@@ -124,31 +90,19 @@ def grid(strides=(8, 16), side=64, scale=8):
 
 
 def slow_atss(anchors, gt_boxes, topk):
-    every = Boxes.cat(anchors).tensor.tolist()
-
-    def center(box):
-        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-
-    def iou(a, b):
-        width = min(a[2], b[2]) - max(a[0], b[0])
-        height = min(a[3], b[3]) - max(a[1], b[1])
-        common = max(width, 0) * max(height, 0)
-        areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
-        return common / (sum(areas) - common)
-
-    best = {}
-    for g, gt in enumerate(gt_boxes.tensor.tolist()):
+    every, best = Boxes.cat(anchors), {}
+    centers, overlaps = every.get_centers().tolist(), pairwise_iou(every, gt_boxes).T.double()
+    for g, (gt, center) in enumerate(zip(gt_boxes.tensor.tolist(), gt_boxes.get_centers())):
         candidates, start = [], 0
         for level in anchors:
             rows = range(start, start + len(level))
-            rows = sorted(rows, key=lambda r: math.dist(center(every[r]), center(gt)))
-            candidates += rows[:topk]
+            candidates += sorted(rows, key=lambda r: math.dist(centers[r], center.tolist()))[:topk]
             start += len(level)
-        overlaps = torch.tensor([iou(every[r], gt) for r in candidates], dtype=torch.float64)
-        threshold = overlaps.mean() + overlaps.std()
-        for r, overlap in zip(candidates, overlaps):
-            x, y = center(every[r])
+        threshold = overlaps[g, candidates].mean() + overlaps[g, candidates].std()
+        for r in candidates:
+            x, y = centers[r]
             inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
+            overlap = overlaps[g, r]
             if inside and overlap >= threshold and overlap > best.get(r, (-1, None))[0]:
                 best[r] = (overlap, g)
     return torch.tensor([best.get(r, (None, -1))[1] for r in range(len(every))])
@@ -165,24 +119,12 @@ def test_atss_restated(count, topk):
         assert torch.equal(matches, slow_atss(anchors, boxes, topk))
 
 
-def test_atss_by_hand():
-    """Four anchors of 16 pixels at the corners of a square of 16, and one of 32 at its first corner."""
+@pytest.mark.parametrize("inside, match", [(0.02, 0), (0.005, -1)])
+def test_a_centre_on_the_border_of_an_object_is_not_in_it(inside, match):
     anchors = grid(strides=(16, 32), side=32, scale=1)
-    # IoU 0, 0, 0, 1 and 64 / 1216: the mean and deviation are 0.652.
-    exact = [8.0, 8, 24, 24]
-    # IoU 16 / 816, 64 / 768, 64 / 768, 256 / 576 and 144 / 1456: they are 0.316.
-    larger = [4.0, 4, 28, 28]
-    # Only that anchor overlaps them, and its centre is 0.02 and 0.005 pixels inside.
-    inside, border = [15.98, 8, 40, 24], [15.995, 8, 40, 24]
-    for boxes, match in (
-        ([exact], 0),
-        ([larger], 0),
-        ([larger, exact], 1),
-        ([inside], 0),
-        ([border], -1),
-    ):
-        matches = atss_matches(anchors, Boxes(boxes), topk=4).tolist()
-        assert matches == [-1, -1, -1, match, -1], boxes
+    # Only the last of the four anchors of 16 pixels overlaps it.
+    matches = atss_matches(anchors, Boxes([[16 - inside, 8, 40, 24]]), topk=4)
+    assert matches.tolist() == [-1, -1, -1, match, -1]
 
 
 def test_atss_on_odd_objects():
@@ -199,18 +141,16 @@ def test_atss_on_odd_objects():
     assert torch.equal(beside, torch.where(alone == 0, 1, -1)), "an odd object took part"
 
 
-def test_an_object_has_as_many_candidates_of_a_level_as_it_is_told():
-    found = []
-    for topk in (1, 4):
-        gfl = with_options(topk_anchors=topk)
-        anchors = gfl.anchor_generator([torch.zeros(1, 1, n, n) for n in (8, 4, 2, 1, 1)])
-        objects = truths(objects=(2, 1))
-        labels, _ = gfl.label_anchors(anchors, objects)
-        foreground = torch.stack([(0 <= x) & (x < CLASSES) for x in labels])
-        slow = [slow_atss(anchors, one.gt_boxes, topk) >= 0 for one in objects]
-        assert torch.equal(foreground, torch.stack(slow))
-        found.append(int(foreground.sum()))
-    assert 0 < found[0] < found[1]
+@pytest.mark.parametrize("topk", [1, 4])
+def test_the_recipe_sets_how_many_candidates_of_a_level_an_object_has(topk):
+    gfl = with_options(topk_anchors=topk)
+    anchors = gfl.anchor_generator([torch.zeros(1, 1, n, n) for n in (8, 4, 2, 1, 1)])
+    objects = truths(objects=(2, 1))
+    labels, _ = gfl.label_anchors(anchors, objects)
+    for found, one in zip(labels, objects, strict=True):
+        foreground = (0 <= found) & (found < CLASSES)
+        expected, other = (slow_atss(anchors, one.gt_boxes, k) >= 0 for k in (topk, 5 - topk))
+        assert torch.equal(foreground, expected) and not torch.equal(expected, other)
 
 
 class Waits(TorchDispatchMode):
@@ -289,19 +229,20 @@ def with_options(**options):
     [("cls_weight", "loss_cls"), ("box_weight", "loss_box_reg"), ("dfl_weight", "loss_dfl")],
 )
 def test_a_weight_is_that_of_its_own_term_alone(weight, term):
-    once, twice = (step(with_options(**{weight: value}), batch()) for value in (0.5, 1.0))
+    once, twice = (forward_losses(with_options(**{weight: value}), batch()) for value in (0.5, 1.0))
     for name, value in once.items():
         assert value > 0 and torch.equal(twice[name], value * (2 if name == term else 1)), name
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_what_background_costs_under_another_exponent(beta):
-    """With a score p, p^beta of its cross entropy."""
+    """With a score p, p^beta of its cross entropy; without objects nothing else costs."""
     gfl, logits = with_options(qfl_beta=beta), []
     gfl.head.register_forward_hook(lambda *args: logits.extend(args[-1][0]))
-    losses = step(gfl, batch(sizes=((64, 64),) * 2, objects=(0, 0)))
+    losses = forward_losses(gfl, batch(sizes=((64, 64),) * 2, objects=(0, 0)))
     costs = sum((x.sigmoid() ** beta * F.softplus(x)).sum() for x in logits)
     torch.testing.assert_close(losses["loss_cls"], costs / 2)
+    assert losses["loss_box_reg"] == losses["loss_dfl"] == 0
 
 
 def test_ignored_anchors_give_nothing():
@@ -322,79 +263,12 @@ def test_an_answer_learns_from_its_own_term_alone():
     gfl, logits, edges = answers()
     losses = losses_of(gfl, logits, edges, truths(objects=(3, 2)))
     for name, value in losses.items():
-        taught = [
-            any(x is not None and x.any() for x in gradients)
-            for gradients in (
-                torch.autograd.grad(value, kind, retain_graph=True, allow_unused=True)
-                for kind in (logits, edges)
-            )
+        options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+        learns = [
+            any(x.any() for x in torch.autograd.grad(value, kind, **options))
+            for kind in (logits, edges)
         ]
-        assert taught == [name == "loss_cls", name != "loss_cls"], name
-
-
-def test_without_objects_there_is_nothing_to_box():
-    gfl, logits, edges = answers()
-    losses = losses_of(gfl, logits, edges, truths(objects=(0, 0)))
-    sum(losses.values()).backward()
-    assert losses["loss_cls"] > 0 and losses["loss_box_reg"] == losses["loss_dfl"] == 0
-    assert all(x.grad is not None and not x.grad.any() for x in edges)
-    expected = sum(quality_focal_loss(x, torch.zeros_like(x)).sum() for x in logits) / 2
-    torch.testing.assert_close(losses["loss_cls"], expected)
-
-
-def test_distances_that_nobody_knows_cost_ln_17():
-    """The weights of anchors are normalised by their sum, whatever the scores."""
-    gfl, logits, edges = answers()
-    losses = losses_of(gfl, logits, [torch.zeros_like(x) for x in edges], truths(objects=(3, 2)))
-    torch.testing.assert_close(losses["loss_dfl"], 0.25 * LN_17)
-
-
-def test_a_sure_and_right_answer_costs_nothing():
-    """Scores of 0 elsewhere, of IoU 1 and whole distances at an object whose edges lie on the grid."""
-    gfl, logits, edges = answers(images=1, levels=("p3",))
-    instances = truths(objects=(1, 0))[:1]
-    instances[0].gt_boxes = Boxes([[8.0, 16.0, 48.0, 40.0]])
-    kind = int(instances[0].gt_classes)
-    anchors = gfl.anchor_generator(logits)
-    labels, _ = gfl.label_anchors(anchors, instances)
-    assert (labels[0] == kind).any()
-    distances = gfl.box2box_transform.get_deltas(anchors[0].tensor, instances[0].gt_boxes.tensor)
-    bins = distances.clamp(min=0).long()
-    best = (F.one_hot(bins, 17) * 40.0 - 20).view(8, 8, 68).permute(2, 0, 1)[None]
-    right = torch.full((1, CLASSES, 8, 8), -20.0)
-    right[0, kind] = torch.where(labels[0] == kind, 20.0, -20.0).view(8, 8)
-    losses = losses_of(gfl, [right], [best], instances)
-    assert all(0 <= value < 1e-4 for value in losses.values()), losses
-    (found,) = gfl.forward_inference(
-        ImageList(torch.empty(0), [(64, 64)]), [right], [[right], [best]]
-    )
-    assert len(found) == 1 and found.pred_classes.tolist() == [kind]
-    torch.testing.assert_close(found.pred_boxes.tensor, instances[0].gt_boxes.tensor)
-
-
-def _process(rank, folder):
-    torch.manual_seed(1)
-    gfl, logits, edges = answers()
-    mine = [[x[rank : rank + 1].detach().requires_grad_() for x in y] for y in (logits, edges)]
-    losses = losses_of(gfl, *mine, truths(objects=(3, 0))[rank : rank + 1])
-    sum(losses.values()).backward()
-    gradients = [x.grad for x in mine[0] + mine[1]]
-    torch.save(({k: v.detach() for k, v in losses.items()}, gradients), f"{folder}/{rank}.pth")
-
-
-def test_two_processes_are_as_one(tmp_path):
-    """An image each, one without an object: means of losses and of gradients, as DDP takes them."""
-    assert in_two(_process, tmp_path) == [0, 0]
-    parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
-    torch.manual_seed(1)
-    gfl, logits, edges = answers()
-    losses = losses_of(gfl, logits, edges, truths(objects=(3, 0)))
-    sum(losses.values()).backward()
-    for name, value in losses.items():
-        torch.testing.assert_close(sum(part[name] for part, _ in parts) / 2, value.detach())
-    for rank, (_, gradients) in enumerate(parts):
-        for mine, x in zip(gradients, logits + edges, strict=True):
-            torch.testing.assert_close(mine / 2, x.grad[rank : rank + 1])
+        assert learns == [name == "loss_cls", name != "loss_cls"], name
 
 
 # The detector
@@ -405,7 +279,7 @@ def test_two_processes_are_as_one(tmp_path):
 def test_trains_and_detects_on_odd_input(why, classes):
     model = build(tiny_gfl(classes=classes)).train()
     examples = edge_case_batches(classes)[why]
-    losses = step(model, examples)
+    losses = forward_losses(model, examples)
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_dfl"]
     assert all(torch.isfinite(value) for value in losses.values()), losses
     sum(losses.values()).backward()
@@ -423,9 +297,9 @@ def test_trains_and_detects_on_odd_input(why, classes):
 
 def test_losses_are_float32_inside_autocast():
     model = build(tiny_gfl()).train()
-    exact = step(model, batch())
+    exact = forward_losses(model, batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = step(model, batch())
+        losses = forward_losses(model, batch())
         _, edges = model.head([torch.randn(1, 16, 8, 8)] * 5)
     assert all(x.dtype == torch.float32 for x in edges)
     for name, value in losses.items():
@@ -435,13 +309,13 @@ def test_losses_are_float32_inside_autocast():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_score_learns_to_say_how_well_the_box_fits():
+def test_a_score_learns_how_well_the_box_fits():
     model = build(tiny_gfl(classes=2)).train()
     examples = batch(sizes=((64, 64),), objects=(1,), classes=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(80):
         optimizer.zero_grad()
-        sum(step(model, examples).values()).backward()
+        sum(forward_losses(model, examples).values()).backward()
         optimizer.step()
     with torch.no_grad():
         found = model.eval()(examples)[0]["instances"]
@@ -466,31 +340,31 @@ def test_last_levels_are_linear():
 
 def test_the_published_recipe():
     config = load("baselines/gfl_R_50_FPN_1x.py")
-    assert config.dataloader.train.mapper.image_format == "RGB" == config.model.input_format
-    assert config.lr_multiplier.warmup_length * config.train.max_iter == 500
-    model = instantiate(config.model)
-    block = model.backbone.bottom_up.res3[0]
-    assert block.conv1.stride == (1, 1) and block.conv2.stride == (2, 2)
-    frozen = {n for n, p in model.backbone.bottom_up.named_parameters() if not p.requires_grad}
-    assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
-    assert model.backbone.top_block.p6.in_channels == 256
-    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
-    assert model.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
-    bottom_up = model.backbone.bottom_up.modules()
-    norms = {type(m) for m in bottom_up if "BatchNorm" in type(m).__name__}
-    assert norms == {FrozenBatchNorm2d} and isinstance(model.backbone.top_block, LinearP6P7)
-    tests = (model.test_score_thresh, model.test_topk_candidates, model.test_nms_thresh)
-    assert (*tests, model.max_detections_per_image) == (0.05, 1000, 0.6, 100)
-    assert config.dataloader.test.mapper.image_format == "RGB"
-    assert config.dataloader.train.mapper.augmentations[0].short_edge_length == 800
+    loader, optimizer = config.dataloader, config.optimizer
+    formats = {config.model.input_format, loader.train.mapper.image_format}
+    assert formats | {loader.test.mapper.image_format} == {"RGB"}
+    assert loader.train.mapper.augmentations[0].short_edge_length == 800
     assert config.train.init_checkpoint == "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
-    assert config.optimizer.lr == 0.01 and config.dataloader.train.total_batch_size == 16
+    assert (optimizer.lr, loader.train.total_batch_size) == (0.01, 16)
+    assert config.lr_multiplier.warmup_length * config.train.max_iter == 500
     scheduler = config.lr_multiplier.scheduler
     ends = [end * config.train.max_iter / scheduler.milestones[-1] for end in scheduler.milestones]
     assert ends == [60000, 80000, 90000]
-    config.optimizer.params.model = model
-    optimizer = instantiate(config.optimizer)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+    model = instantiate(config.model)
+    bottom_up, top_block = model.backbone.bottom_up, model.backbone.top_block
+    assert bottom_up.res3[0].conv1.stride == (1, 1) and bottom_up.res3[0].conv2.stride == (2, 2)
+    frozen = {n for n, p in bottom_up.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith(("stem", "res2")) for name in frozen)
+    norms = {type(m) for m in bottom_up.modules() if "BatchNorm" in type(m).__name__}
+    assert norms == {FrozenBatchNorm2d}
+    assert isinstance(top_block, LinearP6P7) and top_block.p6.in_channels == 256
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert model.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    assert inference_options(model) == (0.05, 1000, 0.6, 100)
+    optimizer.params.model = model
+    groups = instantiate(optimizer).param_groups
+    assert {group["weight_decay"] for group in groups} == {1e-4}
 
     cfg = get_cfg()
     add_d2kd_config(cfg)
@@ -506,8 +380,12 @@ def test_the_published_recipe():
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, same)]
     assert shapes[0] == shapes[1]
     assert (same.num_old_classes, same.head.cls_subnet[1].num_groups) == (40, 16)
-    tests = (same.test_score_thresh, same.test_topk_candidates, same.test_nms_thresh)
-    assert tests == (0.1, 500, 0.5)
+    assert inference_options(same) == (0.1, 500, 0.5, 100)
+
+
+def inference_options(gfl):
+    tests = (gfl.test_score_thresh, gfl.test_topk_candidates, gfl.test_nms_thresh)
+    return (*tests, gfl.max_detections_per_image)
 
 
 def test_norms_of_which_scale_and_offset_learn():
@@ -530,4 +408,4 @@ def test_an_object_of_no_class_is_refused():
     for wrong in (CLASSES, CLASSES + 2, -1):
         examples[0]["instances"].gt_classes[0] = wrong
         with pytest.raises(InputError, match=f"ground truth: an object of class {wrong}, which is"):
-            step(build(tiny_gfl()).train(), examples)
+            forward_losses(build(tiny_gfl()).train(), examples)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2kd.data import coco_dataset
 from d2kd.layers.queries import make_queries
-from d2kd.losses import DistillLosses, ICDLoss
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import distiller
 from d2kd.utils.errors import InputError
@@ -22,8 +22,8 @@ from d2kd.visualization.icd_attention import (
     HEAT,
     TILE,
     Attention,
-    attention_of,
     attention_panel,
+    compute_attention,
     draw_attention,
     load_icd,
 )
@@ -58,25 +58,24 @@ def test_it_is_what_the_distillation_is_weighted_by(node, options, monkeypatch):
     model = model_of(node, layers=2, jitter=0.0, negatives_per_instance=0, **options)
     [example] = batch(sizes=((40, 90),), objects=(3,))
     loss, gt = model.losses.by_name["loss"], example["instances"]
-    found = attention_of(loss, model.teacher, [example], gt)
+    found = compute_attention(loss, model.teacher, [example], gt)
     rows = sum(x.sum((-1, -2)) for x in found.levels.values())
     assert rows.shape == (3, 2 * 4)
     np.testing.assert_allclose(rows, 1, rtol=1e-5)
-    heard = []
-    read = loss.read
-    monkeypatch.setattr(loss, "read", lambda *args: heard.extend(read(*args)) or heard)
+    layers, run = [], loss.run_decoder
+    monkeypatch.setattr(loss, "run_decoder", lambda *args: layers.extend(run(*args)) or layers)
     with EventStorage(start_iter=1):
         model([example])
-    summed = torch.cat([reading.decoded.attention[0] for reading in heard])
+    summed = torch.cat([layer.decoded.attention[0] for layer in layers])
     flat = np.concatenate([x.sum(0).reshape(len(x[0]), -1) for x in found.levels.values()], axis=1)
     np.testing.assert_allclose(flat, summed.numpy(), rtol=1e-4, atol=1e-7)
 
 
-def test_objects_are_told_in_pixels_of_the_resized_image():
+def test_objects_are_in_pixels_of_the_resized_image():
     model, [example] = model_of(), batch(sizes=((64, 96),), objects=(1,))
     loss = model.losses.by_name["loss"]
     small, large = truth([[5, 8, 20, 16]], (32, 48)), truth([[10, 16, 40, 32]], (64, 96))
-    one, other = (attention_of(loss, model.teacher, [example], gt) for gt in (small, large))
+    one, other = (compute_attention(loss, model.teacher, [example], gt) for gt in (small, large))
     for level in one.levels:
         np.testing.assert_allclose(one.levels[level], other.levels[level], rtol=1e-5)
     assert small.gt_boxes.tensor.tolist() == [[5, 8, 20, 16]]  # left as it was
@@ -88,7 +87,7 @@ def test_even_attention_is_even_on_the_picture():
     for layer in loss.decoder:
         torch.nn.init.zeros_(layer.query.weight)
         torch.nn.init.zeros_(layer.query.bias)
-    found = attention_of(loss, model.teacher, [example], example["instances"])
+    found = compute_attention(loss, model.teacher, [example], example["instances"])
     cells = {level: x.shape[-2] * x.shape[-1] for level, x in found.levels.items()}
     valid = {level: np.count_nonzero(x[0, 0]) for level, x in found.levels.items()}
     assert all(valid[level] <= cells[level] for level in cells)
@@ -182,79 +181,66 @@ def test_a_teacher_of_larger_images(tmp_path, monkeypatch):
     loss = load_icd(node, build(tiny_faster_rcnn()), teacher, file)
     assert loss.levels == {f"p{k}": f"p{k + 1}" for k in (2, 3, 4)}
     [small] = two_scales([full])
-    asked = []
+    given = []
 
-    def heard(gt, *args, **options):
-        asked.extend(gt)
+    def kept(gt, *args, **options):
+        given.extend(gt)
         return make_queries(gt, *args, **options)
 
-    monkeypatch.setattr(icd_attention, "make_queries", heard)
-    found = attention_of(loss, teacher, [small], full["instances"])
-    assert asked[0].image_size == small["image"].shape[1:] == (32, 48)
-    torch.testing.assert_close(
-        asked[0].gt_boxes.tensor, full["instances"].gt_boxes.tensor / 2, rtol=0, atol=1e-4
-    )
+    monkeypatch.setattr(icd_attention, "make_queries", kept)
+    found = compute_attention(loss, teacher, [small], full["instances"])
+    assert given[0].image_size == small["image"].shape[1:] == (32, 48)
+    boxes, halves = given[0].gt_boxes.tensor, full["instances"].gt_boxes.tensor / 2
+    torch.testing.assert_close(boxes, halves, rtol=0, atol=1e-4)
     loss.levels = {match: match for match in loss.levels.values()}
-    wanted = attention_of(loss, model.teacher, [full], full["instances"])
+    wanted = compute_attention(loss, model.teacher, [full], full["instances"])
     assert found.extent == wanted.extent
     for level, same in zip(found.levels, wanted.levels, strict=True):
         np.testing.assert_allclose(found.levels[level], wanted.levels[same], rtol=1e-5)
 
 
-def test_what_is_no_run_with_icd(tmp_path):
-    model, node, file = saved_run(tmp_path)
-    student, teacher = build(tiny_faster_rcnn()), model.teacher
-
-    def refused(match, node, file):
-        with pytest.raises(InputError, match=match) as error:
-            load_icd(node, student, teacher, file)
-        assert "\n" not in str(error.value)
-
-    refused("model.losses: no ICDLoss", L(Distiller)(losses=L(DistillLosses)()), file)
-    torch.save({"model": student.state_dict()}, tmp_path / "plain.pth")
-    refused("plain.pth: no losses.mine; expected", node, str(tmp_path / "plain.pth"))
-    refused("gone.pth: no such file", node, str(tmp_path / "gone.pth"))
-    wider = L(Distiller)(losses=L(DistillLosses)(mine=L(ICDLoss)(heads=4, layers=2)))
-    refused("run.pth: .* missing .*all weights of this ICDLoss", wider, file)
-
-
-@pytest.fixture
-def mapper():
-    return DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
-
-
-def test_pictures_of_images_with_objects(tmp_path, mapper):
-    draw_data(tmp_path, objects=(0, 2, 5, 0))
-    name = coco_dataset(f"seen_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
+def draw(folder, number, *objects):
+    draw_data(folder, objects=objects)
+    name = coco_dataset(f"seen_{folder}", str(folder / "data.json"), str(folder))
+    mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
     model = model_of()
     loss = model.losses.by_name["loss"]
-    drawn = draw_attention(tmp_path / "out", name, loss, model.teacher, mapper, number=8)
+    return draw_attention(folder / "out", name, loss, model.teacher, mapper, number)
+
+
+def test_pictures_of_images_with_objects(tmp_path):
+    drawn = draw(tmp_path, 8, 0, 2, 5, 0)
     written = drawn.files
     boxes = json.loads((tmp_path / "data.json").read_text())["annotations"]
     share = [one["area"] / 64**2 for one in boxes]
-    assert 0 < drawn.fraction_inside < 1 and drawn.by_chance == pytest.approx(
-        sum(share) / len(share)
-    )
+    assert 0 < drawn.fraction_inside < 1
+    assert drawn.by_chance == pytest.approx(sum(share) / len(share))
     assert [file.name for file in written] == ["01_1.png", "02_2.png"]
     height, width = STRIP + 5 * TILE, 6 * TILE  # four heads and their mean; five levels and all
     two, five = (np.asarray(Image.open(file)).shape[:2] for file in written)
     assert two == (height, 2 * width + 6) and five == (2 * height + 6, 3 * width + 12)
-    [one] = draw_attention(tmp_path / "one", name, loss, model.teacher, mapper, number=1).files
+    [one] = draw(tmp_path / "one", 1, 0, 2, 5, 0).files
     assert one.name == "01_1.png"
 
 
-def test_data_without_objects(tmp_path, mapper):
-    draw_data(tmp_path, objects=(0, 0))
-    name = coco_dataset(f"unseen_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
-    model = model_of()
-    with pytest.raises(InputError, match="no annotated object"):
-        draw_attention(tmp_path / "out", name, model.losses.by_name["loss"], model.teacher, mapper, 2)  # fmt: skip
-    assert not (tmp_path / "out").exists()
+def test_what_is_refused(tmp_path, refuses):
+    model, node, file = saved_run(tmp_path)
+    student, teacher, [example] = build(tiny_faster_rcnn()), model.teacher, batch(((64, 64),), (1,))
+    torch.save({"model": student.state_dict()}, tmp_path / "plain.pth")
 
+    def load(file="run.pth", **losses):
+        losses = L(DistillLosses)(**losses) if losses else node.losses
+        load_icd(L(Distiller)(losses=losses), student, teacher, file)
 
-def test_a_class_that_the_student_does_not_have():
-    model, [example] = model_of(), batch(sizes=((64, 64),), objects=(1,))
-    loss = model.losses.by_name["loss"]
+    refuses(lambda: load(it=L(ImitationLoss)()), "model.losses: no ICDLoss")
+    refuses(lambda: load("plain.pth"), "plain.pth: no losses.mine; expected")
+    refuses(lambda: load("gone.pth"), "gone.pth: no such file")
+    refuses(
+        lambda: load(mine=L(ICDLoss)(heads=4, layers=2)), "run.pth: .* missing .*all weights of"
+    )
     gt = truth([[1, 1, 30, 30]], (64, 64), [CLASSES])
-    with pytest.raises(InputError, match=f"gt_classes: {CLASSES}"):
-        attention_of(loss, model.teacher, [example], gt)
+    loss = model.losses.by_name["mine"]
+    refuses(lambda: compute_attention(loss, teacher, [example], gt), f"gt_classes: {CLASSES}")
+    with pytest.raises(InputError, match="no annotated object"):
+        draw(tmp_path, 2, 0, 0)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2kd.config import load
 from d2kd.data import (
@@ -29,7 +28,7 @@ from d2kd.structures.class_map import class_names
 from d2kd.testing import tiny_gfl
 from d2kd.utils.errors import InputError
 
-from .common import build
+from .common import build, perfect
 from .test_voc import NAMES, write_voc
 from .tiny_run import draw_data, recipe, without_evaluation
 
@@ -38,9 +37,9 @@ ORDER = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=20, val=8, test=3)
+    shapes.register_shapes(tmp_path / "shapes", train=20, val=8, test=3)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 @pytest.mark.parametrize("split", ERD_SPLITS)
@@ -55,71 +54,61 @@ def test_published_splits(split):
     assert [len(increment) for increment in increments] == expected
 
 
+def taken():
+    incremental_split("shapes_train", "4+4", 1, name="taken")
+    incremental_split("shapes_train", "4+4", 2, name="taken")
+
+
+def shapes_in(split, increment=1):
+    return lambda: incremental_split("shapes_train", split, increment)
+
+
 @pytest.mark.parametrize(
-    "split, line",
+    "act, line",
     [
-        ("40+40", "split 40+40: 80 classes; expected 8 in all"),
-        ("4+0+4", "split 4+0+4"),
-        ("half", "split: 'half'; expected numbers of classes"),
-        ([ORDER[:2], ["hexagon"]], "split: unknown class 'hexagon'; expected of solid_triangle"),
+        (lambda: incremental_split("coco_2017_val", "4+4", 1), "split 4+4: 8 classes; expected 80"),
+        (shapes_in("4+0+4"), "split 4+0+4"),
+        (shapes_in("half"), "split: 'half'; expected numbers of classes"),
+        (shapes_in([ORDER[:2], ["hexagon"]]), "split: unknown class 'hexagon'; expected of solid_"),
         (
-            [ORDER[:2], ORDER[1:3]],
-            "'striped_triangle' in increment 1 and 2; expected increments that do not",
+            shapes_in([ORDER[:2], ORDER[1:3]]),
+            "'striped_triangle' in increment 1 and 2; expected in",
         ),
-        ([ORDER[:2], []], "split: an increment without a class"),
+        (shapes_in([ORDER[:2], []]), "split: an increment without a class"),
+        (shapes_in("4+4", 3), "increment: 3; expected from 1 to 2"),
+        (lambda: incremental_split("shape_train", "4+4", 1), "dataset: 'shape_train'"),
+        (taken, "data set 'taken': already registered as increment 1 of"),
     ],
 )
-def test_bad_splits(split, line):
+def test_what_is_refused(act, line):
     with pytest.raises(InputError, match=re.escape(line)):
-        incremental_split("shapes_train", split, 1)
-
-
-def test_bad_increments():
-    with pytest.raises(InputError, match="increment: 3; expected from 1 to 2"):
-        incremental_split("shapes_train", "4+4", 3)
-    with pytest.raises(InputError, match="dataset: 'shape_train'"):
-        incremental_split("shape_train", "4+4", 1)
-    incremental_split("shapes_train", "4+4", 1, name="taken")
-    with pytest.raises(InputError, match="data set 'taken': already registered as increment 1 of"):
-        incremental_split("shapes_train", "4+4", 2, name="taken")
+        act()
 
 
 def test_the_filter_rule():
     """Annotations of the increment, images that have one, global numbers; an image may be in two increments."""
     every = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_train")}
-    increments = [
-        {
-            r["image_id"]: r
-            for r in DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", i))
-        }
-        for i in (1, 2, 3)
-    ]
-    bounds = [range(0, 3), range(3, 7), range(7, 8)]
-    for increment, numbers in zip(increments, bounds):
-        expected = {
-            i: [a for a in annotations if a["category_id"] in numbers]
-            for i, annotations in every.items()
-        }
-        assert {i: r["annotations"] for i, r in increment.items()} == {
-            k: v for k, v in expected.items() if v
-        }
-    assert len(increments[0]) < 20 and increments[0].keys() & increments[1].keys()
-    seen = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 2, cumulative=True))
-    known = {i: [a for a in each if a["category_id"] < 7] for i, each in every.items()}
-    assert {r["image_id"]: r["annotations"] for r in seen} == {k: v for k, v in known.items() if v}
-    assert known != every
-    last = DatasetCatalog.get(incremental_split("shapes_train", "3+4+1", 3, cumulative=True))
-    assert [(r["image_id"], r["annotations"]) for r in last] == list(every.items())
+
+    def kept(increment, **options):
+        name = incremental_split("shapes_train", "3+4+1", increment, **options)
+        return {r["image_id"]: r["annotations"] for r in DatasetCatalog.get(name)}
+
+    def of(numbers):
+        chosen = {i: [a for a in all if a["category_id"] in numbers] for i, all in every.items()}
+        return {i: annotations for i, annotations in chosen.items() if annotations}
+
+    first, second = kept(1), kept(2)
+    assert (first, second, kept(3)) == (of(range(3)), of(range(3, 7)), of([7]))
+    assert len(first) < 20 and first.keys() & second.keys()
+    assert kept(2, cumulative=True) == of(range(7)) != every
+    assert list(kept(3, cumulative=True).items()) == list(every.items())
 
 
 def test_counts_are_logged(caplog):
     records = DatasetCatalog.get("shapes_train")
     of = [{a["category_id"] // 4 for a in r["annotations"]} for r in records]
     boxes = sum(a["category_id"] >= 4 for r in records for a in r["annotations"])
-    images, both = (
-        sum(1 in increments for increments in of),
-        sum(increments == {0, 1} for increments in of),
-    )
+    images, both = sum(1 in those for those in of), sum(those == {0, 1} for those in of)
     with caplog.at_level(logging.INFO, "d2kd"):
         DatasetCatalog.get(incremental_split("shapes_train", "4+4", 2))
     text = f"increment 2 of 2, 4 classes: {images} images, {boxes} boxes; of these images {both} in increment 1"
@@ -145,37 +134,29 @@ def test_splits_of_equal_counts_are_data_sets_of_their_own():
     names = [incremental_split("shapes_val", split, 1) for split in splits]
     assert len(set(names)) == 3
     for split, name in zip(splits, names):
-        assert (
-            class_names(name)
-            == tuple(split[0])
-            == MetadataCatalog.get(name).incremental_split.classes
-        )
+        assert class_names(name) == tuple(split[0])
+        assert MetadataCatalog.get(name).incremental_split.classes == tuple(split[0])
         assert incremental_split("shapes_val", split, 1) == name
     assert incremental_split("shapes_val", "4+4", 1) == names[0] == "shapes_val_4+4_increment1"
 
 
-def perfect(evaluator, name):
-    """What an evaluator says of a detector that sees every annotation of a data set."""
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        found = Instances((record["height"], record["width"]))
-        boxes = [
-            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-            for a in record["annotations"]
-        ]
-        found.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
-        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]]).long()
-        found.scores = torch.ones(len(found.pred_classes))
-        evaluator.process([record], [{"instances": found}])
-    return evaluator.evaluate()["bbox"]
-
-
 @pytest.mark.parametrize(
-    "split", ["4+4", [ORDER[4:], ORDER[:4]], [["solid_circle"], ["solid_square"]]]
+    "data, split",
+    [
+        ("shapes_train", "4+4"),
+        ("shapes_train", [ORDER[4:], ORDER[:4]]),
+        ("shapes_train", [["solid_circle"], ["solid_square"]]),
+        ("voc", [NAMES[::-1][:1], NAMES[::-1][1:]]),
+    ],
 )
-def test_evaluation_follows_the_increment(split, tmp_path):
+def test_evaluation_follows_the_increment(data, split, tmp_path):
+    if data == "voc":
+        write_voc(tmp_path)
+        register_voc(data, str(tmp_path), "train", list(NAMES))
+    source = MetadataCatalog.get(data).thing_classes
     for increment, cumulative in ((1, False), (2, False), (2, True)):
-        name = incremental_split("shapes_train", split, increment, cumulative=cumulative)
+        name = incremental_split(data, split, increment, cumulative=cumulative)
+        assert check_dataset(name) == [name]
         records = DatasetCatalog.get(name)
         evaluator = COCOEvaluator(name, output_dir=str(tmp_path), use_fast_impl=False)
         part = MetadataCatalog.get(name).incremental_split
@@ -184,63 +165,49 @@ def test_evaluation_follows_the_increment(split, tmp_path):
         assert len(content["categories"]) == len(part.order)
         assert {one["id"] for one in content["images"]} == {r["image_id"] for r in records}
         assert len(content["annotations"]) == sum(len(r["annotations"]) for r in records)
-        found = perfect(evaluator, name)
+        evaluator.reset()
+        evaluator.process(records, [{"instances": perfect(record)} for record in records])
+        found = evaluator.evaluate()["bbox"]
         measured = {c for c in part.order if found[f"AP-{c}"] == found[f"AP-{c}"]}
         assert measured <= set(part.classes) and measured
         assert all(found[f"AP-{c}"] == pytest.approx(100) for c in measured)
+        kept = [[part.order[a["category_id"]] for a in r["annotations"]] for r in records]
+        kept = [classes for classes in kept if classes]
+        given = [
+            [source[a["category_id"]] for a in r["annotations"]] for r in DatasetCatalog.get(data)
+        ]
+        assert kept == [one for all in given if (one := [c for c in all if c in part.classes])]
 
 
-def test_voc_style_data(tmp_path):
-    write_voc(tmp_path)
-    name = register_voc(f"voc_{tmp_path}", str(tmp_path), "train", list(NAMES))
-    every = DatasetCatalog.get(name)
-    split = [NAMES[::-1][:1], NAMES[::-1][1:]]
-    for increment in (1, 2):
-        part = incremental_split(name, split, increment)
-        check_dataset(part)
-        expected = [
-            [
-                NAMES[a["category_id"]]
-                for a in r["annotations"]
-                if NAMES[a["category_id"]] in split[increment - 1]
-            ]
-            for r in every
-        ]
-        order = MetadataCatalog.get(part).thing_classes
-        kept = [
-            [order[a["category_id"]] for a in r["annotations"]] for r in DatasetCatalog.get(part)
-        ]
-        assert kept == [names for names in expected if names] and kept
-        evaluator = COCOEvaluator(part, output_dir=str(tmp_path / "out"), use_fast_impl=False)
-        assert perfect(evaluator, part)["AP"] == pytest.approx(100)
+def rewritten(folder, change):
+    """The data of :func:`draw_data` with another content of its file."""
+    draw_data(folder)
+    content = json.loads((folder / "data.json").read_text())
+    change(content)
+    (folder / "data.json").write_text(json.dumps(content))
+    return coco_dataset(f"other_{folder}", str(folder / "data.json"), str(folder))
 
 
 def test_an_increment_without_images(tmp_path):
-    draw_data(tmp_path)
-    file = tmp_path / "data.json"
-    content = json.loads(file.read_text())
-    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 2]
-    file.write_text(json.dumps(content))
-    source = coco_dataset(f"few_{tmp_path}", str(file), str(tmp_path))
+    def without_a_class(content):
+        kept = [a for a in content["annotations"] if a["category_id"] != 2]
+        content["annotations"] = kept
+
+    source = rewritten(tmp_path, without_a_class)
     name = incremental_split(source, [["class 0"], ["class 1"]], 2)
     assert check_dataset(name) == [name]
     with pytest.raises(InputError, match="no object of class 1; expected at least one"):
         DatasetCatalog.get(name)
 
 
-def test_a_file_that_says_its_increment(tmp_path):
-    draw_data(tmp_path)
-    file = tmp_path / "data.json"
-    content = json.loads(file.read_text())
-    first = content["annotations"][0]["category_id"] - 1
-    content["d2kd_increment"] = [f"class {k}" for k in range(3) if k != first]
-    file.write_text(json.dumps(content))
-    line = f"annotation 1: class 'class {first}', outside the increment; expected one of class"
+def test_a_file_that_names_its_increment(tmp_path):
+    def of_other_classes(content):
+        first = content["annotations"][0]["category_id"] - 1
+        content["d2kd_increment"] = [f"class {k}" for k in range(3) if k != first]
+
+    line = r"annotation 1: class 'class \d', outside the increment; expected one of class"
     with pytest.raises(InputError, match=line):
-        coco_dataset(f"increment_{tmp_path}", str(file), str(tmp_path))
-
-
-# In a run
+        rewritten(tmp_path, of_other_classes)
 
 
 def increment(tmp_path, data=None, **train):
@@ -304,15 +271,15 @@ def test_old_weights_outlast_every_initialization(tmp_path):
 
 
 def test_bad_input_is_refused_before_training(tmp_path):
+    config = increment(tmp_path)
+    dataset = config.dataloader.train.dataset
+    dataset.names.cumulative = True
     with pytest.raises(
         InputError, match="data set '.*': has 'class 0', an old class; expected new"
     ):
-        config = increment(tmp_path)
-        config.dataloader.train.dataset.names.cumulative = True
         Trainer(config)
+    dataset.names = dataset.names.dataset
     with pytest.raises(InputError, match=r"\.png: an object of 'class 0', an old class; expected"):
-        config = increment(tmp_path)
-        config.dataloader.train.dataset.names = config.dataloader.train.dataset.names.dataset
         Trainer(config)
     file = tmp_path / "old.pth"
     torch.save({**torch.load(file), "classes": ["class 9"]}, file)
@@ -321,66 +288,41 @@ def test_bad_input_is_refused_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_crowds_and_unlabelled_data_are_no_old_objects():
-    name = "d2kd_test_crowd"
-    crowd = {"category_id": 0, "iscrowd": 1}
-    DatasetCatalog.register(
-        name, lambda: [{"file_name": "a", "annotations": [crowd]}, {"file_name": "b"}]
-    )
-    MetadataCatalog.get(name).thing_classes = ["a", "b"]
-    try:
-        check_annotated_classes([name], 2, 1)
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 def test_objects_of_classes_that_a_detector_lacks(tmp_path):
     """What it cannot learn, it would learn as background."""
     draw_data(tmp_path)
     whole = coco_dataset(f"all_{tmp_path}", str(tmp_path / "data.json"), str(tmp_path))
     split = [["class 1"], ["class 0"], ["class 2"]]
-    for increment, counts in ((1, [1, 2, 3]), (2, [2, 3]), (3, [3])):
-        part = incremental_split(whole, split, increment)
+    parts = [incremental_split(whole, split, increment) for increment in (1, 2, 3)]
+    ranges = ("from 1 to 3", "from 2 to 3", "3")
+    for part, first, expected in zip([*parts, whole], (1, 2, 3, 3), [*ranges, "3, as"]):
         for count in range(1, 5):
-            if count in counts:
+            if first <= count <= 3:
                 check_annotated_classes([part], count)
-            else:
-                expected = "3" if counts == [3] else f"from {counts[0]} to 3"
-                with pytest.raises(
-                    InputError, match=f"{count} of the student; expected {expected}"
-                ):
-                    check_annotated_classes([part], count)
-    check_annotated_classes([whole], 3)
-    for count in (2, 4):
-        with pytest.raises(
-            InputError, match=f"num_classes: {count} of the student; expected 3, as"
-        ):
-            check_annotated_classes([whole], count)
+                continue
+            with pytest.raises(InputError, match=f": {count} of the student; expected {expected}"):
+                check_annotated_classes([part], count)
 
 
 @pytest.mark.parametrize("named", [False, True])
 def test_objects_of_data_without_a_file(named):
-    name = "d2kd_test_listed"
-    objects = [{"file_name": "a", "annotations": [{"category_id": k} for k in (0, 2, 3)]}]
-    DatasetCatalog.register(name, lambda: objects)
+    """Neither a crowd nor an image without annotations is an old object."""
+    objects = [{"file_name": "a", "annotations": [{"category_id": k} for k in (1, 2, 3)]}]
+    crowd = {"file_name": "b", "annotations": [{"category_id": 0, "iscrowd": 1}]}
+    DatasetCatalog.register("listed", lambda: [*objects, crowd, {"file_name": "c"}])
     if named:
-        MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
-    try:
-        with pytest.raises(InputError, match="a: an object of class 3, which the detector lacks"):
-            check_annotated_classes([name], 3)
-        del objects[0]["annotations"][2]
-        check_annotated_classes([name], 3)
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        MetadataCatalog.get("listed").thing_classes = ["a", "b", "c"]
+    with pytest.raises(InputError, match="a: an object of class 3, which the detector lacks"):
+        check_annotated_classes(["listed"], 3)
+    del objects[0]["annotations"][2]
+    check_annotated_classes(["listed"], 3, 1)
 
 
 @pytest.mark.parametrize(
     "split, increments",
     [("40_40", 2), ("50_30", 2), ("60_20", 2), ("70_10", 2), ("40_20_20", 3), ("40_10x4", 5)],
 )
-def test_published_steps_begin_where_the_one_before_ended(split, increments):
+def test_published_increments_begin_where_the_one_before_ended(split, increments):
     folder = "projects/ERD/configs"
     before = load(f"{folder}/gfl_R_50_first_{split[:2]}_1x.py")
     for increment in range(2, increments + 1):

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from d2kd.config import incremental_recipe, load
 from d2kd.data import coco_dataset, shapes
 from d2kd.study import SequentialRunner, build_study, run_study, write_tables_and_plots
-from d2kd.study import load as load_study
-from d2kd.study.incremental import forgetting, gaps, old_new_all
+from d2kd.study import load_study as load_study
+from d2kd.study.incremental import forgetting_per_class, gaps_to_upper_bound, mean_ap_old_new_all
 from d2kd.utils.errors import InputError
 
 from .common import interrupted_in
-from .test_study import FakeTraining
+from .test_study import FAST, FakeTraining
 from .tiny_run import draw_data
 
 CLASSES = list(shapes.CLASSES)
@@ -25,45 +25,45 @@ CLASSES = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=8, val=4, test=6)
+    shapes.register_shapes(tmp_path / "shapes", train=8, val=4, test=6)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 def test_means_and_gaps():
     per_class = {"a": 10.0, "b": 20.0, "c": None, "d": 60.0}
     increments = [["a"], ["b", "c"], ["d"]]
-    assert old_new_all(per_class, increments, 1) == {"old": None, "new": 10.0, "all": 10.0}
-    assert old_new_all(per_class, increments, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
-    assert old_new_all(per_class, increments, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
-    assert old_new_all({}, increments, 3) == {"old": None, "new": None, "all": None}
-    lost = forgetting({"a": 30.0, "b": None}, per_class, ["a", "b"])
+    assert mean_ap_old_new_all(per_class, increments, 1) == {"old": None, "new": 10.0, "all": 10.0}
+    assert mean_ap_old_new_all(per_class, increments, 2) == {"old": 10.0, "new": 20.0, "all": 15.0}
+    assert mean_ap_old_new_all(per_class, increments, 3) == {"old": 15.0, "new": 60.0, "all": 30.0}
+    assert mean_ap_old_new_all({}, increments, 3) == {"old": None, "new": None, "all": None}
+    lost = forgetting_per_class({"a": 30.0, "b": None}, per_class, ["a", "b"])
     assert lost == {"a": 20.0, "b": None}
     # As published for 40.2 and 34.4: 5.8 points, 14.4 percent.
-    assert gaps(34.4, 40.2) == pytest.approx((5.8, 0.144), abs=5e-4)
-    assert gaps(None, 40.2) == gaps(3.0, 0.0) == gaps(3.0, None) == (None, None)
-
-
-def study_of(split="4+2+2", **study):
-    def recipe(distilled):
-        return dict(
-            model=dict(teacher=dict(weights="")) if distilled else {}, train=dict(max_iter=1)
-        )
-
-    runs = dict(
-        first=dict(config=recipe(False), increment=1),
-        second=dict(config=recipe(True), increment=2, teacher="first"),
-        third=dict(config=recipe(True), increment=3, teacher="second"),
-        everything=dict(config=recipe(False)),
+    assert gaps_to_upper_bound(34.4, 40.2) == pytest.approx((5.8, 0.144), abs=5e-4)
+    assert (
+        gaps_to_upper_bound(None, 40.2)
+        == gaps_to_upper_bound(3.0, 0.0)
+        == gaps_to_upper_bound(3.0, None)
+        == (None, None)
     )
-    if split == "4+4":
-        del runs["third"]
-    last = "third" if "third" in runs else "second"
-    given = dict(
-        test="shapes_test", baseline=last, increments=split, upper_bound="everything", pictures=0
+
+
+def study_of(split="4+2+2", runs=None, **study):
+    def recipe(**model):
+        return dict(model=model, train=dict(max_iter=1))
+
+    learner = recipe(teacher=dict(weights=""))
+    all_runs = dict(
+        first=dict(config=recipe(), increment=1),
+        second=dict(config=learner, increment=2, teacher="first"),
+        third=dict(config=learner, increment=3, teacher="second"),
+        everything=dict(config=recipe()),
     )
-    content = dict(study=given | study, runs=runs)
-    return build_study(OmegaConf.create(content, flags={"allow_objects": True}))
+    given = dict(test="shapes_test", baseline="third", increments=split, upper_bound="everything")
+    content = dict(study=given | dict(pictures=0) | study, runs=all_runs)
+    content = OmegaConf.create(content, flags={"allow_objects": True})
+    return build_study(OmegaConf.merge(content, dict(runs=runs or {})))
 
 
 APS = {
@@ -74,26 +74,12 @@ APS = {
 }
 
 
-def run(study, output, aps=APS, seeds=(0,)):
-    train = FakeTraining(
-        {f"{m}_seed{s}": [ap + s for ap in v] for m, v in aps.items() for s in seeds}
-    )
-    runs = study.plan(seeds)
+def run(study, output, aps=APS, seeds=(0,), only=()):
+    shifted = {f"{m}_seed{s}": [ap + s for ap in v] for m, v in aps.items() for s in seeds}
+    train, runs = FakeTraining(shifted), study.plan(seeds, only)
     rows, failed = run_study(study, runs, output, SequentialRunner(train), io.StringIO())
     assert not failed
     return train, rows, write_tables_and_plots(output, study, runs, rows)
-
-
-def test_each_run_is_measured_on_the_classes_it_has_learned(tmp_path):
-    train, _, _ = run(study_of(), tmp_path)
-    assert train.tests == {
-        "first_seed0": "shapes_test_4+2+2_cumulative1",
-        "second_seed0": "shapes_test_4+2+2_cumulative2",
-        "third_seed0": "shapes_test_4+2+2_cumulative3",
-        "everything_seed0": "shapes_test",
-    }
-    record = json.loads((tmp_path / "second_seed0" / "study.json").read_text())
-    assert record["dataset"] == "shapes_test_4+2+2_cumulative2"
 
 
 def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp_path):
@@ -107,25 +93,20 @@ def test_a_test_split_without_an_increments_objects_is_found_before_training(tmp
     with pytest.raises(
         InputError, match="_cumulative1': no object of class 0; expected at least one"
     ):
-        run_study(
-            study,
-            study.plan((0,)),
-            tmp_path / "out",
-            SequentialRunner(FakeTraining({})),
-            io.StringIO(),
-        )
+        run(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_figures_after_each_increment(tmp_path):
     """Forgetting is against the run that learned the class, two increments back as well as one."""
-    run(study_of(), tmp_path)
+    train, _, _ = run(study_of(), tmp_path)
+    tests = {f"{x}_seed0": f"shapes_test_4+2+2_cumulative{k}" for k, x in enumerate(APS, 1)}
+    assert train.tests == tests | {"everything_seed0": "shapes_test"}
+    record = json.loads((tmp_path / "second_seed0" / "study.json").read_text())
+    assert record["dataset"] == "shapes_test_4+2+2_cumulative2"
     content = json.loads((tmp_path / "increments.json").read_text())
-    assert content["schema"] == 1 and content["increments"] == [
-        CLASSES[:4],
-        CLASSES[4:6],
-        CLASSES[6:],
-    ]
+    assert content["schema"] == 1
+    assert content["increments"] == [CLASSES[:4], CLASSES[4:6], CLASSES[6:]]
     first, second, third, everything = content["rows"]
     assert (first["old"], first["new"], first["all"]) == (None, 35.0, 35.0)
     assert first["forgetting"] == {} and first["mean_forgetting"] is None
@@ -158,11 +139,7 @@ def test_the_table(tmp_path):
 
 
 def test_the_tables_of_a_first_increment_alone(tmp_path):
-    study = study_of()
-    runs = study.plan([0], ["first"])
-    train = FakeTraining({"first_seed0": APS["first"]})
-    rows, _ = run_study(study, runs, tmp_path, SequentialRunner(train), io.StringIO())
-    write_tables_and_plots(tmp_path, study, runs, rows)
+    run(study_of(), tmp_path, only=["first"])
     for name in ("table.txt", "table.md"):
         written = (tmp_path / name).read_text()
         assert "AP after each increment" in written and "AP on" not in written
@@ -178,29 +155,15 @@ def test_what_found_nothing_is_undefined(tmp_path):
 @pytest.mark.parametrize(
     "change, line",
     [
-        (
-            dict(runs=dict(second=dict(increment=4))),
-            "runs.second.increment: 4; expected from 1 to 3",
-        ),
-        (dict(study=dict(upper_bound="all")), "unknown 'all'"),
-        (dict(study=dict(increments="4+5")), "split 4.5: 9 classes; expected 8 in all"),
-        (dict(study=dict(increments=[])), "increment: 1; expected none, without study.increments"),
+        (dict(runs=dict(second=dict(increment=4))), "second.increment: 4; expected from 1 to 3"),
+        (dict(upper_bound="all"), "unknown 'all'"),
+        (dict(split="4+5"), "split 4.5: 9 classes; expected 8 in all"),
+        (dict(split=[]), "increment: 1; expected none, without study.increments"),
     ],
 )
 def test_mistakes_are_named(change, line):
-    study = study_of()
-    given = dict(
-        test="shapes_test",
-        baseline="third",
-        increments="4+2+2",
-        upper_bound="everything",
-        pictures=0,
-    )
-    content = OmegaConf.create(
-        dict(study=given, runs=dict(study.runs)), flags={"allow_objects": True}
-    )
     with pytest.raises(InputError, match=line):
-        build_study(OmegaConf.merge(content, change))
+        study_of(**change)
 
 
 def test_an_increment_is_a_recipe_of_its_own():
@@ -216,9 +179,8 @@ def test_an_increment_is_a_recipe_of_its_own():
     for part in (listed.dataloader.train, listed.dataloader.test):
         part.dataset.names = [part.dataset.names]
     assert incremental_recipe(listed, split="4+2+2", increment=2) == recipe
-    with pytest.raises(
-        InputError, match="increment: a recipe of another detector; expected one of"
-    ):
+    line = "increment: a recipe of another detector; expected one of"
+    with pytest.raises(InputError, match=line):
         incremental_recipe("baselines/retinanet_small_shapes.py", split="4+4", increment=1)
     with pytest.raises(InputError, match="increment: 3; expected from 1 to 2"):
         incremental_recipe(base, split="4+4", increment=3)
@@ -227,23 +189,16 @@ def test_an_increment_is_a_recipe_of_its_own():
 def test_a_real_study_goes_on_where_it_was_stopped(tmp_path):
     """Two increments of two iterations, interrupted in the second; classes by name in every file."""
     study = load_study("projects/ERD/studies/shapes.py")
-    fast = ["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
-            "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
-            "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
-            "train.eval_teacher=False"]  # fmt: skip
-    study = build_study(dict(runs=study.runs, study=dict(
-        test="shapes_test", baseline="fine_tuning", featured="erd", increments="4+4",
-        upper_bound="everything", pictures=1, fast=fast,
-    )))  # fmt: skip
+    about = dict(test="shapes_test", baseline="fine_tuning", featured="erd", increments="4+4")
+    about |= dict(upper_bound="everything", pictures=1, fast=FAST)
+    study = build_study(dict(runs=study.runs, study=about))
     runs = study.plan(fast=True)
     assert len(runs) == 5
     with pytest.raises(KeyboardInterrupt):
         run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("erd")), io.StringIO())
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
     assert not failed and len(rows) == 5
-    names = {
-        row["method"]: torch.load(row["weights"], weights_only=False)["classes"] for row in rows
-    }
+    names = {row["method"]: torch.load(row["weights"])["classes"] for row in rows}
     assert names.pop("first") == CLASSES[:4] and all(v == CLASSES for v in names.values())
     sizes = {row["method"]: row["parameters"] for row in rows}
     assert sizes["fine_tuning"] == sizes["erd"] == sizes["everything"] > sizes["first"]

@@ -19,9 +19,8 @@ from d2kd import __version__, tools
 from d2kd.tools import COMMANDS, install_detectron2
 from d2kd.utils.errors import InputError
 
-from .common import command, refusal
+from .common import ROOT, command, refusal
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "pb1-detectron2-0.6"
 
 # A module whose text every repair finds; each test that wants a repair to fail takes something away.
@@ -133,34 +132,23 @@ def test_a_repair_without_its_text_is_an_error(tmp_path, path):
         install_detectron2.repair(tmp_path)
 
 
-def test_a_wrong_hash_is_one_error_line(index, tmp_path, capfd):
+def test_each_fault_of_the_archive_is_one_error_line(index, tmp_path, monkeypatch, capfd):
+    wheels = tmp_path / "wheels"
+    words = ["--wheel-dir", wheels]
+    assert "0.6: cannot be downloaded (pip: " in refusal(install, words, capfd)
     digest = write_archive(index)
-    line = refusal(install, ["--wheel-dir", tmp_path / "wheels"], capfd)
+    line = refusal(install, words, capfd)
     assert f"pb1-detectron2==0.6: the archive's SHA-256 is {digest}; expected " in line
-    assert not (tmp_path / "wheels").exists()
-
-
-def test_no_network_is_one_error_line(index, tmp_path, capfd):
-    line = refusal(install, ["--wheel-dir", tmp_path / "wheels"], capfd)
-    assert "pb1-detectron2==0.6: cannot be downloaded (pip: " in line
-    assert not (tmp_path / "wheels").exists()
-
-
-def test_a_wheel_that_cannot_be_built_or_kept_is_one_error_line(tmp_path, monkeypatch, capfd):
-    write_archive(tmp_path)
-    archive = tmp_path / f"{NAME}.tar.gz"
-    monkeypatch.setattr(install_detectron2, "download", lambda folder: archive)
+    monkeypatch.setattr(install_detectron2, "SHA256", digest)
     (tmp_path / "file").touch()
-    assert f"{tmp_path}/file: File exists" in refusal(
-        install, ["--wheel-dir", tmp_path / "file"], capfd
-    )
+    line = refusal(install, ["--wheel-dir", tmp_path / "file"], capfd)
+    assert f"{tmp_path}/file: File exists" in line
     monkeypatch.setattr(install_detectron2, "SETUP", "raise ValueError('%.0s')")
-    words = ["--wheel-dir", tmp_path / "wheels"]
     assert "the wheel cannot be built (pip: " in refusal(install, words, capfd)
-    assert not (tmp_path / "wheels").exists()
-
-
-def test_nothing_is_installed_when_a_requirement_is_missing(index, monkeypatch):
+    assert not wheels.exists()
+    tarfile.open(tmp_path / "other.tar.gz", "w:gz").close()
+    with pytest.raises(InputError, match="other.tar.gz: holds no folder detectron2; expected"):
+        install_detectron2.build_wheel(tmp_path / "other.tar.gz", tmp_path)
     monkeypatch.setattr(install_detectron2, "REQUIREMENTS", ("d2kd-no-such-package",))
     with pytest.raises(InputError, match="detectron2 0.6: cannot be installed .*no-such"):
         install_detectron2.install(index / "detectron2-0.6-py3-none-any.whl", None)
@@ -169,33 +157,13 @@ def test_nothing_is_installed_when_a_requirement_is_missing(index, monkeypatch):
 def test_an_installed_detectron2_is_left_alone_unless_forced(monkeypatch, capsys):
     installed = []
     monkeypatch.setattr(install_detectron2, "download", lambda folder: folder)
-    monkeypatch.setattr(install_detectron2, "build", lambda archive, destination: destination)
-    monkeypatch.setattr(
-        install_detectron2, "install", lambda *arguments: installed.append(arguments)
-    )
+    monkeypatch.setattr(install_detectron2, "build_wheel", lambda archive, destination: destination)
+    monkeypatch.setattr(install_detectron2, "install", lambda *given: installed.append(given))
 
     install([])
     assert not installed and "left alone" in capsys.readouterr().out
     install(["--force"])
     assert len(installed) == 1
-
-
-def test_fcos_learns_from_an_image_without_objects():
-    import torch
-    from detectron2 import model_zoo
-    from detectron2.config import instantiate
-    from detectron2.structures import Boxes, Instances
-    from detectron2.utils.events import EventStorage
-
-    model = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
-    model.backbone.bottom_up.stages.norm = model.backbone.bottom_up.stem.norm = "BN"
-    nothing = Instances(
-        (64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long()
-    )
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    with EventStorage():
-        losses = instantiate(model)([{"image": image, "instances": nothing}])
-    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 @pytest.fixture(scope="module")
@@ -208,23 +176,13 @@ def bare(tmp_path_factory):
         shutil.copytree(ROOT / name, scratch / "source" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, scratch / "source")
-    pip, venv = [sys.executable, "-m", "pip", "-q"], scratch / "venv"
-    options = ["--no-deps", "--no-index"]
-    for arguments in (
-        [sys.executable, "-m", "venv", "--without-pip", venv],
-        [*pip, "wheel", *options, "--no-build-isolation", "-w", scratch, scratch / "source"],
-        [
-            *pip,
-            "--python",
-            venv / "bin/python",
-            "install",
-            *options,
-            "--find-links",
-            scratch,
-            "d2kd",
-        ],
+    venv, options = scratch / "venv", "--no-deps --no-index"
+    for words in (
+        f"venv --without-pip {venv}",
+        f"pip -q wheel {options} --no-build-isolation -w {scratch} {scratch / 'source'}",
+        f"pip -q --python {venv}/bin/python install {options} --find-links {scratch} d2kd",
     ):
-        result = run(arguments)
+        result = run([sys.executable, "-m", *words.split()])
         assert result.returncode == 0, result.stderr
     return venv
 
@@ -234,6 +192,12 @@ def installed(bare):
     """The folder of the environment's packages."""
     (folder,) = bare.glob("lib/python*/site-packages")
     return folder
+
+
+FIRST = [
+    ("train --config-file x", "detectron2: not installed; expected `d2kd install-detectron2`"),
+    ("install-detectron2", "torch: not installed; expected pip install torch"),
+]
 
 
 def test_what_a_user_finds_without_detectron2(bare):
@@ -246,13 +210,10 @@ def test_what_a_user_finds_without_detectron2(bare):
         refused = d2kd(*words)
         assert refused.returncode == 2 and refused.stderr.startswith("usage: d2kd ")
     assert d2kd("--version").stdout == f"d2kd {__version__}\n"
-    for words, complaint in {
-        "train --config-file x": "detectron2: not installed; expected `d2kd install-detectron2`",
-        "install-detectron2": "torch: not installed; expected pip install torch",
-    }.items():
+    for words, line in FIRST:
         refused = d2kd(*words.split())
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        assert refused.stderr.startswith(f"error: {complaint}")
+        assert refused.stderr.startswith(f"error: {line}")
 
 
 def test_every_command_has_a_file_in_tools_with_the_same_help(bare):
@@ -309,27 +270,13 @@ def test_recipes_load_from_the_wheel(installed, tmp_path):
         """
     search = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": search.rstrip(os.pathsep)}
-    command = [sys.executable, "-c", textwrap.dedent(code), installed]
-    result = run(command, cwd=tmp_path, env=environment)
+    words = [sys.executable, "-c", textwrap.dedent(code), installed]
+    result = run(words, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "words, line",
-    [
-        ("train --config-file x", "detectron2: not installed; expected `d2kd install-detectron2`"),
-        ("install-detectron2", "torch: not installed; expected pip install torch"),
-    ],
-)
+@pytest.mark.parametrize("words, line", FIRST)
 def test_what_has_to_be_there_first(refuses, monkeypatch, words, line):
     for module in (importlib.util, tools):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     refuses(lambda: tools.main(words.split()), line)
-
-
-def test_an_archive_of_something_else_is_refused(refuses, tmp_path):
-    tarfile.open(tmp_path / "other.tar.gz", "w:gz").close()
-    refuses(
-        lambda: install_detectron2.build(tmp_path / "other.tar.gz", tmp_path),
-        "other.tar.gz: holds no folder detectron2; expected the source archive pb1-detectron2",
-    )

@@ -24,61 +24,36 @@ def listen(detector, examples):
 
 @pytest.mark.parametrize("family", DETECTORS)
 @pytest.mark.parametrize("objects", [(2, 1), (0, 0), (3, 0)])
-def test_a_copy_answers_what_the_student_said(family, objects):
+def test_a_copy_has_the_students_outputs(family, objects):
     student = build(DETECTORS[family]())
     teacher = Teacher(build(DETECTORS[family]()), None)
     teacher.detector.requires_grad_()  # a teacher's outputs are constant, even if its weights learn
     examples = batch(objects=objects)
-    said = listen(student, examples)
-    asked = teacher.outputs(examples, said.region_boxes)
-    for level, feature in said.features.items():
-        assert feature.requires_grad and not asked.features[level].requires_grad
-        torch.testing.assert_close(feature, asked.features[level])
+    ours = listen(student, examples)
+    theirs = teacher.outputs(examples, ours.region_boxes)
+    pairs = [(ours.features[level], theirs.features[level]) for level in ours.features]
     if family.endswith("rcnn"):
-        assert len(said.regions) == (3 if family == "cascade_rcnn" else 1)
-        assert len(said.regions[0].box_tensor) > 0
-        pairs = []
-        for ours, theirs in zip(said.regions, asked.regions, strict=True):
-            assert len(ours.gt_classes) == len(ours.gt_boxes) == len(ours.box_tensor)
-            assert all(a is b for a, b in zip(ours.boxes, theirs.boxes, strict=True))
-            pairs += [(ours.pred_class_logits, theirs.pred_class_logits)]
-            pairs += [(ours.pred_proposal_deltas, theirs.pred_proposal_deltas)]
+        assert len(ours.regions) == (3 if family == "cascade_rcnn" else 1)
+        assert len(ours.regions[0].box_tensor) > 0
+        for one, other in zip(ours.regions, theirs.regions, strict=True):
+            assert len(one.gt_classes) == len(one.gt_boxes) == len(one.box_tensor)
+            assert all(a is b for a, b in zip(one.boxes, other.boxes, strict=True))
+            pairs += [(one.pred_class_logits, other.pred_class_logits)]
+            pairs += [(one.pred_proposal_deltas, other.pred_proposal_deltas)]
     else:
-        pairs = list(zip(said.pred_logits, asked.pred_logits, strict=True))
-        pairs += list(zip(said.pred_anchor_deltas, asked.pred_anchor_deltas, strict=True))
-        anchors = sum(len(a) for a in said.anchors)
-        assert said.gt_labels.shape == (2, anchors) and said.matched_gt_boxes.shape[1:] == (
-            anchors,
-            4,
-        )
-        assert sum(x.shape[1] for x in said.pred_logits) == anchors
-        if family == "fcos":
-            pairs += list(zip(said.pred_centerness, asked.pred_centerness, strict=True))
-        else:
-            with pytest.raises(OutputNotAvailable, match="pred_centerness"):
-                said.pred_centerness  # noqa: B018
-        if family == "gfl":
-            pairs += list(zip(said.pred_distributions, asked.pred_distributions, strict=True))
-        else:
-            with pytest.raises(OutputNotAvailable, match="pred_distributions"):
-                said.pred_distributions  # noqa: B018
-    for ours, theirs in pairs:
-        assert ours.requires_grad and not theirs.requires_grad
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_the_row_of_a_region_follows_its_box():
-    """Permuting the shared boxes of an image permutes the teacher's answers, and nothing else."""
-    examples = batch()
-    said = listen(build(DETECTORS["faster_rcnn"]()), examples)
-    teacher = Teacher(build(DETECTORS["faster_rcnn"](), 1), None)
-    straight = teacher.outputs(examples, region_boxes=said.region_boxes).regions[0]
-    turned = [[boxes[torch.arange(len(boxes) - 1, -1, -1)] for boxes in said.region_boxes[0]]]
-    reverse = teacher.outputs(examples, region_boxes=turned).regions[0]
-    first = len(said.region_boxes[0][0])
-    torch.testing.assert_close(
-        straight.pred_class_logits[:first], reverse.pred_class_logits[:first].flip(0)
-    )
+        own = {"fcos": {"pred_centerness"}, "gfl": {"pred_distributions"}}.get(family, set())
+        for name in {"pred_logits", "pred_anchor_deltas"} | own:
+            pairs += zip(getattr(ours, name), getattr(theirs, name), strict=True)
+        for name in {"pred_centerness", "pred_distributions"} - own:
+            with pytest.raises(OutputNotAvailable, match=name):
+                getattr(ours, name)
+        anchors = sum(len(a) for a in ours.anchors)
+        assert ours.gt_labels.shape == (2, anchors)
+        assert ours.matched_gt_boxes.shape[1:] == (anchors, 4)
+        assert sum(x.shape[1] for x in ours.pred_logits) == anchors
+    for one, other in pairs:
+        assert one.requires_grad and not other.requires_grad
+        torch.testing.assert_close(one, other)
 
 
 def test_a_cascade_labels_its_stages_itself(monkeypatch):
@@ -107,36 +82,20 @@ def test_a_cascade_labels_its_stages_itself(monkeypatch):
     assert not torch.equal(outputs_module.match_and_label_boxes(*first_rule)[0], second.gt_classes)
 
 
-def test_regions_are_labelled_when_they_are_read(monkeypatch):
-    detector = build(DETECTORS["cascade_rcnn"]())
-    labelled = []
-    match = outputs_module.match_and_label_boxes
-    monkeypatch.setattr(
-        outputs_module, "match_and_label_boxes", lambda *args: labelled.append(1) or match(*args)
-    )
-    said = listen(detector, batch())
-    assert len(said.region_boxes) == 3 and not labelled
-    for stage in said.regions:
-        assert stage.pred_class_logits.requires_grad and stage.box_features.requires_grad
-    assert said.regions is said.regions and len(labelled) == 2
-
-
 @pytest.mark.parametrize(
-    "student, teacher, asked_heads",
+    "student, teacher, used_heads",
     [("cascade_rcnn", "faster_rcnn", [0, 0, 0]), ("faster_rcnn", "cascade_rcnn", [0])],
 )
-def test_stages_of_other_numbers_meet(student, teacher, asked_heads):
+def test_stages_of_other_numbers_meet(student, teacher, used_heads):
     examples = batch()
-    said = listen(build(DETECTORS[student]()), examples)
+    ours = listen(build(DETECTORS[student]()), examples)
     detector = build(DETECTORS[teacher](), 1)
     heads = detector.roi_heads.box_predictor
     heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads]
     with capture({str(k): head for k, head in enumerate(heads)}) as calls:
-        answers = Teacher(detector, None).outputs(examples, said.region_boxes).regions
-    assert len(answers) == len(said.regions) == len(asked_heads)
-    assert [len(calls[str(k)]) for k in range(len(heads))] == [
-        asked_heads.count(k) for k in range(len(heads))
-    ]
+        regions = Teacher(detector, None).outputs(examples, ours.region_boxes).regions
+    assert len(regions) == len(ours.regions) == len(used_heads)
+    assert all(len(calls[str(k)]) == used_heads.count(k) for k in range(len(heads)))
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
@@ -161,7 +120,7 @@ def test_capture_removes_its_hooks_even_after_an_error():
     assert not module._forward_hooks
 
 
-def test_a_method_is_heard_and_left_as_it_was():
+def test_a_method_is_captured_and_left_as_it_was():
     detector = build(DETECTORS["retinanet"]())
     detector.label_anchors = own = types.MethodType(type(detector).label_anchors, detector)
     for method in (own, detector.preprocess_image):
@@ -171,8 +130,8 @@ def test_a_method_is_heard_and_left_as_it_was():
             assert len(calls["it"]) == (method is not own)
             raise ZeroDivisionError
         assert vars(detector) == before
-    (((heard,), output),) = calls["it"]
-    assert len(heard) == 2 and torch.equal(output.tensor, images.tensor)
+    (((arguments,), output),) = calls["it"]
+    assert len(arguments) == 2 and torch.equal(output.tensor, images.tensor)
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
@@ -199,7 +158,7 @@ def test_a_dense_detector_need_not_label_anchors():
     assert said.captured_labels is None and len(said.gt_instances) == 2
 
 
-def test_what_a_family_does_not_say_is_named():
+def test_an_output_that_a_family_lacks_is_named():
     dense = Teacher(build(DETECTORS["retinanet"]()), None).outputs(batch())
     assert isinstance(dense, DenseOutputs)
     with pytest.raises(OutputNotAvailable, match="a RetinaNet has no 'regions'"):

@@ -39,16 +39,11 @@ def _one_dies(rank, folder):
 def test_a_process_that_dies_ends_the_other_with_a_clear_message(tmp_path):
     draw_data(tmp_path / "data", OBJECTS)
     assert in_two(_one_dies, tmp_path) == [2, -signal.SIGKILL]
-    said = (tmp_path / "0.txt").read_text()
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    printed = (tmp_path / "0.txt").read_text()
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: process 0 of 2: another process is gone (")
     assert "Connection" in line and "expected all of them alive" in line
-    assert "Traceback" not in said
-
-
-def test_other_errors_are_not_taken_for_it():
-    with pytest.raises(RuntimeError, match="size mismatch"), report_lost_process():
-        raise RuntimeError("size mismatch")
+    assert "Traceback" not in printed
 
 
 def _use_everything_that_keeps_a_group():
@@ -108,11 +103,9 @@ def test_launch_ends_all_and_says_why(launched):
 def test_input_that_every_process_refuses_is_told_of_once(launched, capfd):
     with pytest.raises(SystemExit, match="2"):
         launched("raise")
-    said = (
-        capfd.readouterr().err
-    )  # with torch's word about a process that had not ended yet, if there was one
-    assert said.count("error: a.json: broken JSON; expected a COCO file\n") == 1
-    assert said.count("error") == 1 and "Traceback" not in said
+    printed = capfd.readouterr().err  # beside torch's line about a process that it had to end
+    assert printed.count("error: a.json: broken JSON; expected a COCO file\n") == 1
+    assert printed.count("error") == 1 and "Traceback" not in printed
     with pytest.raises(ProcessRaisedException, match="Traceback"):
         launched("raise", debug=True)
 
@@ -141,13 +134,13 @@ def test_a_device_that_is_not_there(refuses, monkeypatch, name, there, line):
     refuses(lambda: pick_device(name), line)
 
 
-def test_a_process_that_is_gone_is_said_in_one_line(refuses):
-    def lost():
+def test_only_a_process_that_is_gone_is_an_error_of_one_line(refuses):
+    def lost(message):
         with report_lost_process():
-            raise RuntimeError(
-                "[gloo/transport/tcp/pair.cc:1] Connection closed by peer. See\nbelow"
-            )
+            raise RuntimeError(message)
 
-    refuses(
-        lost, r"process 0 of 1: another process is gone \(Connection closed by peer\); expected"
-    )
+    message = "[gloo/transport/tcp/pair.cc:1] Connection closed by peer. See\nbelow"
+    line = r"process 0 of 1: another process is gone \(Connection closed by peer\); expected"
+    refuses(lambda: lost(message), line)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        lost("size mismatch")

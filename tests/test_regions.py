@@ -13,7 +13,7 @@ from d2kd.comparison.detectors import input_scale
 from d2kd.comparison.features import FeatureSimilarity
 from d2kd.comparison.matching import GroundTruth
 from d2kd.comparison.regions import RegionCounts, why_not_comparable
-from d2kd.losses import DistillLoss, DistillLosses, ImitationLoss, TARLoss
+from d2kd.losses import DistillLosses, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.agreement import top1_agreement
 from d2kd.modeling.outputs import DenseOutputs, RCNNOutputs, box_stages
@@ -35,18 +35,15 @@ PROPOSALS = torch.tensor(
 )
 
 
+GIVEN = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
+
+
 def truth(label=0):
     boxes = np.array([OBJECT, CROWD])
     boxes[:, 2:] -= boxes[:, :2]
-    return GroundTruth(
-        (0,),
-        ("a", "b"),
-        np.zeros(2, int),
-        np.array([label, 0]),
-        boxes,
-        boxes[:, 2] * boxes[:, 3],
-        np.array([False, True]),
-    )
+    areas, crowd = boxes[:, 2] * boxes[:, 3], np.array([False, True])
+    labels = np.array([label, 0])
+    return GroundTruth((0,), ("a", "b"), np.zeros(2, int), labels, boxes, areas, crowd)
 
 
 class Said:
@@ -84,27 +81,33 @@ def ready(name, classes=("a", "b")):
     return SimpleNamespace(
         detector=SimpleNamespace(name=name),
         teacher=SimpleNamespace(outputs_class=RCNNOutputs, detector=None),
-        map=class_map,
+        class_map=class_map,
         to_detector_label=dict(class_map.pairs),
     )
 
 
-def seen(first, second, scale=1.0, **options):
-    counts = RegionCounts([ready("t"), ready("s")], truth(**options), [0, 1], [0, 0])
-    size = (3, 100, 100), (3, round(100 * scale), round(100 * scale))
-    inputs = [{"image": torch.zeros(s), "height": 100, "width": 100} for s in size]
-    counts.update(0, inputs, [first, second])
+def counted(
+    outputs, detectors=None, ground_truth=None, known=(0, 1), thresholds=(0, 0), given=GIVEN
+):
+    """The table of one image, of which the detectors have these outputs."""
+    detectors = detectors or [ready("t"), ready("s")]
+    ground_truth = truth() if ground_truth is None else ground_truth  # one without objects is false
+    counts = RegionCounts(detectors, ground_truth, list(known), list(thresholds))
+    counts.update(0, [GIVEN, given], outputs)
     return counts.summarize()
+
+
+def cells(both=0, first=0, second=0, neither=0):
+    return {"both": both, "first": first, "second": second, "neither": neither}
 
 
 def test_rows_by_hand():
     #           0: both right, 1: first alone, 2: second alone, 3: neither; 4 lies in the crowd
-    first, second = Said([0, 0, 1, 0, 1]), Said([0, 2, 0, 1, 0])
-    table = seen(first, second)
+    table = counted([Said([0, 0, 1, 0, 1]), Said([0, 2, 0, 1, 0])])
     assert (table["rows"], table["foreground"]) == (4, 3)
     [pair] = table["pairs"]
-    assert pair["all"]["class"] == {"both": 1, "first": 1, "second": 1, "neither": 1}
-    assert pair["background"]["class"] == {"both": 0, "first": 0, "second": 0, "neither": 1}
+    assert pair["all"]["class"] == cells(1, 1, 1, 1)
+    assert pair["background"]["class"] == cells(neither=1)
     assert pair["by_class"]["a"]["rows"] == 3 and "b" not in pair["by_class"]
     assert pair["by_size"]["small"]["rows"] == 3
     assert pair["all"]["agreement"] == 1 / 4
@@ -114,30 +117,26 @@ def test_rows_by_hand():
 def test_a_class_that_the_data_set_lacks_is_none_of_its_own():
     """What a detector takes for something else it has not recognised, however near it was."""
     strange = Said([1, 0, 2, 1, 1], num_classes=3)  # zebra, a, b, zebra, zebra
-    counts = RegionCounts([ready("t"), ready("s", ("a", "zebra", "b"))], truth(), [0, 1], [0, 0])
-    inputs = [{"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}] * 2
-    counts.update(0, inputs, [Said([0] * 5), strange])
-    [pair] = counts.summarize()["pairs"]
-    assert pair["all"]["class"] == {"both": 1, "first": 2, "second": 1, "neither": 0}
-    assert pair["background"]["class"] == {"both": 0, "first": 0, "second": 1, "neither": 0}
+    detectors = [ready("t"), ready("s", ("a", "zebra", "b"))]
+    [pair] = counted([Said([0] * 5), strange], detectors)["pairs"]
+    assert pair["all"]["class"] == cells(both=1, first=2, second=1)
+    assert pair["background"]["class"] == cells(second=1)
 
 
 def test_boxes_by_hand():
     # Shifted by half their width, all boxes overlap too little; unshifted, all overlap by 0.5 or more.
-    table = seen(Said([0] * 5), Said([0] * 5, shift=0.5))
+    table = counted([Said([0] * 5), Said([0] * 5, shift=0.5)])
     [pair] = table["pairs"]
-    assert pair["all"]["box"] == {"both": 0, "first": 3, "second": 0, "neither": 0}
+    assert pair["all"]["box"] == cells(first=3)
     first, second = table["detectors"]
-    assert first["iou_before"] == pytest.approx((1 + 0.7 + 0.5) / 3) and first[
-        "iou_gained"
-    ] == pytest.approx(0)
-    assert second["iou_gained"] < -0.3
+    assert first["iou_before"] == pytest.approx((1 + 0.7 + 0.5) / 3)
+    assert first["iou_gained"] == pytest.approx(0) and second["iou_gained"] < -0.3
 
 
-def test_a_detector_that_sees_the_image_larger_is_asked_about_the_same_places():
+def test_a_detector_that_sees_the_image_larger_judges_the_same_places():
     said = Said([0] * 5, scale=2)
-    table = seen(Said([0] * 5), said, scale=2)
-    # The crowd's row is asked about, too; it is left out of the counts.
+    table = counted([Said([0] * 5), said], given=GIVEN | {"image": torch.zeros(3, 200, 200)})
+    # The crowd's row is judged, too; it is left out of the counts.
     torch.testing.assert_close(said.asked, PROPOSALS * 2)
     assert table["detectors"][1]["iou_after"] == pytest.approx(table["detectors"][0]["iou_after"])
 
@@ -148,26 +147,18 @@ def test_a_boxs_place_in_the_input_is_by_width_and_by_height():
 
 
 def test_an_object_whose_class_not_all_know_has_no_row():
-    counts = RegionCounts([ready("t"), ready("s", ("x", "a"))], truth(label=1), [0], [0, 0])
-    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.update(0, [given, given], [Said([0] * 5), Said([1] * 5)])
-    assert (counts.summarize()["rows"], counts.summarize()["foreground"]) == (1, 0)
+    detectors = [ready("t"), ready("s", ("x", "a"))]
+    table = counted([Said([0] * 5), Said([1] * 5)], detectors, truth(label=1), known=[0])
+    assert (table["rows"], table["foreground"]) == (1, 0)
 
 
 def test_an_image_without_objects_or_proposals():
     nothing = GroundTruth((0,), ("a", "b"), *(x[:0] for x in list(vars(truth()).values())[2:]))
-    counts = RegionCounts([ready("t"), ready("s")], nothing, [0, 1], [0, 0])
-    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.update(0, [given, given], [Said([2] * 5), Said([2] * 5)])
-    assert (
-        counts.summarize()["rows"] == 5
-        and counts.summarize()["pairs"][0]["all"]["class"]["both"] == 5
-    )
-    empty = Said([2] * 5)
+    table = counted([Said([2] * 5), Said([2] * 5)], ground_truth=nothing)
+    assert table["rows"] == 5 == table["pairs"][0]["all"]["class"]["both"]
+    empty = Said([])
     empty.proposals[0] = empty.proposals[0][:0]
-    empty.classes = []
-    counts.update(0, [given, given], [empty, empty])
-    assert counts.summarize()["rows"] == 5
+    assert counted([empty, empty], ground_truth=nothing)["rows"] == 0
 
 
 class Dense:
@@ -195,26 +186,25 @@ def test_anchors_by_hand(monkeypatch):
     first = Dense([[0.6, 0.1], [0.1, 0.9], low, low], [True, False, False, False])
     second = Dense([[0.7, 0.1], [0.2, 0.1], [0.95, 0.1], low], [False] * 4)
     detectors = [ready("t"), ready("s")]
-    for one, said in zip(detectors, (first, second)):
-        one.teacher = SimpleNamespace(outputs_class=DenseOutputs, detector=said.detector)
-    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
-    given = {"image": torch.zeros(3, 100, 100), "height": 100, "width": 100}
-    counts.update(0, [given, given], [first, second])
-    table = counts.summarize()
+
+    def table():
+        for one, said in zip(detectors, (first, second)):
+            one.teacher = SimpleNamespace(outputs_class=DenseOutputs, detector=said.detector)
+        return counted([first, second], detectors, thresholds=[0.5, 0.8])
+
+    found = table()
     # Labelled by the first; the first's best; the second's best. The fourth anchor matters to nobody.
-    assert (table["kind"], table["rows"], table["foreground"]) == ("anchors", 3, 1)
-    [pair] = table["pairs"]
+    assert (found["kind"], found["rows"], found["foreground"]) == ("anchors", 3, 1)
+    [pair] = found["pairs"]
     # The second says background of the object, for its class does not reach 0.8.
-    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
-    assert pair["background"]["class"] == {"both": 0, "first": 1, "second": 1, "neither": 0}
-    assert pair["foreground"]["box"] == {"both": 1, "first": 0, "second": 0, "neither": 0}
+    assert pair["foreground"]["class"] == cells(first=1)
+    assert pair["background"]["class"] == cells(first=1, second=1)
+    assert pair["foreground"]["box"] == cells(both=1)
     # Nor does it say "a" where it says "zebra" more surely.
     second.pred_logits = [torch.tensor([[0.9, 0.1, 0.95], *[[0.1, 0.1, 0.1]] * 3]).logit()[None]]
     detectors[1] = ready("s", ("a", "b", "zebra"))
-    counts = RegionCounts(detectors, truth(), [0, 1], [0.5, 0.8])
-    counts.update(0, [given, given], [first, second])
-    [pair] = counts.summarize()["pairs"]
-    assert pair["foreground"]["class"] == {"both": 0, "first": 1, "second": 0, "neither": 0}
+    [pair] = table()["pairs"]
+    assert pair["foreground"]["class"] == cells(first=1)
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
@@ -305,16 +295,12 @@ def test_other_anchors_do_not_agree():
         assert top1_agreement(answers_of((8, 4, 2), 3, 0), answers_of(sides, classes, 1)) is None
 
 
-class ReadsRegions(DistillLoss):
-    def forward(self, student, teacher):
-        return student.regions[0].pred_class_logits.sum() + len(teacher.regions)
-
-
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("family", ["faster_rcnn", "cascade_rcnn"])
 def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, side):
     """As ``use_sigmoid_ce`` of later Detectron2 has them, beside a last logit that means nothing."""
-    model = taught(DETECTORS[family](), DistillLosses(mine=ReadsRegions()))
+    # A loss that reads the regions of both, but not their classes.
+    model = taught(DETECTORS[family](), DistillLosses(tar=TARLoss(classification_weight=0)))
     detectors = {"student": model.student, "teacher": model.teacher.detector}
     box_stages(detectors[side].roi_heads)[-1][1].use_sigmoid_ce = True
     with EventStorage() as storage:
@@ -322,15 +308,10 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
     assert "distill/agreement" not in storage.latest()
     with pytest.raises(InputError, match="tar.regions: a GeneralizedRCNN with use_sigmoid_ce"):
         DistillLosses(tar=TARLoss()).setup(*detectors.values())
-    DistillLosses(tar=TARLoss(classification_weight=0)).setup(*detectors.values())
-    ready = [
-        SimpleNamespace(
-            detector=SimpleNamespace(name=name),
-            teacher=SimpleNamespace(outputs_class=RCNNOutputs, detector=detector),
-        )
-        for name, detector in detectors.items()
-    ]
-    assert why_not_comparable(ready).startswith(f"{side} scores each class independently")
+    compared = [ready(name) for name in detectors]
+    for one in compared:
+        one.teacher.detector = detectors[one.detector.name]
+    assert why_not_comparable(compared).startswith(f"{side} scores each class independently")
 
 
 def test_agreement_never_asks_the_teacher():

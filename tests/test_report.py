@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2kd.comparison.comparison import Options, analyse, assemble
+from d2kd.comparison.comparison import Options, build_comparison, compute_detector_metrics
 from d2kd.comparison.error_types import ERROR_TYPES
 from d2kd.report.page import ValueRange, detector_colors, render, summary_sentence, write_report
 
@@ -17,29 +17,35 @@ from .coco_size import described, generated_data
 from .generated_detections import generated_detections
 
 
-def compared(detectors=3, images=12, classes=4, qualities=(0.9, 0.1, 0.6, 0.3, 0.5), seed=0):
+def compared(detectors=3, images=12, classes=4, seed=0):
+    names, qualities = (
+        ["teacher", "baseline", "distilled", "more", "last"],
+        (0.9, 0.1, 0.6, 0.3, 0.5),
+    )
     data = generated_data(images, classes, objects=4)
-    names = ["teacher", "baseline", "distilled", "more", "last"][:detectors]
-    seen = {
-        name: generated_detections(data.truth, quality, seed=n)
-        for n, (name, quality) in enumerate(zip(names, qualities))
-    }
+    seen = generated(data, dict(zip(names[:detectors], qualities)))
     return made(data, seen, range(classes), resamples=20, seed=seed)
+
+
+def generated(data, qualities):
+    return {
+        name: generated_detections(data.truth, quality, seed=n)
+        for n, (name, quality) in enumerate(qualities.items())
+    }
 
 
 def made(data, seen, classes, **options):
     options = Options(**{"resamples": 5, **options})
-    found = analyse(seen, data, classes, options)
-    return assemble(found, [described(n) for n in seen], None, data, classes, options)
+    found = compute_detector_metrics(seen, data, classes, options)
+    return build_comparison(found, [described(n) for n in seen], None, data, classes, options)
 
 
 def outside(text: str) -> list[str]:
     """What a browser would fetch from elsewhere."""
     named = re.findall(r"""(?:src|href|action|data|srcset|poster)\s*=\s*["']?([^"'\s>]+)""", text)
     named += re.findall(r"url\(([^)]*)\)", text) + re.findall(r"@import\s+(\S+)", text)
-    return [name for name in named if not name.startswith(("data:", "#"))] + re.findall(
-        r"https?://[^\s\"'<]+", text
-    )
+    links = re.findall(r"https?://[^\s\"'<]+", text)
+    return [name for name in named if not name.startswith(("data:", "#"))] + links
 
 
 @pytest.mark.parametrize("detectors", [1, 2, 3, 5])
@@ -66,8 +72,7 @@ def test_300_classes_and_names_that_are_not_ascii():
     data = generated_data(6, 2)
     truth = dataclasses.replace(data.truth, classes=("чашка & <script>", "猫"))
     data = dataclasses.replace(data, truth=truth)
-    seen = {"señal": generated_detections(truth), "b": generated_detections(truth, seed=1)}
-    text = render(made(data, seen, [0, 1]))
+    text = render(made(data, generated(data, {"señal": 0.5, "b": 0.5}), [0, 1]))
     assert "чашка &amp; &lt;script&gt;" in text and "猫" in text and "señal" in text
     assert text.count("<script>") == 1
 
@@ -77,17 +82,15 @@ def test_pictures_are_inlined_and_one_that_is_gone_is_left_blank(tmp_path):
     assert "image not found" in render(found) and "data:image/jpeg" not in render(found)
     for picture in found.objects.pictures:
         Image.new("RGB", (640, 640)).save(tmp_path / picture.file_name)
-    there = [
-        dataclasses.replace(p, file_name=str(tmp_path / p.file_name))
+    here = [
+        dataclasses.replace(p, file_name=f"{tmp_path}/{p.file_name}")
         for p in found.objects.pictures
     ]
-    objects = dataclasses.replace(
-        found.objects,
-        pictures=there,
-        won_objects=found.objects.won_objects[:1],
-        lost_objects=found.objects.lost_objects[:1],
-        gallery=found.objects.gallery[:1],
-    )
+    few = {
+        name: getattr(found.objects, name)[:1]
+        for name in ("won_objects", "lost_objects", "gallery")
+    }
+    objects = dataclasses.replace(found.objects, pictures=here, **few)
     text = render(dataclasses.replace(found, objects=objects))
     assert "image not found" not in text and outside(text) == []
     pictures = [
@@ -101,31 +104,30 @@ def test_pictures_are_inlined_and_one_that_is_gone_is_left_blank(tmp_path):
     )
     assert (red, green) == ([False, False, True, False], [False, True, False, False])
     finds = dict(re.findall(r"<figcaption>(\w+): finds (\d+)<", text))
-    shown = there[objects.gallery[0]]
+    shown = objects.pictures[objects.gallery[0]]
     gained = int(finds["distilled"]) - int(finds["baseline"])
     assert gained == len(shown.won) - len(shown.lost) != 0
 
 
 def test_without_objects_nothing_is_defined_and_the_page_says_so():
     data = generated_data(3, 2, objects=0)
-    seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
-    found = made(data, seen, [0, 1])
+    found = made(data, generated(data, {"a": 0.5, "b": 0.5}), [0, 1])
     assert "undefined" in summary_sentence(found) and "–" in render(found)
 
 
 def test_what_is_won_is_found_by_one_and_not_by_the_other():
     data = generated_data(24, 4, objects=12)
-    seen = {n: generated_detections(data.truth, seed=i) for i, n in enumerate("ab")}
-    objects = made(data, seen, [0, 2]).objects
-    for changes, finder, other in ((objects.won_objects, "b", "a"), (objects.lost_objects, "a", "b")):  # fmt: skip
+    objects = made(data, generated(data, {"a": 0.5, "b": 0.5}), [0, 2]).objects
+    for changes, finder, other in (
+        (objects.won_objects, "b", "a"),
+        (objects.lost_objects, "a", "b"),
+    ):
         assert len({change.picture for change in changes}) == len(changes) > 1
         for change in changes:
             picture = objects.pictures[change.picture]
-            assert picture.truth[change.object]["label"] in (0, 2)
-            assert not picture.truth[change.object]["crowd"]
-            scores = [
-                s["score"] for s in picture.detections[finder] if s["object"] == change.object
-            ]
+            truth, found = picture.truth[change.object], picture.detections[finder]
+            assert truth["label"] in (0, 2) and not truth["crowd"]
+            scores = [s["score"] for s in found if s["object"] == change.object]
             assert scores == [change.score] and change.score >= objects.thresholds[finder]
             assert change.object not in [s["object"] for s in picture.detections[other]]
     counted = ~data.truth.crowd & np.isin(data.truth.label, [0, 2])
@@ -172,9 +174,8 @@ def test_a_detector_has_one_colour_and_the_featured_one_always_the_same():
 
 
 def test_a_track_has_room_for_zero_and_every_interval():
-    domain = ValueRange.around(
-        [{"gain": 3.0, "interval": [-1.0, 5.0]}, {"gain": None, "interval": None}]
-    )
+    gains = {"gain": 3.0, "interval": [-1.0, 5.0]}, {"gain": None, "interval": None}
+    domain = ValueRange.around(list(gains))
     places = [domain.at(x) for x in (-1, 0, 3, 5)]
     assert places == sorted(places) and 0 < places[0] and places[-1] < 100
     assert 0 < ValueRange.around([]).at(0) < 100

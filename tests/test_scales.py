@@ -16,7 +16,7 @@ from d2kd.data.scales import downscale
 from d2kd.layers.adapter import match_levels
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
-from d2kd.testing import edge_case_batches, step
+from d2kd.testing import edge_case_batches, forward_losses
 from d2kd.utils.errors import InputError
 
 from .common import DETECTORS, batch, build, lively, tiny_faster_rcnn, tiny_retinanet
@@ -44,10 +44,8 @@ def test_one_view_in_two_sizes(size, scale):
     assert ours.image_size == (height, width)
     factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     torch.testing.assert_close(ours.gt_boxes.tensor * factors, theirs.gt_boxes.tensor)
-    torch.testing.assert_close(
-        ours.gt_masks.get_bounding_boxes().tensor * factors,
-        theirs.gt_masks.get_bounding_boxes().tensor,
-    )
+    small, large = (x.gt_masks.get_bounding_boxes().tensor for x in (ours, theirs))
+    torch.testing.assert_close(small * factors, large)
     points = ours.gt_keypoints.tensor[..., :2] * factors[:2]
     torch.testing.assert_close(points, torch.ones_like(points))
     assert (ours.gt_keypoints.tensor[..., 2] == 1).all()
@@ -87,24 +85,10 @@ def test_pixels_are_means():
     assert downscale(torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8), 2).item() == 1  # of 0.75
 
 
-def test_samples_that_are_none_stay_none():
+def test_samples_without_a_part_stay_so():
     assert DownscaledStudentMapper(lambda _: None, 2)({}) is None
     (sample,) = two_scales([{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "height": 80}])
     assert "instances" not in sample and sample["height"] == 80
-
-
-@pytest.mark.parametrize("scale", [1, 0, -2, 2.5])
-def test_scales_that_are_none(scale):
-    with pytest.raises(InputError, match=f"scale: {scale}; expected an integer of at least 2"):
-        DownscaledStudentMapper(lambda x: x, scale)
-
-
-def test_bitmaps_are_refused():
-    instances = Instances((8, 8))
-    instances.gt_masks = BitMasks(torch.ones(1, 8, 8))
-    image = torch.zeros(3, 8, 8)
-    with pytest.raises(InputError, match="mapper: masks as bitmaps"):
-        two_scales([{"image": image, "instances": instances}])
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
@@ -118,17 +102,13 @@ def test_levels_match_by_stride_in_the_students_pixels(family):
         match_levels(student.backbone, teacher.backbone, levels, scale=2)
 
 
-def losses_of(family):
-    losses = {"imitation": ImitationLoss(), "icd": ICDLoss(heads=2, priors=None)}
-    if family == "faster_rcnn":
-        losses["tar"] = TARLoss()
-    return DistillLosses(**losses)
-
-
-def pair(family, scale=2):
+def pair(family):
     node = DETECTORS[family]
-    teacher = Teacher(build(node(), seed=1), None, scale=scale)
-    return Distiller(student=build(node()), teacher=teacher, losses=losses_of(family), max_iter=10)
+    losses = {"imitation": ImitationLoss(), "icd": ICDLoss(heads=2, priors=None)}
+    losses |= {"tar": TARLoss()} if family == "faster_rcnn" else {}
+    teacher = Teacher(build(node(), seed=1), None, scale=2)
+    losses = DistillLosses(**losses)
+    return Distiller(student=build(node()), teacher=teacher, losses=losses, max_iter=10)
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
@@ -136,7 +116,7 @@ def pair(family, scale=2):
 def test_every_loss_works_across_scales(family, name):
     examples = two_scales({"plain": batch(), **edge_case_batches()}[name])
     model = pair(family).train()
-    losses = step(model, examples)
+    losses = forward_losses(model, examples)
     assert all(torch.isfinite(value) for value in losses.values())
     assert any(key.startswith("distill/loss_icd") for key in losses)
 
@@ -144,64 +124,34 @@ def test_every_loss_works_across_scales(family, name):
 def test_the_student_sees_the_small_images_alone():
     examples = two_scales(batch())
     model, alone = pair("retinanet").train(), build(tiny_retinanet()).train()
-    ours = {k: v for k, v in step(model, examples).items() if not k.startswith("distill/")}
-    theirs = step(alone, [{**x, "teacher_image": None} for x in examples])
+    ours = {
+        k: v for k, v in forward_losses(model, examples).items() if not k.startswith("distill/")
+    }
+    theirs = forward_losses(alone, [{**x, "teacher_image": None} for x in examples])
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 
 def test_regions_are_the_same_places():
     """A teacher of images that many times larger pools the same places, from maps of its own."""
-    examples = two_scales(batch())
-    teacher = Teacher(build(tiny_faster_rcnn()), None, scale=2)
-    boxes = [x["instances"].gt_boxes for x in examples]
-    outputs = teacher.outputs(examples, region_boxes=[boxes])
-    (regions,) = outputs.regions
-    (direct,) = (
-        Teacher(build(tiny_faster_rcnn()), None)
-        .outputs(batch(), region_boxes=[[x["instances"].gt_boxes for x in batch()]])
-        .regions
-    )
-    torch.testing.assert_close(regions.pred_class_logits, direct.pred_class_logits)
+    found = []
+    for scale, examples in ((2, two_scales(batch())), (1, batch())):
+        boxes = [x["instances"].gt_boxes for x in examples]
+        outputs = Teacher(build(tiny_faster_rcnn()), None, scale=scale).outputs(
+            examples, region_boxes=[boxes]
+        )
+        found.append(outputs.regions[0].pred_class_logits)
+    torch.testing.assert_close(*found)
 
 
 def test_detections_are_in_the_files_pixels():
-    examples = two_scales(batch())
-    for example in examples:
-        example["height"], example["width"] = 640, 480
-    found = Teacher(lively(build(tiny_retinanet())), None, scale=2).detect(examples)
-    plain = Teacher(lively(build(tiny_retinanet())), None).detect(
-        [{**x, "height": 640, "width": 480} for x in batch()]
-    )
-    for ours, theirs in zip(found, plain):
-        assert ours["instances"].image_size == (640, 480) and len(ours["instances"])
-        torch.testing.assert_close(
-            ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor
-        )
-
-
-def test_what_cannot_be():
-    student, teacher = build(tiny_retinanet()), build(tiny_retinanet(), 1)
-    with pytest.raises(InputError, match="anchors: a teacher of images 2 times larger"):
-        Distiller(
-            student=student,
-            teacher=Teacher(teacher, None, scale=2),
-            losses=DistillLosses(tar=TARLoss()),
-            max_iter=4,
-        )
-    with pytest.raises(InputError, match="teacher.scale: 2, but a batch without 'teacher_image'"):
-        Teacher(teacher, None, scale=2).outputs(batch())
-    with pytest.raises(InputError, match=r"teacher.scale: 3, .* \(64, 64\) beside .* \(32, 32\)"):
-        Teacher(teacher, None, scale=3).outputs(two_scales(batch()))
-    with pytest.raises(InputError, match="teacher.scale: 0"):
-        Teacher(teacher, None, scale=0)
-    with pytest.raises(InputError, match="proposals_from: both, at 2 times"):
-        Distiller(
-            student=build(tiny_faster_rcnn()),
-            teacher=Teacher(build(tiny_faster_rcnn()), None, scale=2),
-            losses=DistillLosses(),
-            max_iter=4,
-            proposals_from="both",
-        )
+    found = []
+    for scale, examples in ((2, two_scales(batch())), (1, batch())):
+        teacher = Teacher(lively(build(tiny_retinanet())), None, scale=scale)
+        detections = teacher.detect([{**x, "height": 640, "width": 480} for x in examples])
+        assert all(x["instances"].image_size == (640, 480) for x in detections)
+        found.append([x["instances"].pred_boxes.tensor for x in detections])
+    assert all(map(len, found[0]))
+    torch.testing.assert_close(*found)
 
 
 def test_mappers_that_take_parts_from_elsewhere_keep_them():
@@ -234,3 +184,52 @@ def test_a_recipe_at_two_scales(tmp_path):
     )
     assert whole.model.teacher.scale == 2
     assert whole.dataloader.train.mapper.scale == 2
+
+
+def _bitmaps():
+    instances = Instances((8, 8))
+    instances.gt_masks = BitMasks(torch.ones(1, 8, 8))
+    two_scales([{"image": torch.zeros(3, 8, 8), "instances": instances}])
+
+
+def _teacher(node, scale):
+    return Teacher(build(node()), None, scale=scale)
+
+
+def _distiller(node, **options):
+    given = {"losses": DistillLosses(), "max_iter": 4, **options}
+    return Distiller(student=build(node()), teacher=_teacher(node, 2), **given)
+
+
+@pytest.mark.parametrize(
+    "act, line",
+    [
+        *(
+            (
+                lambda scale=scale: DownscaledStudentMapper(len, scale),
+                f"scale: {scale}; expected an",
+            )
+            for scale in (1, 0, -2, 2.5)
+        ),
+        (_bitmaps, "mapper: masks as bitmaps"),
+        (
+            lambda: _distiller(tiny_retinanet, losses=DistillLosses(tar=TARLoss())),
+            "anchors: a teacher of images 2 times larger",
+        ),
+        (
+            lambda: _distiller(tiny_faster_rcnn, proposals_from="both"),
+            "proposals_from: both, at 2 times",
+        ),
+        (
+            lambda: _teacher(tiny_retinanet, 2).outputs(batch()),
+            "teacher.scale: 2, but a batch without 'teacher_image'",
+        ),
+        (
+            lambda: _teacher(tiny_retinanet, 3).outputs(two_scales(batch())),
+            r"teacher.scale: 3, .* \(64, 64\) beside .* \(32, 32\)",
+        ),
+        (lambda: _teacher(tiny_retinanet, 0), "teacher.scale: 0"),
+    ],
+)
+def test_what_is_refused(refuses, act, line):
+    refuses(act, line)

@@ -4,18 +4,20 @@ import io
 import json
 import multiprocessing.connection
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d2kd.study import ParallelRunner, load, run_study, schedule
+from d2kd.study import ParallelRunner, load_study, run_study, schedule
 from d2kd.study import run as training
 from d2kd.utils.errors import InputError
 
 from . import common
 from .common import one_thread
+from .resume_runs import differences
 from .tiny_run import draw_data
 
 STUDY = """
@@ -83,16 +85,16 @@ def command(file, monkeypatch):
 
 
 def run(file, output, seeds=(), only=(), trainer=None, console=None):
-    study = load(file)
+    study = load_study(file)
     return run_study(study, study.plan(seeds, only), output, trainer, console or io.StringIO())
 
 
 def test_commands_side_by_side_are_one_by_one_in_this_process(command, file, tmp_path, capsys):
     """To the last bit: weights, figures; also of what only the study's own file defines and registers."""
     command("--seeds 3 --runs baseline imitation --jobs 2 --output two")
-    said = capsys.readouterr().out
-    assert said.splitlines()[3].split()[0] == "teacher"  # which others wait for
-    assert "two/report.html" in said
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[3].split()[0] == "teacher"  # which others wait for
+    assert "two/report.html" in printed
     assert (tmp_path / "two/report.html").exists() and (tmp_path / "two/curves.png").exists()
     rows = json.loads((tmp_path / "two/results.json").read_text())["rows"]
     one, _ = run(file, tmp_path / "one", [3], ["baseline", "imitation"])
@@ -102,9 +104,8 @@ def test_commands_side_by_side_are_one_by_one_in_this_process(command, file, tmp
         measured = ("AP", "AP50", "per_class", "parameters")
         assert [row[key] for key in measured] == [other[key] for key in measured]
         assert row["seconds"] > 0 and (sys.platform != "linux" or row["peak_memory_mib"] > 0)
-        ours, theirs = (torch.load(r["weights"], weights_only=True)["model"] for r in (row, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), row["name"]
+        states = [torch.load(r["weights"], weights_only=True)["model"] for r in (row, other)]
+        assert differences(*states) == [], row["name"]
     command("--seeds 3 --runs baseline imitation --jobs 2 --output two")
     assert capsys.readouterr().out.count("finished before") == 3
 
@@ -113,10 +114,10 @@ def test_a_run_that_fails_is_told_and_takes_along_only_what_needs_it(command, tm
     with pytest.raises(SystemExit) as exit:
         command("--runs baseline needy --jobs 2")
     assert exit.value.code == 2
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-1].startswith("error: ") and "Traceback" not in said.err
-    assert "at iteration" in said.err and "; expected a finite number" in said.err
-    assert "skipped, since it needs broken_seed0" in said.out
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
+    assert "at iteration" in printed.err and "; expected a finite number" in printed.err
+    assert "skipped, since it needs broken_seed0" in printed.out
     rows = json.loads((tmp_path / "output" / "study" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["baseline_seed0"]
 
@@ -129,12 +130,9 @@ def test_the_command_tried_fast(command, tmp_path, capsys):
 
 def trained_by(code, monkeypatch):
     """In place of the training command a few words of Python; the run's folder is ``folder``."""
-    code = (
-        "import os, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n" + code
-    )
-    monkeypatch.setattr(
-        training, "training_command", lambda config_file: [sys.executable, "-c", code, config_file]
-    )
+    first = "import os, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]).parent\n"
+    command = [sys.executable, "-c", first + code]
+    monkeypatch.setattr(training, "training_command", lambda config_file: [*command, config_file])
 
 
 @pytest.mark.parametrize(
@@ -146,18 +144,14 @@ def trained_by(code, monkeypatch):
         ("sys.exit(3)", "exit code 3"),
     ],
 )
-def test_a_process_that_dies_is_named_and_what_it_said_is_kept(
-    file, tmp_path, monkeypatch, code, found
-):
+def test_a_process_that_dies_is_named_and_its_output_kept(file, tmp_path, monkeypatch, code, found):
     trained_by(code, monkeypatch)
-    said = io.StringIO()
-    rows, failed = run(
-        file, tmp_path / "out", [0], ["baseline", "imitation"], ParallelRunner(2), said
-    )
+    printed, only = io.StringIO(), ["baseline", "imitation"]
+    rows, failed = run(file, tmp_path / "out", [0], only, ParallelRunner(2), printed)
     assert rows == [] and set(failed) == {"teacher", "baseline_seed0"}
     error = str(failed["baseline_seed0"])
     assert error.startswith(f"baseline_seed0: {found}") and "\n" not in error
-    assert f"failed: {error}" in said.getvalue()
+    assert f"failed: {error}" in printed.getvalue()
     kept = tmp_path / "out" / "baseline_seed0" / "stderr.txt"
     assert kept.exists() and str(kept) in error
     assert ("ZeroDivisionError" in kept.read_text()) == ("1 / 0" in code)
@@ -165,9 +159,8 @@ def test_a_process_that_dies_is_named_and_what_it_said_is_kept(
 
 def test_what_is_refused_before_its_first_step_leaves_no_trace(file, tmp_path, monkeypatch):
     line = "error: a.pth: missing: all of it; expected a file"
-    trained_by(
-        f"print({line!r}, 'and more', sep=chr(10), file=sys.stderr); sys.exit(2)", monkeypatch
-    )
+    code = f"print({line!r}, 'and more', sep=chr(10), file=sys.stderr); sys.exit(2)"
+    trained_by(code, monkeypatch)
     rows, failed = run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner())
     assert [f"error: {error}" for error in failed.values()] == [line] and rows == []
     assert not (tmp_path / "out").exists()
@@ -176,17 +169,17 @@ def test_what_is_refused_before_its_first_step_leaves_no_trace(file, tmp_path, m
 def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
     trained_by("(folder / 'metrics.json').touch(); time.sleep(600)", monkeypatch)
     started, metrics = [], tmp_path / "out" / "baseline_seed0" / "metrics.json"
-    popen = training.subprocess.Popen
 
-    def start(*arguments, **options):
-        started.append(popen(*arguments, **options))
-        return started[-1]
+    class Started(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
 
     def interrupt_once_it_trains(seconds):
         if metrics.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.subprocess, "Popen", start)
+    monkeypatch.setattr(training.subprocess, "Popen", Started)
     monkeypatch.setattr(schedule.time, "sleep", interrupt_once_it_trains)
     with pytest.raises(KeyboardInterrupt):
         run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner(2))
@@ -195,17 +188,15 @@ def test_an_interruption_leaves_nothing_running(file, tmp_path, monkeypatch):
     assert metrics.exists()  # and the next command goes on from there
 
 
-def _begin_and_wait(folder, told):
+def _begin_and_wait(folder, reported):
     config = OmegaConf.create(dict(model={}, train=dict(output_dir=folder, max_iter=1)))
     going_on = training.train_in_subprocess(config, "", print, 1, None)
     next(going_on)
-    told.send(going_on.gi_frame.f_locals["process"].pid)
-    told.recv()
+    reported.send(going_on.gi_frame.f_locals["process"].pid)
+    reported.recv()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "pidfd_open"), reason="the end of a grandchild is seen on Linux"
-)
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux shows a grandchild's end")
 def test_a_killed_study_leaves_nothing_running(tmp_path, monkeypatch):
     """Or the command that continues it would train beside what still trains."""
     trained_by("time.sleep(600)", monkeypatch)
@@ -223,9 +214,10 @@ def test_a_killed_study_leaves_nothing_running(tmp_path, monkeypatch):
 class Beside(ParallelRunner):
     """Two at a time, each for a few rounds; nothing is computed. Who trains beside whom is remembered."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__(jobs=2)
         self.running, self.seen = [], []
+        monkeypatch.setattr(schedule.time, "sleep", lambda seconds: None)
 
     def train(self, run, config, report):
         self.running.append(run.name)
@@ -240,33 +232,26 @@ class Beside(ParallelRunner):
         return dict(ratio=1.5, low=1.0, high=2.0, pairs=12, clock="cpu seconds")
 
 
-@pytest.fixture
-def without_waiting(monkeypatch):
-    monkeypatch.setattr(schedule.time, "sleep", lambda seconds: None)
-
-
-def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path, without_waiting):
+def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path, monkeypatch):
     run(file, tmp_path / "out", [0], ["baseline"])
-    beside = Beside()
+    beside = Beside(monkeypatch)
     run(file, tmp_path / "out", [0, 1], ["baseline", "longer"], beside)
     assert set(beside.seen[1]) == {"longer_seed0", "baseline_seed1"}
 
 
-def test_what_all_seeds_have_in_common_is_alone(file, tmp_path, without_waiting):
-    beside = Beside()
+def test_what_all_seeds_have_in_common_is_alone(file, tmp_path, monkeypatch):
+    beside = Beside(monkeypatch)
     run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], beside)
     assert max(map(len, beside.seen)) == 2
     assert all(names == ("teacher",) for names in beside.seen if "teacher" in names)
 
 
-def test_a_step_is_timed_while_nothing_else_is_trained(file, tmp_path, without_waiting):
+def test_a_step_is_timed_while_nothing_else_is_trained(file, tmp_path, monkeypatch):
     """And at the first such moment, so that no place waits for it later."""
     run(file, tmp_path / "out", [0], ["teacher"])
-    text = file.read_text().replace(
-        "runs = dict(", "runs = dict(equal=dict(config=_plain, match_time_of='imitation'),"
-    )
-    file.write_text(text)
-    beside = Beside()
+    equal = "runs = dict(equal=dict(config=_plain, match_time_of='imitation'),"
+    file.write_text(file.read_text().replace("runs = dict(", equal))
+    beside = Beside(monkeypatch)
     run(file, tmp_path / "out", [0, 1], ["baseline", "teacher", "equal"], beside)
     assert beside.seen[0] == ("cost",) and ("cost",) not in beside.seen[1:]
     assert sum("equal" in name for name in beside.seen[-1]) >= 1
@@ -288,9 +273,7 @@ def test_each_has_its_share_of_the_threads_and_of_the_gpus(file, tmp_path, monke
     run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], ParallelRunner(2))
     assert given[0] == ("teacher", 4, "5")
     assert sorted(given[1:]) == [("baseline_seed0", 2, "5"), ("baseline_seed1", 2, "7")]
-    given.clear()
-    run(file, tmp_path / "out", [0], ["baseline"], ParallelRunner(1))
-    assert given == [("baseline_seed0", 4, "5")]
-    given.clear()
-    run(file, tmp_path / "out", [0, 1, 2], ["baseline"], ParallelRunner(3))
-    assert [gpu for *_, gpu in given] == ["5", "7", "5"]
+    for seeds, expected in (([0], [(4, "5")]), ([0, 1, 2], [(1, "5"), (1, "7"), (1, "5")])):
+        given.clear()
+        run(file, tmp_path / "out", seeds, ["baseline"], ParallelRunner(len(seeds)))
+        assert [share for _, *share in given] == [list(one) for one in expected]

@@ -23,7 +23,9 @@ from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.losses.base import get_weight
 from d2kd.modeling import Distiller
 from d2kd.utils.errors import InputError
+from d2kd.utils.random_state import random_state
 
+from .resume_runs import differences
 from .tiny_run import distiller, draw_data, recipe, teacher_weights
 
 MODULE = "d2kd.benchmark.step_cost"
@@ -34,9 +36,9 @@ def off_from(fraction, before=1.0):
     return MultiStepParamScheduler([before, 1.0 - before], 1000, [round(1000 * fraction)])
 
 
-def model_with(max_iter, **losses):
+def model_with(**losses):
     model = nn.Module()
-    model.losses, model.max_iter = DistillLosses(**losses), max_iter
+    model.losses = DistillLosses(**losses)
     return model
 
 
@@ -49,8 +51,7 @@ def faked(monkeypatch):
         device = torch.device("cpu")
 
         def __init__(self, config):
-            self.config, self.max_iter = config, config.max_iter
-            self.model = config.model
+            self.config, self.max_iter, self.model = config, config.max_iter, config.model
             optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
             self._trainer = SimpleNamespace(optimizer=optimizer, run_step=self.run_step)
 
@@ -61,7 +62,7 @@ def faked(monkeypatch):
             iteration = get_event_storage().iter
             steps.append((self.config.name, iteration, torch.rand(()).item()))
             cost = 1.0
-            for name, loss in getattr(self.model, "losses", model_with(1).losses).by_name.items():
+            for name, loss in self.model.losses.by_name.items():
                 on = get_weight(loss.weight, iteration / self.max_iter) != 0
                 cost += on * self.config.costs[name]
             now[0] += cost * (1 + self.config.noise * noise.normal())
@@ -71,10 +72,10 @@ def faked(monkeypatch):
 
     def measure(costs, pairs=12, noise=0.0, max_iter=1000, report=None, **weights):
         losses = {name: ImitationLoss(weight=weight) for name, weight in weights.items()}
-        train = {"train": Train(), "noise": noise}
-        distilled = SimpleNamespace(name="distilled", model=model_with(max_iter, **losses), costs=costs, max_iter=max_iter, **train)  # fmt: skip
-        plain = SimpleNamespace(name="plain", model=nn.Module(), max_iter=max_iter, **train)
-        return step_cost(distilled, plain, pairs, report)
+        models = {"distilled": model_with(**losses), "plain": model_with()}
+        common = dict(train=Train(), noise=noise, max_iter=max_iter, costs=costs)
+        recipes = [SimpleNamespace(name=n, model=m, **common) for n, m in models.items()]
+        return step_cost(*recipes, pairs, report)
 
     measure.steps = steps
     return measure
@@ -88,8 +89,8 @@ class Train(SimpleNamespace):
 
 
 def test_a_constant_loss_has_the_ratio_of_its_step(faked):
-    found = faked({"a": 0.5}, a=1.0)
-    assert found == StepCost(pytest.approx(1.5), pytest.approx(1.5), pytest.approx(1.5), 12, "cpu seconds")  # fmt: skip
+    about = pytest.approx(1.5)
+    assert faked({"a": 0.5}, a=1.0) == StepCost(about, about, about, 12, "cpu seconds")
     assert faked({"a": 0.5}, a=0.0).ratio == pytest.approx(1.0)
 
 
@@ -114,8 +115,8 @@ def test_each_set_of_losses_is_measured(faked):
 
 
 def test_pairs_take_turns_on_equal_draws(faked):
-    told = []
-    found = faked({"a": 0.5}, 12, a=1.0, report=lambda *steps: told.append(steps))
+    reported = []
+    found = faked({"a": 0.5}, 12, a=1.0, report=lambda *steps: reported.append(steps))
     assert found.pairs == 12
     steps = [faked.steps[i : i + 2] for i in range(0, len(faked.steps), 2)]
     assert len(steps) == 3 * (1 + 4)  # one to warm up at each of three points
@@ -124,7 +125,7 @@ def test_pairs_take_turns_on_equal_draws(faked):
         assert [name for name, *_ in pair] == (names if k % 2 == 0 else names[::-1])
         assert pair[0][1:] == pair[1][1:]  # iteration and random draw
     assert sorted({iteration for _, iteration, _ in faked.steps}) == [0, 500, 999]
-    assert told == [(k, 15) for k in range(16)]
+    assert reported == [(k, 15) for k in range(16)]
     assert faked({"a": 0.5}, 13, a=1.0).pairs == 13
     faked.steps.clear()  # few pairs where few iterations are
     assert faked({"a": 0.5}, 40, a=off_from(0.9)).pairs >= 40
@@ -160,15 +161,14 @@ def test_the_interval_covers_the_ratio(faked):
     assert faked({"a": 0.5}, noise=0.0, a=1.0) == faked({"a": 0.5}, noise=0.0, a=1.0)
     # Of a single point it is the benchmark's, which holds 95 of 100.
     values = np.random.default_rng(0).lognormal(size=15)
-    assert dict(zip(("median", "low", "high"), _estimate([1.0], [values]))) == median_interval(
-        values
-    )
+    found = dict(zip(("median", "low", "high"), _estimate([1.0], [values])))
+    assert found == median_interval(values)
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 3, 7, 90_000])
 @pytest.mark.parametrize("loss", [TARLoss, ImitationLoss, ICDLoss])
 def test_the_points_stand_for_the_whole_run(loss, max_iter):
-    weights = _points(model_with(max_iter, it=loss()), max_iter)
+    weights = _points(model_with(it=loss()), max_iter)
     assert {0, max_iter - 1} <= set(weights) <= set(range(max_iter))
     assert sum(weights.values()) == pytest.approx(1.0)
     if max_iter == 90_000:  # the first iteration of ICD and TAR computes less, and stands for few
@@ -195,9 +195,9 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
     seen, before, forward = {True: [], False: []}, {}, TrainStep._forward
 
     def watched(self, batch):
-        seen[isinstance(self.model, Distiller)].append(
-            [(x["file_name"], x["image"].sum().item(), get_event_storage().iter) for x in batch]
-        )
+        now = get_event_storage().iter
+        images = [(x["file_name"], x["image"].sum().item(), now) for x in batch]
+        seen[isinstance(self.model, Distiller)].append(images)
         weights = [p.detach().clone() for p in self.model.parameters()]
         former = before.setdefault(self, weights)
         assert all(a.equal(b) for a, b in zip(weights, former, strict=True))
@@ -207,13 +207,10 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
     registered = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     files = set(tmp_path.rglob("*"))
-    torch.manual_seed(9)
     np.random.seed(9)
-    drawn = torch.rand(2).tolist(), np.random.rand()
-    torch.manual_seed(9)
-    np.random.seed(9)
+    state = random_state()
     found = step_cost(*recipes, pairs=12)
-    assert (torch.rand(2).tolist(), np.random.rand()) == drawn
+    assert differences(state, random_state()) == []
     assert seen[True] == seen[False] and len(seen[True]) == found.pairs + len({0, 4, 7})
     assert len({image for batch in seen[True] for image, *_ in batch}) == 6
     assert 0 < found.low <= found.ratio <= found.high and 12 <= found.pairs < 16

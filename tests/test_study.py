@@ -1,4 +1,4 @@
-"""Studies: what is planned, what is trained again and what is not, and what the figures say."""
+"""Studies: what is planned, what is trained again and what is not, and the figures."""
 
 import io
 import json
@@ -20,15 +20,15 @@ from d2kd.study import (
     SequentialRunner,
     TrainingResult,
     build_study,
-    load,
     load_and_plan,
+    load_study,
     prepare_recipe,
     run_study,
     train,
     write_tables_and_plots,
 )
-from d2kd.study.results import ap_metrics, gains, table, training_time
-from d2kd.study.text import aligned, markdown, t_interval
+from d2kd.study.results import ap_metrics, compute_gains, format_results, format_training_time
+from d2kd.study.text import format_markdown_table, format_text_table, t_interval
 from d2kd.utils.console import ProgressBar, suppress_output
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import PeakMemory
@@ -43,9 +43,9 @@ CLASSES = list(shapes.CLASSES)
 
 @pytest.fixture(autouse=True)
 def few_shapes(tmp_path):
-    shapes.register(tmp_path / "shapes", train=2, val=2, test=3)
+    shapes.register_shapes(tmp_path / "shapes", train=2, val=2, test=3)
     yield
-    shapes.register()
+    shapes.register_shapes()
 
 
 def recipe(steps=100, **model):
@@ -72,34 +72,30 @@ def study_of(**study):
 
 
 class FakeTraining:
-    """Trains at once: AP, or those of classes, and seconds by run or method; ``stop`` names a run to be interrupted in."""
+    """Trains at once: AP, or those of classes, by run or method; ``stop`` names a run to be interrupted in."""
 
-    def __init__(self, ap=None, seconds=None):
-        self.ap, self.seconds = ap or {}, seconds or {}
-        self.calls, self.configs, self.stop, self.error = [], {}, None, KeyboardInterrupt()
-        self.tests = {}
+    def __init__(self, ap=None):
+        self.ap, self.calls, self.configs, self.tests = ap or {}, [], {}, {}
+        self.stop, self.error = None, KeyboardInterrupt()
 
     def __call__(self, config, test, report):
-        folder = config.train.output_dir
-        name = folder.rsplit("/", 1)[1]
-        method = name.split("_seed")[0]
+        folder, steps = Path(config.train.output_dir), config.train.max_iter
+        name, weights = folder.name, folder / "model_final.pth"
         self.calls.append(name)
         self.configs[name], self.tests[name] = config, test
-        report(0, config.train.max_iter)
-        with open(f"{folder}/metrics.json", "a") as file:
+        report(0, steps)
+        with open(folder / "metrics.json", "a") as file:
             file.write('{"iteration": 0, "loss_cls": 1.0}\n')
         if name == self.stop:
             raise self.error
-        report(config.train.max_iter, config.train.max_iter)
-        weights = folder + "/model_final.pth"
-        with open(weights, "w") as file:
-            file.write(f"{name} {config.model} {config.train.max_iter}")
-        ap = self.ap.get(name, self.ap.get(method, 10.0))
+        report(steps, steps)
+        weights.write_text(f"{name} {config.model} {steps}")
+        ap = self.ap.get(name, self.ap.get(name.split("_seed")[0], 10.0))
         known = ap if isinstance(ap, list) else [ap] * (len(CLASSES) - 1)
         ap = sum(known) / len(known)
         metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": -1, "APm": ap, "APl": math.nan}
         metrics |= {f"AP-{name}": ap for name, ap in zip(CLASSES, known)}
-        return TrainingResult(metrics, 1234, self.seconds.get(method, 50.0), Path(weights))
+        return TrainingResult(metrics, 1234, 50.0, weights)
 
 
 class FakeCost:
@@ -115,11 +111,9 @@ class FakeCost:
         return found | dict(pairs=12, clock="cpu seconds")
 
 
-def run(study, output, train, seeds=(), only=(), fast=False, cost=None):
-    console = io.StringIO()
-    runs = study.plan(seeds, only, fast)
-    trainer = SequentialRunner(train, cost or FakeCost())
-    rows, failed = run_study(study, runs, output, trainer, console)
+def run(study, output, train, seeds=(), only=(), cost=None):
+    console, trainer = io.StringIO(), SequentialRunner(train, cost or FakeCost())
+    rows, failed = run_study(study, study.plan(seeds, only), output, trainer, console)
     return rows, failed, console.getvalue()
 
 
@@ -152,13 +146,10 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(teacher="x"))), "runs.tar.teacher: unknown 'x'"),
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
-        (
-            dict(runs=dict(teacher=dict(init_from="tar"))),
-            "runs.teacher.init_from: tar is made per seed",
-        ),
+        (dict(runs=dict(teacher=dict(init_from="tar"))), "teacher.init_from: tar is made per seed"),
         (
             dict(runs=dict(equal_time=dict(match_time_of="term"))),
-            "runs.equal_time.match_time_of: term has no teacher; expected a dis",
+            "equal_time.match_time_of: term has no teacher; expected a dis",
         ),
     ],
 )
@@ -170,75 +161,74 @@ def test_mistakes_are_named(change, message):
         build_study(config)
 
 
-def test_circles_and_unknown_methods_are_named():
+def test_circles_unknown_methods_and_missing_test_data_are_named():
     study = study_of()
     study.runs["baseline"].init_from = "longer"
     with pytest.raises(InputError, match="runs: longer needs baseline needs longer"):
         study.plan(only=["longer"])
     with pytest.raises(InputError, match="runs: unknown 'tra'; expected one of tar"):
         study.plan(only=["tra"])
+    with pytest.raises(InputError, match="no 'test'; expected test=<data set>, baseline=<method>"):
+        build_study({"study": {}, "runs": {}})
 
 
 def test_files_that_are_no_study(tmp_path):
     with pytest.raises(InputError, match="absent.py: no such config"):
-        load(tmp_path / "absent.py")
+        load_study(tmp_path / "absent.py")
     for text, message in (
         ("x = 1", "no dict named 'study'"),
         ("1 / 0", r"does not load \(ZeroDivisionError: .*\); expected a study"),
     ):
         (tmp_path / "s.py").write_text(text)
         with pytest.raises(InputError, match=f"s.py: {message}"):
-            load(tmp_path / "s.py")
+            load_study(tmp_path / "s.py")
 
 
-def test_sources_and_equal_time(tmp_path):
-    train = FakeTraining()
-    rows, failed, _ = run(study_of(), tmp_path, train, cost=FakeCost(1.508))
-    assert not failed and [row["method"] for row in rows] == [
-        "tar", "teacher", "baseline", "equal_time", "longer",
-    ]  # fmt: skip
-    configs = train.configs
-    assert configs["equal_time_seed0"].train.max_iter == 151
-    assert configs["equal_time_seed0"].model.max_iter == 151
-    assert configs["tar_seed0"].model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+def test_runs_have_their_sources_and_equal_time_is_measured_once(tmp_path):
+    train, cost = FakeTraining(), FakeCost(1.508)
+    rows, failed, printed = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    methods = ["tar", "teacher", "baseline", "equal_time", "longer"]
+    assert not failed and list(dict.fromkeys(row["method"] for row in rows)) == methods
+    teacher, configs = str(tmp_path / "teacher/model_final.pth"), train.configs
+    assert configs["tar_seed0"].model.teacher.weights == teacher
     start = str(tmp_path / "baseline_seed0/model_final.pth")
     assert configs["longer_seed0"].train.init_checkpoint == start
-
-
-def test_equal_time_is_measured_once_with_the_trained_teacher_and_not_again(tmp_path):
-    train, cost = FakeTraining(), FakeCost(1.5)
-    rows, _, said = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
+    assert configs["equal_time_seed0"].train.max_iter == 151
+    assert configs["equal_time_seed0"].model.max_iter == 151
     [(distilled, plain)] = cost.calls  # for both seeds
-    assert distilled.model.teacher.weights == str(tmp_path / "teacher/model_final.pth")
+    assert distilled.model.teacher.weights == teacher
     assert "teacher" not in plain.model and plain.train.max_iter == 100
-    assert said.count("1.50 (1.40 to 1.60) times a plain step, measured over 12 pairs") == 1
-    measured = dict(ratio=1.5, low=1.4, high=1.6, pairs=12, clock="cpu seconds")
+    assert printed.count("1.51 (1.41 to 1.61) times a plain step, measured over 12 pairs") == 1
+    measured = cost(None, None, lambda *_: None)
     written = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["step_cost"] for row in written if row["method"] == "equal_time"] == [measured] * 2
     assert {row["step_cost"] for row in written if row["method"] != "equal_time"} == {None}
     # A machine that is slower in another way tomorrow makes no other run of it.
     train.calls.clear()
+    cost.calls.clear()
     cost.ratio = 9.0
     again, _, _ = run(study_of(), tmp_path, train, seeds=[0, 1], cost=cost)
-    assert train.calls == [] and len(cost.calls) == 1 and again == rows
-    shown = "equal_time: 1.50 (1.40 to 1.60) times the steps of baseline, measured over 12 pairs"
+    assert train.calls == cost.calls == [] and again == rows
+    shown = "equal_time: 1.51 (1.41 to 1.61) times the steps of baseline, measured over 12 pairs"
     assert shown in write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
     assert shown in (tmp_path / "table.md").read_text()
-    # Another teacher, another cost.
+    # Another teacher, another student and another cost.
     other = study_of()
     other.runs["teacher"].config.model.width = 16
-    run(other, tmp_path, train, only=["equal_time"], cost=cost)
-    assert train.calls == ["teacher", "equal_time_seed0"] and len(cost.calls) == 2
+    run(other, tmp_path, train, seeds=[0], only=["tar", "baseline", "equal_time"], cost=cost)
+    assert train.calls == ["teacher", "tar_seed0", "equal_time_seed0"] and len(cost.calls) == 1
     assert train.configs["equal_time_seed0"].train.max_iter == 900
+    assert (tmp_path / "teacher.old1" / "model_final.pth").is_file()
+    assert (tmp_path / "equal_time_seed0.old1" / "model_final.pth").is_file()
 
 
 def test_an_equal_time_run_whose_steps_cannot_be_measured_fails_alone(tmp_path):
     def refuse(distilled, plain, report):
         raise InputError("train.device", "cuda", "cpu")
 
-    rows, failed, said = run(study_of(), tmp_path, FakeTraining(), cost=refuse)
+    rows, failed, printed = run(study_of(), tmp_path, FakeTraining(), cost=refuse)
     assert list(failed) == ["equal_time_seed0"] and len(rows) == 4
-    assert said.count("failed: train.device: cuda; expected cpu") == 1
+    assert printed.count("failed: train.device: cuda; expected cpu") == 1
 
 
 def test_results_have_the_promised_form(tmp_path):
@@ -250,11 +240,9 @@ def test_results_have_the_promised_form(tmp_path):
     assert [results[key] for key in about] == ["shapes_test", "baseline", "tar"]
     assert results["schema"] == 1
     row = next(row for row in results["rows"] if row["name"] == "tar_seed1")
-    assert list(row) == [
-        "name", "method", "seed", "AP", "AP50", "AP75", "APs", "APm", "APl", "per_class",
-        "parameters", "seconds", "config", "weights", "weights_sha256",
-        "teacher_sha256", "log", "peak_memory_mib", "step_cost",
-    ]  # fmt: skip
+    keys = "name method seed AP AP50 AP75 APs APm APl per_class parameters seconds config weights"
+    keys += " weights_sha256 teacher_sha256 log peak_memory_mib step_cost"
+    assert list(row) == keys.split()
     assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
     assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}
     gained = {"mean_gain": 5.0, "std_gain": 0.0, "interval": [5.0, 5.0], "gains": [5.0, 5.0]}
@@ -272,8 +260,8 @@ def test_finished_runs_are_not_trained_again_even_elsewhere(tmp_path):
     first, _, _ = run(study_of(), tmp_path / "a", train)
     (tmp_path / "a").rename(tmp_path / "b")
     train.calls.clear()
-    rows, _, said = run(study_of(), tmp_path / "b", train)
-    assert train.calls == [] and said.count("finished before") == 5
+    rows, _, printed = run(study_of(), tmp_path / "b", train)
+    assert train.calls == [] and printed.count("finished before") == 5
     assert [row["AP"] for row in rows] == [row["AP"] for row in first]
     assert all(str(tmp_path / "b") in row["weights"] for row in rows)
 
@@ -283,9 +271,8 @@ def test_an_interrupted_study_continues(tmp_path):
     train.stop = "baseline_seed0"
     with pytest.raises(KeyboardInterrupt):
         run(study_of(), tmp_path, train)
-    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())["rows"]} == {
-        "teacher", "tar_seed0",
-    }  # fmt: skip
+    written = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["name"] for row in written} == {"teacher", "tar_seed0"}
     train.stop = None
     train.calls.clear()
     run(study_of(), tmp_path, train)
@@ -302,27 +289,25 @@ def test_several_commands_add_up_to_one_table(tmp_path):
 
     def again(study, only):
         runs, every = study.plan([0], only), study.plan([0], list(study.runs))
-        console = io.StringIO()
-        trainer = SequentialRunner(train, FakeCost())
+        console, trainer = io.StringIO(), SequentialRunner(train, FakeCost())
         rows, failed = run_study(study, runs, tmp_path, trainer, console, every)
         assert not failed
         written = json.loads((tmp_path / "results.json").read_text())["rows"]
         assert [row["name"] for row in rows] == [row["name"] for row in written]
         return [row["name"] for row in rows], console.getvalue()
 
-    found, said = again(study_of(), ["longer"])
+    found, printed = again(study_of(), ["longer"])
     assert train.calls == ["longer_seed0"]
     first = ["tar_seed0", "teacher", "baseline_seed0", "equal_time_seed0"]
     assert found == [*first, "longer_seed0", "term_seed0"]
-    assert said.count("finished before") == 5
+    assert printed.count("finished before") == 5
 
     other = study_of()
-    other.runs[
-        "teacher"
-    ].config.model.width = 16  # and so TAR's, and that of its steps, are no longer its own
-    found, said = again(other, ["baseline"])
+    # And so TAR's, and that of its steps, are no longer its own.
+    other.runs["teacher"].config.model.width = 16
+    found, printed = again(other, ["baseline"])
     assert found == ["baseline_seed0", "longer_seed0", "term_seed0"]
-    assert "left out" not in said and "teacher" not in said
+    assert "left out" not in printed and "teacher" not in printed
     assert (tmp_path / "teacher" / "model_final.pth").is_file()  # nor is it moved aside
 
     train.stop = "longer_seed0"
@@ -344,35 +329,25 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, harm):
     assert train.calls == ["baseline_seed0"]
 
 
-def test_another_recipe_moves_the_old_run_aside(tmp_path):
-    train = FakeTraining()
-    run(study_of(), tmp_path, train, only=["baseline", "tar"])
-    study = study_of()
-    study.runs["teacher"].config.model.width = 16
-    train.calls.clear()
-    run(study, tmp_path, train, only=["baseline", "tar"])
-    assert train.calls == ["teacher", "tar_seed0"]  # other teacher, other student
-    assert (tmp_path / "teacher.old1" / "model_final.pth").is_file()
-    assert (tmp_path / "tar_seed0.old1" / "model_final.pth").is_file()
-
-
 def test_a_failing_run_takes_along_only_what_needs_it(tmp_path):
     train = FakeTraining()
     train.stop, train.error = "teacher", InputError("loss_cls", "nan", "a finite number")
-    rows, failed, said = run(study_of(), tmp_path, train)
+    rows, failed, printed = run(study_of(), tmp_path, train)
     assert [row["name"] for row in rows] == ["baseline_seed0", "longer_seed0"]
     assert list(failed) == ["teacher"]
-    assert "failed: loss_cls: nan" in said and said.count("skipped, since it needs teacher") == 2
-    said = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
-    assert "over baseline" in said
-    time = training_time(rows)
-    assert time in said and time in (tmp_path / "table.md").read_text()
+    assert (
+        "failed: loss_cls: nan" in printed and printed.count("skipped, since it needs teacher") == 2
+    )
+    printed = write_tables_and_plots(tmp_path, study_of(pictures=0), [], rows)
+    assert "over baseline" in printed
+    time = format_training_time(rows)
+    assert time in printed and time in (tmp_path / "table.md").read_text()
 
 
 def test_the_time_of_all_runs_is_added_up():
     rows = [{"seconds": 3600.0}, {"seconds": 1800.5}, {"seconds": 130.0}]
-    assert training_time(rows) == "3 runs, trained in 1 h 32 min added up"
-    assert training_time([{"seconds": 3599}]) == "1 run, trained in 1 h 00 min"
+    assert format_training_time(rows) == "3 runs, trained in 1 h 32 min added up"
+    assert format_training_time([{"seconds": 3599}]) == "1 run, trained in 1 h 00 min"
 
 
 def test_what_fails_before_its_first_step_leaves_no_trace(tmp_path):
@@ -407,35 +382,26 @@ def test_fingerprints_are_of_content(tmp_path):
         def __init__(self, value):
             self.value = value
 
-    keys = []
-    for value in (1, 1, 2):
+    def held(value):
         study = study_of()
         study.runs["baseline"].config.model.held = Held(value)
-        keys.append(key(study))
-    assert keys[0] == keys[1] != keys[2]
+        return key(study)
+
+    assert held(1) == held(1) != held(2)
 
 
-def row(method, seed, ap, seconds=10.0):
-    filled = ap_metrics({"AP": ap, "AP50": ap}, ["x"])
-    return dict(
-        name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=seconds, **filled
-    )
+def row(method, seed, ap):
+    about = dict(name=f"{method}{seed}", method=method, seed=seed, parameters=5, seconds=10.0)
+    return about | ap_metrics({"AP": ap, "AP50": ap}, ["x"])
 
 
 def test_gains_are_paired():
     rows = [row("b", 0, 10), row("b", 1, 30), row("m", 1, 33), row("m", 0, 11), row("m", 2, 9)]
-    assert gains(rows, "m", "b") == {
-        "mean_gain": 2.0,
-        "std_gain": math.sqrt(2),
-        "interval": pytest.approx((2 - 12.706, 2 + 12.706)),
-        "gains": [1.0, 3.0, None],
-    }
-    assert gains(rows[:1] + rows[3:4], "m", "b") == {
-        "mean_gain": 1.0,
-        "std_gain": None,
-        "interval": None,
-        "gains": [1.0],
-    }
+    interval = pytest.approx((2 - 12.706, 2 + 12.706))
+    found = {"mean_gain": 2.0, "std_gain": math.sqrt(2), "interval": interval}
+    assert compute_gains(rows, "m", "b") == found | {"gains": [1.0, 3.0, None]}
+    found = {"mean_gain": 1.0, "std_gain": None, "interval": None, "gains": [1.0]}
+    assert compute_gains(rows[:1] + rows[3:4], "m", "b") == found
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 30])
@@ -449,15 +415,13 @@ def test_the_interval_covers_the_mean_95_times_in_100(count):
 
 def test_tables_as_text_and_as_markdown():
     lines = [["a", "bb"], ["  c", "1.0"], ["", "-"]]
-    assert aligned(lines).splitlines() == [
-        "a      bb", "---  ----", "  c   1.0", "        -"
-    ]  # fmt: skip
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(lines).splitlines()
-    ]
+    expected = ["a      bb", "---  ----", "  c   1.0", "        -"]
+    assert format_text_table(lines).splitlines() == expected
+    cells = [line.split("|")[1:-1] for line in format_markdown_table(lines).splitlines()]
+    cells = [[cell.strip() for cell in line] for line in cells]
     assert [cells[0], *cells[2:]] == [["a", "bb"], ["c", "1.0"], ["", "-"]]
     assert all(set(cell) <= set("-:") for cell in cells[1])
-    assert len(aligned(lines[:1]).splitlines()) == 2
+    assert len(format_text_table(lines[:1]).splitlines()) == 2
 
 
 class Terminal(io.StringIO):
@@ -475,69 +439,59 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
             line(step, 100)
         line.close("AP 1.0")
         line.close("shared_across_seeds")
-        said = console.getvalue()
-        assert said.endswith("  tar  AP 1.0\n")
-        assert "step 70/100  00:30 elapsed  00:30 left" in said  # by the steps that were made here
+        printed = console.getvalue()
+        assert printed.endswith("  tar  AP 1.0\n")
+        assert "70/100  00:30 elapsed  00:30 left" in printed  # by the steps that were made here
         if console.isatty():
-            assert said.count("\n") == 1 and "step 100/100" in said
+            assert printed.count("\n") == 1 and "100/100" in printed
         else:
-            assert "\r" not in said and 3 <= said.count("\n") <= 5
+            assert "\r" not in printed and 3 <= printed.count("\n") <= 5
 
 
 def test_an_only_class_and_undefined_figures():
     assert ap_metrics({"AP": 7.0}, ["x"])["per_class"] == {"x": 7.0}
-    for value in (math.nan, -1, None, math.inf):
-        assert ap_metrics({"AP": value}, ["x"])["AP"] is None
-    assert ap_metrics({"AP": 0.0}, ["x"])["AP"] == 0.0
+    expected = {math.nan: None, -1: None, None: None, math.inf: None, 0.0: 0.0}
+    assert [ap_metrics({"AP": value}, ["x"])["AP"] for value in expected] == [*expected.values()]
 
 
 def test_the_table_shows_each_seed():
-    rows = [
-        row("teacher", 0, 42),
-        row("b", 0, 10),
-        row("b", 1, 12),
-        row("m", 0, 11),
-        row("m", 1, 15),
+    rows = [row("teacher", 0, 42), row("b", 0, 10), row("b", 1, 12), row("m", 0, 11)]
+    rows += [row("m", 1, 15), row("i", 0, -1), row("i", 1, 11.99)]
+    lines = [
+        line.split() for line in format_results(rows, "val", ["b", "i"], ["m", "i"]).splitlines()
     ]
-    rows += [row("i", 0, -1), row("i", 1, 11.99)]
-    lines = [line.split() for line in table(rows, "val", ["b", "i"], ["m", "i"]).splitlines()]
     assert ["AP", "42.0", "11.0", "±1.4", "13.0", "±2.8", "12.0"] in lines
     assert ["AP", "small", "-", "-", "-", "-"] in lines
     assert ["m", "mean", "+2.0", "±1.4", "+3.0"] in lines
     assert ["95", "%", "-10.7", "to", "+14.7", "-"] in lines
     assert ["seed", "0", "+1.0", "-"] in lines and ["seed", "1", "+3.0", "+3.0"] in lines
     assert ["i", "mean", "+0.0"] in lines
-    one = table(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
+    one = format_results(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
     assert one.splitlines()[-1].split() == ["m", "seed", "0", "+1.0"]
-    assert "gain" not in table(rows[:1], "val", ["b"], ["m"])
+    assert "gain" not in format_results(rows[:1], "val", ["b"], ["m"])
 
 
 def test_closing_words_name_what_to_open(tmp_path):
     train = FakeTraining()
     study = study_of(pictures=2)
-    runs = study.plan([0])
-    rows, _ = run_study(study, runs, tmp_path, SequentialRunner(train, FakeCost()), io.StringIO())
-    words = write_tables_and_plots(tmp_path, study, runs, rows)
+    rows, _, _ = run(study, tmp_path, train, [0])
+    words = write_tables_and_plots(tmp_path, study, study.plan([0]), rows)
     for name in ("pictures", "curves.png", "gains.png", "results.json", "table.txt", "table.md"):
         assert str(tmp_path / name) in words and (tmp_path / name).exists()
     written = (tmp_path / "table.md").read_text()
-    for run in rows:
-        assert f"[config]({run['name']}/config.yaml)" in written
-        assert f"[log]({run['name']}/log.txt)" in written
-        assert run["weights_sha256"][:12] in written
-    (teacher,) = [run for run in rows if run["method"] == "teacher"]
-    (taught,) = [run for run in rows if run["method"] == "tar"]
-    assert teacher["teacher_sha256"] is None
-    assert taught["teacher_sha256"] == teacher["weights_sha256"]
+    for row in rows:
+        assert f"[config]({row['name']}/config.yaml)" in written
+        assert f"[log]({row['name']}/log.txt)" in written
+        assert row["weights_sha256"][:12] in written
+    of = {row["method"]: row for row in rows}
+    assert of["teacher"]["teacher_sha256"] is None
+    assert of["tar"]["teacher_sha256"] == of["teacher"]["weights_sha256"]
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-STUDIES = [
-    path.relative_to(ROOT)
-    for path in sorted(ROOT.glob("projects/*/studies/*.py"))
-    if path.stem != "common"
-]
-OF_STEPS = "projects/ERD/studies"
+STUDIES = sorted(ROOT.glob("projects/*/studies/*.py"))
+STUDIES = [path.relative_to(ROOT) for path in STUDIES if path.stem != "common"]
+INCREMENTAL = "projects/ERD/studies"
 
 
 def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
@@ -553,9 +507,9 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     if "bccd" in path.stem:
         with pytest.raises(InputError, match="D2KD_BCCD: not set; expected the folder"):
-            load(str(path))
+            load_study(str(path))
         monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
-    study = load(str(path))
+    study = load_study(str(path))
     planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
     if "bccd" in path.stem:
         for run in planned.values():
@@ -569,18 +523,12 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
             of["optimizer"].pop("lr")
         assert gfl == retinanet
         return
-    if str(path.parent) == OF_STEPS:
-        assert (
-            study.increments
-            and study.upper_bound
-            and set(planned) == {f"{m}_seed0" for m in study.runs}
-        )
+    if str(path.parent) == INCREMENTAL:
+        assert study.increments and study.upper_bound
+        assert set(planned) == {f"{m}_seed0" for m in study.runs}
         for run in planned.values():
-            assert (
-                ("losses" in run.config.model)
-                == bool(run.teacher)
-                == ((study.increment_of(run.method) or 1) > 1)
-            )
+            later = (study.increment_of(run.method) or 1) > 1
+            assert ("losses" in run.config.model) == bool(run.teacher) == later
         return
     assert {"teacher", "baseline_seed0"} <= planned.keys()
     assert any(name.startswith("baseline_equal_time") for name in planned)
@@ -602,9 +550,8 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
 )
 def test_rows_differ_in_what_their_gain_is_of(path, method):
     """Each way to distil is its own; beside it nothing changes but what the student inherits."""
-    study = build_study(
-        OmegaConf.merge(LazyConfig.load(f"projects/{path}.py"), {"study": {"test": "x"}})
-    )
+    content = LazyConfig.load(f"projects/{path}.py")
+    study = build_study(OmegaConf.merge(content, {"study": {"test": "x"}}))
     rows = {}
     for run in study.plan([0], only=list(study.runs)):
         config = OmegaConf.to_container(run.config, resolve=False)
@@ -620,12 +567,12 @@ def test_rows_differ_in_what_their_gain_is_of(path, method):
 def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
     alive = []
 
-    class Heard(Trainer):
+    class Watched(Trainer):
         def __init__(self, config):
             super().__init__(config)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr("d2kd.study.run.Trainer", Heard)
+    monkeypatch.setattr("d2kd.study.run.Trainer", Watched)
     draw_data(tmp_path / "data")
     config = tiny_recipe(tmp_path / "data", tmp_path / "run", max_iter=1)
     train(config, config.dataloader.test.dataset.names, lambda step, steps: None)
@@ -633,29 +580,25 @@ def test_a_finished_run_is_not_in_the_memory_of_the_next(tmp_path, monkeypatch):
     assert len(alive) == 1 and alive[0]() is None
 
 
+FAST = """train.max_iter=2 train.eval_period=0 train.checkpointer.period=1 train.log_period=1
+train.device=cpu train.eval_teacher=False dataloader.train.total_batch_size=2
+dataloader.train.num_workers=0 dataloader.test.num_workers=0""".split()
+
+
 def test_a_real_study_trains_measures_and_continues(tmp_path):
-    study = load("projects/TAR/studies/shapes.py")
-    for teacher in (
-        study.runs["teacher"].config.model,
-        study.runs["tar"].config.model.teacher.detector,
-    ):
+    study = load_study("projects/TAR/studies/shapes.py")
+    models = study.runs["teacher"].config.model, study.runs["tar"].config.model.teacher.detector
+    for teacher in models:
         teacher.backbone.bottom_up.width = 4
-    study = build_study(dict(runs=study.runs, study=dict(
-        test="shapes_test", baseline="baseline", featured="tar", pictures=1,
-        fast=["train.max_iter=2", "train.eval_period=0", "train.checkpointer.period=1",
-              "train.log_period=1", "train.device=cpu", "dataloader.train.total_batch_size=2",
-              "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
-    )))  # fmt: skip
+    about = dict(test="shapes_test", baseline="baseline", featured="tar", pictures=1, fast=FAST)
+    study = build_study(dict(runs=study.runs, study=about))
     runs = study.plan(only=["baseline", "tar"], fast=True)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, runs, tmp_path, SequentialRunner(interrupted_in("tar")), io.StringIO())
     assert not (tmp_path / "tar_seed0" / "model_final.pth").exists()
     rows, failed = run_study(study, runs, tmp_path, console=io.StringIO())
-    assert not failed and [row["name"] for row in rows] == [
-        "teacher",
-        "baseline_seed0",
-        "tar_seed0",
-    ]
+    assert not failed
+    assert [row["name"] for row in rows] == ["teacher", "baseline_seed0", "tar_seed0"]
     assert all(row["seconds"] > 0 and 0 <= row["AP"] <= 100 for row in rows)
     assert rows[1]["parameters"] == rows[2]["parameters"]  # the student's alone
     for row in rows:
@@ -675,17 +618,8 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
     assert again[-1]["peak_memory_mib"] == 3
 
 
-def test_a_study_without_data_to_test_on_is_refused(refuses):
-    content = {"study": {}, "runs": {}}
-    refuses(
-        lambda: build_study(content),
-        "study: no 'test'; expected test=<data set>, baseline=<method>",
-    )
-
-
 def test_no_runs_at_a_time_are_refused(refuses):
-    line = "--jobs: 0; expected 1 or more"
-    refuses(lambda: command("study")(["none.py", "--jobs", 0]), line)
+    refuses(lambda: command("study")(["none.py", "--jobs", 0]), "--jobs: 0; expected 1 or more")
 
 
 def test_what_is_quiet_for_a_while_is_as_loud_as_before():

@@ -9,7 +9,6 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
 from detectron2.engine import hooks
 from omegaconf import OmegaConf
-from torch import nn
 from torch.optim import AdamW
 
 from d2kd.config import Train, apply_overrides, get_config, load, train_defaults, with_defaults
@@ -58,9 +57,7 @@ WRONG = {
     "train.clip_gradients.clip_value: nan; expected a number above 0": {
         "clip_gradients": {"clip_value": float("nan")}
     },
-    "train.clip_gradients.norm_type: 0.0; expected a number above": {
-        "clip_gradients": {"norm_type": 0}
-    },
+    "clip_gradients.norm_type: 0.0; expected a number": {"clip_gradients": {"norm_type": 0}},
 }
 
 
@@ -75,15 +72,12 @@ def test_what_is_wrong_is_one_line(base, line):
         Trainer(config)
 
 
-@pytest.mark.parametrize("train", [None, 5, "x", [1]])
-def test_it_is_a_mapping(base, train):
+@pytest.mark.parametrize("value", [None, 5, "x", [1]])
+@pytest.mark.parametrize("key, expected", [("train", "a mapping"), ("optimizer", "a node")])
+def test_it_is_a_mapping(base, key, expected, value):
     config = copy.deepcopy(base)
-    config.train = train
-    with pytest.raises(InputError, match="train: .*; expected a mapping"):
-        with_defaults(config)
-    config = copy.deepcopy(base)
-    config.optimizer = train
-    with pytest.raises(InputError, match="optimizer: .*; expected a node"):
+    config[key] = value
+    with pytest.raises(InputError, match=f"{key}: .*; expected {expected}"):
         with_defaults(config)
 
 
@@ -95,10 +89,8 @@ def test_overrides_are_checked_too(base):
     }.items():
         with pytest.raises(InputError, match=line):
             apply_overrides(copy.deepcopy(base), [text])
-    config = apply_overrides(
-        copy.deepcopy(base),
-        ["train.user.ema.decay=0.9", "train.checkpointer.max_to_keep=null", "train.seed=null"],
-    )
+    words = "train.user.ema.decay=0.9 train.checkpointer.max_to_keep=null train.seed=null".split()
+    config = apply_overrides(copy.deepcopy(base), words)
     assert config.train.user.ema.decay == 0.9
     assert config.train.checkpointer.max_to_keep is None and config.train.seed is None
 
@@ -117,41 +109,25 @@ def test_it_stays_an_ordinary_mapping(base):
     assert OmegaConf.is_interpolation(complete.train, "eval_period")
 
 
+def overridden(name):
+    def method(cls, cfg, *args, **options):
+        if name == "build_test_loader":
+            assert {*args, *options.values()} <= {*DatasetCatalog.list()}
+        else:
+            cls.built.append(name)
+        return getattr(super(Mine, cls), name)(cfg, *args, **options)
+
+    return classmethod(method)
+
+
 class Mine(Trainer):
-    """Overrides what Detectron2 documents, with its signatures."""
+    """Overrides what Detectron2 documents."""
 
     built = []
-
-    @classmethod
-    def build_model(cls, cfg):
-        cls.built.append("model")
-        return super().build_model(cfg)
-
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        assert isinstance(model, nn.Module)
-        cls.built.append("optimizer")
-        return super().build_optimizer(cfg, model)
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        cls.built.append("train_loader")
-        return super().build_train_loader(cfg)
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        assert dataset_name in DatasetCatalog.list()
-        return super().build_test_loader(cfg, dataset_name)
-
-    @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        cls.built.append("results")
-        return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        cls.built.append("evaluator")
-        return super().build_evaluator(cfg, dataset_name)
+    build_model, build_optimizer = overridden("build_model"), overridden("build_optimizer")
+    build_train_loader = overridden("build_train_loader")
+    test, build_test_loader = overridden("test"), overridden("build_test_loader")
+    build_evaluator = overridden("build_evaluator")
 
     def build_hooks(self):
         def log(trainer):
@@ -164,14 +140,14 @@ def test_a_subclass_overrides_what_detectron2_documents(data, tmp_path):  # noqa
     config = recipe(data, tmp_path, distiller(), max_iter=1, user={"mine": 3})
     Mine.built.clear()
     trainer = Mine(config)
-    assert trainer.built == ["model", "optimizer", "train_loader"]
+    assert trainer.built == ["build_model", "build_optimizer", "build_train_loader"]
     trainer.train()
-    assert trainer.built[3:] == ["results", "evaluator"] * 2  # the teacher's, the student's
+    assert trainer.built[3:] == ["test", "build_evaluator"] * 2  # the teacher's, the student's
     assert '"mine": 3' in (tmp_path / "metrics.json").read_text()  # though its hook came last
     config.train.max_iter = 2
     trainer = Mine(config)
     trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == 1 and trainer.built.count("train_loader") == 3
+    assert trainer.start_iter == 1 and trainer.built.count("build_train_loader") == 3
     trainer.train()
 
 
@@ -192,14 +168,7 @@ def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path)
     assert "config.yaml: cannot be written" in (tmp_path / "log.txt").read_text()
 
 
-def test_its_hooks_are_in_one_list(data, tmp_path):  # noqa: F811
+def test_checkpoints_come_before_evaluations_and_the_log_is_written_last(data, tmp_path):  # noqa: F811
     names = [type(hook).__name__ for hook in Trainer(recipe(data, tmp_path, distiller()))._hooks]
-    assert names == [
-        "EvalTeacher",
-        "IterationTimer",
-        "LRScheduler",
-        "PeriodicCheckpoint",
-        "ResumableEvalHook",
-        "BestCheckpoint",
-        "LazyPeriodicWriter",
-    ]
+    order = "EvalTeacher IterationTimer LRScheduler PeriodicCheckpoint ResumableEvalHook"
+    assert names == [*order.split(), "BestCheckpoint", "LazyPeriodicWriter"]

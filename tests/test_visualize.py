@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,21 +13,12 @@ from PIL import Image
 from d2kd.config import load
 from d2kd.tools.visualize import detectors_of
 
-from .common import build, command, refusal, tiny_faster_rcnn
+from .common import ROOT, build, command, refusal, tiny_faster_rcnn
 from .test_panels import panels_of
-from .tiny_run import draw_data, teacher_weights
+from .tiny_run import draw_data, teacher_weights, write_recipe
 
-ROOT = Path(__file__).parent.parent
-RECIPE = """
-from pathlib import Path
-
-from tests.tiny_run import distiller, recipe
-
-_here = Path(__file__).parent
-_cfg = recipe(_here / "data", _here / "out", distiller())
-_cfg.dataloader.test.dataset.names.name = "mine_val"
-model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.train
-"""
+RECIPE = "recipe(_here / 'data', _here / 'out', distiller())"
+NAMED = "dataloader.test.dataset.names.name = 'mine_val'"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +27,8 @@ def folder(tmp_path_factory):
     draw_data(folder / "data")
     teacher_weights(folder)
     torch.save({"model": build(tiny_faster_rcnn()).state_dict()}, folder / "student.pth")
-    (folder / "recipe.py").write_text(RECIPE)
+    write_recipe(folder / "recipe.py", RECIPE, NAMED)
+    write_recipe(folder / "plain.py", RECIPE.replace("distiller()", "None"), NAMED)
     return folder
 
 
@@ -47,25 +38,18 @@ def run_tool(name, *words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def look(folder, dataset):
+def words_of(folder, dataset="mine_val"):
     words = ["--config-file", folder / "recipe.py", "--dataset", dataset]
-    words += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
-    return run_tool("visualize.py", *words, "--output", folder / "pictures", "--number", "2")
+    return [*words, "--weights", *(f"{who}={folder}/{who}.pth" for who in ("student", "teacher"))]
 
 
-def test_data_of_the_recipe_is_found_by_its_name(folder):
-    done = look(folder, "mine_val")
-    assert done.returncode == 0, done.stderr
-    assert "ground truth | teacher | student: 2 pictures" in done.stdout
-    assert len(list((folder / "pictures").glob("*.png"))) == 2
+def test_what_scores_below_the_threshold_is_not_drawn(folder, tmp_path, capsys):
+    """Data of the recipe are found by their name."""
 
-
-def test_what_scores_below_the_threshold_is_not_drawn(folder, tmp_path):
     def panels(threshold):
-        words = ["--config-file", folder / "recipe.py", "--dataset", "mine_val", "--number", 1]
-        words += ["--weights", f"student={folder}/student.pth", f"teacher={folder}/teacher.pth"]
-        words += ["--output", tmp_path / str(threshold), "--threshold", threshold]
-        command("visualize")(words)
+        words = ["--output", tmp_path / str(threshold), "--threshold", threshold, "--number", 1]
+        command("visualize")([*words_of(folder), *words])
+        assert "ground truth | teacher | student: 1 pictures" in capsys.readouterr().out
         [picture] = (tmp_path / str(threshold)).glob("*.png")
         return panels_of(np.asarray(Image.open(picture)), 3)
 
@@ -87,43 +71,32 @@ def test_a_detector_is_drawn_with_the_names_in_its_file(folder, tmp_path):
         torch.save(content | ({"classes": named} if named else {}), files["student"])
         config.model.classes = recipes
         found = detectors_of(config, files, "mine_val")
-        assert {who: list(names) for who, (_, names) in found.items()} == {
-            "teacher": expected,
-            "student": expected,
-        }
+        assert {who: list(names) for who, (_, names) in found.items()} == dict.fromkeys(
+            ("teacher", "student"), expected
+        )
 
 
 def test_other_data_is_refused_in_one_line(folder):
-    done = look(folder, "mine_vla")
+    done = run_tool("visualize.py", *words_of(folder, "mine_vla"), "--output", folder / "pictures")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: data set 'mine_vla'")
 
 
-ICD_RECIPE = """
-from pathlib import Path
-
+ICD = """
 from detectron2.config import LazyCall as L
-
 from d2kd.data import estimate_priors
-from d2kd.losses import DistillLosses, ICDLoss
-from tests.tiny_run import distiller, recipe, without_evaluation
-
-_here = Path(__file__).parent
+from d2kd.losses import ICDLoss
+del model.losses["imitation"]
 _priors = L(estimate_priors)(names="${dataloader.train.dataset.names}")
-_losses = L(DistillLosses)(icd=L(ICDLoss)(heads=4, priors=_priors))
-_cfg = recipe(_here / "data", _here / "out", distiller(losses=_losses), max_iter=1)
-_cfg = without_evaluation(_cfg)
-_cfg.dataloader.test.dataset.names.name = "mine_val"
-model, dataloader, optimizer, train = _cfg.model, _cfg.dataloader, _cfg.optimizer, _cfg.train
-"""
+model.losses.icd = L(ICDLoss)(heads=4, priors=_priors)
+""".split("\n")
 
 
 def test_attention_of_a_run(folder, capfd):
     """What training leaves is enough; what leaves no decoder is refused in one line."""
-    (folder / "icd.py").write_text(ICD_RECIPE)
-    trained = run_tool(
-        "train_net.py", "--config-file", folder / "icd.py", f"model.teacher.weights={folder}/teacher.pth"
-    )  # fmt: skip
+    icd = write_recipe(folder / "icd.py", f"without_evaluation({RECIPE})", NAMED, *ICD)
+    weights = f"model.teacher.weights={folder}/teacher.pth"
+    trained = run_tool("train_net.py", "--config-file", icd, weights, "train.max_iter=1")
     assert trained.returncode == 0, trained.stderr
 
     given = ["--what", "attention", "--dataset", "mine_val", "--number", "2"]
@@ -148,10 +121,7 @@ def test_attention_of_a_run(folder, capfd):
         ("recipe.py --number 0", "--number: 0; expected at least 1"),
         ("recipe.py dataloader.test.mapper=null", "recipe.py: no dataloader.test.mapper; expected"),
         ("recipe.py train.output_dir=gone", "--weights: no student, and no gone/model_final.pth; "),
-        (
-            "plain.py --what attention",
-            "--what attention: a plain recipe; expected one that distils",
-        ),
+        ("plain.py --what attention", "--what attention: a plain recipe; expected one that"),
         ("recipe.py --what selection", "--weights: no teacher, and none in the recipe; expected"),
         (
             "recipe.py --what selection --weights teacher={folder}/teacher.pth",
@@ -164,7 +134,6 @@ def test_attention_of_a_run(folder, capfd):
     ],
 )
 def test_refused_in_one_line(folder, refuses, words, line):
-    (folder / "plain.py").write_text(RECIPE.replace("distiller())", "None)"))
     config, *more = words.format(folder=folder).split()
     given = ["--config-file", folder / config, "--dataset", "mine_val", "--output", "pictures"]
     refuses(lambda: command("visualize")([*given, *more]), line)

@@ -82,6 +82,14 @@ def recipe(data: Path, output: Path, model: DictConfig | None = None, **train) -
     )
 
 
+def write_recipe(file: Path, made: str, *more: str) -> Path:
+    """A file of the recipe that this expression makes, of functions of this module; further lines may change it."""
+    names = "from tests.tiny_run import distiller, recipe, without_evaluation"
+    head = ["from pathlib import Path", names, "_here = Path(__file__).parent"]
+    file.write_text("\n".join([*head, f"globals().update({made})", *more, ""]))
+    return file
+
+
 def without_evaluation(config: DictConfig) -> DictConfig:
     del config.dataloader["evaluator"]
     return config

@@ -8,6 +8,7 @@ prints a line for each comparison and a closing line with counts; exit code 1 if
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -20,12 +21,8 @@ from pathlib import Path
 
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
-from detectron2.engine import HookBase, SimpleTrainer
-from detectron2.solver import LRMultiplier
+from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +36,7 @@ from d2kd.utils.errors import report_input_errors
 
 from .common import one_thread
 from .recorded import LOSSES, Recorded, relative
-from .resume_runs import OBJECTS, differences, erd, first_step, quiet, run, saved
+from .resume_runs import OBJECTS, differences, erd, gfl_increment, quiet, run, saved, stock
 from .tiny_run import distiller, draw_data, recipe, without_evaluation
 
 BOUND = 1e-5
@@ -56,12 +53,12 @@ def loss_difference(name: str, parts: list[tuple[Tensor, dict]], deal: list[list
     found = [relative(sum(value for value, _ in parts) / 2, whole)]
     for key, gradient in gradients.items():
         if key.startswith("student."):
-            mine = torch.cat([part[key] for _, part in parts]) / 2
-            theirs = torch.cat([recorded.by_image(key, gradient, images) for images in deal])
+            of_two = torch.cat([part[key] for _, part in parts]) / 2
+            of_one = torch.cat([recorded.by_image(key, gradient, images) for images in deal])
         else:
-            mine, theirs = sum(part[key] for _, part in parts) / 2, gradient
-        if theirs.norm() > 1e-8:
-            found.append(relative(mine, theirs))
+            of_two, of_one = sum(part[key] for _, part in parts) / 2, gradient
+        if of_one.norm() > 1e-8:
+            found.append(relative(of_two, of_one))
     return max(found)
 
 
@@ -69,7 +66,7 @@ def loss_difference(name: str, parts: list[tuple[Tensor, dict]], deal: list[list
 
 
 def gfl_run(data: Path, folder: Path) -> DictConfig:
-    return first_step(data, folder / "first step" / "resumed")
+    return gfl_increment(data, folder / "first step" / "resumed", 1)
 
 
 def erd_run(data: Path, folder: Path) -> DictConfig:
@@ -95,33 +92,12 @@ def stock_run(data: Path, folder: Path, node: Callable = tiny_faster_rcnn) -> Di
     return without_evaluation(config)
 
 
+in_ddp = functools.partial(DistributedDataParallel, broadcast_buffers=False)
+
+
 def state(student: torch.nn.Module) -> dict:
     """Its weights, and what a dense detector counts and keeps beside them."""
     return {**student.state_dict(), "normalizer": getattr(student, "loss_normalizer", None)}
-
-
-def stock(config: DictConfig) -> dict:
-    """What Detectron2 alone makes of the student, in as many processes as there are."""
-    config = with_defaults(config)
-    seed_all_rng(3)
-    model = instantiate(config.model.student)
-    config.optimizer.params.model = model
-    optimizer = instantiate(config.optimizer)
-    rank = torch.distributed.get_rank()
-    seed_all_rng(3 + rank)
-    trainer = SimpleTrainer(
-        DistributedDataParallel(model, broadcast_buffers=False),
-        instantiate(config.dataloader.train),
-        optimizer,
-    )
-    schedule = LRMultiplier(optimizer, instantiate(config.lr_multiplier), max_iter=4)
-    seed_all_rng(3 + rank)
-    with EventStorage() as storage:
-        for step in range(4):
-            storage.iter = trainer.iter = step
-            trainer.run_step()
-            schedule.step()
-    return state(model)
 
 
 def evaluation(data: Path, folder: Path) -> dict:
@@ -135,10 +111,10 @@ def evaluation(data: Path, folder: Path) -> dict:
             truth = [a for a in content["annotations"] if a["image_id"] == i]
             boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4) + i % 4
             boxes[:, 2:] += boxes[:, :2]
-            said = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes))
-            said.scores = torch.full((len(truth),), 1 / (1 + i))
-            said.pred_classes = torch.tensor([a["category_id"] - 1 for a in truth]).long()
-            found.append({"instances": said})
+            printed = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes))
+            printed.scores = torch.full((len(truth),), 1 / (1 + i))
+            printed.pred_classes = torch.tensor([a["category_id"] - 1 for a in truth]).long()
+            found.append({"instances": printed})
         return found
 
     return do_test(with_defaults(recipe(data, folder / "evaluation")), detect)
@@ -164,11 +140,10 @@ def _work(rank: int, folder: Path) -> None:
     trainer, found["norms"] = run(taught_run(data, two))
     found["statistics"] = trainer.model.module.student.state_dict()
     for name, node in STUDENTS.items():
-        ours, _ = run(stock_run(data, two / name, node))
-        found["stock", name] = differences(
-            state(ours.model.module.student), stock(stock_run(data, two / name, node))
-        )
-        found["unused", name] = ours.model.find_unused_parameters
+        trainer, _ = run(stock_run(data, two / name, node))
+        alone = stock(stock_run(data, two / name, node), in_ddp)
+        found["stock", name] = differences(state(trainer.model.module.student), state(alone))
+        found["unused", name] = trainer.model.find_unused_parameters
     config = resumable_run(data, two / "whole")
     run(config)
     for stop in (2, None):
@@ -236,6 +211,11 @@ def _compare(folder: Path) -> dict[str, str]:
     def close(title: str, found: float) -> None:
         verdicts[f"{title} (to {found:.0e})"] = "" if found <= BOUND else f"apart by {found:.1e}"
 
+    def same(title: str, one, other=()) -> None:
+        found = differences(one, other) if other else one
+        fault = f"{len(found)} differ, such as {found[0]}" if found else ""
+        verdicts[f"{title}, bit for bit"] = fault
+
     for name in LOSSES:
         for title, deal in DEALS.items():
             parts = [found["losses", name, title] for found in both]
@@ -243,54 +223,39 @@ def _compare(folder: Path) -> dict[str, str]:
     for name in LOCAL_NAMES:
         local = [found["local", name] for found in both]
         alone = [RECORDED[name].loss(images) for images in DEALS["unevenly"]]
-        verdicts[f"the local form of {name} is that of a process alone, bit for bit"] = _said(
-            differences(local, alone)
-        )
+        same(f"the local form of {name} is that of a process alone", local, alone)
         apart = loss_difference(name, local, DEALS["unevenly"])
-        verdicts[f"and differs from {name} over both"] = (
-            "" if apart > 1e-3 else f"by {apart:.1e} alone"
-        )
+        verdicts[f"and differs from {name} over both"] = "" if apart > 1e-3 else f"by {apart:.1e}"
 
     one = folder / "one"
     for make, name in ((gfl_run, "first step/resumed"), (erd_run, "erd/run")):
-        _, heard = run(make(data, one))
-        theirs = both[0][make.__name__]
-        close(
-            f"losses of each step of {name.split('/')[0]}",
-            max(
-                # A divergence near 0 is a difference of numbers near 1.
-                abs(theirs[i][k] - v) / max(abs(v), 0.01 * row["total_loss"])
-                for i, row in heard.items()
-                for k, v in row.items()
-            ),
-        )
+        _, received = run(make(data, one))
+        apart = [
+            # A divergence near 0 is a difference of numbers near 1.
+            abs(both[0][make.__name__][i][k] - v) / max(abs(v), 0.01 * row["total_loss"])
+            for i, row in received.items()
+            for k, v in row.items()
+        ]
+        close(f"losses of each step of {name.split('/')[0]}", max(apart))
         momenta = [_momenta(saved(folder / n / name / "model_final.pth")) for n in ("two", "one")]
         close(f"gradients' momenta after the steps of {name.split('/')[0]}", relative(*momenta))
-    trainer, heard = run(taught_run(data, one))
-    statistics = [found["statistics"] for found in both]
-    verdicts["statistics of synchronised norms are the same in both"] = _said(
-        differences(*[{k: v for k, v in s.items() if "running" in k} for s in statistics])
-    )
+    trainer, received = run(taught_run(data, one))
+    statistics = [{k: v for k, v in s["statistics"].items() if "running" in k} for s in both]
+    same("statistics of synchronised norms in both", *statistics)
     means = {k: v for k, v in trainer.model.student.state_dict().items() if "running_mean" in k}
-    close(
-        "and those of one process",
-        relative(*(torch.cat([s[k] for k in means]) for s in (statistics[0], means))),
-    )
+    means = [torch.cat([s[k] for k in means]) for s in (statistics[0], means)]
+    close("and those of one process", relative(*means))
     # The student's own are not to be compared: each process divides them by its own normalizer, as in Detectron2.
-    taught = "distill/loss_imitation"
-    (theirs,), (alone,) = (
-        [row[taught] for row in rows.values()] for rows in (both[0]["norms"], heard)
-    )
-    close("imitation of their features", abs(theirs - alone) / alone)
+    (of_two,), (alone,) = both[0]["norms"].values(), received.values()
+    of_two, alone = (row["distill/loss_imitation"] for row in (of_two, alone))
+    close("imitation of their features", abs(of_two - alone) / alone)
     for name in STUDENTS:
-        verdicts[f"the part of the student, a {name}, is stock Detectron2's, bit for bit"] = _said(
-            both[0]["stock", name] + both[1]["stock", name]
-        )
-        verdicts[f"no search for unused parameters of a {name}"] = str(
-            both[0]["unused", name] or ""
-        )
+        differing = both[0]["stock", name] + both[1]["stock", name]
+        same(f"the part of the student, a {name}, is Detectron2's", differing)
+        unused = both[0]["unused", name]
+        verdicts[f"no search for unused parameters of a {name}"] = str(unused or "")
     files = [saved(folder / "two" / part / "model_final.pth") for part in ("whole", "parts")]
-    verdicts["resumed in two is uninterrupted in two, bit for bit"] = _said(differences(*files))
+    same("resumed in two is uninterrupted in two", *files)
     normalizers = {process["loss_normalizer"] for process in files[0]["processes"]}
     verdicts["with a normalizer of each"] = "" if len(normalizers) == 2 else "they are equal"
     for name, what in (("data", "7 images"), ("single", "one image")):
@@ -298,10 +263,6 @@ def _compare(folder: Path) -> dict[str, str]:
         assert 0 < expected["bbox"]["AP"] <= 100
         verdicts[f"evaluation of {what}"] = "" if repr(found) == repr(expected) else repr(found)
     return verdicts
-
-
-def _said(found: list[str]) -> str:
-    return f"{len(found)} differ, such as {found[0]}" if found else ""
 
 
 def _momenta(checkpoint: dict) -> Tensor:
@@ -326,9 +287,8 @@ def main() -> int:
     for title, fault in verdicts.items():
         print(f"{title}: {fault or 'holds'}")
     kept = sum(not fault for fault in verdicts.values())
-    print(
-        f"{kept} of {len(verdicts)} comparisons of two processes with one hold, bound {BOUND:.0e}"
-    )
+    count = f"{kept} of {len(verdicts)} comparisons of two processes with one hold"
+    print(f"{count}, bound {BOUND:.0e}")
     return 0 if kept == len(verdicts) else 1
 
 

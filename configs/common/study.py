@@ -18,7 +18,7 @@ fast_shapes = dict(
         "train.log_period=2",
         "dataloader.train.total_batch_size=4",
     ],
-    fast_setup=L(shapes.register)(train=32, val=16, test=24),
+    fast_setup=L(shapes.register_shapes)(train=32, val=16, test=24),
 )
 
 

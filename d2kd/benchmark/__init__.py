@@ -1,7 +1,7 @@
 """Time and memory cost of distillation; see :mod:`d2kd.benchmark.bench` and :mod:`d2kd.benchmark.step_cost`."""
 
-from .bench import DETECTRON2, DISTILLED, STUDENT, TEACHER, Bench, Case
-from .costs import MAIN_RATIO, benchmark, table
+from .bench import DETECTRON2, DISTILLED, STUDENT, TEACHER, Bench, BenchmarkCase
+from .costs import MAIN_RATIO, benchmark, format_costs
 
 __all__ = [
     "DETECTRON2",
@@ -10,7 +10,7 @@ __all__ = [
     "STUDENT",
     "TEACHER",
     "Bench",
-    "Case",
+    "BenchmarkCase",
     "benchmark",
-    "table",
+    "format_costs",
 ]

@@ -34,7 +34,7 @@ from ..modeling import DetectorOutputs, Distiller, Teacher
 from ..modeling.outputs import lazy_property
 from ..utils.errors import InputError
 from ..utils.memory import PeakMemory
-from .phases import clock, phases
+from .phases import make_clock, measure_phases
 from .untrained import measure_norm_statistics, random_batch
 
 DETECTRON2 = "Detectron2's plain step"
@@ -46,7 +46,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """What to measure.
 
     Args:
@@ -139,14 +139,14 @@ class Bench:
         batches: five batches, generated from a fixed seed.
         teacher_reads: for each batch the teacher outputs that are read.
         losses: name -> distillation loss on the first batch.
-        plain: what the plain step depends on; recipes with an equal value share its measurement.
+        plain: key of the plain step; recipes with equal keys share its measurement.
         rows: name -> row. Rows hold all large objects, so deleting a row frees its memory.
 
     Raises:
-        InputError: see :class:`Case`; or a loss is not finite.
+        InputError: see :class:`BenchmarkCase`; or a loss is not finite.
     """
 
-    def __init__(self, setup: Case):
+    def __init__(self, setup: BenchmarkCase):
         config = setup.recipe()
         self.dataloader, self._train = config.dataloader, config.train
         self.device = pick_device(config.train.device)
@@ -154,7 +154,7 @@ class Bench:
         torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
         self._sizes = setup.image_sizes, setup.batch_size
         self._precision = build_amp(config.train.amp, self.device)
-        self.clock, self._number = clock(self.device), 0
+        self.clock, self._number = make_clock(self.device), 0
         self._loader = iter(lambda: self.batches[self._number], None)  # repeats the current batch
         seed_all_rng(SEED)
         model = instantiate(config.model).to(self.device).train()
@@ -268,12 +268,14 @@ class Bench:
         model, optimizer = self.rows[name].trained
         return TrainStep(model, batches, optimizer, self._precision, self._train)
 
-    def phases(self, name: str, number: int) -> dict[str, float] | None:
+    def measure_phases(self, name: str, number: int) -> dict[str, float] | None:
         """Measure the phases of one step; None for a row that is not trained by d2kd's trainer."""
         if name not in (STUDENT, DISTILLED):
             return None
         with self.at_half_progress():
-            return phases(lambda: self.rows[name].step(number), name == DISTILLED, self.clock)
+            return measure_phases(
+                lambda: self.rows[name].step(number), name == DISTILLED, self.clock
+            )
 
     def peak(self, name: str) -> int | None:
         """Delete the other rows, and measure the peak memory of steps on each image size.
@@ -298,11 +300,11 @@ def _teacher_batch(teacher: Teacher, batch: list[dict]) -> list[dict]:
     return [{**x, "image": y["image"]} for x, y in zip(batch, inputs, strict=True)]
 
 
-def peak_memory(setup: Case, name: str) -> int | None:
+def peak_memory(setup: BenchmarkCase, name: str) -> int | None:
     """Measure :meth:`Bench.peak` of a row in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, setup, name).result()
 
 
-def _peak(setup: Case, name: str) -> int | None:
+def _peak(setup: BenchmarkCase, name: str) -> int | None:
     return Bench(setup).peak(name)

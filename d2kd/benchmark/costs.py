@@ -25,10 +25,10 @@ from .bench import (
     TEACHER,
     WARM_UPS,
     Bench,
-    Case,
+    BenchmarkCase,
     peak_memory,
 )
-from .data_loading import check_data, measure_data_loading
+from .data_loading import check_loadable, measure_data_loading
 from .phases import PHASES
 from .step_cost import bootstrap_medians
 from .untrained import OBJECTS
@@ -77,7 +77,7 @@ def time_rows(
     return {row: values[WARM_UPS:] for row, values in seconds.items()}
 
 
-def ratios(
+def time_ratios(
     seconds: Seconds, plain: Mapping[str, str], variant_of: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Compute the ratios of times, round by round.
@@ -124,7 +124,7 @@ def max_relative_difference(a: Mapping[str, float], b: Mapping[str, float]) -> f
     return max((abs(a[name] - b[name]) / max(abs(b[name]), 1e-12) for name in a), default=0.0)
 
 
-def mean_phases(bench: Bench, name: str) -> dict[str, float] | None:
+def median_phases(bench: Bench, name: str) -> dict[str, float] | None:
     """Return the median time of each phase over some steps of a row."""
     found = [bench.phases(name, k % BATCHES) for k in range(PHASE_ROUNDS)]
     if None in found:
@@ -133,7 +133,7 @@ def mean_phases(bench: Bench, name: str) -> dict[str, float] | None:
 
 
 def benchmark(
-    setups: Sequence[Case],
+    setups: Sequence[BenchmarkCase],
     variant_of: Mapping[str, str] | None = None,
     rounds: int = 15,
     console: TextIO | None = None,
@@ -154,11 +154,11 @@ def benchmark(
 
     Returns:
         content of the JSON file: the settings; ``recipes`` with ``teacher_outputs`` (teacher outputs that the losses read),
-        ``losses`` on the first batch and ``max_relative_difference`` (relative, to the base recipe);
+        ``losses`` on the first batch and ``difference`` (the largest relative one, to the base recipe);
         ``rows`` with ``recipe``, ``name``, ``median_seconds``, ``low_seconds`` and ``high_seconds`` (quartiles),
         ``seconds`` of each round, ``images_per_second``, ``phases`` in seconds, ``peak_memory_mib`` (including weights;
         None if unknown or not measured) and ``weights_mib``; ``ratios``; and ``data`` with the results of
-        :func:`~d2kd.benchmark.measure_data_loading.measure_data_loading` for each recipe.
+        :func:`~d2kd.benchmark.data_loading.measure_data_loading` for each recipe.
 
     Raises:
         InputError: see :class:`Bench`; no rounds, equal labels, data that cannot be read, or different values of
@@ -181,7 +181,7 @@ def benchmark(
     print(f"building, with norms of {BATCHES} batches …", file=console, flush=True)
     benches = {setup.label: Bench(setup) for setup in setups}
     for bench in benches.values() if data_steps else ():
-        check_data(bench)
+        check_loadable(bench)
     firsts: dict[str, str] = {}
     plain = {label: firsts.setdefault(bench.plain, label) for label, bench in benches.items()}
     for label, bench in benches.items():
@@ -193,7 +193,7 @@ def benchmark(
     line = ProgressBar("time", console)
     seconds = time_rows(benches, rounds, line)
     line.close(f"{rounds} rounds, after {WARM_UPS} for warm-up")
-    phases = {(label, name): mean_phases(benches[label], name) for label, name in seconds}
+    phases = {(label, name): median_phases(benches[label], name) for label, name in seconds}
     recipes = [_recipe(setup, benches, variant_of) for setup in setups]
     data = []
     for setup in setups if data_steps else ():
@@ -238,7 +238,7 @@ def benchmark(
         "rounds": rounds,
         "recipes": recipes,
         "rows": rows,
-        "ratios": ratios(seconds, plain, variant_of),
+        "ratios": time_ratios(seconds, plain, variant_of),
         "data": data,
     }
     if on_result is not None:
@@ -257,7 +257,7 @@ def benchmark(
 
 
 def _recipe(
-    setup: Case, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
+    setup: BenchmarkCase, benches: Mapping[str, Bench], variant_of: Mapping[str, str]
 ) -> dict[str, Any]:
     bench, base = benches[setup.label], benches.get(variant_of.get(setup.label, ""))
     read = itertools.chain.from_iterable(reads.read for reads in bench.teacher_reads)
@@ -271,7 +271,7 @@ def _recipe(
     }
 
 
-def table(result: Mapping[str, Any], style: str = "simple") -> str:
+def format_costs(result: Mapping[str, Any], style: str = "simple") -> str:
     """Format a result of :func:`benchmark` as text.
 
     Args:

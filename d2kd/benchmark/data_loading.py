@@ -60,7 +60,7 @@ def measure_data_loading(
     }
 
 
-def check_data(bench: Bench) -> None:
+def check_loadable(bench: Bench) -> None:
     """Load one image of the recipe's training data.
 
     Raises:

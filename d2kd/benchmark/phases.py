@@ -16,7 +16,7 @@ PHASES = ("student forward", "teacher", "losses", "backward", "optimizer", "rest
 """``rest``: zeroing and clipping gradients, checking that losses are finite, writing metrics."""
 
 
-def clock(device: torch.device) -> Callable[[], float]:
+def make_clock(device: torch.device) -> Callable[[], float]:
     """Return a function that returns the time in seconds after synchronizing the device."""
     if device.type != "cuda":
         return time.perf_counter
@@ -28,13 +28,15 @@ def clock(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def phases(step: Callable[[], None], distilled: bool, now: Callable[[], float]) -> dict[str, float]:
+def measure_phases(
+    step: Callable[[], None], distilled: bool, now: Callable[[], float]
+) -> dict[str, float]:
     """Measure the seconds of each of :data:`PHASES` in one step. Of nested ranges the innermost one counts.
 
     Args:
         step: runs a step of :class:`d2kd.engine.train_step.TrainStep`.
         distilled: whether the trained model is a Distiller.
-        now: returned by :func:`clock`.
+        now: returned by :func:`make_clock`.
     """
     seconds, inside, since = dict.fromkeys(PHASES, 0.0), ["rest"], now()
 

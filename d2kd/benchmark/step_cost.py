@@ -136,9 +136,9 @@ def _clock(device: torch.device) -> tuple[str, Callable[..., float]]:
 
     def on_cuda(call: Callable[..., None], *args: object) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.run_metadata()
+        start.record()
         call(*args)
-        end.run_metadata()
+        end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 

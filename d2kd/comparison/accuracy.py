@@ -92,7 +92,7 @@ def mean_precision(values: np.ndarray) -> float | None:
     return float(np.mean(defined) * 100) if len(defined) else None
 
 
-def accuracy(
+def compute_accuracy(
     truth: GroundTruth, matches: Matches, classes: Sequence[int], threshold: float
 ) -> Accuracy:
     """Compute the accuracy of a detector.
@@ -163,17 +163,17 @@ def bootstrap_counts(images: int, number: int, seed: int = 0) -> np.ndarray:
     return counts
 
 
-def bootstrap(
+def bootstrap_ap(
     truth: GroundTruth,
     matches: Matches,
     classes: Sequence[int],
     counts: np.ndarray,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Compute the AP of resampled data sets without matching again. An image that is drawn twice counts twice.
 
     Args:
-        truth, matches, classes: see :func:`accuracy`.
+        truth, matches, classes: see :func:`compute_accuracy`.
         counts: (B, I), returned by :func:`bootstrap_counts`. Use the same counts for all detectors of a paired bootstrap.
         progress: progress callback, called with (classes done, classes).
 
@@ -257,7 +257,7 @@ def _interpolated(tp: np.ndarray, counted: np.ndarray, objects: np.ndarray) -> n
     return 100 * np.einsum("bn,bn->b", precision, added.astype(np.float32)) / len(RECALLS)
 
 
-def interval(values: np.ndarray) -> list[float] | None:
+def percentile_interval(values: np.ndarray) -> list[float] | None:
     """Return the 2.5th and 97.5th percentile of the finite values; None if there is none."""
     values = values[np.isfinite(values)]
     return None if not len(values) else [float(x) for x in np.percentile(values, [2.5, 97.5])]
@@ -269,7 +269,7 @@ def paired_gains(
     """Compute the gains of detector a over detector b with paired 95 % bootstrap intervals.
 
     Args:
-        a, b: resampled metrics, returned by :func:`bootstrap` for the same counts.
+        a, b: resampled metrics, returned by :func:`bootstrap_ap` for the same counts.
         accuracy_a, accuracy_b: metrics on the data set itself.
 
     Returns:
@@ -278,7 +278,7 @@ def paired_gains(
 
     def one(x: float | None, y: float | None, resampled: np.ndarray) -> dict[str, Any]:
         gain = None if x is None or y is None else x - y
-        return {"gain": gain, "interval": None if gain is None else interval(resampled)}
+        return {"gain": gain, "interval": None if gain is None else percentile_interval(resampled)}
 
     metrics = {
         name: one(accuracy_a.metrics[name], accuracy_b.metrics[name], a[name] - b[name])

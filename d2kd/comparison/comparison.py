@@ -24,15 +24,22 @@ from ..utils.console import ProgressCallback
 from ..utils.env import collect_versions
 from ..utils.errors import InputError
 from ..utils.io import write_json
-from .accuracy import Accuracy, accuracy, bootstrap, bootstrap_counts, interval, paired_gains
+from .accuracy import (
+    Accuracy,
+    bootstrap_ap,
+    bootstrap_counts,
+    compute_accuracy,
+    paired_gains,
+    percentile_interval,
+)
 from .detections import get_detections
-from .detectors import Detector, EvaluationData, LoadedDetector, build, set_default_mapper
-from .error_types import ErrorTypes, error_kinds
-from .matching import Detections, Matches, match
+from .detectors import Detector, EvaluationData, LoadedDetector, load_detector, set_default_mapper
+from .error_types import ErrorTypes, count_error_types
+from .matching import Detections, Matches, match_detections
 from .objects import ChangedObject, FoundObjects, Picture, count_found_objects
 from .observation import Observation, observe
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ ProgressFactory = Callable[[str], ProgressCallback]
 
 def no_progress(what: str) -> ProgressCallback:
     """Show no progress."""
-    return lambda step, steps: None
+    return lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def compare(
     set_default_mapper(detectors)
     notes: list[str] = []
     device = pick_device(options.device)
-    ready = [build(detector, data, device) for detector in detectors]
+    ready = [load_detector(detector, data, device) for detector in detectors]
     classes = _shared(ready, data)
     detections = {
         r.detector.name: get_detections(
@@ -219,7 +226,7 @@ def compare(
         )
         for r in ready
     }
-    found = analyse(detections, data, classes, options, phase)
+    found = compute_detector_metrics(detections, data, classes, options, phase)
     observation = observe(
         ready,
         data,
@@ -239,14 +246,14 @@ def compare(
             "parameters": r.parameters,
             "cost": cost,
             "missing_classes": [
-                c for k, c in enumerate(data.truth.classes) if k not in r.map.student_ids
+                c for k, c in enumerate(data.truth.classes) if k not in r.class_map.student_ids
             ],
             "unique_classes": only[r.detector.name],
             "provenance": r.detector.provenance,
         }
         for r, cost in zip(ready, observation.costs)
     ]
-    return assemble(found, described, observation, data, classes, options, notes)
+    return build_comparison(found, described, observation, data, classes, options, notes)
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,7 @@ class DetectorMetrics:
     resampled: dict[str, np.ndarray]
 
 
-def analyse(
+def compute_detector_metrics(
     detections: dict[str, Detections],
     data: EvaluationData,
     classes: Sequence[int],
@@ -271,17 +278,17 @@ def analyse(
     found = {}
     for name, detected in detections.items():
         progress = phase(f"{name}: accuracy")
-        matches = match(data.truth, detected)
+        matches = match_detections(data.truth, detected)
         found[name] = DetectorMetrics(
             matches,
-            accuracy(data.truth, matches, classes, options.threshold),
-            error_kinds(data.truth, matches, classes),
-            bootstrap(data.truth, matches, classes, counts, progress),
+            compute_accuracy(data.truth, matches, classes, options.threshold),
+            count_error_types(data.truth, matches, classes),
+            bootstrap_ap(data.truth, matches, classes, counts, progress),
         )
     return found
 
 
-def assemble(
+def build_comparison(
     found: dict[str, DetectorMetrics],
     described: Sequence[dict[str, Any]],
     observation: Observation | None,
@@ -293,7 +300,7 @@ def assemble(
     """Build a :class:`Comparison`.
 
     Args:
-        found: returned by :func:`analyse`.
+        found: returned by :func:`compute_detector_metrics`.
         described: for each detector the other fields of :class:`DetectorResult`.
         observation: returned by :func:`.observation.observe`.
         data, classes, options, notes: see :func:`compare` and :class:`Comparison`.
@@ -321,7 +328,9 @@ def assemble(
                 name=name,
                 accuracy=one.accuracy,
                 errors=one.errors,
-                intervals={m: interval(v) for m, v in one.resampled.items() if v.ndim == 1},
+                intervals={
+                    m: percentile_interval(v) for m, v in one.resampled.items() if v.ndim == 1
+                },
                 **fields,
             )
             for (name, one), fields in zip(found.items(), described, strict=True)
@@ -375,7 +384,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _shared(ready: Sequence[LoadedDetector], data: EvaluationData) -> list[int]:
-    classes = sorted(set.intersection(*(set(r.map.student_ids) for r in ready)))
+    classes = sorted(set.intersection(*(set(r.class_map.student_ids) for r in ready)))
     if not classes:
         names = ", ".join(r.detector.name for r in ready)
         raise InputError(names, f"no class of {data.name} that all have", "classes of equal name")
@@ -386,10 +395,11 @@ def _only(ready: Sequence[LoadedDetector], data: EvaluationData) -> dict[str, li
     """Return, for each detector, its classes that neither the data set nor another detector has."""
     only = {}
     for r in ready:
-        others = [other.map.teacher for other in ready if other is not r]
+        others = [other.class_map.teacher for other in ready if other is not r]
         maps = [
-            ClassMap.from_names(names, r.map.teacher) for names in (data.truth.classes, *others)
+            ClassMap.from_names(names, r.class_map.teacher)
+            for names in (data.truth.classes, *others)
         ]
         known = {k for one in maps for k in one.teacher_ids}
-        only[r.detector.name] = [c for k, c in enumerate(r.map.teacher) if k not in known]
+        only[r.detector.name] = [c for k, c in enumerate(r.class_map.teacher) if k not in known]
     return only

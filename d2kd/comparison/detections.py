@@ -17,9 +17,9 @@ from ..modeling.teacher import to_student_classes
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
-from .accuracy import accuracy
+from .accuracy import compute_accuracy
 from .detectors import Detector, EvaluationData, LoadedDetector, build_loader, load_coco_results
-from .matching import Detections, match
+from .matching import Detections, match_detections
 
 IMAGES_PER_FILE = 200
 """Number of images per file."""
@@ -85,7 +85,9 @@ def _known(path: Path, detector: Detector, data: EvaluationData) -> Detections:
     found = load_coco_results(path, data)
     if detector.expected_AP is not None:
         everything = range(len(data.truth.classes))
-        ap = accuracy(data.truth, match(data.truth, found), everything, 0.5).metrics["AP"]
+        ap = compute_accuracy(
+            data.truth, match_detections(data.truth, found), everything, 0.5
+        ).metrics["AP"]
         if ap is None or abs(ap - detector.expected_AP) > 1e-6:
             expected = f"{detector.expected_AP:.3f}, the AP in the study"
             raise InputError(path, f"AP {'undefined' if ap is None else f'{ap:.3f}'}", expected)
@@ -103,7 +105,7 @@ def _detect(
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         with torch.no_grad():
             [outputs] = ready.teacher.detect(batch)
-        found = to_student_classes(outputs["instances"].to("cpu"), ready.map)
+        found = to_student_classes(outputs["instances"].to("cpu"), ready.class_map)
         xyxy = found.pred_boxes.tensor.numpy()
         # XYWH, computed in float32 as COCOEvaluator does.
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))

@@ -203,7 +203,7 @@ class LoadedDetector:
 
     detector: Detector
     teacher: Teacher
-    map: ClassMap
+    class_map: ClassMap
 
     @property
     def parameters(self) -> int:
@@ -211,10 +211,10 @@ class LoadedDetector:
 
     @cached_property
     def to_detector_label(self) -> dict[int, int]:
-        return dict(self.map.pairs)
+        return dict(self.class_map.pairs)
 
 
-def build(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
+def load_detector(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
     """Build a detector and load its weights strictly.
 
     Raises:
@@ -245,7 +245,9 @@ def build(detector: Detector, data: EvaluationData, device: torch.device) -> Loa
     return LoadedDetector(detector, teacher, class_map)
 
 
-def from_config(name: str, config: str, weights: str, results: str | None = None) -> Detector:
+def detector_from_config(
+    name: str, config: str, weights: str, results: str | None = None
+) -> Detector:
     """Describe a detector by weights and a config: a recipe (of a Distiller its student), yacs YAML, or zoo name.
 
     Raises:
@@ -324,7 +326,7 @@ def detectors_from_run(folder: Path, dataset: str | None = None) -> tuple[list[D
             Detector("teacher", str(config), weights_of, node.detector, mapper, classes, order)
         )
     name = "distilled" if is_distiller(recipe.model) else "detector"
-    found.append(from_config(name, str(config), str(weights)))
+    found.append(detector_from_config(name, str(config), str(weights)))
     if dataset is None:
         names = check_dataset(dataset_names(recipe, "test"))
         if not names:
@@ -394,7 +396,9 @@ def detectors_from_study(
     found = []
     for row in shown:
         run = folder / row["name"]
-        one = from_config(row["method"], str(run / "config.yaml"), str(run / "model_final.pth"))
+        one = detector_from_config(
+            row["method"], str(run / "config.yaml"), str(run / "model_final.pth")
+        )
         one.results, one.expected_AP = (run / "test/coco_instances_results.json",), row["AP"]
         found.append(one)
     return found

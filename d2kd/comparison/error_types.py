@@ -12,8 +12,9 @@ foreground IoU of 0.5 and a background IoU of 0.1. A false positive has exactly 
 An object is *missed* if no detection matches it and no classification or localization error has it as its target.
 The cost of a type is the gain in AP50 when this type alone is fixed:
 
-* A classification or localization error becomes a true positive of its target object. If several errors have one
-  target, the one of the highest score does and the others are removed; all are if the object is already matched.
+* A classification or localization error becomes a true positive of its target object. Of several errors
+  with one target, the one with the highest score becomes the true positive and the others are removed. If the target
+  is already matched, all are removed.
 * Other false positives are removed.
 * Missed objects are removed from the ground truth. A class whose objects are all missed is left out of the mean, or
   has an AP of 0 if it has false positives.
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accuracy import interpolated_precision, mean_precision
-from .matching import GroundTruth, Matches, overlapping
+from .matching import GroundTruth, Matches, overlapping_pairs
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 ERROR_TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
@@ -76,7 +77,7 @@ def find_errors(truth: GroundTruth, matches: Matches) -> Errors:
     """Find the error type of every detection, and the missed objects."""
     detections, total = matches.detections, len(matches.detections)
     is_tp, ignored = matches.is_tp[0, 0], matches.ignored[0, 0]
-    d, g, iou = overlapping(truth, detections, BACKGROUND, same_class=False)
+    d, g, iou = overlapping_pairs(truth, detections, BACKGROUND, same_class=False)
     single = ~truth.crowd[g]
     d, g, iou = d[single], g[single], iou[single]
     same = detections.label[d] == truth.label[g]
@@ -91,16 +92,16 @@ def find_errors(truth: GroundTruth, matches: Matches) -> Errors:
     kind[other >= FOREGROUND] = CLS
     kind[(BACKGROUND <= own) & (own <= FOREGROUND)] = LOC
     kind[is_tp | ignored] = -1
-    meant = np.where(kind == CLS, other_object, np.where(kind == LOC, own_object, -1))
+    target = np.where(kind == CLS, other_object, np.where(kind == LOC, own_object, -1))
 
-    mends = np.zeros(total, dtype=bool)
-    fixable = np.flatnonzero(meant >= 0)
-    fixable = fixable[~found[meant[fixable]]]
-    order = fixable[np.lexsort((fixable, -detections.score[fixable], meant[fixable]))]
-    mends[order[np.r_[True, meant[order][1:] != meant[order][:-1]][: len(order)]]] = True
+    fixes = np.zeros(total, dtype=bool)
+    fixable = np.flatnonzero(target >= 0)
+    fixable = fixable[~found[target[fixable]]]
+    order = fixable[np.lexsort((fixable, -detections.score[fixable], target[fixable]))]
+    fixes[order[np.r_[True, target[order][1:] != target[order][:-1]][: len(order)]]] = True
     missed = ~found & ~truth.crowd
-    missed[meant[fixable]] = False
-    return Errors(kind, meant, mends, missed)
+    missed[target[fixable]] = False
+    return Errors(kind, target, fixes, missed)
 
 
 def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
@@ -111,7 +112,7 @@ def _largest(d: np.ndarray, g: np.ndarray, iou: np.ndarray, total: int):
     return best, which
 
 
-def error_kinds(truth: GroundTruth, matches: Matches, classes: Sequence[int]) -> ErrorTypes:
+def count_error_types(truth: GroundTruth, matches: Matches, classes: Sequence[int]) -> ErrorTypes:
     """Count the errors of each type and compute their costs.
 
     Args:

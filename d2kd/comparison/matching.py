@@ -146,7 +146,7 @@ class Matches:
         return scores
 
 
-def match(truth: GroundTruth, detections: Detections) -> Matches:
+def match_detections(truth: GroundTruth, detections: Detections) -> Matches:
     """Match detections and objects greedily by descending score, in each image and class, as COCO does.
 
     A detection is matched with the unmatched object of the highest IoU, if that reaches the threshold. It is matched
@@ -181,7 +181,9 @@ def _in_order(detections: Detections, images: int) -> tuple[Detections, np.ndarr
     return detections[order], rank[order]
 
 
-def pairs(detection_keys: np.ndarray, object_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def equal_key_pairs(
+    detection_keys: np.ndarray, object_keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices (detection, object) of all pairs of equal keys, sorted by detection, then by object."""
     by_key = np.argsort(object_keys, kind="stable")
     sorted_keys = object_keys[by_key]
@@ -192,7 +194,7 @@ def pairs(detection_keys: np.ndarray, object_keys: np.ndarray) -> tuple[np.ndarr
     return of, by_key[np.repeat(first, count) + offset]
 
 
-def overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
+def rowwise_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
     """Compute the IoU of XYWH boxes (R, 4) row by row; where b is a crowd, intersection over the area of a."""
     corner = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
     side = corner - np.maximum(a[:, :2], b[:, :2])
@@ -204,7 +206,7 @@ def overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=intersection > 0)
 
 
-def overlapping(
+def overlapping_pairs(
     truth: GroundTruth,
     detections: Detections,
     least: float,
@@ -226,9 +228,9 @@ def overlapping(
         det_keys, gt_keys = det_keys + images * detections.label, gt_keys + images * truth.label
     kept = []
     for begin in range(0, len(detections), chunk):
-        d, g = pairs(det_keys[begin : begin + chunk], gt_keys)
+        d, g = equal_key_pairs(det_keys[begin : begin + chunk], gt_keys)
         d += begin
-        iou = overlap(detections.box[d], truth.box[g], truth.crowd[g])
+        iou = rowwise_iou(detections.box[d], truth.box[g], truth.crowd[g])
         enough = iou >= least
         kept.append((d[enough], g[enough], iou[enough]))
     if not kept:
@@ -250,7 +252,7 @@ class _Round:
 def _rounds(
     truth: GroundTruth, detections: Detections, rank: np.ndarray, ignored: np.ndarray
 ) -> Iterator[_Round]:
-    d, g, iou = overlapping(truth, detections, IOUS[0], same_class=True)
+    d, g, iou = overlapping_pairs(truth, detections, IOUS[0], same_class=True)
     if not len(d):
         return
     images = len(truth.image_ids)

@@ -98,7 +98,7 @@ def count_found_objects(
     found = {name: (scores[name] >= thresholds[name]) & counted for name in matches}
     code = sum(found[name].astype(int) << e for e, name in enumerate(found))
     sums = np.bincount(code[counted], minlength=2 ** len(found))
-    together = [
+    found_by_counts = [
         {"found_by": [n for e, n in enumerate(found) if c >> e & 1], "objects": int(count)}
         for c, count in enumerate(sums)
     ]
@@ -129,7 +129,7 @@ def count_found_objects(
     }
     return FoundObjects(
         thresholds=dict(thresholds),
-        found_by_counts=together,
+        found_by_counts=found_by_counts,
         won=int(won.sum()),
         lost=int(lost.sum()),
         by_class={truth.classes[k]: both(truth.label == k) for k in classes},

@@ -30,8 +30,8 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairw
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-from ..losses.base import check_anchors
-from ..losses.tar import select_class_deltas
+from ..modeling.anchors import check_anchors
+from ..modeling.box_regression import select_class_deltas
 from ..modeling.outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, uses_sigmoid_scores
 from ..structures.class_map import ClassMap
 from ..utils.compat import box_tensors
@@ -120,7 +120,7 @@ class RegionCounts:
         self.detector_labels = torch.full((len(detectors), self.background + 1), -1)
         for own, columns in zip(self.detector_labels, self.columns):
             own[self.classes] = columns
-        self.dataset_classes = [self._to_dataset_classes(ready.map) for ready in detectors]
+        self.dataset_classes = [self._to_dataset_classes(ready.class_map) for ready in detectors]
         self.pairs = list(combinations(range(len(detectors)), 2))
         self.two_stage = detectors[0].teacher.outputs_class is RCNNOutputs
         # FCOS and GFL regress from points, whose IoU before regression is undefined.

@@ -3,7 +3,7 @@
 from .files import (
     add_d2kd_config,
     apply_overrides,
-    from_yacs,
+    build_model_from_yacs,
     get_config,
     get_config_file,
     get_detector_config,
@@ -30,8 +30,8 @@ __all__ = [
     "add_d2kd_config",
     "apply_overrides",
     "base_mapper",
+    "build_model_from_yacs",
     "distill",
-    "from_yacs",
     "get_config",
     "get_config_file",
     "get_detector_config",

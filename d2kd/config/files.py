@@ -159,7 +159,7 @@ def _check_override(config: DictConfig, override: str) -> None:
             )
 
 
-def from_yacs(config: DictConfig) -> nn.Module:
+def build_model_from_yacs(config: DictConfig) -> nn.Module:
     """Build the detector of a yacs config, given as a plain mapping, on the CPU."""
     cfg = get_cfg()
     add_d2kd_config(cfg)
@@ -187,7 +187,7 @@ def get_detector_config(path: str) -> DictConfig:
             raise InputError(
                 path, f"does not load ({error})", "a Detectron2 yacs config"
             ) from error
-        return L(from_yacs)(config=yaml.safe_load(cfg.dump()))
+        return L(build_model_from_yacs)(config=yaml.safe_load(cfg.dump()))
     return student_node(_load_lazy_config(path).model)
 
 

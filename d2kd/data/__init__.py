@@ -1,14 +1,14 @@
 """The generated data set shapes_{train,val,test}, custom and incremental data sets, and reproducible loaders."""
 
-from d2kd.data import shapes
-from d2kd.data.datasets import check_dataset, coco_dataset, dataset_names
-from d2kd.data.incremental import incremental_split, split_classes
-from d2kd.data.loader import build_test_loader, build_train_loader, use_seeded_loaders
-from d2kd.data.mapper import OpenCVDatasetMapper
-from d2kd.data.priors import estimate_priors
-from d2kd.data.scales import DownscaledStudentMapper
-from d2kd.data.voc import register_voc
-from d2kd.structures.instance_priors import InstancePriors
+from ..structures.instance_priors import InstancePriors
+from . import shapes
+from .datasets import check_dataset, coco_dataset, dataset_names
+from .incremental import incremental_split, split_classes
+from .loader import build_test_loader, build_train_loader, use_seeded_loaders
+from .mapper import OpenCVDatasetMapper
+from .priors import estimate_priors
+from .scales import DownscaledStudentMapper
+from .voc import register_voc
 
 __all__ = [
     "InstancePriors",
@@ -27,4 +27,4 @@ __all__ = [
     "use_seeded_loaders",
 ]
 
-shapes.register()  # names only; the images are drawn when the set is first loaded
+shapes.register_shapes()  # names only; the images are drawn when the set is first loaded

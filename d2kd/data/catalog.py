@@ -13,10 +13,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 REGISTERED_BY: dict[str, str] = {}
 """Data set name -> the Python config file that registered it in this process."""
+
+
+INCREMENT_KEY = "d2kd_increment"
+"""Key of a COCO-style file with the annotated classes of an increment, see :mod:`d2kd.data.incremental`."""
 
 
 @contextlib.contextmanager

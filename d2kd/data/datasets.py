@@ -19,9 +19,9 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
-from d2kd.data.catalog import check_files, is_registered
-from d2kd.data.voc import check_voc
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
+from .catalog import INCREMENT_KEY, check_files, is_registered
+from .voc import check_voc
 
 # The keys needed for loading, and for COCO's evaluation (`area` and `iscrowd`).
 _KEYS = {
@@ -146,7 +146,7 @@ def _check_coco(
             f"the order of the category ids: {', '.join(names)}",
         )
 
-    step = content.get("d2kd_step", names)  # of an incremental set, the annotated classes
+    annotated = content.get(INCREMENT_KEY, names)  # of an incremental set, the annotated classes
     for one in content["annotations"]:
         culprit = f"{json_file}: annotation {one['id']}"
         # COCOeval stores the id of the matched object for each detection, where 0 means no match.
@@ -155,9 +155,9 @@ def _check_coco(
         if one["category_id"] not in categories:
             listed = ", ".join(map(str, sorted(categories)))
             raise InputError(culprit, f"category {one['category_id']!r}", f"one of {listed}")
-        if categories[one["category_id"]] not in step:
-            found = f"class {categories[one['category_id']]!r}, outside the step"
-            raise InputError(culprit, found, f"one of {', '.join(step)}")
+        if categories[one["category_id"]] not in annotated:
+            found = f"class {categories[one['category_id']]!r}, outside the increment"
+            raise InputError(culprit, found, f"one of {', '.join(annotated)}")
         if one["image_id"] not in images:
             raise InputError(culprit, f"image {one['image_id']!r}", "an image id of the file")
         if not _is_box(one["bbox"]):

@@ -26,10 +26,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from d2kd.data.catalog import is_registered
-from d2kd.data.datasets import check_dataset
-from d2kd.structures.class_map import class_names
-from d2kd.utils.errors import InputError
+from ..structures.class_map import class_names
+from ..utils.errors import InputError
+from .catalog import INCREMENT_KEY, is_registered
+from .datasets import check_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -311,9 +311,6 @@ def check_num_classes(name: str, num_classes: int, least: int) -> None:
         expected = f"{count}, as data set {name!r} has"
         raise InputError("num_classes", f"{num_classes} of the student", expected)
 
-
-INCREMENT_KEY = "d2kd_increment"
-"""Key of an annotation file: the annotated classes, if its list of categories has more."""
 
 _PREFIX = "d2kd_increment://"
 

@@ -2,7 +2,7 @@
 
 Runs with the same seed get the same images with the same augmentations. This does not depend on the
 number of workers, on random numbers drawn before, or on a resume, so compared runs differ only in
-the method. With Detectron2's loaders it does: they draw from each worker's global generators.
+the method. Detectron2's loaders draw from each worker's global generators, so there it does depend on these.
 
 A *position* counts the samples of all processes from the start of training; epoch e has positions
 e·n to (e+1)·n, for n images.
@@ -33,7 +33,7 @@ from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 _ORDER, _SAMPLE = range(2)  # keys of independent random streams
 

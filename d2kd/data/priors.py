@@ -9,10 +9,10 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
-from d2kd.data.datasets import check_dataset
-from d2kd.structures.class_map import class_names
-from d2kd.structures.instance_priors import InstancePriors
-from d2kd.utils.errors import InputError
+from ..structures.class_map import class_names
+from ..structures.instance_priors import InstancePriors
+from ..utils.errors import InputError
+from .datasets import check_dataset
 
 
 def estimate_priors(names: Any, num_classes: int | None = None) -> InstancePriors:

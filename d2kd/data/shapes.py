@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 VERSION = 2  # incremented whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
@@ -125,13 +125,13 @@ def _fill(points: np.ndarray) -> np.ndarray:
 
     In every row that it crosses, an edge flips all samples to its right.
     """
-    step = _UNIT // _FINE
+    spacing = _UNIT // _FINE
     width, height = (-(-points.max(axis=0) // _UNIT) * _FINE).tolist()
     (x1, y1), (x2, y2) = points.T[..., None], np.roll(points, -1, axis=0).T[..., None]
-    y = np.arange(height) * step + step // 2
+    y = np.arange(height) * spacing + spacing // 2
     crosses = (y1 > y) != (y2 > y)
     x = x1 + (y - y1) * (x2 - x1) // np.where(y1 == y2, 1, y2 - y1)
-    column = np.clip((x - step // 2) // step + 1, 0, width)
+    column = np.clip((x - spacing // 2) // spacing + 1, 0, width)
     flips = (np.arange(height) * (width + 1) + column)[crosses]
     parity = np.bincount(flips, minlength=height * (width + 1)).reshape(height, width + 1)
     return (np.cumsum(parity, axis=1) & 1).astype(bool)[:, :width]
@@ -209,7 +209,7 @@ class _Scene:
         self.image[here] = mixed // _FULL
 
 
-def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict]]:
+def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict]]:
     """Draw one image.
 
     Returns:
@@ -236,7 +236,7 @@ def _draw_set(folder: Path, settings: dict, bar: tqdm) -> None:
         (folder / split).mkdir(parents=True)
         images, annotations = [], []
         for index in range(settings[split]):
-            pixels, objects = draw(settings["seed"], split, index)
+            pixels, objects = draw_image(settings["seed"], split, index)
             name = f"{index + 1:06d}.png"
             Image.fromarray(pixels).save(folder / split / name, compress_level=1)
             images.append({"id": index + 1, "file_name": name, "width": SIZE, "height": SIZE})
@@ -277,7 +277,7 @@ def _present(root: Path, settings: dict) -> bool:
     return True
 
 
-def write(
+def write_shapes(
     root: str | Path, *, seed: int = 0, train: int = 800, val: int = 200, test: int = 200
 ) -> Path:
     """Write ``root/{train,val,test}.json`` and ``root/{train,val,test}/*.png``, unless they exist.
@@ -320,7 +320,7 @@ def default_root(*, seed: int = 0, train: int = 800, val: int = 200, test: int =
     return Path(os.environ.get("D2KD_DATASETS") or "datasets") / name
 
 
-def register(
+def register_shapes(
     root: str | Path | None = None,
     *,
     seed: int = 0,
@@ -338,7 +338,7 @@ def register(
 
     counts = {"seed": seed, "train": train, "val": val, "test": test}
     root = Path(root) if root is not None else default_root(**counts)
-    prepare = partial(write, root, **counts)
+    prepare = partial(write_shapes, root, **counts)
     for split in SPLITS:
         name, files = f"shapes_{split}", (str(root / f"{split}.json"), str(root / split))
         if name in DatasetCatalog.list():

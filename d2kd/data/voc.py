@@ -26,8 +26,8 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.utils.file_io import PathManager
 
-from d2kd.data.catalog import check_files, is_registered
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
+from .catalog import check_files, is_registered
 
 
 def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> str:

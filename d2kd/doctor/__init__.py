@@ -4,7 +4,7 @@
 """
 
 from .diagnose import diagnose
-from .findings import Finding, exit_code, table
+from .findings import Finding, exit_code, format_findings
 from .static_checks import SanityCheckHook, sanity_check
 
-__all__ = ["Finding", "SanityCheckHook", "diagnose", "exit_code", "sanity_check", "table"]
+__all__ = ["Finding", "SanityCheckHook", "diagnose", "exit_code", "format_findings", "sanity_check"]

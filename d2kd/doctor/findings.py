@@ -30,7 +30,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return max((STATES.index(finding.state) for finding in findings), default=0)
 
 
-def table(findings: Sequence[Finding]) -> str:
+def format_findings(findings: Sequence[Finding]) -> str:
     """Return the findings as text, each with its advice below."""
     width = max((len(finding.subject) for finding in findings), default=0)
     lines = []

@@ -147,15 +147,15 @@ def check_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[F
         iterations: number of training iterations.
         target: the ratio of gradients for which the advised overrides are computed.
     """
-    step, model = trainer._trainer, unwrap_ddp(trainer.model)
+    inner, model = trainer._trainer, unwrap_ddp(trainer.model)
     model.train()
     try:
         with EventStorage() as storage:
             for _ in range(iterations):
-                step.run_step()
+                inner.run_step()
                 trainer.scheduler.step()
                 storage.step()
-        rows = _gradients(trainer, next(step._batches))
+        rows = _gradients(trainer, next(inner._batches))
     except NonFiniteError as error:
         found = f"{error.culprit} is {error.value} within {iterations} iterations"
         yield Finding("losses", "error", found, "a smaller optimizer.lr, or train.clip_gradients")

@@ -1,6 +1,6 @@
 """Training and evaluation by a recipe."""
 
-from .evaluation import build_evaluator, build_test_loader, do_test
+from .evaluation import build_evaluator, build_recipe_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
 from .trainer import Trainer
 
@@ -10,6 +10,6 @@ __all__ = [
     "EvalTeacher",
     "Trainer",
     "build_evaluator",
-    "build_test_loader",
+    "build_recipe_test_loader",
     "do_test",
 ]

@@ -74,7 +74,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         checkpointables: other objects to save, by key.
 
     Attributes:
-        begun: start time of the run, as a file's modification time in ns; older checkpoints are another run's.
+        start_time: start time of the run, as a file's modification time in ns; older checkpoints are another run's.
     """
 
     def __init__(
@@ -241,3 +241,28 @@ def to_builtin_types(value: Any, name: str = "checkpoint") -> Any:
     elif not isinstance(value, torch.Tensor) and type(value) not in _SCALARS:
         raise InputError(name, f"a {type(value).__name__}", "tensors and Python's scalars")
     return value
+
+
+def check_same_checkpoint(last: tuple[str, dict] | None) -> None:
+    """Check that all processes resume from the same checkpoint; otherwise their weights would differ silently.
+
+    Raises:
+        InputError: the checkpoints differ.
+    """
+    found = "no checkpoint" if last is None else Path(last[0]).name
+    for rank, other in enumerate(comm.all_gather(found)):
+        if other != found:
+            raise InputError(
+                "--resume",
+                f"{found} in process {comm.get_rank()}, {other} in process {rank}",
+                "one output folder that all processes see",
+            )
+
+
+def redistribute_normalizer(states: Sequence[dict], processes: int) -> dict[str, Any]:
+    """Return the state of each process if their number has changed, with the same total batch size.
+
+    A loss normalizer counts the foreground of its process's part of the batch, so that their sum is preserved.
+    """
+    values = [state[LOSS_NORMALIZER] for state in states if LOSS_NORMALIZER in state]
+    return {LOSS_NORMALIZER: sum(values) / processes} if values else {}

@@ -32,7 +32,9 @@ def get_test_dataset_name(config: DictConfig) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def build_test_loader(config: DictConfig, dataset_name: str | None = None) -> Iterable | None:
+def build_recipe_test_loader(
+    config: DictConfig, dataset_name: str | None = None
+) -> Iterable | None:
     """Build the loader of ``dataloader.test``; None if the recipe has no test loader or no evaluator.
 
     Args:
@@ -90,14 +92,14 @@ def do_test(
     Args:
         config: a recipe.
         model: a detector, a :class:`Distiller`, whose student is evaluated, or a function of batches.
-        loader: by default that of :func:`build_test_loader`.
+        loader: by default that of :func:`build_recipe_test_loader`.
         evaluator: one or several; by default that of :func:`build_evaluator`.
         output_dir: as for :func:`build_evaluator`.
 
     Returns:
         ``{"bbox": {"AP": …, "AP-<class>": …}}`` in the main process, ``{}`` in others.
     """
-    loader = loader or build_test_loader(config)
+    loader = loader or build_recipe_test_loader(config)
     if loader is None:
         logger.info("the recipe has no evaluator: no evaluation")
         return {}

@@ -26,9 +26,8 @@ from ..modeling.weights import file_sha256
 from ..structures.class_map import num_classes_of
 from ..utils.env import config_hash
 from ..utils.errors import InputError
-from ..utils.io import read_rows, write_json
+from ..utils.io import read_metrics, read_rows, write_json
 from ..utils.random_state import preserved_random_state
-from ..visualization.curves import read_metrics
 from ..visualization.panels import Scene, panel_metadata, scenes, side_by_side
 from .checkpoint import StudentCheckpointer, get_student, teacher_class_names, training_class_names
 
@@ -143,7 +142,7 @@ class EvalTeacher(HookBase):
 class PeriodicCheckpoint(hooks.PeriodicCheckpointer):
     """Detectron2's PeriodicCheckpointer, with ``max_to_keep`` also for files from before a resume.
 
-    A run that was interrupted between its last two checkpoints, the periodic and the final one, gets the final one.
+    A run interrupted after its last periodic checkpoint, before the final one, writes the final one on resume.
     """
 
     def before_train(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import logging.handlers
 import sys
@@ -17,20 +16,7 @@ from detectron2.utils import comm
 from ..utils.console import LOGGERS
 from ..utils.env import collect_versions
 from ..utils.errors import InputError
-from ..utils.io import full_disk_message, read_json, read_rows, write_json, write_text
-
-
-def truncate_metrics(path: str | Path, iteration: int) -> None:
-    """Remove the lines of ``metrics.json`` from an iteration on, which a resumed run will write again."""
-    path = Path(path)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # a line is incomplete after a crash
-            if json.loads(line)["iteration"] < iteration:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+from ..utils.io import full_disk_message, read_json, read_rows, write_json
 
 
 class RunLog:

@@ -40,20 +40,22 @@ from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.errors import InputError
-from ..utils.io import remove_temporary_files, report_full_disk
+from ..utils.io import remove_temporary_files, report_full_disk, truncate_metrics
 from ..utils.memory import PeakMemory
 from ..utils.random_state import preserved_random_state, set_random_state
 from .checkpoint import (
     FINAL_CHECKPOINT,
     LOSS_NORMALIZER,
     StudentCheckpointer,
+    check_same_checkpoint,
     get_student,
+    redistribute_normalizer,
     training_class_names,
     unwrap_ddp,
 )
 from .evaluation import (
     build_evaluator,
-    build_test_loader,
+    build_recipe_test_loader,
     do_test,
     finite_metrics,
     get_test_dataset_name,
@@ -70,8 +72,7 @@ from .hooks import (
 )
 from .launch import pick_device
 from .optimizer import build_lr_scheduler, build_optimizer, student_optimizer
-from .resume import check_same_checkpoint, redistribute_normalizer
-from .run_info import RunLog, RunMetadata, suppress_input_error_traceback, truncate_metrics
+from .run_info import RunLog, RunMetadata, suppress_input_error_traceback
 from .train_step import NonFiniteError, TrainStep, build_amp, wrap_ddp
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Trainer(DefaultTrainer):
     Attributes:
         cfg: the recipe with its defaults.
         seconds: time spent in steps, including those before a resume.
-        record: the content of ``run.json``.
+        run_metadata: the content of ``run.json``.
         finished: whether the resumed run had ended and written its final checkpoint.
 
     Raises:
@@ -217,9 +218,9 @@ class Trainer(DefaultTrainer):
         return instantiate(dataloader.train)
 
     @classmethod
-    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
+    def build_recipe_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
         """Build the loader of ``cfg.dataloader.test``, for another data set if it is named; None: no evaluation."""
-        return build_test_loader(cfg, dataset_name)
+        return build_recipe_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: DictConfig, dataset_name: str | None) -> Any:

@@ -44,7 +44,7 @@ fraction of the box's pixels in which they differ."""
 
 
 def prepare_for_export(detector: nn.Module) -> nn.Module:
-    """Return the detector in eval mode on the CPU, after checking that :func:`write` supports it.
+    """Return the detector in eval mode on the CPU, after checking that :func:`export_detector` supports it.
 
     Raises:
         InputError: if it is not a Faster, Mask or Cascade R-CNN with FPN, a RetinaNet, an FCOS or a GFL.
@@ -99,7 +99,7 @@ def tracing() -> Iterator[None]:
         yield
 
 
-def write(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+def export_detector(detector: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write the detector to a file, atomically; the suffix selects the format.
 
     Args:
@@ -156,13 +156,13 @@ def import_optional(name: str) -> ModuleType:
 
 
 class ExportedDetector:
-    """Runs a file of :func:`write`; callable with Detectron2's batches.
+    """Runs a file of :func:`export_detector`; callable with Detectron2's batches.
 
     Args:
         path: ``*.onnx``, which onnxruntime runs, or ``*.ts``.
 
     Attributes:
-        metadata: the strings saved with :func:`write`.
+        metadata: the strings saved with :func:`export_detector`.
 
     Raises:
         InputError: if the file cannot be read, or onnxruntime is not installed.

@@ -36,7 +36,7 @@ from ..config import (
 from ..data import DownscaledStudentMapper
 from ..data.datasets import dataset_names
 from ..engine.checkpoint import training_class_names
-from ..engine.evaluation import build_test_loader, do_test
+from ..engine.evaluation import build_recipe_test_loader, do_test
 from ..modeling.meta_arch.distiller import build_class_map
 from ..modeling.weights import CLASSES_KEY, load_checkpoint, load_weights_strict
 from ..structures.class_map import num_classes_of
@@ -108,7 +108,7 @@ def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> 
     return DetectorRow(name, exported, detector, exported.path.stat().st_size)
 
 
-def metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
+def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
     """Return the metadata of an exported file: class names, image format, resizing of test images, as strings.
 
     Raises:
@@ -147,7 +147,7 @@ def first_test_images(config: DictConfig, count: int) -> list[list[dict]]:
     Raises:
         InputError: if the recipe has no test data or no evaluator.
     """
-    loader = build_test_loader(config)
+    loader = build_recipe_test_loader(config)
     if loader is None:
         found = "no dataloader.test or no dataloader.evaluator"
         raise InputError("the recipe", found, "data to compare on, or --images 0")
@@ -194,7 +194,7 @@ def gflops(detector: nn.Module, batches: Sequence[list[dict]]) -> float:
     return mean(counts) / 1e9
 
 
-def compare(
+def measure_rows(
     config: DictConfig, rows: Sequence[DetectorRow], batches: Sequence[list[dict]], output: Path
 ) -> dict[str, Any]:
     """Measure all rows.
@@ -206,8 +206,8 @@ def compare(
         output: folder of the evaluator's files.
 
     Returns:
-        dict: the content of ``table.json``: collect_versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
-        ``time_per_image``, ``megabytes`` and ``gflops``.
+        dict: the content of ``table.json``: versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
+        ``milliseconds``, ``megabytes`` and ``gflops``.
     """
     times = time_per_image(rows, batches)
     measured = []
@@ -237,8 +237,8 @@ def compare(
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Return the result of :func:`compare` as text."""
+def format_rows(result: Mapping[str, Any]) -> str:
+    """Return the result of :func:`measure_rows` as text."""
     columns = ("name", "AP", "AP50", "milliseconds", "megabytes", "gflops")
     return tabulate(
         [[row[column] for column in columns] for row in result["rows"]],

@@ -16,10 +16,11 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..modeling.anchors import check_anchors
 from ..modeling.box_regression import integral
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
-from .base import DistillLoss, Weight, check_anchors
+from .base import DistillLoss, Weight
 from .functional import in_float32, softmax_kl
 
 CLASS_POOLS = ("batch", "image")

@@ -257,8 +257,8 @@ class ICDLoss(DistillLoss):
             ]
             compared = torch.cat([x.flatten(1) for x in inside], dim=1)
         layer_losses = self.run_decoder(
-            None if self.progress < self.aux_warmup else tokens(student_maps),
-            tokens(teacher_maps),
+            None if self.progress < self.aux_warmup else flatten_maps(student_maps),
+            flatten_maps(teacher_maps),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.from_masks(valid, t.shape[1]),
             queries,
@@ -442,7 +442,7 @@ class DecoderLayerLosses:
     distance: Tensor | None = None
 
 
-def tokens(maps: Iterable[Tensor]) -> Tensor:
+def flatten_maps(maps: Iterable[Tensor]) -> Tensor:
     """Flatten and concatenate feature maps: ``(N, C, Hi, Wi)`` of each level to ``(N, sum Hi * Wi, C)``."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
 

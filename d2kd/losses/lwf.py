@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.masks import valid_cells
+from ..modeling.anchors import check_anchors
 from ..modeling.outputs import DenseOutputs
-from .base import DistillLoss, Weight, check_anchors
+from .base import DistillLoss, Weight
 from .erd import old_class_ids, set_old_classes
 
 

@@ -26,11 +26,13 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
-from ..modeling.matcher import is_foreground
+from ..modeling.anchors import check_anchors
+from ..modeling.atss import is_foreground
+from ..modeling.box_regression import select_class_deltas
 from ..modeling.outputs import uses_sigmoid_scores
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
-from .base import DistillLoss, Weight, check_anchors, get_weight, is_zero
+from .base import DistillLoss, Weight, get_weight, is_zero
 from .functional import in_float32, resolve_normalizer, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
 
@@ -395,14 +397,6 @@ def regression_term(
     """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
     return (errors * gate).sum() / resolve_normalizer(errors.new_full((), len(errors)), normalizer)
-
-
-def select_class_deltas(deltas: Tensor, classes: Tensor) -> Tensor:
-    """Return each row's deltas for its class, ``(P, 4)`` from ``(P, 4K)``; class-agnostic deltas are unchanged."""
-    if deltas.shape[1] == 4:
-        return deltas
-    rows = torch.arange(len(deltas), device=deltas.device)
-    return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]
 
 
 def _ramp(length: float):

@@ -32,3 +32,11 @@ def integral(logits: Tensor) -> Tensor:
     # In half precision, the mean's rounding error is as large as the difference between two detectors.
     bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
     return (logits.float().softmax(dim=-1) * bins).sum(dim=-1)
+
+
+def select_class_deltas(deltas: Tensor, classes: Tensor) -> Tensor:
+    """Return each row's deltas for its class, ``(P, 4)`` from ``(P, 4K)``; class-agnostic deltas are unchanged."""
+    if deltas.shape[1] == 4:
+        return deltas
+    rows = torch.arange(len(deltas), device=deltas.device)
+    return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]

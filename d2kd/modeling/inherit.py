@@ -102,7 +102,7 @@ def find_stem_weight(detector: nn.Module) -> str | None:
 def has_class_rows(name: str, rows: int, num_classes: int) -> bool:
     """Return whether a weight of a Detectron2 detector has rows for each class.
 
-    It has in layers of class scores, and in layers of boxes and masks of RoI heads that are not class-agnostic.
+    True for class scores, and for box and mask predictors of RoI heads that are not class-agnostic.
     """
     layer = re.match(r"(head|roi_heads\..*)\.(cls_score|bbox_pred|predictor)\.", name)
     if layer is None or layer[2] == "cls_score":

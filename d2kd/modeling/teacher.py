@@ -91,7 +91,7 @@ class Teacher:
         self.dtype = DTYPES.get(dtype)
         self._pending_optimizations = {
             "fuse": fuse_norms,
-            "keep": self.dtype not in (None, torch.float32),
+            "cast": self.dtype not in (None, torch.float32),
             "channels_last": channels_last,
             "compile": compile,
         }
@@ -141,8 +141,8 @@ class Teacher:
             class_map: None: the teacher's classes are the student's first ones.
 
         Returns:
-            a function of batches, without detections of other classes; None, with a warning, if the student's class
-            of each of the teacher's classes is not given.
+            a function of batches, without detections of other classes; None, with a warning, if the teacher's
+            classes cannot be mapped to the student's.
         """
         if class_map is None:
             if (count := num_classes_of(self.detector)) <= num_classes:
@@ -193,7 +193,7 @@ class Teacher:
         """Apply the optimizations, once, after weights were loaded, inherited and moved to their device."""
         if self._pending_optimizations.pop("fuse", False):
             fuse_norms(self.detector)
-        if self._pending_optimizations.pop("keep", False):
+        if self._pending_optimizations.pop("cast", False):
             cast_weights_(self.detector, self.dtype)
         if self._pending_optimizations.pop("channels_last", False):
             self.detector.to(memory_format=torch.channels_last)

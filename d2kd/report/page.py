@@ -49,7 +49,10 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
 def render(comparison: Comparison) -> str:
     """Return the HTML text of the page."""
     environment = Environment(
-        loader=PackageLoader("d2kd"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("d2kd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters |= FILTERS
     return environment.get_template("report.html").render(**_values(comparison))

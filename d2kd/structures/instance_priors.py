@@ -10,7 +10,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from d2kd.utils.errors import InputError
+from ..utils.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # runs only if given by name
     )
 
-For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with a ``increment`` is
+For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with an ``increment`` is
 evaluated on the classes learned so far; the run it depends on has learned those of the increments before::
 
     study = dict(…, increments="4+4", upper_bound="everything")
@@ -37,7 +37,7 @@ ratio is saved in the study's ``step_cost.json`` and reused when the study is re
 folder. :class:`SequentialRunner` trains in this process, for ``--fast`` and tests.
 """
 
-from .plan import Run, Study, build_study, load, load_and_plan, prepare_recipe
+from .plan import Run, Study, build_study, load_and_plan, load_study, prepare_recipe
 from .results import write_results, write_tables_and_plots
 from .run import TrainingResult, train
 from .schedule import ParallelRunner, SequentialRunner, run_study
@@ -49,8 +49,8 @@ __all__ = [
     "Study",
     "TrainingResult",
     "build_study",
-    "load",
     "load_and_plan",
+    "load_study",
     "prepare_recipe",
     "run_study",
     "train",

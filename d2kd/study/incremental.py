@@ -10,7 +10,7 @@ from typing import Any
 
 from ..utils.io import write_json
 from .plan import Study
-from .text import aligned, mean_text
+from .text import format_mean, format_text_table
 
 FILE = "increments.json"
 """File of these metrics in a study's folder."""
@@ -40,18 +40,22 @@ def increment_metrics(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[d
         bound = row_of(study.upper_bound, row["seed"])
         bound_ap = bound and mean_ap(bound["per_class"], chain(*study.increments))
         entry = {key: row[key] for key in ("name", "method", "seed")} | {"increment": here}
-        entry |= old_new_all(row["per_class"], study.increments, here)
+        entry |= mean_ap_old_new_all(row["per_class"], study.increments, here)
         lost: dict[str, float | None] = {}
         learned_by = study.previous(row["method"])
         while increment and learned_by is not None:
             before = row_of(learned_by, row["seed"])
             classes = study.increments[study.increment_of(learned_by) - 1]
-            lost |= forgetting(before["per_class"] if before else {}, row["per_class"], classes)
+            lost |= forgetting_per_class(
+                before["per_class"] if before else {}, row["per_class"], classes
+            )
             learned_by = study.previous(learned_by)
         entry["forgetting"] = {c: lost[c] for c in chain(*study.increments) if c in lost}
         entry["mean_forgetting"] = mean_ap(lost, lost)
         last = increment == len(study.increments)
-        entry["abs_gap"], entry["rel_gap"] = gaps(entry["all"], bound_ap) if last else (None, None)
+        entry["abs_gap"], entry["rel_gap"] = (
+            gaps_to_upper_bound(entry["all"], bound_ap) if last else (None, None)
+        )
         after.append(entry)
     return after
 
@@ -59,7 +63,7 @@ def increment_metrics(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[d
 def increments_table(
     study: Study,
     rows: Sequence[Mapping[str, Any]],
-    layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
+    layout: Callable[[Sequence[Sequence[str]]], str] = format_text_table,
 ) -> str:
     """Return two tables as text, with means and standard deviations over seeds: metrics, and forgetting by class.
 
@@ -79,7 +83,7 @@ def increments_table(
         values.append([e["abs_gap"] for e in entries])
         values.append([e["rel_gap"] and 100 * e["rel_gap"] for e in entries])
         lines.append(
-            [method, str(increment or "all"), *(mean_text(column, 1) for column in values)]
+            [method, str(increment or "all"), *(format_mean(column, 1) for column in values)]
         )
     text = layout(lines)
     learned = {m: entries for m, entries in of.items() if any(e["forgetting"] for e in entries)}
@@ -88,7 +92,7 @@ def increments_table(
         classes = dict.fromkeys(c for e in chain(*learned.values()) for c in e["forgetting"])
         for name in classes:
             columns = [[e["forgetting"].get(name) for e in found] for found in learned.values()]
-            lost.append([f"  {name}", *(mean_text(column, 1) for column in columns)])
+            lost.append([f"  {name}", *(format_mean(column, 1) for column in columns)])
         text += "\n\n" + layout(lost)
     return text
 
@@ -103,7 +107,7 @@ PerClass = Mapping[str, float | None]
 """Class -> AP in [0, 100]; None if the data set has no object of the class."""
 
 
-def old_new_all(
+def mean_ap_old_new_all(
     per_class: PerClass, increments: Sequence[Sequence[str]], increment: int
 ) -> dict[str, float | None]:
     """Return the mean AP of the ``old`` classes (of the increments before), the ``new`` ones (of this increment), and ``all``.
@@ -129,7 +133,7 @@ def mean_ap(per_class: PerClass, classes: Iterable[str]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def forgetting(
+def forgetting_per_class(
     before: PerClass, after: PerClass, classes: Iterable[str]
 ) -> dict[str, float | None]:
     """Return, for each class, the AP before minus the AP after; None if either is undefined."""
@@ -140,7 +144,9 @@ def forgetting(
     return lost
 
 
-def gaps(reached: float | None, upper_bound: float | None) -> tuple[float | None, float | None]:
+def gaps_to_upper_bound(
+    reached: float | None, upper_bound: float | None
+) -> tuple[float | None, float | None]:
     """Return AbsGap and RelGap: the difference of an AP to the upper bound, in points and as a fraction of the latter."""
     if reached is None or not upper_bound:
         return None, None

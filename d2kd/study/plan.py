@@ -181,7 +181,7 @@ class Study:
         return list(planned.values())
 
 
-def load(path: str | Path) -> Study:
+def load_study(path: str | Path) -> Study:
     """Load a study from a file on disk or in this project, and check it. No detector is built.
 
     Raises:
@@ -205,9 +205,9 @@ def load_and_plan(
     """Load a study and plan its runs; see :meth:`Study.plan` for the arguments.
 
     Raises:
-        InputError: see :func:`load` and :meth:`Study.plan`.
+        InputError: see :func:`load_study` and :meth:`Study.plan`.
     """
-    study = load(path)
+    study = load_study(path)
     runs = study.plan(seeds, only, fast)
     if fast and study.fast_setup is not None:
         instantiate(study.fast_setup)
@@ -215,7 +215,7 @@ def load_and_plan(
 
 
 def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Study:
-    """Build a study from the content of a file, and check it; see :func:`load`."""
+    """Build a study from the content of a file, and check it; see :func:`load_study`."""
     for key in ("study", "runs"):
         if not isinstance(config.get(key), Mapping):
             raise InputError(

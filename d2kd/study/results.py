@@ -23,7 +23,7 @@ from .incremental import FILE as INCREMENTS
 from .incremental import increments_table, write_increments
 from .plan import Run, Study
 from .plots import draw_gains
-from .text import aligned, markdown, mean_text, t_interval
+from .text import format_markdown_table, format_mean, format_text_table, t_interval
 
 PREDICTIONS = "test/coco_instances_results.json"
 """File in a run's folder with the detections of the final weights on the test split."""
@@ -31,7 +31,7 @@ PREDICTIONS = "test/coco_instances_results.json"
 Row = Mapping[str, Any]
 
 
-def percent(value: float | None) -> float | None:
+def defined_ap(value: float | None) -> float | None:
     """Return an AP in [0, 100], and None if it is undefined, for which COCO has -1 or NaN."""
     return None if value is None or not value >= 0 or math.isinf(value) else float(value)
 
@@ -43,10 +43,10 @@ def ap_metrics(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str
         metrics: the "bbox" results of COCOEvaluator.
         classes: class names of the data set; the AP of a class without a result is None.
     """
-    per_class = {name: percent(metrics.get(f"AP-{name}")) for name in classes}
+    per_class = {name: defined_ap(metrics.get(f"AP-{name}")) for name in classes}
     if len(classes) == 1:  # COCOEvaluator omits the AP of a single class
-        per_class = {classes[0]: percent(metrics.get("AP"))}
-    return {**{key: percent(metrics.get(key)) for key in METRICS}, "per_class": per_class}
+        per_class = {classes[0]: defined_ap(metrics.get("AP"))}
+    return {**{key: defined_ap(metrics.get(key)) for key in METRICS}, "per_class": per_class}
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
@@ -54,7 +54,7 @@ def methods_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
+def compute_gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
     """Compute the AP of a method minus that of a reference of the same seed.
 
     Returns:
@@ -78,21 +78,21 @@ def gains(rows: Sequence[Row], method: str, reference: str) -> dict[str, Any]:
 def gains_over(
     rows: Sequence[Row], reference: str, paired: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the :func:`gains` of each method in ``paired`` that has rows."""
+    """Return the :func:`compute_gains` of each method in ``paired`` that has rows."""
     found = methods_of(rows)
     return {
-        method: gains(rows, method, reference)
+        method: compute_gains(rows, method, reference)
         for method in found
         if method in paired and method != reference and reference in found
     }
 
 
-def table(
+def format_results(
     rows: Sequence[Row],
     dataset: str,
     references: Sequence[str],
     paired: Sequence[str],
-    layout: Callable[[Sequence[Sequence[str]]], str] = aligned,
+    layout: Callable[[Sequence[Sequence[str]]], str] = format_text_table,
 ) -> str:
     """Return the results and the gains of each method as text.
 
@@ -109,7 +109,10 @@ def table(
     of = {method: [row for row in rows if row["method"] == method] for method in methods_of(rows)}
 
     def line(label: str, value, digits: int = 1) -> list[str]:
-        return [label, *(mean_text([value(row) for row in group], digits) for group in of.values())]
+        return [
+            label,
+            *(format_mean([value(row) for row in group], digits) for group in of.values()),
+        ]
 
     reached = [[f"AP on {dataset}", *of]]
     reached += [line(LABELS.get(key, key), lambda row, key=key: row[key]) for key in METRICS]
@@ -153,7 +156,7 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
-def training_time(rows: Sequence[Row]) -> str:
+def format_training_time(rows: Sequence[Row]) -> str:
     """Return the number of runs and their total training time as text."""
     hours, minutes = divmod(round(sum(row["seconds"] for row in rows) / 60), 60)
     took = f"trained in {hours} h {minutes:02d} min"
@@ -164,26 +167,27 @@ def step_costs(rows: Sequence[Row], baseline: str) -> list[str]:
     """Return a line for each measured step cost of equal-time runs."""
     measured = [(row["method"], row["step_cost"]) for row in rows if row.get("step_cost")]
     lines = [
-        f"{method}: {cost_text(cost, f'the steps of {baseline}')}" for method, cost in measured
+        f"{method}: {format_step_cost(cost, f'the steps of {baseline}')}"
+        for method, cost in measured
     ]
     return list(dict.fromkeys(lines))
 
 
-def cost_text(cost: Mapping[str, Any], unit: str) -> str:
+def format_step_cost(cost: Mapping[str, Any], unit: str) -> str:
     """Format a :class:`d2kd.benchmark.step_cost.StepCost`, given as a mapping."""
     ratio, low, high = (f"{cost[key]:.2f}" for key in ("ratio", "low", "high"))
     over = f"measured over {cost['pairs']} pairs of steps, {cost['clock']}"
     return f"{ratio} ({low} to {high}) times {unit}, {over}"
 
 
-def provenance(rows: Sequence[Row]) -> str:
+def provenance_table(rows: Sequence[Row]) -> str:
     """Return a markdown table with links to config and log of each row, and hashes of its weights."""
     lines = [["run", "AP", "config", "log", "weights", "teacher"]]
     for row in rows:
         links = [f"[{key}]({row['name']}/{Path(row[key]).name})" if row.get(key) else "-" for key in ("config", "log")]  # fmt: skip
         hashes = [(row.get(key) or "-")[:12] for key in ("weights_sha256", "teacher_sha256")]
-        lines.append([row["name"], mean_text([row["AP"]], 1), *links, *hashes])
-    return markdown(lines)
+        lines.append([row["name"], format_mean([row["AP"]], 1), *links, *hashes])
+    return format_markdown_table(lines)
 
 
 def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
@@ -219,12 +223,12 @@ def write_tables_and_plots(
     def tables(layout: Callable[[Sequence[Sequence[str]]], str]) -> str:
         parts = [increments_table(study, rows, layout)] if study.increments else []
         if whole:  # empty if no run has learned all increments yet
-            parts.append(table(whole, study.test, study.references, study.paired, layout))
-        return "\n\n".join([*parts, training_time(rows), *step_costs(rows, study.baseline)])
+            parts.append(format_results(whole, study.test, study.references, study.paired, layout))
+        return "\n\n".join([*parts, format_training_time(rows), *step_costs(rows, study.baseline)])
 
-    text, written = tables(aligned), tables(markdown)
+    text, written = tables(format_text_table), tables(format_markdown_table)
     write_text(output / "table.txt", f"{study.title}\n\n{text}\n")
-    write_text(output / "table.md", f"# {study.title}\n\n{written}\n\n{provenance(rows)}\n")
+    write_text(output / "table.md", f"# {study.title}\n\n{written}\n\n{provenance_table(rows)}\n")
     over = {name: gains_over(whole, name, study.paired) for name in study.references}
     curves: dict[str, list[Path]] = {}
     for row in rows:

@@ -72,11 +72,11 @@ def train(config: DictConfig, test: str, progress: ProgressCallback) -> Training
         trainer = Trainer(config)
         trainer.resume_or_load(resume=True)
         if not trainer.finished:
-            hook = CallbackHook(
+            report_progress = CallbackHook(
                 before_train=lambda trainer: progress(trainer.start_iter, trainer.max_iter),
                 after_step=lambda trainer: progress(trainer.iter + 1, trainer.max_iter),
             )
-            trainer.register_hooks([hook])
+            trainer.register_hooks([report_progress])
             trainer.train()
         del trainer
     return evaluate_run(config, test)

@@ -20,7 +20,7 @@ from ..utils.console import ProgressBar, ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_rows, write_json
 from .plan import Run, Study, prepare_recipe, timed_recipes
-from .results import cost_text, write_results
+from .results import format_step_cost, write_results
 from .run import (
     TrainingResult,
     finished_row,
@@ -63,7 +63,7 @@ def run_study(
     """
     for test in dict.fromkeys([study.test, *(run.test for run in runs)]):
         for name in check_dataset(test):
-            DatasetCatalog.get(name)  # loading a step of classes checks that it has objects
+            DatasetCatalog.get(name)  # loading an increment checks that it has objects
     trainer, console = trainer or SequentialRunner(), console or sys.stdout
     finished: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
@@ -97,7 +97,7 @@ def run_study(
         if cost is None and run.name in requested and not busy:
             line = ProgressBar(f"  {run.method:<{width}}  cost of a step", console)
             found = trainer.step_cost(*recipes, line)
-            line.close(cost_text(found, "a plain step"))
+            line.close(format_step_cost(found, "a plain step"))
             cost = {"method": run.method, "recipes_sha256": key, **found}
             write_json(output / STEP_COST, {"schema": 1, "rows": [*costs, cost]})
         return cost and {name: cost[name] for name in COST_FIELDS}
@@ -223,7 +223,7 @@ class ParallelRunner(SequentialRunner):
         super().__init__()
         self.jobs = jobs
         self._all = torch.get_num_threads()
-        self._share = max(1, self._all // jobs)
+        self._threads_per_run = max(1, self._all // jobs)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         self._gpus = visible.split(",")[:count] if visible else [str(k) for k in range(count)]
@@ -241,12 +241,12 @@ class ParallelRunner(SequentialRunner):
         self, distilled: DictConfig, plain: DictConfig, progress: ProgressCallback
     ) -> dict[str, Any]:
         """Like :meth:`SequentialRunner.step_cost`, with the number of threads of a run."""
-        with torch_threads(self._share):
+        with torch_threads(self._threads_per_run):
             return super().step_cost(distilled, plain, progress)
 
     def train(self, run: Run, config: DictConfig, progress: ProgressCallback) -> Iterator[None]:
         """Like :meth:`SequentialRunner.train`, in a subprocess."""
-        count = self._all if run.shared_across_seeds else self._share
+        count = self._all if run.shared_across_seeds else self._threads_per_run
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)
         try:

@@ -16,7 +16,7 @@ T_975 = (
 )
 
 
-def mean_text(values: Sequence[float | None], digits: int) -> str:
+def format_mean(values: Sequence[float | None], digits: int) -> str:
     """Format the mean of the defined values, with the standard deviation if there are several."""
     defined = [value for value in values if value is not None]
     if not defined:
@@ -25,12 +25,12 @@ def mean_text(values: Sequence[float | None], digits: int) -> str:
     return text + (f" ±{statistics.stdev(defined):.{digits}f}" if len(defined) > 1 else "")
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
+def format_text_table(lines: Sequence[Sequence[str]]) -> str:
     """Format a plain-text table, with the first column left-aligned and the others right-aligned."""
     return _tabulated(lines, "simple", preserve_whitespace=True)
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
+def format_markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Format a markdown table; the first row is the heading."""
     return _tabulated(lines, "pipe")
 

@@ -75,7 +75,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..benchmark import MAIN_RATIO, Case, benchmark, table
+    from ..benchmark import MAIN_RATIO, BenchmarkCase, benchmark, format_costs
     from ..utils.io import write_json, write_text
 
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
@@ -86,16 +86,18 @@ def run(args: argparse.Namespace) -> None:
     setups, variant_of = [], {}
     for config in args.config_file:
         label = Path(config).stem
-        setups.append(Case(label, config, tuple(args.opts), **common))
+        setups.append(BenchmarkCase(label, config, tuple(args.opts), **common))
         for name, *overrides in args.variant:
             variant_of[f"{label}, {name}"] = label
-            setups.append(Case(f"{label}, {name}", config, (*args.opts, *overrides), **common))
+            setups.append(
+                BenchmarkCase(f"{label}, {name}", config, (*args.opts, *overrides), **common)
+            )
 
     def keep(result: dict) -> None:
         if args.json:
             write_json(args.json, result)
         if args.markdown:
-            write_text(args.markdown, f"{table(result, 'github')}\n")
+            write_text(args.markdown, f"{format_costs(result, 'github')}\n")
 
     result = benchmark(
         setups,
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         memory=not args.no_memory,
         on_result=keep,
     )
-    print(f"\n{table(result)}")
+    print(f"\n{format_costs(result)}")
     if args.bound is None:
         return
     print()

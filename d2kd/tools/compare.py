@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     require_packages("plots", "matplotlib", "jinja2")
     from ..comparison.comparison import Options
     from ..comparison.detectors import load_data
-    from ..study.report import compare_and_report
+    from ..report.build import compare_and_report
 
     for name, least in (("resamples", 1), ("observe", 1)):
         number = getattr(args, name)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 def detectors_from_args(args: argparse.Namespace) -> tuple:
     """Return the detectors and the data set of the command line."""
-    from ..comparison.detectors import from_config
+    from ..comparison.detectors import detector_from_config
     from ..config import load_recipe_or_none
     from ..data.catalog import register_from_config
 
@@ -93,7 +93,7 @@ def detectors_from_args(args: argparse.Namespace) -> tuple:
         parts = rest.split(",")
         if not name or len(parts) not in (2, 3) or not all(parts):
             raise InputError("--detector", text, "NAME=CONFIG,WEIGHTS")
-        detectors.append(from_config(name, *parts))
+        detectors.append(detector_from_config(name, *parts))
         recipe = load_recipe_or_none(parts[0])
         if recipe is not None:
             register_from_config(recipe, args.dataset)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..config import load
-    from ..doctor import Finding, diagnose, exit_code, table
+    from ..doctor import Finding, diagnose, exit_code, format_findings
     from ..utils.env import collect_versions
     from ..utils.io import write_json
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             raise
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         findings.append(Finding("doctor", "error", found, "--debug shows the traceback"))
-    print(table(findings))
+    print(format_findings(findings))
     if args.json:
         rows = [dataclasses.asdict(finding) for finding in findings]
         write_json(args.json, {"schema": 1, "versions": collect_versions(), "rows": rows})

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
         FORMATS,
         SCORE_TOLERANCE,
         ExportedDetector,
+        export_detector,
         import_optional,
         prepare_for_export,
-        write,
     )
     from ..utils.io import write_json, write_text
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = with_defaults(load(args.config_file, args.opts))
     student = prepare_for_export(table.build_student(config, args.weights))
-    about = table.metadata(config, student, args.weights)
+    about = table.export_metadata(config, student, args.weights)
     batches = table.first_test_images(config, args.images) if args.images else []
     rows = []
     if args.table:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     differ = False
     for form in args.format:
         path = args.output / f"model{FORMATS[form]}"
-        write(student, path, about)
+        export_detector(student, path, about)
         exported = ExportedDetector(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(exported.classes)}")
         if batches:
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
             )
         rows.append(table.exported_row(f"exported, {form}", exported, student))
     if args.table:
-        result = table.compare(config, rows, batches, args.output)
-        text = table.table(result)
+        result = table.measure_rows(config, rows, batches, args.output)
+        text = table.format_rows(result)
         write_text(args.output / "table.txt", text + "\n")
         write_json(args.output / "table.json", result)
         print(f"\n{text}")

@@ -233,7 +233,7 @@ def download(folder: Path) -> Path:
     return next(folder.glob("*.tar.gz"))
 
 
-def build(archive: Path, destination: Path) -> Path:
+def build_wheel(archive: Path, destination: Path) -> Path:
     """Repair the archive's files and build a wheel from them in ``destination``."""
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(archive) as tar:
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
                 f"Downloading {ARCHIVE}, checking its SHA-256, applying {len(REPAIRS) + 1} repairs …",
                 flush=True,
             )
-            wheel = build(download(Path(scratch)), args.wheel_dir or Path(scratch))
+            wheel = build_wheel(download(Path(scratch)), args.wheel_dir or Path(scratch))
             if args.wheel_dir:
                 print(f"Built {wheel}")
             else:

@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the number of steps done and of all steps."""
+"""Called with the number of items done and of all items, such as training steps."""
 
 LOGGERS = ("d2kd", "detectron2", "fvcore")
 """Loggers whose records are in a run's log."""
@@ -39,7 +39,7 @@ def suppress_output() -> Iterator[None]:
 
 
 class ProgressBar(tqdm):
-    """A progress line: step i/n, elapsed and remaining time. If it is not a terminal, a new line every 30 s.
+    """A progress line: i/n, elapsed and remaining time. If it is not a terminal, a new line every 30 s.
 
     Args:
         label: the beginning of the line.
@@ -59,18 +59,18 @@ class ProgressBar(tqdm):
             miniters=1,
             smoothing=0,
             position=0,
-            bar_format="{desc}  step {n_fmt}/{total_fmt}  {elapsed} elapsed  {remaining} left",
+            bar_format="{desc}  {n_fmt}/{total_fmt}  {elapsed} elapsed  {remaining} left",
         )
 
-    def __call__(self, step: int, steps: int) -> None:
-        """Set the number of finished steps; the first call sets the start."""
+    def __call__(self, done: int, total: int) -> None:
+        """Set the number of finished items; the first call sets the start."""
         if self.total is None:
-            self.total, self.initial, self.n = steps, step, step
+            self.total, self.initial, self.n = total, done, done
             self.start_t = self.last_print_t = self._time()
-            self.last_print_n = step
+            self.last_print_n = done
             self.refresh()
         else:
-            self.update(step - self.n)
+            self.update(done - self.n)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Redraw the line as tqdm does, if it is live."""

@@ -32,7 +32,7 @@ class InputError(Exception):
 
     @classmethod
     def from_line(cls, line: str) -> InputError:
-        """Return the error that ``str`` has turned into a line, in another process."""
+        """Parse the line printed for an error in another process."""
         rest, _, expected = line.rpartition("; expected ")
         culprit, _, found = rest.partition(": ")
         return cls(culprit, found, expected)

@@ -104,3 +104,29 @@ def read_rows(path: str | Path) -> list[dict]:
     """Return the list ``rows`` of a JSON file that d2kd has written; an empty one if there is none."""
     rows = read_json(path).get("rows")
     return rows if isinstance(rows, list) else []
+
+
+def truncate_metrics(path: str | Path, iteration: int) -> None:
+    """Remove the lines of ``metrics.json`` from an iteration on, which a resumed run will write again."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # a line is incomplete after a crash
+            if json.loads(line)["iteration"] < iteration:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read a run's metrics.json, one dict per iteration.
+
+    If a resumed run has repeated an iteration, the last values are used. Incomplete lines are skipped.
+    """
+    found: dict[int, dict] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
+            entry = json.loads(line)
+            found.setdefault(entry["iteration"], {}).update(entry)
+    return [found[i] for i in sorted(found)]

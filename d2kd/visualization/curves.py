@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-
-def read_metrics(path: Path) -> list[dict]:
-    """Read a run's metrics.json, one dict per iteration.
-
-    If a resumed run has repeated an iteration, the last values are used. Incomplete lines are skipped.
-    """
-    found: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-            entry = json.loads(line)
-            found.setdefault(entry["iteration"], {}).update(entry)
-    return [found[i] for i in sorted(found)]
+from ..utils.io import read_metrics
 
 
 def task_loss(entry: Mapping[str, float]) -> float | None:

@@ -27,7 +27,7 @@ from ..layers.attention import CellPositions
 from ..layers.masks import valid_cells
 from ..layers.queries import make_queries
 from ..losses import ICDLoss
-from ..losses.icd import tokens
+from ..losses.icd import flatten_maps
 from ..modeling import Teacher
 from ..modeling.weights import load_checkpoint, load_state_dict_checked
 from ..structures.class_map import num_classes_of
@@ -151,7 +151,9 @@ class AttentionPictures:
 
 
 @torch.no_grad()
-def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Instances) -> Attention:
+def compute_attention(
+    loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Instances
+) -> Attention:
     """Compute the attention of an image's objects, with queries without jitter.
 
     Args:
@@ -170,7 +172,7 @@ def attention_of(loss: ICDLoss, teacher: Teacher, batch: list[dict], truth: Inst
     gt.gt_classes = truth.gt_classes
     maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
     padded = outputs.images.tensor.shape[-2:]
-    cells, sizes = tokens(maps.values()), [x.shape[-2:] for x in maps.values()]
+    cells, sizes = flatten_maps(maps.values()), [x.shape[-2:] for x in maps.values()]
     valid = valid_cells(outputs.images.image_sizes, padded, sizes, cells.device)
     positions = CellPositions.from_masks(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
@@ -270,7 +272,7 @@ def draw_attention(
     names, drawn, inside, by_chance = metadata.get("thing_classes"), {}, [], []
     for scene in scenes(sample_evenly(records, number), mapper):
         truth = scene.panels["ground truth"]
-        attention = attention_of(loss, teacher, scene.batch, truth)
+        attention = compute_attention(loss, teacher, scene.batch, truth)
         height, width = scene.image.shape[:2]
         panels = []
         for k, (box, label) in enumerate(zip(truth.gt_boxes.tensor.numpy(), truth.gt_classes)):

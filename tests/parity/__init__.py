@@ -9,7 +9,7 @@ this project makes of the inputs, under the names of the outputs.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 from d2kd.utils.errors import InputError
 
 
-class Arrays(Mapping):
-    """The arrays of an npz file; floats as float32.
+class Arrays(dict):
+    """The arrays of an npz file.
 
     Raises:
         InputError: the file is no npz file; at a look-up, that it has no such array.
@@ -29,26 +29,16 @@ class Arrays(Mapping):
         self.path = path
         try:
             with np.load(path) as file:
-                self._arrays = {name: file[name] for name in file.files}
+                super().__init__(file)
         except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             found = f"unreadable ({type(error).__name__})"
             raise InputError(path, found, "an npz file of arrays") from error
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            raise InputError(self.path, f"no array {name!r}", "every array that README.md lists")
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._arrays
+    def __missing__(self, name: str) -> np.ndarray:
+        raise InputError(self.path, f"no array {name!r}", "every array that README.md lists")
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A copy, floats as float32."""
         tensor = torch.from_numpy(np.array(self[name]))
         return tensor.float() if tensor.is_floating_point() else tensor
 

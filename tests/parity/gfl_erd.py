@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from d2kd.losses import ERDLoss
 from d2kd.modeling import GFL, DenseOutputs
 
-Arrays = Mapping[str, np.ndarray]
+from . import Arrays
 
 
 class Pyramid(nn.Module):
@@ -54,18 +53,14 @@ def levels_of(arrays: Arrays, prefix: str) -> list[str]:
 
 def maps(arrays: Arrays, prefix: str, levels: list[str]) -> dict[str, Tensor]:
     """The arrays ``<prefix>/<level>`` as leaves, by level."""
-    return {p: tensor(arrays, f"{prefix}/{p}").float().requires_grad_() for p in levels}
-
-
-def tensor(arrays: Arrays, name: str) -> Tensor:
-    return torch.from_numpy(np.array(arrays[name]))
+    return {p: arrays.tensor(f"{prefix}/{p}").requires_grad_() for p in levels}
 
 
 def truth(arrays: Arrays, image: int) -> Instances:
     """An image's new objects, in an image as large as the padded batch: so were the references made."""
     instances = Instances(tuple(arrays["padded_hw"].tolist()))
-    instances.gt_boxes = Boxes(tensor(arrays, f"image{image}/gt_boxes_xyxy"))
-    instances.gt_classes = tensor(arrays, f"image{image}/gt_new_classes").long()
+    instances.gt_boxes = Boxes(arrays.tensor(f"image{image}/gt_boxes_xyxy"))
+    instances.gt_classes = arrays.tensor(f"image{image}/gt_new_classes").long()
     return instances
 
 
@@ -74,11 +69,20 @@ def unread(images: int) -> list[str]:
     return ["num_old_classes", *(f"image{i}/size_hw" for i in range(images))]
 
 
+def losses_of_levels(prefix: str, losses: dict[str, Tensor], anchors: list[Boxes]) -> dict:
+    """The detection losses, summed over images and over the anchors of each level."""
+    found = {}
+    for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
+        shares = losses[ours].detach().sum(dim=0).split([len(level) for level in anchors])
+        found[f"{prefix}/loss_{name}"] = torch.stack([share.sum() for share in shares])
+    return found
+
+
 def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     """Every output ``gfl/*`` by name, from the inputs among the arrays.
 
     Raises:
-        KeyError: an input is missing.
+        InputError: an input is missing.
     """
     levels = levels_of(arrays, "gfl") or ["p3"]  # none at all: p3 is missing first
     logits = maps(arrays, "gfl/class_logits", levels)
@@ -99,9 +103,7 @@ def outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     of = {"gfl/anchors_xyxy": Boxes.cat(anchors).tensor}
     of["gfl/label_weights"] = (label >= 0).float()
     of["gfl/atss_labels"] = torch.where(label >= 0, label, gfl.num_classes)
-    for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
-        shares = losses[ours].sum(dim=0).split([len(level) for level in anchors])
-        of[f"gfl/loss_{name}"] = torch.stack([share.sum() for share in shares]).detach()
+    of |= losses_of_levels("gfl", losses, anchors)
     for level in levels:
         of[f"gfl/class_logits_grad/{level}"] = logits[level].grad
         of[f"gfl/box_logits_grad/{level}"] = edges[level].grad
@@ -119,7 +121,7 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     """Every output ``erd/*`` by name, from the inputs among the arrays.
 
     Raises:
-        KeyError: an input is missing.
+        InputError: an input is missing.
     """
     levels = levels_of(arrays, "erd") or ["p3"]
     old, new = int(arrays["num_old_classes"]), int(arrays["num_new_classes"])
@@ -130,7 +132,7 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     reg_max = channels // 4 - 1
     for name in unread(images):
         arrays[name]
-    anchors = tensor(arrays, "gfl/anchors_xyxy").float()
+    anchors = arrays.tensor("gfl/anchors_xyxy")
     anchors = list(map(Boxes, anchors.split([x.shape[-2] * x.shape[-1] for x in answers[1]])))
 
     gfl = detector(levels, old + new, reg_max, old)
@@ -148,10 +150,8 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
     erd = ERDLoss(class_pool="image", reference_images_per_process=None)
     erd.setup(gfl, teacher.detector)
-    ours, theirs = (
-        erd.gather_predictions(student, "student_ids"),
-        erd.gather_predictions(teacher, "teacher_ids"),
-    )
+    ours = erd.gather_predictions(student, "student_ids")
+    theirs = erd.gather_predictions(teacher, "teacher_ids")
     selection = erd.select(teacher, theirs)
     squares, values = erd.class_terms(ours, theirs, selection)
     per_image = {
@@ -161,10 +161,7 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     with EventStorage():
         sum(erd(student, teacher).values()).backward()
 
-    of = {}
-    for name, ours in (("cls", "loss_cls"), ("bbox", "loss_box_reg"), ("dfl", "loss_dfl")):
-        shares = losses[ours].sum(dim=0).split([len(level) for level in anchors])
-        of[f"erd/loss_{name}"] = torch.stack([share.sum() for share in shares])
+    of = losses_of_levels("erd", losses, anchors)
     for name, values in per_image.items():
         of[f"erd/loss_dist_{name}"] = values.detach()
     for i in range(images):

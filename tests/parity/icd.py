@@ -11,7 +11,7 @@ from d2kd.data import InstancePriors
 from d2kd.layers.attention import CellPositions, _normalized_coordinates, _sine_embeddings
 from d2kd.layers.masks import valid_cells
 from d2kd.layers.queries import InstanceQueries
-from d2kd.losses.icd import ICDLoss, tokens
+from d2kd.losses.icd import ICDLoss, flatten_maps
 
 from . import Arrays
 
@@ -38,7 +38,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
     padded = tuple(arrays["padded_hw"].tolist())
     valid = valid_cells(sizes, padded, [x.shape[-2:] for x in teacher])
     channels = teacher[0].shape[1]
-    embedding = tokens(sine_positions(x, channels).movedim(-1, 1) for x in valid)
+    embedding = flatten_maps(sine_positions(x, channels).movedim(-1, 1) for x in valid)
     positions = CellPositions.from_masks(valid, channels)
     valid = torch.cat([x.flatten(1) for x in valid], dim=1)
     queries = InstanceQueries(
@@ -50,7 +50,9 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
     )
 
     loss.progress = 1.0
-    readings = loss.run_decoder(tokens(student), tokens(teacher), valid, positions, queries)
+    readings = loss.run_decoder(
+        flatten_maps(student), flatten_maps(teacher), valid, positions, queries
+    )
     distillation = loss.weighted_terms(readings)["distillation"]
     gradients = torch.autograd.grad(distillation, student)
 
@@ -61,7 +63,7 @@ def outputs(arrays: Arrays) -> dict[str, Tensor]:
         "encoded_queries": asked.transpose(0, 1),
     }
     for k, (layer, reading) in enumerate(zip(loss.decoder, readings)):
-        logits = layer.logits(asked, tokens(teacher), positions, valid)
+        logits = layer.logits(asked, flatten_maps(teacher), positions, valid)
         asked = reading.decoded.queries
         found |= {
             f"layer{k}/decoded_queries": asked.transpose(0, 1),

@@ -26,18 +26,18 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ...layers.losses import distribution_focal_loss, quality_focal_loss
+from ...layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from ...utils.comm import reduce_mean
 from ...utils.errors import InputError
+from ..atss import atss_matches, is_foreground
 from ..box_regression import Box2BoxTransformStride, integral
-from ..matcher import atss_matches, is_foreground
 
 
 @META_ARCH_REGISTRY.register()
 class GFL(DenseDetector):
     """A dense detector with quality focal loss and distribution focal loss.
 
-    Each location has one square anchor, by which ATSS assigns an object to the location. A box is predicted as the
+    Each location has one square anchor, used by ATSS to match locations to objects. A box is predicted as the
     location's distances to the left, top, right and bottom edge.
 
     Args:

@@ -38,7 +38,8 @@ class OutputDict(dict):
     """A dict of outputs, such as the feature maps of a backbone.
 
     Raises:
-        OutputNotAvailable: there is none of that name. It is no ``KeyError``, which would mean a fault of the loss.
+        OutputNotAvailable: there is no output of that name. It is not a ``KeyError``, which would indicate a bug in
+            the loss.
     """
 
     def __missing__(self, name: str) -> Any:

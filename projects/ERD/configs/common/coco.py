@@ -1,4 +1,4 @@
-"""The recipe of a COCO increment: 12 epochs with 16 images per batch, and learning rate steps after epochs 8 and 11.
+"""The recipe of a COCO increment: 12 epochs with 16 images per batch, and learning rate drops after epochs 8 and 11.
 
 For 40+40, the numbers of images are 97.2 and 54.6 thousand, from logs of the published code. Other splits use the same
 numbers of iterations, which are not 12 epochs of them. A run logs the number of its images; for 12 epochs, set
