@@ -218,7 +218,7 @@ class Trainer(DefaultTrainer):
         return instantiate(dataloader.train)
 
     @classmethod
-    def build_recipe_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
+    def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
         """Build the loader of ``cfg.dataloader.test``, for another data set if it is named; None: no evaluation."""
         return build_recipe_test_loader(cfg, dataset_name)
 
