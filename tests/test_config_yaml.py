@@ -179,4 +179,5 @@ def test_hashes_are_of_content():
 
     assert hashed(Held(1)) == hashed(Held(1)) != hashed(Held(2))
     assert hashed(torch.optim.SGD) == hashed("torch.optim.SGD") != hashed(torch.optim.Adam)
+    assert hashed(1, y=2) == config_hash({"y": 2, "x": 1})
     assert hashed("${y}", y=1) == hashed(1, y=1)

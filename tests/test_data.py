@@ -441,3 +441,8 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
 )
 def test_what_is_refused_too(refuses, own, act, line):
     refuses(act, line)
+
+
+def test_a_box_may_be_flat(own):
+    change(own[0], value("annotations", "bbox", [1, 2, 3, 0]))
+    assert coco_dataset("own", *map(str, own)) == "own"

@@ -81,3 +81,8 @@ def test_a_place_that_no_test_meets_is_found(tmp_path, monkeypatch):
     assert status(Like(config=Like(), exitstatus=0)) == 1
     raise_sites.pytest_testnodedown(worker.config)
     assert status(Like(config=Like(), exitstatus=0)) == 0
+
+
+def test_a_line_is_the_error_that_it_was():
+    error = InputError("a.py", "does not load (x: y; expected z)", "a LazyConfig")
+    assert InputError.from_line(str(error)).args == error.args

@@ -174,6 +174,8 @@ def test_an_image_without_detections(form, tmp_path):
 ONE, OTHER = [0, 0, 20, 20], [5, 5, 20, 20]
 MASK = torch.zeros(1, 50, 50, dtype=torch.bool)
 MASK[0, :20, :20] = True
+SMALL, DOT = [0, 0, 3, 3], torch.zeros_like(MASK)
+DOT[0, 0, 0] = True
 NEAR, FAR = MASK.clone(), MASK.clone()
 NEAR[0, 0, :4] = FAR[0, 0, :5] = False  # of 400 pixels
 
@@ -201,6 +203,8 @@ def instances(boxes, scores, classes, *masks):
         (([ONE], [0.9], [0]), ([ONE], [0.91], [0]), 2),
         (([ONE], [0.9], [0], MASK), ([ONE], [0.9], [0], NEAR), 0),
         (([ONE], [0.9], [0], MASK), ([ONE], [0.9], [0], FAR), 2),
+        # 1 % of 9 pixels is less than one, which may differ
+        (([SMALL], [0.9], [0], DOT), ([SMALL], [0.9], [0], torch.zeros_like(DOT)), 0),
         (([], [], []), ([], [], []), 0),
     ],
 )
@@ -448,3 +452,15 @@ def test_the_readmes_lines_for_onnx(files, tmp_path, monkeypatch):
     assert made["names"] == NAMES
     for name, value in zip(("boxes", "scores", "classes"), found, strict=True):
         assert np.array_equal(made[name], value)
+
+
+def test_boxes_without_area_are_not_in_the_file():
+    class Flat(torch.nn.Module):
+        roi_heads = None
+
+        def inference(self, inputs, do_postprocess):
+            return [instances([ONE, [3, 3, 3, 8]], [0.9, 0.8], [0, 1])]
+
+    image = torch.zeros(3, 50, 50)
+    boxes, *_ = formats.single_image_model(Flat(), image)(image)
+    assert boxes.tolist() == [ONE]

@@ -226,7 +226,7 @@ def test_features_by_hand():
         ..., 4:
     ] = -1  # and in the padding, which does not count, nor where an object reaches into it
     features = [{"p3": ours}, {"p3": theirs}, {"p3": torch.zeros(1, 4, 4, 6)}]
-    objects = torch.tensor([[0.0, 0, 16, 16], [30, 0, 48, 32]])
+    objects = torch.tensor([[0.0, 0, 20, 16], [30, 0, 48, 32]])  # none has the centre at 20
     similarity.update(features, (32, 32), (32, 48), objects)
     [row] = similarity.summarize()["rows"]
     assert row["in_objects"] == pytest.approx(-(0.5**0.5))

@@ -116,13 +116,13 @@ def test_without_objects_nothing_is_defined_and_the_page_says_so():
 
 
 def test_what_is_won_is_found_by_one_and_not_by_the_other():
-    data = generated_data(12, 4, objects=6)
+    data = generated_data(24, 4, objects=12)
     objects = made(data, generated(data, {"a": 0.5, "b": 0.5}), [0, 2]).objects
     for changes, finder, other in (
         (objects.won_objects, "b", "a"),
         (objects.lost_objects, "a", "b"),
     ):
-        assert changes
+        assert len({change.picture for change in changes}) == len(changes) > 1
         for change in changes:
             picture = objects.pictures[change.picture]
             truth, found = picture.truth[change.object], picture.detections[finder]

@@ -26,7 +26,7 @@ from d2kd.engine.trainer import Trainer
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling.weights import load_checkpoint
 from d2kd.utils.errors import InputError, report_input_errors
-from d2kd.utils.io import report_full_disk
+from d2kd.utils.io import report_full_disk, write_text
 
 from . import resume_runs
 from .common import tiny_retinanet
@@ -120,7 +120,10 @@ def test_all_processes_go_on_from_one_checkpoint(data, tmp_path, monkeypatch):
 
 def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0, 10.0, 25.0])
-    monkeypatch.setattr(trainer_module, "do_test", lambda *_, **__: {"bbox": {"AP": next(scores)}})
+    metrics = ("AP", "AP50")
+    monkeypatch.setattr(
+        trainer_module, "do_test", lambda *_, **__: {"bbox": dict.fromkeys(metrics, next(scores))}
+    )
     config = recipe(data, tmp_path / "old", max_iter=4, eval_period=1)
     config.train.checkpointer.period = 1
     run(config, stop=3)
@@ -136,6 +139,11 @@ def test_a_moved_checkpoint_knows_what_was_best(data, tmp_path, monkeypatch):
     run(config, stop=2)
     run(config, resume=True)
     assert saved(tmp_path / "there/model_best.pth")["iteration"] == 1
+    # The best AP, 30, says nothing of another metric.
+    config.train.best_checkpoint, config.train.max_iter = "bbox/AP50", 5
+    scores = iter([20.0, 28.0])  # the evaluation after the last iteration was of a shorter run
+    run(config, resume=True)
+    assert saved(tmp_path / "there/model_best.pth")["iteration"] == 4
 
 
 def test_batches_of_another_size_go_on_where_the_stream_was(data, tmp_path, caplog):
@@ -223,6 +231,11 @@ def test_a_full_disk_is_the_users_to_mend(data, tmp_path, monkeypatch):
                 run(recipe(data, tmp_path / what, max_iter=1))
         assert len(str(it.value).splitlines()) == 1
         assert "Traceback" not in (tmp_path / what / "log.txt").read_text()
+    with pytest.raises(InputError, match="No space left"), report_full_disk("x"):
+        try:
+            refuse()
+        finally:
+            raise RuntimeError("another, while the first is handled")
     with pytest.raises(RuntimeError, match="other"), report_full_disk("x"):
         raise RuntimeError("other")
     with pytest.raises(PermissionError), report_full_disk("x"):
@@ -430,3 +443,15 @@ def test_two_equal_states_are_told_from_two_that_differ():
     for other in ([torch.ones(2) + 1e-6, 1, {"b": 2.0}], [torch.ones(2), 1.0, {"b": 2.0}], [], [1]):
         assert differences(one, {"a": other})
     assert set(resume_runs.CASES) >= {"imitation", "tar", "icd", "erd", "lwf"}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a loss of power could leave an empty checkpoint under its final name."""
+    calls = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, call=call: (calls.append(name), call(*args))
+        )
+    write_text(tmp_path / "file", "text")
+    assert calls == ["fsync", "replace", "fsync"]  # the folder, too

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import weakref
 from pathlib import Path
@@ -28,7 +29,7 @@ from d2kd.study import (
 )
 from d2kd.study.results import ap_metrics, compute_gains, format_results, format_training_time
 from d2kd.study.text import format_markdown_table, format_text_table, t_interval
-from d2kd.utils.console import ProgressBar
+from d2kd.utils.console import ProgressBar, suppress_output
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import PeakMemory
 
@@ -455,7 +456,7 @@ def test_an_only_class_and_undefined_figures():
 
 def test_the_table_shows_each_seed():
     rows = [row("teacher", 0, 42), row("b", 0, 10), row("b", 1, 12), row("m", 0, 11)]
-    rows += [row("m", 1, 15), row("i", 0, -1), row("i", 1, 12.01)]
+    rows += [row("m", 1, 15), row("i", 0, -1), row("i", 1, 11.99)]
     lines = [
         line.split() for line in format_results(rows, "val", ["b", "i"], ["m", "i"]).splitlines()
     ]
@@ -619,3 +620,12 @@ def test_a_real_study_trains_measures_and_continues(tmp_path):
 
 def test_no_runs_at_a_time_are_refused(refuses):
     refuses(lambda: command("study")(["none.py", "--jobs", 0]), "--jobs: 0; expected 1 or more")
+
+
+def test_what_is_quiet_for_a_while_is_as_loud_as_before():
+    logger = logging.getLogger("d2kd")
+    logger.setLevel(logging.DEBUG)
+    before = logger.handlers[:], logger.propagate
+    with suppress_output():
+        assert not logger.isEnabledFor(logging.DEBUG)
+    assert logger.level == logging.DEBUG and (logger.handlers, logger.propagate) == before
