@@ -405,3 +405,9 @@ def test_names_without_an_old_class_are_refused(refuses):
     parts = dict(student=build(tiny_gfl()), teacher=teacher, max_iter=1, classes=["a", "b", "c"])
     line = "losses.erd.classes: none is the student's and the teacher's; expected the old ones in"
     refuses(lambda: Distiller(losses=DistillLosses(erd=ERDLoss()), **parts), line)
+
+
+def test_the_published_settings_are_the_defaults():
+    loss = ERDLoss()
+    found = loss.alpha_cls, loss.alpha_box, loss.nms_thresh, loss.temperature, loss.ld_weight
+    assert found == (2.0, 2.0, 0.005, 10.0, 0.25)
