@@ -130,7 +130,7 @@ def test_it_is_read_back_as_it_was_written(compared):
     folder, found = compared
     page = write_report(found, folder / "page")
     assert Comparison.load(page.with_name("report.json")) == found
-    assert json.loads(page.with_name("report.json").read_text())["schema"] == 1
+    assert json.loads(page.with_name("report.json").read_text())["schema"] == 2
     (folder / "other.json").write_text("{}")
     with pytest.raises(InputError, match="other.json: cannot be read .*; expected a report.json"):
         Comparison.load(folder / "other.json")
