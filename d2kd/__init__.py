@@ -8,14 +8,16 @@ __version__ = "0.1.0"
 
 
 class _NeedsDetectron2:
-    """Import hook that raises without Detectron2. ``d2kd.tools`` is exempt, because a command installs Detectron2."""
+    """Import hook that raises without Detectron2. The commands, and what they import, are exempt: one installs it."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         package, _, module = name.partition(".")
-        if package != "d2kd" or module.split(".")[0] in ("__main__", "tools"):
-            return
-        if module in ("utils", "utils.errors"):
+        without = module.split(".")[0] in ("__main__", "tools") or module in (
+            "utils",
+            "utils.errors",
+        )
+        if package != "d2kd" or without:
             return
         if importlib.util.find_spec("detectron2") is None:  # it may be installed by now
             raise ModuleNotFoundError(

@@ -10,6 +10,7 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
 
+from d2kd.data import shapes
 from d2kd.testing import (  # noqa: F401  (handed on to the tests)
     CLASSES,
     DETECTORS,
@@ -89,3 +90,15 @@ def interrupted_in(method: str) -> Callable:
         return train(config, test, stop)
 
     return train_a_step
+
+
+def few_shapes(**counts: int) -> Callable:
+    """A fixture for every test of a module: the generated sets have so few images."""
+
+    @pytest.fixture(autouse=True)
+    def fixture(tmp_path):
+        shapes.register_shapes(tmp_path / "shapes", **counts)
+        yield
+        shapes.register_shapes()
+
+    return fixture

@@ -28,6 +28,7 @@ from d2kd.structures.class_map import class_names
 from d2kd.testing import tiny_gfl
 from d2kd.utils.errors import InputError
 
+from . import common
 from .common import build, perfect
 from .test_voc import NAMES, write_voc
 from .tiny_run import draw_data, recipe, without_evaluation
@@ -35,11 +36,7 @@ from .tiny_run import draw_data, recipe, without_evaluation
 ORDER = list(shapes.CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def few_shapes(tmp_path):
-    shapes.register_shapes(tmp_path / "shapes", train=20, val=8, test=3)
-    yield
-    shapes.register_shapes()
+few_shapes = common.few_shapes(train=20, val=8, test=3)
 
 
 @pytest.mark.parametrize("split", ERD_SPLITS)

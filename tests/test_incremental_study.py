@@ -11,11 +11,17 @@ from omegaconf import OmegaConf
 
 from d2kd.config import incremental_recipe, load
 from d2kd.data import coco_dataset, shapes
-from d2kd.study import SequentialRunner, build_study, run_study, write_tables_and_plots
-from d2kd.study import load_study as load_study
+from d2kd.study import (
+    SequentialRunner,
+    build_study,
+    load_study,
+    run_study,
+    write_tables_and_plots,
+)
 from d2kd.study.incremental import forgetting_per_class, gaps_to_upper_bound, mean_ap_old_new_all
 from d2kd.utils.errors import InputError
 
+from . import common
 from .common import interrupted_in
 from .test_study import FAST, FakeTraining
 from .tiny_run import draw_data
@@ -23,11 +29,7 @@ from .tiny_run import draw_data
 CLASSES = list(shapes.CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def few_shapes(tmp_path):
-    shapes.register_shapes(tmp_path / "shapes", train=8, val=4, test=6)
-    yield
-    shapes.register_shapes()
+few_shapes = common.few_shapes(train=8, val=4, test=6)
 
 
 def test_means_and_gaps():

@@ -33,6 +33,7 @@ from d2kd.utils.console import ProgressBar, suppress_output
 from d2kd.utils.errors import InputError
 from d2kd.utils.memory import PeakMemory
 
+from . import common
 from .common import ROOT, command, interrupted_in
 from .test_voc import BLOOD, CELLS, write_voc
 from .tiny_run import draw_data
@@ -41,11 +42,7 @@ from .tiny_run import recipe as tiny_recipe
 CLASSES = list(shapes.CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def few_shapes(tmp_path):
-    shapes.register_shapes(tmp_path / "shapes", train=2, val=2, test=3)
-    yield
-    shapes.register_shapes()
+few_shapes = common.few_shapes(train=2, val=2, test=3)
 
 
 def recipe(steps=100, **model):

@@ -77,7 +77,12 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
         list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has none.
     """
     names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
-    names = [] if names is None else instantiate(names)
+    return [] if names is None else _as_list(names)
+
+
+def _as_list(names) -> list[str]:
+    """Build config nodes among names, and return the names as a list."""
+    names = instantiate(names)
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -97,8 +102,7 @@ def check_dataset(names) -> list[str]:
     Raises:
         InputError: if a data set is invalid; the message names the folder, file, image or annotation.
     """
-    names = instantiate(names)
-    names = [names] if isinstance(names, str) else list(names)
+    names = _as_list(names)
     for name in names:
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list())
