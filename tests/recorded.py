@@ -47,8 +47,12 @@ class Case:
     prepare: Callable[[nn.Module], object] = lambda teacher: None
 
 
+def _imitation(mask: str, **options) -> ImitationLoss:
+    return ImitationLoss(mask=mask, normalize=False, **options)
+
+
 def _tar(**options) -> TARLoss:
-    return TARLoss(feature_ramp=0, **options)
+    return TARLoss(feature_ramp=0, normalize=False, **options)
 
 
 def _tar_ungated(**options) -> TARLoss:
@@ -65,9 +69,9 @@ def _with_boxes(teacher: nn.Module) -> None:
 _OTHERS = [f"class {k}" for k in range(CLASSES)], ["class 2", "other", "class 0", "another"]
 
 LOSSES: dict[str, Case] = {
-    "imitation": Case(lambda **o: ImitationLoss(mask="gaussian", **o), tiny_faster_rcnn),
-    "imitation, in boxes": Case(lambda **o: ImitationLoss(mask="box", **o), tiny_fcos),
-    "imitation, everywhere": Case(lambda **o: ImitationLoss(mask="none", **o), tiny_retinanet),
+    "imitation": Case(lambda **o: _imitation("gaussian", **o), tiny_faster_rcnn),
+    "imitation, in boxes": Case(lambda **o: _imitation("box", **o), tiny_fcos),
+    "imitation, everywhere": Case(lambda **o: _imitation("none", **o), tiny_retinanet),
     "tar": Case(_tar, tiny_faster_rcnn),
     "tar, cascade": Case(_tar, tiny_cascade_rcnn),
     "tar, other classes": Case(_tar_ungated, tiny_faster_rcnn, _OTHERS),

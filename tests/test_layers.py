@@ -1,14 +1,17 @@
 """Masks and adapters: values at chosen cells, overlaps, empty and odd input."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.structures import ImageList
 
 from d2kd.layers import masks
 from d2kd.layers.adapter import FeatureAdapter, match_levels
+from d2kd.layers.feature_rms import FeatureRMS
 from d2kd.layers.masks import boxes_to_mask, pad_boxes
 from d2kd.utils.errors import InputError
 
@@ -146,3 +149,48 @@ def test_adapter_kinds(kind, channels, parameters, caplog):
     assert torch.equal(student, adapter.convs["p3"](given)[..., :5, :])
     with pytest.raises(InputError, match="adapter: 5x5"):
         FeatureAdapter(shapes(4), shapes(4), {"p3": "p3"}, "5x5")
+
+
+def outputs(*sizes, value=None):
+    """Features of a teacher of images of these sizes, in one batch; those of the padding are large."""
+    height, width = (max(side) for side in zip(*sizes))
+    features = {}
+    for stride in (4, 8):
+        maps = torch.full(
+            (len(sizes), 3, math.ceil(height / stride), math.ceil(width / stride)), 1e6
+        )
+        for k, (h, w) in enumerate(sizes):
+            cells = maps[k, :, : math.ceil(h / stride), : math.ceil(w / stride)]
+            cells.copy_(torch.randn(cells.shape) * stride if value is None else torch.tensor(value))
+        features[f"p{stride}"] = maps
+    return SimpleNamespace(
+        features=features, images=ImageList(torch.zeros(len(sizes), 3, height, width), [*sizes])
+    )
+
+
+def test_the_rms_is_that_of_all_values_outside_the_padding():
+    torch.manual_seed(0)
+    rms = FeatureRMS(["p4", "p8"])
+    parts = [outputs((32, 64), (24, 40)), outputs((64, 32))]
+    rms.set_from(sum(rms.sums(part) for part in parts))
+    for level in ("p4", "p8"):
+        values = torch.cat([part.features[level].flatten() for part in parts])
+        expected = values[values < 1e6].square().mean().sqrt()
+        assert rms(level).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_rms_is_measured_once_and_kept():
+    first, loaded = FeatureRMS(["p4", "p8"]), FeatureRMS(["p4", "p8"])
+    first.measure_once(outputs((32, 32), value=2.0))
+    first.measure_once(outputs((32, 32), value=5.0))
+    loaded.load_state_dict(first.state_dict())
+    loaded.measure_once(outputs((32, 32), value=5.0))
+    assert [rms(level).item() for rms in (first, loaded) for level in ("p4", "p8")] == [2.0] * 4
+
+
+def test_features_without_a_usable_rms(refuses, caplog):
+    rms = FeatureRMS(["p4", "p8"])
+    for value in (math.nan, math.inf):
+        refuses(lambda: rms.measure_once(outputs((32, 32), value=value)), "features of p4.*finite")  # noqa: B023
+    rms.measure_once(outputs((32, 32), value=0.0))
+    assert rms("p4") == 1 and "features of p8 are 0" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -441,9 +441,10 @@ def test_the_stages_of_a_cascade_add_up():
         assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(sum(terms) / 2)
 
 
-def test_imitation_restated():
-    """Through a whole step: the mask, the levels' mean and the weight, by loops over cells."""
-    make = lambda: ImitationLoss(levels=["p3", "p4"], weight=0.5)  # noqa: E731
+@pytest.mark.parametrize("normalize", [True, False])
+def test_imitation_restated(normalize):
+    """Through a whole step: the mask, the levels' mean, the weight and the teacher's RMS, by loops over cells."""
+    make = lambda: ImitationLoss(levels=["p3", "p4"], weight=0.5, normalize=normalize)  # noqa: E731
     model = distiller(make, DETECTORS["retinanet"])
     examples, loss = batch(), model.losses.by_name["loss"]
     given = sides_of(loss)
@@ -462,8 +463,38 @@ def test_imitation_restated():
             )
             cells += inside
             weighted += inside * float(errors[n, i, j])
-        total += weighted / (2 * max(1, cells))
+        rms = 1.0
+        if normalize:
+            sizes = [[math.ceil(n / stride) for n in x["image"].shape[-2:]] for x in examples]
+            parts = [t[n, :, :h, :w].flatten() for n, (h, w) in enumerate(sizes)]
+            rms = float(torch.cat(parts).square().mean().sqrt())
+        total += weighted / (2 * max(1, cells)) / rms**2
     assert float(value) == pytest.approx(0.5 * total / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [ImitationLoss, lambda: TARLoss(feature_ramp=0)])
+def test_features_are_compared_in_units_of_the_teacher(make):
+    """The same pair of feature maps times 100 has the same loss, unless it is the published one."""
+
+    def value(factor, normalize):
+        model = distiller(make, DETECTORS["faster_rcnn"], same=True)
+        loss = model.losses.by_name["loss"]
+        loss = getattr(loss, "feature", loss)
+        loss.normalize = normalize
+        levels = list(loss.levels)
+        generator = torch.Generator().manual_seed(0)
+        maps = {level: torch.randn(1, 16, 8, 8, generator=generator) for level in levels}
+        truth = Instances((64, 64), gt_boxes=Boxes([[0.0, 0.0, 64.0, 64.0]]))
+        student = {level: factor * (x + 0.5) for level, x in maps.items()}
+        teacher = {level: factor * x for level, x in maps.items()}
+        images = ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)])
+        return loss(
+            SimpleNamespace(features=student, gt_instances=[truth]),
+            SimpleNamespace(features=teacher, images=images),
+        ).item()
+
+    assert value(100, True) == pytest.approx(value(1, True))
+    assert value(100, False) == pytest.approx(1e4 * value(1, False))
 
 
 def test_objects_lie_in_the_students_pixels():
@@ -473,7 +504,8 @@ def test_objects_lie_in_the_students_pixels():
     truth = Instances((64, 64), gt_boxes=Boxes([[0.0, 0.0, 32.0, 32.0]]))
     student = SimpleNamespace(features={"p3": 0 * theirs}, gt_instances=[truth])
     teacher = SimpleNamespace(features={"p4": theirs})
-    plain, part = ImitationLoss(levels=["p3"]), TARLoss(levels=["p3"], mask="box")
+    plain = ImitationLoss(levels=["p3"], normalize=False)
+    part = TARLoss(levels=["p3"], mask="box", normalize=False)
     icd = ICDLoss(levels=["p3"], weights="box")
     for loss in (plain, part, icd):
         loss.scale = 2

@@ -5,10 +5,12 @@ import json
 import math
 import pickle
 
+import detectron2.data.transforms as T
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
@@ -18,6 +20,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 import d2kd.engine.trainer as trainer_module
+from d2kd import testing
 from d2kd.data import coco_dataset, estimate_priors, register_voc
 from d2kd.engine import Trainer
 from d2kd.engine.launch import process_group
@@ -304,6 +307,60 @@ def test_the_teacher_is_measured_once(data, tmp_path, monkeypatch):
     annotations = data / "data.json"
     annotations.write_text(annotations.read_text() + "\n")
     assert evaluations("seventh") == 1  # other annotations of the same name
+
+
+def test_features_are_measured_on_the_images_as_they_are(data, tmp_path, caplog):
+    """Before the first step, on the test mapper's training images; a resumed run keeps what was measured."""
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
+    config = recipe(data, tmp_path / "out", distiller(losses=losses), max_iter=2)
+    config.train.checkpointer.period = 1
+    config.dataloader.train.mapper.augmentations = [
+        L(T.RandomContrast)(intensity_min=0.1, intensity_max=0.2)
+    ]
+    trainer = run(without_evaluation(config))
+    rms = trainer.model.losses.by_name["imitation"].rms("p3")
+    maps = []
+    for record in instantiate(config.dataloader.train.dataset):
+        example = instantiate(config.dataloader.test.mapper)(record)
+        height, width = example["image"].shape[-2:]
+        found = trainer.model.teacher.outputs([example]).features["p3"]
+        maps.append(found[..., : math.ceil(height / 8), : math.ceil(width / 8)].flatten())
+    assert rms.item() == pytest.approx(torch.cat(maps).square().mean().sqrt().item(), rel=1e-4)
+
+    (tmp_path / "out/last_checkpoint").write_text("model_0000000.pth")
+    config.dataloader.test.mapper.augmentations = [
+        L(T.RandomContrast)(intensity_min=0.1, intensity_max=0.2)
+    ]
+    resumed = run(config, resume=True)
+    assert resumed.start_iter == 1
+    assert_same(resumed.model.losses.by_name["imitation"].rms("p3"), rms)
+    assert "first training batch" not in caplog.text
+
+
+def test_without_a_list_of_images_the_first_batch_is_measured(data, tmp_path, caplog, refuses):
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
+    config = without_evaluation(recipe(data, tmp_path, distiller(losses=losses), max_iter=1))
+    del config.dataloader["test"]
+    assert run(config).model.losses.by_name["imitation"].rms("p3") > 0
+    assert "first training batch" in caplog.text
+    model = testing.distiller(ImitationLoss, tiny_faster_rcnn)
+    refuses(lambda: model.measure_features([]), "measure_features: no batch")
+
+
+def test_an_image_that_cannot_be_read_for_the_measurement_is_named(data, tmp_path):
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
+    config = without_evaluation(recipe(data, tmp_path, distiller(losses=losses), max_iter=1))
+    trainer = Trainer(config)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    node = L(_with_file)(records=config.dataloader.train.dataset, file=str(broken))
+    trainer.cfg.dataloader.train.dataset = node
+    with pytest.raises(InputError, match="broken.png: cannot be decoded"):
+        trainer.train()
+
+
+def _with_file(records, file):
+    return [{**record, "file_name": file} for record in records]
 
 
 NAMES = [f"class {k}" for k in range(CLASSES)]

@@ -83,7 +83,9 @@ def control_runs(student, teacher, match_time_of, levels=None, scale=1):
     """
     alone = with_downscaled_student(student, scale) if scale > 1 else student
     # This weight was chosen on shapes_val.
-    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=levels, weight=0.1))
+    losses = L(DistillLosses)(
+        imitation=L(ImitationLoss)(levels=levels, normalize=False, weight=0.1)
+    )
     return dict(
         teacher=dict(config=teacher, shared_across_seeds=True),
         baseline=dict(config=alone),

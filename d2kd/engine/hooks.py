@@ -19,8 +19,8 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data import check_dataset
-from ..data.datasets import dataset_names
+from ..data import build_test_loader, check_dataset
+from ..data.datasets import dataset_names, sample_evenly
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import file_sha256
 from ..structures.class_map import num_classes_of
@@ -137,6 +137,61 @@ class EvalTeacher(HookBase):
             f"\n{bar}\n! The teacher's AP is {found} of 100: it does not fit this data. Check its\n"
             f"! weights, its config, its classes and their order before you train a student.\n{bar}"
         )
+
+
+MEASURED_IMAGES = 64
+"""Number of training images on which the teacher's features are measured."""
+
+
+class MeasureFeatures(HookBase):
+    """Measure the teacher's features before the first step of a new run, for losses that are in units of them.
+
+    The main process measures on 64 evenly spaced training images, as the test mapper reads them, so without
+    augmentation, and sends the result to the others. A resumed run has it in its checkpoint.
+
+    Args:
+        model: the Distiller.
+        config: the recipe.
+    """
+
+    def __init__(self, model: Distiller, config: DictConfig):
+        self._model, self._config = model, config
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0:
+            return
+        error = None
+        if comm.is_main_process():
+            try:
+                measure_features(self._model, self._config)
+            except InputError as found:  # raised below, or the other processes would wait forever
+                error = found
+        if error := comm.all_gather(error)[0]:
+            raise error
+        for module in self._model.feature_rms():
+            module.load_state_dict(comm.all_gather(module.state_dict())[0])
+
+
+def measure_features(model: Distiller, config: DictConfig) -> None:
+    """Measure the teacher's features for the losses of a recipe's model, if one needs it, in this process.
+
+    If the recipe has no test mapper or no list of training images, the first training batch will be used instead.
+
+    Raises:
+        InputError: an image cannot be read, or the features are not finite.
+    """
+    dataset, mapper = (
+        OmegaConf.select(config, f"dataloader.{key}", default=None)
+        for key in ("train.dataset", "test.mapper")
+    )
+    if not model.feature_rms() or dataset is None or mapper is None:
+        return
+    records = sample_evenly(instantiate(dataset), MEASURED_IMAGES)
+    loader = build_test_loader(
+        records, mapper=instantiate(mapper), sampler=range(len(records)), batch_size=4
+    )
+    with preserved_random_state():
+        model.measure_features(loader)
 
 
 class PeriodicCheckpoint(hooks.PeriodicCheckpointer):

@@ -66,6 +66,7 @@ from .hooks import (
     DrawDetections,
     EvalTeacher,
     LazyPeriodicWriter,
+    MeasureFeatures,
     PeriodicCheckpoint,
     ResumableEvalHook,
     has_tensorboard,
@@ -256,6 +257,7 @@ class Trainer(DefaultTrainer):
             EvalTeacher(model, self.cfg, evaluate_teacher)
             if train.eval_teacher and isinstance(model, Distiller) and measured
             else None,
+            MeasureFeatures(model, self.cfg) if isinstance(model, Distiller) else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(student_optimizer(self._trainer.optimizer)),
             # In every process, unlike Detectron2's, because a checkpoint has the random state of each.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers.adapter import FeatureAdapter, match_levels
+from ..layers.feature_rms import FeatureRMS
 from ..layers.masks import MASK_KINDS, boxes_to_mask, pad_boxes, valid_cells
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
@@ -16,18 +17,20 @@ from .functional import masked_squared_error
 class ImitationLoss(DistillLoss):
     """Masked squared distance between feature maps (FitNets, arXiv 1412.6550, on a pyramid).
 
-        loss = 1/L sum_l 1/(2 N_l) sum_bij M^l_bij sum_c (A_l(S^l) - T^l)^2,   N_l = max(1, sum M^l)
+        loss = 1/L sum_l 1/(2 N_l) sum_bij M^l_bij sum_c ((A_l(S^l) - T^l) / r_l)^2,   N_l = max(1, sum M^l)
 
     The normalisation by twice the mask's sum is that of FGFI's public code (arXiv 1906.03609). FGFI makes its mask from
-    anchors. Here every box is drawn on every level. Padding never contributes.
+    anchors. Here every box is drawn on every level. Padding never contributes. r_l is the RMS of the teacher's level,
+    see :class:`~d2kd.layers.feature_rms.FeatureRMS`, which is not in these papers: they have r_l = 1.
 
-    Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features`` and, with
-    ``mask="none"``, ``teacher.images``.
+    Reads: ``student.features``, ``student.gt_instances`` (unless ``mask="none"``), ``teacher.features``, and
+    ``teacher.images`` with ``mask="none"`` or to measure r_l.
 
     Args:
         levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
         mask: "gaussian" or "box", see :func:`d2kd.layers.masks.boxes_to_mask`; or "none", all cells covered by the images.
         adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
+        normalize: whether differences are divided by r_l. False: r_l = 1, as published.
         weight: a number or a schedule. The default 0.01 is FGFI's.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
@@ -44,6 +47,7 @@ class ImitationLoss(DistillLoss):
         levels: Sequence[str] | None = None,
         mask: str = "box",
         adapter: str = "auto",
+        normalize: bool = True,
         weight: Weight = 0.01,
         across_processes: bool = True,
     ):
@@ -53,6 +57,7 @@ class ImitationLoss(DistillLoss):
             raise InputError("mask", mask, " or ".join((*MASK_KINDS, "none")))
         self.mask = mask
         self.adapter = adapter
+        self.normalize = normalize
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
@@ -61,8 +66,12 @@ class ImitationLoss(DistillLoss):
         self.adapters = FeatureAdapter(
             shapes, teacher.backbone.output_shape(), self.levels, self.adapter
         )
+        if self.normalize:
+            self.rms = FeatureRMS(self.levels.values())
 
     def forward(self, student, teacher) -> Tensor:
+        if self.normalize:
+            self.rms.measure_once(teacher)
         pairs = [
             self.adapters(student.features[level], teacher.features[match], level)
             for level, match in self.levels.items()
@@ -90,4 +99,9 @@ class ImitationLoss(DistillLoss):
             masked_squared_error(adapted, target, mask, normalizer)
             for (adapted, target), mask, normalizer in zip(pairs, masks, normalizers)
         ]
+        if self.normalize:
+            terms = [
+                term / self.rms(match).square()
+                for term, match in zip(terms, self.levels.values(), strict=True)
+            ]
         return sum(terms) / len(terms)

@@ -74,7 +74,7 @@ class TARLoss(DistillLoss):
     ``pred_anchor_deltas``.
 
     Args:
-        levels, adapter, mask: options of the feature term, see :class:`ImitationLoss`.
+        levels, adapter, mask, normalize: options of the feature term, see :class:`ImitationLoss`.
         feature_weight, classification_weight, regression_weight: numbers or schedules. A term with weight 0 is not
             computed, and the teacher's outputs for it are not either.
         cls_gate: "better" (the gates a above) or "none".
@@ -107,6 +107,7 @@ class TARLoss(DistillLoss):
         levels: Sequence[str] | None = None,
         mask: str = "gaussian",
         adapter: str = "auto",
+        normalize: bool = True,
         feature_weight: Weight = 0.01,
         classification_weight: Weight = 1.0,
         regression_weight: Weight = 1.0,
@@ -137,6 +138,7 @@ class TARLoss(DistillLoss):
                 levels=levels,
                 mask=mask,
                 adapter=adapter,
+                normalize=normalize,
                 weight=feature_weight,
                 across_processes=across_processes,
             )

@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.profiler import record_function
 
+from ...layers.feature_rms import FeatureRMS
 from ...structures.class_map import ClassMap, check_classes, class_names, num_classes_of
 from ...utils.comm import any_rank
 from ...utils.errors import InputError
@@ -116,6 +117,29 @@ class Distiller(nn.Module):
             class_map = self.class_map or self._incremental_class_map
             flip = self.teacher.flip_channels
             inherit_weights(self.student, self.teacher.detector, self.inherited, class_map, flip)
+
+    def feature_rms(self) -> list[FeatureRMS]:
+        """Return the losses' modules that need :meth:`measure_features`."""
+        return [module for module in self.losses.modules() if isinstance(module, FeatureRMS)]
+
+    @torch.no_grad()
+    def measure_features(self, batches: Iterable[list[dict]]) -> None:
+        """Measure the RMS of the teacher's features for the losses that divide by it, in this process.
+
+        Args:
+            batches: images in the student's format, best without augmentation.
+
+        Raises:
+            InputError: the features are not finite, or there is no batch.
+        """
+        modules, totals = self.feature_rms(), []
+        for batch in batches:
+            outputs = self.teacher.outputs(batch)
+            totals.append([module.sums(outputs) for module in modules])
+        if not totals:
+            raise InputError("measure_features", "no batch", "at least one")
+        for module, sums in zip(modules, zip(*totals, strict=True), strict=True):
+            module.set_from(torch.stack(sums).sum(dim=0))
 
     def _tapped(self, name: str) -> nn.Module:
         try:

@@ -1,9 +1,6 @@
 """TAR on COCO: Mask R-CNN R-50 FPN, 1x, from the zoo's R-101 FPN. Masks are not distilled."""
 
-from detectron2.config import LazyCall as L
-
-from d2kd.config import distill
-from d2kd.losses import DistillLosses, TARLoss
+from d2kd.config import distill, get_config
 
 model, dataloader, optimizer, lr_multiplier, train = distill(
     "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
@@ -12,5 +9,5 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
         "detectron2://COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x/138205316/"
         "model_final_a3ec72.pkl",
     ),
-    losses=L(DistillLosses)(tar=L(TARLoss)()),
+    losses=get_config("common/tar.py").losses,
 )

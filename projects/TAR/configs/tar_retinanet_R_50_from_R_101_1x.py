@@ -1,9 +1,6 @@
 """TAR for one-stage detectors on COCO: RetinaNet R-50 FPN, 1x, from the zoo's R-101 FPN."""
 
-from detectron2.config import LazyCall as L
-
-from d2kd.config import distill
-from d2kd.losses import DistillLosses, TARLoss
+from d2kd.config import distill, get_config
 
 model, dataloader, optimizer, lr_multiplier, train = distill(
     "COCO-Detection/retinanet_R_50_FPN_1x.py",
@@ -11,5 +8,5 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
         "COCO-Detection/retinanet_R_101_FPN_3x.yaml",
         "detectron2://COCO-Detection/retinanet_R_101_FPN_3x/190397697/model_final_971ab9.pkl",
     ),
-    losses=L(DistillLosses)(tar=L(TARLoss)()),
+    losses=get_config("common/tar.py").losses,
 )

@@ -18,6 +18,8 @@ model, dataloader, optimizer, lr_multiplier, train = distill(
         weights="output/shapes/teacher/model_final.pth",
     ),
     losses=L(DistillLosses)(
-        tar=L(TARLoss)(feature_weight=0.1, classification_weight=10.0, regression_weight=0.3)
+        tar=L(TARLoss)(
+            normalize=False, feature_weight=0.1, classification_weight=10.0, regression_weight=0.3
+        )
     ),
 )

@@ -1,0 +1,93 @@
+"""The scale of a teacher's features, for losses between raw feature maps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..utils.errors import InputError
+from .masks import valid_cells
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureRMS(nn.Module):
+    """The root mean square of a teacher's features, one buffer for each level.
+
+    The scale of features differs by orders of magnitude between detectors, and so does a squared difference of raw maps.
+    Divided by the RMS, both maps are in units of the teacher, and one loss weight suits many teachers.
+
+    :meth:`Distiller.measure_features` measures it before the first step. Otherwise the first batch is used, with a
+    warning. It is part of the checkpoint, so a resumed run keeps it.
+
+    Args:
+        levels: names of the teacher's levels.
+    """
+
+    def __init__(self, levels: Iterable[str]):
+        super().__init__()
+        self.levels = list(levels)
+        for level in self.levels:
+            self.register_buffer(f"rms_{level}", torch.zeros(()))
+        self._measured = False
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def forward(self, level: str) -> Tensor:
+        """Return the RMS of a level, a scalar."""
+        return self.get_buffer(f"rms_{level}")
+
+    @torch.no_grad()
+    def sums(self, teacher) -> Tensor:
+        """Return the sum of squares and the count of each level's values in a batch, without padding: (2, L) float64.
+
+        Args:
+            teacher: outputs of the teacher. Its ``features`` and ``images`` are read.
+        """
+        images, maps = teacher.images, [teacher.features[level] for level in self.levels]
+        masks = valid_cells(
+            images.image_sizes,
+            images.tensor.shape[-2:],
+            [x.shape[-2:] for x in maps],
+            images.tensor.device,
+        )
+        squares = [
+            (x.float().square().sum(dim=1) * mask).double().sum() for x, mask in zip(maps, masks)
+        ]
+        counts = [mask.sum().double() * x.shape[1] for x, mask in zip(maps, masks)]
+        return torch.stack([torch.stack(squares), torch.stack(counts)])
+
+    def set_from(self, sums: Tensor) -> None:
+        """Set the RMS of each level from the total of :meth:`sums` over batches.
+
+        Raises:
+            InputError: the teacher's features are not finite.
+        """
+        for level, value in zip(self.levels, (sums[0] / sums[1]).sqrt().tolist(), strict=True):
+            if not value < float("inf"):
+                found = f"features of {level} with an RMS of {value}"
+                raise InputError("the teacher", found, "finite features")
+            if value == 0:
+                logger.warning("the teacher's features of %s are 0", level)
+            self.get_buffer(f"rms_{level}").fill_(value or 1.0)
+        self._measured = True
+        found = ", ".join(f"{level} {self(level).item():.3g}" for level in self.levels)
+        logger.info("RMS of the teacher's features: %s", found)
+
+    def measure_once(self, teacher) -> None:
+        """Measure the RMS on this batch of all processes, unless it was measured or loaded."""
+        if self._measured:
+            return
+        logger.warning("The teacher's features are measured on the first training batch alone")
+        sums = self.sums(teacher)
+        if comm.get_world_size() > 1:
+            dist.all_reduce(sums)
+        self.set_from(sums)
+
+
+def _after_load(module: FeatureRMS, incompatible: object) -> None:
+    module._measured = all(module(level).item() > 0 for level in module.levels)
