@@ -41,7 +41,10 @@ from .common import CLASSES, command, perfect, tiny_faster_rcnn, tiny_retinanet
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, write_recipe
 
 HEADS = "model.student.roi_heads"
-LOSSES = dict(tar=L(TARLoss)(feature_weight=0.02), plain=L(ImitationLoss)(weight=0.0))
+LOSSES = dict(
+    tar=L(TARLoss)(feature_weight=0.02, normalize=False),
+    plain=L(ImitationLoss)(weight=0.0, normalize=False),
+)
 
 
 @pytest.fixture
@@ -480,7 +483,8 @@ def test_a_level_that_outweighs_the_others(config):
     overridden = apply_overrides(config, [word for word in finding.advice.split() if "=" in word])
     (finding,) = check_features(Trainer(overridden).model, [batch])
     assert "p4" not in finding.found
-    for losses in ({}, {"it": L(ImitationLoss)(levels=["p3"])}):  # nothing or one level compared
+    one = L(ImitationLoss)(levels=["p3"], normalize=False)
+    for losses in ({}, {"one": one}, {"in_its_units": L(ImitationLoss)()}):
         config.model.losses = L(DistillLosses)(**losses)
         assert not list(check_features(Trainer(config).model, [batch]))
 

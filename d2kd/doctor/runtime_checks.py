@@ -21,6 +21,7 @@ from ..data import build_test_loader
 from ..data.datasets import sample_evenly
 from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import get_student, unwrap_ddp
+from ..engine.hooks import measure_features
 from ..engine.train_step import NonFiniteError
 from ..modeling import Distiller
 from ..modeling.outputs import capture
@@ -103,14 +104,15 @@ def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator
 
 
 def check_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Finding]:
-    """Compare the RMS of the teacher's features between the levels that the losses use.
+    """Compare the RMS of the teacher's features between the levels that losses of raw features use.
 
     A level to which no object is assigned in training often has large features that only suppress detections.
     """
     levels: dict[str, Mapping[str, str]] = {}  # loss -> student's level -> teacher's level
     for name, loss in model.losses.by_name.items():
         for part in loss.modules():  # TAR's feature term is an ImitationLoss
-            if isinstance(compared := getattr(part, "levels", None), Mapping):
+            in_units = getattr(part, "normalize", False)  # of the teacher, level by level
+            if isinstance(compared := getattr(part, "levels", None), Mapping) and not in_units:
                 levels[name] = compared
     pairs = {level: match for compared in levels.values() for level, match in compared.items()}
     if len(pairs) < 2:
@@ -148,6 +150,8 @@ def check_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[F
         target: the ratio of gradients for which the advised overrides are computed.
     """
     inner, model = trainer._trainer, unwrap_ddp(trainer.model)
+    if isinstance(model, Distiller):
+        measure_features(model, trainer.cfg)
     model.train()
     try:
         with EventStorage() as storage:
