@@ -72,6 +72,7 @@ LOSSES: dict[str, Case] = {
     "imitation": Case(lambda **o: _imitation("gaussian", **o), tiny_faster_rcnn),
     "imitation, in boxes": Case(lambda **o: _imitation("box", **o), tiny_fcos),
     "imitation, everywhere": Case(lambda **o: _imitation("none", **o), tiny_retinanet),
+    "imitation, in units": Case(ImitationLoss, tiny_faster_rcnn),
     "tar": Case(_tar, tiny_faster_rcnn),
     "tar, cascade": Case(_tar, tiny_cascade_rcnn),
     "tar, other classes": Case(_tar_ungated, tiny_faster_rcnn, _OTHERS),
