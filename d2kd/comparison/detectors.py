@@ -215,7 +215,20 @@ class LoadedDetector:
 
 
 def load_detector(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
+    """Build a detector and load its weights strictly; see :func:`load_detector_for_classes`."""
+    return load_detector_for_classes(detector, data.name, data.truth.classes, device)
+
+
+def load_detector_for_classes(
+    detector: Detector, name: str, classes: Sequence[str] | None, device: torch.device
+) -> LoadedDetector:
     """Build a detector and load its weights strictly.
+
+    Args:
+        detector: the detector.
+        name: name of the data on which it detects objects, for error messages.
+        classes: class names of the data; None: those of the detector.
+        device: device of the detector.
 
     Raises:
         InputError: the weights cannot be read or do not fit, or the class names are unknown.
@@ -230,17 +243,16 @@ def load_detector(detector: Detector, data: EvaluationData, device: torch.device
     )
     count = num_classes_of(teacher.detector)
     names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
-    if names is None and count == len(data.truth.classes):
-        names = data.truth.classes
+    if names is None and classes is not None and count == len(classes):
+        names = classes
     if names is None or len(names) != count:
         found = f"{count} classes, " + ("without names" if names is None else f"{len(names)} names")
-        expected = f"a recipe or checkpoint that names them, or the {len(data.truth.classes)} of {data.name}"
+        of_data = "" if classes is None else f", or the {len(classes)} of {name}"
+        expected = f"a recipe or checkpoint that names them{of_data}"
         raise InputError(f"detector {detector.name!r}", found, expected)
-    class_map = ClassMap.from_names(data.truth.classes, tuple(names))
+    class_map = ClassMap.from_names(names if classes is None else classes, tuple(names))
     if not class_map.pairs:
-        raise InputError(
-            f"detector {detector.name!r}", "none of the classes", f"some of {data.name}"
-        )
+        raise InputError(f"detector {detector.name!r}", "none of the classes", f"some of {name}")
     teacher.detector.to(device)
     return LoadedDetector(detector, teacher, class_map)
 
@@ -272,7 +284,7 @@ def detector_from_config(
 def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
     try:
         names = dataset_names(recipe, "train")
-        return class_names(names) if names else None
+        return class_names(names[0]) if names else None  # a name alone is never a class
     except (InputError, OSError):
         return None  # the data is no longer there; the checkpoint may have the class names
 
