@@ -142,6 +142,10 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
     return detections
 
 
+PROVENANCE = ("started", "seed", "device", "iterations", "train_images")
+"""Keys of :attr:`Detector.provenance` from a row of ``run.json``."""
+
+
 @dataclass
 class Detector:
     """Description of a detector to be compared. The detector itself is not built.
@@ -185,7 +189,7 @@ class Detector:
         if not record.get("rows"):
             return {}
         last, teacher = record["rows"][-1], record.get("teacher") or {}
-        kept = {key: last.get(key) for key in ("started", "seed", "device", "iterations")}
+        kept = {key: last.get(key) for key in PROVENANCE}
         seconds = last.get("seconds")
         kept["seconds"] = None if seconds is None else round(seconds, 1)
         kept["command"] = record.get("command")
@@ -411,6 +415,7 @@ def detectors_from_study(
         one = detector_from_config(
             row["method"], str(run / "config.yaml"), str(run / "model_final.pth")
         )
+        one.provenance["pseudo_labelled_images"] = row.get("pseudo_labelled_images") or None
         one.results, one.expected_AP = (run / "test/coco_instances_results.json",), row["AP"]
         found.append(one)
     return found

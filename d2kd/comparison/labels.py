@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,6 +171,25 @@ def check_min_score(culprit: str, value: float) -> None:
     """Raise InputError unless a value is a score."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(culprit, value, "a score from 0 to 1")
+
+
+def training_images(counts: Iterable[tuple[str, int | None, int | None]]) -> str:
+    """Say on how many images detectors were trained; an empty text if the numbers are equal, or one is unknown.
+
+    Args:
+        counts: name, number of training images, and number of those labelled by a detector; a name may be repeated.
+    """
+    groups: dict[tuple[int | None, int], dict[str, None]] = {}
+    for name, images, labelled in counts:
+        groups.setdefault((images, labelled or 0), {})[name] = None
+    if len(groups) < 2 or any(images is None for images, _ in groups):
+        return ""
+    parts = [
+        f"{', '.join(names)} {images:,}"
+        + (f", {labelled:,} of them with a detector's labels" if labelled else "")
+        for (images, labelled), names in groups.items()
+    ]
+    return f"Trained on different numbers of images: {'; '.join(parts)}."
 
 
 def count_labels(content: dict) -> str:
