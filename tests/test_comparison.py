@@ -356,6 +356,7 @@ def test_a_run_says_where_its_detectors_come_from(data, tmp_path):
     assert teacher.classes == ("class 0", "b", "c") and teacher.provenance == {}
     assert student.provenance == {
         **{"started": None, "seed": 3, "device": None, "iterations": 9, "seconds": 12.3},
+        **{"train_images": None},
         **{"command": "train", "teacher_sha256": None},
     }
 

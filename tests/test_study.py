@@ -238,7 +238,8 @@ def test_results_have_the_promised_form(tmp_path):
     assert results["schema"] == 1
     row = next(row for row in results["rows"] if row["name"] == "tar_seed1")
     keys = "name method seed AP AP50 AP75 APs APm APl per_class parameters seconds config weights"
-    keys += " weights_sha256 teacher_sha256 log peak_memory_mib step_cost"
+    keys += " weights_sha256 teacher_sha256 log peak_memory_mib step_cost train_images"
+    keys += " pseudo_labelled_images"
     assert list(row) == keys.split()
     assert row["AP"] == 15.0 and row["APs"] is None and row["APl"] is None
     assert row["per_class"] == {name: 15.0 for name in CLASSES[:-1]} | {CLASSES[-1]: None}

@@ -72,6 +72,18 @@ def distillation_run(student, teacher, inherit=(), scale=1, **method):
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
+def teacher_labels(student, dataset, min_score):
+    """Return the run of a student without a teacher, but also on images that the study's teacher labels.
+
+    Args:
+        student: recipe.
+        dataset: the images: name of a data set, or a node that registers it.
+        min_score: minimum score of the detections that become labels.
+    """
+    labels = dict(detector="teacher", dataset=dataset, min_score=min_score)
+    return dict(config=student, labels=labels)
+
+
 def control_runs(student, teacher, match_time_of, levels=None, scale=1):
     """Return the runs: teacher, baseline, baseline with the training time of run ``match_time_of``, imitation.
 

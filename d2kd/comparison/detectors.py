@@ -142,6 +142,10 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
     return detections
 
 
+PROVENANCE = ("started", "seed", "device", "iterations", "train_images")
+"""Keys of :attr:`Detector.provenance` from a row of ``run.json``."""
+
+
 @dataclass
 class Detector:
     """Description of a detector to be compared. The detector itself is not built.
@@ -185,7 +189,7 @@ class Detector:
         if not record.get("rows"):
             return {}
         last, teacher = record["rows"][-1], record.get("teacher") or {}
-        kept = {key: last.get(key) for key in ("started", "seed", "device", "iterations")}
+        kept = {key: last.get(key) for key in PROVENANCE}
         seconds = last.get("seconds")
         kept["seconds"] = None if seconds is None else round(seconds, 1)
         kept["command"] = record.get("command")
@@ -215,7 +219,20 @@ class LoadedDetector:
 
 
 def load_detector(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
+    """Build a detector and load its weights strictly; see :func:`load_detector_for_classes`."""
+    return load_detector_for_classes(detector, data.name, data.truth.classes, device)
+
+
+def load_detector_for_classes(
+    detector: Detector, name: str, classes: Sequence[str] | None, device: torch.device
+) -> LoadedDetector:
     """Build a detector and load its weights strictly.
+
+    Args:
+        detector: the detector.
+        name: name of the data on which it detects objects, for error messages.
+        classes: class names of the data; None: those of the detector.
+        device: device of the detector.
 
     Raises:
         InputError: the weights cannot be read or do not fit, or the class names are unknown.
@@ -230,17 +247,16 @@ def load_detector(detector: Detector, data: EvaluationData, device: torch.device
     )
     count = num_classes_of(teacher.detector)
     names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
-    if names is None and count == len(data.truth.classes):
-        names = data.truth.classes
+    if names is None and classes is not None and count == len(classes):
+        names = classes
     if names is None or len(names) != count:
         found = f"{count} classes, " + ("without names" if names is None else f"{len(names)} names")
-        expected = f"a recipe or checkpoint that names them, or the {len(data.truth.classes)} of {data.name}"
+        of_data = "" if classes is None else f", or the {len(classes)} of {name}"
+        expected = f"a recipe or checkpoint that names them{of_data}"
         raise InputError(f"detector {detector.name!r}", found, expected)
-    class_map = ClassMap.from_names(data.truth.classes, tuple(names))
+    class_map = ClassMap.from_names(names if classes is None else classes, tuple(names))
     if not class_map.pairs:
-        raise InputError(
-            f"detector {detector.name!r}", "none of the classes", f"some of {data.name}"
-        )
+        raise InputError(f"detector {detector.name!r}", "none of the classes", f"some of {name}")
     teacher.detector.to(device)
     return LoadedDetector(detector, teacher, class_map)
 
@@ -272,7 +288,7 @@ def detector_from_config(
 def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
     try:
         names = dataset_names(recipe, "train")
-        return class_names(names) if names else None
+        return class_names(names[0]) if names else None  # a name alone is never a class
     except (InputError, OSError):
         return None  # the data is no longer there; the checkpoint may have the class names
 
@@ -399,6 +415,7 @@ def detectors_from_study(
         one = detector_from_config(
             row["method"], str(run / "config.yaml"), str(run / "model_final.pth")
         )
+        one.provenance["pseudo_labelled_images"] = row.get("pseudo_labelled_images") or None
         one.results, one.expected_AP = (run / "test/coco_instances_results.json",), row["AP"]
         found.append(one)
     return found

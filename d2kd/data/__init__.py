@@ -8,6 +8,7 @@ from .loader import build_test_loader, build_train_loader, use_seeded_loaders
 from .mapper import OpenCVDatasetMapper
 from .priors import estimate_priors
 from .scales import DownscaledStudentMapper
+from .subset import subset
 from .voc import register_voc
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "register_voc",
     "shapes",
     "split_classes",
+    "subset",
     "use_seeded_loaders",
 ]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import json
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import PathHandler, PathManager
 from omegaconf import OmegaConf
 
 from ..utils.errors import InputError
@@ -81,3 +86,43 @@ def check_files(names: Iterable[str], root: str, expected: str) -> None:
         if missing := sorted(wanted.difference(present)):
             more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
             raise InputError(os.path.join(folder, missing[0]), f"missing{more}", expected)
+
+
+ANNOTATIONS_PREFIX = "d2kd_annotations://"
+
+
+class _Annotations(PathHandler):
+    """``d2kd_annotations://NAME``: annotations of a data set derived from another, written when the file is first opened.
+
+    Training never opens it. The metadata of the data set has ``derived``, an object with the name of the other one,
+    ``dataset``, and ``annotations()``, which returns the content.
+    """
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [ANNOTATIONS_PREFIX]
+
+    def _get_local_path(self, path: str, **_) -> str:
+        part = MetadataCatalog.get(path.removeprefix(ANNOTATIONS_PREFIX)).derived
+        source = MetadataCatalog.get(part.dataset).get("json_file")
+        # The local path, because the prefixed one stays the same when the other's own source changes.
+        return _write_annotations(part, source and PathManager.get_local_path(source))
+
+    def _isfile(self, path: str, **_) -> bool:
+        return path.removeprefix(ANNOTATIONS_PREFIX) in DatasetCatalog.list()
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **options):
+        options = {k: v for k, v in options.items() if k in ("encoding", "newline")}
+        return open(self._get_local_path(path), mode, buffering, **options)
+
+
+PathManager.register_handler(_Annotations())
+
+
+@functools.cache
+def _write_annotations(part, source: str | None) -> str:
+    """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
+    folder = tempfile.mkdtemp(prefix="d2kd_annotations_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = Path(folder, "annotations.json")
+    file.write_text(json.dumps(part.annotations()))
+    return str(file)

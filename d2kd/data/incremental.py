@@ -8,27 +8,23 @@ earlier increments come first.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.utils.file_io import PathHandler, PathManager
+from detectron2.utils.file_io import PathManager
 
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
-from .catalog import INCREMENT_KEY, is_registered
+from .catalog import ANNOTATIONS_PREFIX, INCREMENT_KEY, is_registered
 from .datasets import check_dataset
 
 logger = logging.getLogger(__name__)
@@ -121,10 +117,11 @@ def incremental_split(
     DatasetCatalog.register(name, functools.partial(part.load, name))
     MetadataCatalog.get(name).set(
         incremental_split=part,
+        derived=part,
         thing_classes=list(part.order),
         seen_classes=list(chain(*increments[:increment])),
         evaluator_type="coco",
-        json_file=f"{_PREFIX}{name}",
+        json_file=f"{ANNOTATIONS_PREFIX}{name}",
         prepare=functools.partial(check_dataset, dataset),
         registered_as=given,
     )
@@ -310,40 +307,6 @@ def check_num_classes(name: str, num_classes: int, least: int) -> None:
         count = f"{most}" if least == most else f"from {least} to {most}"
         expected = f"{count}, as data set {name!r} has"
         raise InputError("num_classes", f"{num_classes} of the student", expected)
-
-
-_PREFIX = "d2kd_increment://"
-
-
-class _Annotations(PathHandler):
-    """``d2kd_increment://NAME``: an increment's annotation file, written when it is first opened, never by training."""
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [_PREFIX]
-
-    def _get_local_path(self, path: str, **_) -> str:
-        part = MetadataCatalog.get(path.removeprefix(_PREFIX)).incremental_split
-        return _write_annotations(part, MetadataCatalog.get(part.dataset).get("json_file"))
-
-    def _isfile(self, path: str, **_) -> bool:
-        return path.removeprefix(_PREFIX) in DatasetCatalog.list()
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **options):
-        options = {k: v for k, v in options.items() if k in ("encoding", "newline")}
-        return open(self._get_local_path(path), mode, buffering, **options)
-
-
-PathManager.register_handler(_Annotations())
-
-
-@functools.cache
-def _write_annotations(part: Increment, source: str | None) -> str:
-    """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
-    folder = tempfile.mkdtemp(prefix="d2kd_increment_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    file = Path(folder, "annotations.json")
-    file.write_text(json.dumps(part.annotations()))
-    return str(file)
 
 
 def _loaded(name: str) -> str:

@@ -396,7 +396,14 @@ class Trainer(DefaultTrainer):
             start_iter=self.start_iter,
             max_iter=self.max_iter,
             parameters=sum(p.numel() for p in get_student(self.model).parameters()),
+            train_images=self._count_images(),
         )
+
+    def _count_images(self) -> int | None:
+        """Return the number of training images; None if the loader does not know it."""
+        with contextlib.suppress(AttributeError, TypeError):  # Detectron2's loaders of a stream
+            return len(self.data_loader.dataset)
+        return None
 
     def before_train(self) -> None:
         self._init_random_state()  # for a hook that saves a checkpoint

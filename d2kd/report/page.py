@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from ..comparison.accuracy import LABELS, METRICS
 from ..comparison.comparison import Comparison, Gain
 from ..comparison.error_types import ERROR_TYPES
+from ..comparison.labels import training_images
 from ..utils.io import write_text
 from .pictures import LOST, WON, Pictures
 
@@ -75,6 +76,10 @@ def _values(c: Comparison) -> dict[str, Any]:
         "color": color,
         "title": f"{c.featured} on {c.dataset['name']}",
         "sentence": summary_sentence(c),
+        "training_images": training_images(
+            (d.name, *map(d.provenance.get, ("train_images", "pseudo_labelled_images")))
+            for d in c.detectors
+        ),
         "headline": headline,
         "headline_domain": ValueRange.around([headline]) if headline else None,
         "errors": [_error_row(c, kind) for kind in ERROR_TYPES],

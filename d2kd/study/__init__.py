@@ -12,6 +12,11 @@ A study file is a LazyConfig with two nodes: ``study``, the fields of :class:`St
         ablation=dict(config=…, optional=True),         # runs only if given by name
     )
 
+A run may have ``labels``: further training images that another run's final detector labels before the training. The
+file is written once, into that run's folder, and used again when the study is resumed::
+
+    pseudo=dict(config=…, labels=dict(detector="teacher", dataset=<name or node>, min_score=0.5)),
+
 For class-incremental learning, see :mod:`d2kd.data.incremental`, there are two more keys. A run with an ``increment`` is
 evaluated on the classes learned so far; the run it depends on has learned those of the increments before::
 

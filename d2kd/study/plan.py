@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig, OmegaConf
 
+from ..comparison.labels import check_min_score
 from ..config import apply_overrides, get_config_file
 from ..data import incremental_split, split_classes
 from ..data.catalog import recording_registrations
@@ -19,7 +21,28 @@ from ..utils.env import config_hash
 from ..utils.errors import InputError
 
 RELATIONS = ("teacher", "init_from", "match_time_of")
-RUN_KEYS = ("config", *RELATIONS, "shared_across_seeds", "optional", "increment")
+RUN_KEYS = ("config", *RELATIONS, "labels", "shared_across_seeds", "optional", "increment")
+NAMES = "dataloader.train.dataset.names"
+"""Where a recipe has the names of its training data."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Further training data of a run: images that the final detector of another run labels before the training.
+
+    ``dataset`` is the name of a registered data set, or a node that registers one; its annotations are not used.
+    ``min_score`` is the minimum score of detections.
+    """
+
+    detector: str
+    dataset: Any
+    min_score: float = 0.5
+
+    def key(self, weights_sha256: str) -> str:
+        """Return a hash of what the labels depend on, besides the content of the data set."""
+        node = self.dataset
+        source = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+        return config_hash([weights_sha256, source, self.min_score])
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,7 @@ class Run:
 
     ``test`` is the test set; ``teacher`` and ``init_from`` name other runs. ``match_time_of`` is the distilled run whose
     training time is matched. That run need not be trained, but its teacher must be, since steps with it are timed.
+    ``labels`` are further training data, labelled by another run.
     """
 
     name: str
@@ -38,6 +62,7 @@ class Run:
     teacher: str | None = None
     init_from: str | None = None
     match_time_of: Run | None = None
+    labels: Labels | None = None
 
     @property
     def shared_across_seeds(self) -> bool:
@@ -48,7 +73,8 @@ class Run:
     def dependencies(self) -> list[str]:
         """Names of the runs that must be trained before."""
         teacher_beside = self.match_time_of and self.match_time_of.teacher
-        return [n for n in (self.teacher, self.init_from, teacher_beside) if n]
+        labelled_by = self.labels and self.labels.detector
+        return [n for n in (self.teacher, self.init_from, teacher_beside, labelled_by) if n]
 
 
 @dataclass(frozen=True)
@@ -154,6 +180,10 @@ class Study:
             others = {key: node[key] for key in relations if node.get(key) is not None}
             distilled = others.pop("match_time_of", None)
             needs = {key: visit(other, seed, above) for key, other in others.items()}
+            if relations == RELATIONS and node.get("labels"):
+                given = dict(node["labels"])
+                detector = visit(given.pop("detector"), seed, above)
+                needs["labels"] = Labels(detector, **given)
             # A copy with its own root, which interpolations such as "${train.max_iter}" refer to.
             content = OmegaConf.to_container(node.config, resolve=False)
             config = OmegaConf.create(content, flags={"allow_objects": True})
@@ -250,8 +280,11 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
             raise InputError(f"{where}.increment", increment, expected)
         if not node.get("config"):
             raise InputError(where, "no config", "config=<a whole recipe>")
-        for key in RELATIONS:
-            other = node.get(key)
+        others = {key: node.get(key) for key in RELATIONS}
+        if node.get("labels") is not None:
+            _check_labels(f"{where}.labels", node)
+            others["labels.detector"] = node["labels"]["detector"]
+        for key, other in others.items():
             _known(f"{where}.{key}", [other] if other else [], runs)
             if (
                 other
@@ -267,6 +300,21 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
             if other and key == "match_time_of" and "teacher" not in (config.get("model") or {}):
                 raise InputError(f"{where}.{key}", f"{other} has no teacher", "a distilled run")
     return study
+
+
+def _check_labels(where: str, node: Mapping) -> None:
+    """Check the labels of a run, except whether their detector is a run."""
+    labels = node["labels"]
+    if not isinstance(labels, Mapping) or not {"detector", "dataset"} <= set(labels):
+        expected = "dict(detector=<run>, dataset=<data set>, min_score=…)"
+        raise InputError(where, repr(labels), expected)
+    _known(where, labels, [f.name for f in fields(Labels)])
+    check_min_score(f"{where}.min_score", labels.get("min_score", 0.5))
+    name = instantiate(labels["dataset"])
+    if name not in DatasetCatalog.list():
+        raise InputError(f"{where}.dataset", repr(name), "a registered data set, or a node of one")
+    if OmegaConf.select(OmegaConf.create({"config": node["config"]}), f"config.{NAMES}") is None:
+        raise InputError(where, f"a config without {NAMES}", "data that the labels are added to")
 
 
 def _known(culprit: str, names, known) -> None:
@@ -287,6 +335,8 @@ def prepare_recipe(
         finished: name -> row of the runs it needs.
         folder: output folder of the run.
         ratio: cost of a distilled step relative to a plain one; only for an equal-time run.
+
+    The labels of a run are part of the fingerprint, but not of the recipe yet, see :func:`.add_labels`.
     """
     config = copy.deepcopy(run.config)
     config.train.seed = run.seed
@@ -296,6 +346,8 @@ def prepare_recipe(
     sources = {"model.teacher.weights": run.teacher, "train.init_checkpoint": run.init_from}
     sources = {key: finished[name] for key, name in sources.items() if name}
     key = _fingerprint(config, {key: row["weights_sha256"] for key, row in sources.items()})
+    if run.labels is not None:
+        key = config_hash([key, run.labels.key(finished[run.labels.detector]["weights_sha256"])])
     config.train.output_dir = str(folder)
     for where, row in sources.items():
         OmegaConf.update(config, where, row["weights"])
@@ -310,7 +362,7 @@ def timed_recipes(
     They are the same for all seeds. See :func:`prepare_recipe` for the arguments.
     """
     distilled, key = prepare_recipe(replace(run.match_time_of, seed=0), finished, folder)
-    plain = replace(run, seed=0, init_from=None, match_time_of=None)
+    plain = replace(run, seed=0, init_from=None, match_time_of=None, labels=None)
     plain, of_plain = prepare_recipe(plain, finished, folder)
     return distilled, plain, config_hash([key, of_plain])
 

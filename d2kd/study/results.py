@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.accuracy import LABELS, METRICS
+from ..comparison.labels import training_images
 from ..utils.env import collect_versions
 from ..utils.io import write_json, write_text
 from ..visualization.curves import draw_curves
@@ -224,7 +225,13 @@ def write_tables_and_plots(
         parts = [increments_table(study, rows, layout)] if study.increments else []
         if whole:  # empty if no run has learned all increments yet
             parts.append(format_results(whole, study.test, study.references, study.paired, layout))
-        return "\n\n".join([*parts, format_training_time(rows), *step_costs(rows, study.baseline)])
+        counts = (
+            [row["method"], row.get("train_images"), row.get("pseudo_labelled_images")]
+            for row in rows
+        )
+        differ = filter(None, [training_images(counts)])
+        costs = step_costs(rows, study.baseline)
+        return "\n\n".join([*parts, format_training_time(rows), *differ, *costs])
 
     text, written = tables(format_text_table), tables(format_markdown_table)
     write_text(output / "table.txt", f"{study.title}\n\n{text}\n")

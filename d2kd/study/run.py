@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import json
 import os
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ..comparison.detectors import detector_from_config
+from ..comparison.labels import UnlabelledImages, count_labels, read_labels, write_labels
 from ..config import student_node, with_defaults, without_weights
 from ..config.saving import save_config
+from ..data import coco_dataset
 from ..engine import Trainer, do_test
 from ..engine.launch import pick_device
 from ..engine.trainer import METRICS_FILE
@@ -30,7 +35,7 @@ from ..modeling.weights import file_sha256, load_checkpoint, load_state_dict_che
 from ..utils.console import ProgressCallback, suppress_output
 from ..utils.errors import InputError
 from ..utils.io import read_json, read_rows, write_json
-from .plan import Run
+from .plan import Labels, Run
 from .results import PREDICTIONS, ap_metrics
 
 RECORD = "study.json"  # in a run's folder: fingerprint of the recipe, and the row when finished
@@ -47,6 +52,7 @@ class TrainingResult:
         seconds: time in training steps.
         weights: checkpoint file.
         peak_memory: peak memory of training in bytes, the maximum over processes; None if unknown.
+        train_images: number of training images; None if unknown.
     """
 
     metrics: Mapping[str, float]
@@ -54,6 +60,7 @@ class TrainingResult:
     seconds: float
     weights: Path
     peak_memory: int | None = None
+    train_images: int | None = None
 
 
 class TrainingProcessDied(InputError):
@@ -192,6 +199,7 @@ def evaluate_run(config: DictConfig, test: str) -> TrainingResult:
         seconds=checkpoint["trainer"]["seconds"],
         weights=weights,
         peak_memory=max((part.get("peak_memory") or 0 for part in parts), default=0) or None,
+        train_images=parts[-1].get("train_images") if parts else None,
     )
 
 
@@ -216,6 +224,7 @@ def train_run(
     train: Callable[[Run, DictConfig, ProgressCallback], Iterator[None]],
     progress: ProgressCallback,
     step_cost: Mapping[str, Any] | None = None,
+    pseudo_labelled: int = 0,
 ) -> Iterator[None]:
     """Train a run, or resume it, and write its record. If it fails before the first step, its folder is removed.
 
@@ -226,6 +235,7 @@ def train_run(
         train: generator that yields repeatedly during the training and returns a :class:`TrainingResult`.
         progress: progress callback.
         step_cost: measured step cost, only for an equal-time run.
+        pseudo_labelled: number of training images that a detector has labelled, see :func:`add_labels`.
 
     Yields:
         repeatedly during the training. Returns the row.
@@ -258,9 +268,48 @@ def train_run(
         "log": str(folder / "log.txt"),
         "peak_memory_mib": None if peak is None else peak / 2**20,
         "step_cost": step_cost,
+        "train_images": measured.train_images,
+        "pseudo_labelled_images": pseudo_labelled,
     }
     write_json(folder / RECORD, {**record, "rows": [row]})
     return row
+
+
+def add_labels(
+    config: DictConfig, labels: Labels, detector: Mapping[str, Any], progress: ProgressCallback
+) -> tuple[DictConfig, int, str]:
+    """Add the labels of a run to its training data. They are written once, into the folder of their detector's run.
+
+    Args:
+        config: recipe of the run.
+        labels: its labels.
+        detector: row of the run whose final detector labels the images.
+        progress: called with the number of labelled and of all images, unless the labels exist.
+
+    Returns:
+        the recipe with the labels, how many of its training images are labelled by the detector, and the number of
+        images and boxes as text.
+
+    Raises:
+        InputError: the data set or the detector cannot be used.
+    """
+    name = f"labels_{labels.key(detector['weights_sha256'])[:12]}.json"
+    file = Path(detector["weights"]).with_name(name)
+    with suppress_output():
+        images = UnlabelledImages.from_dataset(instantiate(labels.dataset))
+        content = read_labels(file, images)
+        if content is None:
+            found = detector_from_config(detector["name"], detector["config"], detector["weights"])
+            device = pick_device(config.train.device)
+            content = write_labels(file, found, images, labels.min_score, device, progress)
+    config = copy.deepcopy(config)
+    dataset = config.dataloader.train.dataset
+    names = dataset.names
+    added = L(coco_dataset)(name=str(file), json_file=str(file), image_root=images.root)
+    dataset.names = [*names, added] if OmegaConf.is_list(names) else [names, added]
+    with_boxes = len({one["image_id"] for one in content["annotations"]})
+    used = with_boxes if dataset.get("filter_empty", True) else len(content["images"])
+    return config, used, count_labels(content)
 
 
 def _teacher_of(config: DictConfig) -> str | None:

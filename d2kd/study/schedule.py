@@ -23,6 +23,7 @@ from .plan import Run, Study, prepare_recipe, timed_recipes
 from .results import format_step_cost, write_results
 from .run import (
     TrainingResult,
+    add_labels,
     finished_row,
     torch_threads,
     train,
@@ -125,8 +126,18 @@ def run_study(
         elif run.name in requested:
             if busy and run.shared_across_seeds:  # it uses all threads
                 return False
+            labelled = 0
+            if run.labels is not None:
+                by = finished[run.labels.detector]
+                line = ProgressBar(f"  {run.name:<{width}}  labels of {by['name']}", console)
+                try:
+                    config, labelled, found = add_labels(config, run.labels, by, line)
+                except InputError as error:
+                    fail(run, line, error)
+                    return True
+                line.close(found)
             line = line_of(run)
-            training = train_run(folder, run, config, key, trainer.train, line, cost)
+            training = train_run(folder, run, config, key, trainer.train, line, cost, labelled)
             busy[run.name] = run, line, training
         return True
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "study": "train all runs of a study, and write a table, curves, pictures and a report",
     "compare": "write a report that compares several detectors",
     "visualize": "draw the detections of teacher and student, or what a loss attends to",
+    "label": "write a detector's detections as labels, to train another one with them",
     "doctor": "check a recipe, its data and its weights before training",
     "benchmark": "measure time and memory of a distillation step",
     "export": "write a trained detector as ONNX or TorchScript",

@@ -1,0 +1,36 @@
+"""TAR with few labels: the student's runs have the labels of some training images, the teacher had those of all.
+
+A teacher is often trained on more labelled images than there are for the student's task. So the teacher alone sees all
+800 images with their labels. ``teacher_labels`` is trained on the student's images and, with the teacher's detections as
+labels, on all others. The other runs are those of ``shapes.py``, on the student's images alone.
+"""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.data import shapes, subset
+
+from ....configs.common.study import fast_shapes, student_recipe, teacher_labels, teacher_recipe
+from .common import comparison_runs, make_study
+
+IMAGES = 150
+STUDENT_STEPS, TEACHER_STEPS = 1000, 1000
+MIN_SCORE = 0.5
+
+_baseline = "baselines/faster_rcnn_small_shapes.py"
+_student = student_recipe(_baseline, STUDENT_STEPS)
+_student.dataloader.train.dataset.names = L(subset)(dataset="shapes_train", images=IMAGES)
+_others = L(subset)(dataset="shapes_train", images=IMAGES, complement=True)
+
+# With --fast, too, there are images whose labels the student does not see.
+_fast_data = L(shapes.register_shapes)(train=IMAGES + 20, val=16, test=24)
+_fast = dict(fast_shapes, fast_setup=_fast_data)
+
+runs = comparison_runs(_student, teacher_recipe(_baseline, TEACHER_STEPS))
+runs["teacher_labels"] = teacher_labels(_student, _others, MIN_SCORE)
+study = make_study(
+    runs,
+    title=f"TAR with {IMAGES} labelled images, on generated shapes",
+    test="shapes_test",
+    seeds=[0],
+    **_fast,
+)
