@@ -100,8 +100,9 @@ def _check_pixels(who: str, detector: nn.Module, seen: str, key: str) -> Finding
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
     bottom_up = getattr(detector.backbone, "bottom_up", None)
-    if getattr(bottom_up, "pretrained", False):
-        wanted_mean, wanted_std = bottom_up.pixel_statistics
+    statistics = getattr(bottom_up, "pixel_statistics", None)
+    if statistics and getattr(bottom_up, "pretrained", False):
+        wanted_mean, wanted_std = statistics
         if seen != "RGB" or not (_close(mean, wanted_mean) and _close(std, wanted_std)):
             found = f"the {who} sees {seen}, its pretrained weights want RGB and other statistics"
             advice = f"{key}=RGB, and its input_format, pixel_mean={_numbers(wanted_mean)} and pixel_std={_numbers(wanted_std)}"
