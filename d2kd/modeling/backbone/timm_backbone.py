@@ -139,9 +139,8 @@ class TimmBackbone(Backbone):
         modules = list(self.net.named_modules())
         feature = STAGES[2 ** max(freeze_at, 2)]
         stage = stages[feature]["module"] if feature in stages else feature
-        if (
-            freeze_at == 1
-        ):  # what lies before "layer1", or before the first of "stages.0", "stages.1", …
+        if freeze_at == 1:
+            # The stem is what lies before "layer1", or before the first of "stages.0", "stages.1", …
             stage = re.sub(r"\.\d+$", "", stage)
         # timm's wrappers rename "stages.0" to "stages_0".
         pattern = re.compile(re.escape(stage).replace(r"\.", "[._]", 1) + r"([._].*)?")
@@ -161,11 +160,14 @@ def timm_stages(name: str) -> dict[str, dict]:
         one stride, the deepest.
 
     Raises:
-        InputError: timm is not installed or has no such classifier.
+        InputError: timm is not installed, has no such classifier, or cannot return its features.
     """
     timm = _timm(name)
-    with torch.device("meta"):  # neither memory nor random numbers
-        info = timm.create_model(name, features_only=True).feature_info.info
+    try:
+        with torch.device("meta"):  # neither memory nor random numbers
+            info = timm.create_model(name, features_only=True).feature_info.info
+    except Exception as error:  # in some versions of timm, of some transformers
+        raise InputError(name, f"has no features ({error})", "a CNN") from error
     return {
         STAGES[stage["reduction"]]: {**stage, "index": index}
         for index, stage in enumerate(info)
