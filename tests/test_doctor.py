@@ -29,7 +29,7 @@ from d2kd.losses import (
     LwFLoss,
     TARLoss,
 )
-from d2kd.modeling import Teacher
+from d2kd.modeling import Teacher, TorchvisionBackbone
 from d2kd.modeling.backbone.torchvision_backbone import (
     TORCHVISION_PIXEL_MEAN,
     TORCHVISION_PIXEL_STD,
@@ -410,7 +410,7 @@ def test_the_first_look(config, change, subject, state, text):
 
 
 def test_statistics_and_range_of_pixels(config):
-    """Those of torchvision are wanted where a backbone began with its weights, and there alone."""
+    """Those of a backbone's weights are wanted where it began with them, and there alone."""
     trainer = Trainer(config)
     mapper, student = trainer.cfg.dataloader.train.mapper, trainer.model.student
     mapper.image_format = trainer.cfg.dataloader.test.mapper.image_format = "RGB"
@@ -418,11 +418,13 @@ def test_statistics_and_range_of_pixels(config):
 
     def said():
         found = sanity_check(trainer.cfg, trainer.model)
-        return [f.found for f in found if f.state == "warning" and "torchvision" in f.found]
+        return [f.advice for f in found if f.state == "warning" and "weights want" in f.found]
 
     assert not said()
     student.backbone.bottom_up.pretrained = True
-    assert said()
+    student.backbone.bottom_up.pixel_statistics = TorchvisionBackbone.pixel_statistics
+    (advice,) = said()
+    assert "pixel_mean=[123.675,116.28,103.53]" in advice and "image_format=RGB" in advice
     student.pixel_mean.copy_(torch.tensor(TORCHVISION_PIXEL_MEAN).view(-1, 1, 1))
     student.pixel_std.copy_(torch.tensor(TORCHVISION_PIXEL_STD).view(-1, 1, 1))
     assert not said()

@@ -27,7 +27,7 @@ from d2kd.export.formats import (
     prepare_for_export,
     single_image_model,
 )
-from d2kd.modeling import TorchvisionBackbone
+from d2kd.modeling import TimmBackbone, TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
 from d2kd.utils.errors import InputError
 
@@ -45,7 +45,12 @@ from .tiny_run import (
 pytest.importorskip("onnxruntime")
 NAMES = [f"class {k}" for k in range(CLASSES)]
 ABOUT = {"classes": json.dumps(NAMES), "image_format": "BGR"}
-FAMILIES = ("mask_rcnn", "cascade_rcnn", "retinanet", "fcos", "gfl", "mobilenet_v3")
+SMALL_NETWORKS = {  # their bottom-up networks, under a RetinaNet
+    "mobilenet_v3": L(TorchvisionBackbone)(name="mobilenet_v3_small", norm_momentum=1.0),
+    # Its padding is computed from the size of the image.
+    "efficientnet_lite": L(TimmBackbone)(name="tf_efficientnet_lite0", norm_momentum=1.0),
+}
+FAMILIES = ("mask_rcnn", "cascade_rcnn", "retinanet", "fcos", "gfl", *SMALL_NETWORKS)
 
 
 def seeded(seed):
@@ -54,12 +59,12 @@ def seeded(seed):
 
 def untrained(family, threshold=None):
     """A detector whose untrained scores pass, so that there is something to compare."""
-    small = family == "mobilenet_v3"
+    small = SMALL_NETWORKS.get(family)
+    if small:
+        pytest.importorskip("timm" if small._target_ is TimmBackbone else "torchvision")
     node = DETECTORS["retinanet" if small else family]()
     if small:
-        node.backbone.bottom_up = L(TorchvisionBackbone)(
-            name="mobilenet_v3_small", norm_momentum=1.0, out_features=["res3", "res4", "res5"]
-        )
+        node.backbone.bottom_up = {**small, "out_features": ["res3", "res4", "res5"]}
     detector = lively(build(node).eval())
     if small:  # statistics of an image, or its last features are all alike
         with torch.no_grad():
@@ -133,7 +138,7 @@ def test_a_file_sees_images_of_a_few_pixels(files, family, form):
         assert count_mismatches(found["instances"], wanted["instances"]) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES[:-1])
+@pytest.mark.parametrize("family", FAMILIES[:5])
 def test_the_traced_image_leaves_no_mark(family):
     """Not its size, nor how much was found in it: the graph is the same, with the same constants."""
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from d2kd.config import apply_overrides, get_config, with_defaults
 from d2kd.data import estimate_priors
-from d2kd.engine import Trainer
-from d2kd.engine.optimizer import DistillerOptimizer
+from d2kd.engine import Trainer, params_with_backbone_lr
+from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
 from d2kd.engine.train_step import TrainStep
 from d2kd.losses import DistillLosses, ICDLoss
 from d2kd.utils.errors import InputError
@@ -70,6 +70,31 @@ def test_each_part_is_trained_as_it_would_be_alone(data, tmp_path):  # noqa: F81
             torch.testing.assert_close(found[key], value, msg=f"{name}.{key}")
     logged = [line["lr"] for line in lines(tmp_path / "metrics.json")]
     assert logged == pytest.approx([0.005 * (1 - 0.9 * step / 4) for step in range(4)])
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_backbones_own_learning_rate(tmp_path, distilled):
+    """Each parameter is trained once, with the weight decay it has without; the rate follows overrides."""
+    config = recipe(tmp_path, tmp_path, distiller() if distilled else None)
+    plain = build_optimizer(config, model := instantiate(config.model))
+    config.optimizer.params = L(params_with_backbone_lr)(
+        base_lr="${..lr}", backbone_lr_multiplier=0.1, weight_decay_norm=0.0
+    )
+    config = apply_overrides(config, ["optimizer.lr=0.02"])
+    own = build_optimizer(config, model)
+
+    def by_parameter(optimizer, key):
+        values = [(p, group[key]) for group in optimizer.param_groups for p in group["params"]]
+        assert len(values) == len(dict(values))
+        return dict(values)
+
+    assert by_parameter(own, "weight_decay") == by_parameter(plain, "weight_decay")
+    detector = model.student if distilled else model
+    bottom_up = set(detector.backbone.bottom_up.parameters())
+    rates = by_parameter(own, "lr")
+    assert len(set(rates.values())) == 2
+    for parameter, rate in rates.items():
+        assert rate == pytest.approx(0.002 if parameter in bottom_up else 0.02)
 
 
 def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path):  # noqa: F811

@@ -77,6 +77,15 @@ def test_a_student_on_a_torchvision_network():
     assert made.train.init_checkpoint == shipped.train.init_checkpoint == ""
 
 
+def test_a_student_on_a_timm_network():
+    pytest.importorskip("timm")
+    made = recipe_with("with_timm_backbone(")
+    shipped = load("baselines/faster_rcnn_efficientnet_lite0_FPN_1x.py")
+    shipped.model.backbone.bottom_up.freeze_at = 2
+    assert made.model == shipped.model and made.dataloader == shipped.dataloader
+    assert made.train.init_checkpoint == shipped.train.init_checkpoint == ""
+
+
 def test_data_in_cocos_format(tmp_path, monkeypatch):
     draw_data(tmp_path / "images")
     for name in ("train.json", "val.json"):

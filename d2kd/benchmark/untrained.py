@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..structures.class_map import num_classes_of
 
@@ -24,21 +24,28 @@ OBJECTS = 7
 @torch.no_grad()
 def measure_norm_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
     """Set the statistics of all batch norms to those of these batches in training mode; frozen ones stay frozen."""
-    frozen = {n: m for n, m in detector.named_modules() if isinstance(m, FrozenBatchNorm2d)}
+    frozen = {n: m for n, m in detector.named_modules() if _is_frozen(m)}
+    measured = {}
     for name, norm in frozen.items():
         bn = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
         bn.load_state_dict(norm.state_dict(), strict=False)
-        detector.set_submodule(name, bn)
+        measured[name] = bn
+        # timm's norms have an activation.
+        detector.set_submodule(name, nn.Sequential(bn, norm.act) if hasattr(norm, "act") else bn)
     training = detector.training
     detector.train()
     with EventStorage():
         update_bn_stats(detector, batches, len(batches))
     detector.train(training)
     for name, norm in frozen.items():
-        bn = detector.get_submodule(name)
-        norm.running_mean.copy_(bn.running_mean)
-        norm.running_var.copy_(bn.running_var)
+        norm.running_mean.copy_(measured[name].running_mean)
+        norm.running_var.copy_(measured[name].running_var)
         detector.set_submodule(name, norm)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Return whether a module is a frozen batch norm of Detectron2 or timm, whose statistics are buffers."""
+    return hasattr(module, "running_var") and not isinstance(module, _NormBase)
 
 
 def random_batch(

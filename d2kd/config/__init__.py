@@ -20,7 +20,15 @@ from .nodes import (
     without_priors,
     without_weights,
 )
-from .recipes import METHODS, Recipe, distill, incremental_recipe, method, with_downscaled_student
+from .recipes import (
+    METHODS,
+    Recipe,
+    distill,
+    incremental_recipe,
+    method,
+    with_downscaled_student,
+    with_timm_backbone,
+)
 from .train import Train, train_defaults, with_defaults
 
 __all__ = [
@@ -47,6 +55,7 @@ __all__ = [
     "train_defaults",
     "with_defaults",
     "with_downscaled_student",
+    "with_timm_backbone",
     "without_priors",
     "without_weights",
 ]

@@ -18,16 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.catalog import recording_registrations
-from ..modeling import add_distiller_config, add_gfl_config, add_torchvision_config
+from ..modeling import (
+    add_distiller_config,
+    add_gfl_config,
+    add_timm_config,
+    add_torchvision_config,
+)
 from ..utils.errors import InputError
 from .nodes import student_node
 from .train import check_train, with_defaults
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
-    """Add d2kd's keys to a yacs config: ``MODEL.DISTILLER``, ``MODEL.GFL``, ``MODEL.TORCHVISION``."""
+    """Add d2kd's keys to a yacs config: ``MODEL.DISTILLER``, ``MODEL.GFL``, ``MODEL.TIMM``, ``MODEL.TORCHVISION``."""
     add_distiller_config(cfg)
     add_gfl_config(cfg)
+    add_timm_config(cfg)
     add_torchvision_config(cfg)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper
-from ..modeling import Distiller, TorchvisionBackbone
+from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
 
 
 def has_target(node: DictConfig, kind: type) -> bool:
@@ -56,8 +56,12 @@ def without_weights(model: DictConfig) -> DictConfig:
     for node in _mappings(model):
         if has_target(node, TorchvisionBackbone):
             node.weights = None
+        if has_target(node, TimmBackbone):
+            node.pretrained, node.checkpoint_path = False, None
         if "TORCHVISION" in node:  # of a yacs config
             node.TORCHVISION.WEIGHTS = ""
+        if "TIMM" in node:
+            node.TIMM.PRETRAINED, node.TIMM.CHECKPOINT_PATH = False, ""
     return model
 
 

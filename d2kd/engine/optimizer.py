@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
+from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..modeling import Distiller
 from ..utils.errors import InputError
+from .checkpoint import get_student
 
 
 class DistillerOptimizer(Optimizer):
@@ -80,6 +83,35 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> Optimizer:
         _build("optimizer", config.optimizer, model.student),
         _build("train.loss_optimizer.optimizer", loss_optimizer.optimizer, model.losses),
     )
+
+
+def params_with_backbone_lr(
+    model: nn.Module, base_lr: float, backbone_lr_multiplier: float, **options: Any
+) -> list[dict]:
+    """Return Detectron2's default parameter groups with another learning rate for the bottom-up network.
+
+    A pretrained backbone often needs a lower rate than new layers. In a config::
+
+        optimizer.params = L(params_with_backbone_lr)(
+            base_lr="${..lr}", backbone_lr_multiplier=0.1, weight_decay_norm=0.0
+        )
+
+    Args:
+        model: a detector, or the Distiller of one.
+        base_lr: learning rate of all other parameters.
+        backbone_lr_multiplier: multiple of it for the bottom-up network, or for a backbone without an FPN.
+        options: of Detectron2's ``get_default_optimizer_params``.
+    """
+    backbone = get_student(model).backbone
+    inside = {id(p) for p in getattr(backbone, "bottom_up", backbone).parameters()}
+    groups = []
+    for group in get_default_optimizer_params(model, base_lr, **options):
+        for in_backbone in (False, True):
+            params = [p for p in group["params"] if (id(p) in inside) == in_backbone]
+            lr = group["lr"] * (backbone_lr_multiplier if in_backbone else 1)
+            if params:
+                groups.append({**group, "params": params, "lr": lr})
+    return groups
 
 
 def _build(key: str, node: DictConfig, model: nn.Module) -> Optimizer:

