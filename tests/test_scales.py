@@ -295,23 +295,26 @@ def test_every_loss_works_across_scales(family, name, scale):
 
 
 @pytest.mark.parametrize("mask", ["none", "box"])
-def test_equal_maps_are_equal_at_a_fractional_scale(mask):
-    """Of maps that are everywhere the same, whatever their grids: the comparison adds nothing."""
-    examples = two_scales(batch(), 1.5)
-    model = pair("faster_rcnn", 1.5).train()
-    model.losses = DistillLosses(imitation=ImitationLoss(mask=mask, weight=1.0))
-    model.losses.setup(model.student, model.teacher.detector, None, 1.5)
-    for detector in (model.student, model.teacher.detector):
-        detector.backbone.register_forward_hook(
-            lambda _, given, maps: {level: torch.full_like(x, 7) for level, x in maps.items()}
-        )
-    key = "distill/loss_imitation"
-    assert forward_losses(model, examples)[key].item() == pytest.approx(0, abs=1e-8)
-    model.teacher.detector.backbone.register_forward_hook(
-        lambda _, given, maps: {level: x + 2 for level, x in maps.items()}
-    )
-    # Half the square of 2, summed over channels, in every cell of the mask.
-    assert forward_losses(model, examples)[key].item() == pytest.approx(2 * 16, rel=1e-4)
+def test_maps_that_are_constant_are_compared_alike_at_every_scale(mask):
+    """Equal ones are equal, and others differ by as much as with images of one size: no cell counts more or less."""
+    found = []
+    for scale, examples in (
+        (1, batch()),
+        (2, two_scales(batch())),
+        (1.5, two_scales(batch(), 1.5)),
+    ):
+        teacher, values = Teacher(build(tiny_faster_rcnn()), None, scale=scale), []
+        losses = DistillLosses(imitation=ImitationLoss(mask=mask, weight=1.0))
+        student = build(tiny_faster_rcnn())
+        model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
+        for detector, value in ((student, 7), (teacher.detector, 7), (teacher.detector, 9)):
+            detector.backbone.register_forward_hook(
+                lambda _, given, maps, value=value: {k: 0 * x + value for k, x in maps.items()}
+            )
+            values.append(forward_losses(model, examples)["distill/loss_imitation"].item())
+        assert values[1] == pytest.approx(0, abs=1e-8)
+        found.append(values[2])
+    assert found[0] > 0 and found == pytest.approx(found[:1] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", SCALES)
