@@ -200,10 +200,12 @@ def test_icd_needs_no_data_and_has_its_own_optimizer(monkeypatch):
             assert bool(own & changed) == (part in moved), name
 
 
-@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("scale", [1, 2, 1.5])
 def test_the_teacher_judges_the_students_regions(folder, scale):
     """At the same places of its images, also where these are larger; batches take the sizes in turn."""
-    sizes = ((64 * scale, 96 * scale), (96 * scale, 64 * scale))
+    sizes = tuple(
+        (int(height * scale), int(width * scale)) for height, width in ((64, 96), (96, 64))
+    )
     one = Bench(setup_of(folder, "tar", f"model.teacher.scale={scale}", sizes=sizes))
     shown = [{tuple(x["image"].shape[-2:]) for x in batch} for batch in one.batches]
     assert shown == [{(64, 96)}, {(96, 64)}, {(64, 96)}, {(96, 64)}, {(64, 96)}]

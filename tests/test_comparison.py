@@ -312,7 +312,8 @@ def test_a_run_gives_its_teacher_and_its_student(data, tmp_path):
         detectors_from_run(tmp_path)
 
 
-def test_a_run_at_two_scales(data, tmp_path):
+@pytest.mark.parametrize("scale, side", [(2, 32), (1.5, 43)])
+def test_a_run_at_two_scales(data, tmp_path, scale, side):
     """Its teacher is compared on the images that taught: the full ones, in the channel order they have."""
     base = recipe(data, tmp_path / "run")
     for part in ("train", "test"):
@@ -320,7 +321,7 @@ def test_a_run_at_two_scales(data, tmp_path):
     weights = teacher_weights(tmp_path / "taught")
     base.model.input_format = "RGB"
     node = L(Teacher)(detector=tiny_faster_rcnn(channels=24), weights=weights)  # which wants BGR
-    whole = distill(base, teacher=node, losses=L(DistillLosses)(), scale=2)
+    whole = distill(base, teacher=node, losses=L(DistillLosses)(), scale=scale)
     config = OmegaConf.create(whole._asdict(), flags={"allow_objects": True})
     detectors, dataset = detectors_from_run(trained(config, tmp_path / "run"))
     ready = [build_detector(d, load_data(dataset), torch.device("cpu")) for d in detectors]
@@ -333,7 +334,7 @@ def test_a_run_at_two_scales(data, tmp_path):
         assert len(wanted["instances"]) > 0
         assert found["instances"].pred_boxes.tensor.equal(wanted["instances"].pred_boxes.tensor)
     shapes = [next(iter(build_loader(d, records)))[0]["image"].shape for d in detectors]
-    assert shapes == [(3, 64, 64), (3, 32, 32)]
+    assert shapes == [(3, 64, 64), (3, side, side)]
     found = compare(detectors, load_data(dataset), tmp_path / "kept", QUICK)
     assert found.observation.regions["of"] == "teacher"
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
@@ -25,7 +26,7 @@ from detectron2.utils import comm
 from omegaconf import OmegaConf
 from PIL import Image
 
-from d2kd.config import get_config
+from d2kd.config import get_config, load
 from d2kd.data import (
     build_test_loader,
     build_train_loader,
@@ -36,7 +37,7 @@ from d2kd.data import (
 )
 from d2kd.utils.errors import InputError
 
-from .common import perfect
+from .common import ROOT, perfect
 
 SMALL = {"seed": 3, "train": 6, "val": 2, "test": 2}
 
@@ -351,6 +352,61 @@ def test_own_data_is_registered_once(own, small):
         coco_dataset("shapes_val", json_file, images)
     assert len(instantiate(L(get_detection_dataset_dicts)(names=node, filter_empty=False))) == 6
     assert MetadataCatalog.get("own").thing_classes == list(shapes.CLASSES)
+
+
+def test_paths_from_the_environment(own, monkeypatch, refuses):
+    json_file, images = own
+    node = L(coco_dataset)(
+        name="own", json_file=f"$D2KD_HERE/{json_file.name}", image_root=f"$D2KD_HERE/{images.name}"
+    )
+    for value in (None, ""):
+        monkeypatch.delenv("D2KD_HERE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("D2KD_HERE", value)
+        line = (
+            r"error: D2KD_HERE: not set; expected the folder of own, to find \$D2KD_HERE/own.json"
+        )
+        refuses(lambda: check_dataset(node), line)
+    node.json_file = str(json_file)
+    refuses(lambda: check_dataset(node), r"D2KD_HERE: not set; .* to find \$D2KD_HERE/images")
+    monkeypatch.setenv("D2KD_HERE", str(json_file.parent))
+    assert check_dataset(node) == ["own"]
+    # The same files, however they are named.
+    assert coco_dataset("own", str(json_file), str(images)) == "own"
+    assert len(DatasetCatalog.get("own")) == 6
+
+
+aquarium_options = LazyConfig.load(str(ROOT / "configs/common/study.py"), "aquarium_options")
+AQUARIUM = sorted(str(path) for path in ROOT.glob("configs/baselines/*_aquarium.py"))
+
+
+@pytest.mark.parametrize("path", AQUARIUM)
+def test_recipes_on_photographs_load_anywhere(path, monkeypatch):
+    """Without the data; and landscape, upright and wide images are all halved."""
+    monkeypatch.delenv("D2KD_AQUARIUM", raising=False)
+    config = load(path)
+    assert config.model.roi_heads.num_classes == 7
+    test = aquarium_options(config)["test"]
+    for names in (*(config.dataloader[part].dataset.names for part in ("train", "test")), test):
+        with pytest.raises(InputError, match="^D2KD_AQUARIUM: not set; expected the folder of aqu"):
+            check_dataset(names)
+        assert len(names.classes) == 7
+    assert test.json_file != config.dataloader.test.dataset.names.json_file
+    resize = instantiate(config.dataloader.test.mapper).augmentations.augs[0]
+    for height, width in ((384, 512), (512, 384), (288, 512), (512, 288)):
+        image = np.zeros((height, width, 3), np.uint8)
+        assert resize.get_transform(image).apply_image(image).shape == (height // 2, width // 2, 3)
+
+
+@pytest.mark.skipif(not os.environ.get("D2KD_AQUARIUM"), reason="D2KD_AQUARIUM is not set")
+def test_the_photographs():
+    config = load("baselines/faster_rcnn_small_aquarium.py")
+    names = [config.dataloader[part].dataset.names for part in ("train", "test")]
+    found = check_dataset([*names, aquarium_options(config)["test"]])
+    records = [DatasetCatalog.get(name) for name in found]
+    assert [len(split) for split in records] == [400, 58, 180]
+    boxes = [sum(len(record["annotations"]) for record in split) for split in records]
+    assert boxes == [3095, 451, 1268]
 
 
 def without(section, key):

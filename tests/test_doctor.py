@@ -444,9 +444,10 @@ def test_statistics_and_range_of_pixels(config):
         assert finding.state == state and ("0 to 255" in finding.advice or state == "warning")
 
 
-def test_the_first_look_at_two_scales(config):
+@pytest.mark.parametrize("scale, stride", [(2, "8, "), (1.5, "8, resized from 10.7, ")])
+def test_the_first_look_at_two_scales(config, scale, stride):
     """A reduced recipe's channel order is that of the mapper inside, and its levels match by stride."""
-    whole = distill(config, teacher=config.model.teacher, losses=L(DistillLosses)(), scale=2)
+    whole = distill(config, teacher=config.model.teacher, losses=L(DistillLosses)(), scale=scale)
     config = with_defaults(OmegaConf.create(whole._asdict(), flags={"allow_objects": True}))
     config.model.teacher.weights = None
     config.dataloader.train.mapper.mapper.image_format = "RGB"
@@ -454,7 +455,7 @@ def test_the_first_look_at_two_scales(config):
     said = "dataloader.test.mapper.mapper.image_format=RGB"
     assert said in [f.advice for f in findings if f.subject == "channel order"]
     (levels,) = (f for f in findings if f.subject == "levels")
-    assert levels.state == "ok" and "p3 with p4 (stride 8" in levels.found
+    assert levels.state == "ok" and f"p3 with p4 (stride {stride}" in levels.found
 
 
 def test_what_trains_the_losses_own_parts_alone(config):

@@ -340,6 +340,8 @@ def test_how_a_reduced_image_was_made(folder):
     assert plain["image_format"] == small["image_format"] == "RGB"
     assert "48" in plain["resizing"] and small["resizing"].startswith(plain["resizing"])
     assert small["resizing"].removeprefix(plain["resizing"]) == " 1/2 (means of 2 x 2 pixels)"
+    other = table.export_metadata(with_downscaled_student(config, 1.5), student, weights)
+    assert other["resizing"].removeprefix(plain["resizing"]) == " 1/1.5 (antialiased bilinear)"
 
 
 def test_a_teacher_of_larger_images_computes_more(folder):

@@ -1,6 +1,7 @@
 """ICD's attention on pictures: it is the decoder's own, lies where its cells lie, and comes from a run's file."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -197,6 +198,25 @@ def test_a_teacher_of_larger_images(tmp_path, monkeypatch):
     assert found.extent == wanted.extent
     for level, same in zip(found.levels, wanted.levels, strict=True):
         np.testing.assert_allclose(found.levels[level], wanted.levels[same], rtol=1e-5)
+
+
+def test_a_teacher_of_images_half_again_as_large(tmp_path):
+    """Its maps are read on the student's grid, as in training, and that grid covers the whole picture."""
+    model, node, file = saved_run(tmp_path)
+    teacher, [full] = Teacher(model.teacher.detector, None, scale=1.5), batch(((101, 77),), (2,))
+    loss = load_icd(node, build(tiny_faster_rcnn()), teacher, file)
+    [small] = two_scales([full], 1.5)
+    height, width = small["image"].shape[1:]
+    found = compute_attention(loss, teacher, [small], full["instances"])
+    sides = [math.ceil(side / 16) * 16 for side in (height, width)]  # p4, the coarsest that matches
+    assert found.extent == (sides[0] / height, sides[1] / width)
+    for level, weights in found.levels.items():
+        assert weights.shape[-2:] == tuple(side // loss.strides[level] for side in sides)
+        rows, columns = (math.ceil(side / loss.strides[level]) for side in (height, width))
+        assert (weights[..., :rows, :columns] > 0).all()
+        assert weights[..., rows:, :].sum() == weights[..., columns:].sum() == 0
+    assert found.level_fractions(0).keys() == {"p2", "p3", "p4"}
+    assert sum(found.level_fractions(0).values()) == pytest.approx(1, abs=1e-5)
 
 
 def draw(folder, number, *objects):

@@ -58,6 +58,14 @@ def bccd_recipes(baseline, student_steps, teacher_steps):
     return student, teacher, bccd_options(student)
 
 
+def aquarium_options(recipe):
+    """Return the options of a study on Aquarium. Its test split is registered when the study is loaded."""
+    test = copy.deepcopy(recipe.dataloader.test.dataset.names)
+    test.name, test.json_file = "aquarium_test", "$D2KD_AQUARIUM/test.json"
+    fast = ["train.max_iter=12", "train.eval_period=0", "train.log_period=2"]
+    return dict(test=test, seeds=[0, 1], fast=fast)
+
+
 def distillation_run(student, teacher, inherit=(), scale=1, **method):
     """Return the run of a student with the teacher that the study trains first.
 

@@ -183,7 +183,7 @@ class Bench:
         if config.train.amp.enabled and config.train.amp.dtype != "float16":
             del self.rows[DETECTRON2]  # Detectron2's trainer uses float16
 
-    def _draw(self, detector: nn.Module, scale: int = 1) -> list[list[dict]]:
+    def _draw(self, detector: nn.Module, scale: float = 1) -> list[list[dict]]:
         sizes, count = self._sizes
         drawn = [
             random_batch(detector, sizes[i % len(sizes)], count, seed=SEED + i)

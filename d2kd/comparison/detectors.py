@@ -351,7 +351,7 @@ def detectors_from_run(folder: Path, dataset: str | None = None) -> tuple[list[D
     return found, dataset
 
 
-def _full_images(mapper: DictConfig | None, scale: int, config: Path) -> DictConfig | None:
+def _full_images(mapper: DictConfig | None, scale: float, config: Path) -> DictConfig | None:
     """Return the mapper of the teacher's images: with ``scale`` > 1 the base mapper inside the student's mapper."""
     if scale == 1 or mapper is None:
         return mapper

@@ -60,7 +60,7 @@ def distill(
     loss_optimizer: DictConfig | None = None,
     inherit: Iterable[str] = (),
     proposals_from: str = "student",
-    scale: int = 1,
+    scale: float = 1,
 ) -> Recipe:
     """Add a teacher and distillation losses to a student's recipe. In a config::
 
@@ -73,7 +73,8 @@ def distill(
         loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
             of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
         inherit, proposals_from: see :class:`Distiller`.
-        scale: factor by which the student's images are smaller than the teacher's, see :func:`with_downscaled_student`.
+        scale: factor by which the student's images are smaller than the teacher's, any number of at least 1, see
+            :func:`with_downscaled_student`.
 
     Returns:
         Recipe: the complete recipe.
@@ -155,7 +156,7 @@ def with_timm_backbone(
     return Recipe(base.model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
 
 
-def with_downscaled_student(recipe: DictConfig, scale: int) -> DictConfig:
+def with_downscaled_student(recipe: DictConfig, scale: float) -> DictConfig:
     """Copy a recipe so that its detector gets images ``scale`` times smaller, and a teacher the full ones.
 
     The mappers of training and test data are wrapped in :class:`d2kd.data.DownscaledStudentMapper`.

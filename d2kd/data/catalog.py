@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -44,6 +45,21 @@ def ensure_registered(name: str, file: str) -> str:
         with recording_registrations(file):
             LazyConfig.load(file)
     return name
+
+
+def expand_path(path: str, content: str) -> str:
+    """Replace an environment variable at the start of a path, as in ``"$BIRDS/2024"``.
+
+    Args:
+        content: what the variable should be set to, for the error.
+
+    Raises:
+        InputError: if the variable is not set.
+    """
+    variable = re.match(r"\$(\w+)", path)
+    if variable and not os.environ.get(variable[1]):
+        raise InputError(variable[1], "not set", content)
+    return os.path.expandvars(path)
 
 
 def is_registered(name: str, given: tuple) -> bool:

@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..utils.errors import InputError
-from .catalog import INCREMENT_KEY, check_files, is_registered
+from .catalog import INCREMENT_KEY, check_files, expand_path, is_registered
 from .voc import check_voc
 
 # The keys needed for loading, and for COCO's evaluation (`area` and `iscrowd`).
@@ -41,16 +41,22 @@ def coco_dataset(
         )
 
     Args:
+        json_file, image_root: the annotations and the folder of the images. Each may start with an environment
+            variable, as in ``"$BIRDS/train.json"``, so that the recipe works on any machine.
         classes: if given, the file must have exactly these classes, in the order of their category
             ids. Pass the same list for training and validation to guarantee that their class
             indices agree.
 
     Raises:
-        InputError: if the files are invalid (see :func:`check_dataset`), or ``name`` is already
-            registered for other data.
+        InputError: if the files are invalid (see :func:`check_dataset`), a variable is not set, or
+            ``name`` is already registered for other data.
     """
     classes = None if classes is None else tuple(classes)
-    given = (str(json_file), str(image_root), classes)
+    paths = [
+        expand_path(str(path), f"the folder of {name}, to find {path}")
+        for path in (json_file, image_root)
+    ]
+    given = (*paths, classes)
     if is_registered(name, given):
         return name
 

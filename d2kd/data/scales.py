@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import numpy as np
 import torch.nn.functional as F
@@ -21,16 +22,17 @@ class DownscaledStudentMapper:
 
     Args:
         mapper: a dataset mapper, such as Detectron2's ``DatasetMapper``.
-        scale: factor by which the teacher's images are larger, an integer; see ``Teacher(scale=…)``.
+        scale: factor by which the teacher's images are larger, any number above 1; see ``Teacher(scale=…)``.
 
     Raises:
-        InputError: if the scale is not an integer of at least 2.
+        InputError: if the scale is not a number above 1.
     """
 
-    def __init__(self, mapper: Callable[[dict], dict | None], scale: int):
-        if scale != int(scale) or scale < 2:
-            raise InputError("scale", scale, "an integer of at least 2")
-        self.mapper, self.scale = mapper, int(scale)
+    def __init__(self, mapper: Callable[[dict], dict | None], scale: float):
+        if not isinstance(scale, Real) or not 1 < scale < math.inf:
+            raise InputError("scale", scale, "any number above 1")
+        self.mapper = mapper
+        self.scale = int(scale) if scale == int(scale) else float(scale)
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         """Return the sample with ``image``, ``instances`` and ``proposals`` downscaled, and the full ``teacher_image``.
@@ -48,14 +50,22 @@ class DownscaledStudentMapper:
         return small
 
 
-def downscale(image: Tensor, scale: int) -> Tensor:
-    """Downscale an image by area interpolation: (C, H, W) to (C, ceil(H / scale), ceil(W / scale)).
+def downscale(image: Tensor, scale: float) -> Tensor:
+    """Downscale an image.
 
-    If a side is not a multiple of ``scale``, its factor is slightly smaller. Coordinates are multiplied by
+    An integer scale takes means of scale x scale pixels: (C, H, W) to (C, ceil(H / scale), ceil(W / scale)). Any other
+    rounds H / scale and W / scale to the nearest size and interpolates bilinearly with antialiasing, both as
+    ``ResizeShortestEdge`` does: means over whole pixels would lie beside the centres of the new ones.
+
+    If a side is not a multiple of ``scale``, its own factor differs slightly. Coordinates are multiplied by
     new side / old side, as in Detectron2's postprocessing.
     """
-    size = [math.ceil(side / scale) for side in image.shape[-2:]]
-    values = F.interpolate(image[None].float(), size, mode="area")[0]
+    if scale == int(scale):
+        size = [math.ceil(side / scale) for side in image.shape[-2:]]
+        values = F.interpolate(image[None].float(), size, mode="area")[0]
+    else:
+        size = [max(1, int(side / scale + 0.5)) for side in image.shape[-2:]]
+        values = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
     return values if image.is_floating_point() else values.round().to(image.dtype)
 
 

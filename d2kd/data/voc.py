@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
@@ -27,7 +26,7 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import InputError
-from .catalog import check_files, is_registered
+from .catalog import check_files, expand_path, is_registered
 
 
 def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> str:
@@ -49,7 +48,8 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
         InputError: if the files are invalid (see :func:`check_voc`), the variable is not set, or
             ``name`` is already registered for other data.
     """
-    root, classes = _expanded(str(root), name), tuple(classes)
+    content = f"the folder of {name}: Annotations, ImageSets and JPEGImages"
+    root, classes = expand_path(str(root), content), tuple(classes)
     if not classes or len(set(classes)) < len(classes):
         raise InputError(f"classes of {name}", ", ".join(classes) or "none", "different names")
     given = (_names_file(root, split), root, classes)
@@ -94,14 +94,6 @@ def check_voc(root: str, split: str, classes: tuple[str, ...]) -> int:
     annotations = os.path.join(root, "Annotations")
     check_files((f"{name}.xml" for name in names), annotations, listed_by)
     return sum(_check_xml(os.path.join(annotations, f"{name}.xml"), classes) for name in names)
-
-
-def _expanded(root: str, name: str) -> str:
-    variable = re.match(r"\$(\w+)", root)
-    if variable and not os.environ.get(variable[1]):
-        expected = f"the folder of {name}: Annotations, ImageSets and JPEGImages"
-        raise InputError(variable[1], "not set", expected)
-    return os.path.expandvars(root)
 
 
 def _names_file(root: str, split: str) -> str:

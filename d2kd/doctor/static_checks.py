@@ -16,7 +16,7 @@ from ..config import base_mapper
 from ..data import check_dataset
 from ..data.datasets import dataset_names
 from ..engine.checkpoint import get_student, unwrap_ddp
-from ..layers.adapter import match_levels
+from ..layers.adapter import is_integer, match_levels
 from ..modeling import Distiller
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
@@ -161,18 +161,23 @@ def _join(names: Sequence[str], most: int = 4) -> str:
 def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if not isinstance(model, Distiller):
         return
-    backbones = model.student.backbone, model.teacher.detector.backbone
+    backbones, scale = (
+        (model.student.backbone, model.teacher.detector.backbone),
+        model.teacher.scale,
+    )
     try:
-        matches = match_levels(*backbones, scale=model.teacher.scale)
+        matches = match_levels(*backbones, scale=scale)
     except InputError as error:
         yield Finding("levels", "warning", error.found, "losses that do not compare features")
         return
     student, teacher = (backbone.output_shape() for backbone in backbones)
-    pairs = [
-        f"{a if a == b else f'{a} with {b}'} (stride {student[a].stride}, "
-        f"{student[a].channels} and {teacher[b].channels} channels)"
-        for a, b in matches.items()
-    ]
+    pairs = []
+    for a, b in matches.items():
+        resized = "" if is_integer(scale) else f", resized from {teacher[b].stride / scale:.3g}"
+        pairs.append(
+            f"{a if a == b else f'{a} with {b}'} (stride {student[a].stride}{resized}, "
+            f"{student[a].channels} and {teacher[b].channels} channels)"
+        )
     yield Finding("levels", "ok", ", ".join(pairs))
 
 

@@ -119,7 +119,11 @@ def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> di
     own = getattr(detector, "input_format", "BGR")
     resizing = [str(instantiate(one)) for one in reading.get("augmentations", ())]
     while mapper is not None and has_target(mapper, DownscaledStudentMapper):
-        resizing.append(f"1/{mapper.scale} (means of {mapper.scale} x {mapper.scale} pixels)")
+        scale = mapper.scale
+        way = (
+            f"means of {scale} x {scale} pixels" if scale == int(scale) else "antialiased bilinear"
+        )
+        resizing.append(f"1/{scale} ({way})")
         mapper = mapper.mapper
     return {
         "classes": json.dumps(_names(config, detector, weights)),

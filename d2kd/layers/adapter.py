@@ -1,14 +1,18 @@
-"""Match feature levels of student and teacher, and map the student's features to the teacher's channels and grid."""
+"""Match feature levels of student and teacher, and bring their maps to the same channels and grid."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..utils.errors import InputError
+from .masks import valid_cells
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +23,7 @@ def match_levels(
     student: nn.Module,
     teacher: nn.Module,
     wanted: Sequence[str] | None = None,
-    scale: int = 1,
+    scale: float = 1,
 ) -> dict[str, str]:
     """Return the matching levels, ``{student level: teacher level}``, in order of stride.
 
@@ -30,28 +34,32 @@ def match_levels(
         student, teacher: Detectron2 backbones.
         wanted: level names of the student, which all must match.
         scale: size of the teacher's images relative to the student's. Unless it is 1, levels match only by stride in
-            the student's pixels, because equal names mean different strides.
+            the student's pixels, because equal names mean different strides. If it is not an integer, no strides are
+            equal: each level matches the one of the nearest stride, see :func:`_nearest_strides`, and
+            :func:`teacher_maps` resizes.
 
     Raises:
         InputError: if a wanted level is missing on one side or has different strides, or if no level matches.
     """
     s, t = student.output_shape(), teacher.output_shape()
+    s_top, t_top = _top_levels(student), _top_levels(teacher)
+
+    def comparable(level: str, match: str) -> bool:
+        return wanted is not None or s_top.get(level) == t_top.get(match)
+
     same_size = scale == 1
     by_name = {
         name for name in s.keys() & t.keys() if same_size and s[name].stride == t[name].stride
     }
     by_stride = {shape.stride / scale: name for name, shape in t.items() if name not in by_name}
-    matches = {}
-    for name in sorted(s, key=lambda name: s[name].stride):
-        if name in by_name:
-            matches[name] = name
-        elif s[name].stride in by_stride:
-            matches[name] = by_stride[s[name].stride]
-    if wanted is None:
-        s_top, t_top = _top_levels(student), _top_levels(teacher)
-        matches = {
-            name: match for name, match in matches.items() if s_top.get(name) == t_top.get(match)
-        }
+    if is_integer(scale):
+        matches = {name: by_stride[s[name].stride] for name in s if s[name].stride in by_stride}
+        matches |= {name: name for name in by_name}
+        matches = {name: match for name, match in matches.items() if comparable(name, match)}
+    else:
+        matches = _nearest_strides(s, t, scale, comparable)
+    in_order = sorted(s, key=lambda name: s[name].stride)
+    matches = {name: matches[name] for name in in_order if name in matches}
     for name in wanted or ():
         if name in matches:
             continue
@@ -59,7 +67,10 @@ def match_levels(
             found = f"{name!r} has stride {s[name].stride} here and {t[name].stride} there"
             raise InputError("levels", found, "equal strides")
         if name in s and not same_size:
-            found = f"the teacher's backbone has no level of stride {s[name].stride * scale}"
+            near = "" if is_integer(scale) else "to be matched within a factor of sqrt(2) "
+            found = (
+                f"the teacher's backbone has no level {near}of stride {s[name].stride * scale:g}"
+            )
             raise InputError("levels", f"{found}, for {name!r}", f"one, of {_listed(t)}")
         side, has = ("student", s) if name not in s else ("teacher", t)
         raise InputError("levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}")
@@ -70,6 +81,129 @@ def match_levels(
             "at least one level in common, by name or by stride",
         )
     return {name: matches[name] for name in (matches if wanted is None else wanted)}
+
+
+def is_integer(scale: float) -> bool:
+    """Return whether cells of the teacher's levels lie on those of the student's, so that no map is resized."""
+    return scale == int(scale)
+
+
+def _nearest_strides(
+    student: Mapping[str, ShapeSpec],
+    teacher: Mapping[str, ShapeSpec],
+    scale: float,
+    comparable: Callable[[str, str], bool],
+) -> dict[str, str]:
+    """Match levels whose strides in pixels of the teacher's images are nearest, on a logarithmic scale.
+
+    They differ by at most a factor of sqrt(2): half the step between the levels of a pyramid. The nearest pairs are
+    matched first, and a level of the teacher once at most. Of two that are as near, that of the finer level is taken.
+    """
+    pairs = sorted(
+        # Rounded, so that ties are ties.
+        (
+            round(abs(math.log2(theirs.stride / (ours.stride * scale))), 6),
+            theirs.stride,
+            name,
+            match,
+        )
+        for name, ours in student.items()
+        for match, theirs in teacher.items()
+        if comparable(name, match)
+    )
+    matches: dict[str, str] = {}
+    for octaves, _, name, match in pairs:
+        if octaves <= 0.5 and name not in matches and match not in matches.values():
+            matches[name] = match
+    return matches
+
+
+def teacher_maps(
+    student, teacher, levels: Mapping[str, str], strides: Mapping[str, int], scale: float = 1
+) -> list[Tensor]:
+    """Return the teacher's map of each level, ``(N, C, H, W)``, whose cells are those of the student's level.
+
+    With an integer scale these are the feature maps, otherwise they are resized, see :func:`resize_map`. Sizes may
+    differ by cells in the padding.
+
+    Args:
+        student, teacher: the outputs of both detectors.
+        levels: ``{student level: teacher level}``, see :func:`match_levels`.
+        strides: strides of the student's levels.
+        scale: size of the teacher's images relative to the student's.
+    """
+    if is_integer(scale):
+        return [teacher.features[match] for match in levels.values()]
+    shapes = teacher.detector.backbone.output_shape()
+    return [
+        resize_map(
+            teacher.features[match],
+            shapes[match].stride,
+            teacher.images.image_sizes,
+            tuple(student.features[level].shape[-2:]),
+            strides[level],
+            teacher.student_image_sizes,
+        )
+        for level, match in levels.items()
+    ]
+
+
+def covered_cells(
+    student, teacher, levels: Mapping[str, str], strides: Mapping[str, int], scale: float = 1
+) -> list[Tensor]:
+    """Return which cells of :func:`teacher_maps` the images cover, ``(N, H, W)`` bool for each level."""
+    images = teacher.images
+    device = images.tensor.device
+    if is_integer(scale):
+        sizes = [teacher.features[match].shape[-2:] for match in levels.values()]
+        return valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
+    valid = []
+    for level in levels:
+        size, stride = student.features[level].shape[-2:], strides[level]
+        padded = size[0] * stride, size[1] * stride
+        valid += valid_cells(teacher.student_image_sizes, padded, [size], device)
+    return valid
+
+
+def resize_map(
+    features: Tensor,
+    stride: float,
+    image_sizes: Sequence[tuple[int, int]],
+    new_size: tuple[int, int],
+    new_stride: float,
+    new_image_sizes: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Resize a feature map to the grid of the same images in another size, by bilinear interpolation.
+
+    Cells correspond by the image, whatever the padding of both batches: a point of an image is the same fraction of
+    its width and height in both sizes. Centres of cells are those of :mod:`d2kd.layers.masks` (``align_corners=False``).
+    Cells in the padding are never read: beyond the centres of the first and last cell that the image covers, the map
+    is constant.
+
+    Args:
+        features: ``(N, C, H, W)``.
+        stride: its stride in pixels.
+        image_sizes: (height, width) of each image without padding.
+        new_size, new_stride, new_image_sizes: size of the new map, its stride, and the images' other sizes.
+
+    Returns:
+        ``(N, C, *new_size)``, in the precision of ``features``.
+    """
+    # (2, N, 2), in one copy to the device.
+    sizes = torch.tensor([image_sizes, new_image_sizes], device=features.device).float()
+    points = []
+    for axis, (cells, new_cells) in enumerate(zip(features.shape[-2:], new_size)):
+        side, new_side = sizes[..., axis, None]
+        centres = (torch.arange(new_cells, device=features.device) + 0.5) * new_stride
+        # In cells of the map: 0.5 is the centre of the first.
+        inside = centres * side / new_side / stride
+        last = (side / stride).ceil() - 0.5
+        points.append(2 * torch.minimum(inside, last) / cells - 1)  # -1 and 1 are the map's borders
+    y, x = points
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), dim=-1)
+    # In float32: the points would be too coarse in half precision.
+    resized = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
+    return resized.to(features.dtype)
 
 
 def _listed(shapes: Mapping[str, ShapeSpec]) -> str:

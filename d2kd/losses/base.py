@@ -73,7 +73,7 @@ class DistillLoss(nn.Module):
     class_map: ClassMap | None = None
     """The classes that both detectors have. None if their class lists are equal. Set before :meth:`setup`."""
 
-    scale = 1
+    scale: float = 1
     """Size of the teacher's images relative to the student's. Set before :meth:`setup`."""
 
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
@@ -138,7 +138,7 @@ class DistillLosses(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         class_map: ClassMap | None = None,
-        scale: int = 1,
+        scale: float = 1,
     ) -> None:
         """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.setup`."""
         for name, loss in self.by_name.items():

@@ -22,7 +22,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
-from ..layers.adapter import match_levels
+from ..layers.adapter import covered_cells, match_levels, teacher_maps
 from ..layers.attention import (
     CellPositions,
     DecoderOutput,
@@ -31,7 +31,7 @@ from ..layers.attention import (
     split_heads,
     value_projection,
 )
-from ..layers.masks import boxes_to_mask, pad_boxes, valid_cells
+from ..layers.masks import boxes_to_mask, pad_boxes
 from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from ..structures.class_map import num_classes_of
 from ..structures.instance_priors import InstancePriors
@@ -236,17 +236,16 @@ class ICDLoss(DistillLoss):
             jitter=self.jitter,
             generator=self._generator(),
         )
-        images = teacher.images
-        sizes = [teacher.features[match].shape[-2:] for match in self.levels.values()]
-        device = images.tensor.device
-        masks = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
-        student_maps, teacher_maps, valid = [], [], []
-        for (level, match), mask in zip(self.levels.items(), masks, strict=True):
-            s, t = student.features[level], teacher.features[match]
+        both = student, teacher, self.levels, self.strides, self.scale
+        ours, theirs, valid = [], [], []
+        for level, t, mask in zip(
+            self.levels, teacher_maps(*both), covered_cells(*both), strict=True
+        ):
+            s = student.features[level]
             # Padding to different multiples changes only the lower and right borders.
             h, w = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
-            student_maps.append(s[..., :h, :w])
-            teacher_maps.append(t[..., :h, :w])
+            ours.append(s[..., :h, :w])
+            theirs.append(t[..., :h, :w])
             valid.append(mask[:, :h, :w])
         compared = None
         if self.weights == "box":
@@ -257,8 +256,8 @@ class ICDLoss(DistillLoss):
             ]
             compared = torch.cat([x.flatten(1) for x in inside], dim=1)
         layer_losses = self.run_decoder(
-            None if self.progress < self.aux_warmup else flatten_maps(student_maps),
-            flatten_maps(teacher_maps),
+            None if self.progress < self.aux_warmup else flatten_maps(ours),
+            flatten_maps(theirs),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.from_masks(valid, t.shape[1]),
             queries,

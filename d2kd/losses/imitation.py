@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..layers.adapter import FeatureAdapter, match_levels
+from ..layers.adapter import FeatureAdapter, covered_cells, match_levels, teacher_maps
 from ..layers.feature_rms import FeatureRMS
-from ..layers.masks import MASK_KINDS, boxes_to_mask, pad_boxes, valid_cells
+from ..layers.masks import MASK_KINDS, boxes_to_mask, pad_boxes
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import masked_squared_error
@@ -72,21 +72,15 @@ class ImitationLoss(DistillLoss):
     def forward(self, student, teacher) -> Tensor:
         if self.normalize:
             self.rms.measure_once(teacher)
+        both = student, teacher, self.levels, self.strides, self.scale
         pairs = [
-            self.adapters(student.features[level], teacher.features[match], level)
-            for level, match in self.levels.items()
+            self.adapters(student.features[level], target, level)
+            for level, target in zip(self.levels, teacher_maps(*both), strict=True)
         ]
         if self.mask == "none":
-            images = teacher.images
-            masks = valid_cells(
-                images.image_sizes,
-                images.tensor.shape[-2:],
-                [teacher.features[match].shape[-2:] for match in self.levels.values()],
-                images.tensor.device,
-            )
             masks = [
                 mask[:, : target.shape[-2], : target.shape[-1]].float()
-                for mask, (_, target) in zip(masks, pairs)
+                for mask, (_, target) in zip(covered_cells(*both), pairs)
             ]
         else:
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])

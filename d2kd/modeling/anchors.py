@@ -8,7 +8,7 @@ from ..utils.errors import InputError
 
 
 def check_anchors(
-    student: nn.Module, teacher: nn.Module, scale: int = 1, expected: str = "the same anchors"
+    student: nn.Module, teacher: nn.Module, scale: float = 1, expected: str = "the same anchors"
 ) -> None:
     """Raise InputError unless two dense detectors have equal anchors, so that rows of their outputs correspond."""
     if scale != 1:

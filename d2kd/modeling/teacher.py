@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -41,8 +43,9 @@ class Teacher:
         classes: names of its classes in its order, or the name of a data set that has them, if the student has
             others, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
         aliases: {a name in ``classes``: the student's name of that class}, where they differ.
-        scale: size of its images divided by that of the student's. The batch must have both, see
-            :class:`d2kd.data.DownscaledStudentMapper`. Levels are matched by their stride in the student's pixels.
+        scale: size of its images divided by that of the student's, any number of at least 1. The batch must have both,
+            see :class:`d2kd.data.DownscaledStudentMapper`. Levels are matched by their stride in the student's pixels;
+            if the scale is not an integer, the teacher's maps are resized to the student's grid.
         fuse_norms: whether to fold batch norms into convolutions when outputs are first needed. The result is
             equal up to rounding. It renames weights, which are not saved anywhere.
         channels_last: whether to use the channels last memory format for its weights and feature maps.
@@ -63,7 +66,7 @@ class Teacher:
         input_format: str | None = None,
         classes: str | Iterable[str] | None = None,
         aliases: Mapping[str, str] | None = None,
-        scale: int = 1,
+        scale: float = 1,
         fuse_norms: bool = False,
         channels_last: bool = False,
         compile: bool = False,
@@ -85,9 +88,9 @@ class Teacher:
         self.detector = detector.eval().requires_grad_(False)
         input_format = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = input_format != image_format
-        if scale != int(scale) or scale < 1:
-            raise InputError("teacher.scale", scale, "an integer of at least 1")
-        self.scale = int(scale)
+        if not isinstance(scale, Real) or not 1 <= scale < math.inf:
+            raise InputError("teacher.scale", scale, "any number of at least 1")
+        self.scale = int(scale) if scale == int(scale) else float(scale)
         self.dtype = DTYPES.get(dtype)
         self._pending_optimizations = {
             "fuse": fuse_norms,

@@ -23,6 +23,7 @@ from torch import nn
 from ..config import has_target
 from ..data import InstancePriors, check_dataset
 from ..data.datasets import sample_evenly
+from ..layers.adapter import is_integer, resize_map
 from ..layers.attention import CellPositions
 from ..layers.masks import valid_cells
 from ..layers.queries import make_queries
@@ -170,10 +171,27 @@ def compute_attention(
     gt.gt_boxes = Boxes(truth.gt_boxes.tensor.clone())
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
     gt.gt_classes = truth.gt_classes
-    maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
-    padded = outputs.images.tensor.shape[-2:]
+    image_size, padded = outputs.images.image_sizes[0], outputs.images.tensor.shape[-2:]
+    if is_integer(loss.scale):
+        maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
+    else:  # on the student's grid, as in training
+        multiple = max(loss.strides.values())
+        image_size = (height, width)
+        padded = tuple(math.ceil(side / multiple) * multiple for side in image_size)
+        shapes = teacher.detector.backbone.output_shape()
+        maps = {
+            level: resize_map(
+                outputs.features[match].float(),
+                shapes[match].stride,
+                outputs.images.image_sizes,
+                tuple(math.ceil(side / loss.strides[level]) for side in padded),
+                loss.strides[level],
+                [image_size],
+            )
+            for level, match in loss.levels.items()
+        }
     cells, sizes = flatten_maps(maps.values()), [x.shape[-2:] for x in maps.values()]
-    valid = valid_cells(outputs.images.image_sizes, padded, sizes, cells.device)
+    valid = valid_cells([image_size], padded, sizes, cells.device)
     positions = CellPositions.from_masks(valid, cells.shape[-1])
     valid = torch.cat([v.flatten(1) for v in valid], dim=1)
     queries = make_queries([gt], loss.priors, negatives_per_instance=0, jitter=0).to(cells.device)
@@ -186,8 +204,7 @@ def compute_attention(
         level: part.unflatten(-1, size).cpu().numpy()
         for level, part, size in zip(maps, split, sizes)
     }
-    own_height, own_width = outputs.images.image_sizes[0]
-    return Attention(levels, (padded[0] / own_height, padded[1] / own_width))
+    return Attention(levels, (padded[0] / image_size[0], padded[1] / image_size[1]))
 
 
 def attention_panel(
