@@ -136,7 +136,7 @@ def test_levels_match_by_stride_in_the_students_pixels(family):
 LOG_STEP = math.log(2) / 2
 
 
-@pytest.mark.parametrize("scale", [1.1, 1.4, 2**0.5, 1.5, 1.9, 2.5, 3.3])
+@pytest.mark.parametrize("scale", [1.1, 1.4, 2**0.5, 1.5, 1.9, 2.5, 3, 3.3])
 def test_levels_match_the_nearest_strides(scale):
     """Within half an octave, each once, and finer ones to finer ones; those beyond the last level to none."""
     student, teacher = Backbone(shapes(4, (2, 3, 4, 5, 6))), Backbone(shapes(4, (2, 3, 4, 5)))

@@ -170,5 +170,5 @@ def test_a_recipe_that_cannot_be_written_is_trained_all_the_same(data, tmp_path)
 
 def test_checkpoints_come_before_evaluations_and_the_log_is_written_last(data, tmp_path):  # noqa: F811
     names = [type(hook).__name__ for hook in Trainer(recipe(data, tmp_path, distiller()))._hooks]
-    order = "EvalTeacher IterationTimer LRScheduler PeriodicCheckpoint ResumableEvalHook"
+    order = "EvalTeacher MeasureFeatures IterationTimer LRScheduler PeriodicCheckpoint ResumableEvalHook"
     assert names == [*order.split(), "BestCheckpoint", "LazyPeriodicWriter"]

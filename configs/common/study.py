@@ -4,7 +4,7 @@ import copy
 
 from detectron2.config import LazyCall as L
 
-from d2kd.config import distill, get_config, with_downscaled_student
+from d2kd.config import distill, get_config, method, with_downscaled_student
 from d2kd.data import shapes
 from d2kd.losses import DistillLosses, ImitationLoss
 from d2kd.modeling import Teacher
@@ -66,17 +66,17 @@ def aquarium_options(recipe):
     return dict(test=test, seeds=[0, 1], fast=fast)
 
 
-def distillation_run(student, teacher, inherit=(), scale=1, **method):
+def distillation_run(student, teacher, inherit=(), scale=1, **settings):
     """Return the run of a student with the teacher that the study trains first.
 
     Args:
         student, teacher: recipes.
         inherit: prefixes of the weights to inherit.
         scale: size of the teacher's images relative to the student's.
-        method: ``losses`` and ``loss_optimizer`` of :func:`d2kd.config.distill`.
+        settings: ``losses`` and ``loss_optimizer`` of :func:`d2kd.config.distill`.
     """
     node = L(Teacher)(detector=teacher.model, weights="")  # set by the study
-    recipe = distill(student, teacher=node, inherit=inherit, scale=scale, **method)
+    recipe = distill(student, teacher=node, inherit=inherit, scale=scale, **settings)
     return dict(config=recipe._asdict(), teacher="teacher")
 
 
@@ -112,3 +112,14 @@ def control_runs(student, teacher, match_time_of, levels=None, scale=1):
         baseline_equal_time=dict(config=alone, match_time_of=match_time_of),
         imitation=distillation_run(student, teacher, losses=losses, scale=scale),
     )
+
+
+def default_runs(student, teacher, scale=1):
+    """Return the runs: teacher, baseline, baseline with the training time of TAR, and each method with its defaults.
+
+    For the arguments, see :func:`control_runs`. The defaults are those of ``--distill``.
+    """
+    runs = control_runs(student, teacher, match_time_of="tar", scale=scale)
+    for name in ("imitation", "tar", "icd"):
+        runs[name] = distillation_run(student, teacher, scale=scale, **method(name))
+    return runs

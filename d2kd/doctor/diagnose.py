@@ -29,7 +29,6 @@ def diagnose(
     *,
     images: int = 200,
     iterations: int = 20,
-    target: float = 1.0,
 ) -> Iterator[Finding]:
     """Build everything in a recipe and check it. Nothing is written.
 
@@ -37,7 +36,6 @@ def diagnose(
         config: a recipe.
         images: number of images to decode from each data set, and to evaluate the teacher on; 0: all.
         iterations: training iterations before losses are compared; 0: skip this.
-        target: see :func:`~d2kd.doctor.runtime_checks.check_losses`.
 
     Yields:
         Finding: the result of each check.
@@ -66,7 +64,7 @@ def diagnose(
         if is_distiller(config.model) and "evaluator" in config.dataloader:
             yield from check_teacher(trainer.cfg, model, images)
         if iterations:
-            yield from check_losses(trainer, iterations, target)
+            yield from check_losses(trainer, iterations)
     except InputError as error:
         yield Finding("a step", "error", f"{error.culprit}: {error.found}", error.expected)
 

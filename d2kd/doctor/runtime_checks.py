@@ -15,7 +15,7 @@ from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import build_test_loader
 from ..data.datasets import sample_evenly
@@ -36,8 +36,8 @@ MIN_AP, LOW_AP = 1.0, 10.0  # AP of 100
 DOMINANT_RATIO = 4.0
 """RMS of a level's features relative to the other levels, from which this level dominates an imitation loss."""
 
-GRADIENT_RATIO = (0.05, 5.0)
-"""Usual range of the gradient of a distillation loss, relative to that of the task losses, in the student's features."""
+MAX_GRADIENT_RATIO = 5.0
+"""Largest usual gradient of a distillation loss, relative to that of the task losses, in the student's features."""
 
 
 def check_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
@@ -139,15 +139,16 @@ def check_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Find
     yield Finding("teacher's features", "warning", found, advice)
 
 
-def check_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[Finding]:
+def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
     """Train for a few iterations, then compare the losses by their gradient in the student's features.
 
-    Loss weights are those of the middle of the run, where losses that decay or start late are active.
+    Loss weights are those of the middle of the run, where losses that decay or start late are active. A loss is reported
+    if its gradient is 0, not finite, or so large that it drowns the task losses. Inside this range the gradient does
+    not say which weight is best, see docs/when_it_helps.md.
 
     Args:
         trainer: a new trainer. Its model is modified; nothing is written.
         iterations: number of training iterations.
-        target: the ratio of gradients for which the advised overrides are computed.
     """
     inner, model = trainer._trainer, unwrap_ddp(trainer.model)
     if isinstance(model, Distiller):
@@ -166,26 +167,23 @@ def check_losses(trainer: Trainer, iterations: int, target: float) -> Iterator[F
         return
     task = rows.pop("task losses")
     yield Finding("task losses", "ok", f"{task[0]:.3g} after {iterations} iterations, gradient 1")
-    ratios = {
-        name: norm / task[1] if task[1] else math.inf
-        for name, (_, norm) in rows.items()
-        if norm is not None
-    }
-    usable = {name: ratio for name, ratio in ratios.items() if ratio and math.isfinite(ratio)}
-    factors = {name: target / ratio for name, ratio in usable.items()}
-    advice = _overrides(trainer.cfg, model, factors)
     for name, (value, norm) in rows.items():
         if norm is None:
             yield Finding(name, "ok", f"{value:.3g}, trains what the loss owns alone")
             continue
-        ratio = ratios[name]
-        state = "ok" if GRADIENT_RATIO[0] <= ratio <= GRADIENT_RATIO[1] else "warning"
         if not math.isfinite(value) or not math.isfinite(norm):
             yield Finding(name, "error", f"{value}, gradient {norm}", "a smaller weight")
             continue
+        ratio = norm / task[1] if task[1] else math.inf
         found = f"{value:.3g}, gradient {ratio:.2g} of the task losses'"
-        text = f"for {target:g}: {advice[name]}" if name in advice else ""
-        yield Finding(name, state, found, text)
+        if ratio > MAX_GRADIENT_RATIO:
+            yield Finding(name, "warning", found, "a smaller weight")
+        elif ratio == 0:
+            yield Finding(
+                name, "warning", found, "a weight above 0, or levels and classes that both have"
+            )
+        else:
+            yield Finding(name, "ok", found)
 
 
 def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
@@ -209,58 +207,3 @@ def _value_and_norm(loss: Tensor, maps: list[Tensor]) -> tuple[float, float | No
     found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
     found = [gradient.float().norm() for gradient in found if gradient is not None]
     return loss.item(), torch.stack(found).norm().item() if found else None
-
-
-def _overrides(
-    config: DictConfig, model: nn.Module, factors: Mapping[str, float]
-) -> dict[str, str]:
-    """Return overrides that multiply each loss term by its factor: ``model.losses.tar.feature_weight=0.03``.
-
-    A term without its own weight is scaled by the weight of the whole loss, and the weights of the other terms then
-    compensate for this: all terms of such a loss have the same, combined advice.
-    """
-    if not isinstance(model, Distiller):
-        return {}
-    keys: dict[str, dict[str, str]] = {}  # loss -> term -> key of the loss dict
-    for key in factors:
-        suffix = key.removeprefix("distill/loss_")
-        name = max((n for n in model.losses.by_name if suffix.startswith(n)), key=len)
-        keys.setdefault(name, {})[suffix.removeprefix(name).removeprefix("_")] = key
-    advice = {}
-    for name, key_of in keys.items():
-        loss = model.losses.by_name[name]
-        weights = {term: _weight_of(loss, term) for term in key_of}
-        sharing = [term for term, weight in weights.items() if weight == "weight"]
-        solvable = len(sharing) == 1
-        change = {term: factors[key] for term, key in key_of.items()}
-        if solvable:
-            common = change[sharing[0]]
-            change |= {t: factor / common for t, factor in change.items() if t not in sharing}
-        texts = {t: _scaled(config, name, loss, weights[t], factor) for t, factor in change.items()}
-        for term, key in key_of.items():
-            if solvable:
-                advice[key] = " ".join(texts.values())
-            elif term in sharing:
-                others = ", ".join(other for other in key_of if other != term)
-                advice[key] = f"{texts[term]}, which multiplies {others} as well"
-            else:
-                advice[key] = texts[term]
-    return advice
-
-
-def _weight_of(loss: nn.Module, term: str) -> str:
-    """Return the name of the argument that scales a term: its own weight, or that of the whole loss."""
-    own = loss.term_weights.get(term, f"{term}_weight")
-    return own if own in inspect.signature(type(loss)).parameters else "weight"
-
-
-def _scaled(config: DictConfig, name: str, loss: nn.Module, weight: str, factor: float) -> str:
-    value = config.model.losses[name].get(weight)
-    if value is None:
-        default = inspect.signature(type(loss)).parameters.get(weight)
-        value = None if default is None else default.default
-    if value is None:
-        value = getattr(loss, weight, None)
-    if isinstance(value, int | float):
-        return f"model.losses.{name}.{weight}={value * factor:.3g}"
-    return f"model.losses.{name}.{weight}, a schedule, times {factor:.3g}"

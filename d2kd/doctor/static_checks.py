@@ -16,7 +16,7 @@ from ..config import base_mapper
 from ..data import check_dataset
 from ..data.datasets import dataset_names
 from ..engine.checkpoint import get_student, unwrap_ddp
-from ..layers.adapter import is_integer, match_levels
+from ..layers.adapter import is_power_of_two, match_levels
 from ..modeling import Distiller
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
@@ -173,7 +173,9 @@ def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     student, teacher = (backbone.output_shape() for backbone in backbones)
     pairs = []
     for a, b in matches.items():
-        resized = "" if is_integer(scale) else f", resized from {teacher[b].stride / scale:.3g}"
+        resized = (
+            "" if is_power_of_two(scale) else f", resized from {teacher[b].stride / scale:.3g}"
+        )
         pairs.append(
             f"{a if a == b else f'{a} with {b}'} (stride {student[a].stride}{resized}, "
             f"{student[a].channels} and {teacher[b].channels} channels)"

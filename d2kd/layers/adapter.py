@@ -34,7 +34,7 @@ def match_levels(
         student, teacher: Detectron2 backbones.
         wanted: level names of the student, which all must match.
         scale: size of the teacher's images relative to the student's. Unless it is 1, levels match only by stride in
-            the student's pixels, because equal names mean different strides. If it is not an integer, no strides are
+            the student's pixels, because equal names mean different strides. If it is no power of two, no strides are
             equal: each level matches the one of the nearest stride, see :func:`_nearest_strides`, and
             :func:`teacher_maps` resizes.
 
@@ -52,7 +52,7 @@ def match_levels(
         name for name in s.keys() & t.keys() if same_size and s[name].stride == t[name].stride
     }
     by_stride = {shape.stride / scale: name for name, shape in t.items() if name not in by_name}
-    if is_integer(scale):
+    if is_power_of_two(scale):
         matches = {name: by_stride[s[name].stride] for name in s if s[name].stride in by_stride}
         matches |= {name: name for name in by_name}
         matches = {name: match for name, match in matches.items() if comparable(name, match)}
@@ -67,7 +67,7 @@ def match_levels(
             found = f"{name!r} has stride {s[name].stride} here and {t[name].stride} there"
             raise InputError("levels", found, "equal strides")
         if name in s and not same_size:
-            near = "" if is_integer(scale) else "to be matched within a factor of sqrt(2) "
+            near = "" if is_power_of_two(scale) else "to be matched within a factor of sqrt(2) "
             found = (
                 f"the teacher's backbone has no level {near}of stride {s[name].stride * scale:g}"
             )
@@ -83,9 +83,9 @@ def match_levels(
     return {name: matches[name] for name in (matches if wanted is None else wanted)}
 
 
-def is_integer(scale: float) -> bool:
+def is_power_of_two(scale: float) -> bool:
     """Return whether cells of the teacher's levels lie on those of the student's, so that no map is resized."""
-    return scale == int(scale)
+    return math.log2(scale).is_integer()
 
 
 def _nearest_strides(
@@ -123,7 +123,7 @@ def teacher_maps(
 ) -> list[Tensor]:
     """Return the teacher's map of each level, ``(N, C, H, W)``, whose cells are those of the student's level.
 
-    With an integer scale these are the feature maps, otherwise they are resized, see :func:`resize_map`. Sizes may
+    With a scale that is a power of two these are the feature maps, otherwise they are resized, see :func:`resize_map`. Sizes may
     differ by cells in the padding.
 
     Args:
@@ -132,7 +132,7 @@ def teacher_maps(
         strides: strides of the student's levels.
         scale: size of the teacher's images relative to the student's.
     """
-    if is_integer(scale):
+    if is_power_of_two(scale):
         return [teacher.features[match] for match in levels.values()]
     shapes = teacher.detector.backbone.output_shape()
     return [
@@ -154,7 +154,7 @@ def covered_cells(
     """Return which cells of :func:`teacher_maps` the images cover, ``(N, H, W)`` bool for each level."""
     images = teacher.images
     device = images.tensor.device
-    if is_integer(scale):
+    if is_power_of_two(scale):
         sizes = [teacher.features[match].shape[-2:] for match in levels.values()]
         return valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
     valid = []

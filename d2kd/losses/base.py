@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -63,9 +63,6 @@ class DistillLoss(nn.Module):
 
     taps: tuple[str, ...] = ()
     """Names of additional student modules to record; their outputs are ``student.taps[name]``."""
-
-    term_weights: Mapping[str, str] = {}
-    """The weight argument of each term whose argument is not called ``<term>_weight``."""
 
     milestones: tuple[float, ...] = ()
     """Fractions of the run at which the amount of computation changes, other than by a weight of 0."""

@@ -121,8 +121,6 @@ class ERDLoss(DistillLoss):
         0.0
     """
 
-    term_weights = {"box": "ld_weight"}
-
     def __init__(
         self,
         *,

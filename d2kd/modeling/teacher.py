@@ -45,7 +45,7 @@ class Teacher:
         aliases: {a name in ``classes``: the student's name of that class}, where they differ.
         scale: size of its images divided by that of the student's, any number of at least 1. The batch must have both,
             see :class:`d2kd.data.DownscaledStudentMapper`. Levels are matched by their stride in the student's pixels;
-            if the scale is not an integer, the teacher's maps are resized to the student's grid.
+            if the scale is no power of two, the teacher's maps are resized to the student's grid.
         fuse_norms: whether to fold batch norms into convolutions when outputs are first needed. The result is
             equal up to rounding. It renames weights, which are not saved anywhere.
         channels_last: whether to use the channels last memory format for its weights and feature maps.

@@ -1,6 +1,6 @@
 """Check a recipe before a long training: models, data, classes, learning rate, losses.
 
-    d2kd doctor --config-file RECIPE [--images 200] [--iterations 20] [--target 1.0] [--json FILE] [KEY=VALUE …]
+    d2kd doctor --config-file RECIPE [--images 200] [--iterations 20] [--json FILE] [KEY=VALUE …]
 
 Everything is built as for training, the teacher is evaluated on some images, and the student is trained for a few
 iterations; only FILE is written. Each line is ok, warning or error, with advice. Exit code: 0: everything is ok,
@@ -25,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations", type=int, default=20, help="before losses are compared; 0: do not compare"
     )
-    parser.add_argument(
-        "--target", type=float, default=1.0, help="ratio of gradients for the advised overrides"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe")
 
@@ -41,8 +38,6 @@ def run(args: argparse.Namespace) -> None:
     for name, least in (("images", 0), ("iterations", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name}", getattr(args, name), f"at least {least}")
-    if not args.target > 0:
-        raise InputError("--target", args.target, "a positive ratio")
     if args.json and args.json.is_dir():
         raise InputError("--json", f"{args.json} is a folder", "a file")
     findings = []
@@ -51,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
             load(args.config_file, args.opts),
             images=args.images,
             iterations=args.iterations,
-            target=args.target,
         ):
             findings.append(finding)
     except InputError:
