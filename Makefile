@@ -20,7 +20,7 @@ setup: .venv/ready
 endif
 
 demo: setup
-	$(PY) -m d2kd study projects/TAR/studies/shapes.py --jobs 2 $(if $(FAST),--fast)
+	$(PY) -m d2kd study projects/TAR/studies/few_labels.py --jobs 2 $(if $(FAST),--fast)
 
 demo-incremental: setup
 	$(PY) -m d2kd study projects/ERD/studies/shapes.py --jobs 2 $(if $(FAST),--fast) \

@@ -114,12 +114,12 @@ def control_runs(student, teacher, match_time_of, levels=None, scale=1):
     )
 
 
-def default_runs(student, teacher, scale=1):
+def default_runs(student, teacher, methods=("imitation", "tar", "icd"), scale=1):
     """Return the runs: teacher, baseline, baseline with the training time of TAR, and each method with its defaults.
 
-    For the arguments, see :func:`control_runs`. The defaults are those of ``--distill``.
+    For the other arguments, see :func:`control_runs`. The defaults are those of ``--distill``.
     """
     runs = control_runs(student, teacher, match_time_of="tar", scale=scale)
-    for name in ("imitation", "tar", "icd"):
+    for name in methods:
         runs[name] = distillation_run(student, teacher, scale=scale, **method(name))
     return runs

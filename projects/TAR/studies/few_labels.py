@@ -2,15 +2,21 @@
 
 A teacher is often trained on more labelled images than there are for the student's task. So the teacher alone sees all
 800 images with their labels. ``teacher_labels`` is trained on the student's images and, with the teacher's detections as
-labels, on all others. The other runs are those of ``shapes.py``, on the student's images alone.
+labels, on all others. The other runs are on the student's images alone. All methods have their defaults.
 """
 
 from detectron2.config import LazyCall as L
 
 from d2kd.data import shapes, subset
 
-from ....configs.common.study import fast_shapes, student_recipe, teacher_labels, teacher_recipe
-from .common import comparison_runs, make_study
+from ....configs.common.study import (
+    default_runs,
+    fast_shapes,
+    student_recipe,
+    teacher_labels,
+    teacher_recipe,
+)
+from .common import make_study
 
 IMAGES = 150
 STUDENT_STEPS, TEACHER_STEPS = 1000, 1000
@@ -25,7 +31,7 @@ _others = L(subset)(dataset="shapes_train", images=IMAGES, complement=True)
 _fast_data = L(shapes.register_shapes)(train=IMAGES + 20, val=16, test=24)
 _fast = dict(fast_shapes, fast_setup=_fast_data)
 
-runs = comparison_runs(_student, teacher_recipe(_baseline, TEACHER_STEPS))
+runs = default_runs(_student, teacher_recipe(_baseline, TEACHER_STEPS), ["imitation", "tar"])
 runs["teacher_labels"] = teacher_labels(_student, _others, MIN_SCORE)
 study = make_study(
     runs,
