@@ -3,11 +3,12 @@
 # make demo-incremental [FAST=1]   classes learned in two increments, and what is forgotten
 # make test          lint, format check, tests
 # make test-all      these, and the long sweeps: parity, every loss on every family, resuming, kills, processes, fuzzing
+# make docs          the site of the documentation: build/site/index.html
 #
 # Each sets up .venv first: about two minutes and 6 GB, once. To use an environment of your own, in which Detectron2
-# and what d2kd requires, its extras plots, export, timm and test too, are installed:  make test PYTHON=/path/to/python
+# and what d2kd requires, its extras plots, export, timm, docs and test too, are installed:  make test PYTHON=/path/to/python
 
-.PHONY: demo demo-incremental test test-all setup
+.PHONY: demo demo-incremental test test-all docs setup
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -42,10 +43,14 @@ test-all: test
 	$(PY) -m tests.kill_runs --kills 20
 	$(PY) -m tests.fuzz --examples 500
 
+# The variable leaves out material's news of its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # torch comes first, because reading the Detectron2 archive's metadata imports it.
 .venv/ready: setup.py constraints.txt d2kd/tools/install_detectron2.py
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -c constraints.txt torch torchvision setuptools wheel
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,timm,test]"
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[plots,export,timm,docs,test]"
 	$(PY) -m d2kd install-detectron2 --constraint constraints.txt
 	touch $@

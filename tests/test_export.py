@@ -31,7 +31,8 @@ from d2kd.modeling import TimmBackbone, TorchvisionBackbone
 from d2kd.testing import tiny_mask_rcnn
 from d2kd.utils.errors import InputError
 
-from .common import CLASSES, DETECTORS, ROOT, build, command, lively, tiny_retinanet
+from .common import CLASSES, DETECTORS, build, command, lively, tiny_retinanet
+from .pages import block
 from .resume_runs import run
 from .tiny_run import (
     distiller,
@@ -403,11 +404,9 @@ def test_refused_in_one_line(folder, refuses, words, line):
     refuses(lambda: command("export")(given), line)
 
 
-def block(phrase):
-    """The README's lines that have these words, of a run in this folder."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    (found,) = (lines for part in blocks if phrase in (lines := part.split("```")[0]))
-    return found.replace("output/mine/", "").replace("handed_on/", "")
+def example(phrase):
+    """The documentation's lines that have these words, of a run in this folder."""
+    return block(phrase).replace("output/mine/", "").replace("handed_on/", "")
 
 
 WITHOUT_D2KD = 'import sys\nsys.modules["d2kd"] = None\n'
@@ -421,7 +420,7 @@ print(json.dumps(said))
 
 
 def test_stock_detectron2_loads_a_runs_checkpoint_strictly(tmp_path):
-    """And detects as the recipe's test does: the README's lines, in a process that cannot import d2kd."""
+    """And detects as the recipe's test does: the documentation's lines, in a process that cannot import d2kd."""
     node = model_zoo.get_config("common/models/retinanet.py").model
     stages, head = node.backbone.bottom_up.stages, node.head
     stages.depth, node.backbone.out_channels = 18, 16
@@ -439,7 +438,7 @@ def test_stock_detectron2_loads_a_runs_checkpoint_strictly(tmp_path):
     run(without_evaluation(config))
 
     Image.new("RGB", (60, 40), (255, 128, 0)).save(tmp_path / "photo.jpg", quality=100)
-    script = WITHOUT_D2KD + block("config.model.student") + SEEN
+    script = WITHOUT_D2KD + example("config.model.student") + SEEN
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
@@ -449,12 +448,12 @@ def test_stock_detectron2_loads_a_runs_checkpoint_strictly(tmp_path):
     assert said == {"seen": [80, 120], "size": [40, 60], "grad": False}
 
 
-def test_the_readmes_lines_for_onnx(files, tmp_path, monkeypatch):
+def test_the_documentations_lines_for_onnx(files, tmp_path, monkeypatch):
     _, exported = files("retinanet", "onnx")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.onnx").symlink_to(exported.path)
     made = {"photo": {"image": images()[0]}}
-    exec(block("onnxruntime"), made)
+    exec(example("onnxruntime"), made)
     found = exported.detect(images()[0])
     assert made["names"] == NAMES
     for name, value in zip(("boxes", "scores", "classes"), found, strict=True):

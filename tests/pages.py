@@ -1,0 +1,46 @@
+"""The pages of the documentation: the README, those in ``docs/``, and the projects' READMEs."""
+
+import re
+import shlex
+
+from .common import ROOT
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("projects/*/README.md")),
+]
+TEXTS = [page.read_text() for page in PAGES]
+
+# Two pages may show the same lines.
+BLOCKS = list(
+    dict.fromkeys(x for text in TEXTS for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+)
+FILES = dict(
+    match.groups() for x in BLOCKS if (match := re.fullmatch(r"# (\S+\.py)\n(.*)", x, re.DOTALL))
+)
+"""The blocks whose first line names a file, by that name."""
+
+
+def block(phrase: str) -> str:
+    """The one example of Python that has these words."""
+    (found,) = (x for x in BLOCKS if phrase in x)
+    return found
+
+
+def commands() -> list[list[str]]:
+    """The words after ``d2kd`` of every command that stands on a line of its own."""
+    found = []
+    for text in TEXTS:
+        fenced = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        indented = re.findall(
+            r"(?:^    .*\n)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+        )
+        for line in "\n".join(fenced + indented).replace("\\\n", " ").splitlines():
+            match = re.match(
+                r"\s*(?:\S+=\S+ )*(?:d2kd|\S*torchrun .*-m d2kd|python -m d2kd) (.+)", line
+            )
+            if match:
+                words = shlex.split(re.sub(r"[][]|…(?!/)", "", match[1]), comments=True)
+                found.append(words)
+    return found
