@@ -246,6 +246,17 @@ def test_weights_that_do_not_fit(tmp_path, form, refuses):
     refuses(lambda: TimmBackbone(TINY, checkpoint_path=path), "cannot be read")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_weights_of_a_deeper_network(tmp_path, refuses, name):
+    """All that the classifier has are there, in equal shapes, and more; its own with another head are read."""
+    deeper = {"resnet18": dict(layers=[2, 2, 3, 2]), "convnext_atto": dict(depths=[2, 2, 7, 2])}
+    path = state_file(tmp_path, timm.create_model(name, **deeper[name]))
+    line = rf"weights that {name} lacks \(such as .*; expected those of {name}"
+    refuses(lambda: TimmBackbone(name, checkpoint_path=path), line)
+    path = state_file(tmp_path, timm.create_model(name, num_classes=7))
+    TimmBackbone(name, checkpoint_path=path, out_features=["res2", "res3"])
+
+
 @pytest.mark.parametrize("name", ["test_convnext", TINY])
 def test_a_backbones_own_weights(tmp_path, name):
     saved = TimmBackbone(name, norm="FrozenBN")
