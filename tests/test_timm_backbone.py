@@ -13,7 +13,6 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
-from omegaconf import DictConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -423,7 +422,6 @@ def test_a_student_on_a_timm_backbone(tmp_path, monkeypatch):
     made = distill(
         recipe(tmp_path / "data", tmp_path), teacher=teacher, losses=losses, inherit=[], scale=2
     )
-    made = DictConfig(made._asdict(), flags={"allow_objects": True})
     config = with_defaults(with_timm_backbone(made, TINY, pretrained=True))
     model = instantiate(config.model).train()
     assert model.teacher.flip_channels
@@ -444,6 +442,11 @@ def test_a_detector_without_an_fpn(refuses):
     base = load("baselines/faster_rcnn_small_shapes.py")
     base.model.backbone = L(TimmBackbone)(name=TINY)
     refuses(lambda: with_timm_backbone(base, TINY), "model.backbone: no bottom_up")
+
+
+def test_a_classifier_without_the_feature_of_further_levels(refuses):
+    base = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+    refuses(lambda: with_timm_backbone(base, "test_vit"), "test_vit: no feature 'res5'")
 
 
 def test_a_detector_without_weights():
