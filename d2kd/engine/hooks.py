@@ -144,7 +144,7 @@ MEASURED_IMAGES = 64
 
 
 class MeasureFeatures(HookBase):
-    """Measure the teacher's features before the first step of a new run, for losses that are in units of them.
+    """Measure the teacher's features before the first step of a new run, for losses that divide by their RMS.
 
     The main process measures on 64 evenly spaced training images, as the test mapper reads them, so without
     augmentation, and sends the result to the others. A resumed run has it in its checkpoint.
