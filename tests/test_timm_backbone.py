@@ -411,6 +411,14 @@ def test_a_recipe_on_a_timm_backbone(base, levels):
     assert_trains(model)
 
 
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_a_recipe_without_an_input_format(kind):
+    """As a teacher, its detector would be given BGR images."""
+    base = load(f"baselines/{kind}_small_shapes.py")
+    del base.model["input_format"]
+    assert instantiate(with_timm_backbone(base, TINY).model).input_format == "RGB"
+
+
 def test_a_student_on_a_timm_backbone(tmp_path, monkeypatch):
     """The teacher still sees its own channel order; the doctor finds nothing, unless statistics are changed."""
     monkeypatch.setattr(

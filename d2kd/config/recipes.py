@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
@@ -119,7 +120,8 @@ def with_timm_backbone(
         )
 
     The channel order of detector and mappers becomes RGB, ``pixel_mean`` and ``pixel_std`` those of timm's weights,
-    and ``train.init_checkpoint`` is removed. Of a Distiller, the student is changed.
+    and ``train.init_checkpoint`` is removed. Of a Distiller, the student is changed. An FCOS has no ``input_format``:
+    as the teacher of a student with BGR images it needs ``L(Teacher)(input_format="RGB", …)``.
 
     Args:
         base: a recipe with an FPN, also one that :func:`distill` has made, or its path or name. It is not modified.
@@ -152,7 +154,8 @@ def with_timm_backbone(
             raise InputError(name, found, "a CNN with strides 4 to 32")
         top.in_channels = stages[last]["num_chs"]
     detector.pixel_mean, detector.pixel_std = timm_pixel_statistics(name)
-    if "input_format" in detector:  # FCOS takes none
+    takes = has_target(detector, GeneralizedRCNN) or has_target(detector, RetinaNet)
+    if takes or "input_format" in detector:  # FCOS takes none
         detector.input_format = "RGB"
     for part in ("train", "test"):
         mapper = base_mapper(OmegaConf.select(base.dataloader, f"{part}.mapper"))
