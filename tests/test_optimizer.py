@@ -97,6 +97,15 @@ def test_the_backbones_own_learning_rate(tmp_path, distilled):
         assert rate == pytest.approx(0.002 if parameter in bottom_up else 0.02)
 
 
+def test_the_losses_have_no_backbone(data, tmp_path, refuses):  # noqa: F811
+    config = two(data, tmp_path)
+    config.train.loss_optimizer.optimizer.params = L(params_with_backbone_lr)(
+        base_lr="${..lr}", backbone_lr_multiplier=0.1
+    )
+    line = "optimizer.params: params_with_backbone_lr of a DistillLosses, which has no backbone"
+    refuses(lambda: Trainer(config), line)
+
+
 def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path):  # noqa: F811
     config = two(data, tmp_path, max_iter=1)
     own = config.train.pop("loss_optimizer")

@@ -14,8 +14,10 @@ from torch import nn
 
 from d2kd.data import coco_dataset
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
-from d2kd.modeling import Distiller
+from d2kd.modeling import Distiller, Teacher
+from d2kd.modeling.weights import load_weights_strict
 from d2kd.testing import forward_losses
+from d2kd.utils.errors import InputError
 
 from .common import batch, build, tiny_faster_rcnn, tiny_retinanet
 from .test_distiller import RECIPE, Tapped, make, yacs
@@ -94,6 +96,26 @@ def test_a_weight_of_another_shape_is_named_as_in_a_plain_detector():
     model = adapting()
     found = DetectionCheckpointer(model)._load_model({"model": state})
     assert [key for key, *_ in found.incorrect_shapes] == ["head.cls_score.weight", adapter]
+
+
+@pytest.mark.parametrize("make_loss", [ImitationLoss, TARLoss])
+def test_its_file_is_a_teachers(tmp_path, make_loss):
+    """Or that of a detector to evaluate; weights that are missing or unknown are still refused."""
+    model = adapting(losses=DistillLosses(it=make_loss()))
+    file = str(tmp_path / "model.pth")
+    state = model.state_dict()
+    assert any(key.startswith(PREFIX) for key in state)
+    torch.save({"model": state}, file)
+    teacher = Teacher(build(tiny_retinanet(), 5), file)
+    assert_same(dict(teacher.detector.state_dict()), of_student(state))
+    for change in (dict(zebra=torch.ones(1)), dict(distiller_losses_zebra=torch.ones(1))):
+        torch.save({"model": state | change}, file)
+        with pytest.raises(InputError, match="1 unexpected .such as .*zebra"):
+            load_weights_strict(build(tiny_retinanet()), file)
+    del state["head.cls_score.weight"]
+    torch.save({"model": state}, file)
+    with pytest.raises(InputError, match="1 missing .such as head.cls_score.weight"):
+        load_weights_strict(build(tiny_retinanet()), file)
 
 
 def test_inside_another_module_and_with_parts_of_a_subclass():

@@ -188,6 +188,7 @@ def test_mistakes_are_named(study_of, labels, line):
     "change, line",
     [
         (dict(labels="teacher"), "runs.pseudo.labels: 'teacher'; expected dict.detector=<run>"),
+        (dict(labels=dict(detector=None, dataset="x")), r"runs.pseudo.labels: \{'detector': None"),
         (dict(labels=dict(detector="teacher")), r"runs.pseudo.labels: \{'detector': 'teacher'\}"),
         (dict(shared_across_seeds=True, labels=dict(detector="baseline")), "is made per seed"),
         (dict(config=dict(train=dict(max_iter=3))), "without dataloader.train.dataset.names"),

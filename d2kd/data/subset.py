@@ -56,7 +56,7 @@ def subset(
         return name
     DatasetCatalog.register(name, functools.partial(part.load, name))
     metadata = MetadataCatalog.get(dataset)
-    own = {"derived": part, "prepare": functools.partial(_prepare, part)}
+    own = {"derived": part, "prepare": functools.partial(_prepare, part, name)}
     own["registered_as"] = (str(part), dataset)
     if metadata.get("json_file") is not None:
         own["json_file"] = f"{ANNOTATIONS_PREFIX}{name}"
@@ -99,10 +99,15 @@ class Subset:
         return [records[i] for i in sorted(chosen)]
 
     def load(self, name: str) -> list[dict]:
-        """Return :meth:`records`, with the metadata that the data set got while it was loaded."""
-        records, own = self.records(), MetadataCatalog.get(name)
-        own.set(**{k: v for k, v in _to_copy(self.dataset).items() if k not in own.as_dict()})
+        """Return :meth:`records`, and set the metadata."""
+        records = self.records()
+        self.set_metadata(name)
         return records
+
+    def set_metadata(self, name: str) -> None:
+        """Copy the metadata that the data set got while it was checked or loaded."""
+        own = MetadataCatalog.get(name)
+        own.set(**{k: v for k, v in _to_copy(self.dataset).items() if k not in own.as_dict()})
 
     def annotations(self) -> dict:
         """Return the annotations of the subset in COCO's format."""
@@ -121,9 +126,10 @@ def _to_copy(dataset: str) -> dict:
     return {key: value for key, value in content.items() if key not in _NOT_COPIED}
 
 
-def _prepare(part: Subset) -> None:
+def _prepare(part: Subset, name: str) -> None:
     check_dataset(part.dataset)
     _check_count(part)
+    part.set_metadata(name)
 
 
 @functools.lru_cache  # as in check_dataset; exceptions are not cached

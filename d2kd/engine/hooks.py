@@ -144,7 +144,7 @@ MEASURED_IMAGES = 64
 
 
 class MeasureFeatures(HookBase):
-    """Measure the teacher's features before the first step of a new run, for losses that are in units of them.
+    """Measure the teacher's features before the first step of a new run, for losses that divide by their RMS.
 
     The main process measures on 64 evenly spaced training images, as the test mapper reads them, so without
     augmentation, and sends the result to the others. A resumed run has it in its checkpoint.
@@ -169,7 +169,9 @@ class MeasureFeatures(HookBase):
         if error := comm.all_gather(error)[0]:
             raise error
         for module in self._model.feature_rms():
-            module.load_state_dict(comm.all_gather(module.state_dict())[0])
+            # On the CPU, or each process would hold memory of the main process's GPU.
+            state = {name: value.cpu() for name, value in module.state_dict().items()}
+            module.load_state_dict(comm.all_gather(state)[0])
 
 
 def measure_features(model: Distiller, config: DictConfig) -> None:
@@ -186,7 +188,10 @@ def measure_features(model: Distiller, config: DictConfig) -> None:
     )
     if not model.feature_rms() or dataset is None or mapper is None:
         return
-    records = sample_evenly(instantiate(dataset), MEASURED_IMAGES)
+    records = instantiate(dataset)
+    if not hasattr(records, "__len__"):  # a stream
+        return
+    records = sample_evenly(records, MEASURED_IMAGES)
     loader = build_test_loader(
         records, mapper=instantiate(mapper), sampler=range(len(records)), batch_size=4
     )

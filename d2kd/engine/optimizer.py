@@ -101,8 +101,14 @@ def params_with_backbone_lr(
         base_lr: learning rate of all other parameters.
         backbone_lr_multiplier: multiple of it for the bottom-up network, or for a backbone without an FPN.
         options: of Detectron2's ``get_default_optimizer_params``.
+
+    Raises:
+        InputError: the model has no backbone. In ``train.loss_optimizer``, it is the losses.
     """
-    backbone = get_student(model).backbone
+    backbone = getattr(get_student(model), "backbone", None)
+    if backbone is None:
+        found = f"params_with_backbone_lr of a {type(model).__name__}, which has no backbone"
+        raise InputError("optimizer.params", found, "L(get_default_optimizer_params)(…)")
     inside = {id(p) for p in getattr(backbone, "bottom_up", backbone).parameters()}
     groups = []
     for group in get_default_optimizer_params(model, base_lr, **options):

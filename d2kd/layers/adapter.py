@@ -97,18 +97,19 @@ def _nearest_strides(
     """Match levels whose strides in pixels of the teacher's images are nearest, on a logarithmic scale.
 
     They differ by at most a factor of sqrt(2): half the step between the levels of a pyramid. The nearest pairs are
-    matched first, and a level of the teacher once at most. Of two that are as near, that of the finer level is taken.
+    matched first, and no level is matched twice. Of two levels of the teacher that are equally near, the finer one is
+    taken.
     """
     pairs = sorted(
         # Rounded, so that ties are ties.
         (
-            round(abs(math.log2(theirs.stride / (ours.stride * scale))), 6),
-            theirs.stride,
+            round(abs(math.log2(t.stride / (s.stride * scale))), 6),
+            t.stride,
             name,
             match,
         )
-        for name, ours in student.items()
-        for match, theirs in teacher.items()
+        for name, s in student.items()
+        for match, t in teacher.items()
         if comparable(name, match)
     )
     matches: dict[str, str] = {}
@@ -123,8 +124,8 @@ def teacher_maps(
 ) -> list[Tensor]:
     """Return the teacher's map of each level, ``(N, C, H, W)``, whose cells are those of the student's level.
 
-    With a scale that is a power of two these are the feature maps, otherwise they are resized, see :func:`resize_map`. Sizes may
-    differ by cells in the padding.
+    If the scale is a power of two, these are the feature maps themselves. Otherwise they are resized, see
+    :func:`resize_map`. Sizes may differ by cells in the padding.
 
     Args:
         student, teacher: the outputs of both detectors.

@@ -94,7 +94,7 @@ class DistillLoss(nn.Module):
 
         If ``across_processes``, it is the total over processes, at least ``min_total``, divided by their number. This is a
         collective operation: every process must make the same calls, whatever its batch. Otherwise it is
-        ``max(count, least)``.
+        ``max(count, min_total)``.
         """
         stacked = torch.stack([count.detach().float() for count in counts])
         if self.across_processes:

@@ -237,15 +237,15 @@ class ICDLoss(DistillLoss):
             generator=self._generator(),
         )
         both = student, teacher, self.levels, self.strides, self.scale
-        ours, theirs, valid = [], [], []
+        s_maps, t_maps, valid = [], [], []
         for level, t, mask in zip(
             self.levels, teacher_maps(*both), covered_cells(*both), strict=True
         ):
             s = student.features[level]
             # Padding to different multiples changes only the lower and right borders.
             h, w = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
-            ours.append(s[..., :h, :w])
-            theirs.append(t[..., :h, :w])
+            s_maps.append(s[..., :h, :w])
+            t_maps.append(t[..., :h, :w])
             valid.append(mask[:, :h, :w])
         compared = None
         if self.weights == "box":
@@ -256,8 +256,8 @@ class ICDLoss(DistillLoss):
             ]
             compared = torch.cat([x.flatten(1) for x in inside], dim=1)
         layer_losses = self.run_decoder(
-            None if self.progress < self.aux_warmup else flatten_maps(ours),
-            flatten_maps(theirs),
+            None if self.progress < self.aux_warmup else flatten_maps(s_maps),
+            flatten_maps(t_maps),
             torch.cat([x.flatten(1) for x in valid], dim=1),
             CellPositions.from_masks(valid, t.shape[1]),
             queries,

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
 CLASSES_KEY = "classes"
 """Key of the class names in a checkpoint that d2kd has written; Detectron2 ignores it."""
+LOSSES_PREFIX = "distiller_losses"
+"""Prefix of the parameters and buffers of the losses in a Distiller's state dict, which are no detector's."""
 MATCHING_HEURISTICS = "?matching_heuristics=True"
 """Suffix of a URI with which Detectron2 matches weights by the ends of their names."""
 PACKAGE = "package:"
@@ -122,7 +124,7 @@ def find_unsafe_globals(path: str, error: Exception) -> list[str]:
 def load_weights_strict(
     detector: nn.Module, weights: str, classes: Sequence[str] | None = None
 ) -> None:
-    """Load weights into a detector strictly: no key may be missing or unexpected.
+    """Load weights into a detector strictly: no key may be missing or unexpected, except those of a Distiller's losses.
 
     Loading is done by :class:`DetectionCheckpointer`, so that ``cell_anchors`` of old files are ignored. Pixel
     statistics of the file are not used, with a warning if they differ from the config's.
@@ -170,7 +172,7 @@ def load_state_dict_checked(
         module: the module to load.
         checkpoint: a dict with the tensors by name under "model".
         weights: name of the checkpoint in messages.
-        whole: whether unexpected keys are an error, too.
+        whole: whether unexpected keys are an error, too, except those of a Distiller's losses.
 
     Raises:
         InputError: keys are missing or of another shape, or, with ``whole``, unexpected.
@@ -180,7 +182,9 @@ def load_state_dict_checked(
         "missing": list(incompatible.missing_keys),
         # Old checkpoints hold the pixel statistics, which now belong to the config.
         "unexpected": [
-            k for k in incompatible.unexpected_keys if whole and k not in PIXEL_STATISTICS
+            k
+            for k in incompatible.unexpected_keys
+            if whole and k not in PIXEL_STATISTICS and not k.startswith(f"{LOSSES_PREFIX}.")
         ],
         "misshapen": [key for key, *_ in incompatible.incorrect_shapes],
     }

@@ -305,7 +305,7 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
 def _check_labels(where: str, node: Mapping) -> None:
     """Check the labels of a run, except whether their detector is a run."""
     labels = node["labels"]
-    if not isinstance(labels, Mapping) or not {"detector", "dataset"} <= set(labels):
+    if not isinstance(labels, Mapping) or not (labels.get("detector") and "dataset" in labels):
         expected = "dict(detector=<run>, dataset=<data set>, min_score=…)"
         raise InputError(where, repr(labels), expected)
     _known(where, labels, [f.name for f in fields(Labels)])

@@ -84,6 +84,7 @@ class TimmBackbone(Backbone):
         if checkpoint_path:
             state = load_checkpoint(checkpoint_path)["model"]
             state = _rename(state, self.net)
+            _check_no_other_layers(state, self.net, name, checkpoint_path)
             load_state_dict_checked(self.net, {"model": state}, checkpoint_path, whole=False)
         self._check_and_freeze_idle()
 
@@ -237,6 +238,31 @@ def _rename(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
         joined = key.replace(".", "_", 1)  # timm's wrappers rename "stages.0" to "stages_0"
         renamed[joined if joined.split(".")[0] in children else key] = value
     return renamed
+
+
+def _check_no_other_layers(
+    state: Mapping[str, Tensor], net: nn.Module, name: str, weights: str
+) -> None:
+    """Check that weights are not those of a deeper network, such as a ResNet-34's for a ResNet-18, which would fit.
+
+    Args:
+        state: the weights, see :func:`_rename`.
+        net: the ``features_only`` model of classifier ``name``.
+        name, weights: names for the error.
+
+    Raises:
+        InputError: a part of ``net`` has weights there that the classifier lacks.
+    """
+    import timm
+
+    with torch.device("meta"):  # with its head, and what no feature needs
+        classifier = timm.create_model(name).state_dict()
+    known = {*net.state_dict(), *_rename(classifier, net)}
+    parts = dict(net.named_children())
+    others = [key for key in state if key not in known and key.split(".")[0] in parts]
+    if others:
+        found = f"{len(others)} weights that {name} lacks (such as {others[0]})"
+        raise InputError(weights, found, f"those of {name}")
 
 
 _LITE_LAYERS = {"conv_stem": "conv_stem", "bn0": "bn1", "conv_head": "conv_head", "bn1": "bn2"}

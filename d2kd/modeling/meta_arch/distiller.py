@@ -22,13 +22,11 @@ from ..agreement import top1_agreement
 from ..inherit import inherit_weights
 from ..outputs import RCNNOutputs, append_proposals, capture, get_outputs_class
 from ..teacher import Teacher
+from ..weights import LOSSES_PREFIX
 
 logger = logging.getLogger(__name__)
 
 PROPOSALS_FROM = ("student", "both")
-
-LOSSES_PREFIX = "distiller_losses"
-"""The prefix of the losses' parameters in a Distiller's state dict."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -38,8 +36,8 @@ class Distiller(nn.Module):
     In training, forward hooks record outputs during the student's unchanged forward, and the teacher computes the
     outputs that the losses read. In ``eval()``, a Distiller behaves like its student.
 
-    The state dict is that of the student, and the parameters of the losses have the prefix ``distiller_losses.``, so
-    that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
+    The state dict is that of the student, and parameters and buffers of the losses have the prefix
+    ``distiller_losses.``, so that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
     After loading only a part of the student's weights, such as a backbone, the student inherits again.
 
     Args:
