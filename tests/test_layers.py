@@ -188,6 +188,16 @@ def test_the_rms_is_measured_once_and_kept():
     assert [rms(level).item() for rms in (first, loaded) for level in ("p4", "p8")] == [2.0] * 4
 
 
+def test_the_rms_of_another_teacher_is_named(caplog):
+    for value, is_other in ((3.0, False), (50.0, True), (0.1, True)):
+        loaded = FeatureRMS(["p4", "p8"])
+        loaded.load_state_dict({"rms_p4": torch.tensor(2.0), "rms_p8": torch.tensor(2.0)})
+        caplog.clear()
+        for _ in range(2):
+            loaded.measure_once(outputs((32, 32), value=value))
+        assert caplog.text.count("another teacher's?") == 2 * is_other  # of two levels, once
+
+
 def test_features_without_a_usable_rms(refuses, caplog):
     rms = FeatureRMS(["p4", "p8"])
     for value in (math.nan, math.inf):

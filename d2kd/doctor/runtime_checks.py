@@ -144,7 +144,7 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
 
     Loss weights are those of the middle of the run, where losses that decay or start late are active. A loss is reported
     if its gradient is 0, not finite, or so large that it drowns the task losses. Inside this range the gradient does
-    not say which weight is best, see docs/when_it_helps.md.
+    not say which weight is best.
 
     Args:
         trainer: a new trainer. Its model is modified; nothing is written.

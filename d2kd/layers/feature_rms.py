@@ -15,6 +15,9 @@ from .masks import valid_cells
 
 logger = logging.getLogger(__name__)
 
+MAX_FACTOR = 5.0
+"""Largest usual factor between the RMS of one batch and that of many images."""
+
 
 class FeatureRMS(nn.Module):
     """The root mean square of a teacher's features, one buffer for each level.
@@ -34,7 +37,7 @@ class FeatureRMS(nn.Module):
         self.levels = list(levels)
         for level in self.levels:
             self.register_buffer(f"rms_{level}", torch.zeros(()))
-        self._measured = False
+        self._measured = self._unchecked = False
         self.register_load_state_dict_post_hook(_after_load)
 
     def forward(self, level: str) -> Tensor:
@@ -56,7 +59,8 @@ class FeatureRMS(nn.Module):
             images.tensor.device,
         )
         squares = [
-            (x.float().square().sum(dim=1) * mask).double().sum() for x, mask in zip(maps, masks)
+            x.float().square().sum(dim=1).masked_fill(~mask, 0).double().sum()
+            for x, mask in zip(maps, masks)
         ]
         counts = [mask.sum().double() * x.shape[1] for x, mask in zip(maps, masks)]
         return torch.stack([torch.stack(squares), torch.stack(counts)])
@@ -79,15 +83,28 @@ class FeatureRMS(nn.Module):
         logger.info("RMS of the teacher's features: %s", found)
 
     def measure_once(self, teacher) -> None:
-        """Measure the RMS on this batch of all processes, unless it was measured or loaded."""
-        if self._measured:
+        """Measure the RMS on this batch of all processes; if it was loaded, only warn where it does not fit the batch."""
+        if self._measured and not self._unchecked:
             return
-        logger.warning("The teacher's features are measured on the first training batch alone")
         sums = self.sums(teacher)
         if comm.get_world_size() > 1:
             dist.all_reduce(sums)
-        self.set_from(sums)
+        if not self._measured:
+            logger.warning("The teacher's features are measured on the first training batch alone")
+            self.set_from(sums)
+        self._unchecked = False
+        for level, value in zip(self.levels, (sums[0] / sums[1]).sqrt().tolist(), strict=True):
+            loaded = self(level).item()
+            if not loaded / MAX_FACTOR <= (value or 1.0) <= loaded * MAX_FACTOR:
+                logger.warning(
+                    "RMS of the teacher's features of %s: %.3g in the checkpoint, %.3g in this batch: "
+                    "is the checkpoint another teacher's?",
+                    level,
+                    loaded,
+                    value,
+                )
 
 
 def _after_load(module: FeatureRMS, incompatible: object) -> None:
     module._measured = all(module(level).item() > 0 for level in module.levels)
+    module._unchecked = module._measured
