@@ -136,6 +136,15 @@ def test_frozen_norms_stay(name):
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
 
 
+def test_frozen_norms_keep_half_precision():
+    backbone = TimmBackbone("tf_efficientnet_lite0", norm="FrozenBN").eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = backbone(image)
+    assert {x.dtype for x in half.values()} == {torch.bfloat16}
+    assert {x.dtype for x in backbone(image).values()} == {torch.float32}
+
+
 def test_momentum_of_the_statistics():
     moved = []
     for momentum in (None, 0.01):  # timm's own is 0.1

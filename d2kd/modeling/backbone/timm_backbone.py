@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from ...utils.errors import InputError, require_packages
 from ..weights import PACKAGE, load_checkpoint, load_state_dict_checked
@@ -88,7 +89,8 @@ class TimmBackbone(Backbone):
             load_state_dict_checked(self.net, {"model": state}, checkpoint_path, whole=False)
         self._check_and_freeze_idle()
 
-        from timm.layers import freeze_batch_norm_2d  # Detectron2's conversion loses activations
+        # Detectron2's conversion loses activations.
+        from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
 
         if norm_momentum is not None:
             for module in self.net.modules():
@@ -101,6 +103,9 @@ class TimmBackbone(Backbone):
                 self.net.set_submodule(path, freeze_batch_norm_2d(module))
         if norm == "FrozenBN":
             self.net = freeze_batch_norm_2d(self.net)
+        for module in self.net.modules():
+            if isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d):
+                module.register_forward_hook(_keep_dtype)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the features (N, Ci, H / stride i, W / stride i) of images (N, 3, H, W), by name.
@@ -151,6 +156,11 @@ class TimmBackbone(Backbone):
             found = f"has no stage for freeze_at={freeze_at}"
             raise InputError(self.name, found, "0, or a stage that it has")
         return before
+
+
+def _keep_dtype(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Cast an output to the input's dtype: under autocast, timm's frozen norms would make all maps float32."""
+    return output.to(inputs[0].dtype)
 
 
 def timm_stages(name: str) -> dict[str, dict]:
