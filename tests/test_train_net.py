@@ -1,5 +1,6 @@
 """The command line: what it runs, what it refuses in one line, and two processes on a CPU."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from d2kd import engine
+from d2kd.config import distill, load, method
 from d2kd.modeling import Teacher
-from d2kd.tools.train import main_worker
+from d2kd.tools.train import add_arguments, main_worker, recipe
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
@@ -103,6 +106,25 @@ def test_distill_makes_a_plain_recipe_one_with_a_teacher(folder):
     assert metrics[0]["distill/loss_imitation"] > 0
 
 
+def test_a_teacher_from_the_zoo_in_one_word(folder):
+    """As in Python; the words after it are overrides."""
+    parser, name = argparse.ArgumentParser(), "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"
+    add_arguments(parser)
+    head = ["--config-file", str(folder / "plain.py"), "--distill", "tar"]
+    tail = ["train.max_iter=7", "model.teacher.dtype=bfloat16"]
+    for words in (
+        [*head, "--teacher", name, *tail],
+        ["--teacher", name, *head, *tail],
+        [*tail, *head, "--teacher", name],
+    ):
+        made = recipe(parser.parse_args(words))
+        assert (made.train.max_iter, made.model.teacher.pop("dtype")) == (7, "bfloat16"), words
+        base = load(str(folder / "plain.py"))
+        same = distill(base, teacher=name, **method("tar")).model
+        assert OmegaConf.to_container(made.model) == OmegaConf.to_container(same)
+        assert made.model.teacher.classes == "coco_2017_train"
+
+
 def _spoil(folder: Path) -> None:
     """Files to be refused."""
     (folder / "half.pth").write_bytes((folder / "teacher.pth").read_bytes()[:3000])
@@ -133,6 +155,11 @@ REFUSED = {
     ),
     "nothing to evaluate": ("{plain} --eval-only", "--eval-only: no checkpoint in"),
     "half a teacher": ("{plain} --distill tar", "one of them; expected both"),
+    "no weights": ("{plain} --distill tar --teacher a.py", "a.py alone; expected CONFIG WEIGHTS"),
+    "not in the zoo": (
+        "{plain} --distill tar --teacher zoo:retinanet_R_50_FPN train.max_iter=3",
+        "model zoo; expected zoo:COCO-Detection/retinanet_R_50_FPN_3x, or",
+    ),
     "missing teacher": ("{plain} " + TEACH + "gone.pth", "gone.pth: no such file"),
     "truncated teacher": ("{plain} " + TEACH + "half.pth", "half.pth: cannot be read"),
     "foreign teacher": ("{plain} " + TEACH + "foreign.pth", "missing"),

@@ -2,10 +2,11 @@
 
     d2kd train --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
     d2kd train --config-file RECIPE --eval-only (--resume | train.init_checkpoint=WEIGHTS)
-    d2kd train --config-file PLAIN --distill METHOD --teacher CONFIG WEIGHTS [KEY=VALUE …]
+    d2kd train --config-file PLAIN --distill METHOD --teacher (zoo:NAME | CONFIG WEIGHTS) [KEY=VALUE …]
 
 RECIPE is a LazyConfig: a file, or a name in d2kd or Detectron2's model zoo. The third form adds a teacher to a plain
-recipe. Use ``--num-gpus`` for several GPUs, and torchrun for several processes on a CPU.
+recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x, or any other by
+its config and weights. Use ``--num-gpus`` for several GPUs, and torchrun for several processes on a CPU.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--teacher",
-        nargs=2,
+        nargs="+",
         metavar=("CONFIG", "WEIGHTS"),
-        help="for --distill: a LazyConfig, a yacs YAML or a model zoo name, and weights",
+        help="for --distill: zoo:NAME alone; or a LazyConfig, a yacs YAML or a model zoo name, and weights",
     )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="per machine")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N")
@@ -51,13 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def recipe(args: argparse.Namespace) -> DictConfig:
     """Return the recipe of the command line, with overrides applied."""
     from ..config import apply_overrides, distill, load, method, with_defaults
+    from ..config.files import ZOO
 
     if (args.distill is None) != (args.teacher is None):
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
-    config = load(args.config_file)
+    config, overrides = load(args.config_file), args.opts
     if args.distill:
-        config = with_defaults(distill(config, teacher=args.teacher, **method(args.distill)))
-    return apply_overrides(config, args.opts)
+        # The words after the teacher are overrides.
+        count = 1 if args.teacher[0].startswith(ZOO) else 2
+        given, overrides = args.teacher[:count], [*args.teacher[count:], *args.opts]
+        if len(given) < count:
+            raise InputError("--teacher", f"{given[0]} alone", f"CONFIG WEIGHTS, or {ZOO}NAME")
+        teacher = given[0] if count == 1 else tuple(given)
+        config = with_defaults(distill(config, teacher=teacher, **method(args.distill)))
+    return apply_overrides(config, overrides)
 
 
 def evaluate(config: DictConfig, resume: bool) -> dict:
