@@ -34,6 +34,7 @@ from torch import nn
 
 from ..config import is_distiller, teacher_node, with_defaults
 from ..config.saving import save_config
+from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
 from ..data.datasets import dataset_names
 from ..data.incremental import check_annotated_classes, check_num_classes
@@ -115,6 +116,7 @@ class Trainer(DefaultTrainer):
             self._build(with_defaults(cfg))
 
     def _build(self, cfg: DictConfig) -> None:
+        scale_to_batch_size(cfg)
         self.cfg, train = cfg, cfg.train
         self.device = pick_device(train.device)
         self._seed_is_drawn = train.seed is None or train.seed < 0
