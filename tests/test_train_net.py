@@ -1,6 +1,7 @@
 """The command line: what it runs, what it refuses in one line, and two processes on a CPU."""
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -46,7 +47,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_train_resume_evaluate(folder, monkeypatch):
+def test_train_resume_evaluate(folder, monkeypatch, caplog):
     recipe = str(folder / "distilled.py")
     train(["--config-file", recipe])
     assert (folder / "out/model_final.pth").exists()
@@ -61,28 +62,49 @@ def test_train_resume_evaluate(folder, monkeypatch):
     measured = []
     do_test = engine.do_test
 
-    def received(config, model):
+    def received(config, model, **options):
         measured.append(model.state_dict())
-        assert "AP" in do_test(config, model)["bbox"]
+        results = do_test(config, model, **options)
+        assert "AP" in results["bbox"]
+        return results
 
     monkeypatch.setattr(engine, "do_test", received)
     final = torch.load(folder / "out/model_final.pth")["model"]
     given = {key: value + 1 for key, value in final.items()}
     torch.save({"model": given}, folder / "given.pth")
     named = f"train.init_checkpoint={folder / 'given.pth'}"
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     # The run's own without a file named, and where the run is to be resumed; else the file.
-    for words, expected in (([], final), ([named], given), (["--resume", named], final)):
+    for words, expected, file in (
+        ([], final, "out/model_final.pth"),
+        ([named], given, "given.pth"),
+        (["--resume", named], final, "out/model_final.pth"),
+    ):
+        caplog.clear()
         train(["--config-file", recipe, "--eval-only", *words])
+        assert f"Evaluating {folder / file} on tiny_{folder / 'data'}" in caplog.text
+        unused = f"train.init_checkpoint, {folder / 'given.pth'}, is not evaluated"
+        assert (unused in caplog.text) == ("--resume" in words)
+        content = json.loads((folder / "out/evaluation/results.json").read_text())
+        assert (content["schema"], content["weights"]) == (1, str(folder / file))
+        sha256 = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        assert content["weights_sha256"] == sha256
+        found = content["results"]["bbox"]
+        assert "AP" in found
+        if expected is final:  # the other weights find nothing
+            assert all(f"AP-class {k}" in found for k in range(CLASSES))
+            assert "Per-category bbox AP" in caplog.text
         state = measured.pop()
         assert not measured and state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected), words
+    assert {path: path.read_bytes() for path in before} == before  # of the run
 
 
 def test_a_checkpoint_of_other_classes_is_not_measured(folder, capfd, monkeypatch):
     """As many classes are not the same: by the test data class k of the file would be another."""
     names = [f"class {k}" for k in range(CLASSES)]
     measured = []
-    monkeypatch.setattr(engine, "do_test", lambda *args: measured.append(args))
+    monkeypatch.setattr(engine, "do_test", lambda *args, **_: measured.append(args) or {})
     words = ["--config-file", str(folder / "plain.py"), "--eval-only"]
     words += [f"train.init_checkpoint={folder / 'weights.pth'}"]
     content = {"model": build(tiny_faster_rcnn()).state_dict()}

@@ -12,6 +12,7 @@ its config and weights. Use ``--num-gpus`` for several GPUs, and torchrun for se
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InputError
@@ -71,23 +72,39 @@ def recipe(args: argparse.Namespace) -> DictConfig:
 def evaluate(config: DictConfig, resume: bool) -> dict:
     """Evaluate the student with the weights of ``train.init_checkpoint``, or of the run's last checkpoint.
 
+    The AP of each class is logged. Results and detections are written to ``evaluation`` in the run's folder.
+
+    Args:
+        config: a recipe.
+        resume: whether the last checkpoint has precedence.
+
     Raises:
         InputError: if there is no checkpoint, it does not match, or its classes are not those of the test data.
     """
+    import logging
+    from pathlib import Path
+
     from detectron2.config import instantiate
+    from detectron2.utils import comm
 
     from ..config import student_node, with_defaults, without_weights
     from ..data import check_dataset, dataset_names
     from ..engine import do_test
     from ..engine.checkpoint import StudentCheckpointer, training_class_names
     from ..engine.launch import pick_device
-    from ..modeling.weights import load_weights_strict
+    from ..modeling.weights import file_sha256, load_weights_strict
+    from ..utils.console import log_to_console
+    from ..utils.env import collect_versions
+    from ..utils.io import write_json
 
+    log_to_console()
+    logger = logging.getLogger(__name__)
     config = with_defaults(config)
     model = instantiate(without_weights(student_node(config.model)))
     model.to(pick_device(config.train.device))
     last = StudentCheckpointer(model, config.train.output_dir).last_checkpoint_file()
-    weights = (resume and last) or config.train.init_checkpoint or last
+    start = config.train.init_checkpoint
+    weights = (resume and last) or start or last
     if not weights:
         raise InputError(
             "--eval-only",
@@ -96,7 +113,17 @@ def evaluate(config: DictConfig, resume: bool) -> dict:
         )
     names = check_dataset(dataset_names(config, "test"))
     load_weights_strict(model, weights, training_class_names(model, names))
-    return do_test(config, model)
+    logger.info("Evaluating %s on %s", weights, ", ".join(names))
+    if start and weights != start:
+        logger.warning("train.init_checkpoint, %s, is not evaluated; without --resume it is", start)
+    folder = Path(config.train.output_dir, "evaluation")
+    results = do_test(config, model, output_dir=folder)
+    if comm.is_main_process():
+        about = {"weights": str(weights), "weights_sha256": file_sha256(weights), "dataset": names}
+        about |= {"command": " ".join(sys.argv), "versions": collect_versions()}
+        write_json(folder / "results.json", {"schema": 1, **about, "results": results})
+        logger.info("Wrote %s", folder / "results.json")
+    return results
 
 
 def train(config: DictConfig, resume: bool) -> None:
