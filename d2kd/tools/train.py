@@ -6,7 +6,9 @@
 
 RECIPE is a LazyConfig: a file, or a name in d2kd or Detectron2's model zoo. The third form adds a teacher to a plain
 recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x, or any other by
-its config and weights. Use ``--num-gpus`` for several GPUs, and torchrun for several processes on a CPU.
+its config and weights. ``--resume`` logs each value that has changed, and whether it has an effect. ``--eval-only`` writes
+``evaluation/results.json`` in the output folder. Use ``--num-gpus`` for several GPUs, and torchrun for several processes
+on a CPU.
 """
 
 from __future__ import annotations
