@@ -16,7 +16,7 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
 from d2kd.config import load
-from d2kd.config.saving import save_config
+from d2kd.config.saving import changed_values, save_config
 from d2kd.utils.env import config_hash
 from d2kd.utils.errors import InputError
 
@@ -181,3 +181,32 @@ def test_hashes_are_of_content():
     assert hashed(torch.optim.SGD) == hashed("torch.optim.SGD") != hashed(torch.optim.Adam)
     assert hashed(1, y=2) == config_hash({"y": 2, "x": 1})
     assert hashed("${y}", y=1) == hashed(1, y=1)
+
+
+def test_what_has_changed_is_found_without_executing_anything(tmp_path):
+    config = load("projects/ICD/configs/icd_shapes.py", ["train.user.f=1"])
+    config.train.user.f = lambda: 1  # is pickled
+    file = tmp_path / "config.yaml"
+    save_config(config, file)
+    assert changed_values(config, file) == {}
+    config.optimizer.lr = 3.0
+    config.model.student.backbone.bottom_up.norm = None
+    config.model.inherit = ["a", "b"]
+    config.dataloader.test._target_ = Path
+    del config.train["seed"]
+    config.train.user = {}
+    before = load("projects/ICD/configs/icd_shapes.py")
+    assert changed_values(config, file) == {
+        "optimizer.lr": (str(before.optimizer.lr), "3.0"),
+        "model.student.backbone.bottom_up.norm": ("BN", "null"),
+        "model.inherit": (f"[{', '.join(before.model.inherit)}]", "[a, b]"),
+        "dataloader.test._target_": ("d2kd.data.build_test_loader", "pathlib.Path"),
+        "train.seed": (str(before.train.seed), "nothing"),
+        "train.user.f": ("an object", "nothing"),
+        "train.user": ("nothing", "{}"),
+    }
+    file.write_text("a: !!python/object/apply:os.mkdir [ran]\nb: [")
+    assert changed_values(config, file) == {} == changed_values(config, tmp_path / "gone.yaml")
+    file.write_text(f"train: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]")
+    assert changed_values(config, file)["train"][0] == str(tmp_path / "ran")
+    assert not (tmp_path / "ran").exists()

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyConfig, instantiate
+from detectron2.model_zoo import get_checkpoint_url
+from detectron2.model_zoo.model_zoo import _ModelZooUrls
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
@@ -25,11 +27,14 @@ from d2kd.config import (
     with_defaults,
     with_downscaled_student,
     without_priors,
+    zoo_detector,
 )
 from d2kd.engine.optimizer import DistillerOptimizer, build_optimizer
 from d2kd.modeling import Distiller, Teacher
+from d2kd.structures.class_map import class_names
 
-from .common import ROOT, batch, refusal
+from .common import ROOT, batch, build, one_thread, refusal, tiny_faster_rcnn, tiny_retinanet
+from .resume_runs import differences
 
 FILES = [*ROOT.glob("configs/baselines/*.py"), *ROOT.glob("projects/*/configs/*.py")]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in FILES)
@@ -211,6 +216,56 @@ def test_the_published_optimizer_of_icd():
     assert config.model.losses.icd.priors.names == "coco_2017_train"
 
 
+def test_every_trained_detector_of_the_zoo_by_its_name():
+    names = list(_ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX)
+    assert len(names) > 50
+    for name in names:
+        config, weights, data = zoo_detector(f"zoo:{name}")
+        assert config.rsplit(".", 1)[0] == name and get_checkpoint_url(name).endswith(weights[13:])
+        assert weights.startswith("detectron2://") and class_names(data)
+    assert zoo_detector(f"zoo:{names[0]}.yaml") == zoo_detector(f"zoo:{names[0]}")
+
+
+def test_a_teacher_from_the_zoo():
+    """Config, weights and channel order as by the two arguments; classes by name, where the data have names."""
+    name = "COCO-Detection/retinanet_R_101_FPN_3x"
+    config, weights, _ = zoo_detector(f"zoo:{name}")
+    base = load("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    base.dataloader.train.mapper.image_format = "RGB"
+    one, two = (
+        OmegaConf.to_container(distill(base, teacher=teacher, **method("icd")).model)
+        for teacher in (f"zoo:{name}", (config, weights))
+    )
+    assert one["teacher"].pop("classes") == "coco_2017_train"
+    assert one.pop("classes") == "${dataloader.train.dataset.names}"
+    assert one == two and one["teacher"]["image_format"] == "RGB"
+    del base.dataloader.train.dataset
+    unnamed = distill(base, teacher=f"zoo:{name}", **method("icd")).model
+    assert "classes" not in unnamed and "classes" not in unnamed.teacher
+
+
+@pytest.mark.parametrize("kind", [tiny_faster_rcnn, tiny_retinanet])
+def test_classes_of_the_same_names_change_nothing(kind):
+    """Losses and gradients are equal to the last bit with and without the teacher's names."""
+    names, found = ["cat", "dog", "no cat"], []
+    for classes in (None, names):
+        torch.manual_seed(0)
+        student, teacher = build(kind(), seed=1), build(kind(channels=24), seed=2)
+        model = Distiller(
+            student=student,
+            teacher=Teacher(teacher, None, classes=classes),
+            losses=instantiate(method("tar")["losses"]),
+            max_iter=4,
+            classes=classes,
+        ).train()
+        with EventStorage(), one_thread():
+            losses = model(batch())
+            sum(losses.values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({**{key: loss.detach() for key, loss in losses.items()}, **gradients})
+    assert len(found[0]) > 20 and differences(*found) == []
+
+
 def _two_sets():
     base = load("baselines/gfl_small_shapes.py")
     base.dataloader.test.dataset.names = ["shapes_val", "shapes_test"]
@@ -248,6 +303,21 @@ def _tar(*overrides):
         (_file("bad.yaml", "NOT_A_KEY: 1"), "bad.yaml: does not load"),
         (_file("detector.py", "other = dict(a=1)"), "detector.py: defines no model"),
         (lambda: method("magic"), "--distill: magic; expected tar or imitation or icd"),
+        (lambda: zoo_detector("zoo:x"), "zoo:x: not in Detectron2's model zoo; expected zoo:COCO"),
+        (
+            lambda: distill(
+                "baselines/faster_rcnn_small_shapes.py",
+                teacher="zoo:faster_rcnn_R_101_FPN",
+                **method("tar"),
+            ),
+            "model zoo; expected zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x, or zoo:",
+        ),
+        (
+            lambda: distill(
+                "baselines/faster_rcnn_small_shapes.py", teacher="mine.py", **method("tar")
+            ),
+            "teacher: mine.py; expected (config, weights), or zoo:NAME",
+        ),
         (_two_sets, "dataloader.test.dataset.names: 2 data sets; expected one alone"),
     ],
 )

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 import d2kd.engine.trainer as trainer_module
-from d2kd.config import get_config
+from d2kd.config import get_config, load
 from d2kd.data import build_train_loader, estimate_priors
 from d2kd.engine.checkpoint import LOSS_NORMALIZER, StudentCheckpointer, to_builtin_types
 from d2kd.engine.train_step import TrainStep
@@ -26,10 +27,10 @@ from d2kd.engine.trainer import Trainer
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
 from d2kd.modeling.weights import load_checkpoint
 from d2kd.utils.errors import InputError, report_input_errors
-from d2kd.utils.io import report_full_disk, write_text
+from d2kd.utils.io import read_metrics, report_full_disk, write_text
 
 from . import resume_runs
-from .common import tiny_retinanet
+from .common import build, tiny_faster_rcnn, tiny_retinanet
 from .kill_runs import kill
 from .resume_runs import OBJECTS, Stopped, compare, differences, in_a_process, run, saved
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, without_evaluation
@@ -277,6 +278,119 @@ def test_a_run_that_ended_before_its_final_file_is_given_it(data, tmp_path):
     assert received == {} and differences(saved(final), expected) == []
     assert not trainer.finished and not resumed.finished
     assert run(config, resume=True)[0].finished
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_records_of_a_finished_run_stay_as_they_are(data, tmp_path, caplog, monkeypatch):
+    config = recipe(data, tmp_path, max_iter=2, eval_period=1)
+    ended, _ = run(config)
+    before, times = contents(tmp_path), {path: path.stat() for path in contents(tmp_path)}
+    config.optimizer.lr, config.train.log_period = 0.5, 3
+    trainer, received = run(config, resume=True)
+    assert trainer.finished and received == {}
+    assert contents(tmp_path) == before
+    assert {path: path.stat() for path in before} == times
+    assert "The run is finished; no effect has: optimizer.lr, train.log_period" in caplog.text
+    bbox = {key: value for key, value in ended._last_eval_results["bbox"].items() if value == value}
+    assert bbox and bbox.items() <= trainer.train()["bbox"].items()
+    config.train.max_iter = 3
+    assert run(config, resume=True)[0].start_iter == 2
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert [row["finished"] for row in rows] == [True, True]
+
+
+def test_a_run_is_finished_after_its_last_evaluation(data, tmp_path, monkeypatch):
+    config = recipe(data, tmp_path, max_iter=1)
+
+    def fail(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "do_test", fail)
+        run(config)
+    assert (tmp_path / "model_final.pth").is_file()
+    assert not json.loads((tmp_path / "run.json").read_text())["rows"][-1]["finished"]
+    trainer, received = run(config, resume=True)
+    assert trainer.finished and received == {}
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert [row["finished"] for row in rows] == [False, True] and "bbox" in rows[1]["results"]
+
+
+def with_two_optimizers(data, output):
+    """Of a student and of the losses' adapters."""
+    model = distiller(losses=L(DistillLosses)(imitation=L(ImitationLoss)()))
+    config = without_evaluation(recipe(data, output, model, max_iter=4))
+    optimizer = L(torch.optim.AdamW)(params=L(get_default_optimizer_params)(), lr=0.01)
+    config.train.loss_optimizer = {"optimizer": optimizer}
+    config.train.checkpointer.period = 2
+    return config
+
+
+def test_changed_optimizers_take_effect_and_are_named(data, tmp_path, caplog):
+    run(with_two_optimizers(data, tmp_path), stop=2)
+    trainer, _ = run(with_two_optimizers(data, tmp_path), resume=True, stop=3)
+    assert "takes effect" not in caplog.text and "no effect" not in caplog.text
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    config = with_two_optimizers(data, tmp_path)
+    config.optimizer.lr, config.optimizer.momentum = 0.001, 0.5
+    config.train.loss_optimizer.optimizer.lr = 0.03
+    config.lr_multiplier.end_value = 0.5
+    trainer = Trainer(config)
+    trainer.resume_or_load(True)
+    assert trainer.start_iter == 2
+    student, losses = trainer.optimizer.student.param_groups, trainer.optimizer.losses.param_groups
+    assert {group["lr"] for group in student} == {0.001 * 0.75}  # half way from 1 to 0.5
+    assert {group["momentum"] for group in student} == {0.5}
+    assert {group["lr"] for group in losses} == {0.03}
+    for line in (
+        "optimizer.lr is 0.001 and was 0.005: it takes effect now",
+        "optimizer.momentum is 0.5 and was 0.9: it takes effect now",
+        "train.loss_optimizer.optimizer.lr is 0.03 and was 0.01: it takes effect now",
+        "lr_multiplier.end_value is 0.5 and was 0.1: it takes effect now",
+    ):
+        assert line in caplog.text
+    assert caplog.text.count("takes effect") == 4 and "no effect" not in caplog.text
+    trainer.train()
+    [row] = [row for row in read_metrics(tmp_path / "metrics.json") if row["iteration"] == 3]
+    assert row["lr"] == pytest.approx(0.001 * 0.625)
+    assert load(str(tmp_path / "config.yaml")).optimizer.lr == 0.001
+
+
+def test_what_only_a_new_run_reads_is_named_and_recorded_as_it_was(data, tmp_path, caplog):
+    first, other = (str(tmp_path / name) for name in ("first.pth", "other.pth"))
+    for file in (first, other):
+        torch.save({"model": build(tiny_faster_rcnn()).state_dict()}, file)
+
+    def config(start):
+        model = distiller(teacher_weights(tmp_path))
+        made = recipe(data, tmp_path / "out", model, max_iter=3, init_checkpoint=start)
+        made.train.checkpointer.period = 1
+        return without_evaluation(made)
+
+    run(config(first), stop=1)
+    caplog.clear()
+    run(config(first), resume=True, stop=2)
+    assert f"train.init_checkpoint, {first}, is not loaded again" in caplog.text
+    changed = config(other)
+    changed.model.inherit = ["roi_heads.box_predictor."]
+    caplog.clear()
+    run(changed, resume=True)
+    effect = "no effect, the weights are those of the checkpoint"
+    assert f"train.init_checkpoint is {other} and was {first}: {effect}" in caplog.text
+    assert "model.inherit is [roi_heads.box_predictor.] and was nothing: no effect" in caplog.text
+    assert load(str(tmp_path / "out/config.yaml")).train.init_checkpoint == first
+
+
+def test_another_class_of_optimizer_is_refused(data, tmp_path):
+    config = plain_recipe(data, tmp_path)
+    run(config, stop=1)
+    config.optimizer._target_ = torch.optim.RMSprop
+    line = "optimizer._target_: torch.optim.*RMSprop, and was torch.optim.*SGD; expected the same"
+    with pytest.raises(InputError, match=line):
+        Trainer(config).resume_or_load(True)
 
 
 PRIORS = L(estimate_priors)(names="${dataloader.train.dataset.names}")

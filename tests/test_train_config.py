@@ -8,11 +8,15 @@ import pytest
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
 from detectron2.engine import hooks
+from detectron2.solver.build import get_default_optimizer_params
 from omegaconf import OmegaConf
 from torch.optim import AdamW
 
 from d2kd.config import Train, apply_overrides, get_config, load, train_defaults, with_defaults
+from d2kd.config.saving import save_config
+from d2kd.config.train import scale_to_batch_size
 from d2kd.engine import Trainer
+from d2kd.engine.optimizer import params_with_backbone_lr
 from d2kd.utils.errors import InputError
 
 from .test_trainer import data  # noqa: F401  (a fixture)
@@ -42,6 +46,7 @@ WRONG = {
     "train.max_iter: None; expected an integer": {"max_iter": None},
     "train.max_iter: 0; expected an integer, at least 1": {"max_iter": 0},
     "train.max_itr: no such key; expected max_iter; a hook's own is": {"max_itr": 5},
+    "train.reference_batch_size: -1; expected an integer, at least 0": {"reference_batch_size": -1},
     "train.zebra: no such key; expected one of output_dir, .*train.user.zebra": {"zebra": 5},
     "train.amp.enable: no such key; expected enabled": {"amp": {"enable": True}},
     "train.amp.enabled: perhaps; expected true or false": {"amp": {"enabled": "perhaps"}},
@@ -107,6 +112,71 @@ def test_it_stays_an_ordinary_mapping(base):
     complete.train.max_iter = 7
     assert complete.train.eval_period == 7
     assert OmegaConf.is_interpolation(complete.train, "eval_period")
+
+
+def _for_16(data, output, **train):  # noqa: F811
+    """A recipe for 16 images per batch, with an optimizer of the losses, and interpolations of what is scaled."""
+    train = {"max_iter": 6, "reference_batch_size": 16, "draw_period": 3, "eval_period": 0, **train}
+    config = recipe(data, output, distiller(), **train)
+    config.train.checkpointer.period = "${train.max_iter}"
+    params = L(params_with_backbone_lr)(base_lr="${..lr}", backbone_lr_multiplier=0.1)
+    config.optimizer.params = params
+    groups = L(get_default_optimizer_params)(base_lr=0.1)
+    config.train.loss_optimizer = {"optimizer": L(AdamW)(params=groups, lr="${optimizer.lr}")}
+    return without_evaluation(config)
+
+
+def test_a_recipe_is_adapted_to_its_batch_size_once(data, tmp_path, caplog):  # noqa: F811
+    """Learning rates and lengths of the whole run; a saved or resumed run is not adapted again."""
+    config = _for_16(data, tmp_path / "out")
+    config.optimizer.lr, config.dataloader.train.total_batch_size = 0.02, 4
+    before = copy.deepcopy(config)
+    trainer = Trainer(config)
+    assert config == before
+    assert caplog.text.count("Adapted from 16 to 4 images per batch: optimizer.lr=0.005") == 1
+    adapted = trainer.cfg
+    assert adapted.optimizer.lr == pytest.approx(0.005)
+    assert adapted.optimizer.params.base_lr == adapted.optimizer.lr
+    own = adapted.train.loss_optimizer.optimizer
+    assert (own.lr, own.params.base_lr) == pytest.approx((0.005, 0.025))
+    train = adapted.train
+    assert (train.max_iter, train.checkpointer.period, train.draw_period) == (24, 24, 12)
+    assert (train.eval_period, train.log_period, train.reference_batch_size) == (0, 1, 4)
+    assert adapted.model.max_iter == trainer.max_iter == trainer.scheduler._max_iter == 24
+    rates = sorted({round(rate, 6) for rate in trainer.scheduler.base_lrs})
+    assert rates == pytest.approx([0.0005, 0.005, 0.025])
+    save_config(adapted, tmp_path / "config.yaml")
+    saved = load(str(tmp_path / "config.yaml"))
+    caplog.clear()
+    again = Trainer(saved).cfg
+    assert again == saved and "Adapted" not in caplog.text
+    assert (again.optimizer.lr, again.train.max_iter) == (adapted.optimizer.lr, 24)
+
+
+@pytest.mark.parametrize("reference", [0, None, 2])
+def test_a_recipe_for_its_batch_size_stays_as_it_is(data, tmp_path, reference):  # noqa: F811
+    config = _for_16(data, tmp_path / "out", reference_batch_size=reference, max_iter=5)
+    adapted = with_defaults(config)
+    scale_to_batch_size(adapted)
+    assert adapted == with_defaults(config)
+
+
+def test_a_larger_batch_shortens_a_run_but_no_period_to_nothing(data):  # noqa: F811
+    config = with_defaults(_for_16(data, "out", reference_batch_size=1, max_iter=3))
+    config.train.checkpointer.period, config.dataloader.train.total_batch_size = 1, 8
+    config.optimizer.params.base_lr = 0.5
+    scale_to_batch_size(config)
+    assert (config.train.max_iter, config.train.checkpointer.period) == (1, 1)
+    assert config.optimizer.lr == 0.04 and config.optimizer.params.base_lr == 4
+
+
+def test_what_cannot_be_adapted(data, refuses):  # noqa: F811
+    config = _for_16(data, "out")
+    del config.train.loss_optimizer.optimizer["lr"]
+    refuses(lambda: Trainer(config), "train.loss_optimizer.optimizer.lr: none to scale; expected a")
+    del config.dataloader.train["total_batch_size"]
+    line = "train.reference_batch_size: 16, and no dataloader.train.total_batch_size; expected 0"
+    refuses(lambda: Trainer(config), line)
 
 
 def overridden(name):

@@ -1,5 +1,7 @@
 """The command line: what it runs, what it refuses in one line, and two processes on a CPU."""
 
+import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from d2kd import engine
+from d2kd.config import distill, load, method
 from d2kd.modeling import Teacher
-from d2kd.tools.train import main_worker
+from d2kd.tools.train import add_arguments, main_worker, recipe
 from d2kd.utils.errors import InputError
 
 from .common import CLASSES, ROOT, build, command, refusal, tiny_faster_rcnn
@@ -43,7 +47,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_train_resume_evaluate(folder, monkeypatch):
+def test_train_resume_evaluate(folder, monkeypatch, caplog):
     recipe = str(folder / "distilled.py")
     train(["--config-file", recipe])
     assert (folder / "out/model_final.pth").exists()
@@ -58,28 +62,49 @@ def test_train_resume_evaluate(folder, monkeypatch):
     measured = []
     do_test = engine.do_test
 
-    def received(config, model):
+    def received(config, model, **options):
         measured.append(model.state_dict())
-        assert "AP" in do_test(config, model)["bbox"]
+        results = do_test(config, model, **options)
+        assert "AP" in results["bbox"]
+        return results
 
     monkeypatch.setattr(engine, "do_test", received)
     final = torch.load(folder / "out/model_final.pth")["model"]
     given = {key: value + 1 for key, value in final.items()}
     torch.save({"model": given}, folder / "given.pth")
     named = f"train.init_checkpoint={folder / 'given.pth'}"
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     # The run's own without a file named, and where the run is to be resumed; else the file.
-    for words, expected in (([], final), ([named], given), (["--resume", named], final)):
+    for words, expected, file in (
+        ([], final, "out/model_final.pth"),
+        ([named], given, "given.pth"),
+        (["--resume", named], final, "out/model_final.pth"),
+    ):
+        caplog.clear()
         train(["--config-file", recipe, "--eval-only", *words])
+        assert f"Evaluating {folder / file} on tiny_{folder / 'data'}" in caplog.text
+        unused = f"train.init_checkpoint, {folder / 'given.pth'}, is not evaluated"
+        assert (unused in caplog.text) == ("--resume" in words)
+        content = json.loads((folder / "out/evaluation/results.json").read_text())
+        assert (content["schema"], content["weights"]) == (1, str(folder / file))
+        sha256 = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        assert content["weights_sha256"] == sha256
+        found = content["results"]["bbox"]
+        assert "AP" in found
+        if expected is final:  # the other weights find nothing
+            assert all(f"AP-class {k}" in found for k in range(CLASSES))
+            assert "Per-category bbox AP" in caplog.text
         state = measured.pop()
         assert not measured and state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected), words
+    assert {path: path.read_bytes() for path in before} == before  # of the run
 
 
 def test_a_checkpoint_of_other_classes_is_not_measured(folder, capfd, monkeypatch):
     """As many classes are not the same: by the test data class k of the file would be another."""
     names = [f"class {k}" for k in range(CLASSES)]
     measured = []
-    monkeypatch.setattr(engine, "do_test", lambda *args: measured.append(args))
+    monkeypatch.setattr(engine, "do_test", lambda *args, **_: measured.append(args) or {})
     words = ["--config-file", str(folder / "plain.py"), "--eval-only"]
     words += [f"train.init_checkpoint={folder / 'weights.pth'}"]
     content = {"model": build(tiny_faster_rcnn()).state_dict()}
@@ -101,6 +126,25 @@ def test_distill_makes_a_plain_recipe_one_with_a_teacher(folder):
     metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
     assert metrics[0]["distill/weight_imitation"] == 0.5
     assert metrics[0]["distill/loss_imitation"] > 0
+
+
+def test_a_teacher_from_the_zoo_in_one_word(folder):
+    """As in Python; the words after it are overrides."""
+    parser, name = argparse.ArgumentParser(), "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"
+    add_arguments(parser)
+    head = ["--config-file", str(folder / "plain.py"), "--distill", "tar"]
+    tail = ["train.max_iter=7", "model.teacher.dtype=bfloat16"]
+    for words in (
+        [*head, "--teacher", name, *tail],
+        ["--teacher", name, *head, *tail],
+        [*tail, *head, "--teacher", name],
+    ):
+        made = recipe(parser.parse_args(words))
+        assert (made.train.max_iter, made.model.teacher.pop("dtype")) == (7, "bfloat16"), words
+        base = load(str(folder / "plain.py"))
+        same = distill(base, teacher=name, **method("tar")).model
+        assert OmegaConf.to_container(made.model) == OmegaConf.to_container(same)
+        assert made.model.teacher.classes == "coco_2017_train"
 
 
 def _spoil(folder: Path) -> None:
@@ -133,6 +177,11 @@ REFUSED = {
     ),
     "nothing to evaluate": ("{plain} --eval-only", "--eval-only: no checkpoint in"),
     "half a teacher": ("{plain} --distill tar", "one of them; expected both"),
+    "no weights": ("{plain} --distill tar --teacher a.py", "a.py alone; expected CONFIG WEIGHTS"),
+    "not in the zoo": (
+        "{plain} --distill tar --teacher zoo:retinanet_R_50_FPN train.max_iter=3",
+        "model zoo; expected zoo:COCO-Detection/retinanet_R_50_FPN_3x, or",
+    ),
     "missing teacher": ("{plain} " + TEACH + "gone.pth", "gone.pth: no such file"),
     "truncated teacher": ("{plain} " + TEACH + "half.pth", "half.pth: cannot be read"),
     "foreign teacher": ("{plain} " + TEACH + "foreign.pth", "missing"),

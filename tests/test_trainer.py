@@ -300,6 +300,9 @@ def test_the_teacher_is_measured_once(data, tmp_path, monkeypatch):
     assert evaluations("second") == 0  # known to the user's cache
     assert "!!!!" in (tmp_path / "second/log.txt").read_text()
     (tmp_path / "cache/teachers.json").unlink()
+    record = json.loads((tmp_path / "first/run.json").read_text())
+    record["rows"][0]["finished"] = False
+    (tmp_path / "first/run.json").write_text(json.dumps(record))
     assert evaluations("first", resume=True) == 0  # known to the run
     assert len(json.loads((tmp_path / "first/run.json").read_text())["rows"]) == 2
     assert evaluations("third", eval_teacher=False) == 0

@@ -10,6 +10,7 @@ from .files import (
     get_test_mapper,
     load,
     load_recipe_or_none,
+    zoo_detector,
 )
 from .nodes import (
     base_mapper,
@@ -58,4 +59,5 @@ __all__ = [
     "with_timm_backbone",
     "without_priors",
     "without_weights",
+    "zoo_detector",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import Detectron2Handler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -195,6 +197,48 @@ def get_detector_config(path: str) -> DictConfig:
             ) from error
         return L(build_model_from_yacs)(config=yaml.safe_load(cfg.dump()))
     return student_node(_load_lazy_config(path).model)
+
+
+ZOO = "zoo:"
+"""Prefix of the name of a trained detector in Detectron2's model zoo."""
+
+
+def zoo_detector(name: str) -> tuple[str, str, str]:
+    """Return config, weights and training data set of a trained detector of Detectron2's model zoo.
+
+    Args:
+        name: "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x", or another that :mod:`detectron2.model_zoo` has.
+
+    Returns:
+        config, weights, data set: the config's name, a ``detectron2://`` URL, and the name of a registered data set
+        with the detector's class names.
+
+    Raises:
+        InputError: if the zoo has no such detector.
+    """
+    configs = Path(model_zoo.__file__).parent / "configs"
+    stem = name.removeprefix(ZOO).removesuffix(".yaml").removesuffix(".py")
+    try:
+        url = model_zoo.get_checkpoint_url(stem)
+    except RuntimeError:
+        files = (path.relative_to(configs).with_suffix("") for path in configs.glob("*/*"))
+        near = difflib.get_close_matches(stem, map(str, files), n=20, cutoff=0.3)
+        near = [ZOO + other for other in dict.fromkeys(near) if _is_trained(other)][:3]
+        expected = ", or ".join(near) or f"{ZOO}COCO-Detection/faster_rcnn_R_101_FPN_3x, or another"
+        raise InputError(name, "not in Detectron2's model zoo", expected) from None
+    weights = Detectron2Handler.PREFIX + url.removeprefix(Detectron2Handler.S3_DETECTRON2_PREFIX)
+    if (configs / f"{stem}.yaml").is_file():
+        cfg = get_cfg()
+        cfg.merge_from_file(str(configs / f"{stem}.yaml"))
+        return f"{stem}.yaml", weights, cfg.DATASETS.TRAIN[0]
+    return f"{stem}.py", weights, _load_lazy_config(f"{stem}.py").dataloader.train.dataset.names
+
+
+def _is_trained(name: str) -> bool:
+    try:
+        return bool(model_zoo.get_checkpoint_url(name))
+    except RuntimeError:
+        return False
 
 
 def load_recipe_or_none(path: str) -> DictConfig | None:

@@ -18,7 +18,7 @@ from ..modeling import GFL, Distiller, Teacher, TimmBackbone, timm_pixel_statist
 from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
-from .files import get_config, get_detector_config, load
+from .files import ZOO, get_config, get_detector_config, load, zoo_detector
 from .nodes import base_mapper, has_target, is_distiller, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
@@ -56,7 +56,7 @@ class Recipe(NamedTuple):
 def distill(
     base: str | DictConfig,
     *,
-    teacher: DictConfig | tuple[str, str],
+    teacher: DictConfig | tuple[str, str] | str,
     losses: DictConfig,
     loss_optimizer: DictConfig | None = None,
     inherit: Iterable[str] = (),
@@ -69,7 +69,8 @@ def distill(
 
     Args:
         base: the student's recipe, or its path or name. It is not modified.
-        teacher: a ``Teacher`` node, or (config, weights), where the config is as in :func:`get_detector_config`.
+        teacher: a ``Teacher`` node; or (config, weights), where the config is as in :func:`get_detector_config`; or
+            "zoo:NAME", a trained detector of Detectron2's model zoo, whose classes are matched by their names.
         losses: a ``DistillLosses`` node.
         loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
             of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
@@ -79,9 +80,19 @@ def distill(
 
     Returns:
         Recipe: the complete recipe.
+
+    Raises:
+        InputError: a config cannot be loaded, or the model zoo has no detector of this name.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(base)
-    if not isinstance(teacher, DictConfig):
+    if isinstance(teacher, str):
+        if not teacher.startswith(ZOO):
+            raise InputError("teacher", teacher, f"(config, weights), or {ZOO}NAME")
+        config, weights, classes = zoo_detector(teacher)
+        teacher = L(Teacher)(detector=get_detector_config(config), weights=weights)
+        if OmegaConf.select(base, "dataloader.train.dataset.names") is not None:
+            teacher.classes = classes
+    elif not isinstance(teacher, DictConfig):
         config, weights = teacher
         teacher = L(Teacher)(detector=get_detector_config(config), weights=weights)
     if "image_format" not in teacher:

@@ -28,14 +28,59 @@ def save_config(config: DictConfig, path: str | Path) -> None:
     Raises:
         InputError: if the config contains an object that cannot be pickled.
     """
-    content = _serializable(OmegaConf.to_container(config, resolve=False))
-    layout = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 9999}
     try:
-        text = yaml.dump(content, Dumper=_Dumper, **layout)
+        text = _to_yaml(config)
     except Exception as error:  # pickling an object may raise anything
         expected = "a recipe of values that can be pickled"
         raise InputError(path, f"cannot be written ({error})", expected) from error
     write_text(path, text)
+
+
+def _to_yaml(config: DictConfig) -> str:
+    content = _serializable(OmegaConf.to_container(config, resolve=False))
+    layout = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 9999}
+    return yaml.dump(content, Dumper=_Dumper, **layout)
+
+
+def changed_values(config: DictConfig, path: str | Path) -> dict[str, tuple[str, str]]:
+    """Compare a config with the one that :func:`save_config` has written to a file, without executing anything.
+
+    Returns:
+        key -> (value in the file, value now), both as YAML, for each value that differs, with "nothing" for a key that
+        one of them lacks. Objects that are saved as a pickle are not compared. Empty if either cannot be read.
+    """
+    try:
+        before, now = (
+            _flatten(yaml.compose(text)) for text in (Path(path).read_text(), _to_yaml(config))
+        )
+    except Exception:  # no such file, broken YAML, or an object that cannot be pickled
+        return {}
+    keys = [*before, *(key for key in now if key not in before)]
+    pairs = {key: (before.get(key, "nothing"), now.get(key, "nothing")) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flatten(node: yaml.Node, key: str = "") -> dict[str, str]:
+    """Return the values of a YAML node as text, by their dotted keys."""
+    call = node.tag.rpartition("python/object/apply:")[2] if "apply:" in node.tag else ""
+    if call == "operator.getitem":  # one of the pickled objects
+        return {key: "an object"}
+    if call:  # of a name, see _Dumper
+        return {key: node.value[0].value}
+    if isinstance(node, yaml.ScalarNode):
+        return {key: node.value}
+    if isinstance(node, yaml.MappingNode):
+        if not node.value:
+            return {key: "{}"}
+        items = [(name.value, value) for name, value in node.value]
+    elif all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return {key: f"[{', '.join(item.value for item in node.value)}]"}
+    else:
+        items = [(str(k), value) for k, value in enumerate(node.value)]
+    found = {}
+    for name, value in items:
+        found |= _flatten(value, f"{key}.{name}" if key else name)
+    return found
 
 
 class _Registered(str):

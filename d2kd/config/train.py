@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import logging
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..utils.errors import InputError
 from .nodes import is_distiller
+
+logger = logging.getLogger(__name__)
 
 
 def _at_least(least: int, default: int) -> Any:
@@ -85,6 +88,9 @@ class Train:
         output_dir: folder of the run.
         init_checkpoint: initial weights of the student; those that match by name and shape are loaded.
         max_iter: number of iterations.
+        reference_batch_size: the number of images for which the recipe's learning rates and ``max_iter`` are meant; 0
+            or null: as many as ``dataloader.train.total_batch_size``. If they differ, the trainer adapts the recipe by
+            :func:`scale_to_batch_size`.
         seed: for weights, batches and sampling, below 2**31; null or negative: a random seed.
         device: "cpu" or "cuda"; "auto": CUDA if available.
         best_checkpoint: metric by which ``model_best.pth`` is chosen; "": no such file.
@@ -100,6 +106,7 @@ class Train:
     output_dir: str = "./output"
     init_checkpoint: str | None = ""
     max_iter: int = _at_least(1, 90000)
+    reference_batch_size: int | None = _at_least(0, 0)
     seed: int | None = field(default=0, metadata={"below": 2**31})
     device: str = "auto"
     amp: AMP = field(default_factory=AMP)
@@ -188,6 +195,56 @@ def check_train(config: DictConfig) -> None:
     except OmegaConfBaseException as error:  # an interpolation cannot be resolved
         raise _to_input_error(error, "", config.train) from None
     config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
+
+
+def scale_to_batch_size(config: DictConfig) -> None:
+    """Adapt a recipe with defaults to its batch size, in place, if ``train.reference_batch_size`` is another.
+
+    With n times the images per batch, learning rates, the losses' included, are multiplied by n, and ``max_iter`` and
+    the periods of checkpoints, evaluations and pictures are divided by n, as by Detectron2's ``auto_scale_workers``.
+    Schedules and warm-ups are fractions of ``max_iter`` and stretch with it. ``reference_batch_size`` then becomes the
+    batch size, so that the result is not adapted again.
+
+    Raises:
+        InputError: the recipe has no ``dataloader.train.total_batch_size``, or an optimizer has no ``lr``.
+    """
+    train, reference = config.train, config.train.reference_batch_size
+    if not reference:
+        return
+    node = config.dataloader.train
+    size = node.get("total_batch_size") if OmegaConf.is_dict(node) else None
+    if not size:
+        found = f"{reference}, and no dataloader.train.total_batch_size"
+        raise InputError("train.reference_batch_size", found, "0, or a loader with a batch size")
+    train.reference_batch_size = size
+    if size == reference:
+        return
+    scale = size / reference
+    optimizers = {"optimizer": config.optimizer}
+    if train.loss_optimizer is not None:
+        optimizers["train.loss_optimizer.optimizer"] = train.loss_optimizer.optimizer
+    values = []  # all are read before one is changed, because one may refer to another
+    for name, optimizer in optimizers.items():
+        if optimizer.get("lr") is None:
+            raise InputError(f"{name}.lr", "none to scale", "a learning rate, or no reference size")
+        values.append((optimizer, "lr", optimizer.lr * scale))
+        groups = optimizer.get("params")
+        if OmegaConf.is_dict(groups) and groups.get("base_lr") is not None:
+            values.append((groups, "base_lr", groups.base_lr * scale))
+    periods = [(train, "max_iter"), (train.checkpointer, "period")]
+    periods += [(train, key) for key in ("eval_period", "draw_period") if train[key]]
+    values += [(node, key, max(1, round(node[key] / scale))) for node, key in periods]
+    for node, key, value in values:
+        node[key] = value
+    logger.info(
+        "Adapted from %d to %d images per batch: %s, train.max_iter=%d, periods of %d (checkpoints) and %d (evaluations)",
+        reference,
+        size,
+        ", ".join(f"{name}.lr={optimizer.lr:g}" for name, optimizer in optimizers.items()),
+        train.max_iter,
+        train.checkpointer.period,
+        train.eval_period,
+    )
 
 
 def _to_input_error(error: OmegaConfBaseException, key: str, train: DictConfig) -> InputError:

@@ -150,6 +150,28 @@ def _multiplier(node: DictConfig) -> ParamScheduler:
     return LinearParamScheduler(1.0, 1.0) if multiplier is None else instantiate(multiplier)
 
 
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return a copy of each parameter group without its parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def set_hyperparameters(
+    optimizer: Optimizer, scheduler: LRMultiplier, values: list[dict[str, Any]]
+) -> None:
+    """Set the hyperparameters of each group, and learning rates at the schedule's position.
+
+    Loading a checkpoint replaces hyperparameters by those of the checkpoint. If none has changed, this changes nothing.
+
+    Args:
+        values: :func:`hyperparameters` of an optimizer of the same groups, before the checkpoint was loaded.
+    """
+    for group, own in zip(optimizer.param_groups, values, strict=True):
+        group.update(own)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, scheduler.get_lr()):
+        group["lr"] = lr
+
+
 def student_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer of the student's parameters."""
     return optimizer.student if isinstance(optimizer, DistillerOptimizer) else optimizer

@@ -86,14 +86,31 @@ class RunMetadata:
         self.content["rows"].append({"started": started, **row})
         self.set()
 
-    def end(self, iteration: int, seconds: float, results: dict, peak: int | None) -> None:
-        """Add the last iteration, seconds of training, results of the last evaluation, and peak memory in bytes."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run in the folder has ended, its last evaluation included."""
+        rows = self.content["rows"]
+        return bool(rows) and rows[-1].get("finished", False)
+
+    def end(
+        self, iteration: int, seconds: float, results: dict, peak: int | None, finished: bool
+    ) -> None:
+        """Complete the last row.
+
+        Args:
+            iteration: number of iterations.
+            seconds: time spent in them.
+            results: those of the last evaluation.
+            peak: largest memory in bytes, or None.
+            finished: whether nothing has interrupted the run.
+        """
         if self.content["rows"]:
             self.content["rows"][-1] |= {
                 "iterations": iteration,
                 "seconds": seconds,
                 "results": results,
                 "peak_memory": peak,
+                "finished": finished,
             }
             self.set()
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import instantiate
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -28,17 +30,18 @@ from detectron2.utils.events import (
     JSONWriter,
     TensorboardXWriter,
 )
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import is_distiller, teacher_node, with_defaults
-from ..config.saving import save_config
+from ..config.saving import changed_values, save_config
+from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
 from ..data.datasets import dataset_names
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
+from ..utils.console import log_to_console
 from ..utils.errors import InputError
 from ..utils.io import remove_temporary_files, report_full_disk, truncate_metrics
 from ..utils.memory import PeakMemory
@@ -72,13 +75,28 @@ from .hooks import (
     has_tensorboard,
 )
 from .launch import pick_device
-from .optimizer import build_lr_scheduler, build_optimizer, student_optimizer
+from .optimizer import (
+    build_lr_scheduler,
+    build_optimizer,
+    hyperparameters,
+    set_hyperparameters,
+    student_optimizer,
+)
 from .run_info import RunLog, RunMetadata, suppress_input_error_traceback
 from .train_step import NonFiniteError, TrainStep, build_amp, wrap_ddp
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
+
+CONFIG_FILE = "config.yaml"
+
+ONLY_AT_START = re.compile(
+    r"train\.init_checkpoint"
+    r"|model\.inherit(\..*)?"
+    r"|model\.(student\.)?backbone\.bottom_up\.(weights|pretrained|checkpoint_path)"
+)
+"""Keys of a recipe that have no effect on a resumed run, whose weights are those of the checkpoint."""
 
 
 class Trainer(DefaultTrainer):
@@ -99,7 +117,8 @@ class Trainer(DefaultTrainer):
         cfg: the recipe with its defaults.
         seconds: time spent in steps, including those before a resume.
         run_metadata: the content of ``run.json``.
-        finished: whether the resumed run had ended and written its final checkpoint.
+        finished: whether the resumed run had ended and written its final checkpoint. :meth:`train` then writes nothing,
+            unless its last evaluation is missing.
 
     Raises:
         InputError: a value of the recipe is invalid.
@@ -107,14 +126,13 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: Any):
         TrainerBase.__init__(self)
-        for name in ("detectron2", "fvcore", "d2kd"):
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):
-                setup_logger(name=name, distributed_rank=comm.get_rank())
+        log_to_console()
         self._log = RunLog()
         with self._log.recording():
             self._build(with_defaults(cfg))
 
     def _build(self, cfg: DictConfig) -> None:
+        scale_to_batch_size(cfg)
         self.cfg, train = cfg, cfg.train
         self.device = pick_device(train.device)
         self._seed_is_drawn = train.seed is None or train.seed < 0
@@ -316,6 +334,10 @@ class Trainer(DefaultTrainer):
                     unwrap_ddp(self.model).inherit()
 
     def _resume(self, file: str, checkpoint: dict) -> None:
+        changed = changed_values(self.cfg, Path(self.cfg.train.output_dir, CONFIG_FILE))
+        for key, (before, now) in changed.items():
+            if re.fullmatch(r"(train\.loss_)?optimizer(\.optimizer)?\._target_", key):
+                raise InputError(key, f"{now}, and was {before}", "the same optimizer to resume")
         rest = self.checkpointer.restore(file, checkpoint)
         self.start_iter = self.iter + 1
         self.finished = self.start_iter >= self.max_iter and Path(file).name == FINAL_CHECKPOINT
@@ -339,6 +361,35 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(self.build_train_loader(cfg))
         self.run_metadata.load()
         logger.info("Resuming from %s at iteration %d", file, self.start_iter)
+        changed.pop("train.seed", None)  # load_state_dict() has logged it
+        self._report_changes(changed)
+
+    def _report_changes(self, changed: dict[str, tuple[str, str]]) -> None:
+        """Log each value that differs from the run's ``config.yaml``, and whether it has an effect.
+
+        Those without one get their former values, so that the new ``config.yaml`` has what is in effect.
+
+        Args:
+            changed: key -> (former value, value now), as YAML.
+        """
+        if self.finished and changed:
+            logger.warning("The run is finished; no effect has: %s", ", ".join(changed))
+            return
+        for key, (before, now) in changed.items():
+            if ONLY_AT_START.fullmatch(key) is None:
+                logger.info("%s is %s and was %s: it takes effect now", key, now, before)
+                continue
+            logger.warning(
+                "%s is %s and was %s: no effect, the weights are those of the checkpoint",
+                key,
+                now,
+                before,
+            )
+            if before != "nothing":
+                OmegaConf.update(self.cfg, key, yaml.safe_load(before))
+        start = self.cfg.train.init_checkpoint
+        if start and "train.init_checkpoint" not in changed:
+            logger.info("train.init_checkpoint, %s, is not loaded again", start)
 
     def train(self) -> dict | None:
         """Train, and write checkpoints, metrics, log, config and ``run.json`` to the output folder.
@@ -350,6 +401,10 @@ class Trainer(DefaultTrainer):
             InputError: a loss is not finite, after the state before it was saved; or an image cannot be read.
         """
         folder = self.cfg.train.output_dir
+        if comm.all_gather(self.finished and self.run_metadata.is_finished)[0]:
+            logger.info("The run in %s is finished. A larger train.max_iter trains on", folder)
+            self._last_eval_results = self.run_metadata.content["rows"][-1]["results"]
+            return self._last_eval_results
         self._peak = PeakMemory(self.device)
         with (
             self._log.recording(),
@@ -363,17 +418,17 @@ class Trainer(DefaultTrainer):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
             except BaseException:
                 with contextlib.suppress(OSError):  # otherwise it would hide the first error
-                    self._end_record()
+                    self._end_record(finished=False)
                 raise
             else:
-                self._end_record()
+                self._end_record(finished=True)
             finally:
                 self._log.close()
         return getattr(self, "_last_eval_results", None)
 
-    def _end_record(self) -> None:
+    def _end_record(self, finished: bool) -> None:
         results = getattr(self, "_last_eval_results", {})
-        self.run_metadata.end(self.iter, self.seconds, results, self._peak.bytes)
+        self.run_metadata.end(self.iter, self.seconds, results, self._peak.bytes, finished)
 
     def _open_output(self) -> None:
         folder = Path(self.cfg.train.output_dir)
@@ -385,7 +440,7 @@ class Trainer(DefaultTrainer):
         self._log.open(folder / "log.txt")
         logger.info("Environment:\n%s", collect_env_info())
         try:
-            save_config(self.cfg, folder / "config.yaml")
+            save_config(self.cfg, folder / CONFIG_FILE)
         except InputError as error:  # the run does not need this copy of its recipe
             logger.warning("%s", error)
         truncate_metrics(folder / METRICS_FILE, self.start_iter)
@@ -471,8 +526,12 @@ class Trainer(DefaultTrainer):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
+        own = hyperparameters(self.optimizer)
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        # Those of the recipe, which may have changed; after the last iteration the schedule has no value.
+        if isinstance(self.scheduler, LRMultiplier) and self.iter + 1 < self.max_iter:
+            set_hyperparameters(self.optimizer, self.scheduler, own)
         self.seconds = state_dict["seconds"]
         self._images_before = self._images_read(state_dict.get("images"))
         former = state_dict.get("teacher_sha256")

@@ -149,6 +149,10 @@ class ClassMap:
             student, teacher: ``(..., K_S)`` and ``(..., K_T)``, or ``K_S + 1`` and ``K_T + 1`` with ``background``.
             background: whether the last entry is the background, which is then also last in the outputs.
         """
+        if (
+            self.is_identity
+        ):  # an indexed copy may have another layout, and sums of it other roundings
+            return student, teacher
         both = []
         for logits, classes in ((student, self.student_ids), (teacher, self.teacher_ids)):
             both.append(logits[..., [*classes, logits.shape[-1] - 1] if background else classes])

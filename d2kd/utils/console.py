@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 ProgressCallback = Callable[[int, int], None]
@@ -17,6 +19,13 @@ LOGGERS = ("d2kd", "detectron2", "fvcore")
 """Loggers whose records are in a run's log."""
 
 
+def log_to_console() -> None:
+    """Show the records of :data:`LOGGERS` on the console, unless logging is already set up."""
+    for name in LOGGERS:
+        if not logging.getLogger(name).isEnabledFor(logging.INFO):
+            setup_logger(name=name, distributed_rank=comm.get_rank())
+
+
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
     """Suppress console output of d2kd, Detectron2 and pycocotools; the run's log has the log records."""
@@ -24,7 +33,7 @@ def suppress_output() -> Iterator[None]:
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [logging.NullHandler()], False
-        logger.setLevel(logging.INFO)  # otherwise the trainer would set up logging to the console
+        logger.setLevel(logging.INFO)  # otherwise log_to_console() would add a handler
     try:
         with (
             open(os.devnull, "w") as devnull,
