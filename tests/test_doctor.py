@@ -180,16 +180,13 @@ def ratio(finding):
     ],
 )
 def test_gradients_are_relative_to_those_of_the_task_losses(config, node, make):
-    """They follow the weight. One that drowns the task losses is a warning, and one that is 0."""
+    """They follow the weight."""
     half, whole = (compared(with_loss(config, node, make(weight))) for weight in (0.5, 1.0))
     names = [name for name, finding in whole.items() if "gradient" in finding.found]
     assert names
     for name in names:
         assert ratio(whole[name]) == pytest.approx(2 * ratio(half[name]), rel=0.1)
-    much = compared(with_loss(config, node, make(20 / min(ratio(whole[name]) for name in names))))
-    assert all(much[name].state == "warning" and much[name].advice for name in names)
-    little = compared(with_loss(config, node, make(1 / max(ratio(whole[name]) for name in names))))
-    assert all(little[name].state == "ok" and not little[name].advice for name in names)
+        assert whole[name].state == "ok" and not whole[name].advice
 
 
 def test_a_loss_that_begins_late_is_looked_at_where_it_is_on(config):

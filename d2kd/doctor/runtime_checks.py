@@ -36,9 +36,6 @@ MIN_AP, LOW_AP = 1.0, 10.0  # AP of 100
 DOMINANT_RATIO = 4.0
 """RMS of a level's features relative to the other levels, from which this level dominates an imitation loss."""
 
-MAX_GRADIENT_RATIO = 5.0
-"""Largest usual gradient of a distillation loss, relative to that of the task losses, in the student's features."""
-
 
 def check_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
     """Check the range of the pixels, and their statistics after the student's normalisation."""
@@ -142,9 +139,8 @@ def check_features(model: Distiller, batches: list[list[dict]]) -> Iterator[Find
 def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
     """Train for a few iterations, then compare the losses by their gradient in the student's features.
 
-    Loss weights are those of the middle of the run, where losses that decay or start late are active. A loss is reported
-    if its gradient is 0, not finite, or so large that it drowns the task losses. Inside this range the gradient does
-    not say which weight is best.
+    Loss weights are those of the middle of the run, where losses that decay or start late are active. A gradient that is
+    0 or not finite is reported. Its size is only printed: it does not say which weight is best.
 
     Args:
         trainer: a new trainer. Its model is modified; nothing is written.
@@ -176,9 +172,7 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
             continue
         ratio = norm / task[1] if task[1] else math.inf
         found = f"{value:.3g}, gradient {ratio:.2g} of the task losses'"
-        if ratio > MAX_GRADIENT_RATIO:
-            yield Finding(name, "warning", found, "a smaller weight")
-        elif ratio == 0:
+        if ratio == 0:
             yield Finding(
                 name, "warning", found, "a weight above 0, or levels and classes that both have"
             )

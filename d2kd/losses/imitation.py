@@ -31,7 +31,7 @@ class ImitationLoss(DistillLoss):
         mask: "gaussian" or "box", see :func:`d2kd.layers.masks.boxes_to_mask`; or "none", all cells covered by the images.
         adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
         normalize: whether differences are divided by r_l. False: r_l = 1, as published.
-        weight: a number or a schedule. The default 0.01 is FGFI's.
+        weight: a number or a schedule. FGFI's is 0.01, without r_l.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
     Example:
@@ -48,7 +48,7 @@ class ImitationLoss(DistillLoss):
         mask: str = "box",
         adapter: str = "auto",
         normalize: bool = True,
-        weight: Weight = 0.01,
+        weight: Weight = 0.1,
         across_processes: bool = True,
     ):
         super().__init__(weight=weight, across_processes=across_processes)
