@@ -12,6 +12,8 @@ from .files import (
     load_recipe_or_none,
 )
 from .nodes import (
+    Recipe,
+    as_config,
     base_mapper,
     has_target,
     is_distiller,
@@ -22,7 +24,6 @@ from .nodes import (
 )
 from .recipes import (
     METHODS,
-    Recipe,
     distill,
     incremental_recipe,
     method,
@@ -37,6 +38,7 @@ __all__ = [
     "Train",
     "add_d2kd_config",
     "apply_overrides",
+    "as_config",
     "base_mapper",
     "build_model_from_yacs",
     "distill",

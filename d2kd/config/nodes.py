@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper
 from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
+
+
+class Recipe(NamedTuple):
+    """The nodes of a training recipe, in the order in which configs unpack them.
+
+    It is accepted wherever a recipe is. Of one that d2kd makes, each node resolves its references to the others, so
+    that ``instantiate(recipe.model)`` builds the model.
+    """
+
+    model: DictConfig
+    dataloader: DictConfig
+    optimizer: DictConfig
+    lr_multiplier: DictConfig
+    train: DictConfig
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Recipe:
+        """Make a recipe of copies of a config's nodes."""
+        nodes = {name: config[name] for name in cls._fields}
+        whole = DictConfig(nodes, flags={"allow_objects": True})
+        return cls(*whole.values())
+
+
+def as_config(recipe: Any) -> DictConfig:
+    """Return a recipe as a config: a mapping or a :class:`~d2kd.config.Recipe`; a config itself is not copied."""
+    if OmegaConf.is_list(recipe) and len(recipe) == len(Recipe._fields):  # OmegaConf's copy of one
+        recipe = Recipe(*recipe)
+    if OmegaConf.is_config(recipe):
+        return recipe
+    parts = recipe._asdict() if hasattr(recipe, "_asdict") else dict(recipe)
+    return DictConfig(parts, flags={"allow_objects": True})
 
 
 def has_target(node: DictConfig, kind: type) -> bool:

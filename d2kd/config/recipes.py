@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -18,7 +18,7 @@ from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .files import get_config, get_detector_config, load
-from .nodes import base_mapper, has_target, is_distiller, student_node
+from .nodes import Recipe, as_config, base_mapper, has_target, is_distiller, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
@@ -42,18 +42,8 @@ def method(name: str) -> dict[str, DictConfig]:
     return METHODS[name]()
 
 
-class Recipe(NamedTuple):
-    """The nodes of a training recipe, in the order in which configs unpack them."""
-
-    model: DictConfig
-    dataloader: DictConfig
-    optimizer: DictConfig
-    lr_multiplier: DictConfig
-    train: DictConfig
-
-
 def distill(
-    base: str | DictConfig,
+    base: str | DictConfig | Recipe,
     *,
     teacher: DictConfig | tuple[str, str],
     losses: DictConfig,
@@ -79,7 +69,7 @@ def distill(
     Returns:
         Recipe: the complete recipe.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     if not isinstance(teacher, DictConfig):
         config, weights = teacher
         teacher = L(Teacher)(detector=get_detector_config(config), weights=weights)
@@ -102,11 +92,15 @@ def distill(
         model.classes = "${dataloader.train.dataset.names}"
     if loss_optimizer is not None:
         base.train.loss_optimizer = loss_optimizer
-    return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+    return Recipe.from_config({**base, "model": model})
 
 
 def with_timm_backbone(
-    base: str | DictConfig, name: str, *, checkpoint_path: str | None = None, **options: Any
+    base: str | DictConfig | Recipe,
+    name: str,
+    *,
+    checkpoint_path: str | None = None,
+    **options: Any,
 ) -> Recipe:
     """Put a detector on a :class:`TimmBackbone`, with images as its weights want them. In a config::
 
@@ -129,7 +123,7 @@ def with_timm_backbone(
     Raises:
         InputError: the detector has no FPN on a bottom-up network; timm is not installed, or has no such classifier.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     detector = student_node(base.model)
     backbone = detector.get("backbone")
     if backbone is None or "bottom_up" not in backbone:
@@ -153,15 +147,15 @@ def with_timm_backbone(
     if is_distiller(base.model):
         base.model.teacher.image_format = "RGB"
     base.train.init_checkpoint = ""  # of another backbone
-    return Recipe(base.model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+    return Recipe.from_config(base)
 
 
-def with_downscaled_student(recipe: DictConfig, scale: float) -> DictConfig:
+def with_downscaled_student(recipe: DictConfig | Recipe, scale: float) -> DictConfig:
     """Copy a recipe so that its detector gets images ``scale`` times smaller, and a teacher the full ones.
 
     The mappers of training and test data are wrapped in :class:`d2kd.data.DownscaledStudentMapper`.
     """
-    recipe = copy.deepcopy(recipe)
+    recipe = copy.deepcopy(as_config(recipe))
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         _resolve(loader.mapper)  # relative interpolations would break once it is nested
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
@@ -179,7 +173,7 @@ def _resolve(config: DictConfig | ListConfig) -> None:
 
 
 def incremental_recipe(
-    base: str | DictConfig,
+    base: str | DictConfig | Recipe,
     *,
     split: Split,
     increment: int,
@@ -206,7 +200,7 @@ def incremental_recipe(
         InputError: if the split does not match the data's classes, there are several training or test data sets,
             or the detector is not a GFL.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     model, data = student_node(base.model), base.dataloader
     if "num_classes" not in model or not has_target(model, GFL):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
@@ -232,7 +226,7 @@ def incremental_recipe(
     learned = [name for classes in increments[:increment] for name in classes]
     model.num_classes = len(learned)
     if increment == 1:
-        return Recipe(model, data, base.optimizer, base.lr_multiplier, base.train)
+        return Recipe.from_config({**base, "model": model})
     old = copy.deepcopy(model)
     model.num_old_classes = old.num_classes = len(learned) - len(increments[increment - 1])
     base.model, base.train.init_checkpoint = model, ""

@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..utils.errors import InputError
-from .nodes import is_distiller
+from .nodes import as_config, is_distiller
 
 
 def _at_least(least: int, default: int) -> Any:
@@ -141,9 +141,7 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
     Raises:
         InputError: if a part of the recipe is missing, or ``train`` has an unknown key or an invalid value.
     """
-    if not OmegaConf.is_config(cfg):
-        parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
-        cfg = DictConfig(parts, flags={"allow_objects": True})
+    cfg = as_config(cfg)
     missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
     if missing or "train" not in cfg.dataloader:
         found = f"no {', '.join(missing or ['dataloader.train'])}"

@@ -42,6 +42,23 @@ class Distiller(nn.Module):
     that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
     After loading only a part of the student's weights, such as a backbone, the student inherits again.
 
+    Two detectors, built in whatever way, and a training loop of one's own::
+
+        from detectron2.utils.events import EventStorage
+        from d2kd.losses import DistillLosses, TARLoss
+        from d2kd.modeling import Distiller, Teacher
+
+        losses = DistillLosses(tar=TARLoss())
+        model = Distiller(student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=len(batches))
+        model.measure_features(batches[:4])  # of losses that divide by the size of the teacher's features
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with EventStorage() as storage:
+            for batch in batches:
+                optimizer.zero_grad()
+                sum(model(batch).values()).backward()
+                optimizer.step()
+                storage.step()
+
     Args:
         student: a detector for which :func:`get_outputs_class` has a class.
         teacher: its :class:`Teacher`.
