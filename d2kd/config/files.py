@@ -25,7 +25,7 @@ from ..modeling import (
     add_torchvision_config,
 )
 from ..utils.errors import InputError
-from .nodes import Recipe, as_config, student_node
+from .nodes import Recipe, as_config, check_arguments, student_node
 from .train import check_train, with_defaults
 
 
@@ -139,7 +139,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a recipe with overrides such as ``train.max_iter=100`` applied.
 
     Raises:
-        InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type.
+        InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type; or a node has an
+            argument that its ``_target_`` does not take.
     """
     config = as_config(config)
     for text in overrides:
@@ -151,6 +152,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             " ".join(overrides), error, "overrides such as train.max_iter=100"
         ) from error
     check_train(config)
+    check_arguments(config)
     return config
 
 

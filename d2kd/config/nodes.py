@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper
 from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
+from ..utils.errors import InputError
 
 
 class Recipe(NamedTuple):
@@ -52,6 +56,32 @@ def has_target(node: DictConfig, kind: type) -> bool:
 def is_distiller(model: DictConfig) -> bool:
     """Return whether the target of a model node is :class:`Distiller`."""
     return has_target(model, Distiller)
+
+
+def check_arguments(config: DictConfig) -> None:
+    """Check that each node's ``_target_`` takes its arguments; targets that cannot be inspected are left out.
+
+    Raises:
+        InputError: if it does not; the message has the key, and the nearest argument.
+    """
+    for node in _mappings(config):
+        if "_target_" not in node:
+            continue
+        try:
+            target = node["_target_"]
+            target = locate(target) if isinstance(target, str) else target
+            parameters = inspect.signature(target).parameters.values()
+        except Exception:  # an import may raise anything; instantiate() says what is wrong
+            continue
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            continue
+        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for name in node:
+            if name != "_target_" and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                expected = near[0] if near else f"one of {', '.join(known) or 'none'}"
+                found = f"no such argument of {target.__name__}"
+                raise InputError(node._get_full_key(name), found, expected)
 
 
 def student_node(model: DictConfig) -> DictConfig:

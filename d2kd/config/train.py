@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..utils.errors import InputError
-from .nodes import as_config, is_distiller
+from .nodes import as_config, check_arguments, is_distiller
 
 
 def _at_least(least: int, default: int) -> Any:
@@ -139,7 +139,8 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
         culprit: name of the recipe in an error.
 
     Raises:
-        InputError: if a part of the recipe is missing, or ``train`` has an unknown key or an invalid value.
+        InputError: if a part of the recipe is missing, ``train`` has an unknown key or an invalid value, or a node has
+            an argument that its ``_target_`` does not take.
     """
     cfg = as_config(cfg)
     missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
@@ -148,6 +149,7 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
         raise InputError(culprit, found, "model, dataloader.train, optimizer and train")
     config = copy.deepcopy(cfg)
     check_train(config)
+    check_arguments(config)
     nodes, own = {"optimizer": config.optimizer}, config.train.loss_optimizer
     if own is not None:
         if not is_distiller(config.model):
