@@ -18,7 +18,14 @@ from ..utils.console import suppress_output
 from ..utils.errors import InputError
 from .data_checks import check_data
 from .findings import Finding
-from .runtime_checks import check_features, check_inputs, check_losses, check_teacher
+from .runtime_checks import (
+    check_features,
+    check_inputs,
+    check_losses,
+    check_schedule,
+    check_sizes,
+    check_teacher,
+)
 from .static_checks import data_classes, sanity_check
 
 STATISTIC_BATCHES = 4
@@ -58,6 +65,8 @@ def diagnose(
         loader = trainer._trainer.data_loader
         batches = list(itertools.islice(loader, STATISTIC_BATCHES))
         yield from check_inputs(trainer, batches)
+        yield from check_sizes(trainer, batches)
+        yield from check_schedule(trainer)
         model = unwrap_ddp(trainer.model)
         if is_distiller(config.model):
             yield from check_features(model, batches)
