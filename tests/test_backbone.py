@@ -239,7 +239,9 @@ def test_weights_by_torchvisions_name(tmp_path, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(InputError, match=r"DEFAULT: cannot be fetched \(no route\)"):
+    with pytest.raises(
+        InputError, match=rf"bottom_up.weights: DEFAULT of {SMALL} cannot be fetched \(no route\)"
+    ):
         TorchvisionBackbone(SMALL, weights="DEFAULT")
 
 

@@ -1,6 +1,7 @@
 """The command line of the comparison, and the report that ends a study."""
 
 import json
+import re
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -35,7 +36,10 @@ def test_results_count_as_detections_from_a_threshold_on(data, tmp_path, capsys)
     words += ["--resamples", 5, "--observe", 1, "--output", tmp_path]
     for threshold, wrong in ((0.2, 1), (None, 0)):
         compare(*words, *([] if threshold is None else ["--threshold", threshold]))
-        assert str(tmp_path / "report.html") in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert str(tmp_path / "report.html") in printed
+        assert re.search(r"^it +100\.0 +100\.0 *$", printed, re.MULTILINE)  # the baseline
+        assert re.search(r"^same +\S+ +\S+ +-100\.0 \(\S+ to \S+\)$", printed, re.MULTILINE)
         content = json.loads((tmp_path / "report.json").read_text())
         row, other = content["rows"]
         assert (row["name"], other["name"], content["resamples"]) == ("it", "same", 5)

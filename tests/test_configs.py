@@ -153,6 +153,38 @@ def test_distill_leaves_its_base_alone_and_follows_its_channel_order():
     assert recipe.model.proposals_from == "student"
 
 
+def test_a_distilled_recipe_is_taken_wherever_a_recipe_is():
+    made = distill("baselines/faster_rcnn_small_shapes.py", teacher=SMALL, **method("tar"))
+    made.train.max_iter, made.model.teacher.weights = 7, None
+    assert isinstance(instantiate(made.model), Distiller) and made.model.max_iter == 7
+    assert apply_overrides(made, ["train.max_iter=9"]).model.max_iter == 9
+    assert made.train.max_iter == 7
+    again = distill(made, teacher=SMALL, **method("imitation"))
+    assert "imitation" in again.model.losses and again.model.max_iter == 7
+    smaller = with_downscaled_student(made, 2)
+    assert smaller.dataloader.train.mapper.scale == 2 and smaller.model == made.model
+
+
+def test_one_of_several_recipes_in_a_file(tmp_path, refuses):
+    file = tmp_path / "several.py"
+    file.write_text(
+        "from d2kd.config import distill, load, method\n"
+        "_base = load('baselines/faster_rcnn_small_shapes.py')\n"
+        "model, dataloader, optimizer, lr_multiplier, train = distill(\n"
+        f"    _base, teacher={SMALL}, **method('tar'))\n"
+        "alone = distill(_base, teacher=('baselines/retinanet_small_shapes.py', 'x'), "
+        "**method('imitation'))\n"
+        "plain = dict(_base)\nnumber = 5\n"
+    )
+    assert "tar" in load(str(file)).model.losses
+    alone = load(f"{file}:alone", ["train.max_iter=3"])
+    assert "imitation" in alone.model.losses and alone.model.max_iter == 3
+    assert get_detector_config(f"{file}:alone") == alone.model.student
+    assert load(f"{file}:plain") == load("baselines/faster_rcnn_small_shapes.py")
+    refuses(lambda: load(f"{file}:alon"), "several.py:alon: no 'alon' in the file; expected the")
+    refuses(lambda: load(f"{file}:number"), "several.py:number: defines no model")
+
+
 def test_a_recipe_survives_being_saved(tmp_path):
     """The config.yaml of a run is a recipe again, and its student a detector."""
     config = load("projects/TAR/configs/tar_shapes.py", ["model.teacher.weights=null"])

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import inspect
 import re
+import textwrap
 
 import pytest
 import torch
@@ -50,6 +52,22 @@ def test_in_eval_a_distiller_is_its_student(family):
         a, b = a["instances"], b["instances"]
         assert len(a) and torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_a_training_loop_of_ones_own():
+    """The example in the docstring: the student learns, the teacher does not, and what is saved is the student's."""
+    example = inspect.getdoc(Distiller).split("of one's own::\n\n")[1].split("\n\nArgs:")[0]
+    code = textwrap.dedent(example)
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 12
+    teacher, student = (build(tiny_faster_rcnn(channels=n), seed=n) for n in (24, 16))
+    before = [copy.deepcopy(detector.state_dict()) for detector in (teacher, student)]
+    names = dict(teacher=teacher, student=student.train(), batches=[batch()] * 3, torch=torch)
+    exec(code, names)
+    assert all((value == before[0][key]).all() for key, value in teacher.state_dict().items())
+    assert any((value != before[1][key]).any() for key, value in student.state_dict().items())
+    saved = names["model"].state_dict()
+    plain = {key for key in saved if not key.startswith("distiller_losses.")}
+    assert plain == set(before[1]) < set(saved)
 
 
 def test_moving_the_distiller_moves_the_teacher():

@@ -14,6 +14,7 @@ from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
 
+from d2kd.config import Recipe
 from d2kd.data import check_dataset, shapes
 from d2kd.engine import Trainer
 from d2kd.study import (
@@ -122,6 +123,22 @@ def test_plan_goes_by_need_and_seed():
     assert [run.name for run in study.plan(only=["term"])] == ["term_seed5"]
     assert [run.name for run in study.plan(only=["equal_time"])] == ["teacher", "equal_time_seed5"]
     assert [run.seed for run in study.plan(only=["tar"])] == [0, 5]
+
+
+def test_recipes_may_be_what_distill_returns(tmp_path):
+    made = Recipe.from_config(dict(recipe(7), dataloader={}, lr_multiplier={}))
+    (tmp_path / "study.py").write_text(
+        "from tests.test_study import recipe\nfrom d2kd.config import Recipe\n"
+        "_made = Recipe.from_config(dict(recipe(7), dataloader={}, lr_multiplier={}))\n"
+        "runs = dict(a=dict(config=_made), b=dict(config=_made._asdict()))\n"
+        "study = dict(test='shapes_test', baseline='a')\n"
+    )
+    study = load_study(tmp_path / "study.py")
+    about = dict(test="shapes_test", baseline="a")
+    same = build_study(dict(study=about, runs=dict(a=dict(config=made))))
+    a, b = study.plan(seeds=[0])
+    assert a.config == b.config == same.plan(seeds=[0])[0].config
+    assert a.config.model.max_iter == 7
 
 
 def test_recipes_are_their_own_roots_and_take_overrides():

@@ -10,12 +10,21 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from d2kd.engine.checkpoint import StudentCheckpointer
-from d2kd.modeling import Teacher
+from d2kd.losses import DistillLosses, TARLoss
+from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling import weights as weights_module
 from d2kd.modeling.inference_optimization import compile_modules, fuse_norms
 from d2kd.utils.errors import InputError
 
-from .common import DETECTORS, batch, build, lively, tiny_retinanet
+from .common import (
+    CLASSES,
+    DETECTORS,
+    batch,
+    build,
+    lively,
+    tiny_faster_rcnn,
+    tiny_retinanet,
+)
 
 
 @pytest.fixture
@@ -254,6 +263,31 @@ def test_weights_are_kept_in_the_precision_of_the_answers(family):
             other = then["instances"].get(name)
             value, other = (getattr(v, "tensor", v) for v in (value, other))
             assert value.equal(other), name
+
+
+def test_no_file_is_named_by_its_key(refuses):
+    line = "teacher.weights: none; expected its checkpoint, by model.teacher.weights=FILE"
+    refuses(lambda: Teacher(build(tiny_faster_rcnn()), ""), line)
+
+
+def test_class_names_in_the_file(tmp_path):
+    """They need not be given: where the student has others, classes are compared by name; and they may be renamed."""
+    names = [f"class {k}" for k in range(CLASSES)]
+    other = [names[1], names[0], "old name"]
+    detector, student = build(tiny_faster_rcnn()), build(tiny_faster_rcnn(), seed=1)
+
+    def class_map(stored, classes=names, **options):
+        torch.save({"model": detector.state_dict(), "classes": stored}, tmp_path / "x.pth")
+        teacher = Teacher(copy.deepcopy(detector), str(tmp_path / "x.pth"), **options)
+        losses = DistillLosses(tar=TARLoss())
+        return Distiller(
+            student=student, teacher=teacher, losses=losses, max_iter=9, classes=classes
+        ).class_map
+
+    assert class_map(other).pairs == ((0, 1), (1, 0))
+    assert class_map(other, aliases={"old name": names[2]}).pairs == ((0, 1), (1, 0), (2, 2))
+    assert class_map(names) is None and class_map(other, classes=None) is None
+    assert class_map(other[:-1]) is None  # of another detector
 
 
 def test_aliases_of_no_names_are_refused(refuses):

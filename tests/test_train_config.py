@@ -77,6 +77,34 @@ def test_what_is_wrong_is_one_line(base, line):
         Trainer(config)
 
 
+def test_a_misspelt_argument_of_a_node_is_named(refuses):
+    with_teacher = load("projects/TAR/configs/tar_shapes.py")
+    line = "model.losses.tar.feature_wieght: no such argument of TARLoss; expected feature_weight"
+    key = line.partition(":")[0]
+    refuses(lambda: apply_overrides(copy.deepcopy(with_teacher), [f"{key}=3"]), line)
+    wrong = copy.deepcopy(with_teacher)
+    wrong.model.losses.tar.feature_wieght = 3
+    refuses(lambda: with_defaults(wrong), line)
+    wrong.model.losses.tar.pop("feature_wieght")
+    wrong.dataloader.train.mapper.zebra = None
+    refuses(
+        lambda: with_defaults(wrong), "mapper.zebra: no such argument of .*; expected one of is_tr"
+    )
+    assert apply_overrides(
+        with_teacher, ["model.losses.tar.cls_margin=2.0"]
+    )  # not in the recipe yet
+
+
+def test_a_target_that_cannot_be_inspected_is_left_to_its_call(base):
+    odd = copy.deepcopy(base)
+    odd.train.user = {
+        "a": {"_target_": "no.such.module", "x": 1},
+        "b": {"_target_": "builtins.dict", "x": 1},
+        "c": {"_target_": None, "x": 1},
+    }
+    assert list(with_defaults(odd).train.user) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("value", [None, 5, "x", [1]])
 @pytest.mark.parametrize("key, expected", [("train", "a mapping"), ("optimizer", "a node")])
 def test_it_is_a_mapping(base, key, expected, value):

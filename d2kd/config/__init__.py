@@ -13,6 +13,8 @@ from .files import (
     zoo_detector,
 )
 from .nodes import (
+    Recipe,
+    as_config,
     base_mapper,
     has_target,
     is_distiller,
@@ -23,7 +25,6 @@ from .nodes import (
 )
 from .recipes import (
     METHODS,
-    Recipe,
     distill,
     incremental_recipe,
     method,
@@ -38,6 +39,7 @@ __all__ = [
     "Train",
     "add_d2kd_config",
     "apply_overrides",
+    "as_config",
     "base_mapper",
     "build_model_from_yacs",
     "distill",

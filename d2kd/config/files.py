@@ -27,7 +27,7 @@ from ..modeling import (
     add_torchvision_config,
 )
 from ..utils.errors import InputError
-from .nodes import student_node
+from .nodes import Recipe, as_config, check_arguments, student_node
 from .train import check_train, with_defaults
 
 
@@ -60,8 +60,15 @@ def get_config(name: str) -> DictConfig:
     return LazyConfig.load(str(get_config_file(name)))
 
 
+def _split(path: str) -> tuple[str, str]:
+    """Split ``FILE.py:NAME``, one of several recipes in a file; without a name, it is empty."""
+    file, suffix, name = path.rpartition(".py:")
+    return (f"{file}.py", name) if suffix and name else (path, "")
+
+
 def _find(path: str) -> Path:
     """Return the path of a config: a file, or the name of a config of d2kd or Detectron2's model zoo."""
+    path, _ = _split(path)
     if Path(path).is_file():
         return Path(path)
     for find in (get_config_file, lambda name: Path(model_zoo.get_config_file(name))):
@@ -87,16 +94,20 @@ def _load_lazy_config(path: str) -> DictConfig:
     Raises:
         InputError: if the file is missing, fails to load, or defines no model.
     """
-    file = _find(path)
+    file, (_, name) = _find(path), _split(path)
     try:
         with recording_registrations(file):
-            config = LazyConfig.load(str(file))
+            config = LazyConfig.load(str(file), name or None)
     except InputError:
         raise
     except Exception as error:  # a config is code and may raise anything
+        if name and isinstance(error, KeyError) and error.args == (name,):
+            raise InputError(path, f"no {name!r} in the file", "the name of a recipe") from None
         raise InputError(
             path, f"does not load ({type(error).__name__}: {error})", "a LazyConfig"
         ) from error
+    if isinstance(config, Recipe):
+        config = as_config(config)
     if not OmegaConf.is_dict(config) or config.get("model") is None:
         raise InputError(path, "defines no model", "a LazyConfig with a model")
     return config
@@ -105,7 +116,8 @@ def _load_lazy_config(path: str) -> DictConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a LazyConfig recipe and apply overrides such as ``train.max_iter=100``.
 
-    The file is a Python file or the ``config.yaml`` of an earlier run. Missing keys of ``train`` get their
+    The file is a Python file or the ``config.yaml`` of an earlier run. ``FILE.py:NAME`` is one of several recipes in a
+    Python file: a :class:`Recipe` or a dict with this name. Missing keys of ``train`` get their
     defaults, see :class:`d2kd.config.Train`.
 
     Raises:
@@ -129,8 +141,10 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a recipe with overrides such as ``train.max_iter=100`` applied.
 
     Raises:
-        InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type.
+        InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type; or a node has an
+            argument that its ``_target_`` does not take.
     """
+    config = as_config(config)
     for text in overrides:
         _check_override(config, text)
     try:
@@ -140,6 +154,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             " ".join(overrides), error, "overrides such as train.max_iter=100"
         ) from error
     check_train(config)
+    check_arguments(config)
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -19,7 +19,7 @@ from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .files import ZOO, get_config, get_detector_config, load, zoo_detector
-from .nodes import base_mapper, has_target, is_distiller, student_node
+from .nodes import Recipe, as_config, base_mapper, has_target, is_distiller, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "tar": lambda: {"losses": L(DistillLosses)(tar=L(TARLoss)())},
@@ -43,18 +43,8 @@ def method(name: str) -> dict[str, DictConfig]:
     return METHODS[name]()
 
 
-class Recipe(NamedTuple):
-    """The nodes of a training recipe, in the order in which configs unpack them."""
-
-    model: DictConfig
-    dataloader: DictConfig
-    optimizer: DictConfig
-    lr_multiplier: DictConfig
-    train: DictConfig
-
-
 def distill(
-    base: str | DictConfig,
+    base: str | DictConfig | Recipe,
     *,
     teacher: DictConfig | tuple[str, str] | str,
     losses: DictConfig,
@@ -84,7 +74,7 @@ def distill(
     Raises:
         InputError: a config cannot be loaded, or the model zoo has no detector of this name.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     if isinstance(teacher, str):
         if not teacher.startswith(ZOO):
             raise InputError("teacher", teacher, f"(config, weights), or {ZOO}NAME")
@@ -114,7 +104,7 @@ def distill(
         model.classes = "${dataloader.train.dataset.names}"
     if loss_optimizer is not None:
         base.train.loss_optimizer = loss_optimizer
-    return Recipe(model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+    return Recipe.from_config({**base, "model": model})
 
 
 def with_timm_backbone(
@@ -147,7 +137,7 @@ def with_timm_backbone(
         InputError: the detector has no FPN on a bottom-up network; timm is not installed, or has no such classifier;
             the FPN's further levels are made of a feature that the classifier lacks.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     detector = student_node(base.model)
     backbone = detector.get("backbone")
     if backbone is None or "bottom_up" not in backbone:
@@ -175,15 +165,15 @@ def with_timm_backbone(
     if is_distiller(base.model):
         base.model.teacher.image_format = "RGB"
     base.train.init_checkpoint = ""  # of another backbone
-    return Recipe(base.model, base.dataloader, base.optimizer, base.lr_multiplier, base.train)
+    return Recipe.from_config(base)
 
 
-def with_downscaled_student(recipe: DictConfig, scale: float) -> DictConfig:
+def with_downscaled_student(recipe: DictConfig | Recipe, scale: float) -> DictConfig:
     """Copy a recipe so that its detector gets images ``scale`` times smaller, and a teacher the full ones.
 
     The mappers of training and test data are wrapped in :class:`d2kd.data.DownscaledStudentMapper`.
     """
-    recipe = copy.deepcopy(recipe)
+    recipe = copy.deepcopy(as_config(recipe))
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         _resolve(loader.mapper)  # relative interpolations would break once it is nested
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
@@ -201,7 +191,7 @@ def _resolve(config: DictConfig | ListConfig) -> None:
 
 
 def incremental_recipe(
-    base: str | DictConfig,
+    base: str | DictConfig | Recipe,
     *,
     split: Split,
     increment: int,
@@ -228,7 +218,7 @@ def incremental_recipe(
         InputError: if the split does not match the data's classes, there are several training or test data sets,
             or the detector is not a GFL.
     """
-    base = load(base) if isinstance(base, str) else copy.deepcopy(base)
+    base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
     model, data = student_node(base.model), base.dataloader
     if "num_classes" not in model or not has_target(model, GFL):
         raise InputError("increment", "a recipe of another detector", "one of a GFL")
@@ -254,7 +244,7 @@ def incremental_recipe(
     learned = [name for classes in increments[:increment] for name in classes]
     model.num_classes = len(learned)
     if increment == 1:
-        return Recipe(model, data, base.optimizer, base.lr_multiplier, base.train)
+        return Recipe.from_config({**base, "model": model})
     old = copy.deepcopy(model)
     model.num_old_classes = old.num_classes = len(learned) - len(increments[increment - 1])
     base.model, base.train.init_checkpoint = model, ""

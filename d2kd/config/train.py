@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..utils.errors import InputError
-from .nodes import is_distiller
+from .nodes import as_config, check_arguments, is_distiller
 
 logger = logging.getLogger(__name__)
 
@@ -146,17 +146,17 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
         culprit: name of the recipe in an error.
 
     Raises:
-        InputError: if a part of the recipe is missing, or ``train`` has an unknown key or an invalid value.
+        InputError: if a part of the recipe is missing, ``train`` has an unknown key or an invalid value, or a node has
+            an argument that its ``_target_`` does not take.
     """
-    if not OmegaConf.is_config(cfg):
-        parts = cfg._asdict() if hasattr(cfg, "_asdict") else dict(cfg)
-        cfg = DictConfig(parts, flags={"allow_objects": True})
+    cfg = as_config(cfg)
     missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
     if missing or "train" not in cfg.dataloader:
         found = f"no {', '.join(missing or ['dataloader.train'])}"
         raise InputError(culprit, found, "model, dataloader.train, optimizer and train")
     config = copy.deepcopy(cfg)
     check_train(config)
+    check_arguments(config)
     nodes, own = {"optimizer": config.optimizer}, config.train.loss_optimizer
     if own is not None:
         if not is_distiller(config.model):

@@ -6,6 +6,7 @@ at the start.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -19,6 +20,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
+from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .catalog import INCREMENT_KEY, check_files, expand_path, is_registered
 from .voc import check_voc
@@ -84,6 +86,13 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
     """
     names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
     return [] if names is None else _as_list(names)
+
+
+def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
+    """Return the class names of a recipe's training data; None if they have none, or are not there."""
+    with contextlib.suppress(InputError, OSError):
+        return class_names(dataset_names(recipe, "train"))
+    return None
 
 
 def _as_list(names) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, MutableSequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import build_test_loader
 from ..data.datasets import sample_evenly
@@ -23,14 +24,26 @@ from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import get_student, unwrap_ddp
 from ..engine.hooks import measure_features
 from ..engine.train_step import NonFiniteError
+from ..losses import ICDLoss
 from ..modeling import Distiller
 from ..modeling.outputs import capture
 from ..structures.class_map import num_classes_of
 from ..utils.console import suppress_output
+from ..utils.memory import PeakMemory
 from .findings import Finding
 
 MAX_MEAN, STD_RANGE = 1.5, (0.2, 100)
 """Of normalised pixels: largest usual mean, in standard deviations, and their usual range (57 if pixel_std is 1)."""
+
+EPOCHS = (3, 500)
+"""Usual passes over the training images: fewer learn little, more learn the images by heart."""
+
+SHORT_ICD_RUN = 20_000  # iterations, see aux_warmup of ICDLoss
+MIN_SHAPE_IOU, MAX_UNLIKE = 0.5, 0.2
+"""Least IoU of an object and an anchor at the same centre, and the fraction of objects that may have less."""
+
+MAX_TINY = 0.1
+"""Fraction of objects that may be shorter than one cell of the finest feature map."""
 
 MIN_AP, LOW_AP = 1.0, 10.0  # AP of 100
 DOMINANT_RATIO = 4.0
@@ -57,6 +70,69 @@ def check_inputs(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Findin
     )
     advice = "" if usual else "the student's pixel_mean and pixel_std, those of its weights"
     yield Finding("inputs", "ok" if usual else "warning", found, advice)
+
+
+def check_schedule(trainer: Trainer) -> Iterator[Finding]:
+    """Check how often each image is used, and whether the run is long enough for its losses."""
+    iterations, images = trainer.max_iter, trainer._count_images()
+    if images and trainer._batch_size:
+        epochs = iterations * trainer._batch_size / images
+        found = f"{iterations} iterations use each of {images} images {epochs:.3g} times"
+        usual = EPOCHS[0] <= epochs <= EPOCHS[1]
+        nearest = min(max(epochs, EPOCHS[0]), EPOCHS[1]) * images / trainer._batch_size
+        advice = "" if usual else f"train.max_iter={math.ceil(nearest)}, unless this is meant"
+        yield Finding("schedule", "ok" if usual else "warning", found, advice)
+    model = unwrap_ddp(trainer.model)
+    for name, loss in model.losses.by_name.items() if isinstance(model, Distiller) else ():
+        if isinstance(loss, ICDLoss) and not loss.aux_warmup and iterations < SHORT_ICD_RUN:
+            found = f"the decoder of ICD learns little in {iterations} iterations"
+            advice = f"model.losses.{name}.aux_warmup=0.3"
+            yield Finding("schedule", "warning", found, advice)
+
+
+def check_sizes(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
+    """Check the size of the objects in training images against feature maps and anchors."""
+    student, examples = get_student(trainer.model), list(itertools.chain.from_iterable(batches))
+    boxes = [x["instances"].gt_boxes.tensor for x in examples if "instances" in x]
+    boxes = torch.cat(boxes) if boxes else torch.zeros(0, 4)
+    if not len(boxes) or boxes.shape[1] != 4:  # rotated
+        return
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-3)
+    lengths = sides.prod(dim=1).sqrt()
+    low, high = lengths.quantile(torch.tensor([0.05, 0.95])).tolist()
+    height, width = (max(x["image"].shape[k] for x in examples) for k in (1, 2))
+    stride = min(spec.stride for spec in student.backbone.output_shape().values())
+    tiny = (lengths < stride).float().mean().item()
+    found = (
+        f"images up to {width} x {height}, nine of ten objects {low:.0f} to {high:.0f} pixels long"
+    )
+    if tiny > MAX_TINY:
+        found += f"; {100 * tiny:.0f} % are shorter than a cell, {stride} pixels"
+        yield Finding("image size", "warning", found, "larger images")
+    else:
+        yield Finding("image size", "ok", found)
+    anchors = _anchor_sides(student)
+    if anchors is None:
+        return
+    common = torch.minimum(sides[:, None], anchors).prod(dim=2)
+    union = sides.prod(dim=1)[:, None] + anchors.prod(dim=1) - common
+    unlike = ((common / union).amax(dim=1) < MIN_SHAPE_IOU).float().mean().item()
+    shortest, longest = anchors.prod(dim=1).sqrt().aminmax()
+    found = (
+        f"{shortest:.0f} to {longest:.0f} pixels, {100 * unlike:.0f} % of the objects are like none"
+    )
+    usual = unlike <= MAX_UNLIKE
+    advice = f"sizes from {low:.0f} to {high:.0f}, and the objects' aspect ratios; d2kd init proposes some"
+    yield Finding("anchors", "ok" if usual else "warning", found, "" if usual else advice)
+
+
+def _anchor_sides(student: nn.Module) -> Tensor | None:
+    """Return width and height of the anchors (A, 2) that are matched with objects by their IoU; None without such."""
+    matched = getattr(student, "proposal_generator", None) or student
+    if not hasattr(matched, "anchor_matcher") or not hasattr(matched, "anchor_generator"):
+        return None
+    cells = torch.cat([cell.cpu() for cell in matched.anchor_generator.cell_anchors])
+    return cells[:, 2:] - cells[:, :2] if cells.shape[1] == 4 else None
 
 
 def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator[Finding]:
@@ -150,12 +226,19 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
     if isinstance(model, Distiller):
         measure_features(model, trainer.cfg)
     model.train()
+    peak, seconds = PeakMemory(trainer.device), []
     try:
         with EventStorage() as storage:
             for _ in range(iterations):
+                start = time.perf_counter()
                 inner.run_step()
+                if trainer.device.type == "cuda":
+                    torch.cuda.synchronize(trainer.device)
+                seconds.append(time.perf_counter() - start)
                 trainer.scheduler.step()
                 storage.step()
+        if seconds:
+            yield _cost(seconds, peak.bytes, trainer.max_iter)
         rows = _gradients(trainer, next(inner._batches))
     except NonFiniteError as error:
         found = f"{error.culprit} is {error.value} within {iterations} iterations"
@@ -180,6 +263,17 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
             yield Finding(name, "ok", found)
 
 
+def _cost(seconds: list[float], peak: int | None, max_iter: int) -> Finding:
+    """Return time and memory of a step, and of the run; the first steps also start workers and choose algorithms."""
+    step = statistics.median(seconds[min(2, len(seconds) - 1) :])
+    hours = step * max_iter / 3600
+    whole = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    found = f"{step:.3g} s a step, {whole} for {max_iter} without evaluation"
+    if peak is not None:
+        found += f", {peak / 2**20:.0f} MiB at the peak"
+    return Finding("cost", "ok", found)
+
+
 def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, float | None]]:
     """Return value and gradient norm in the student's features, of the task losses and each distillation loss."""
     model = unwrap_ddp(trainer.model)
@@ -189,6 +283,9 @@ def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, fl
         capture({"backbone": student.backbone}) as calls,
     ):
         losses = trainer._trainer._forward(batch)
+    for name, value in losses.items():
+        if not name.startswith("distill/") and not value.isfinite().all():
+            raise NonFiniteError(name, value.item())
     ((_, features),) = calls["backbone"]
     maps = [value for value in features.values() if value.requires_grad]
     own = {k: v for k, v in losses.items() if not k.startswith("distill/")}

@@ -39,14 +39,20 @@ ADAM_RATES = (1e-5, 1e-2, 5e-2)
 
 
 def sanity_check(config: DictConfig, model: nn.Module) -> list[Finding]:
-    """Check channel order, classes, levels and learning rate.
+    """Check channel order, frozen norms, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
         model: its model, which may be wrapped in DDP.
     """
     model = unwrap_ddp(model)
-    checks = (_check_channels, _check_classes, _check_levels, _check_learning_rate)
+    checks = (
+        _check_channels,
+        _check_frozen_norms,
+        _check_classes,
+        _check_levels,
+        _check_learning_rate,
+    )
     return [finding for check in checks for finding in check(config, model)]
 
 
@@ -122,6 +128,26 @@ def _close(values: Sequence[float], known: Sequence[float]) -> bool:
     return all(abs(a - b) < 1 for a, b in zip(values, known, strict=True))
 
 
+def _check_frozen_norms(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
+    """Warn of fixed norms as they are initialized: they fit pretrained weights only."""
+    frozen = [
+        m for m in get_student(model).modules() if type(m).__name__.startswith("FrozenBatchNorm")
+    ]
+    if not frozen:
+        return
+    defaults = dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0)
+    untouched = sum(
+        all(((getattr(m, key) - value).abs() < 1e-3).all() for key, value in defaults.items())
+        for m in frozen
+    )
+    if untouched == 0:
+        yield Finding("frozen norms", "ok", f"{len(frozen)}, with weights")
+        return
+    found = f"{untouched} of {len(frozen)} normalise nothing: no weights were loaded"
+    advice = 'pretrained weights (train.init_checkpoint, or those of the backbone), or norm="BN"'
+    yield Finding("frozen norms", "warning", found, advice)
+
+
 def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     student = get_student(model)
     count, names = num_classes_of(student), data_classes(config)
@@ -135,7 +161,10 @@ def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if not isinstance(model, Distiller):
         return
     teacher_count = num_classes_of(model.teacher.detector)
-    if model.class_map is not None:
+    if old := getattr(student, "num_old_classes", 0):
+        found = f"{old} old classes, those of the teacher, and {count - old} new ones"
+        yield Finding("class map", "ok", found)
+    elif model.class_map is not None:
         state = "ok" if model.class_map.pairs else "warning"
         advice = "" if model.class_map.pairs else "model.teacher.aliases, or features alone"
         yield Finding("class map", state, str(model.class_map), advice)

@@ -37,7 +37,7 @@ from ..config import is_distiller, teacher_node, with_defaults
 from ..config.saving import changed_values, save_config
 from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
-from ..data.datasets import dataset_names
+from ..data.datasets import dataset_names, training_classes
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
@@ -218,6 +218,9 @@ class Trainer(DefaultTrainer):
         node = copy.deepcopy(cfg.model)
         if is_distiller(node):
             node.teacher = teacher_node(node)
+            if node.get("classes") is None and node.teacher.get("classes") is None:
+                # They matter if the teacher's checkpoint has others.
+                node.classes = training_classes(cfg)
         model = instantiate(node).to(pick_device(cfg.train.device))
         logger.info("Model:\n%s", model)
         return model

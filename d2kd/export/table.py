@@ -34,7 +34,7 @@ from ..config import (
     without_weights,
 )
 from ..data import DownscaledStudentMapper
-from ..data.datasets import dataset_names
+from ..data.datasets import dataset_names, training_classes
 from ..engine.checkpoint import training_class_names
 from ..engine.evaluation import build_recipe_test_loader, do_test
 from ..modeling.meta_arch.distiller import build_class_map
@@ -93,7 +93,10 @@ def teacher_row(config: DictConfig, student: nn.Module) -> DetectorRow | None:
     if not is_distiller(config.model):
         return None
     teacher = instantiate(teacher_node(config.model))
-    class_map = build_class_map(student, teacher, instantiate(config.model.get("classes")))
+    classes = instantiate(config.model.get("classes"))
+    if classes is None and teacher.classes is None and teacher.checkpoint_classes is not None:
+        classes = training_classes(config)
+    class_map = build_class_map(student, teacher, classes)
     detect = teacher.predictor_in_student_classes(num_classes_of(student), class_map)
     return replace(
         detector_row("teacher", teacher.detector.cpu()),

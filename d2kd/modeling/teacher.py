@@ -41,8 +41,9 @@ class Teacher:
         input_format: channel order of the detector's inputs. None: the detector's attribute ``input_format``, or
             ``image_format`` if it has none.
         classes: names of its classes in its order, or the name of a data set that has them, if the student has
-            others, see :class:`d2kd.structures.class_map.ClassMap`. None: its classes are the student's.
-        aliases: {a name in ``classes``: the student's name of that class}, where they differ.
+            others, see :class:`d2kd.structures.class_map.ClassMap`. None: those in its weights file, if it has class
+            names and the student's differ; otherwise its classes are the student's.
+        aliases: {a name in ``classes``, given or in the file: the student's name of that class}, where they differ.
         scale: size of its images divided by that of the student's, any number of at least 1. The batch must have both,
             see :class:`d2kd.data.DownscaledStudentMapper`. Levels are matched by their stride in the student's pixels;
             if the scale is no power of two, the teacher's maps are resized to the student's grid.
@@ -53,8 +54,11 @@ class Teacher:
         dtype: precision of its computation, "float32", "bfloat16" or "float16", to which weights of convolutions
             and linear layers are cast. None: the student's, that of ``train.amp``.
 
+    Attributes:
+        checkpoint_classes: class names in its weights file, or None.
+
     Raises:
-        InputError: the weights cannot be read, do not fit or are of other classes; the detector has no class of
+        InputError: the weights are "" or cannot be read, do not fit or are of other classes; the detector has no class of
             outputs; the number of class names is wrong; an argument is invalid.
     """
 
@@ -75,16 +79,24 @@ class Teacher:
         if dtype not in (None, *DTYPES):
             raise InputError("teacher.dtype", dtype, " or ".join(DTYPES))
         self.outputs_class = get_outputs_class(detector)
-        self.classes = None
         names = None if classes is None else class_names(classes, "teacher.classes")
+        if names is not None:
+            check_classes("teacher", detector, apply_aliases(names, aliases or {}))
+        self.weights, self.checkpoint_classes = weights, None
+        if weights == "":
+            expected = (
+                "its checkpoint, by model.teacher.weights=FILE; null for an untrained teacher"
+            )
+            raise InputError("teacher.weights", "none", expected)
+        if weights is not None:
+            stored = load_weights_strict(detector, weights, names)
+            if stored is not None and len(stored) == num_classes_of(detector):
+                self.checkpoint_classes = stored
+        if aliases and names is None:
+            names = self.checkpoint_classes
         if aliases and names is None:
             raise InputError("teacher.aliases", "no teacher.classes", "classes that they rename")
-        if names is not None:
-            self.classes = apply_aliases(names, aliases or {})
-            check_classes("teacher", detector, self.classes)
-        self.weights = weights
-        if weights is not None:
-            load_weights_strict(detector, weights, names)
+        self.classes = None if names is None else apply_aliases(names, aliases or {})
         self.detector = detector.eval().requires_grad_(False)
         input_format = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = input_format != image_format

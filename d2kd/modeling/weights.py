@@ -123,7 +123,7 @@ def find_unsafe_globals(path: str, error: Exception) -> list[str]:
 
 def load_weights_strict(
     detector: nn.Module, weights: str, classes: Sequence[str] | None = None
-) -> None:
+) -> tuple[str, ...] | None:
     """Load weights into a detector strictly: no key may be missing or unexpected, except those of a Distiller's losses.
 
     Loading is done by :class:`DetectionCheckpointer`, so that ``cell_anchors`` of old files are ignored. Pixel
@@ -133,6 +133,9 @@ def load_weights_strict(
         detector: the detector to load.
         weights: as for :func:`load_checkpoint`.
         classes: names of the detector's classes. If the file has class names, they must be equal.
+
+    Returns:
+        tuple[str, ...] or None: the class names in the file.
 
     Raises:
         InputError: the file cannot be read; keys are missing, unexpected or of another shape; its class names
@@ -152,6 +155,8 @@ def load_weights_strict(
                 loaded.flatten().tolist(),
                 used.flatten().tolist(),
             )
+    names = checkpoint.get(CLASSES_KEY)
+    return None if names is None else tuple(names)
 
 
 def check_class_names(checkpoint: dict, weights: str, classes: Sequence[str] | None) -> None:

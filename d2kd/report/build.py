@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ..comparison.comparison import Options, compare
+from tabulate import tabulate
+
+from ..comparison.comparison import Comparison, Options, compare
 from ..comparison.detectors import Detector, EvaluationData
 from ..utils.console import ProgressBar, ProgressCallback, suppress_output
-from .page import write_report
+from .page import summary_sentence, write_report
 
 CACHE = "comparison"
 """Folder beside the page with cached detections and counts."""
@@ -23,7 +25,7 @@ def compare_and_report(
     options: Options | None = None,
     console: TextIO | None = None,
 ) -> Path:
-    """Compare detectors with progress output, write the report, and return the path of the page.
+    """Compare detectors with progress output, write the report, print its main figures, and return the path of the page.
 
     Raises:
         InputError: see :func:`.compare`.
@@ -45,4 +47,23 @@ def compare_and_report(
         page = write_report(comparison, output)
     for note in comparison.notes:
         console.write(f"  {note}\n")
+    console.write(f"\n{format_main_figures(comparison)}\n")
     return page
+
+
+def format_main_figures(comparison: Comparison) -> str:
+    """Return AP and AP50 of each detector and its AP above the baseline's, as a table, and the page's summary."""
+    rows = []
+    for one in comparison.detectors:
+        values = [one.accuracy.metrics[key] for key in ("AP", "AP50")]
+        found = comparison.gain(one.name, comparison.baseline)
+        gain = {"gain": None, "interval": None} if found is None else found.metrics["AP"]
+        text = "" if gain["gain"] is None else f"{gain['gain']:+.1f}"
+        if gain["interval"] is not None:
+            text += " ({:+.1f} to {:+.1f})".format(*gain["interval"])
+        rows.append([one.name, *("-" if x is None else f"{x:.1f}" for x in values), text])
+    heading = ["detector", "AP", "AP50", f"AP above {comparison.baseline} (95 %)"]
+    table = tabulate(
+        rows, heading, "simple", disable_numparse=True, colalign=["left"] + ["right"] * 3
+    )
+    return f"{table}\n\n{summary_sentence(comparison)}"

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from ..comparison.labels import check_min_score
-from ..config import apply_overrides, get_config_file
+from ..config import Recipe, apply_overrides, as_config, get_config_file
 from ..data import incremental_split, split_classes
 from ..data.catalog import recording_registrations
 from ..data.incremental import Split
@@ -251,7 +251,8 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
             raise InputError(
                 culprit, f"no dict named {key!r}", "a file that defines 'study' and 'runs'"
             )
-    given, runs = dict(config["study"]), dict(config["runs"])
+    given = dict(config["study"])
+    runs = {method: _with_config(node) for method, node in config["runs"].items()}
     _known(f"{culprit}: study", given, [f.name for f in fields(Study) if f.name != "runs"])
     for key in ("test", "baseline"):
         if key not in given:
@@ -300,6 +301,14 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
             if other and key == "match_time_of" and "teacher" not in (config.get("model") or {}):
                 raise InputError(f"{where}.{key}", f"{other} has no teacher", "a distilled run")
     return study
+
+
+def _with_config(run: Any) -> Any:
+    """Return a run with a :class:`Recipe`, which OmegaConf turns into a list, as a run with a config."""
+    recipe = run.get("config") if isinstance(run, Mapping) else None
+    if not isinstance(recipe, Recipe) and not OmegaConf.is_list(recipe):
+        return run
+    return DictConfig({**run, "config": as_config(recipe)}, flags={"allow_objects": True})
 
 
 def _check_labels(where: str, node: Mapping) -> None:

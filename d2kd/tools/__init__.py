@@ -15,6 +15,7 @@ from .. import __version__
 from ..utils.errors import InputError, report_input_errors
 
 COMMANDS = {
+    "init": "write a first recipe for your data",
     "train": "train or evaluate a recipe",
     "study": "train all runs of a study, and write a table, curves, pictures and a report",
     "compare": "write a report that compares several detectors",

@@ -136,8 +136,9 @@ def _classifier(name: str, weights: str | None = None) -> nn.Module:
         # By torchvision's builder: some files have old parameter names, and some models transform their input.
         return torchvision.models.get_model(name, weights=_known(name)[weights], progress=False)
     except Exception as error:  # no network, no such address, a damaged file
+        found = f"{weights} of {name} cannot be fetched ({error})"
         raise InputError(
-            weights, f"cannot be fetched ({error})", "reachable weights, or a file"
+            "bottom_up.weights", found, "reachable weights, a file, or null"
         ) from error
 
 

@@ -40,6 +40,23 @@ class Distiller(nn.Module):
     ``distiller_losses.``, so that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
     After loading only a part of the student's weights, such as a backbone, the student inherits again.
 
+    Two detectors, built in whatever way, and a training loop of one's own::
+
+        from detectron2.utils.events import EventStorage
+        from d2kd.losses import DistillLosses, TARLoss
+        from d2kd.modeling import Distiller, Teacher
+
+        losses = DistillLosses(tar=TARLoss())
+        model = Distiller(student=student, teacher=Teacher(teacher, None), losses=losses, max_iter=len(batches))
+        model.measure_features(batches[:4])  # of losses that divide by the size of the teacher's features
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with EventStorage() as storage:
+            for batch in batches:
+                optimizer.zero_grad()
+                sum(model(batch).values()).backward()
+                optimizer.step()
+                storage.step()
+
     Args:
         student: a detector for which :func:`get_outputs_class` has a class.
         teacher: its :class:`Teacher`.
@@ -52,7 +69,8 @@ class Distiller(nn.Module):
             incremental training needs; of other detectors, layers with rows for each class are not inherited.
         proposals_from: the proposals among which the student's RoI heads sample. "student": its own, as without a teacher.
             "both": its own and the teacher's, which changes the student's task losses, too.
-        classes: names of the student's classes, or a data set that has them; required if the teacher's are given.
+        classes: names of the student's classes, or a data set that has them; required if the teacher's are given. A
+            trainer takes those of the training data.
 
     Raises:
         InputError: an argument is invalid, or the detectors lack something that the losses need.
@@ -287,7 +305,8 @@ def _after_load(distiller: Distiller, incompatible: Any) -> None:
 def build_class_map(
     student: nn.Module, teacher: Teacher, classes: str | Iterable[str] | None
 ) -> ClassMap | None:
-    """Return the class map of a student and its teacher; None if the teacher's classes have no names.
+    """Return the class map of a student and its teacher; None if the teacher's classes have no names, or only those in
+    its checkpoint, and the student's are the same.
 
     Args:
         student: the detector.
@@ -298,7 +317,15 @@ def build_class_map(
         InputError: the teacher's classes have names, and the student's have none or another number of names.
     """
     if teacher.classes is None:
-        return None
+        if classes is None or teacher.checkpoint_classes is None:
+            return None
+        names = class_names(classes)
+        if names == teacher.checkpoint_classes:
+            return None
+        check_classes("student", student, names)
+        class_map = ClassMap.from_names(names, teacher.checkpoint_classes)
+        logger.info("Classes of the teacher's file: %s", class_map)
+        return class_map
     if classes is None:
         raise InputError("classes", "only the teacher's", "those of the student, too")
     names = class_names(classes)
