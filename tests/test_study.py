@@ -13,6 +13,7 @@ import torch
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
+from PIL import Image
 
 from d2kd.config import Recipe
 from d2kd.data import check_dataset, shapes
@@ -524,6 +525,16 @@ def test_every_study_is_whole(path, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="D2KD_BCCD: not set; expected the folder"):
             load_study(str(path))
         monkeypatch.setenv("D2KD_BCCD", str(write_voc(tmp_path / "cells", CELLS, BLOOD)))
+    if "aquarium" in path.stem:
+        names = "fish jellyfish penguin puffin shark starfish stingray".split()
+        categories = [{"id": k, "name": name} for k, name in enumerate(names)]
+        (tmp_path / "images").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "images/0.jpg")
+        image = {"id": 0, "file_name": "0.jpg", "width": 8, "height": 8}
+        content = {"images": [image], "categories": categories, "annotations": []}
+        for part in ("train", "val", "test"):
+            (tmp_path / f"{part}.json").write_text(json.dumps(content))
+        monkeypatch.setenv("D2KD_AQUARIUM", str(tmp_path))
     study = load_study(str(path))
     planned = {run.name: run for run in study.plan([0], only=list(study.runs))}
     if "bccd" in path.stem:
