@@ -429,7 +429,9 @@ def test_dense_regression_restated(family, gate):
 
 
 def test_the_stages_of_a_cascade_add_up():
-    model = distiller(lambda: TARLoss(feature_weight=0), DETECTORS["cascade_rcnn"])
+    weights = {"classification_weight": 2.0, "regression_weight": 3.0}
+    make = lambda: TARLoss(feature_weight=0, **weights)  # noqa: E731
+    model = distiller(make, DETECTORS["cascade_rcnn"])
     loss = model.losses.by_name["loss"]
     given = sides_of(loss)
     losses = forward_losses(model, batch())
@@ -438,7 +440,8 @@ def test_the_stages_of_a_cascade_add_up():
     for name in ("classification", "regression"):
         terms = [float(getattr(loss, name)(*stage).detach()) for stage in stages]
         # half-way through the run the decay has come to a half
-        assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(sum(terms) / 2)
+        expected = weights[f"{name}_weight"] * sum(terms) / 2
+        assert float(losses[f"distill/loss_loss_{name}"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -595,13 +598,13 @@ def test_terms_follow_their_schedules():
             losses = model(batch())
         return [float(losses[f"distill/loss_loss_{name}"].detach()) for name in names]
 
-    whole = terms(0, feature_ramp=0)
+    fixed = {f"{name}_weight": 1.0 for name in names}
+    whole = terms(0, feature_ramp=0, **fixed)
     falling = {f"{name}_weight": LinearParamScheduler(0.02, 0.0) for name in names}
     for iteration, grown, left in ((1, 0.5, 0.75), (3, 1.0, 0.25)):
         ramped = [grown * whole[0], *whole[1:]]
-        assert terms(iteration, feature_ramp=0.5) == pytest.approx(ramped)
-        # Features count 0.01 by default, the others 1.
-        scheduled = [x * left * k for x, k in zip(whole, (2, 0.02, 0.02))]
+        assert terms(iteration, feature_ramp=0.5, **fixed) == pytest.approx(ramped)
+        scheduled = [x * left * 0.02 for x in whole]
         assert terms(iteration, feature_ramp=0, **falling) == pytest.approx(scheduled)
     assert get_weight(TARLoss().ramp, 250 / 90000) == pytest.approx(0.5)  # 500 iterations long
 

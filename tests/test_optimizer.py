@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,8 +112,13 @@ def test_a_checkpoint_of_one_optimizer_is_not_resumed_with_two(data, tmp_path): 
     own = config.train.pop("loss_optimizer")
     run(config)
     config.train.loss_optimizer = own
-    with pytest.raises(InputError, match="its 'trainer' does not fit.*a checkpoint of this recipe"):
-        Trainer(config).resume_or_load(True)
+    for line in (
+        "train.loss_optimizer.optimizer._target_: .*AdamW.*expected the same optimizer",
+        "its 'trainer' does not fit.*a checkpoint of this recipe",  # where the former recipe is unknown
+    ):
+        with pytest.raises(InputError, match=line):
+            Trainer(config).resume_or_load(True)
+        Path(config.train.output_dir, "config.yaml").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("part", ["student", "losses", "backbone"])
