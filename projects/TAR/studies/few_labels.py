@@ -18,8 +18,8 @@ from ....configs.common.study import (
 )
 from .common import make_study
 
-IMAGES = 150
-STUDENT_STEPS, TEACHER_STEPS = 1000, 1000
+IMAGES = 200
+STUDENT_STEPS, TEACHER_STEPS = 800, 1000
 MIN_SCORE = 0.5
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
