@@ -300,21 +300,22 @@ def assert_trains(model):
 @pytest.mark.parametrize(
     "file, backbone, levels",
     [
-        ("faster_rcnn_R_50_FPN_1x", "build_torchvision_fpn_backbone", "p2 p3 p4 p5 p6"),
-        ("retinanet_R_50_FPN_1x", "build_retinanet_torchvision_fpn_backbone", "p3 p4 p5 p6 p7"),
+        ("faster_rcnn_R_50_FPN_1x", "build_{}_fpn_backbone", "p2 p3 p4 p5 p6"),
+        ("retinanet_R_50_FPN_1x", "build_retinanet_{}_fpn_backbone", "p3 p4 p5 p6 p7"),
     ],
 )
+@pytest.mark.parametrize("package, name", [("torchvision", SMALL), ("timm", "test_efficientnet")])
 @pytest.mark.parametrize("in_features_left_out", [False, True])
-def test_yacs(file, backbone, levels, in_features_left_out):
+def test_yacs(file, backbone, levels, package, name, in_features_left_out):
     cfg = get_cfg()
     add_d2kd_config(cfg)
     cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{file}.yaml"))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.BACKBONE.NAME = backbone
+    cfg.MODEL.BACKBONE.NAME = backbone.format(package)
     cfg.MODEL.FPN.OUT_CHANNELS = 16
     if in_features_left_out:
         cfg.MODEL.FPN.IN_FEATURES = []
-    cfg.MODEL.TORCHVISION.NAME = SMALL
+    cfg.MODEL[package.upper()].NAME = name
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
     model = build_model(cfg).train()
     assert list(model.backbone.output_shape()) == levels.split()

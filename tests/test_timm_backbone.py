@@ -9,10 +9,8 @@ import sys
 import pytest
 import torch
 import yaml
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
-from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -479,30 +477,6 @@ def test_a_detector_without_weights():
     bare = without_weights(node).config.MODEL.TIMM
     assert (bare.PRETRAINED, bare.CHECKPOINT_PATH) == (False, "")
     assert node.config.MODEL.TIMM.PRETRAINED
-
-
-@pytest.mark.parametrize(
-    "file, backbone, levels",
-    [
-        ("faster_rcnn_R_50_FPN_1x", "build_timm_fpn_backbone", "p2 p3 p4 p5 p6"),
-        ("retinanet_R_50_FPN_1x", "build_retinanet_timm_fpn_backbone", "p3 p4 p5 p6 p7"),
-    ],
-)
-@pytest.mark.parametrize("in_features_left_out", [False, True])
-def test_yacs(file, backbone, levels, in_features_left_out):
-    cfg = get_cfg()
-    add_d2kd_config(cfg)
-    cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{file}.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.BACKBONE.NAME = backbone
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    if in_features_left_out:
-        cfg.MODEL.FPN.IN_FEATURES = []
-    cfg.MODEL.TIMM.NAME = TINY
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    model = build_model(cfg).train()
-    assert list(model.backbone.output_shape()) == levels.split()
-    assert_trains(model)
 
 
 def test_yacs_weights_norm_and_freeze_at(tmp_path):

@@ -378,16 +378,23 @@ def test_a_stream_of_images_is_not_read_for_the_measurement(data, tmp_path, capl
 def test_an_image_that_cannot_be_read_for_the_measurement_is_named(data, tmp_path):
     losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
     config = without_evaluation(recipe(data, tmp_path, distiller(losses=losses), max_iter=1))
-    trainer = Trainer(config)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")
     node = L(_with_file)(records=config.dataloader.train.dataset, file=str(broken))
-    trainer.cfg.dataloader.train.dataset = node
+    config.dataloader.train.dataset = node
+    trainer = Trainer(config)
+    READ.clear()  # the loader has the annotations, which are not read again
     with pytest.raises(InputError, match="broken.png: cannot be decoded"):
         trainer.train()
+    assert not READ and not trainer.model.losses.by_name["imitation"].rms("p3")
+
+
+READ = []
+"""Files for which :func:`_with_file` was called."""
 
 
 def _with_file(records, file):
+    READ.append(file)
     return [{**record, "file_name": file} for record in records]
 
 

@@ -14,8 +14,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from ..modeling.inference_optimization import is_frozen_norm
 from ..structures.class_map import num_classes_of
 
 OBJECTS = 7
@@ -24,7 +24,7 @@ OBJECTS = 7
 @torch.no_grad()
 def measure_norm_statistics(detector: nn.Module, batches: Sequence[list[dict]]) -> None:
     """Set the statistics of all batch norms to those of these batches in training mode; frozen ones stay frozen."""
-    frozen = {n: m for n, m in detector.named_modules() if _is_frozen(m)}
+    frozen = {n: m for n, m in detector.named_modules() if is_frozen_norm(m)}
     measured = {}
     for name, norm in frozen.items():
         bn = nn.BatchNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
@@ -41,11 +41,6 @@ def measure_norm_statistics(detector: nn.Module, batches: Sequence[list[dict]]) 
         norm.running_mean.copy_(measured[name].running_mean)
         norm.running_var.copy_(measured[name].running_var)
         detector.set_submodule(name, norm)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    """Return whether a module is a frozen batch norm of Detectron2 or timm, whose statistics are buffers."""
-    return hasattr(module, "running_var") and not isinstance(module, _NormBase)
 
 
 def random_batch(

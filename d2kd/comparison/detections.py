@@ -11,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..modeling.teacher import to_student_classes
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
@@ -103,9 +101,7 @@ def _detect(
     loader = build_loader(ready.detector, records)
     images, labels, boxes, scores = [], [], [], []
     for number, (record, batch) in enumerate(zip(records, loader), 1):
-        with torch.no_grad():
-            [outputs] = ready.teacher.detect(batch)
-        found = to_student_classes(outputs["instances"].to("cpu"), ready.class_map)
+        found = ready.detect(batch)
         xyxy = found.pred_boxes.tensor.numpy()
         # XYWH, computed in float32 as COCOEvaluator does.
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))

@@ -16,6 +16,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
@@ -31,8 +32,9 @@ from ..config import (
 )
 from ..config import get_detector_config as model_of
 from ..data import DownscaledStudentMapper, build_test_loader, check_dataset
-from ..data.datasets import dataset_names
+from ..data.datasets import dataset_names, training_classes
 from ..modeling import Teacher
+from ..modeling.teacher import to_student_classes
 from ..modeling.weights import CLASSES_KEY, file_sha256, load_checkpoint
 from ..structures.class_map import ClassMap, apply_aliases, class_names, num_classes_of
 from ..utils.env import config_hash
@@ -202,7 +204,7 @@ class LoadedDetector:
 
     Attributes:
         teacher: the frozen detector; every detector of a comparison is wrapped in a Teacher.
-        map: class map from the detector's classes ("teacher") to those of the data set ("student").
+        class_map: class map from the detector's classes ("teacher") to those of the data set ("student").
     """
 
     detector: Detector
@@ -212,6 +214,12 @@ class LoadedDetector:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.teacher.detector.parameters())
+
+    def detect(self, batch: list[dict]) -> Instances:
+        """Return the detections in a batch of one image, on the CPU, in the classes of the data set."""
+        with torch.no_grad():
+            [output] = self.teacher.detect(batch)
+        return to_student_classes(output["instances"].to("cpu"), self.class_map)
 
     @cached_property
     def to_detector_label(self) -> dict[int, int]:
@@ -272,7 +280,7 @@ def detector_from_config(
     recipe = load_recipe_or_none(config)
     node, classes = model_of(config), None
     if recipe is not None:
-        node, classes = student_node(recipe.model), _trained_on(recipe)
+        node, classes = student_node(recipe.model), training_classes(recipe)
     return Detector(
         name,
         config,
@@ -283,14 +291,6 @@ def detector_from_config(
         results=() if results is None else (Path(results),),
         strict=results is not None,
     )
-
-
-def _trained_on(recipe: DictConfig) -> tuple[str, ...] | None:
-    try:
-        names = dataset_names(recipe, "train")
-        return class_names(names[0]) if names else None  # a name alone is never a class
-    except (InputError, OSError):
-        return None  # the data is no longer there; the checkpoint may have the class names
 
 
 def load_study_results(folder: Path) -> dict[str, Any] | None:

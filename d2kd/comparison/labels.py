@@ -12,7 +12,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..data import check_dataset
-from ..modeling.teacher import to_student_classes
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import read_json, write_json
@@ -123,9 +122,7 @@ def write_labels(
     progress(0, total)
     loader = build_loader(detector, images.records)
     for image_id, name, batch in zip(ids, images.relative_files, loader):
-        with torch.no_grad():
-            [output] = ready.teacher.detect(batch)
-        found = to_student_classes(output["instances"].to("cpu"), ready.class_map)
+        found = ready.detect(batch)
         found = found[found.scores >= min_score]
         height, width = found.image_size
         entries.append({"id": image_id, "file_name": name, "width": width, "height": height})

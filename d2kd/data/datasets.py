@@ -91,7 +91,8 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
 def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
     """Return the class names of a recipe's training data; None if they have none, or are not there."""
     with contextlib.suppress(InputError, OSError):
-        return class_names(dataset_names(recipe, "train"))
+        names = dataset_names(recipe, "train")
+        return class_names(names[0]) if names else None  # a name alone is never a class
     return None
 
 

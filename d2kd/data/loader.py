@@ -112,6 +112,12 @@ def build_test_loader(
     )
 
 
+def dataset_of(loader: Iterable) -> Sequence[dict] | None:
+    """Return the dataset dicts from which a loader of this module is built; None for another loader."""
+    mapped = getattr(loader, "dataset", None)
+    return mapped.dataset if isinstance(mapped, _Mapped) else None
+
+
 def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None) -> None:
     """Replace Detectron2's loaders in a recipe's ``dataloader`` node by those of this module, in place.
 

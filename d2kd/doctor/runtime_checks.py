@@ -224,7 +224,7 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
     """
     inner, model = trainer._trainer, unwrap_ddp(trainer.model)
     if isinstance(model, Distiller):
-        measure_features(model, trainer.cfg)
+        measure_features(model, trainer.cfg, inner.data_loader)
     model.train()
     peak, seconds = PeakMemory(trainer.device), []
     try:

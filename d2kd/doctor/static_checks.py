@@ -18,6 +18,7 @@ from ..data.datasets import dataset_names
 from ..engine.checkpoint import get_student, unwrap_ddp
 from ..layers.adapter import is_power_of_two, match_levels
 from ..modeling import Distiller
+from ..modeling.inference_optimization import is_frozen_norm
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
 from .findings import Finding
@@ -130,9 +131,7 @@ def _close(values: Sequence[float], known: Sequence[float]) -> bool:
 
 def _check_frozen_norms(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     """Warn of fixed norms as they are initialized: they fit pretrained weights only."""
-    frozen = [
-        m for m in get_student(model).modules() if type(m).__name__.startswith("FrozenBatchNorm")
-    ]
+    frozen = [m for m in get_student(model).modules() if is_frozen_norm(m)]
     if not frozen:
         return
     defaults = dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0)
@@ -190,10 +189,8 @@ def _join(names: Sequence[str], most: int = 4) -> str:
 def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     if not isinstance(model, Distiller):
         return
-    backbones, scale = (
-        (model.student.backbone, model.teacher.detector.backbone),
-        model.teacher.scale,
-    )
+    backbones = model.student.backbone, model.teacher.detector.backbone
+    scale = model.teacher.scale
     try:
         matches = match_levels(*backbones, scale=scale)
     except InputError as error:

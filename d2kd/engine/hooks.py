@@ -21,6 +21,7 @@ from torch import nn
 
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import dataset_names, sample_evenly
+from ..data.loader import dataset_of
 from ..modeling import Distiller, Teacher
 from ..modeling.weights import file_sha256
 from ..structures.class_map import num_classes_of
@@ -163,7 +164,7 @@ class MeasureFeatures(HookBase):
         error = None
         if comm.is_main_process():
             try:
-                measure_features(self._model, self._config)
+                measure_features(self._model, self._config, self.trainer.data_loader)
             except InputError as found:  # raised below, or the other processes would wait forever
                 error = found
         if error := comm.all_gather(error)[0]:
@@ -174,10 +175,15 @@ class MeasureFeatures(HookBase):
             module.load_state_dict(comm.all_gather(state)[0])
 
 
-def measure_features(model: Distiller, config: DictConfig) -> None:
+def measure_features(model: Distiller, config: DictConfig, loader: Iterable) -> None:
     """Measure the teacher's features for the losses of a recipe's model, if one needs it, in this process.
 
     If the recipe has no test mapper or no list of training images, the first training batch will be used instead.
+
+    Args:
+        model: the Distiller.
+        config: the recipe.
+        loader: its training loader, whose list of images is used, so that annotations are not read again.
 
     Raises:
         InputError: an image cannot be read, or the features are not finite.
@@ -188,15 +194,17 @@ def measure_features(model: Distiller, config: DictConfig) -> None:
     )
     if not model.feature_rms() or dataset is None or mapper is None:
         return
-    records = instantiate(dataset)
+    records = dataset_of(loader)
+    if records is None:
+        records = instantiate(dataset)
     if not hasattr(records, "__len__"):  # a stream
         return
     records = sample_evenly(records, MEASURED_IMAGES)
-    loader = build_test_loader(
+    images = build_test_loader(
         records, mapper=instantiate(mapper), sampler=range(len(records)), batch_size=4
     )
     with preserved_random_state():
-        model.measure_features(loader)
+        model.measure_features(images)
 
 
 class PeriodicCheckpoint(hooks.PeriodicCheckpointer):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
@@ -88,3 +89,8 @@ def compile_modules(detector: nn.Module) -> None:
         for module in part if isinstance(part, nn.ModuleList) else [part]:
             if module is not None:
                 module.compile(dynamic=None)
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Return whether a module is a frozen batch norm, of Detectron2 or timm, whose statistics are buffers."""
+    return hasattr(module, "running_var") and not isinstance(module, _NormBase)

@@ -337,15 +337,14 @@ def prepare_recipe(
 ) -> tuple[DictConfig, str]:
     """Return the recipe of a run, ready to be trained, and its fingerprint.
 
-    The fingerprint has hashes of weights instead of paths, so that a study can be moved.
+    The fingerprint has hashes of weights instead of paths, so that a study can be moved. The labels of a run are part of
+    it, but not of the recipe yet, see :func:`d2kd.study.run.add_labels`.
 
     Args:
         run: the run.
         finished: name -> row of the runs it needs.
         folder: output folder of the run.
         ratio: cost of a distilled step relative to a plain one; only for an equal-time run.
-
-    The labels of a run are part of the fingerprint, but not of the recipe yet, see :func:`.add_labels`.
     """
     config = copy.deepcopy(run.config)
     config.train.seed = run.seed
