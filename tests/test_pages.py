@@ -34,12 +34,18 @@ from .test_voc import write_voc
 # Words of each example, and of each file, that a test here runs; the first two are in test_export.py.
 EXAMPLES = [
     *("config.model.student", "onnxruntime", "L(TorchvisionBackbone)", "with_timm_backbone("),
-    *("L(register_voc)", "L(subset)", "aliases=", "train.loss_optimizer = dict(", "Trainer(load("),
+    *(
+        "L(register_voc)",
+        "L(subset)",
+        "aliases=",
+        "train.loss_optimizer = dict(",
+        'Trainer(load("recipe',
+    ),
     *("Distiller(student=", "add_d2kd_config", "incremental_recipe(", "with_downscaled_student("),
-    *("LinearParamScheduler", "detector_from_config("),
+    *("LinearParamScheduler", "detector_from_config(", "for recipe in ("),
 ]
 SHOWN_FILES = ["recipe.py", "mine.py", "teacher_and_losses.py", "my_study.py"]
-SHOWN_FILES += ["my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"]
+SHOWN_FILES += ["my_loss.py", "my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"]
 
 
 def test_every_example_has_a_test():
@@ -88,6 +94,15 @@ def test_the_example_loss_in_a_package_of_its_own(tmp_path):
     (tmp_path / "recipe.py").write_text(FILES["recipe.py"])
     config = load(str(tmp_path / "recipe.py"))
     assert is_distiller(config.model) and config.model.teacher.weights == "teacher.pkl"
+
+
+def test_the_shortest_loss(tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
+    monkeypatch.syspath_prepend(tmp_path)
+    loss = importlib.import_module("my_loss").SameTopFeatures(weight=0.1)
+    ones = SimpleNamespace(features={"p5": torch.ones(1, 2, 3, 4)})
+    assert loss(ones, ones) == 0
+    assert loss(ones, SimpleNamespace(features={"p5": torch.full((1, 2, 3, 4), 3.0)})) == 4
 
 
 def recipe_with(phrase, base="baselines/faster_rcnn_R_50_FPN_1x.py"):
@@ -194,12 +209,32 @@ def test_a_student_of_small_images():
     assert recipe_with("with_downscaled_student(").recipe.dataloader.train.mapper.scale == 2
 
 
+def test_the_recipes_of_init_from_python(tmp_path, monkeypatch):
+    """All are trained, each in its folder, and the last one with the teacher that the second one made."""
+    monkeypatch.chdir(tmp_path)
+    tiny_run.draw_data(tmp_path / "data")
+    main(["init", "--data", "data/data.json", "--val", "data/data.json", "--output", "mine.py"])
+    fast = [
+        "train.max_iter=2",
+        "train.eval_period=0",
+        "train.device=cpu",
+    ]
+    fast += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    lines = block("for recipe in (").replace("load(recipe)", f"load(recipe, {fast})")
+    exec(lines, {})
+    assert sorted(path.name for path in Path("output/mine").iterdir()) == [
+        "alone",
+        "distilled",
+        "teacher",
+    ]
+
+
 def test_a_trainer_from_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.draw_data(tmp_path / "data")
     made = "without_evaluation(recipe(_here / 'data', _here / 'out'))"
     tiny_run.write_recipe(tmp_path / "recipe.py", made)
-    exec(block("Trainer(load(").replace("max_iter=1000", "max_iter=1"), {})
+    exec(block('Trainer(load("recipe').replace("max_iter=1000", "max_iter=1"), {})
     assert (tmp_path / "out/model_final.pth").is_file()
 
 

@@ -525,7 +525,9 @@ def test_known_classes_and_an_unknown_best_are_named(data, tmp_path, monkeypatch
     log = (tmp_path / "log.txt").read_text()
     assert "AP is 0.50; it has 33% of the classes" in log
     assert "no bbox/Ap in the evaluation" in log
-    assert not (tmp_path / "model_best.pth").exists()
+    assert "no evaluation had bbox/Ap: model_best.pth is the last state" in log
+    assert saved(tmp_path / "model_best.pth")["iteration"] == 0
+    assert not (tmp_path / "model_best.json").exists()
 
 
 def test_how_often_it_is_evaluated_changes_nothing(data, tmp_path):

@@ -285,7 +285,8 @@ class BestCheckpoint(HookBase):
     """Save the state with the highest metric so far as ``model_best.pth``; to be placed after the evaluation hook.
 
     The best value is written to ``model_best.json`` and to all checkpoints, so that a resumed run does not
-    overwrite a better state. ``--resume`` never continues from ``model_best.pth``.
+    overwrite a better state. ``--resume`` never continues from ``model_best.pth``. If no evaluation had the metric, as
+    of a detector that finds nothing, the last state is kept, so that a finished run always has this file.
 
     Args:
         period: that of the evaluation hook.
@@ -322,7 +323,13 @@ class BestCheckpoint(HookBase):
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # not interrupted
-            self._check_metric(self.trainer.max_iter - 1)
+            last = self.trainer.max_iter - 1
+            self._check_metric(last)
+            if self._best == -math.inf:
+                self._checkpointer.save("model_best", tag=False, iteration=last)
+                logger.warning(
+                    "no evaluation had %s: model_best.pth is the last state", self._metric
+                )
 
     def _check_metric(self, iteration: int) -> None:
         if comm.is_main_process() and self._metric not in self.trainer.storage.latest():
