@@ -34,6 +34,7 @@ setup(
         # Drawing of generated images and pictures. The headless build has the same cv2 without
         # windows: Detectron2 opens none, and the other build needs libGL, which servers lack.
         "opencv-python-headless>=4.8",
+        "msgspec>=0.19",  # annotation files: a schema, and fast decoding
         "omegaconf>=2.3",  # LazyConfig: the tree of a recipe
         "hydra-core>=1.3",  # LazyConfig: overrides on the command line
         # These four Detectron2 requires, too.

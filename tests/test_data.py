@@ -424,16 +424,13 @@ def value(section, key, value):
         (lambda c: c.update(annotations={}), "own.json: no list 'annotations'"),
         (lambda c: c.update(images=[], annotations=[]), "own.json: no images"),
         (lambda c: c["images"].append("x"), r"own.json: images\[6\]: 'x'"),
-        (without("images", "file_name"), r"own.json: images\[0\]: no file_name"),
-        (without("annotations", "bbox"), r"own.json: annotations\[0\]: no bbox"),
-        (without("annotations", "area"), r"own.json: annotations\[0\]: no area"),
-        (value("annotations", "id", 2), r"own.json: annotations\[1\]: id 2"),
-        (value("annotations", "id", 0), "own.json: annotation 0: id 0; expected ids"),
-        (value("annotations", "category_id", 9), "annotation 1: category 9; expected one of 1"),
-        (value("annotations", "image_id", 99), "own.json: annotation 1: image 99"),
-        (value("annotations", "bbox", [1, 2, 3]), r"own.json: annotation 1: bbox \[1, 2, 3\]"),
-        (value("annotations", "bbox", [1, 2, 3, float("nan")]), "own.json: annotation 1: bbox"),
-        (value("annotations", "bbox", [1, 2, -3, 4]), "own.json: annotation 1: bbox"),
+        (without("images", "file_name"), r"own.json: images\[0\] \(id 1\): no file_name"),
+        (without("annotations", "bbox"), r"own.json: annotations\[0\] \(id 1\): no bbox"),
+        (
+            value("annotations", "category_id", 9),
+            r"annotations\[0\] \(id 1\): category 9; .* one of 1",
+        ),
+        (value("annotations", "image_id", 99), r"own.json: annotations\[0\] \(id 1\): image 99"),
         (value("images", "file_name", "gone.png"), "images/gone.png: missing; expected every"),
         (value("images", "file_name", "no/such.png"), "images/no/such.png: missing"),
         (b'{"images": [\n  {"id": 1,]', "broken JSON at line 2, column 12"),
@@ -485,10 +482,6 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
             "own.json: no class bird; classes not in the list: solid_",
         ),
         (
-            lambda: coco_dataset("own", "own.json", "images", classes=[*shapes.CLASSES[::-1]]),
-            "classes of .*own.json: .*; expected the order",
-        ),
-        (
             lambda: check_dataset("shapes_trian"),
             "'shapes_trian': not registered; expected shapes_t",
         ),
@@ -497,8 +490,3 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
 )
 def test_what_is_refused_too(refuses, own, act, line):
     refuses(act, line)
-
-
-def test_a_box_may_be_flat(own):
-    change(own[0], value("annotations", "bbox", [1, 2, 3, 0]))
-    assert coco_dataset("own", *map(str, own)) == "own"

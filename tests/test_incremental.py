@@ -202,7 +202,7 @@ def test_a_file_that_names_its_increment(tmp_path):
         first = content["annotations"][0]["category_id"] - 1
         content["d2kd_increment"] = [f"class {k}" for k in range(3) if k != first]
 
-    line = r"annotation 1: class 'class \d', outside the increment; expected one of class"
+    line = r"annotations\[0\] \(id 1\): class 'class \d', outside the increment, and \d more; expected one of class"
     with pytest.raises(InputError, match=line):
         rewritten(tmp_path, of_other_classes)
 
@@ -252,6 +252,11 @@ def test_names_travel_in_the_checkpoint(tmp_path):
     other.model.classes = ["class 0", "class 2", "class 1"]
     other.dataloader.train.dataset.names.split = [["class 0"], ["class 2"], ["class 1"]]
     other.dataloader.train.dataset.names.increment = 3
+    with pytest.raises(
+        InputError, match="class 1 is 'class 1', not 'class 2'; expected the classes"
+    ):
+        Trainer(other)
+    del other.dataloader.test
     with pytest.raises(InputError, match="its classes are class 0, class 1, class 2; expected the"):
         Trainer(other).resume_or_load(True)
 

@@ -459,18 +459,6 @@ def test_a_teacher_is_measured_as_the_student_is(data, tmp_path, monkeypatch, fo
     for folder in ("out", "out/teacher"):  # each has its own detections
         assert (tmp_path / folder / "inference/coco_instances_results.json").is_file()
 
-    # The same teacher, beside a student that counts in another order, is measured anew on the same data.
-    turned = tmp_path / "turned"
-    draw_data(turned)
-    content = json.loads((turned / "data.json").read_text())
-    content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate(NAMES[::-1])]
-    (turned / "data.json").write_text(json.dumps(content))
-    model.classes = NAMES[::-1]
-    again = recipe(turned, tmp_path / "again", model, max_iter=1)
-    again.dataloader.update(test=config.dataloader.test, evaluator=config.dataloader.evaluator)
-    run(again)
-    assert json.loads((tmp_path / "again/run.json").read_text())["teacher"]["AP"] < 100
-
 
 @pytest.mark.parametrize(
     "names, reason",
@@ -573,7 +561,7 @@ def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
     content |= {"annotations": [], "categories": content["categories"][:1]}
     (few / "data.json").write_text(json.dumps(content))
     name = coco_dataset(f"few_{tmp_path}", str(few / "data.json"), str(few))
-    refused(whole, name, CLASSES, f"{CLASSES} of the student; expected 1, as data set '{name}'")
+    refused(whole, name, CLASSES, f"data set '{name}': no class class 1, class 2; expected the")
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -119,9 +120,13 @@ class _Annotations(PathHandler):
 
     def _get_local_path(self, path: str, **_) -> str:
         part = MetadataCatalog.get(path.removeprefix(ANNOTATIONS_PREFIX)).derived
-        source = MetadataCatalog.get(part.dataset).get("json_file")
-        # The local path, because the prefixed one stays the same when the other's own source changes.
-        return _write_annotations(part, source and PathManager.get_local_path(source))
+        whole = getattr(part, "dataset", None)
+        source = MetadataCatalog.get(whole).get("json_file") if whole else part.json_file
+        if whole and (prepare := MetadataCatalog.get(whole).get("prepare")):
+            prepare()  # a generated set is drawn
+        # By the content, because the other's file may be corrected and read again.
+        file = source and Path(PathManager.get_local_path(source))
+        return _write_annotations(part, file and file_digest(file.read_bytes()))
 
     def _isfile(self, path: str, **_) -> bool:
         return path.removeprefix(ANNOTATIONS_PREFIX) in DatasetCatalog.list()
@@ -134,9 +139,14 @@ class _Annotations(PathHandler):
 PathManager.register_handler(_Annotations())
 
 
+def file_digest(content: bytes) -> str:
+    """Return the hash by which results of reading a file are kept."""
+    return hashlib.blake2b(content).hexdigest()
+
+
 @functools.cache
-def _write_annotations(part, source: str | None) -> str:
-    """Write the file, which this process deletes at exit; a new one if ``source`` has changed."""
+def _write_annotations(part, digest: str | None) -> str:
+    """Write the file, which this process deletes at exit; a new one if the digest of its source has changed."""
     folder = tempfile.mkdtemp(prefix="d2kd_annotations_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = Path(folder, "annotations.json")

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
-import math
+import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
-from .catalog import INCREMENT_KEY, check_files, expand_path, is_registered
+from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
+from .coco_file import CocoFile, read_coco_file, summarize_coco_file
 from .voc import check_voc
 
-# The keys needed for loading, and for COCO's evaluation (`area` and `iscrowd`).
-_KEYS = {
-    "categories": {"id", "name"},
-    "images": {"id", "file_name", "width", "height"},
-    "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd"},
-}
+logger = logging.getLogger(__name__)
 
 
 def coco_dataset(
@@ -45,13 +40,13 @@ def coco_dataset(
     Args:
         json_file, image_root: the annotations and the folder of the images. Each may start with an environment
             variable, as in ``"$BIRDS/train.json"``, so that the recipe works on any machine.
-        classes: if given, the file must have exactly these classes, in the order of their category
-            ids. Pass the same list for training and validation to guarantee that their class
-            indices agree.
+        classes: class names in the order of the class indices. A file may have them in another order, and may lack
+            some. Pass the same list for training and validation, so that their class indices agree. By default, the
+            classes of the file in the order of their category ids.
 
     Raises:
-        InputError: if the files are invalid (see :func:`check_dataset`), a variable is not set, or
-            ``name`` is already registered for other data.
+        InputError: if the files are invalid (see :mod:`d2kd.data.coco_file`), a variable is not set, or ``name`` is
+            already registered for other data.
     """
     classes = None if classes is None else tuple(classes)
     paths = [
@@ -59,19 +54,52 @@ def coco_dataset(
         for path in (json_file, image_root)
     ]
     given = (*paths, classes)
-    if is_registered(name, given):
-        return name
-
-    names = _check_coco(*given)
-    DatasetCatalog.register(name, lambda: load_coco_json(given[0], given[1], name))
-    MetadataCatalog.get(name).set(
-        json_file=given[0],
-        image_root=given[1],
-        evaluator_type="coco",
-        thing_classes=list(names),
-        registered_as=given,
-    )
+    if not is_registered(name, given):
+        file = _check_coco(*given)
+        DatasetCatalog.register(name, partial(_load_coco, name, *given))
+        _set_coco_metadata(name, file, image_root=given[1], registered_as=given)
     return name
+
+
+def _load_coco(name: str, json_file: str, image_root: str, classes: tuple[str, ...] | None):
+    """Return the dataset dicts of a file as it is now."""
+    file = read_coco_file(json_file).with_classes(classes)
+    _set_coco_metadata(name, file)
+    logger.info("%s: %d images from %s", name, len(file.images), json_file)
+    return file.records(image_root)
+
+
+def _set_coco_metadata(name: str, file: CocoFile, **more) -> None:
+    """Set the metadata that follow from a file, and others; Detectron2 allows no second value."""
+    known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
+    new = {
+        "evaluator_type": "coco",
+        "thing_classes": list(file.classes),
+        "thing_dataset_id_to_contiguous_id": {id: k for k, id in enumerate(file.category_ids)},
+        "num_objects": file.num_objects,
+    }
+    new["json_file"] = file.json_file if file.is_standard else f"{ANNOTATIONS_PREFIX}{name}"
+    new["derived"] = None if file.is_standard else StandardForm(file.json_file, file.classes)
+    if any(known.get(key) != value for key, value in (new | more).items()):
+        MetadataCatalog.remove(name) if known else None
+        known.pop("name", None)
+        MetadataCatalog.get(name).set(**known | new | more)
+
+
+@dataclass(frozen=True)
+class StandardForm:
+    """A file in the form that COCO's evaluation reads; the metadata of a data set has it as ``derived``.
+
+    Attributes:
+        json_file: the file.
+        classes: class names in the order of the class indices.
+    """
+
+    json_file: str
+    classes: tuple[str, ...]
+
+    def annotations(self) -> dict:
+        return read_coco_file(self.json_file).with_classes(self.classes).standard_content()
 
 
 def dataset_names(recipe: DictConfig, part: str) -> list[str]:
@@ -129,107 +157,83 @@ def check_dataset(names) -> list[str]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("prepare"):
             metadata.prepare()
-        if metadata.get("evaluator_type") == "coco" and metadata.get("image_root") is not None:
-            _check_coco(
-                metadata.json_file,
-                metadata.image_root,
-                (metadata.get("registered_as") or [None])[-1],
-            )
+        _check_registered_coco(name)
         if metadata.get("dirname") is not None and metadata.get("split") is not None:
             check_voc(metadata.dirname, metadata.split, tuple(metadata.thing_classes))
     return names
 
 
-@lru_cache  # called again by the evaluator's node and the trainer; exceptions are not cached
-def _check_coco(
-    json_file: str, image_root: str, classes: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """Check the files and return the class names in the order of their category ids."""
+def _check_registered_coco(name: str) -> None:
+    """Check a set that d2kd or Detectron2's ``register_coco_instances`` registered, which then is read as d2kd reads it."""
+    metadata, load = MetadataCatalog.get(name), DatasetCatalog[name]
+    if load.__module__ == "detectron2.data.datasets.coco":
+        given = (metadata.json_file, metadata.image_root, None)
+        load = partial(_load_coco, name, *given)
+        DatasetCatalog.remove(name)
+        DatasetCatalog.register(name, load)
+    if isinstance(load, partial) and load.func is _load_coco:
+        _set_coco_metadata(name, _check_coco(*load.args[1:]))
+    elif metadata.get("evaluator_type") == "coco" and metadata.get("image_root") is not None:
+        _check_coco(metadata.json_file, metadata.image_root, None)
+
+
+def _check_coco(json_file: str, image_root: str, classes: tuple[str, ...] | None) -> CocoFile:
+    """Check a file and that its images are there; return its summary."""
     if not PathManager.isdir(image_root):
         raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
-    content = _read(json_file)
-    categories = {one["id"]: one["name"] for one in content["categories"]}
-    images = {one["id"] for one in content["images"]}
-    if not images or not categories:
-        raise InputError(json_file, "no images or no categories", "at least one of each")
-
-    names = tuple(categories[key] for key in sorted(categories))
-    if classes is not None and set(classes) != set(names):
-        lacks, adds = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
-        difference = [f"no class {', '.join(lacks)}"] * bool(lacks)
-        difference += [f"classes not in the list: {', '.join(adds)}"] * bool(adds)
-        raise InputError(json_file, "; ".join(difference), f"the classes {', '.join(classes)}")
-    if classes is not None and classes != names:
-        raise InputError(
-            f"classes of {json_file}",
-            ", ".join(classes),
-            f"the order of the category ids: {', '.join(names)}",
-        )
-
-    annotated = content.get(INCREMENT_KEY, names)  # of an incremental set, the annotated classes
-    for one in content["annotations"]:
-        culprit = f"{json_file}: annotation {one['id']}"
-        # COCOeval stores the id of the matched object for each detection, where 0 means no match.
-        if one["id"] < 1:
-            raise InputError(culprit, f"id {one['id']}", "ids from 1, as COCOeval counts them")
-        if one["category_id"] not in categories:
-            listed = ", ".join(map(str, sorted(categories)))
-            raise InputError(culprit, f"category {one['category_id']!r}", f"one of {listed}")
-        if categories[one["category_id"]] not in annotated:
-            found = f"class {categories[one['category_id']]!r}, outside the increment"
-            raise InputError(culprit, found, f"one of {', '.join(annotated)}")
-        if one["image_id"] not in images:
-            raise InputError(culprit, f"image {one['image_id']!r}", "an image id of the file")
-        if not _is_box(one["bbox"]):
-            raise InputError(culprit, f"bbox {one['bbox']!r}", "[x, y, width, height] in pixels")
-
-    files = (one["file_name"] for one in content["images"])
-    check_files(files, image_root, f"every image that {json_file} names")
-    return names
+    file = summarize_coco_file(json_file).with_classes(classes)
+    check_files(file.file_names, image_root, f"every image that {json_file} names")
+    return file
 
 
-def _read(json_file: str) -> dict[str, list[dict]]:
-    if not PathManager.isfile(json_file):
-        raise InputError(json_file, "no such file", "annotations in COCO's format")
-    try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as file:
-            content = json.load(file)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(json_file, f"broken JSON at {where}: {error.msg}", "valid JSON") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(json_file, f"unreadable: {error}", "a JSON file in UTF-8") from error
+def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
+    """Check that checked data sets have the same classes in the same order, as far as they name them.
 
-    if not isinstance(content, dict):
-        raise InputError(
-            json_file, f"a {type(content).__name__}", f"an object of {', '.join(_KEYS)}"
-        )
-    for section, keys in _KEYS.items():
-        records = content.get(section)
-        if not isinstance(records, list):
-            raise InputError(json_file, f"no list {section!r}", f"the lists {', '.join(_KEYS)}")
-        seen = set()
-        for position, record in enumerate(records):
-            culprit = f"{json_file}: {section}[{position}]"
-            if not isinstance(record, dict):
-                raise InputError(culprit, repr(record), f"an object with {', '.join(sorted(keys))}")
-            if missing := keys - record.keys():
-                raise InputError(
-                    culprit, f"no {', '.join(sorted(missing))}", "COCO's keys for detection"
-                )
-            if not isinstance(record["id"], int) or record["id"] in seen:
-                raise InputError(culprit, f"id {record['id']!r}", "a whole number no other has")
-            seen.add(record["id"])
-    return content
+    A test set may have further classes if the first training set is an increment.
+
+    Raises:
+        InputError: naming the data set and the first difference.
+    """
+    if not train or not (first := MetadataCatalog.get(train[0]).get("thing_classes")):
+        return
+    grows = MetadataCatalog.get(train[0]).get("incremental_split") is not None
+    for name in (*train[1:], *test):
+        classes = MetadataCatalog.get(name).get("thing_classes") or first
+        if grows and name in test:
+            classes = classes[: len(first)]
+        if list(classes) == list(first):
+            continue
+        expected = f"the classes of data set {train[0]!r}: {', '.join(first)}"
+        if lacking := [one for one in first if one not in classes]:
+            found = f"no class {', '.join(lacking)}"
+            expected += "; with classes=[…] of coco_dataset a file may lack some"
+        elif further := [one for one in classes if one not in first]:
+            found = f"further classes {', '.join(further)}"
+        else:
+            k = next(k for k, (a, b) in enumerate(zip(classes, first)) if a != b)
+            found = f"class {k} is {classes[k]!r}, not {first[k]!r}"
+            expected += "; with classes=[…] of coco_dataset files may have any order"
+        raise InputError(f"data set {name!r}", found, expected)
 
 
-def _is_box(box) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
-        and min(box[2:]) >= 0
-    )
+def check_has_objects(names: Sequence[str]) -> None:
+    """Check that training data have an object to learn from: no crowd, with a class and an area.
+
+    Raises:
+        InputError: if none of the data sets has one.
+    """
+    for name in names:
+        if (count := MetadataCatalog.get(name).get("num_objects")) is None:
+            count = any(
+                not one.get("iscrowd", 0)
+                for record in DatasetCatalog.get(name)
+                for one in record.get("annotations", ())
+            )
+        if count:
+            return
+    if names:
+        found = "no object to learn from: all are crowds, have no area, or there are none"
+        raise InputError(f"training data {', '.join(names)}", found, "at least one object")
 
 
 def sample_evenly(records: Sequence[dict], number: int) -> list[dict]:

@@ -68,6 +68,7 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
     )
     coco = convert_to_coco_dict(name)
     metadata.json_file = _write(coco, root)
+    metadata.num_objects = len(coco.get("annotations", ()))
     if dropped := total - len(coco.get("annotations", ())):
         logging.getLogger(__name__).warning(
             f"{name}: {dropped} of {total} boxes left out: no area in the image"

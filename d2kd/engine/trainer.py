@@ -37,7 +37,7 @@ from ..config import is_distiller, teacher_node, with_defaults
 from ..config.saving import changed_values, save_config
 from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
-from ..data.datasets import dataset_names, training_classes
+from ..data.datasets import check_has_objects, check_same_classes, dataset_names, training_classes
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
@@ -185,6 +185,8 @@ class Trainer(DefaultTrainer):
         self._data, self._test_data = (
             check_dataset(dataset_names(self.cfg, part)) for part in ("train", "test")
         )
+        check_same_classes(self._data, self._test_data)
+        check_has_objects(self._data)
 
     def _check_classes(self, model: nn.Module) -> None:
         """Check that the data have the student's classes; after loading, because some data have no names before."""

@@ -1,0 +1,373 @@
+"""Annotation files of many tools: understood in the same way by every reader, or refused in one line."""
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2kd.data import check_dataset, coco_dataset, subset
+from d2kd.data import coco_file as reader
+from d2kd.data.datasets import check_has_objects, check_same_classes
+from d2kd.utils.errors import InputError
+
+from .tiny_run import draw_data
+
+RLE = {"size": [64, 64], "counts": [70, 5, 59, 5, 3957]}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    draw_data(folder)
+    return folder
+
+
+@pytest.fixture
+def content(images):
+    """A file with objects of two classes in the first image; free to be changed."""
+    return json.loads((images / "data.json").read_text())
+
+
+_numbers = itertools.count()
+
+
+def register(content, images, classes=None) -> str:
+    number = next(_numbers)
+    file = images / f"{number}.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return coco_dataset(f"{images}_{number}", str(file), str(images), classes)
+
+
+def detections_of(record: dict) -> Instances:
+    """What an oracle would detect: the annotations, crowds included."""
+    found = Instances((record["height"], record["width"]))
+    objects = record["annotations"]
+    boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    found.pred_classes = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
+    found.scores = torch.ones(len(objects))
+    return found
+
+
+def ap_of_oracle(name: str, folder) -> float:
+    """By Detectron2's evaluator."""
+    check_dataset(name)
+    evaluator = COCOEvaluator(name, tasks=("bbox",), output_dir=str(folder), use_fast_impl=False)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        evaluator.process([record], [{"instances": detections_of(record)}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+def objects_learned(name: str) -> int:
+    """Objects that a box detector's mapper leaves for training."""
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+    return sum(len(mapper(record)["instances"]) for record in DatasetCatalog.get(name))
+
+
+def edit_all(section, **values):
+    return lambda content: [one.update(values) for one in content[section]]
+
+
+def edit_first(section, **values):
+    return lambda content: content[section][0].update(values)
+
+
+def without(section, *keys):
+    return lambda content: [one.pop(key) for one in content[section] for key in keys]
+
+
+def together(*edits):
+    return lambda content: [edit(content) for edit in edits]
+
+
+def text_ids(content):
+    for one in content["images"]:
+        one["id"] = f"image {one['id']}"
+    for one in content["annotations"]:
+        one["image_id"] = f"image {one['image_id']}"
+
+
+def whole_floats(content):
+    """As a table writes whole numbers of a column in which one is missing."""
+    for one in content["images"]:
+        one.update(width=64.0, height=64.0, id=float(one["id"]))
+    for one in content["annotations"]:
+        for key in ("id", "image_id", "category_id", "iscrowd"):
+            one[key] = float(one[key])
+
+
+ODD_BUT_CLEAR = {
+    "as it is": lambda content: None,
+    "no area": without("annotations", "area"),
+    "no iscrowd": without("annotations", "iscrowd"),
+    "no ids of annotations": without("annotations", "id"),
+    "iscrowd null": edit_all("annotations", iscrowd=None),
+    "iscrowd false": edit_all("annotations", iscrowd=False),
+    "area null": edit_all("annotations", area=None),
+    "area 0": edit_all("annotations", area=0),
+    "ids from 0": lambda content: [a.update(id=k) for k, a in enumerate(content["annotations"])],
+    "ids of texts": lambda content: [a.update(id=f"a{k}") for k, a in enumerate(content["annotations"])],
+    "one id null": edit_first("annotations", id=None),
+    "images with ids of texts": text_ids,
+    "whole numbers with a point": whole_floats,
+    "empty polygon": edit_all("annotations", segmentation=[[]]),
+    "no polygon": edit_all("annotations", segmentation=[]),
+    "segmentation null": edit_all("annotations", segmentation=None),
+    "polygon of two points": edit_all("annotations", segmentation=[[1, 2, 3, 4]]),
+    "polygon": edit_all("annotations", segmentation=[[1, 1, 9, 1, 9, 9]]),
+    "uncompressed RLE": edit_all("annotations", segmentation=RLE),
+    "keys of other tools": edit_all("annotations", attributes={"occluded": False}, ignore=0, score=None),
+    "ignore false": edit_all("annotations", ignore=False),
+    "no supercategory, and more": edit_all("categories", supercategory=None, keypoints=[]),
+    "info and licenses": lambda content: content.update(info=None, licenses=[{"id": 0}]),
+    "a class without an object": lambda content: content["categories"].append({"id": 0, "name": "all"}),
+    "ids of classes with gaps": lambda content: content["categories"].append({"id": 90, "name": "z"}),
+    "classes in another order": lambda content: content["categories"].reverse(),
+    "images in another order": lambda content: content["images"].reverse(),
+    "a box of fractions": edit_first("annotations", bbox=[1.25, 2.5, 10.125, 3.75]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_BUT_CLEAR)
+def test_what_is_odd_but_clear_is_understood(kind, content, images, tmp_path):
+    """All objects are learned, and an oracle has an AP of 100, by the evaluator and in a comparison."""
+    count = len(content["annotations"])
+    ODD_BUT_CLEAR[kind](content)
+    name = register(content, images)
+    assert objects_learned(name) == count
+    assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+    assert check_dataset(name) == [name]
+
+
+def test_records_of_a_standard_file_are_detectron2s(content, images):
+    edit_first("annotations", segmentation=[[1, 1, 9, 1, 9, 9]], iscrowd=1)(content)
+    content["annotations"][1].update(segmentation=RLE, keypoints=[5, 6, 2, 0, 0, 0])
+    name = register(content, images)
+    metadata = MetadataCatalog.get(name)
+    assert metadata.json_file.endswith(".json")  # the file itself
+    ours, theirs = DatasetCatalog.get(name), load_coco_json(metadata.json_file, str(images), "d2")
+    assert ours == theirs
+    other = MetadataCatalog.get("d2")
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        assert getattr(metadata, key) == getattr(other, key)
+
+
+def test_sets_that_detectron2_registered_are_understood_too(content, images, tmp_path):
+    edit_all("annotations", iscrowd=None)(content)
+    file = tmp_path / "registered.json"
+    file.write_text(json.dumps(content))
+    name = f"of_detectron2_{tmp_path}"
+    register_coco_instances(name, {"thing_colors": [1]}, str(file), str(images))
+    assert check_dataset(name) == [name]
+    assert objects_learned(name) == len(content["annotations"])
+    assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+    assert MetadataCatalog.get(name).thing_colors == [1]
+
+
+def test_boxes_without_area_are_left_out_everywhere(content, images, tmp_path, caplog):
+    edit_first("annotations", bbox=[1, 2, 3, 0])(content)
+    name = register(content, images)
+    assert "1 of 7 boxes left out: no width or no height" in caplog.text
+    assert objects_learned(name) == len(content["annotations"]) - 1
+    assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+
+
+def test_an_object_that_is_there_twice_is_named(content, images, caplog):
+    content["annotations"].append(dict(content["annotations"][0], id=100))
+    register(content, images)
+    assert "1 objects are there twice: same image, class and box" in caplog.text
+
+
+REFUSED = {
+    "iscrowd as text": (edit_first("annotations", iscrowd="0"), r"\[0\] \(id 1\): iscrowd '0'; expected 0 or 1"),
+    "iscrowd 2": (edit_all("annotations", iscrowd=2), r"iscrowd 2, and 6 more; expected 0 or 1"),
+    "area as text": (edit_first("annotations", area="12.5"), "area '12.5'; expected a number of pixels"),
+    "negative area": (edit_first("annotations", area=-1), "area -1; expected"),
+    "infinite area": (edit_first("annotations", area=float("inf")), "area inf; expected"),
+    "ignore": (edit_first("annotations", ignore=1), "ignore 1; expected 0: mark .* by iscrowd 1"),
+    "three numbers": (edit_all("annotations", bbox=[1, 2, 3]), r"bbox \[1, 2, 3\], and 6 more; expected \[x"),
+    "nan": (edit_first("annotations", bbox=[1, 2, 3, float("nan")]), r"bbox \[1, 2, 3, nan\]"),
+    "negative": (edit_first("annotations", bbox=[1, 2, -3, 4]), r"bbox \[1, 2, -3, 4\]"),
+    "corners as a dict": (edit_first("annotations", bbox={"x": 1}), "bbox {'x': 1}"),
+    "no bbox": (without("annotations", "bbox"), r"annotations\[0\] \(id 1\): no bbox, and 6 more"),
+    "a polygon of texts": (edit_first("annotations", segmentation=[["1", "2"]]), "segmentation: .*; expected poly"),
+    "an RLE without a size": (edit_first("annotations", segmentation={"counts": "a"}), "segmentation: .*size"),
+    "mask as a number": (edit_first("annotations", segmentation=5), "segmentation: "),
+    "keypoints of texts": (edit_first("annotations", keypoints=["a"]), "keypoints"),
+    "a class that is a number": (edit_first("categories", name=7), r"categories\[0\] \(id 1\): name 7; expected a text"),
+    "a class without a name": (edit_first("categories", name=""), "name ''; expected a text"),
+    "two classes of one name": (edit_all("categories", name="a"), r"\[1\]: name 'a' once more, and 1 more"),
+    "two classes of one id": (edit_all("categories", id=1), "id 1 once more"),
+    "width null": (edit_first("images", width=None), r"images\[0\] \(id 0\): width None; expected a whole number"),
+    "width as text": (edit_first("images", width="64"), "width '64'"),
+    "width 0": (edit_first("images", width=0), "width 0"),
+    "a file name that is a number": (edit_first("images", file_name=5), "file_name 5; expected a text"),
+    "one file twice": (edit_first("images", file_name="1.png"), r"images\[1\]: file_name '1.png' once more"),
+    "one image id twice": (edit_first("images", id=1), "id 1 once more"),
+    "texts and numbers as image ids": (edit_first("images", id="x"), "1 of 6 image ids are texts"),
+    "category as text": (edit_first("annotations", category_id="1"), "category_id '1'"),
+    "one annotation id twice": (edit_all("annotations", id=3), "id 3 once more, and 5 more"),
+    "increment that is no list": (lambda c: c.update(d2kd_increment=5), "d2kd_increment: "),
+    "a list of texts": (lambda c: c.update(categories=["cat"]), r"categories\[0\]: 'cat'; expected an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_meant_is_refused(kind, content, images, refuses):
+    edit, line = REFUSED[kind]
+    edit(content)
+    refuses(lambda: register(content, images), line)
+
+
+def test_a_byte_order_mark_is_no_fault(content, images):
+    name = register("\ufeff" + json.dumps(content), images)
+    assert len(DatasetCatalog.get(name)) == 6
+
+
+def test_a_corrected_file_is_read_again(content, images, tmp_path):
+    """In one process, as in a notebook: classes, objects and the evaluation are those of the new content."""
+    file = tmp_path / "mine.json"
+    whole = copy.deepcopy(content)
+    content["annotations"][0]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    make = lambda: coco_dataset(f"corrected_{tmp_path}", str(file), str(images))  # noqa: E731
+    with pytest.raises(InputError, match="category 9"):
+        make()
+    file.write_text(json.dumps(whole))
+    name = make()
+    assert len(DatasetCatalog.get(name)[0]["annotations"]) == 1
+    whole["categories"].append({"id": 9, "name": "new"})
+    whole["annotations"][0].update(category_id=9, iscrowd=None)
+    file.write_text(json.dumps(whole))
+    assert make() == name
+    assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+    assert MetadataCatalog.get(name).thing_classes[-1] == "new"
+    whole["annotations"][1:] = []
+    file.write_text(json.dumps(whole))
+    assert ap_of_oracle(name, tmp_path / "again") == pytest.approx(100)
+    assert objects_learned(name) == 1
+
+
+def test_classes_follow_their_names(content, images, tmp_path):
+    """Two files with the classes in another order, and one without a class, have the same class indices."""
+    classes = ["class 2", "class 0", "class 1"]
+    names = [register(content, images, classes)]
+    content["categories"].reverse()
+    for one in content["categories"]:
+        one["id"] = {"class 2": 0, "class 1": 7, "class 0": 3}[one["name"]]
+    for one in content["annotations"]:
+        one["category_id"] = {3: 0, 2: 7, 1: 3}[one["category_id"]]
+    names.append(register(content, images, classes))
+    first, second = map(DatasetCatalog.get, names)
+    assert first == second
+    check_same_classes(names[:1], names[1:])
+    for k, name in enumerate(names):
+        assert MetadataCatalog.get(name).thing_classes == classes
+        assert ap_of_oracle(name, tmp_path / str(k)) == pytest.approx(100)
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] != 7]
+    content["categories"] = [one for one in content["categories"] if one["id"] != 7]
+    name = register(content, images, classes)
+    check_same_classes(names, [name])
+    assert ap_of_oracle(name, tmp_path / "lacking") == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "edit, line",
+    [
+        (lambda c: c["categories"].append({"id": 0, "name": "background"}), "further classes background"),
+        (lambda c: c["categories"].pop(), "no class class 2; .* with classes="),
+        (lambda c: [c["categories"][k].update(name=f"class {2 - k}") for k in range(3)], "class 0 is 'class 2', not 'class 0'"),
+    ],
+)  # fmt: skip
+def test_classes_of_two_sets_are_compared_by_name(edit, line, content, images, refuses):
+    train = register(content, images)
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] < 3]
+    edit(content)
+    test = register(content, images)
+    refuses(lambda: check_same_classes([train], [test]), line)
+    refuses(lambda: check_same_classes([train, test], []), line)
+    check_same_classes([train], [train])
+    check_same_classes([], [test])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        edit_all("annotations", iscrowd=1),
+        edit_all("annotations", bbox=[1, 1, 0, 5]),
+        lambda content: content.update(annotations=[]),
+    ],
+)
+def test_training_data_need_an_object(edit, content, images, refuses):
+    whole = register(content, images)
+    edit(content)
+    name = register(content, images)
+    refuses(lambda: check_has_objects([name]), "no object to learn from")
+    check_has_objects([name, whole])
+    check_has_objects([])
+    empty = subset(whole, images=1, seed=1)  # of the six images, one has no object
+    for seed in range(2, 50):
+        if not any(len(r["annotations"]) for r in DatasetCatalog.get(empty)):
+            break
+        empty = subset(whole, images=1, seed=seed)
+    refuses(lambda: check_has_objects([empty]), "no object to learn from")
+
+
+def test_a_file_is_decoded_once(content, images, monkeypatch):
+    decoded = []
+    original = reader._decode
+    monkeypatch.setattr(
+        reader, "_decode", lambda *given: decoded.append(given[0]) or original(*given)
+    )
+    content["info"] = {"description": "decoded once"}
+    name = register(content, images)
+    check_dataset([name, name])
+    assert len(DatasetCatalog.get(name)) == 6
+    check_dataset(name)
+    assert len(decoded) == 1
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 100), st.floats(allow_subnormal=False, width=32),
+    st.text(max_size=3), st.lists(st.floats(0, 60, width=32), max_size=5), st.just([[]]), st.just({}),
+)  # fmt: skip
+KEYS = {
+    "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation", "keypoints"],
+    "images": ["id", "file_name", "width", "height"],
+    "categories": ["id", "name", "supercategory"],
+}  # fmt: skip
+EDITS = st.lists(
+    st.sampled_from([(s, k) for s, keys in KEYS.items() for k in keys]).flatmap(
+        lambda at: st.tuples(st.just(at), st.booleans(), st.integers(0, 6), VALUES)
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(edits=EDITS)
+def test_any_content_is_understood_or_refused(edits, tmp_path_factory, images):
+    """In one line, or so that an oracle has an AP of 100; never otherwise."""
+    content = json.loads((images / "data.json").read_text())
+    for (section, key), drop, position, value in edits:
+        record = content[section][position % len(content[section])]
+        record.pop(key, None) if drop else record.update({key: value})
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        name = register(content, images)
+    except InputError as error:
+        assert error.expected and "\n" not in str(error)
+        return
+    ap = ap_of_oracle(name, folder)
+    assert ap == pytest.approx(100) or np.isnan(ap) or objects_learned(name) == 0
