@@ -11,7 +11,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from d2kd.data import OpenCVDatasetMapper, build_train_loader
-from d2kd.data.mapper import _TorchResize, read_image
+from d2kd.data.images import read_image
+from d2kd.data.mapper import _TorchResize
 from d2kd.utils.errors import InputError
 
 SIZE = 60, 90

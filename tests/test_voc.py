@@ -171,7 +171,7 @@ SPLIT, XML, SECOND = "ImageSets/Main/train.txt", "Annotations/train0.xml", "obje
         (written(SPLIT, b"train0\ntrain1 -1\n"), f"{SPLIT}: line 2: train1 -1; expected an image"),
         (written(SPLIT, b"train0\ntrain1\ntrain0\n"), f"{SPLIT}: train0 twice"),
         (written(SPLIT, b"\xff\xfe"), f"{SPLIT}: unreadable"),
-        (written(SPLIT, b"train0\nno9\nno8\n"), "no8.jpg: missing, and 1 more .*listed in .*train"),
+        (written(SPLIT, b"train0\nno9\nno8\n"), "no8.xml: missing, and 1 more .*listed in .*train"),
         (gone("JPEGImages/train2.jpg"), "JPEGImages/train2.jpg: missing; expected"),
         (gone(XML), f"{XML}: missing; expected"),
         (written(XML, b""), f"{XML}: broken XML"),
@@ -201,6 +201,86 @@ def test_what_is_wrong_is_named(voc, spoil, found):
     register_pascal_voc("plain", str(voc), "train", 2007, NAMES)
     with pytest.raises(InputError, match=found):
         check_dataset("plain")
+
+
+def registered_as_is(root, split="train"):
+    return [
+        [a["category_id"] for a in r["annotations"]]
+        for r in DatasetCatalog.get(register(root, split))
+    ]
+
+
+EXPECTED = [[0, 1], [], [2]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".PNG", ".webp"])
+def test_images_of_any_suffix(voc, suffix):
+    for file in (voc / "JPEGImages").iterdir():
+        image = Image.open(file)
+        image.save(file.with_name(f"new{suffix}"))
+        file.unlink()
+        file.with_name(f"new{suffix}").rename(file.with_suffix(suffix))
+    assert registered_as_is(voc) == EXPECTED
+    assert all(os.path.isfile(r["file_name"]) for r in DatasetCatalog.get("own"))
+
+
+def test_the_file_name_in_an_annotation_decides(voc):
+    """Where the image's name does not."""
+    edit(
+        lambda tree: ET.SubElement(tree.getroot(), "filename").__setattr__(
+            "text", " other name.jpg "
+        )
+    )(voc)
+    folder = voc / "JPEGImages"
+    (folder / "train0.jpg").rename(folder / "other name.jpg")
+    assert registered_as_is(voc) == EXPECTED
+    assert DatasetCatalog.get("own")[0]["file_name"].endswith("other name.jpg")
+
+
+@pytest.mark.parametrize("name", ["with spaces", "number #1", "Übung", "照片"])
+def test_names_of_any_kind(voc, name):
+    for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        (voc / folder / f"train0{suffix}").rename(voc / folder / f"{name}{suffix}")
+    (voc / SPLIT).write_text(f"{name}  \ntrain1 # a comment\n\ntrain2\n", encoding="utf-8")
+    assert registered_as_is(voc) == EXPECTED
+    assert DatasetCatalog.get("own")[0]["image_id"] == name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk", "utf-16", "latin-1", "utf-8-sig"])
+def test_annotations_in_any_declared_encoding(voc, encoding):
+    file = voc / XML
+    declared = "utf-8" if encoding == "utf-8-sig" else encoding
+    word = "été" if encoding == "latin-1" else "照片"
+    text = file.read_text().replace("<annotation>", f"<annotation><folder>{word}</folder>")
+    file.write_bytes(f'<?xml version="1.0" encoding="{declared}"?>\n{text}'.encode(encoding))
+    assert registered_as_is(voc) == EXPECTED
+    if encoding == "gbk":
+        file.write_bytes(text.encode(encoding))
+        with pytest.raises(
+            InputError, match="broken XML: .*expected .* the encoding that it declares"
+        ):
+            check_dataset("own")
+
+
+def test_a_flat_folder_for_each_split(voc, tmp_path):
+    flat = tmp_path / "flat" / "train"
+    flat.mkdir(parents=True)
+    for stem in ("train0", "train1", "train2"):
+        (voc / "Annotations" / f"{stem}.xml").rename(flat / f"{stem}.xml")
+        (voc / "JPEGImages" / f"{stem}.jpg").rename(flat / f"{stem}.jpg")
+    assert registered_as_is(flat.parent) == EXPECTED
+    (flat.parent / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no .xml file; expected one beside each image"):
+        register(flat.parent, "empty", "other")
+
+
+def test_corrected_annotations_are_read_again(voc, tmp_path):
+    assert registered_as_is(voc) == EXPECTED
+    text("object/name", "class 2")(voc)
+    assert check_dataset("own") == ["own"]
+    assert registered_as_is(voc) == [[2, 1], [], [2]]
+    with open(MetadataCatalog.get("own").json_file) as file:
+        assert [a["category_id"] for a in json.load(file)["annotations"]] == [2, 1, 2]
 
 
 def test_a_picture_of_another_size_is_named(voc, tmp_path):

@@ -23,7 +23,7 @@ from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
 from .coco_file import CocoFile, read_coco_file, summarize_coco_file
-from .voc import check_voc
+from .voc import check_voc, refresh_voc
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ def check_dataset(names) -> list[str]:
         _check_registered_coco(name)
         if metadata.get("dirname") is not None and metadata.get("split") is not None:
             check_voc(metadata.dirname, metadata.split, tuple(metadata.thing_classes))
+            refresh_voc(name)
     return names
 
 

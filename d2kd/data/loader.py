@@ -34,6 +34,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
+from .images import check_image, check_record, read_image, reads_by_these_rules
 
 _ORDER, _SAMPLE = range(2)  # keys of independent random streams
 
@@ -195,6 +196,8 @@ class _Mapped(Dataset):
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         )
         self.mapper, self.seed = mapper, seed
+        # Which images this process has checked; a mapper that reads images by its own rules is left alone.
+        self._checked = bytearray(len(dataset)) if reads_by_these_rules(mapper) else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -203,8 +206,12 @@ class _Mapped(Dataset):
         position, index = at
         with seeded_rng(self.seed, _SAMPLE, position):
             for other in range(len(self)):
-                record = self.dataset[(index + other) % len(self)]
+                number = (index + other) % len(self)
+                record = self.dataset[number]
                 try:
+                    if self._checked is not None and not self._checked[number]:
+                        check_record(record)
+                        self._checked[number] = True
                     sample = self.mapper(record)
                 except InputError as error:
                     return error
@@ -226,12 +233,16 @@ def _blame_image(record: dict, error: Exception) -> InputError | None:
     if isinstance(error, detection_utils.SizeMismatchError):
         expected = f"{record.get('width')} x {record.get('height')} as in the annotations"
         try:
-            height, width = detection_utils.read_image(name).shape[:2]
+            height, width = read_image(name, "BGR").shape[:2]
+            turned = check_image(name) != 1
         except Exception:
             return InputError(name, "another size", expected)
-        return InputError(name, f"{width} x {height} pixels", expected)
+        after = " after its EXIF orientation" if turned else ""
+        return InputError(name, f"{width} x {height} pixels{after}", expected)
     try:
-        detection_utils.read_image(name)
+        read_image(name, "BGR")
+    except InputError as unreadable:
+        return unreadable
     except Exception as unreadable:
         return InputError(name, f"cannot be decoded ({unreadable})", "a readable image")
     return None

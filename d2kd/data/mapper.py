@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import cv2
 import detectron2.data.transforms as T
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetMapper, detection_utils
-from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from .images import read_image
 
 RESIZES = (T.Resize, T.ResizeShortestEdge)
 
@@ -48,22 +48,6 @@ class OpenCVDatasetMapper(DatasetMapper):
         elif "annotations" in record:
             self._transform_annotations(record, transforms, aug_input.image.shape[:2])
         return record
-
-
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """Read an image as ``detectron2.data.detection_utils.read_image`` does, with OpenCV if it can.
-
-    Returns:
-        np.ndarray: (H, W, 3) uint8 for BGR or RGB, rotated by the file's EXIF orientation.
-    """
-    image = None
-    if image_format in ("BGR", "RGB"):
-        with PathManager.open(file_name, "rb") as file:
-            content = np.frombuffer(file.read(), np.uint8)
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    if image is None:  # Pillow reads it, or raises an informative error
-        return detection_utils.read_image(file_name, format=image_format)
-    return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 class _ResizeAugmentation(T.Augmentation):

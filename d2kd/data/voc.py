@@ -1,32 +1,39 @@
-"""Custom data sets in Pascal VOC's format, read by Detectron2's loader.
+"""Custom data sets in Pascal VOC's format.
 
-``ImageSets/Main/<split>.txt`` lists the images, one per line; ``Annotations/<image>.xml`` has the
-boxes and ``JPEGImages/<image>.jpg`` the pixels. Detectron2's loader needs the suffix ``.jpg``: convert
-other images first, or use COCO's format.
+Either as VOC's own: ``ImageSets/Main/<split>.txt`` lists the images, one per line; ``Annotations/<image>.xml`` has the
+boxes and ``JPEGImages`` the pixels. Or flat, as some tools export it: the folder ``<split>`` has a file ``.xml`` beside each
+image. An image is found by its name, with any usual suffix; if several or none are there, the annotation's ``<filename>``
+says which.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.data.datasets.pascal_voc import load_voc_instances
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import InputError
-from .catalog import check_files, expand_path, is_registered
+from .catalog import check_files, expand_path, file_digest, is_registered
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> str:
@@ -40,8 +47,8 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
     image are dropped, with a warning. Evaluate with ``COCOEvaluator``.
 
     Args:
-        root: the folder of Annotations, ImageSets and JPEGImages. It may start with an environment
-            variable, as in ``"$BIRDS/2024"``, so that the recipe works on any machine.
+        root: the folder of Annotations, ImageSets and JPEGImages, or of a flat folder for each split. It may start
+            with an environment variable, as in ``"$BIRDS/2024"``, so that the recipe works on any machine.
         classes: class names in the order of their class indices.
 
     Raises:
@@ -56,27 +63,57 @@ def register_voc(name: str, root: str, split: str, classes: Sequence[str]) -> st
     if is_registered(name, given):
         return name
 
-    total = check_voc(root, split, classes)
+    check_voc(root, split, classes)
     DatasetCatalog.register(name, partial(_load, root, split, classes))
-    metadata = MetadataCatalog.get(name)
-    metadata.set(
+    MetadataCatalog.get(name).set(
         dirname=root,
         split=split,
         evaluator_type="coco",
         thing_classes=list(classes),
         registered_as=given,
     )
-    coco = convert_to_coco_dict(name)
-    metadata.json_file = _write(coco, root)
-    metadata.num_objects = len(coco.get("annotations", ()))
-    if dropped := total - len(coco.get("annotations", ())):
-        logging.getLogger(__name__).warning(
-            f"{name}: {dropped} of {total} boxes left out: no area in the image"
-        )
+    refresh_voc(name)
     return name
 
 
-@lru_cache  # called again by the evaluator's node and the trainer; exceptions are not cached
+def refresh_voc(name: str) -> None:
+    """Write the annotations of a registered set for COCO's evaluation, if their files have changed."""
+    metadata = MetadataCatalog.get(name)
+    load = DatasetCatalog[name]
+    if not (isinstance(load, partial) and load.func is _load):
+        return  # registered with Detectron2, for its own evaluation
+    digest = _digest(_find_layout(*load.args[:2]))
+    if metadata.get("digest") == digest:
+        return
+    coco = convert_to_coco_dict(name)
+    coco.setdefault("annotations", [])
+    known = metadata.as_dict() | {"json_file": _write(coco, load.args[0]), "digest": digest}
+    known["num_objects"] = len(coco["annotations"])
+    known.pop("name")
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).set(**known)
+    if dropped := check_voc(*load.args) - known["num_objects"]:
+        logging.getLogger(__name__).warning(
+            f"{name}: {dropped} of {dropped + known['num_objects']} boxes left out: no area in the image"
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the files of a split are.
+
+    Attributes:
+        listed_in: the file, or the folder, that lists the images.
+        names: of the images, without suffix.
+        annotations, images: folders.
+    """
+
+    listed_in: str
+    names: tuple[str, ...]
+    annotations: str
+    images: str
+
+
 def check_voc(root: str, split: str, classes: tuple[str, ...]) -> int:
     """Read all annotations of a split and check that its images exist, without decoding them.
 
@@ -86,33 +123,115 @@ def check_voc(root: str, split: str, classes: tuple[str, ...]) -> int:
     Raises:
         InputError: if the data set is invalid; the message names the folder, file or object.
     """
-    for folder in (root, *(os.path.join(root, name) for name in ("Annotations", "JPEGImages"))):
-        if not PathManager.isdir(folder):
-            expected = "the folder of Annotations, ImageSets and JPEGImages"
-            raise InputError(folder, "no such folder", expected if folder == root else "one")
-    names, listed_by = _names(root, split), f"as listed in {_names_file(root, split)}"
-    check_files((f"{name}.jpg" for name in names), os.path.join(root, "JPEGImages"), listed_by)
+    return sum(len(record["annotations"]) for record in _read(root, split, classes))
+
+
+def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
+    """Return dataset dicts as Detectron2's ``load_voc_instances``, without boxes that have no area in their image."""
+    records = _read(root, split, classes)
+    for record in records:
+        size = record["width"], record["height"]
+        record["annotations"] = [a for a in record["annotations"] if _has_area(*a["bbox"], *size)]
+    return records
+
+
+def _read(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
+    layout = _find_layout(root, split)
+    return copy.deepcopy(_read_layout(layout, classes, _digest(layout)))
+
+
+def _digest(layout: _Layout) -> str:
+    """Return a hash of names, sizes and times of the annotations, and of the images' names."""
+    with os.scandir(PathManager.get_local_path(layout.annotations)) as files:
+        seen = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return file_digest(repr((seen, sorted(PathManager.ls(layout.images)))).encode())
+
+
+@lru_cache(
+    maxsize=8
+)  # by the digest, because files are corrected and read again; errors are not kept
+def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list[dict]:
+    listed_by = f"as listed in {layout.listed_in}"
+    check_files((f"{name}.xml" for name in layout.names), layout.annotations, listed_by)
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    present = PathManager.ls(layout.images)
+    for file in present:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            by_stem[stem].append(file)
+    records, missing = [], []
+    for name in layout.names:
+        file = os.path.join(layout.annotations, f"{name}.xml")
+        tree = _parse(file)
+        images = by_stem[name]
+        if len(images) != 1:
+            images = [one for one in [(tree.findtext("filename") or "").strip()] if one in present]
+        if not images:
+            missing.append(os.path.join(layout.images, f"{name}.jpg"))
+            continue
+        width, height = (
+            _check_number(tree.findtext(key), int, file, key)
+            for key in ("size/width", "size/height")
+        )
+        for key, value in (("size/width", width), ("size/height", height)):
+            if value < 1:
+                raise InputError(file, f"{key} {value}", "at least 1 pixel")
+        records.append(
+            {
+                "file_name": os.path.join(layout.images, images[0]),
+                "image_id": name,
+                "height": height,
+                "width": width,
+                "annotations": _objects(tree, file, classes),
+            }
+        )
+    if missing:
+        more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
+        expected = f"an image {listed_by}, of any suffix in {', '.join(IMAGE_SUFFIXES)}"
+        raise InputError(missing[0], f"missing{more}", expected)
+    return records
+
+
+def _find_layout(root: str, split: str) -> _Layout:
+    if not PathManager.isdir(root):
+        expected = "the folder of Annotations, ImageSets and JPEGImages"
+        raise InputError(root, "no such folder", expected)
+    flat = os.path.join(root, split)
+    if not PathManager.isdir(os.path.join(root, "Annotations")) and PathManager.isdir(flat):
+        names = tuple(sorted(f[: -len(".xml")] for f in PathManager.ls(flat) if f.endswith(".xml")))
+        if not names:
+            raise InputError(flat, "no .xml file", "one beside each image")
+        return _Layout(flat, names, flat, flat)
+    for folder in ("Annotations", "JPEGImages"):
+        if not PathManager.isdir(os.path.join(root, folder)):
+            expected = f"one, or a folder {split} of images and .xml files"
+            raise InputError(os.path.join(root, folder), "no such folder", expected)
     annotations = os.path.join(root, "Annotations")
-    check_files((f"{name}.xml" for name in names), annotations, listed_by)
-    return sum(_check_xml(os.path.join(annotations, f"{name}.xml"), classes) for name in names)
+    names = _names(root, split, set(PathManager.ls(annotations)))
+    return _Layout(
+        _names_file(root, split), tuple(names), annotations, os.path.join(root, "JPEGImages")
+    )
 
 
 def _names_file(root: str, split: str) -> str:
     return os.path.join(root, "ImageSets", "Main", f"{split}.txt")
 
 
-def _names(root: str, split: str) -> list[str]:
+def _names(root: str, split: str, annotations: set[str]) -> list[str]:
+    """Return the names in the list of a split. They may have spaces; what follows ``#`` is a comment."""
     file = _names_file(root, split)
     if not PathManager.isfile(file):
         raise InputError(file, "no such file", "the names of the images, one a line")
     names = []
     try:
-        with PathManager.open(file) as lines:
+        with PathManager.open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
-                words = line.partition("#")[0].split()  # np.loadtxt, used later, skips comments
-                if len(words) > 1:
-                    raise InputError(f"{file}: line {number}", line.strip(), "an image's name")
-                names += words
+                name = line.strip()
+                if f"{name}.xml" not in annotations:
+                    name = line.partition("#")[0].strip()
+                if len(name.split()) > 1 and f"{name}.xml" not in annotations:
+                    raise InputError(f"{file}: line {number}", name, "an image's name")
+                names += [name] if name else []
     except UnicodeDecodeError as error:
         raise InputError(file, f"unreadable: {error}", "text") from error
     if not names:
@@ -122,49 +241,51 @@ def _names(root: str, split: str) -> list[str]:
     return names
 
 
-def _check_xml(file: str, classes: tuple[str, ...]) -> int:
-    """Check that Detectron2's loader can read a file, and return its number of objects."""
+def _parse(file: str) -> ET.ElementTree:
     try:
-        with PathManager.open(file) as content:
-            tree = ET.parse(content)
+        with PathManager.open(file, "rb") as opened:
+            content = opened.read()
+        declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w.:-]+)[\"'][^>]*\?>", content)
+        if declared:  # expat knows few encodings, Python many
+            text = content[declared.end() :].decode(declared[1].decode())
+            return ET.ElementTree(ET.fromstring(text))
+        return ET.ElementTree(ET.fromstring(content))
     except (ET.ParseError, ValueError, LookupError, OSError) as error:
-        raise InputError(file, f"broken XML: {error}", "an annotation in VOC's format") from error
-    for key in ("size/width", "size/height"):
-        if _check_number(tree.findtext(key), int, file, key) < 1:
-            raise InputError(file, f"{key} {tree.findtext(key)}", "at least 1 pixel")
-    objects = tree.findall("object")
-    for position, one in enumerate(objects, 1):
+        expected = "an annotation in VOC's format, in UTF-8 or the encoding that it declares"
+        raise InputError(file, f"broken XML: {error}", expected) from error
+
+
+def _objects(tree: ET.ElementTree, file: str, classes: tuple[str, ...]) -> list[dict]:
+    found = []
+    for position, one in enumerate(tree.findall("object"), 1):
         culprit = f"{file}: object {position}"
-        if one.findtext("name") not in classes:
-            found = f"class {one.findtext('name')!r}"
-            raise InputError(culprit, found, f"one of {', '.join(classes)}")
-        for corner in ("xmin", "ymin", "xmax", "ymax"):
-            _check_number(one.findtext(f"bndbox/{corner}"), float, culprit, f"bndbox/{corner}")
-    return len(objects)
+        name = one.findtext("name")
+        name = name if name in classes else (name or "").strip()
+        if name not in classes:
+            expected = f"one of {', '.join(classes)}"
+            raise InputError(culprit, f"class {one.findtext('name')!r}", expected)
+        x0, y0, x1, y1 = (
+            float(_check_number(one.findtext(f"bndbox/{key}"), float, culprit, f"bndbox/{key}"))
+            for key in ("xmin", "ymin", "xmax", "ymax")
+        )
+        found.append(
+            {
+                # VOC counts pixels from 1, and xmax and ymax are inside the box.
+                "bbox": [x0 - 1, y0 - 1, x1, y1],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": classes.index(name),
+            }
+        )
+    return found
 
 
 def _check_number(text: str | None, kind: Callable, culprit: str, key: str) -> float:
-    with contextlib.suppress(ValueError):
-        if text is not None and math.isfinite(kind(text)):
-            return kind(text)
+    with contextlib.suppress(ValueError, OverflowError):
+        value = float(text) if text is not None else math.nan
+        if math.isfinite(value) and value == kind(value):
+            return kind(value)
     found = f"no {key}" if text is None else f"{key} {text!r}"
     raise InputError(culprit, found, f"a {'whole ' if kind is int else ''}number of pixels")
-
-
-def _load(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
-    """Return Detectron2's dataset dicts, without boxes that have no area inside their image."""
-    names = _names(root, split)
-    if len(names) > 1:
-        records = load_voc_instances(root, split, classes)
-    else:
-        # The loader fails for a list of one name, but accepts a list in another folder.
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "twice.txt").write_text(f"{names[0]}\n" * 2)
-            records = load_voc_instances(root, os.path.join(folder, "twice"), classes)[:1]
-    for record in records:
-        size = record["width"], record["height"]
-        record["annotations"] = [a for a in record["annotations"] if _has_area(*a["bbox"], *size)]
-    return records
 
 
 def _has_area(x0: float, y0: float, x1: float, y1: float, width: float, height: float) -> bool:
@@ -181,7 +302,6 @@ def _write(coco: dict, root: str) -> str:
     because a teacher's AP is cached by its hash.
     """
     coco["info"] = {}
-    coco.setdefault("annotations", [])
     for image in coco["images"]:
         image["file_name"] = os.path.relpath(image["file_name"], root)
     folder = tempfile.mkdtemp(prefix="d2kd_voc_")

@@ -11,11 +11,13 @@ from omegaconf import DictConfig
 
 from ..data import check_dataset
 from ..data.datasets import dataset_names, sample_evenly
+from ..data.images import check_image, read_image
 from ..utils.errors import InputError
 from .findings import Finding
 
 BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
 MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
+MIN_DEVIATION = 2.0  # standard deviation of pixels, of 255, below which an image shows nothing
 MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
@@ -39,7 +41,7 @@ def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
         records = [record for name in names for record in DatasetCatalog.get(name)]
         classes = _annotated_classes(MetadataCatalog.get(names[0]))
         yield from _check_annotations(f"{part} data", records, classes)
-        yield _check_images(f"{part} images", records, images)
+        yield from _check_images(f"{part} images", records, images)
 
 
 def _annotated_classes(metadata: Metadata) -> dict[int, str]:
@@ -74,7 +76,12 @@ def _check_annotations(
     outside = ((box[:, :2] < -BOX_MARGIN) | (box[:, 2:] > size + BOX_MARGIN)).any(axis=1)
     flat = (box[:, 2:] <= box[:, :2]).any(axis=1)
     bad = int((outside | flat).sum())
-    if bad:
+    meant = _other_format(box, size)
+    if meant:
+        found = f"as if they were {meant}"
+        advice = "[x, y, width, height] in pixels, of the upper left corner"
+        yield Finding(f"{subject}, boxes", "error", found, advice)
+    elif bad:
         state = "error" if bad >= MAX_BAD_BOXES * len(rows) else "warning"
         found = (
             f"{int(outside.sum())} boxes lie outside their image, {int(flat.sum())} have no area"
@@ -89,18 +96,47 @@ def _check_annotations(
         yield Finding(f"{subject}, classes", "warning", found, "leave them out, or add examples")
 
 
-def _check_images(subject: str, records: Sequence[dict], images: int) -> Finding:
+def _other_format(box: np.ndarray, size: np.ndarray) -> str | None:
+    """Return what boxes (XYXY, M x 4) look like, if they do not fit into images (M x 2) and would as something else."""
+    if (box <= 1).all() and (box >= 0).all():
+        return "fractions of the image's sides"
+    first, last = box[:, :2], box[:, 2:]
+    sides = last - first
+    if ((last > size + BOX_MARGIN).any(axis=1)).mean() < MAX_BAD_BOXES:
+        return None
+    if (sides > first).all() and (sides <= size + BOX_MARGIN).all():
+        return "[x0, y0, x1, y1], two corners"
+    centred = (first - sides / 2 >= -BOX_MARGIN) & (first + sides / 2 <= size + BOX_MARGIN)
+    return "[centre x, centre y, width, height]" if centred.all() else None
+
+
+def _check_images(subject: str, records: Sequence[dict], images: int) -> Iterator[Finding]:
     chosen = sample_evenly(records, images or len(records))
-    bad = []
+    bad, turned, uniform = [], [], []
     for record in chosen:
+        name = record["file_name"]
         try:
-            image = detection_utils.read_image(record["file_name"], format="BGR")
+            if check_image(name) != 1:
+                turned.append(name)
+            image = read_image(name, "BGR")
             detection_utils.check_image_size(dict(record), image)
+            if image.std() < MIN_DEVIATION:
+                uniform.append(name)
         except detection_utils.SizeMismatchError:
-            bad.append(f"{record['file_name']} (another size than annotated)")
+            bad.append(f"{name} (another size than annotated)")
+        except InputError as error:
+            bad.append(f"{name} ({error.found})")
         except Exception as error:  # Pillow raises many types
-            bad.append(f"{record['file_name']} ({type(error).__name__})")
+            bad.append(f"{name} ({type(error).__name__})")
     if bad:
         found = f"{len(bad)} of {len(chosen)} cannot be used, such as {bad[0]}"
-        return Finding(subject, "error", found, "replace them, or leave them out")
-    return Finding(subject, "ok", f"{len(chosen)} of {len(records)} decoded")
+        yield Finding(subject, "error", found, "replace them, or leave them out")
+    else:
+        yield Finding(subject, "ok", f"{len(chosen)} of {len(records)} decoded")
+    if turned:
+        found = f"{len(turned)} of {len(chosen)} have an EXIF orientation, such as {turned[0]}"
+        advice = "it is applied: look whether the boxes fit the turned images (d2kd visualize)"
+        yield Finding(f"{subject}, orientation", "warning", found, advice)
+    if uniform:
+        found = f"{len(uniform)} of {len(chosen)} are of nearly one colour, such as {uniform[0]}"
+        yield Finding(f"{subject}, content", "warning", found, "look at them")

@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
 from ..comparison.comparison import Comparison
 from ..comparison.objects import ChangedObject, Picture
+from ..data.images import read_image
 
 WON, LOST = "#12915f", "#d1433f"
 RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import sample_evenly
+from ..data.images import read_image
 
 # Smaller images are enlarged to this shorter side, in pixels, so that the labels of an 8 px object are legible.
 LEGIBLE_SIDE = 480
