@@ -14,9 +14,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2kd.data import check_dataset, coco_dataset, subset
+from d2kd.data import build_train_loader, check_dataset, coco_dataset, subset
 from d2kd.data import coco_file as reader
-from d2kd.data.datasets import check_has_objects, check_same_classes
+from d2kd.data.datasets import check_has_objects, check_masks, check_same_classes, shared_images
 from d2kd.utils.errors import InputError
 
 from .tiny_run import draw_data
@@ -371,3 +371,40 @@ def test_any_content_is_understood_or_refused(edits, tmp_path_factory, images):
         return
     ap = ap_of_oracle(name, folder)
     assert ap == pytest.approx(100) or np.isnan(ap) or objects_learned(name) == 0
+
+
+def mask_loader(name, **options):
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR", **options)
+    records = DatasetCatalog.get(name)
+    return build_train_loader(
+        records, mapper=mapper, total_batch_size=1, aspect_ratio_grouping=False
+    )
+
+
+def test_every_object_has_a_mask_where_masks_are_read(content, images, refuses):
+    masks = dict(use_instance_mask=True)
+    polygon = [[1, 1, 9, 1, 9, 9]]
+    name = register(content, images)
+    check_masks(mask_loader(name))  # no masks are read
+    line = "0.png: 7 objects of the data have no mask; expected a mask for each"
+    refuses(lambda: check_masks(mask_loader(name, **masks)), line)
+    edit_all("annotations", segmentation=polygon)(content)
+    check_masks(mask_loader(register(content, images), **masks))
+    content["annotations"][3].update(segmentation=RLE)
+    name = register(content, images)
+    line = "1 masks of the data are RLE; expected polygons; or .*instance_mask_format=bitmask"
+    refuses(lambda: check_masks(mask_loader(name, **masks)), line)
+    check_masks(mask_loader(name, **masks, instance_mask_format="bitmask"))
+    content["annotations"][3].update(iscrowd=1)  # as in COCO's own files
+    check_masks(mask_loader(register(content, images), **masks))
+    check_masks([])
+
+
+def test_images_of_both_sets_are_named(content, images):
+    train = register(content, images)
+    content["images"] = content["images"][2:4]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in (2, 3)]
+    test = register(content, images)
+    assert [path.rsplit("/")[-1] for path in shared_images([train], [test])] == ["2.png", "3.png"]
+    assert shared_images([train], [train]) == shared_images([], [test]) == []
+    assert len(shared_images([train], [subset(train, images=3)])) == 3

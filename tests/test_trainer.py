@@ -613,3 +613,17 @@ def test_classes_named_otherwise_than_in_the_data(data, refuses):
     config.model.classes = config.model.teacher.classes = names
     line = "model.classes: class 0 is 'class 1'; expected 'class 0', as in the data"
     refuses(lambda: Trainer(config), line)
+
+
+def test_one_evaluator_has_one_test_set(data, tmp_path):
+    """It would compare the images of the second with its own, by their ids."""
+    config = recipe(data, tmp_path / "out")
+    other = coco_dataset(f"second_{tmp_path}", str(data / "data.json"), str(data))
+    names = config.dataloader.test.dataset.names
+    config.dataloader.test.dataset.names = [names, other]
+    with pytest.raises(
+        InputError, match="dataloader.test.dataset.names: 2 data sets, .*expected one"
+    ):
+        Trainer(config)
+    del config.dataloader.evaluator
+    Trainer(config)

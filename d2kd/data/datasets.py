@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
@@ -77,7 +78,10 @@ def _set_coco_metadata(name: str, file: CocoFile, **more) -> None:
         "thing_classes": list(file.classes),
         "thing_dataset_id_to_contiguous_id": {id: k for k, id in enumerate(file.category_ids)},
         "num_objects": file.num_objects,
+        "oddities": file.oddities,
     }
+    if root := more.get("image_root", known.get("image_root")):
+        new["image_files"] = [os.path.join(root, name) for name in file.file_names]
     new["json_file"] = file.json_file if file.is_standard else f"{ANNOTATIONS_PREFIX}{name}"
     new["derived"] = None if file.is_standard else StandardForm(file.json_file, file.classes)
     if any(known.get(key) != value for key, value in (new | more).items()):
@@ -235,6 +239,52 @@ def check_has_objects(names: Sequence[str]) -> None:
     if names:
         found = "no object to learn from: all are crowds, have no area, or there are none"
         raise InputError(f"training data {', '.join(names)}", found, "at least one object")
+
+
+def check_masks(loader: Iterable) -> None:
+    """Check that every object has a mask that the mapper can read, if a training loader's mapper reads masks.
+
+    Loaders and mappers that are not Detectron2's or this package's are not checked.
+
+    Raises:
+        InputError: naming the first image, and the number of objects.
+    """
+    mapped = getattr(loader, "dataset", None)
+    mapper = getattr(getattr(mapped, "mapper", None), "mapper", getattr(mapped, "mapper", None))
+    if not isinstance(mapper, DatasetMapper) or not mapper.use_instance_mask:
+        return
+    polygons = mapper.instance_mask_format == "polygon"
+    without, others, first = 0, 0, {}
+    for record in mapped.dataset:
+        for one in record.get("annotations", ()):
+            mask = one.get("segmentation")
+            if one.get("iscrowd", 0):
+                continue
+            if not mask:
+                without += 1
+                first.setdefault("without", record["file_name"])
+            elif polygons and isinstance(mask, dict):
+                others += 1
+                first.setdefault("others", record["file_name"])
+    if without:
+        expected = "a mask for each object; or dataloader.train.mapper.use_instance_mask=False"
+        raise InputError(first["without"], f"{without} objects of the data have no mask", expected)
+    if others:
+        expected = "polygons; or dataloader.train.mapper.instance_mask_format=bitmask"
+        raise InputError(first["others"], f"{others} masks of the data are RLE", expected)
+
+
+def shared_images(train: Sequence[str], test: Sequence[str]) -> list[str]:
+    """Return the files of test images that are training images, too; none if the sets are the same on purpose."""
+    if set(train) == set(test):
+        return []
+    files = {file for name in train for file in _image_files(name)}
+    return [file for name in test for file in _image_files(name) if file in files]
+
+
+def _image_files(name: str) -> Sequence[str]:
+    files = MetadataCatalog.get(name).get("image_files")  # of a large file, without its annotations
+    return files or [record["file_name"] for record in DatasetCatalog.get(name)]
 
 
 def sample_evenly(records: Sequence[dict], number: int) -> list[dict]:

@@ -21,7 +21,7 @@ from .datasets import check_dataset
 
 # Metadata of the whole data set by which check_dataset would check the files of images that the subset lacks.
 _NOT_COPIED = ("name", "image_root", "dirname", "split", "json_file", "prepare", "registered_as")
-_NOT_COPIED += ("num_objects", "derived")
+_NOT_COPIED += ("num_objects", "image_files", "oddities", "derived")
 
 
 def subset(

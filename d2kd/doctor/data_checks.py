@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..data.datasets import dataset_names, sample_evenly
+from ..data.datasets import check_same_classes, dataset_names, sample_evenly, shared_images
 from ..data.images import check_image, read_image
 from ..utils.errors import InputError
 from .findings import Finding
@@ -28,9 +28,10 @@ def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
         config: a complete recipe.
         images: number of images to decode from each, evenly spaced; 0: all.
     """
+    checked = {}
     for part in ("train", "test"):
         try:
-            names = check_dataset(dataset_names(config, part))
+            names = checked[part] = check_dataset(dataset_names(config, part))
         except InputError as error:
             advice = f"{error.expected}"
             yield Finding(f"{part} data", "error", f"{error.culprit}: {error.found}", advice)
@@ -39,9 +40,27 @@ def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
             yield Finding(f"{part} data", "ok", "no names of data sets")
             continue
         records = [record for name in names for record in DatasetCatalog.get(name)]
+        for oddity in (o for name in names for o in MetadataCatalog.get(name).get("oddities", ())):
+            yield Finding(f"{part} data, file", "warning", oddity, "correct it, if it is not meant")
         classes = _annotated_classes(MetadataCatalog.get(names[0]))
         yield from _check_annotations(f"{part} data", records, classes)
         yield from _check_images(f"{part} images", records, images)
+    if len(checked) == 2:
+        yield from _compare(**checked)
+
+
+def _compare(train: list[str], test: list[str]) -> Iterator[Finding]:
+    try:
+        check_same_classes(train, test)
+    except InputError as error:
+        yield Finding(
+            "classes of the data", "error", f"{error.culprit}: {error.found}", error.expected
+        )
+    if shared := shared_images(train, test):
+        found = f"{len(shared)} test images are training images, too, such as {shared[0]}"
+        yield Finding(
+            "test images", "warning", found, "leave them out of one: their AP says little"
+        )
 
 
 def _annotated_classes(metadata: Metadata) -> dict[int, str]:
@@ -98,7 +117,7 @@ def _check_annotations(
 
 def _other_format(box: np.ndarray, size: np.ndarray) -> str | None:
     """Return what boxes (XYXY, M x 4) look like, if they do not fit into images (M x 2) and would as something else."""
-    if (box <= 1).all() and (box >= 0).all():
+    if (box <= 1).all() and (box >= 0).all() and (box != box.round()).any():
         return "fractions of the image's sides"
     first, last = box[:, :2], box[:, 2:]
     sides = last - first

@@ -19,6 +19,7 @@ from torch import nn
 from ..data import use_seeded_loaders
 from ..data.datasets import dataset_names
 from ..utils.compat import has_compiled_operators
+from ..utils.errors import InputError
 from ..utils.random_state import preserved_random_state
 from .checkpoint import get_student
 
@@ -62,13 +63,13 @@ def build_evaluator(
         output_dir: folder of the evaluator's files; by default the run's ``inference``.
         dataset_name: a registered data set to use instead of the recipe's.
     """
+    if dataset_name is None:
+        check_test_data(config)
     config = copy.deepcopy(config)
     node = config.dataloader.evaluator
     output_dir = output_dir or Path(config.train.output_dir, "inference")
     for x in node if OmegaConf.is_list(node) else [node]:
-        target = x.get("_target_")
-        target = locate(target) if isinstance(target, str) else target
-        if not (inspect.isclass(target) and issubclass(target, COCOEvaluator)):
+        if not _is_coco(x):
             continue
         if dataset_name is not None:
             x.dataset_name = dataset_name
@@ -77,6 +78,28 @@ def build_evaluator(
         if not has_compiled_operators():
             x.use_fast_impl = False
     return instantiate(node)
+
+
+def check_test_data(config: DictConfig) -> None:
+    """Check that a COCO evaluator has one test set: it would compare the images of another with its own by their ids.
+
+    Raises:
+        InputError: there are several.
+    """
+    nodes = config.dataloader.get("evaluator") or []
+    names = dataset_names(config, "test")
+    if len(names) > 1 and any(map(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes])):
+        raise InputError(
+            "dataloader.test.dataset.names",
+            f"{len(names)} data sets, {', '.join(names)}",
+            "one, as COCOEvaluator has one; measure the others by --eval-only",
+        )
+
+
+def _is_coco(node: DictConfig) -> bool:
+    target = node.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    return inspect.isclass(target) and issubclass(target, COCOEvaluator)
 
 
 def do_test(

@@ -37,7 +37,14 @@ from ..config import is_distiller, teacher_node, with_defaults
 from ..config.saving import changed_values, save_config
 from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
-from ..data.datasets import check_has_objects, check_same_classes, dataset_names, training_classes
+from ..data.datasets import (
+    check_has_objects,
+    check_masks,
+    check_same_classes,
+    dataset_names,
+    shared_images,
+    training_classes,
+)
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
@@ -59,6 +66,7 @@ from .checkpoint import (
 from .evaluation import (
     build_evaluator,
     build_recipe_test_loader,
+    check_test_data,
     do_test,
     finite_metrics,
     get_test_dataset_name,
@@ -157,6 +165,7 @@ class Trainer(DefaultTrainer):
         self._seed()
         loader = self.build_train_loader(cfg)
         self._check_classes(model)
+        check_masks(loader)
         self._trainer = TrainStep(
             wrap_ddp(model, self.device, train.ddp),
             loader,
@@ -185,8 +194,13 @@ class Trainer(DefaultTrainer):
         self._data, self._test_data = (
             check_dataset(dataset_names(self.cfg, part)) for part in ("train", "test")
         )
+        check_test_data(self.cfg)
         check_same_classes(self._data, self._test_data)
         check_has_objects(self._data)
+        if shared := shared_images(self._data, self._test_data):
+            logger.warning(
+                "%d test images are training images, too, such as %s", len(shared), shared[0]
+            )
 
     def _check_classes(self, model: nn.Module) -> None:
         """Check that the data have the student's classes; after loading, because some data have no names before."""
