@@ -143,7 +143,7 @@ BOXES = np.array(
     ],
 )
 def test_boxes_of_another_format_are_recognised(boxes, meant):
-    found = _other_format(boxes, np.full((3, 2), 100.0))
+    found = _other_format(np.tile(boxes, (4, 1)), np.full((12, 2), 100.0))
     assert (found is None) == (meant is None) and (meant or "") in (found or "")
 
 
@@ -153,4 +153,5 @@ def test_boxes_around_a_centre_are_recognised():
     read = np.concatenate(
         [centre, centre + sides], axis=1
     )  # [centre, sides] read as [corner, sides]
-    assert "centre" in _other_format(read, np.full((3, 2), 100.0))
+    assert "centre" in _other_format(np.tile(read, (4, 1)), np.full((12, 2), 100.0))
+    assert _other_format(read, np.full((3, 2), 100.0)) is None  # too few to tell

@@ -17,6 +17,7 @@ from .findings import Finding
 
 BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
 MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
+LEAST_BOXES = 10  # from which their format is guessed
 MIN_DEVIATION = 2.0  # standard deviation of pixels, of 255, below which an image shows nothing
 MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
@@ -121,7 +122,7 @@ def _other_format(box: np.ndarray, size: np.ndarray) -> str | None:
         return "fractions of the image's sides"
     first, last = box[:, :2], box[:, 2:]
     sides = last - first
-    if ((last > size + BOX_MARGIN).any(axis=1)).mean() < MAX_BAD_BOXES:
+    if len(box) < LEAST_BOXES or (last > size + BOX_MARGIN).any(axis=1).mean() < MAX_BAD_BOXES:
         return None
     if (sides > first).all() and (sides <= size + BOX_MARGIN).all():
         return "[x0, y0, x1, y1], two corners"

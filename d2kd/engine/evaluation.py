@@ -86,7 +86,7 @@ def check_test_data(config: DictConfig) -> None:
     Raises:
         InputError: there are several.
     """
-    nodes = config.dataloader.get("evaluator") or []
+    nodes = config.dataloader.get("evaluator") or {}
     names = dataset_names(config, "test")
     if len(names) > 1 and any(map(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes])):
         raise InputError(
