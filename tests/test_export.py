@@ -28,6 +28,7 @@ from d2kd.export.formats import (
     single_image_model,
 )
 from d2kd.modeling import TimmBackbone, TorchvisionBackbone
+from d2kd.modeling.weights import CLASSES_KEY
 from d2kd.testing import tiny_mask_rcnn
 from d2kd.utils.errors import InputError
 
@@ -394,11 +395,15 @@ def test_a_teachers_row_is_in_the_students_classes(folder):
         ("--baseline {folder}/student.pth", "--baseline: given without"),
         ("--output {folder}/recipe.py", "--output: "),
         ("--images 0 --table", "--images: 0"),
+        ("--table --weights {folder}/turned.pth", "turned.pth: its classes are .*; expected"),
+        ("--table --baseline {folder}/turned.pth", "turned.pth: its classes are .*; expected"),
         ("--images 0 dataloader.test=null", "student.pth: 0 names of 3 classes"),
         ("--config-file {folder}/unmeasured.py", "--images 0"),
     ],
 )
 def test_refused_in_one_line(folder, refuses, words, line):
+    turned = torch.load(folder / "student.pth") | {CLASSES_KEY: NAMES[::-1]}
+    torch.save(turned, folder / "turned.pth")
     given = ["--config-file", "{folder}/recipe.py", "--weights", "{folder}/student.pth"]
     given = [word.format(folder=folder) for word in [*given, "--output", "out", *words.split()]]
     refuses(lambda: command("export")(given), line)

@@ -71,14 +71,18 @@ class DetectorRow:
     has_ap: bool = True
 
 
-def build_student(config: DictConfig, weights: str) -> nn.Module:
+def build_student(config: DictConfig, weights: str, has_ap: bool = False) -> nn.Module:
     """Build the recipe's student with these weights, in eval mode on the CPU.
+
+    Args:
+        has_ap: whether its AP is measured, so that the file's class names, if any, must be those of the test data.
 
     Raises:
         InputError: if the weights cannot be read or do not match.
     """
     detector = instantiate(without_weights(student_node(config.model)))
-    load_weights_strict(detector, weights)
+    classes = training_class_names(detector, dataset_names(config, "test")) if has_ap else None
+    load_weights_strict(detector, weights, classes)
     return detector.eval().cpu()
 
 

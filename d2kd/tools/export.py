@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> None:
         import_optional("onnx"), import_optional("onnxruntime")
 
     config = with_defaults(load(args.config_file, args.opts))
-    student = prepare_for_export(table.build_student(config, args.weights))
+    student = prepare_for_export(table.build_student(config, args.weights, args.table))
     about = table.export_metadata(config, student, args.weights)
     batches = table.first_test_images(config, args.images) if args.images else []
     rows = []
     if args.table:
         rows.append(table.teacher_row(config, student))
         if args.baseline:
-            baseline = table.build_student(config, args.baseline)
+            baseline = table.build_student(config, args.baseline, True)
             rows.append(table.detector_row("baseline", baseline))
         rows = [row for row in rows if row] + [table.detector_row("student", student)]
 
