@@ -17,6 +17,7 @@ from pathlib import Path
 
 import detectron2
 import pytest
+import yaml
 
 from d2kd import __version__, tools
 from d2kd.tools import COMMANDS, install_detectron2
@@ -357,6 +358,22 @@ def test_one_version():
     )
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert newest[1] == cited[1] == __version__
+
+
+def test_the_workflow_runs_make():
+    """On every version of Python that the page of versions names as run, and from a checkout."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    assert workflow[True].keys() == {"push", "pull_request"}  # YAML reads "on" as true
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"]
+    (named,) = re.findall(r"^\| Python \| ([^|]+) \|", (ROOT / "docs/install.md").read_text(), re.M)
+    assert versions == re.findall(r"\d\.\d+", named)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for name, job in workflow["jobs"].items():
+        checkout, python, command = job["steps"]
+        assert checkout["uses"].startswith("actions/checkout@") and python["with"]["cache"] == "pip"
+        files = python["with"]["cache-dependency-path"].split()
+        assert files == ["setup.py", "constraints.txt"] and name in targets
+        assert command["run"] == f"make {name}" and job["runs-on"] == "ubuntu-latest"
 
 
 @pytest.mark.parametrize("words, line", FIRST)
