@@ -74,6 +74,8 @@ setup(
             "pytest-cov>=7",  # what of the code they reach, in processes of their own, too
             "hypothesis>=6.100",  # odd numbers and shapes for the losses' precision
             "ruff>=0.12",  # lint and format
+            "nbclient>=0.10",  # runs the notebook, as a user does
+            "ipykernel>=6.29",  # what runs its cells
             "efficientnet-lite-pytorch",  # the network of those weights, to compare timm's with
             "setuptools>=77",  # a test builds wheels without isolation, hence without network
         ],

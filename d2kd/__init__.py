@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _NeedsDetectron2:

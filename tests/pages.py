@@ -1,16 +1,36 @@
-"""The pages of the documentation: the README, those in ``docs/``, and the projects' READMEs."""
+"""The pages of the documentation: the README, those in ``docs/``, notebooks included, and the projects' READMEs."""
 
+import json
 import re
 import shlex
+from pathlib import Path
 
 from .common import ROOT
 
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/notebooks/*.ipynb")),
     *sorted(ROOT.glob("projects/*/README.md")),
 ]
-TEXTS = [page.read_text() for page in PAGES]
+BASH = "%%bash"
+
+
+def cells(notebook: Path, kind: str) -> list[str]:
+    """The cells of a notebook, "code" or "markdown"."""
+    found = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+
+
+def text_of(page: Path) -> str:
+    """What a page says; of a notebook, its Markdown, and its cells for bash as fenced blocks."""
+    if page.suffix == ".md":
+        return page.read_text()
+    shell = [x.partition("\n")[2] for x in cells(page, "code") if x.startswith(BASH)]
+    return "\n\n".join([*cells(page, "markdown"), *(f"```bash\n{x}\n```" for x in shell)])
+
+
+TEXTS = [text_of(page) for page in PAGES]
 
 # Two pages may show the same lines.
 BLOCKS = list(

@@ -8,18 +8,23 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
+import detectron2
 import pytest
+import yaml
 
 from d2kd import __version__, tools
 from d2kd.tools import COMMANDS, install_detectron2
 from d2kd.utils.errors import InputError
 
 from .common import ROOT, command, refusal
+from .tiny_run import draw_data
 
 NAME = "pb1-detectron2-0.6"
 
@@ -167,8 +172,7 @@ def test_an_installed_detectron2_is_left_alone_unless_forced(monkeypatch, capsys
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """A virtual environment that holds d2kd as its wheel installs it, and nothing else."""
+def wheel(tmp_path_factory):
     # Built from a copy: setuptools writes build/ and *.egg-info beside setup.py.
     scratch = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__")
@@ -176,22 +180,48 @@ def bare(tmp_path_factory):
         shutil.copytree(ROOT / name, scratch / "source" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, scratch / "source")
-    venv, options = scratch / "venv", "--no-deps --no-index"
-    for words in (
-        f"venv --without-pip {venv}",
-        f"pip -q wheel {options} --no-build-isolation -w {scratch} {scratch / 'source'}",
-        f"pip -q --python {venv}/bin/python install {options} --find-links {scratch} d2kd",
-    ):
-        result = run([sys.executable, "-m", *words.split()])
-        assert result.returncode == 0, result.stderr
-    return venv
+    options = f"--no-deps --no-index --no-build-isolation -w {scratch} {scratch / 'source'}"
+    pip("wheel", *options.split())
+    (wheel,) = scratch.glob("d2kd-*.whl")
+    return wheel
+
+
+def pip(*words):
+    result = run([sys.executable, "-m", "pip", "-q", *words])
+    assert result.returncode == 0, result.stderr
+
+
+def environment_with(wheel, folder):
+    """A virtual environment that holds d2kd as its wheel installs it, and nothing else."""
+    venv.create(folder, symlinks=True)
+    pip("--python", folder / "bin/python", "install", "--no-deps", "--no-index", wheel)
+    return folder
+
+
+def site_packages(environment):
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory):
+    return environment_with(wheel, tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def complete(wheel, tmp_path_factory):
+    """A virtual environment that has d2kd's wheel, and the packages of this one in place of a download."""
+    folder = environment_with(wheel, tmp_path_factory.mktemp("complete"))
+    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    others.add(str(Path(detectron2.__file__).parents[1]))  # may be a source tree
+    (site_packages(folder) / "others.pth").write_text("\n".join(sorted(others)))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def installed(bare):
     """The folder of the environment's packages."""
-    (folder,) = bare.glob("lib/python*/site-packages")
-    return folder
+    return site_packages(bare)
 
 
 FIRST = [
@@ -273,6 +303,77 @@ def test_recipes_load_from_the_wheel(installed, tmp_path):
     words = [sys.executable, "-c", textwrap.dedent(code), installed]
     result = run(words, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def outside(complete, tmp_path):
+    """Runs a command of the environment in a folder outside the checkout: (name, words) -> what it prints."""
+
+    def outside(name, *words):
+        kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        own = {"D2KD_DATASETS": str(tmp_path), "D2KD_CACHE": str(tmp_path)}
+        done = run([complete / "bin" / name, *words], cwd=tmp_path, env=kept | own)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return outside
+
+
+STUDY = "projects/TAR/studies/few_labels.py"
+
+
+def test_the_wheel_outside_the_checkout(outside, complete, tmp_path):
+    """Its help, a first recipe for own data, and a study by its name."""
+    assert outside("d2kd", "--version") == f"d2kd {__version__}\n"
+    assert "install-detectron2" in outside("d2kd", "--help")
+    draw_data(tmp_path / "train")
+    draw_data(tmp_path / "val")
+    data = ["--data", "train/data.json", "--val", "val/data.json"]
+    outside("d2kd", "init", *data, "--output", "mine.py")
+    code = f"""
+        import d2kd
+        from d2kd.config import load
+        from d2kd.study import load_and_plan
+        assert d2kd.__file__ == {str(site_packages(complete) / "d2kd/__init__.py")!r}
+        for name in ("alone", "teacher"):
+            assert load(f"mine.py:{{name}}").train.output_dir == f"output/mine/{{name}}"
+        print(*sorted(run.name for run in load_and_plan({STUDY!r}, [0], [], True)[1]))
+        """
+    names = outside("python", "-c", textwrap.dedent(code)).split()
+    assert {"teacher", "baseline_seed0", "tar_seed0", "teacher_labels_seed0"} < set(names)
+
+
+@pytest.mark.sweep
+def test_a_study_by_its_name_outside_the_checkout(outside, tmp_path):
+    printed = outside("d2kd", "study", STUDY, "--fast")
+    assert "the figures mean nothing" in printed
+    for name in ("table.md", "report.html", "tar_seed0/model_final.pth"):
+        assert (tmp_path / "output/few_labels_fast" / name).is_file(), name
+
+
+def test_one_version():
+    """Of the package, of the changelog's newest entry, which has a date, and of the citation."""
+    newest = re.search(
+        r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert newest[1] == cited[1] == __version__
+
+
+def test_the_workflow_runs_make():
+    """On every version of Python that the page of versions names as run, and from a checkout."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    assert workflow[True].keys() == {"push", "pull_request"}  # YAML reads "on" as true
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"]
+    (named,) = re.findall(r"^\| Python \| ([^|]+) \|", (ROOT / "docs/install.md").read_text(), re.M)
+    assert versions == re.findall(r"\d\.\d+", named)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for name, job in workflow["jobs"].items():
+        checkout, python, command = job["steps"]
+        assert checkout["uses"].startswith("actions/checkout@") and python["with"]["cache"] == "pip"
+        files = python["with"]["cache-dependency-path"].split()
+        assert files == ["setup.py", "constraints.txt"] and name in targets
+        assert command["run"] == f"make {name}" and job["runs-on"] == "ubuntu-latest"
 
 
 @pytest.mark.parametrize("words, line", FIRST)
