@@ -42,6 +42,7 @@ test-all: test
 	$(PY) -m tests.resume_runs
 	$(PY) -m tests.kill_runs --kills 20
 	$(PY) -m tests.fuzz --examples 500
+	$(PY) -m tests.odd_files --examples 2000
 
 # The variable leaves out material's news of its successor.
 docs: setup

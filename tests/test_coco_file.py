@@ -1,24 +1,19 @@
 """Annotation files of many tools: understood in the same way by every reader, or refused in one line."""
 
 import copy
-import itertools
 import json
 
-import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from d2kd.data import build_train_loader, check_dataset, coco_dataset, subset
 from d2kd.data import coco_file as reader
 from d2kd.data.datasets import check_has_objects, check_masks, check_same_classes, shared_images
 from d2kd.utils.errors import InputError
 
+from .odd_files import COCO_EDITS, ap_of_oracle, check_coco, objects_learned, register
 from .tiny_run import draw_data
 
 RLE = {"size": [64, 64], "counts": [70, 5, 59, 5, 3957]}
@@ -35,43 +30,6 @@ def images(tmp_path_factory):
 def content(images):
     """A file with objects of two classes in the first image; free to be changed."""
     return json.loads((images / "data.json").read_text())
-
-
-_numbers = itertools.count()
-
-
-def register(content, images, classes=None) -> str:
-    number = next(_numbers)
-    file = images / f"{number}.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return coco_dataset(f"{images}_{number}", str(file), str(images), classes)
-
-
-def detections_of(record: dict) -> Instances:
-    """What an oracle would detect: the annotations, crowds included."""
-    found = Instances((record["height"], record["width"]))
-    objects = record["annotations"]
-    boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
-    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    found.pred_classes = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
-    found.scores = torch.ones(len(objects))
-    return found
-
-
-def ap_of_oracle(name: str, folder) -> float:
-    """By Detectron2's evaluator."""
-    check_dataset(name)
-    evaluator = COCOEvaluator(name, tasks=("bbox",), output_dir=str(folder), use_fast_impl=False)
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        evaluator.process([record], [{"instances": detections_of(record)}])
-    return evaluator.evaluate()["bbox"]["AP"]
-
-
-def objects_learned(name: str) -> int:
-    """Objects that a box detector's mapper leaves for training."""
-    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
-    return sum(len(mapper(record)["instances"]) for record in DatasetCatalog.get(name))
 
 
 def edit_all(section, **values):
@@ -337,42 +295,6 @@ def test_a_file_is_decoded_once(content, images, monkeypatch):
     assert len(decoded) == 1
 
 
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 100), st.floats(allow_subnormal=False, width=32),
-    st.text(max_size=3), st.lists(st.floats(0, 60, width=32), max_size=5), st.just([[]]), st.just({}),
-)  # fmt: skip
-KEYS = {
-    "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation", "keypoints"],
-    "images": ["id", "file_name", "width", "height"],
-    "categories": ["id", "name", "supercategory"],
-}  # fmt: skip
-EDITS = st.lists(
-    st.sampled_from([(s, k) for s, keys in KEYS.items() for k in keys]).flatmap(
-        lambda at: st.tuples(st.just(at), st.booleans(), st.integers(0, 6), VALUES)
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(edits=EDITS)
-def test_any_content_is_understood_or_refused(edits, tmp_path_factory, images):
-    """In one line, or so that an oracle has an AP of 100; never otherwise."""
-    content = json.loads((images / "data.json").read_text())
-    for (section, key), drop, position, value in edits:
-        record = content[section][position % len(content[section])]
-        record.pop(key, None) if drop else record.update({key: value})
-    folder = tmp_path_factory.mktemp("any")
-    try:
-        name = register(content, images)
-    except InputError as error:
-        assert error.expected and "\n" not in str(error)
-        return
-    ap = ap_of_oracle(name, folder)
-    assert ap == pytest.approx(100) or np.isnan(ap) or objects_learned(name) == 0
-
-
 def mask_loader(name, **options):
     mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR", **options)
     records = DatasetCatalog.get(name)
@@ -408,3 +330,9 @@ def test_images_of_both_sets_are_named(content, images):
     assert [path.rsplit("/")[-1] for path in shared_images([train], [test])] == ["2.png", "3.png"]
     assert shared_images([train], [train]) == shared_images([], [test]) == []
     assert len(shared_images([train], [subset(train, images=3)])) == 3
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(edits=COCO_EDITS)
+def test_any_content_is_understood_or_refused(edits, tmp_path_factory, images):
+    check_coco(edits, images, tmp_path_factory.mktemp("any"))

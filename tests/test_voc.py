@@ -10,6 +10,7 @@ import pytest
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances, register_pascal_voc
+from hypothesis import given, settings
 from PIL import Image
 
 from d2kd.config import load
@@ -19,6 +20,7 @@ from d2kd.utils.errors import InputError
 
 from . import tiny_run
 from .common import CLASSES, ROOT, perfect
+from .odd_files import VOC_EDITS, check_voc
 
 NAMES = [f"class {k}" for k in range(CLASSES)]
 SIZE = 64, 48  # width, height
@@ -385,3 +387,10 @@ def test_the_blood_cells(caplog):
     found = [len(b) for split in ("trainval", "test") for b in boxes(f"cells_{split}")]
     assert len(found) == 364 and sum(found) == 4886
     assert len(caplog.records) == 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(edits=VOC_EDITS)
+def test_any_annotation_is_understood_or_refused(edits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    check_voc(edits, write_voc(folder / "voc"), folder)
