@@ -13,7 +13,7 @@ from torch import nn
 from ..config import is_distiller, student_node, with_defaults, without_weights
 from ..engine import Trainer
 from ..engine.checkpoint import unwrap_ddp
-from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint
+from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint, without_wrapper
 from ..utils.console import suppress_output
 from ..utils.errors import InputError
 from .data_checks import check_data
@@ -98,7 +98,7 @@ def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> I
     try:
         with suppress_output():
             detector: nn.Module = instantiate(without_weights(node))
-        checkpoint = load_checkpoint(file)
+        checkpoint = without_wrapper(load_checkpoint(file), detector, file)
         given = set(checkpoint["model"])
         with suppress_output():
             bad = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)

@@ -10,7 +10,10 @@ modules and methods that d2kd uses: run it with your version.
 from __future__ import annotations
 
 import sys
+import warnings
+import zipfile
 from types import ModuleType
+from typing import Any
 
 import detectron2
 import torch
@@ -72,22 +75,24 @@ class _Reader(DetectionCheckpointer):
         pass  # so that load() returns the whole content
 
 
-def read_checkpoint(file: str) -> dict:
-    """Return the content of a local checkpoint, with its tensors under "model".
+def read_checkpoint(file: str) -> Any:
+    """Return the content of a local checkpoint: for Detectron2's formats, a dict with tensors by name under "model".
 
     A ``.pkl`` is read by Detectron2; it is a pickle, which may run code. A ``.safetensors`` is read by safetensors.
-    Other files are read by torch with ``weights_only=True``, which loads nothing but tensors and Python's scalars.
+    Other files are read by torch with ``weights_only=True``, which loads nothing but tensors and Python's scalars;
+    so is a ``.pkl`` that ``torch.save`` has written.
     """
     if file.endswith(".safetensors"):
         from safetensors.torch import load_file
 
         return {"model": load_file(file)}
-    if file.endswith(".pkl"):
+    if file.endswith(".pkl") and not zipfile.is_zipfile(file):
         return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
-    # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if file.endswith(".pyth") and "model_state" in content:
+    with warnings.catch_warnings(action="ignore"):  # of a TorchScript file, which is refused
+        # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if file.endswith(".pyth") and isinstance(content, dict) and "model_state" in content:
         state = content["model_state"].items()
         model = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
         return {"model": model, "__author__": "pycls", "matching_heuristics": True}
-    return content if "model" in content else {"model": content}
+    return content
