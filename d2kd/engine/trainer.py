@@ -43,6 +43,7 @@ from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.console import log_to_console
 from ..utils.errors import InputError
 from ..utils.io import (
+    check_output_folder,
     remove_temporary_files,
     report_full_disk,
     truncate_metrics,
@@ -151,6 +152,7 @@ class Trainer(DefaultTrainer):
 
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
+        check_output_folder(train.output_dir)
         self._is_measured = self.build_test_loader(cfg, get_test_dataset_name(cfg)) is not None
         # Seeded once for the weights and once for the loader, because a teacher or an adapter also uses random
         # numbers and must not change those of the student's run. Seeded again before the first step.

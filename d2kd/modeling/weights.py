@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 import zipfile
 from collections import Counter
@@ -50,7 +51,8 @@ def local_path(weights: str) -> str:
     if weights.startswith(PACKAGE):
         return _package_file(weights)
     try:
-        path = PathManager.get_local_path(weights.removesuffix(MATCHING_HEURISTICS))
+        path = os.path.expanduser(weights.removesuffix(MATCHING_HEURISTICS))
+        path = PathManager.get_local_path(path)
     except Exception as error:  # each URI handler raises its own
         raise InputError(
             weights, f"cannot be fetched ({error})", "a reachable checkpoint"
