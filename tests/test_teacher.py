@@ -173,6 +173,7 @@ def test_weights_are_read_by_what_the_file_is(detector, tmp_path):
     files[1].write_bytes(pickle.dumps({"state_dict": state}))
     for file in files:
         teacher = Teacher(build(tiny_retinanet(), 5), file)
+        assert teacher.weights == str(file)
         for key, value in detector.state_dict().items():
             assert torch.equal(value, teacher.detector.state_dict()[key]), file
 

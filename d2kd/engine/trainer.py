@@ -40,6 +40,7 @@ from ..data.datasets import dataset_names, training_classes
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
+from ..utils.compat import decode_in_float32
 from ..utils.console import log_to_console
 from ..utils.errors import InputError
 from ..utils.io import (
@@ -227,6 +228,7 @@ class Trainer(DefaultTrainer):
                 # They matter if the teacher's checkpoint has others.
                 node.classes = training_classes(cfg)
         model = build_part("model", node).to(pick_device(cfg.train.device))
+        decode_in_float32(model)
         logger.info("Model:\n%s", model)
         return model
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from detectron2 import _C
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -51,6 +52,25 @@ def forget_process_groups() -> None:
 def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
     """Return boxes as ``(R, 4)`` tensors: up to 0.6, FCOS labels are ``Boxes``, while RetinaNet's are tensors."""
     return [getattr(x, "tensor", x) for x in boxes]
+
+
+class _Float32Linear(Box2BoxTransformLinear):
+    """FCOS's box transform, which decodes boxes in float32, as that of the other detectors does."""
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        return super().apply_deltas(deltas.float(), boxes)
+
+
+def decode_in_float32(detector: nn.Module) -> None:
+    """Let an FCOS decode boxes in float32 with mixed precision, too; in float32 nothing changes.
+
+    Detectron2's decodes in the precision of its deltas. Half precision cannot hold pixels, and the GIoU loss of such
+    boxes and the ground truth fails, because it wants one type.
+    """
+    for module in detector.modules():
+        coder = getattr(module, "box2box_transform", None)
+        if type(coder) is Box2BoxTransformLinear:
+            module.box2box_transform = _Float32Linear(coder.normalize_by_size)
 
 
 def tracing_adapter() -> type[nn.Module]:
