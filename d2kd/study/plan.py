@@ -270,7 +270,8 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
     )
     for method, node in runs.items():
         where = f"{culprit}: runs.{method}"
-        if not isinstance(method, str) or Path(method).name != method:  # it names the run's folder
+        # It names the run's folder.
+        if not isinstance(method, str) or method in ("", "..") or Path(method).name != method:
             raise InputError(where, repr(method), "a name that a folder may have")
         _known(where, node, RUN_KEYS)
         increment = node.get("increment")
