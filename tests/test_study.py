@@ -146,7 +146,7 @@ def test_recipes_are_their_own_roots_and_take_overrides():
     study = study_of(fast=["train.max_iter=7"])
     plain, fast = study.plan(only=["baseline"]), study.plan(only=["baseline"], fast=True)
     assert plain[0].config.model.max_iter == 100 and fast[0].config.model.max_iter == 7
-    with pytest.raises(InputError, match=r"train.max_iter=\[7: .*; expected overrides such as"):
+    with pytest.raises(InputError, match=r"train.max_iter: \[7; expected an integer"):
         study_of(fast=["train.max_iter=[7"]).plan(fast=True)
     with pytest.raises(InputError, match="no 'max_itr' in train"):
         study_of(fast=["train.max_itr=7"]).plan(fast=True)
@@ -161,6 +161,9 @@ def test_recipes_are_their_own_roots_and_take_overrides():
         (dict(runs=dict(tar=dict(teacher="x"))), "runs.tar.teacher: unknown 'x'"),
         (dict(runs=dict(tar=dict(steps="x"))), "runs.tar: unknown 'steps'"),
         (dict(runs=dict(tar=dict(config=None))), "runs.tar: no config"),
+        (dict(runs={"a/b": dict(config={"a": 1})}), "runs.a/b: 'a/b'; expected a name that a"),
+        (dict(runs={"..": dict(config={"a": 1})}), "runs...: '..'; expected a name that a"),
+        (dict(runs={"": dict(config={"a": 1})}), "runs.: ''; expected a name that a"),
         (dict(runs=dict(teacher=dict(init_from="tar"))), "teacher.init_from: tar is made per seed"),
         (
             dict(runs=dict(equal_time=dict(match_time_of="term"))),

@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,10 +108,6 @@ def _save(path, state):
     [
         (lambda path, state: path.unlink(), "no such file"),
         (lambda path, state: path.write_bytes(path.read_bytes()[:-700]), "cannot be read"),
-        (lambda path, state: path.write_bytes(b""), "cannot be read"),
-        (lambda path, state: path.write_text("not weights"), "cannot be read"),
-        (lambda path, state: torch.save([1, 2], path), "no 'model'|cannot be read"),
-        (lambda path, state: torch.save({"state_dict": state}, path), "'state_dict' is no tensor"),
         (lambda path, state: _save(path, dict(list(state.items())[:-1])), "1 missing"),
         (lambda path, state: _save(path, state | {"extra.weight": torch.ones(1)}), "1 unexpected"),
         (lambda path, state: _save(path, {k: v[None] for k, v in state.items()}), "misshapen"),
@@ -120,6 +118,124 @@ def test_bad_weights_are_named(detector, weights, spoil, found):
     with pytest.raises(InputError, match=found) as error:
         Teacher(build(tiny_retinanet()), str(weights))
     assert str(weights) in error.value.culprit and "\n" not in str(error.value)
+
+
+def _prefixed(state, *prefixes):
+    return {f"{prefix}{key}": value for prefix in prefixes for key, value in state.items()}
+
+
+def _safetensors(path, state):
+    from safetensors.torch import save_file
+
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+
+
+OF_OTHER_TOOLS = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3, "scheduler": {"a.b": state}},
+    "another key": lambda state: {"model_state_dict": state, "loss": torch.tensor(3.0)},
+    "beside other values": lambda state: {**state, "epoch": 3, "optimizer": {"lr": 0.1}},
+    "beside a name": lambda state: {"model": "retinanet", "state_dict": state},
+    "averaged": lambda state: {"ema_state_dict": state, "step": torch.tensor(5)},
+    "within model": lambda state: {"model": {"state_dict": state, "epoch": 3}},
+    "DDP": lambda state: {"model": _prefixed(state, "module.")},
+    "compiled, DDP": lambda state: {"state_dict": _prefixed(state, "module._orig_mod.")},
+    "Lightning": lambda state: {
+        "state_dict": _prefixed(state, "model.") | {"loss.weight": torch.ones(2)},
+        "callbacks": {"best": {"a.b": torch.ones(1)}},
+    },
+    "a wrapper in DDP": lambda state: _prefixed(state, "module.detector."),
+    "the teacher alone": lambda state: {"teacher": _prefixed(state, "module.")},
+    "other classes": lambda state: {"model": state, "classes": 80, "losses": [1.0]},
+    "classes by number": lambda state: {"model": state, "classes": {0: "a"}},
+}
+
+
+@pytest.mark.parametrize("content", OF_OTHER_TOOLS.values(), ids=OF_OTHER_TOOLS)
+def test_weights_of_other_tools(detector, weights, content):
+    """As a teacher's, which must be whole, and to start from."""
+    torch.save(content(detector.state_dict()), weights)
+    names = [f"class {k}" for k in range(CLASSES)]
+    teacher = Teacher(build(tiny_retinanet(), 5), str(weights), classes=names)
+    started = build(tiny_retinanet(), 6)
+    StudentCheckpointer(started).load_initial(str(weights))
+    for key, value in detector.state_dict().items():
+        assert torch.equal(value, teacher.detector.state_dict()[key])
+        assert torch.equal(value, started.state_dict()[key])
+
+
+def test_weights_are_read_by_what_the_file_is(detector, tmp_path):
+    """Also a path, torch's file with a pickle's suffix, and a pickle whose names Detectron2 would change."""
+    state = {key: value.numpy() for key, value in detector.state_dict().items()}
+    files = [tmp_path / name for name in ("torch.pkl", "own.pkl", "no_suffix")]
+    for file in (files[0], files[2]):
+        torch.save({"state_dict": detector.state_dict()}, file)
+    files[1].write_bytes(pickle.dumps({"state_dict": state}))
+    for file in files:
+        teacher = Teacher(build(tiny_retinanet(), 5), file)
+        assert teacher.weights == str(file)
+        for key, value in detector.state_dict().items():
+            assert torch.equal(value, teacher.detector.state_dict()[key]), file
+
+
+def test_averaged_weights_beside_the_model_are_mentioned(detector, weights, caplog):
+    state = detector.state_dict()
+    other = {key: value + 1 for key, value in state.items()}
+    torch.save({"model": state, "model_ema": other}, weights)
+    teacher = Teacher(build(tiny_retinanet(), 5), str(weights))
+    assert all(torch.equal(value, teacher.detector.state_dict()[k]) for k, value in state.items())
+    assert "its 'model' is used, not its 'model_ema'" in caplog.text
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+NOT_ONE = {
+    "two sets": (
+        lambda path, s: torch.save({"state_dict": s, "ema_state_dict": s}, path),
+        "holds weights in 2 places: state_dict, ema_state_dict; expected one; save it, such as by torch.save",
+    ),
+    "teacher and student": (
+        lambda path, s: torch.save({"model": {"teacher": s, "student": s}}, path),
+        "2 places: model.teacher, model.student; .*'model'..'teacher'",
+    ),
+    "prefixes": (
+        lambda path, s: _save(path, _prefixed(s, "modelTeacher.", "modelStudent.")),
+        "weights of several modules: modelStudent., modelTeacher.; expected one",
+    ),
+    "a list": (lambda path, s: torch.save([s], path), "holds one list, no weights by name"),
+    "a tensor": (lambda path, s: torch.save(torch.ones(2), path), "holds one Tensor"),
+    "a number": (lambda path, s: torch.save(3, path), "holds one int"),
+    "numbered": (lambda path, s: torch.save({0: torch.ones(2)}, path), "its keys are 0;"),
+    "nothing": (lambda path, s: torch.save({}, path), "no weights by name; its keys are none"),
+    "no weights": (lambda path, s: _save(path, {}), "no weights by name; its keys are model"),
+    "a value": (lambda path, s: _save(path, s | {"a.b": 3}), "its 'a.b' is no tensor; expected"),
+    "a module": (
+        lambda path, s: torch.save(build(tiny_retinanet()), path),
+        "holds a whole model, with .* others, which only a trusted file may",
+    ),
+    "TorchScript": (
+        lambda path, s: torch.jit.save(torch.jit.script(nn.ReLU()), path),
+        "a TorchScript program; expected the state dict",
+    ),
+    "safetensors": (_safetensors, "a safetensors file; expected a name that ends in"),
+    "LFS": (lambda path, s: path.write_text(LFS), "a pointer of Git LFS, not the file itself"),
+    "HTML": (lambda path, s: path.write_text("\n<!DOCTYPE html>404"), "a web page"),
+    "text": (lambda path, s: path.write_text("Übung, no weights"), "a text file; expected a check"),
+    "empty": (lambda path, s: path.write_bytes(b""), "an empty file; expected a whole checkpoint"),
+    "an archive": (
+        lambda path, s: zipfile.ZipFile(path, "w").writestr("a.txt", "a"),
+        "a zip archive without weights",
+    ),
+    "a folder": (lambda path, s: (path.unlink(), path.mkdir()), "a folder; expected a checkpoint"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("write, line", NOT_ONE.values(), ids=NOT_ONE)
+def test_what_is_no_checkpoint(detector, weights, refuses, write, line):
+    write(weights, detector.state_dict())
+    refuses(lambda: Teacher(build(tiny_retinanet()), str(weights)), line)
+    started = StudentCheckpointer(build(tiny_retinanet()))
+    refuses(lambda: started.load_initial(str(weights)), line)
 
 
 @pytest.mark.parametrize("family", DETECTORS)

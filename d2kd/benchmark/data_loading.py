@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from detectron2.config import instantiate
 from detectron2.utils.events import get_event_storage
+from omegaconf import OmegaConf
 
+from ..config import build_part
 from ..data import use_seeded_loaders
+from ..utils.errors import InputError
 from .bench import DISTILLED, SEED, WARM_UPS, Bench
 
 
@@ -71,9 +73,12 @@ def check_loadable(bench: Bench) -> None:
 
 def _loader(bench: Bench, batch_size: int) -> Iterable[list[dict]]:
     dataloader = copy.deepcopy(bench.dataloader)
+    if not OmegaConf.is_dict(dataloader.train) or "total_batch_size" not in dataloader.train:
+        found = "no total_batch_size"
+        raise InputError("dataloader.train", found, "a node with one, to measure several")
     dataloader.train.total_batch_size = batch_size
     use_seeded_loaders(dataloader, seed=SEED)
-    return instantiate(dataloader.train)
+    return build_part("dataloader.train", dataloader.train)
 
 
 def _seconds(bench: Bench, function: Callable[..., object], *args: object) -> float:

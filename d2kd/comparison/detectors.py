@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 
 from ..config import (
     base_mapper,
+    full_size_mapper,
     get_test_mapper,
-    has_target,
     is_distiller,
     load,
     load_recipe_or_none,
@@ -31,7 +31,7 @@ from ..config import (
     without_weights,
 )
 from ..config import get_detector_config as model_of
-from ..data import DownscaledStudentMapper, build_test_loader, check_dataset
+from ..data import build_test_loader, check_dataset
 from ..data.datasets import dataset_names, training_classes
 from ..modeling import Teacher
 from ..modeling.teacher import to_student_classes
@@ -355,10 +355,10 @@ def _full_images(mapper: DictConfig | None, scale: float, config: Path) -> DictC
     """Return the mapper of the teacher's images: with ``scale`` > 1 the base mapper inside the student's mapper."""
     if scale == 1 or mapper is None:
         return mapper
-    if not has_target(mapper, DownscaledStudentMapper):
+    if (inner := full_size_mapper(mapper)) is None:
         found = f"a teacher of images {scale} times larger, and dataloader.test.mapper is no DownscaledStudentMapper"
         raise InputError(config, found, "the mappers of distill(…, scale=…)")
-    return mapper.mapper
+    return inner[0]
 
 
 def _moved(folder: Path, weights: str) -> str | Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import inspect
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +19,9 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import Detectron2Handler
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ..data.catalog import recording_registrations
@@ -27,8 +32,15 @@ from ..modeling import (
     add_torchvision_config,
 )
 from ..utils.errors import InputError
-from .nodes import Recipe, as_config, check_arguments, student_node
-from .train import check_train, with_defaults
+from .nodes import (
+    Recipe,
+    as_config,
+    check_arguments,
+    find_parameter,
+    refuses_null,
+    student_node,
+)
+from .train import check_train, train_field_type, with_defaults
 
 
 def add_d2kd_config(cfg: CfgNode) -> None:
@@ -109,7 +121,7 @@ def _load_lazy_config(path: str) -> DictConfig:
     if isinstance(config, Recipe):
         config = as_config(config)
     if not OmegaConf.is_dict(config) or config.get("model") is None:
-        raise InputError(path, "defines no model", "a LazyConfig with a model")
+        raise InputError(path, "defines no model", "a LazyConfig with model=L(…)(…)")
     return config
 
 
@@ -140,6 +152,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a recipe with overrides such as ``train.max_iter=100`` applied.
 
+    Values are read by hydra's grammar, as in Detectron2: numbers, ``true``, ``null``, ``[a,b]``, ``{a:1}``. Where the
+    recipe has text, the value is that text, whatever characters it has, without quotes around all of it. Where it has
+    a number or a truth value, one of the same kind is expected.
+
     Raises:
         InputError: if an override cannot be parsed, has an unknown key, or a value of the wrong type; or a node has an
             argument that its ``_target_`` does not take.
@@ -147,15 +163,107 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     config = as_config(config)
     for text in overrides:
         _check_override(config, text)
-    try:
-        config = LazyConfig.apply_overrides(config, list(overrides))
-    except Exception as error:  # hydra and OmegaConf have different exceptions
-        raise InputError(
-            " ".join(overrides), error, "overrides such as train.max_iter=100"
-        ) from error
+        key, given, value = text.partition("=")
+        try:
+            if not given:
+                raise ValueError("deletion is not supported")
+            key = key.lstrip("+")
+            value = _read_value(config, key, value)
+            # A list takes the place of a node, such as the one that registers a data set.
+            merge = not (
+                isinstance(value, list) and OmegaConf.is_dict(OmegaConf.select(config, key))
+            )
+            OmegaConf.update(config, key, value, merge=merge)
+        except InputError:
+            raise
+        except Exception as error:  # OmegaConf has many
+            raise InputError(key, error, "an override such as train.max_iter=100") from error
     check_train(config)
     check_arguments(config)
     return config
+
+
+_PARSER = OverridesParser.create()
+
+
+def _read_value(config: DictConfig, key: str, text: str) -> Any:
+    """Return the value of an override's text, of the kind of the recipe's value.
+
+    Raises:
+        InputError: it is of another kind, or cannot be read.
+    """
+    try:
+        former = OmegaConf.select(config, key)
+    except OmegaConfBaseException:  # an interpolation without a target
+        former = None
+    argument = find_parameter(config, key)
+    if former is None and argument is not None and argument.default is not argument.empty:
+        former = argument.default
+    text = text.strip()
+    try:
+        value: Any = _PARSER.parse_override(f"key={text}").value()
+    except Exception:  # not in hydra's grammar, as most text with other than ASCII letters
+        value = None if text[:1] in ("[", "{") else _unquoted(text)
+        readable = value is not None
+    else:
+        readable = value is None or isinstance(value, bool | int | float | str | list | dict)
+        if isinstance(value, str) and "\\" in text:  # hydra takes the one before a comma away
+            value = _unquoted(text)
+    if train_field_type(key) is str and not (readable and isinstance(value, bool | None)):
+        return _unquoted(text)
+    if isinstance(former, bool | int | float) and readable and not isinstance(value, dict):
+        return _same_kind(key, value, former, argument)
+    if not readable and (
+        former is None or isinstance(former, str)
+    ):  # a sweep, as of "a,b"; or "[a"
+        readable, value = text[:1] not in ("[", "{"), _unquoted(text)
+    if not readable:
+        raise InputError(key, text, _kind(former))
+    return value
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted and text[0] not in text[1:-1] else text
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "an integer"
+    if isinstance(value, float):
+        return "a number"
+    return "one value, or a list such as [a,b]"
+
+
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _same_kind(key: str, value: Any, former: float, argument: inspect.Parameter | None) -> Any:
+    """Return a value as the kind of the former one, if that is what it says.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if isinstance(value, str) and "${" in value:
+        return value
+    if value is None and not refuses_null(argument):
+        return None
+    if isinstance(former, bool):
+        if str(value).lower() in _TRUTH:
+            return _TRUTH[str(value).lower()]
+        if value in (0, 1):
+            return bool(value)
+    elif isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+            # A float may be meant where the recipe has a whole number by chance, such as a weight of 1.
+            whole = isinstance(value, int) or (isinstance(former, int) and number == int(number))
+            if not math.isnan(number):
+                return int(number) if whole else number
+    found = "null" if value is None else "nothing" if value == "" else value
+    raise InputError(key, found, _kind(former))
 
 
 def _check_override(config: DictConfig, override: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from detectron2.config import instantiate
+from detectron2.data import transforms as T
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..data import DownscaledStudentMapper
 from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
@@ -47,8 +52,34 @@ def as_config(recipe: Any) -> DictConfig:
     return DictConfig(parts, flags={"allow_objects": True})
 
 
+def build_part(key: str, node: Any) -> Any:
+    """Build a node of a recipe, as Detectron2's ``instantiate`` does.
+
+    Args:
+        key: the node's key, for the error.
+        node: the node; any other value is returned as it is.
+
+    Raises:
+        InputError: its target raises an error, or it is a mapping without one.
+    """
+    if OmegaConf.is_dict(node) and "_target_" not in node:
+        raise InputError(key, "a mapping without _target_", "a node such as L(FUNCTION)(…)")
+    try:
+        return instantiate(node)
+    except InputError:
+        raise
+    except Exception as error:  # any that a target may raise
+        found = f"cannot be built ({type(error).__name__}: {error})"
+        expected = "values that its _target_ takes; --debug shows the traceback"
+        raise InputError(key, found, expected) from error
+
+
 def has_target(node: DictConfig, kind: type) -> bool:
     """Return whether a node's ``_target_`` is this class. In a saved recipe, ``_target_`` is a string."""
+    if not OmegaConf.is_dict(
+        node
+    ):  # a function or an object, as Detectron2 takes in place of a node
+        return False
     target = node.get("_target_")
     return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))
 
@@ -62,7 +93,8 @@ def check_arguments(config: DictConfig) -> None:
     """Check that each node's ``_target_`` takes its arguments; targets that cannot be inspected are left out.
 
     Raises:
-        InputError: if it does not; the message has the key, and the nearest argument.
+        InputError: if it does not; the message has the key, and the nearest argument. Or an argument is text or null,
+            and the target's annotation says that it is a number.
     """
     for node in _mappings(config):
         if "_target_" not in node:
@@ -70,9 +102,11 @@ def check_arguments(config: DictConfig) -> None:
         try:
             target = node["_target_"]
             target = locate(target) if isinstance(target, str) else target
-            parameters = inspect.signature(target).parameters.values()
+            parameters = list(inspect.signature(target).parameters.values())
         except Exception:  # an import may raise anything; instantiate() says what is wrong
             continue
+        for parameter in parameters:
+            _check_number(node, parameter)
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             continue
         known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -82,6 +116,49 @@ def check_arguments(config: DictConfig) -> None:
                 expected = near[0] if near else f"one of {', '.join(known) or 'none'}"
                 found = f"no such argument of {target.__name__}"
                 raise InputError(node._get_full_key(name), found, expected)
+
+
+def find_parameter(config: DictConfig, key: str) -> inspect.Parameter | None:
+    """Return the parameter of a node's ``_target_`` for a dotted key; None if it cannot be found."""
+    parent, _, name = key.rpartition(".")
+    with contextlib.suppress(Exception):  # an import may raise anything
+        node = OmegaConf.select(config, parent)
+        target = node["_target_"]
+        target = locate(target) if isinstance(target, str) else target
+        return inspect.signature(target).parameters[name]
+    return None
+
+
+_OPTIONAL = {"None", "NoneType", "Optional", "typing.Optional"}
+_NUMBERS = {"int", "float", "torch.Tensor", "Tensor", *_OPTIONAL}
+"""Words of the annotation of a number."""
+
+
+def _annotation_words(parameter: inspect.Parameter) -> set[str]:
+    kind = parameter.annotation
+    return set(re.findall(r"[\w.]+", kind.__name__ if isinstance(kind, type) else str(kind)))
+
+
+def refuses_null(parameter: inspect.Parameter | None) -> bool:
+    """Return whether the annotation of a parameter says that it is never None."""
+    if parameter is None or parameter.annotation is parameter.empty or parameter.default is None:
+        return False
+    return not _annotation_words(parameter) & (_OPTIONAL | {"Any", "typing.Any"})
+
+
+def _check_number(node: DictConfig, parameter: inspect.Parameter) -> None:
+    """Raise InputError for text or null as an argument that is annotated as a number."""
+    name = parameter.name
+    words = set() if name not in node else _annotation_words(parameter)
+    if not words & {"int", "float"} or not words <= _NUMBERS or OmegaConf.is_missing(node, name):
+        return
+    try:
+        value = node[name]
+    except OmegaConfBaseException:  # an interpolation without a target
+        return
+    if isinstance(value, str) or (value is None and refuses_null(parameter)):
+        found = "null" if value is None else repr(value)
+        raise InputError(node._get_full_key(name), found, "a number")
 
 
 def student_node(model: DictConfig) -> DictConfig:
@@ -97,11 +174,29 @@ def teacher_node(model: DictConfig) -> DictConfig:
     return teacher
 
 
-def base_mapper(mapper: DictConfig | None) -> DictConfig:
-    """Return the mapper node that reads the image file, unwrapped from any :class:`DownscaledStudentMapper`; empty for None."""
-    while mapper is not None and has_target(mapper, DownscaledStudentMapper):
-        mapper = mapper.mapper
-    return OmegaConf.create() if mapper is None else mapper
+def full_size_mapper(mapper: Any) -> tuple[Any, float] | None:
+    """Return the mapper inside a :class:`DownscaledStudentMapper`, a node or an object, and its scale; else None."""
+    if has_target(mapper, DownscaledStudentMapper) or isinstance(mapper, DownscaledStudentMapper):
+        return mapper.mapper, mapper.scale
+    return None
+
+
+def base_mapper(mapper: Any) -> DictConfig:
+    """Return the mapper node that reads the image file, unwrapped from any :class:`DownscaledStudentMapper`.
+
+    Of an object such as Detectron2's ``DatasetMapper``, what it says of itself is returned as a node: ``image_format``
+    and ``augmentations``. The node is empty for None, and for a function, whose channel order is unknown.
+    """
+    while inner := full_size_mapper(mapper):
+        mapper, _ = inner
+    if OmegaConf.is_dict(mapper):
+        return mapper
+    node = DictConfig({}, flags={"allow_objects": True})
+    if isinstance(order := getattr(mapper, "image_format", None), str):
+        node.image_format = order
+    if isinstance(augmentations := getattr(mapper, "augmentations", None), T.AugmentationList):
+        node.augmentations = list(augmentations.augs)
+    return node
 
 
 def without_priors(losses: DictConfig) -> DictConfig:

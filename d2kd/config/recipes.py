@@ -159,7 +159,17 @@ def with_timm_backbone(
     if takes or "input_format" in detector:  # FCOS takes none
         detector.input_format = "RGB"
     for part in ("train", "test"):
-        mapper = base_mapper(OmegaConf.select(base.dataloader, f"{part}.mapper"))
+        given = OmegaConf.select(base.dataloader, f"{part}.mapper")
+        mapper = base_mapper(given)
+        if (
+            given is not None
+            and not OmegaConf.is_dict(given)
+            and mapper.get("image_format") != "RGB"
+        ):
+            key, found = f"dataloader.{part}.mapper", "an object, whose images may not be RGB"
+            raise InputError(
+                key, found, 'a node such as L(DatasetMapper)(…), or image_format="RGB"'
+            )
         if "image_format" in mapper:
             mapper.image_format = "RGB"
     if is_distiller(base.model):
@@ -175,7 +185,8 @@ def with_downscaled_student(recipe: DictConfig | Recipe, scale: float) -> DictCo
     """
     recipe = copy.deepcopy(as_config(recipe))
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
-        _resolve(loader.mapper)  # relative interpolations would break once it is nested
+        if OmegaConf.is_config(loader.mapper):
+            _resolve(loader.mapper)  # relative interpolations would break once it is nested
     for loader in (recipe.dataloader.train, recipe.dataloader.test):
         loader.mapper = L(DownscaledStudentMapper)(mapper=loader.mapper, scale=scale)
     return recipe

@@ -6,14 +6,20 @@ that a misspelt key or a value of the wrong type is a one-line error.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
+import inspect
 import logging
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
+from detectron2.utils.registry import locate
+from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -85,7 +91,7 @@ class Train:
     """``train``.
 
     Attributes:
-        output_dir: folder of the run.
+        output_dir: folder of the run; "~" at its start is the home folder.
         init_checkpoint: initial weights of the student; those that match by name and shape are loaded.
         max_iter: number of iterations.
         reference_batch_size: the number of images for which the recipe's learning rates and ``max_iter`` are meant; 0
@@ -133,6 +139,15 @@ _EXPECTED = {
 }
 
 
+def train_field_type(key: str) -> Any:
+    """Return the type of a dotted key of ``train``, of ``T | None`` T; None for any other key."""
+    first, *parts = key.split(".")
+    kind: Any = Train if first == "train" and parts else None
+    for part in parts:
+        kind = _types(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
 def train_defaults() -> dict[str, Any]:
     """Return a plain dict of all keys and their defaults."""
     return OmegaConf.to_container(OmegaConf.structured(Train))
@@ -151,9 +166,12 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
     """
     cfg = as_config(cfg)
     missing = [key for key in ("model", "dataloader", "optimizer", "train") if key not in cfg]
+    if not missing and not OmegaConf.is_dict(cfg.dataloader):
+        raise InputError("dataloader", _describe(cfg.dataloader), "a mapping with train")
     if missing or "train" not in cfg.dataloader:
         found = f"no {', '.join(missing or ['dataloader.train'])}"
         raise InputError(culprit, found, "model, dataloader.train, optimizer and train")
+    _check_parts(cfg)
     config = copy.deepcopy(cfg)
     check_train(config)
     check_arguments(config)
@@ -169,6 +187,96 @@ def with_defaults(cfg: Any, culprit: str = "the recipe") -> DictConfig:
         if not OmegaConf.is_dict(node):
             raise InputError(key, node, "a node such as L(torch.optim.SGD)(…)")
     return config
+
+
+def _check_parts(config: DictConfig) -> None:
+    """Check the parts of a recipe that Detectron2's training scripts build: nodes, or objects in their place.
+
+    Raises:
+        InputError: a part is neither a node nor of use as it is.
+    """
+    nodes = {"model": config.model}
+    if is_distiller(config.model):
+        nodes |= {f"model.{k}": config.model.get(k) for k in ("student", "teacher", "losses")}
+    for key, node in nodes.items():
+        if not OmegaConf.is_dict(node):
+            raise InputError(key, _describe(node), "a node such as L(GeneralizedRCNN)(…)")
+    multiplier = config.get("lr_multiplier")
+    if not (multiplier is None or is_node(multiplier) or isinstance(multiplier, ParamScheduler)):
+        expected = "a node such as L(LinearParamScheduler)(…)"
+        raise InputError("lr_multiplier", _describe(multiplier), expected)
+    for part in ("train", "test"):
+        key, loader = f"dataloader.{part}", config.dataloader.get(part)
+        if part == "test" and loader is None:
+            continue
+        if not is_node(loader):
+            if OmegaConf.is_dict(loader):  # for a trainer that builds its own
+                continue
+            if OmegaConf.is_config(loader) or isinstance(loader, str) or not _is_iterable(loader):
+                expected = (
+                    f"a node such as L(build_{part}_loader)(…), or an object that yields batches"
+                )
+                raise InputError(key, _describe(loader), expected)
+            continue
+        mapper = loader.get("mapper")
+        missing = "mapper" not in loader and _needs(loader, "mapper")
+        if missing or ("mapper" in loader and not is_node(mapper) and not callable(mapper)):
+            found = "none" if mapper is None else _describe(mapper)
+            raise InputError(
+                f"{key}.mapper", found, "a node such as L(DatasetMapper)(…), or a function"
+            )
+        dataset = loader.get("dataset")
+        if OmegaConf.is_list(dataset) or (callable(dataset) and not hasattr(dataset, "__len__")):
+            expected = "a node such as L(get_detection_dataset_dicts)(…) or L(FUNCTION)()"
+            raise InputError(f"{key}.dataset", _describe(dataset), expected)
+    evaluators = config.dataloader.get("evaluator")
+    for one in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
+        if one is None or is_node(one) or _is_evaluator(one):
+            continue
+        expected = "a node such as L(COCOEvaluator)(…), or a DatasetEvaluator"
+        raise InputError("dataloader.evaluator", _describe(one), expected)
+
+
+def is_node(value: Any) -> bool:
+    """Return whether a value is a mapping that Detectron2's ``instantiate`` calls."""
+    return OmegaConf.is_dict(value) and "_target_" in value
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, type)
+
+
+def _is_evaluator(value: Any) -> bool:
+    methods = ("reset", "process", "evaluate")
+    return not isinstance(value, type) and all(hasattr(value, name) for name in methods)
+
+
+def _needs(node: DictConfig, argument: str) -> bool:
+    """Return whether the target of a node has an argument without a default."""
+    with contextlib.suppress(
+        Exception
+    ):  # an import may raise anything; instantiate() says what is wrong
+        target = node["_target_"]
+        target = locate(target) if isinstance(target, str) else target
+        return inspect.signature(target).parameters[argument].default is inspect.Parameter.empty
+    return False
+
+
+def _describe(value: Any) -> str:
+    """Return a value's kind for a message."""
+    if value is None:
+        return "null"
+    if OmegaConf.is_list(value):
+        return f"a list of {len(value)}"
+    if OmegaConf.is_dict(value):
+        return "a mapping without _target_"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    if isinstance(value, str | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def check_train(config: DictConfig) -> None:
@@ -194,6 +302,9 @@ def check_train(config: DictConfig) -> None:
         _check_values(config.train)
     except OmegaConfBaseException as error:  # an interpolation cannot be resolved
         raise _to_input_error(error, "", config.train) from None
+    if not config.train.output_dir.strip():
+        raise InputError("train.output_dir", "nothing", "a folder")
+    config.train.output_dir = os.path.expanduser(config.train.output_dir)
     config.train = DictConfig(OmegaConf.to_container(config.train), flags={"allow_objects": True})
 
 

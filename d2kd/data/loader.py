@@ -63,6 +63,8 @@ def build_train_loader(
         DataLoader: of lists of ``total_batch_size / world size`` samples.
     """
     world = comm.get_world_size()
+    if not isinstance(total_batch_size, int):
+        raise InputError("total_batch_size", repr(total_batch_size), "an integer")
     if total_batch_size < 1 or total_batch_size % world:
         expected = f"a positive multiple of the {world} process(es)"
         raise InputError("total_batch_size", total_batch_size, expected)
@@ -128,10 +130,10 @@ def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None
     """
     tests = dataloader.get("test") or []
     for node in tests if OmegaConf.is_list(tests) else [tests]:
-        if node:
+        if OmegaConf.is_dict(node) and node:
             _replace(node, build_detection_test_loader, build_test_loader)
     train = dataloader.get("train")
-    if train:
+    if OmegaConf.is_dict(train) and train:
         _replace(train, build_detection_train_loader, build_train_loader)
         if _target(train) is build_train_loader:
             if start is not None:

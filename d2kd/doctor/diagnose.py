@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -13,11 +16,11 @@ from torch import nn
 from ..config import is_distiller, student_node, with_defaults, without_weights
 from ..engine import Trainer
 from ..engine.checkpoint import unwrap_ddp
-from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint
+from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint, without_wrapper
 from ..utils.console import suppress_output
 from ..utils.errors import InputError
 from .data_checks import check_data
-from .findings import Finding
+from .findings import Finding, guarded
 from .runtime_checks import (
     check_features,
     check_inputs,
@@ -36,6 +39,7 @@ def diagnose(
     *,
     images: int = 200,
     iterations: int = 20,
+    debug: bool = False,
 ) -> Iterator[Finding]:
     """Build everything in a recipe and check it. Nothing is written.
 
@@ -43,6 +47,7 @@ def diagnose(
         config: a recipe.
         images: number of images to decode from each data set, and to evaluate the teacher on; 0: all.
         iterations: training iterations before losses are compared; 0: skip this.
+        debug: whether to raise the error of a check that fails, instead of yielding it as a finding.
 
     Yields:
         Finding: the result of each check.
@@ -51,38 +56,62 @@ def diagnose(
         InputError: if a part of the recipe is missing.
     """
     config = with_defaults(config)
-    yield from check_data(config, images)
-    yield from _check_checkpoints(config)
-    try:
-        with suppress_output():
-            trainer = Trainer(config)
-            trainer.resume_or_load(resume=False)
-    except InputError as error:
-        yield Finding("the run", "error", f"{error.culprit}: {error.found}", error.expected)
+
+    def checked(subject: str, check: Callable, *args: Any) -> Iterator[Finding]:
+        return guarded(subject, lambda: check(*args), debug=debug)
+
+    yield from checked("data", check_data, config, images)
+    yield from checked("student's weights", _check_student_weights, config)
+    yield from checked("teacher's weights", _check_teacher_weights, config)
+    built: list[Trainer] = []
+    yield from checked("the run", _build, config, built)
+    taught = is_distiller(config.model) and bool(built)
+    if not built and is_distiller(config.model) and config.model.teacher.get("weights"):
+        config = copy.deepcopy(config)  # the rest can be checked without them
+        config.model.teacher.weights = None
+        deque(guarded("the run", lambda: _build(config, built)), maxlen=0)
+    if not built:
         return
-    yield from sanity_check(trainer.cfg, trainer.model)
-    try:
-        loader = trainer._trainer.data_loader
-        batches = list(itertools.islice(loader, STATISTIC_BATCHES))
-        yield from check_inputs(trainer, batches)
-        yield from check_sizes(trainer, batches)
-        yield from check_schedule(trainer)
-        model = unwrap_ddp(trainer.model)
-        if is_distiller(config.model):
-            yield from check_features(model, batches)
-        if is_distiller(config.model) and "evaluator" in config.dataloader:
-            yield from check_teacher(trainer.cfg, model, images)
-        if iterations:
-            yield from check_losses(trainer, iterations)
-    except InputError as error:
-        yield Finding("a step", "error", f"{error.culprit}: {error.found}", error.expected)
+    (trainer,) = built
+    yield from sanity_check(trainer.cfg, trainer.model, debug)
+    # Of the iterator from which training continues: Detectron2's loader with aspect ratio grouping yields nothing in a
+    # second one, if the first was not used up.
+    batches: list[list[dict]] = []
+    yield from checked("training images", _read_batches, trainer, batches)
+    model = unwrap_ddp(trainer.model)
+    if batches:
+        yield from checked("inputs", check_inputs, trainer, batches)
+        yield from checked("image size", check_sizes, trainer, batches)
+    yield from checked("schedule", check_schedule, trainer)
+    if taught and batches:
+        yield from checked("teacher's features", check_features, model, batches)
+    if taught and "evaluator" in config.dataloader:
+        yield from checked("teacher", check_teacher, trainer.cfg, model, images)
+    if iterations and batches:
+        yield from checked("losses", check_losses, trainer, iterations)
 
 
-def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
-    """Check how many weights of each checkpoint match its detector."""
-    if config.train.init_checkpoint:
-        file = config.train.init_checkpoint
+def _build(config: DictConfig, built: list[Trainer]) -> Iterator[Finding]:
+    """Append a trainer to ``built``; the model need not have its first weights for other checks."""
+    with suppress_output():
+        built.append(Trainer(config))
+        built[0].resume_or_load(resume=False)
+    yield from ()
+
+
+def _read_batches(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding]:
+    batches += itertools.islice(trainer._trainer._batches, STATISTIC_BATCHES)
+    yield from ()
+
+
+def _check_student_weights(config: DictConfig) -> Iterator[Finding]:
+    """Check how many weights of ``train.init_checkpoint`` match the student."""
+    if file := config.train.init_checkpoint:
         yield from _check_file("student's weights", student_node(config.model), file, partly=True)
+
+
+def _check_teacher_weights(config: DictConfig) -> Iterator[Finding]:
+    """Check that all of the teacher's weights match."""
     if not is_distiller(config.model):
         return
     teacher = config.model.teacher
@@ -95,16 +124,12 @@ def _check_checkpoints(config: DictConfig) -> Iterator[Finding]:
 
 
 def _check_file(subject: str, node: DictConfig, file: str, *, partly: bool) -> Iterator[Finding]:
-    try:
-        with suppress_output():
-            detector: nn.Module = instantiate(without_weights(node))
-        checkpoint = load_checkpoint(file)
-        given = set(checkpoint["model"])
-        with suppress_output():
-            bad = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
-    except InputError as error:
-        yield Finding(subject, "error", f"{error.culprit}: {error.found}", error.expected)
-        return
+    with suppress_output():
+        detector: nn.Module = instantiate(without_weights(node))
+    checkpoint = without_wrapper(load_checkpoint(file), detector, file)
+    given = set(checkpoint["model"])
+    with suppress_output():
+        bad = DetectionCheckpointer(detector, save_to_disk=False)._load_model(checkpoint)
     own = set(detector.state_dict())
     misshapen = [key for key, *_ in bad.incorrect_shapes]
     missing = [key for key in bad.missing_keys if key not in misshapen]

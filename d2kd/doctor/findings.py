@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from ..utils.errors import InputError
 
 STATES = ("ok", "warning", "error")
 
@@ -23,6 +25,27 @@ class Finding:
     state: str
     found: str
     advice: str = ""
+
+
+def guarded(
+    subject: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False
+) -> Iterator[Finding]:
+    """Yield the findings of a check; if it fails, that is one, so that it neither ends a run nor hides other checks.
+
+    Args:
+        subject: what is checked.
+        check: a function without arguments.
+        debug: whether to raise errors that are no :class:`InputError`.
+    """
+    try:
+        yield from check()
+    except InputError as error:
+        yield Finding(subject, "error", f"{error.culprit}: {error.found}", error.expected)
+    except Exception as error:
+        if debug:
+            raise
+        found = " ".join(f"cannot be checked ({type(error).__name__}: {error})".split())
+        yield Finding(subject, "error", found, "d2kd doctor --debug shows the traceback")
 
 
 def exit_code(findings: Sequence[Finding]) -> int:

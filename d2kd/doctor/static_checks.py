@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from detectron2.engine import HookBase
@@ -21,7 +22,7 @@ from ..modeling import Distiller
 from ..modeling.inference_optimization import is_frozen_norm
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
-from .findings import Finding
+from .findings import Finding, guarded
 
 logger = logging.getLogger("d2kd.doctor")
 
@@ -39,22 +40,27 @@ ADAM_RATES = (1e-5, 1e-2, 5e-2)
 """For Adam and AdamW at any batch size: below the first or above the second is a warning, above the third an error."""
 
 
-def sanity_check(config: DictConfig, model: nn.Module) -> list[Finding]:
+def sanity_check(config: DictConfig, model: nn.Module, debug: bool = False) -> list[Finding]:
     """Check channel order, frozen norms, classes, levels and learning rate.
 
     Args:
         config: a complete recipe.
         model: its model, which may be wrapped in DDP.
+        debug: whether to raise the error of a check that fails, instead of returning it as a finding.
     """
     model = unwrap_ddp(model)
-    checks = (
-        _check_channels,
-        _check_frozen_norms,
-        _check_classes,
-        _check_levels,
-        _check_learning_rate,
-    )
-    return [finding for check in checks for finding in check(config, model)]
+    checks = {
+        "channel order": _check_channels,
+        "frozen norms": _check_frozen_norms,
+        "classes": _check_classes,
+        "levels": _check_levels,
+        "learning rate": _check_learning_rate,
+    }
+    return [
+        finding
+        for subject, check in checks.items()
+        for finding in guarded(subject, partial(check, config, model), debug=debug)
+    ]
 
 
 class SanityCheckHook(HookBase):
@@ -77,7 +83,7 @@ def _check_channels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
     train, test = (reader.get("image_format") for reader in readers)
     train_key, test_key = (reader._get_full_key("image_format") for reader in readers)
     if train is None:
-        yield Finding("channel order", "ok", "the mapper has no image_format")
+        yield Finding("channel order", "ok", "unknown: the mapper has no image_format")
         return
     if test is not None and test != train:
         found = f"training images are {train}, test images {test}"

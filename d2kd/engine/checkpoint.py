@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling import Distiller, Teacher
-from ..modeling.weights import CLASSES_KEY, check_class_names, load_checkpoint, local_path
+from ..modeling.weights import (
+    CLASSES_KEY,
+    check_class_names,
+    load_checkpoint,
+    local_path,
+    without_wrapper,
+)
 from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
 from ..utils.io import atomic_write, report_full_disk, write_text
@@ -128,7 +134,8 @@ class StudentCheckpointer(DetectionCheckpointer):
         Raises:
             InputError: the file cannot be read, or none of its weights fits.
         """
-        incompatible = self._load_model(load_checkpoint(weights))
+        checkpoint = without_wrapper(load_checkpoint(weights), self.model, weights)
+        incompatible = self._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         missing = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
         if parameters <= missing:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import instantiate
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..config import build_part
 from ..data import use_seeded_loaders
 from ..data.datasets import dataset_names
 from ..utils.compat import has_compiled_operators
@@ -48,7 +48,7 @@ def build_recipe_test_loader(
     if dataset_name is not None:
         config.dataloader.test.dataset.names = dataset_name
     use_seeded_loaders(config.dataloader, seed=config.train.seed)
-    return instantiate(config.dataloader.test)
+    return build_part("dataloader.test", config.dataloader.test)
 
 
 def build_evaluator(
@@ -69,7 +69,7 @@ def build_evaluator(
     node = config.dataloader.evaluator
     output_dir = output_dir or Path(config.train.output_dir, "inference")
     for x in node if OmegaConf.is_list(node) else [node]:
-        if not _is_coco(x):
+        if not OmegaConf.is_dict(x) or not _is_coco(x):
             continue
         if dataset_name is not None:
             x.dataset_name = dataset_name
@@ -77,7 +77,7 @@ def build_evaluator(
             x.output_dir = str(output_dir)
         if not has_compiled_operators():
             x.use_fast_impl = False
-    return instantiate(node)
+    return build_part("dataloader.evaluator", node)
 
 
 def check_test_data(config: DictConfig) -> None:
@@ -96,7 +96,9 @@ def check_test_data(config: DictConfig) -> None:
         )
 
 
-def _is_coco(node: DictConfig) -> bool:
+def _is_coco(node) -> bool:
+    if not OmegaConf.is_dict(node):  # an evaluator itself, as Detectron2 takes
+        return isinstance(node, COCOEvaluator)
     target = node.get("_target_")
     target = locate(target) if isinstance(target, str) else target
     return inspect.isclass(target) and issubclass(target, COCOEvaluator)

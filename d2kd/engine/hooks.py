@@ -62,6 +62,7 @@ class EvalTeacher(HookBase):
     def __init__(self, model: Distiller, config: DictConfig, evaluate: Callable[[Callable], dict]):
         self._teacher, self._class_map = model.teacher, model.class_map
         self._config, self._evaluate = config, evaluate
+        self._is_known = True
         self._detect = self._teacher.predictor_in_student_classes(
             num_classes_of(model.student), self._class_map
         )
@@ -122,10 +123,14 @@ class EvalTeacher(HookBase):
     def _compute(self) -> float | None:
         logger.info("Evaluating the teacher")
         results = self._evaluate(self._detect)
+        self._is_known = "bbox" in results or not comm.is_main_process()
         value = results.get("bbox", {}).get("AP")
         return None if value is None or not math.isfinite(value) else float(value)
 
     def _log(self, average_precision: float | None) -> None:
+        if average_precision is None and not self._is_known:
+            logger.info("The teacher's AP is not known: the recipe's evaluator gives no bbox/AP")
+            return
         fraction = 1.0 if self._class_map is None else self._class_map.shared_fraction
         # A class that the teacher lacks has an AP of 0.
         if average_precision is not None and average_precision >= fraction:

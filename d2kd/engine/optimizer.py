@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
-from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
@@ -17,9 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from ..config import build_part
 from ..modeling import Distiller
 from ..utils.errors import InputError
 from .checkpoint import get_student
+
+logger = logging.getLogger(__name__)
 
 
 class DistillerOptimizer(Optimizer):
@@ -127,7 +130,7 @@ def _build(key: str, node: DictConfig, model: nn.Module) -> Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(key, "nothing that learns", "parameters to train, or no such optimizer")
     node.params.model = model
-    optimizer = instantiate(node)
+    optimizer = build_part(key, node)
     for group in optimizer.param_groups:
         # Adam's betas are a ListConfig, which torch.load(weights_only=True) would not read from a checkpoint.
         group.update({k: tuple(v) for k, v in group.items() if OmegaConf.is_list(v)})
@@ -146,8 +149,14 @@ def build_lr_scheduler(config: DictConfig, optimizer: Optimizer) -> LRMultiplier
 
 def _multiplier(node: DictConfig) -> ParamScheduler:
     multiplier = node.get("lr_multiplier")
+    if multiplier is None and "train" in node:
+        logger.warning("the recipe has no lr_multiplier: the learning rate is constant")
     # fvcore's ConstantParamScheduler raises at the end of the schedule, where the trainer calls it once more.
-    return LinearParamScheduler(1.0, 1.0) if multiplier is None else instantiate(multiplier)
+    return (
+        LinearParamScheduler(1.0, 1.0)
+        if multiplier is None
+        else build_part("lr_multiplier", multiplier)
+    )
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from ..utils.errors import InputError
 from ..utils.random_state import random_state, set_random_state
 from .checkpoint import LOSS_NORMALIZER, get_student
 from .optimizer import optimizers_to_clip
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(Exception):
@@ -75,7 +78,7 @@ class TrainStep(SimpleTrainer):
 
     def reset_data_loader(self, data_loader: Iterable) -> None:
         """Use another loader from now on."""
-        self.data_loader, self._batches = data_loader, iter(data_loader)
+        self.data_loader, self._batches = data_loader, _endless(data_loader, iter(data_loader))
 
     def run_step(self) -> None:
         assert self.model.training, "the model was put in eval mode"
@@ -218,3 +221,24 @@ def build_amp(
     if not amp.enabled:
         return contextlib.nullcontext, scaler
     return lambda: torch.autocast(device.type, dtypes[amp.dtype]), scaler
+
+
+def _endless(loader: Iterable, batches: Iterator) -> Iterator:
+    """Iterate over the batches of a loader, and over the loader again when they end; Detectron2's never end.
+
+    Raises:
+        InputError: it has no batch, or has no second pass.
+    """
+    passes = 0
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if not count:
+            found = "no second pass over its batches" if passes else "no batch"
+            raise InputError("dataloader.train", found, "a loader of endless batches")
+        passes += 1
+        if passes == 1:
+            logger.warning("dataloader.train ended after %d batches: it starts again", count)
+        batches = iter(loader)

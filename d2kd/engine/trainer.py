@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from detectron2.config import instantiate
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
@@ -33,7 +32,7 @@ from detectron2.utils.events import (
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import is_distiller, teacher_node, with_defaults
+from ..config import build_part, is_distiller, teacher_node, with_defaults
 from ..config.saving import changed_values, save_config
 from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
@@ -48,9 +47,15 @@ from ..data.datasets import (
 from ..data.incremental import check_annotated_classes, check_num_classes
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
+from ..utils.compat import decode_in_float32
 from ..utils.console import log_to_console
 from ..utils.errors import InputError
-from ..utils.io import remove_temporary_files, report_full_disk, truncate_metrics
+from ..utils.io import (
+    check_output_folder,
+    remove_temporary_files,
+    report_full_disk,
+    truncate_metrics,
+)
 from ..utils.memory import PeakMemory
 from ..utils.random_state import preserved_random_state, set_random_state
 from .checkpoint import (
@@ -156,6 +161,7 @@ class Trainer(DefaultTrainer):
 
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
+        check_output_folder(train.output_dir)
         self._is_measured = self.build_test_loader(cfg, get_test_dataset_name(cfg)) is not None
         # Seeded once for the weights and once for the loader, because a teacher or an adapter also uses random
         # numbers and must not change those of the student's run. Seeded again before the first step.
@@ -237,7 +243,8 @@ class Trainer(DefaultTrainer):
             if node.get("classes") is None and node.teacher.get("classes") is None:
                 # They matter if the teacher's checkpoint has others.
                 node.classes = training_classes(cfg)
-        model = instantiate(node).to(pick_device(cfg.train.device))
+        model = build_part("model", node).to(pick_device(cfg.train.device))
+        decode_in_float32(model)
         logger.info("Model:\n%s", model)
         return model
 
@@ -253,7 +260,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: DictConfig) -> Iterable:
         dataloader = copy.deepcopy(cfg).dataloader
         use_seeded_loaders(dataloader, seed=cfg.train.seed)
-        return instantiate(dataloader.train)
+        return build_part("dataloader.train", dataloader.train)
 
     @classmethod
     def build_test_loader(cls, cfg: DictConfig, dataset_name: str | None) -> Iterable | None:
@@ -375,7 +382,8 @@ class Trainer(DefaultTrainer):
             start = self._images_before // self._batch_size
         cfg = copy.deepcopy(self.cfg)
         use_seeded_loaders(cfg.dataloader, seed=cfg.train.seed, start=start)
-        if start > 0 and "start" not in cfg.dataloader.train:
+        node = cfg.dataloader.train
+        if start > 0 and not (OmegaConf.is_dict(node) and "start" in node):
             logger.warning("this data loader cannot be resumed: it starts from its beginning")
         self._trainer.reset_data_loader(self.build_train_loader(cfg))
         self.run_metadata.load()

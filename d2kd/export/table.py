@@ -27,13 +27,12 @@ from torch import nn
 from .. import __version__
 from ..config import (
     base_mapper,
-    has_target,
+    full_size_mapper,
     is_distiller,
     student_node,
     teacher_node,
     without_weights,
 )
-from ..data import DownscaledStudentMapper
 from ..data.datasets import dataset_names, training_classes
 from ..engine.checkpoint import training_class_names
 from ..engine.evaluation import build_recipe_test_loader, do_test
@@ -125,13 +124,12 @@ def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> di
     reading = base_mapper(mapper)
     own = getattr(detector, "input_format", "BGR")
     resizing = [str(instantiate(one)) for one in reading.get("augmentations", ())]
-    while mapper is not None and has_target(mapper, DownscaledStudentMapper):
-        scale = mapper.scale
+    while inner := full_size_mapper(mapper):
+        mapper, scale = inner
         way = (
             f"means of {scale} x {scale} pixels" if scale == int(scale) else "antialiased bilinear"
         )
         resizing.append(f"1/{scale} ({way})")
-        mapper = mapper.mapper
     return {
         "classes": json.dumps(_names(config, detector, weights)),
         "image_format": reading.get("image_format", own),

@@ -18,6 +18,7 @@ from ..structures.class_map import (
     class_names,
     num_classes_of,
 )
+from ..utils.compat import decode_in_float32
 from ..utils.errors import InputError
 from .inference_optimization import cast_weights_, compile_modules, fuse_norms
 from .outputs import DetectorOutputs, autocast_context, current_autocast_dtype, get_outputs_class
@@ -79,9 +80,11 @@ class Teacher:
         if dtype not in (None, *DTYPES):
             raise InputError("teacher.dtype", dtype, " or ".join(DTYPES))
         self.outputs_class = get_outputs_class(detector)
+        decode_in_float32(detector)
         names = None if classes is None else class_names(classes, "teacher.classes")
         if names is not None:
             check_classes("teacher", detector, apply_aliases(names, aliases or {}))
+        weights = None if weights is None else str(weights)  # a recipe may have a Path
         self.weights, self.checkpoint_classes = weights, None
         if weights == "":
             expected = (

@@ -6,9 +6,13 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 import re
-from collections.abc import Sequence
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +47,18 @@ def local_path(weights: str) -> str:
         InputError: there is no such file, or it cannot be fetched; the package is not installed, or has not one
             file with weights.
     """
+    weights = str(weights)
     if weights.startswith(PACKAGE):
         return _package_file(weights)
     try:
-        path = PathManager.get_local_path(weights.removesuffix(MATCHING_HEURISTICS))
+        path = os.path.expanduser(weights.removesuffix(MATCHING_HEURISTICS))
+        path = PathManager.get_local_path(path)
     except Exception as error:  # each URI handler raises its own
         raise InputError(
             weights, f"cannot be fetched ({error})", "a reachable checkpoint"
         ) from error
+    if Path(path).is_dir():
+        raise InputError(weights, "a folder", "a checkpoint (.pth or .pkl), such as one in it")
     if not Path(path).is_file():
         raise InputError(weights, "no such file", "a checkpoint (.pth or .pkl)")
     return path
@@ -76,23 +84,34 @@ def _package_file(weights: str) -> str:
 def load_checkpoint(weights: str) -> dict:
     """Read a checkpoint in the form that :class:`DetectionCheckpointer` needs.
 
+    Weights are found under "model", or else wherever a file of another tool has them, if in one place alone. The
+    prefixes of DDP and ``torch.compile`` are removed from their names.
+
     Args:
         weights: any URI that :func:`local_path` takes, :data:`MATCHING_HEURISTICS` included.
 
+    Returns:
+        dict: the weights by name under "model", and the other entries of the file.
+
     Raises:
-        InputError: the file is missing, truncated, or no checkpoint; or it holds Python objects, which could run
-            code when they are loaded.
+        InputError: the file is missing, truncated, or no checkpoint; it holds Python objects, which could run
+            code when they are loaded; or it has no weights, or several sets of them.
     """
+    weights = str(weights)
     path = local_path(weights)
     if path.endswith(".safetensors"):
         require_packages("timm", "safetensors")
     try:
-        checkpoint = read_checkpoint(path)
+        content = read_checkpoint(path)
     except Exception as error:  # zip, pickle and torch each fail in their own way
+        if kind := _other_kind(path):
+            raise InputError(weights, *kind) from error
         if objects := find_unsafe_globals(path, error):
+            more = f" and {len(objects) - 3} others" if len(objects) > 3 else ""
+            whole = "a whole model, with " if any("torch.nn.modules" in x for x in objects) else ""
             raise InputError(
                 weights,
-                f"holds {', '.join(objects)}, which only a trusted file may",
+                f"holds {whole}{', '.join(objects[:3])}{more}, which only a trusted file may",
                 "tensors and plain values alone; if you trust it, save its weights as {'model': …}, or give "
                 "these to torch.serialization.add_safe_globals",
             ) from error
@@ -101,22 +120,187 @@ def load_checkpoint(weights: str) -> dict:
             f"cannot be read ({type(error).__name__}); truncated or not a checkpoint",
             "a whole checkpoint",
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise InputError(weights, "holds no 'model' weights", "a checkpoint")
-    for name, value in checkpoint["model"].items():
-        if not isinstance(value, torch.Tensor | np.ndarray):
-            raise InputError(
-                weights, f"its {name!r} is no tensor", "tensors by name, or those under 'model'"
-            )
+    checkpoint = _with_weights(content, weights)
+    names = checkpoint.get(CLASSES_KEY)
+    if names is not None and not _are_names(names):
+        logger.warning("%s: its %r is no list of names, and is not used", weights, CLASSES_KEY)
+        del checkpoint[CLASSES_KEY]
     if weights.endswith(MATCHING_HEURISTICS):
         checkpoint["matching_heuristics"] = True
     return checkpoint
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _other_kind(path: str) -> tuple[str, str] | None:
+    """Return (what a file is that holds no checkpoint, what to do), or None if it cannot be told."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file", "a whole checkpoint"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself", "the file, by git lfs pull"
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, perhaps of a failed download", "a checkpoint"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any("/code/" in name for name in names):
+            expected = "the state dict of the model from which it was made"
+            return "a TorchScript program", expected
+        if not any(name.endswith("data.pkl") for name in names):
+            return "a zip archive without weights", "a checkpoint"
+    if head[8:9] == b"{" and not path.endswith(".safetensors"):
+        return "a safetensors file", "a name that ends in .safetensors"
+    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        return "a text file", "a checkpoint"
+    return None
+
+
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|random|hook|callback|loop", re.IGNORECASE)
+"""Keys of other tools' checkpoints whose tensors are no weights."""
+
+
+def _find_state_dicts(content: Mapping, prefix: str = "", depth: int = 2) -> dict[str, dict]:
+    """Return the sets of weights in a checkpoint of any tool, by the dotted key of each; "" is the content itself.
+
+    A set of weights is a dict with tensors by names of modules, which have a dot. Its other values are left out.
+    """
+    found = {}
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray)
+    }
+    if any("." in key for key in tensors):
+        found[prefix] = tensors
+    for key, value in content.items() if depth else ():
+        if isinstance(value, Mapping) and isinstance(key, str) and not _NO_WEIGHTS.search(key):
+            found |= _find_state_dicts(value, f"{prefix}.{key}".lstrip("."), depth - 1)
+    return found
+
+
+def _is_state_dict(content: Mapping) -> bool:
+    return bool(content) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray)
+        for key, value in content.items()
+    )
+
+
+def _with_weights(content: Any, weights: str) -> dict:
+    """Return the entries of a checkpoint, with its one set of weights under "model".
+
+    Raises:
+        InputError: there is none, or more than one; a weight is no tensor.
+    """
+    expected = "a state dict, or one under 'model'"
+    if not isinstance(content, Mapping):
+        raise InputError(
+            weights, f"holds one {type(content).__name__}, no weights by name", expected
+        )
+    model, found = content.get("model"), {}
+    if isinstance(model, Mapping):
+        found = (
+            {"model": dict(model)} if _is_state_dict(model) else _find_state_dicts(model, "model")
+        )
+    elif _is_state_dict(content):
+        found = {"": dict(content)}
+    found = found or _find_state_dicts(content)
+    if not found:
+        keys = ", ".join(str(key) for key in [*content][:5]) or "none"
+        raise InputError(weights, f"holds no weights by name; its keys are {keys}", expected)
+    if len(found) > 1:
+        keys = [key or "the file itself" for key in found]
+        index = "".join(f"[{part!r}]" for part in keys[0].split("."))
+        way = f"torch.save({{'model': torch.load(FILE, weights_only=True){index}}}, NEW)"
+        found = f"holds weights in {len(keys)} places: {', '.join(keys[:5])}"
+        raise InputError(weights, found, f"one; save it, such as by {way}")
+    ((key, state),) = found.items()
+    place = content
+    for part in filter(None, key.split(".")):
+        place = place[part]
+    others = [str(name) for name in place if name not in state]
+    for name in others:
+        if "." in name:
+            raise InputError(
+                weights, f"its {name!r} is no tensor", "tensors by name, or those under 'model'"
+            )
+    averages = [k for k, v in content.items() if isinstance(v, Mapping) and _EMA.search(str(k))]
+    if key == "model" and averages:
+        logger.warning("%s: its 'model' is used, not its %r", weights, averages[0])
+    if key != "model":
+        where = f"under {key!r}" if key else "at its top"
+        logger.info("%s: the weights are those %s", weights, where)
+    if others and key:
+        logger.info("%s: not used, beside the weights: %s", weights, ", ".join(others[:5]))
+    checkpoint = {k: v for k, v in content.items() if k not in state} if key == "" else {**content}
+    checkpoint["model"] = _without_prefix(state)
+    # Detectron2 takes every other .pkl for one of Caffe2, whose names have no dot, and would rename its weights.
+    if checkpoint.get("__author__") == "Caffe2" and any("." in name for name in state):
+        del checkpoint["__author__"]
+    return checkpoint
+
+
+_EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
+"""Of a key of averaged weights."""
+
+
+def _without_prefix(state: dict) -> dict:
+    """Return weights without the prefix of DDP or ``torch.compile``, if all names have it."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            return _without_prefix({k.removeprefix(prefix): v for k, v in state.items()})
+    return state
+
+
+def without_wrapper(checkpoint: dict, module: nn.Module, weights: str) -> dict:
+    """Return a checkpoint whose names are a module's, if they were those of another module around it.
+
+    Such are the names in a file of Lightning, "model.backbone.…". Weights outside of the prefix are left out.
+
+    Args:
+        checkpoint: as :func:`load_checkpoint` returns it.
+        module: the module to load.
+        weights: name of the checkpoint in messages.
+
+    Raises:
+        InputError: the names fit behind several prefixes, such as those of a teacher and a student.
+    """
+    state, own = checkpoint["model"], module.state_dict().keys()
+    if own & state.keys() or checkpoint.get("matching_heuristics"):
+        return checkpoint
+    count = Counter(
+        name[: dot.end()]
+        for name in state
+        for dot in re.finditer(r"\.", name)
+        if name[dot.end() :] in own
+    )
+    prefixes = [prefix for prefix, n in count.items() if 2 * n >= max(count.values())]
+    if not prefixes:
+        return checkpoint
+    if len(prefixes) > 1:
+        found = f"holds weights of several modules: {', '.join(sorted(prefixes))}"
+        expected = "one; save it as {'model': …}, with names without this prefix"
+        raise InputError(weights, found, expected)
+    (prefix,) = prefixes
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    logger.warning(
+        "%s: the names are used without %r; %d tensors of other names are not used",
+        weights,
+        prefix,
+        len(state) - len(inside),
+    )
+    return {**checkpoint, "model": inside}
+
+
 def find_unsafe_globals(path: str, error: Exception) -> list[str]:
     """Return the names of a file's Python objects that torch does not load, from the file or from torch's error."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return sorted(found, key=lambda name: (name.startswith("builtins."), name))
     except Exception:  # the file is truncated, or in torch's older format
         return re.findall(r"GLOBAL (\S+) was not", str(error))
 
@@ -143,6 +327,7 @@ def load_weights_strict(
     """
     checkpoint = load_checkpoint(weights)
     check_class_names(checkpoint, weights, classes)
+    checkpoint = without_wrapper(checkpoint, detector, weights)
     state = dict(checkpoint["model"])  # loading takes it out of the checkpoint
     load_state_dict_checked(detector, checkpoint, weights)
     for key in state.keys() & set(PIXEL_STATISTICS):
@@ -182,6 +367,7 @@ def load_state_dict_checked(
     Raises:
         InputError: keys are missing or of another shape, or, with ``whole``, unexpected.
     """
+    checkpoint = without_wrapper(checkpoint, module, weights)
     incompatible = DetectionCheckpointer(module, save_to_disk=False)._load_model(checkpoint)
     faults = {
         "missing": list(incompatible.missing_keys),

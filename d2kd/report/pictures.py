@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from ..comparison.comparison import Comparison
 from ..comparison.objects import ChangedObject, Picture
 from ..data.images import read_image
+from ..visualization.text import literal_text, one_line
 
 WON, LOST = "#12915f", "#d1433f"
 RIGHT, WRONG, TRUTH = "#ffffff", "#10151c", "#ffffff"
@@ -129,8 +129,7 @@ def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     visualizer = Visualizer(np.asarray(Image.fromarray(image).resize(size, _resampling(scale))))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks a character
+    with literal_text():
         for mark in marks:
             box = np.asarray(mark.box) * scale
             visualizer.draw_box(box, alpha=1, edge_color=mark.color, line_style=mark.style)
@@ -138,7 +137,7 @@ def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
             if mark.text:
                 corner = (max(box[0], 0), max(box[1], 0))
                 visualizer.draw_text(
-                    mark.text,
+                    one_line(mark.text),
                     corner,
                     font_size=9,
                     color=LIGHT.get(mark.color, "#ffffff"),

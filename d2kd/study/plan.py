@@ -270,6 +270,9 @@ def build_study(config: Mapping[str, Any], culprit: str | Path = "study") -> Stu
     )
     for method, node in runs.items():
         where = f"{culprit}: runs.{method}"
+        # It names the run's folder.
+        if not isinstance(method, str) or method in ("", "..") or Path(method).name != method:
+            raise InputError(where, repr(method), "a name that a folder may have")
         _known(where, node, RUN_KEYS)
         increment = node.get("increment")
         if increment is not None and increment not in range(1, len(study.increments) + 1):

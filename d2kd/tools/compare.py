@@ -12,6 +12,7 @@ run the same command again to continue.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from ..utils.errors import InputError, require_packages
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from ..comparison.comparison import Options
     from ..comparison.detectors import load_data
     from ..report.build import compare_and_report
+    from ..utils.io import check_output_folder
 
     for name, least in (("resamples", 1), ("observe", 1)):
         number = getattr(args, name)
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or args.folder
     if output is None:
         raise InputError("--output", "nothing", "a folder for the report")
+    check_output_folder(output, "--output")
     detectors, dataset = (
         detectors_from_folder(args.folder, args.dataset)
         if args.folder
@@ -90,7 +93,7 @@ def detectors_from_args(args: argparse.Namespace) -> tuple:
     detectors = []
     for text in args.detector:
         name, _, rest = text.partition("=")
-        parts = rest.split(",")
+        parts = split_files(rest)
         if not name or len(parts) not in (2, 3) or not all(parts):
             raise InputError("--detector", text, "NAME=CONFIG,WEIGHTS")
         detectors.append(detector_from_config(name, *parts))
@@ -98,6 +101,18 @@ def detectors_from_args(args: argparse.Namespace) -> tuple:
         if recipe is not None:
             register_from_config(recipe, args.dataset)
     return detectors, args.dataset
+
+
+def split_files(text: str) -> list[str]:
+    """Split a text at its commas, but not at those within the names of files, if only then all its parts are files."""
+    parts = text.split(",")
+    ways = [
+        [",".join(parts[a:b]) for a, b in itertools.pairwise((0, *ends, len(parts)))]
+        for count in (1, 2)
+        for ends in itertools.combinations(range(1, len(parts)), count)
+    ]
+    found = [way for way in ways if all(Path(part).is_file() for part in way)]
+    return found[0] if len(found) == 1 else parts
 
 
 def detectors_from_folder(folder: Path, dataset: str | None) -> tuple:

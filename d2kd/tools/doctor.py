@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
             load(args.config_file, args.opts),
             images=args.images,
             iterations=args.iterations,
+            debug=args.debug,
         ):
             findings.append(finding)
     except InputError:

@@ -43,10 +43,9 @@ def run(args: argparse.Namespace) -> None:
         import_optional,
         prepare_for_export,
     )
-    from ..utils.io import write_json, write_text
+    from ..utils.io import check_output_folder, write_json, write_text
 
-    if args.output.exists() and not args.output.is_dir():
-        raise InputError("--output", f"{args.output} is a file", "a folder")
+    check_output_folder(args.output, "--output")
     if args.images < (1 if args.table else 0):
         raise InputError("--images", args.images, "at least 1 with --table, else 0")
     if args.baseline and not args.table:

@@ -53,11 +53,13 @@ def run(args: argparse.Namespace) -> None:
         write_tables_and_plots,
     )
     from ..study.report import study_report
+    from ..utils.io import check_output_folder
 
     study, runs = load_and_plan(args.study, args.seeds, args.runs, args.fast)
     every_run = study.plan(args.seeds, list(study.runs), args.fast)
     name = Path(args.study).stem + ("_fast" if args.fast else "")
     output = args.output or Path("output", name)
+    check_output_folder(output, "--output")
     print(f"{study.title}\n{len(runs)} runs in {output}\n", flush=True)
     # --fast registers smaller data sets in this process, so runs cannot be subprocesses.
     trainer = SequentialRunner() if args.fast else ParallelRunner(args.jobs)

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..config import load, student_node
     from ..data.catalog import register_from_config
+    from ..utils.io import check_output_folder
     from ..visualization.erd_selection import draw_selection
     from ..visualization.icd_attention import draw_attention
     from ..visualization.panels import draw_detections
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         if who not in ("student", "teacher") or not file:
             raise InputError("--weights", given, "student=FILE or teacher=FILE")
         weights[who] = file
+    check_output_folder(args.output, "--output")
     if args.number < 1:
         raise InputError("--number", args.number, "at least 1")
     config = load(args.config_file, args.opts)

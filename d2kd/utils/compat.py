@@ -10,13 +10,17 @@ modules and methods that d2kd uses: run it with your version.
 from __future__ import annotations
 
 import sys
+import warnings
+import zipfile
 from types import ModuleType
+from typing import Any
 
 import detectron2
 import torch
 import torch.distributed as dist
 from detectron2 import _C
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -50,6 +54,25 @@ def box_tensors(boxes: list[Boxes | Tensor]) -> list[Tensor]:
     return [getattr(x, "tensor", x) for x in boxes]
 
 
+class _Float32Linear(Box2BoxTransformLinear):
+    """FCOS's box transform, which decodes boxes in float32, as that of the other detectors does."""
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        return super().apply_deltas(deltas.float(), boxes)
+
+
+def decode_in_float32(detector: nn.Module) -> None:
+    """Let an FCOS decode boxes in float32 with mixed precision, too; in float32 nothing changes.
+
+    Detectron2's decodes in the precision of its deltas. Half precision cannot hold pixels, and the GIoU loss of such
+    boxes and the ground truth fails, because it wants one type.
+    """
+    for module in detector.modules():
+        coder = getattr(module, "box2box_transform", None)
+        if type(coder) is Box2BoxTransformLinear:
+            module.box2box_transform = _Float32Linear(coder.normalize_by_size)
+
+
 def tracing_adapter() -> type[nn.Module]:
     """Return Detectron2's ``TracingAdapter``; up to 0.6, its package imports caffe2, which PyTorch no longer has."""
     try:
@@ -72,22 +95,24 @@ class _Reader(DetectionCheckpointer):
         pass  # so that load() returns the whole content
 
 
-def read_checkpoint(file: str) -> dict:
-    """Return the content of a local checkpoint, with its tensors under "model".
+def read_checkpoint(file: str) -> Any:
+    """Return the content of a local checkpoint: for Detectron2's formats, a dict with tensors by name under "model".
 
     A ``.pkl`` is read by Detectron2; it is a pickle, which may run code. A ``.safetensors`` is read by safetensors.
-    Other files are read by torch with ``weights_only=True``, which loads nothing but tensors and Python's scalars.
+    Other files are read by torch with ``weights_only=True``, which loads nothing but tensors and Python's scalars;
+    so is a ``.pkl`` that ``torch.save`` has written.
     """
     if file.endswith(".safetensors"):
         from safetensors.torch import load_file
 
         return {"model": load_file(file)}
-    if file.endswith(".pkl"):
+    if file.endswith(".pkl") and not zipfile.is_zipfile(file):
         return _Reader(nn.Module(), save_to_disk=False).load(file, checkpointables=[])
-    # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if file.endswith(".pyth") and "model_state" in content:
+    with warnings.catch_warnings(action="ignore"):  # of a TorchScript file, which is refused
+        # Detectron2 would load a .pyth, which is pycls's format, to the GPU from which it was saved.
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if file.endswith(".pyth") and isinstance(content, dict) and "model_state" in content:
         state = content["model_state"].items()
         model = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
         return {"model": model, "__author__": "pycls", "matching_heuristics": True}
-    return content if "model" in content else {"model": content}
+    return content

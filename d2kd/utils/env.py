@@ -7,9 +7,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import OmegaConf
@@ -35,26 +38,55 @@ def collect_versions() -> dict[str, str | None]:
 def config_hash(node: Any) -> str:
     """Return the SHA-256 of a config's content, which is equal for equal configs of different files or processes.
 
-    A class or function is hashed by its name, any other object by its class and attributes. Code is not hashed.
+    A class or function is hashed by its name, any other object by its class and attributes. Code is not hashed, but
+    that of a function without a name to import it by, such as a lambda.
     """
-    text = json.dumps(_content(node), sort_keys=True)
+    text = json.dumps(_content(node, ()), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(value: Any) -> Any:
+def _content(value: Any, within: tuple[int, ...]) -> Any:
+    """Return what is hashed of a value; ``within`` are the ids of the objects that hold it."""
     if OmegaConf.is_config(value):
-        return _content(OmegaConf.to_container(value, resolve=True))
-    if isinstance(value, Mapping):
-        return {str(key): _content(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_content(item) for item in value]
+        value = OmegaConf.to_container(value, resolve=True)
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if id(value) in within:  # an object that holds itself
+        return "itself"
+    within = (*within, id(value))
+
+    def of(item: Any) -> Any:
+        return _content(item, within)
+
+    if isinstance(value, Mapping):
+        return {str(key): of(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [of(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, partial):
+        return ["partial", of(value.func), of(value.args), of(value.keywords)]
+    if isinstance(value, MethodType):
+        return [of(value.__func__), of(value.__self__)]
     if hasattr(value, "__qualname__"):
-        return import_path(value) or value.__qualname__
+        name = import_path(value)
+        if name is None and isinstance(value, FunctionType):
+            return [value.__qualname__, *(of(part) for part in _code(value))]
+        return name or value.__qualname__
     # Its repr may contain its address.
-    held = _content(vars(value)) if hasattr(value, "__dict__") else repr(value)
-    return [_content(type(value)), held]
+    held = of(vars(value)) if hasattr(value, "__dict__") else repr(value)
+    return [of(type(value)), held]
+
+
+def _code(function: FunctionType) -> tuple[Any, ...]:
+    """Return what tells a function from others of its name: code, constants, names, defaults and closure."""
+    code, cells = function.__code__, function.__closure__ or ()
+    constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
+    closure = [cell.cell_contents for cell in cells if cell != CellType()]
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    return code.co_code.hex(), constants, code.co_names, defaults, closure
 
 
 def import_path(value: Any) -> str | None:

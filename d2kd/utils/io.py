@@ -40,6 +40,26 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_output_folder(folder: str | Path, culprit: str = "train.output_dir") -> None:
+    """Check that a folder is there or can be made, before work begins that is written to it.
+
+    Raises:
+        InputError: it is a file, lies in one, cannot be written, or has an invalid name.
+    """
+    path = Path(folder)
+    try:
+        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        os.fsencode(path).decode("utf-8")  # a name that config.yaml and run.json can hold
+    except (OSError, ValueError) as error:  # it is too long, or not UTF-8
+        raise InputError(
+            culprit, f"{str(folder)!a} is no valid name ({error})", "a folder"
+        ) from error
+    if not there.is_dir():
+        raise InputError(culprit, f"{there} is a file", "a folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(culprit, f"{there} cannot be written", "a folder that can")
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed processes, which are as large as checkpoints."""
     for file in folder.glob(".*.tmp"):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..utils.io import read_metrics
+from .text import literal_text, one_line
 
 
 def task_loss(entry: Mapping[str, float]) -> float | None:
@@ -24,25 +25,29 @@ def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    loss, ap = figure.subplots(1, 2)
-    for index, (method, paths) in enumerate(metrics.items()):
-        style = {"color": f"C{index}", "alpha": 1.0 if len(paths) == 1 else 0.6}
-        for number, entries in enumerate(map(read_metrics, paths)):
-            losses = {e["iteration"] + 1: task_loss(e) for e in entries}
-            losses = {x: y for x, y in losses.items() if y is not None}
-            # The evaluation at the end is logged one iteration after the last step.
-            last = max(losses, default=0)
-            measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
-            measured = {x: y for x, y in measured.items() if y is not None}
-            label = method if number == 0 else "_"  # one legend entry per method
-            loss.plot(losses.keys(), losses.values(), label=label, **style)
-            ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
-    loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")
-    ap.set(title="AP on the validation split", ylabel="AP")
-    for axes in (loss, ap):
-        axes.set_xlabel("iterations")
-        axes.grid(alpha=0.3)
-    loss.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    with literal_text():
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        loss, ap = figure.subplots(1, 2)
+        lines = {}  # one for each method
+        for index, (method, paths) in enumerate(metrics.items()):
+            style = {"color": f"C{index}", "alpha": 1.0 if len(paths) == 1 else 0.6}
+            for entries in map(read_metrics, paths):
+                losses = {e["iteration"] + 1: task_loss(e) for e in entries}
+                losses = {x: y for x, y in losses.items() if y is not None}
+                # The evaluation at the end is logged one iteration after the last step.
+                last = max(losses, default=0)
+                measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
+                measured = {x: y for x, y in measured.items() if y is not None}
+                (line,) = loss.plot(losses.keys(), losses.values(), **style)
+                lines.setdefault(method, line)
+                ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
+        loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")
+        ap.set(title="AP on the validation split", ylabel="AP")
+        for axes in (loss, ap):
+            axes.set_xlabel("iterations")
+            axes.grid(alpha=0.3)
+        # matplotlib leaves out a label that begins with "_".
+        names = [" " * name.startswith("_") + one_line(name) for name in lines]
+        loss.legend(lines.values(), names, frameon=False)
+        figure.suptitle(one_line(title, 100))
+        figure.savefig(path, dpi=110)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,8 @@ def load_icd(model: DictConfig, student: nn.Module, teacher: Teacher, weights: s
     loss.scale = teacher.scale
     loss.setup(student, teacher.detector)
     prefix = f"by_name.{named[0]}."
-    state = load_checkpoint(weights).get("losses", {})
+    state = load_checkpoint(weights).get("losses")
+    state = state if isinstance(state, Mapping) else {}  # of another tool
     learned = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if not learned:
         expected = "a checkpoint of a run with ICD, which holds its decoder"

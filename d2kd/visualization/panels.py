@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import sample_evenly
 from ..data.images import read_image
+from .text import literal_text, one_line
 
 # Smaller images are enlarged to this shorter side, in pixels, so that the labels of an 8 px object are legible.
 LEGIBLE_SIDE = 480
@@ -328,13 +329,14 @@ def _draw(
     names = metadata.get("thing_classes") if metadata is not None else None
     boxes = boxes[shown].detach().numpy() * scale
     colors = [COLORS[classes[i] % len(COLORS)] / 255 for i in shown]
-    visualizer = Visualizer(image)
-    # overlay_instances alone draws boxes half transparent, which is too faint on textures.
-    for box, color in zip(boxes, colors):
-        visualizer.draw_box(box, alpha=1.0, edge_color=color)
     labels = [_label(classes[i], scores[i], names) for i in shown]
-    drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
-    return drawing.get_image()
+    with literal_text():
+        visualizer = Visualizer(image)
+        # overlay_instances alone draws boxes half transparent, which is too faint on textures.
+        for box, color in zip(boxes, colors):
+            visualizer.draw_box(box, alpha=1.0, edge_color=color)
+        drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
+        return drawing.get_image()
 
 
 def _dots(image: np.ndarray, instances: Instances, scale: float) -> np.ndarray:
@@ -349,12 +351,13 @@ def _dots(image: np.ndarray, instances: Instances, scale: float) -> np.ndarray:
 
 
 def _label(index: int, score: float | None, names: Sequence[str] | None) -> str:
-    name = names[index] if names and index < len(names) else f"class {index}"
+    name = one_line(names[index]) if names and index < len(names) else f"class {index}"
     return name if score is None else f"{name} {score:.0%}"
 
 
 def title_strip(title: str, width: int) -> np.ndarray:
     """Draw a title on a dark strip, in the largest font size that fits."""
+    title = one_line(title, None)
     strip = Image.new("RGB", (width, STRIP), (32, 34, 40))
     draw = ImageDraw.Draw(strip)
     for size in (18, 16, 14, 12, 10, 8):

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from ...layers.feature_rms import FeatureRMS
 from ...structures.class_map import ClassMap, check_classes, class_names, num_classes_of
 from ...utils.comm import any_rank
+from ...utils.compat import decode_in_float32
 from ...utils.errors import InputError
 from ..agreement import top1_agreement
 from ..inherit import inherit_weights
@@ -93,6 +94,7 @@ class Distiller(nn.Module):
             raise InputError("max_iter", max_iter, "a positive number of iterations")
         if proposals_from not in PROPOSALS_FROM:
             raise InputError("proposals_from", proposals_from, " or ".join(PROPOSALS_FROM))
+        decode_in_float32(student)
         self.student = student
         self.teacher = teacher
         self.losses = losses
