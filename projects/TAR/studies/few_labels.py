@@ -18,12 +18,13 @@ from ....configs.common.study import (
 )
 from .common import make_study
 
-IMAGES = 200
-STUDENT_STEPS, TEACHER_STEPS = 800, 1000
+IMAGES, WIDTH = 200, 16
+STUDENT_STEPS, TEACHER_STEPS = 1000, 1000
 MIN_SCORE = 0.5
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
 _student = student_recipe(_baseline, STUDENT_STEPS)
+_student.model.backbone.bottom_up.width = WIDTH
 _student.dataloader.train.dataset.names = L(subset)(dataset="shapes_train", images=IMAGES)
 _others = L(subset)(dataset="shapes_train", images=IMAGES, complement=True)
 
