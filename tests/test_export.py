@@ -411,7 +411,7 @@ def test_refused_in_one_line(folder, refuses, words, line):
 
 def example(phrase):
     """The documentation's lines that have these words, of a run in this folder."""
-    return block(phrase).replace("output/mine/", "").replace("handed_on/", "")
+    return block(phrase).replace("output/mine/distilled/", "").replace("handed_on/", "")
 
 
 WITHOUT_D2KD = 'import sys\nsys.modules["d2kd"] = None\n'

@@ -24,6 +24,7 @@ from d2kd.data.shapes import CLASSES
 from d2kd.modeling import Distiller
 from d2kd.structures.class_map import ClassMap, apply_aliases, class_names
 from d2kd.study import load_and_plan
+from d2kd.testing import check_loss
 from d2kd.tools import COMMANDS, main
 
 from . import tiny_run
@@ -45,7 +46,7 @@ EXAMPLES = [
     *("LinearParamScheduler", "detector_from_config(", "for recipe in ("),
 ]
 SHOWN_FILES = ["recipe.py", "mine.py", "teacher_and_losses.py", "my_study.py"]
-SHOWN_FILES += ["my_loss.py", "my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"]
+SHOWN_FILES += ["my_loss.py", "mine_study.py", "my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"]
 
 
 def test_every_example_has_a_test():
@@ -99,10 +100,17 @@ def test_the_example_loss_in_a_package_of_its_own(tmp_path):
 def test_the_shortest_loss(tmp_path, monkeypatch):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     monkeypatch.syspath_prepend(tmp_path)
-    loss = importlib.import_module("my_loss").SameTopFeatures(weight=0.1)
-    ones = SimpleNamespace(features={"p5": torch.ones(1, 2, 3, 4)})
-    assert loss(ones, ones) == 0
-    assert loss(ones, SimpleNamespace(features={"p5": torch.full((1, 2, 3, 4), 3.0)})) == 4
+    check_loss(importlib.import_module("my_loss").SameMeans)
+
+
+def test_a_study_of_the_recipes_of_init(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_run.draw_data(tmp_path / "data")
+    main(["init", "--data", "data/data.json", "--val", "data/data.json", "--output", "mine.py"])
+    (tmp_path / "mine_study.py").write_text(FILES["mine_study.py"])
+    _, runs = load_and_plan("mine_study.py", [0], [], False)
+    names = ["teacher", "alone_seed0", "same_time_seed0", "distilled_seed0"]
+    assert sorted(run.name for run in runs) == sorted(names)
 
 
 def recipe_with(phrase, base="baselines/faster_rcnn_R_50_FPN_1x.py"):
@@ -271,7 +279,7 @@ def test_a_study(tmp_path):
 def test_a_comparison_from_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.draw_data(tmp_path / "data")
-    for name, folder, seed in (("teacher.yaml", "", 0), ("mine.py", "output/mine", 1)):
+    for name, folder, seed in (("teacher.yaml", "", 0), ("mine.py", "output/mine/distilled", 1)):
         config = tiny_run.recipe(tmp_path / "data", tmp_path)
         for part in ("train", "test"):
             config.dataloader[part].dataset.names.name = "mine_val"
@@ -280,7 +288,7 @@ def test_a_comparison_from_python(tmp_path, monkeypatch):
         code = "from d2kd.config import load\nglobals().update(load('config.yaml'))\n"
         (tmp_path / name).write_text(text if name.endswith("yaml") else code)
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        file = "output/mine/model_final.pth" if folder else "teacher.pkl"
+        file = f"{folder}/model_final.pth" if folder else "teacher.pkl"
         state = build(tiny_faster_rcnn(), seed).state_dict()
         if folder:
             torch.save({"model": state}, file)

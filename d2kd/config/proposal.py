@@ -136,7 +136,7 @@ def recipe_text(
                 why=why,
             ),
             f'\nSTUDENT = "{networks[0]}"  # a network with ImageNet weights\n',
-            f'TEACHER = "{networks[1]}"  # a larger one\n' if own else "",
+            f'TEACHER = "{networks[1]}"  # {_LARGER[timm]}\n' if own else "",
             f'\nOUTPUT = "output/{stem}"\n',
             _names(classes),
             _DATA.format(train=data[0], val=data[1]),
@@ -198,6 +198,11 @@ from d2kd.config import {recipe}distill, load, method{with_timm}
 from d2kd.data import {data_function}
 {modeling}{torchvision}'''
 
+_LARGER = {
+    True: "the largest whose weights come with pip; timm has others that are much larger",
+    False: "a larger one",
+}
+
 _TORCHVISION_IMPORT = """from d2kd.modeling import TorchvisionBackbone
 from d2kd.modeling.backbone import TORCHVISION_PIXEL_MEAN, TORCHVISION_PIXEL_STD
 """
@@ -207,7 +212,7 @@ _NUMBERS = """
 # From: {why[image_size]}.
 IMAGE_SIZE = {image_size}
 
-# Side of the anchors in pixels, one for each level of strides 4 to 64.
+# Side of the anchors in pixels of such images, one for each level of strides 4 to 64: scale them with IMAGE_SIZE.
 # From: {why[anchor_sizes]}.
 ANCHOR_SIZES = {anchor_sizes}
 

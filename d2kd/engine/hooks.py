@@ -140,8 +140,8 @@ class EvalTeacher(HookBase):
         found = "undefined" if average_precision is None else f"{average_precision:.3f}"
         bar = "!" * 78
         logger.warning(
-            f"\n{bar}\n! The teacher's AP is {found} of 100: it does not fit this data. Check its\n"
-            f"! weights, its config, its classes and their order before you train a student.\n{bar}"
+            f"\n{bar}\n! The teacher's AP is {found} of 100: it does not fit this data, or was hardly trained.\n"
+            f"! Check its weights, its config, its classes and their order before you train a student.\n{bar}"
         )
 
 

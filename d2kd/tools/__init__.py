@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 
@@ -53,10 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
             help=purpose,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a misspelt option must not be another
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # As `python -m d2kd` does: recipes import modules of the folder in which they are used.
+        sys.path.insert(0, os.getcwd())
     module = modules[args.command]
     with report_input_errors(args.debug, getattr(module, "INTERRUPTED", None)):
         if args.command != "install-detectron2" and find_spec("detectron2") is None:

@@ -88,11 +88,11 @@ def _measure(data: str, nodes: list[tuple[Callable, dict]]) -> tuple[DataSizes, 
 
     before = set(DatasetCatalog.list())
     try:
-        train, val = (register(**options) for register, options in nodes)
-        classes, others = (list(MetadataCatalog.get(x).thing_classes) for x in (train, val))
-        if others != classes:
-            found = f"its classes are {', '.join(others)}"
-            raise InputError("--val", found, f"those of --data: {', '.join(classes)}")
+        (register, options), (register_val, val_options) = nodes
+        train = register(**options)
+        classes = list(MetadataCatalog.get(train).thing_classes)
+        # The recipe gives both the same list, so that the order in the file does not matter.
+        register_val(**{**val_options, "classes": classes})
         sizes = DataSizes.of(DatasetCatalog.get(train))
     finally:  # the recipe registers them
         for name in set(DatasetCatalog.list()) - before:
@@ -104,9 +104,12 @@ def _measure(data: str, nodes: list[tuple[Callable, dict]]) -> tuple[DataSizes, 
 
 
 def _teacher(given: list[str] | None) -> str | tuple[str, str] | None:
+    from ..config.files import ZOO, zoo_detector
+
     if given is None:
         return None
-    if len(given) == 1 and given[0].startswith("zoo:"):
+    if len(given) == 1 and given[0].startswith(ZOO):
+        zoo_detector(given[0])  # raises an error if there is none of this name
         return given[0]
     if len(given) != 2:
         raise InputError("--teacher", " ".join(given), "CONFIG WEIGHTS, or zoo:NAME")

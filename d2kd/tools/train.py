@@ -68,6 +68,8 @@ def recipe(args: argparse.Namespace) -> DictConfig:
             raise InputError("--teacher", f"{given[0]} alone", f"CONFIG WEIGHTS, or {ZOO}NAME")
         teacher = given[0] if count == 1 else tuple(given)
         config = with_defaults(distill(config, teacher=teacher, **method(args.distill)))
+        # Not the folder of the student alone, whose run it would replace.
+        config.train.output_dir = f"{config.train.output_dir.rstrip('/')}_{args.distill}"
     return apply_overrides(config, overrides)
 
 
