@@ -139,7 +139,14 @@ def config(tmp_path):
     return recipe(tmp_path / "data", tmp_path / "out", model, max_iter=2, eval_teacher=False)
 
 
-@pytest.mark.parametrize("change", WORK.values(), ids=WORK)
+ALIKE = {"lambda", "method", "object", "own object", "object for tests", "sampler", "evaluators"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(WORK[name], marks=[pytest.mark.sweep] * (name in ALIKE)) for name in WORK],
+    ids=WORK,
+)
 def test_what_detectron2_takes(config, tmp_path, change):
     """It trains, and again from the run's own config; the doctor sees all there is to see; nothing is written by it."""
     change(config)

@@ -192,6 +192,15 @@ def test_a_byte_order_mark_is_no_fault(content, images):
     assert len(DatasetCatalog.get(name)) == 6
 
 
+def test_a_file_that_cannot_be_opened(content, images, refuses, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no rights")
+
+    name = register(content, images)
+    monkeypatch.setattr(reader.PathManager, "open", fail)
+    refuses(lambda: check_dataset(name), r"\d+.json: unreadable: no rights; expected a JSON file")
+
+
 def test_a_corrected_file_is_read_again(content, images, tmp_path):
     """In one process, as in a notebook: classes, objects and the evaluation are those of the new content."""
     file = tmp_path / "mine.json"

@@ -183,7 +183,9 @@ def teacher_that(sees, **known):
 @pytest.mark.parametrize("known", ["classes", "weights", None])
 def test_each_panel_has_its_own_names(records, labels, tmp_path, known):
     """As many classes are not the same classes: every detector is drawn with the names of its own."""
-    torch.save({"model": {}, "classes": ["c", "a", "b"]}, tmp_path / "teacher.pth")
+    torch.save(
+        {"model": {"weight": torch.zeros(1)}, "classes": ["c", "a", "b"]}, tmp_path / "teacher.pth"
+    )
     values = {"classes": ("c", "a", "b"), "weights": str(tmp_path / "teacher.pth")}
     teacher = teacher_that(Sees(2), **({known: values[known]} if known else {}))
     draw_once([{**records[0], "annotations": []}], Sees(1), teacher, names=["a", "c", "b"])
@@ -270,7 +272,7 @@ def test_bad_input(data, tmp_path, album):
     refused("train.draw_period: -1; expected an integer, at least 0", draw_period=-1)
     refused("train.draw_period: often", draw_period="often")
     refused("train.draw_images: 0; expected an integer, at least 1", draw_images=0)
-    refused("train.draw_period: 1, and the recipe has no dataloader.test.mapper", "mapper")
+    refused("dataloader.test.mapper: none; expected a node", "mapper")
     refused("has no dataloader.test.dataset.names; expected images to draw", "dataset")
     draw_data(tmp_path / "data")
     (tmp_path / "data" / "1.png").write_bytes(b"no picture")

@@ -22,6 +22,7 @@ from .test_voc import NAMES, write_voc
 from .tiny_run import draw_data
 
 init = command("init")
+ZOO_NAME = "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"
 FAST = ["train.max_iter=2", "train.device=cpu", "train.eval_teacher=False", "train.log_period=1"]
 FAST += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
 
@@ -155,7 +156,7 @@ def test_a_trained_teacher(folder, capsys):
     config = load("given.py")
     assert config.model.teacher.weights == str(folder / "teacher.pth")
     assert config.model.teacher.detector == load("first.py:teacher").model
-    init_coco("--teacher", "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x", output="zoo.py")
+    init_coco("--teacher", ZOO_NAME, output="zoo.py")
     commands = printed_commands(capsys.readouterr().out)
     assert len([word for word in commands[-1] if word.startswith(("alone=", "distilled="))]) == 2
     assert 'teacher="zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"' in Path("zoo.py").read_text()
@@ -198,7 +199,7 @@ def test_the_file_is_formatted(folder):
         with pytest.MonkeyPatch.context() as patch:
             if not timm:
                 patch.setattr("d2kd.tools.init.find_spec", lambda name: None)
-            init_coco("--teacher", "zoo:x", output=output) if timm else init_coco(output=output)
+            init_coco("--teacher", ZOO_NAME, output=output) if timm else init_coco(output=output)
     words = ["ruff", "format", "--isolated", "--line-length", "100", "--diff"]
     done = subprocess.run(
         [sys.executable, "-m", *words, "mine.py", "other.py"], capture_output=True, text=True
@@ -226,10 +227,17 @@ def test_what_is_refused(folder, refuses):
         ([*data, *val, "--output", "no/new.py"], "--output: no folder no"),
         ([*data, *out], "--val: nothing"),
         ([*data, "--val", "far/data.json", *out], "far/data.json: 0.png is not beside it"),
-        ([*data, "--val", "val/other.json", *out], "val/other.json: no class class 0; classes not in the list: other"),
+        (
+            [*data, "--val", "val/other.json", *out],
+            "val/other.json: no class class 0; classes not in the list: other",
+        ),
         ([*data, "--val", "nowhere.json", *out], "nowhere.json: no such file"),
         (["--data", "train/empty.json", *val, *out], "empty.json: no object"),
         ([*data, *val, *out, "--teacher", "x"], "--teacher: x; expected CONFIG WEIGHTS"),
+        (
+            [*data, *val, *out, "--teacher", "zoo:x"],
+            "zoo:x: not in Detectron2's model zoo; expected zoo:",
+        ),
         (["--data", "voc", "--images", "x", *out], "--images: given for a VOC folder"),
         (["--data", "no_objects", *out], "no object in Annotations"),
         (["--data", "voc", "--classes", "class 0", *out], "expected one of class 0"),

@@ -46,7 +46,13 @@ EXAMPLES = [
     *("LinearParamScheduler", "detector_from_config(", "for recipe in ("),
 ]
 SHOWN_FILES = ["recipe.py", "mine.py", "teacher_and_losses.py", "my_study.py"]
-SHOWN_FILES += ["my_loss.py", "mine_study.py", "my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"]
+SHOWN_FILES += [
+    "my_loss.py",
+    "mine_study.py",
+    "my_method/loss.py",
+    "my_method/recipe.py",
+    "my_method/test_loss.py",
+]
 
 
 def test_every_example_has_a_test():
@@ -100,7 +106,7 @@ def test_the_example_loss_in_a_package_of_its_own(tmp_path):
 def test_the_shortest_loss(tmp_path, monkeypatch):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     monkeypatch.syspath_prepend(tmp_path)
-    check_loss(importlib.import_module("my_loss").SameMeans)
+    check_loss(importlib.import_module("my_loss").SameMeans, {"faster": tiny_faster_rcnn})
 
 
 def test_a_study_of_the_recipes_of_init(tmp_path, monkeypatch):

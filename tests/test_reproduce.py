@@ -51,6 +51,7 @@ def test_every_row_of_the_estimate_is_on_the_page():
     assert rows == stems
 
 
+@pytest.mark.sweep
 def test_a_teacher_costs_operations_and_memory(monkeypatch, capsys):
     words = ["coco_cost", "--image-size", "64x96", coco_cost.IMITATION]
     monkeypatch.setattr("sys.argv", words)

@@ -123,9 +123,13 @@ def test_distill_makes_a_plain_recipe_one_with_a_teacher(folder):
     words = ["--config-file", folder / "plain.py", "--distill", "imitation", "--teacher"]
     words += [folder / "teacher.py", folder / "teacher.pth", "train.max_iter=1"]
     train([*map(str, words), "model.losses.imitation.weight=0.5"])
-    metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
+    metrics = [
+        json.loads(line)
+        for line in (folder / "out_imitation/metrics.json").read_text().splitlines()
+    ]
     assert metrics[0]["distill/weight_imitation"] == 0.5
     assert metrics[0]["distill/loss_imitation"] > 0
+    assert not (folder / "out").exists()  # the folder of the student alone
 
 
 def test_a_teacher_from_the_zoo_in_one_word(folder):
@@ -249,19 +253,21 @@ def test_two_processes_one_without_ground_truth(folder):
     options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     done = subprocess.run(words, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    checkpoint = torch.load(folder / "out/model_final.pth")
+    checkpoint = torch.load(folder / "out_icd/model_final.pth")
     optimizers = checkpoint["trainer"]["_trainer"]["optimizer"]
     assert int(checkpoint["losses"]["by_name.icd._extra_state"][0]) == 3
     assert len(checkpoint["processes"]) == 2
     assert all(len(optimizers[part]["state"]) > 10 for part in ("student", "losses"))
     assert all(float(s["step"]) == 3 for s in optimizers["losses"]["state"].values())
     assert all(torch.isfinite(value).all() for value in checkpoint["losses"].values())
-    metrics = [json.loads(line) for line in (folder / "out/metrics.json").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (folder / "out_icd/metrics.json").read_text().splitlines()
+    ]
     terms = ("identification", "localization", "distillation")
     assert {f"distill/loss_icd_{term}" for term in terms} <= metrics[0].keys()
-    row = json.loads((folder / "out/run.json").read_text())["rows"][0]
+    row = json.loads((folder / "out_icd/run.json").read_text())["rows"][0]
     assert row["processes"] == 2 and row["iterations"] == 3
     if importlib.util.find_spec("tensorboard"):
-        [events] = (folder / "out").glob("events.out.tfevents.*")
+        [events] = (folder / "out_icd").glob("events.out.tfevents.*")
         drawn = b"detections/01_0", b"detections/02_1"
         assert [events.read_bytes().count(name) for name in drawn] == [2, 2]

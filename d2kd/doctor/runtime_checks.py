@@ -118,9 +118,7 @@ def check_sizes(trainer: Trainer, batches: list[list[dict]]) -> Iterator[Finding
     union = sides.prod(dim=1)[:, None] + anchors.prod(dim=1) - common
     unlike = ((common / union).amax(dim=1) < MIN_SHAPE_IOU).float().mean().item()
     shortest, longest = anchors.prod(dim=1).sqrt().aminmax()
-    found = (
-        f"{shortest:.0f} to {longest:.0f} pixels, {100 * unlike:.0f} % of the objects fit none"
-    )
+    found = f"{shortest:.0f} to {longest:.0f} pixels, {100 * unlike:.0f} % of the objects fit none"
     usual = unlike <= MAX_UNLIKE
     advice = f"sizes from {low:.0f} to {high:.0f}, and the objects' aspect ratios; d2kd init proposes some"
     yield Finding("anchors", "ok" if usual else "warning", found, "" if usual else advice)

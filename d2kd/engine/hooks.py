@@ -401,10 +401,9 @@ class DrawDetections(HookBase):
             InputError: the recipe has no test images.
         """
         period = cfg.train.draw_period
-        for key in ("dataloader.test.dataset.names", "dataloader.test.mapper"):
-            if OmegaConf.select(cfg, key, default=None) is None:
-                found = f"{period}, and the recipe has no {key}"
-                raise InputError("train.draw_period", found, "images to draw, or 0")
+        if OmegaConf.select(cfg, "dataloader.test.dataset.names", default=None) is None:
+            found = f"{period}, and the recipe has no dataloader.test.dataset.names"
+            raise InputError("train.draw_period", found, "images to draw, or 0")
         if not comm.is_main_process():
             return None
         if not has_tensorboard():
