@@ -48,7 +48,7 @@ class ImitationLoss(DistillLoss):
         mask: str = "box",
         adapter: str = "auto",
         normalize: bool = True,
-        weight: Weight = 0.1,
+        weight: Weight = 0.3,
         across_processes: bool = True,
     ):
         super().__init__(weight=weight, across_processes=across_processes)
