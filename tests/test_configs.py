@@ -1,6 +1,7 @@
 """Every config instantiates and takes a step; every way to name a detector gives one."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,15 @@ assert {recipe.split("/")[1] for recipe in RECIPES} == {"ERD", "ICD", "TAR", "ba
 SMALL = "common/models/faster_rcnn_small.py", "weights.pth"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# The heaviest, each of which has a sibling that differs in the number of layers, stages or iterations.
+HEAVY = [
+    x for x in RECIPES if re.search(r"R_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
+]
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(x, marks=[pytest.mark.sweep] * (x in HEAVY)) for x in RECIPES]
+)
 def test_every_recipe_takes_a_step(recipe):
     config = load(str(ROOT / recipe))
     model = config.model

@@ -284,6 +284,7 @@ def test_the_wheel_holds_every_module_and_recipe(installed, folder):
     assert not [file for file in files if not (target / file).is_file()]
 
 
+@pytest.mark.sweep
 def test_recipes_load_from_the_wheel(installed, tmp_path):
     code = """
         import sys

@@ -66,7 +66,10 @@ def test_quotes_and_the_home_folder(plain, monkeypatch):
         assert given(plain, "train.output_dir", text) == expected
 
 
-@pytest.mark.parametrize("name", ["Übung, a=b", "run(1) #50%", "C:\\x"])
+@pytest.mark.parametrize(
+    "name",
+    ["Übung, a=b", *(pytest.param(x, marks=pytest.mark.sweep) for x in ("run(1) #50%", "C:\\x"))],
+)
 def test_a_run_in_a_folder_of_such_a_name(tmp_path, name, monkeypatch):
     """It is trained, resumed from its own config, and evaluated."""
     draw_data(tmp_path / "data")

@@ -344,7 +344,9 @@ def runs_of(study):
     return set(LazyConfig.load(str(ROOT / study)).runs)
 
 
-@pytest.mark.parametrize("project", ["TAR", "ICD", "ERD"])
+@pytest.mark.parametrize(
+    "project", ["ERD", *(pytest.param(x, marks=pytest.mark.sweep) for x in ("TAR", "ICD"))]
+)
 def test_every_run_they_name_is_in_its_study(project):
     pattern = rf"d2kd study\s+(projects/{project}/\S+\.py)((?:[^\n`]*\\\n)*[^\n`]*)"
     named = re.findall(pattern, "".join(TEXTS))

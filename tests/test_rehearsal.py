@@ -189,6 +189,7 @@ def test_two_steps_an_evaluation_and_an_export(coco, family, monkeypatch):
             words, teacher, config = ["--config-file", recipe], [], load(recipe)
             if family in TEACHERS:
                 teacher = ["--distill", "tar", "--teacher", TEACHERS[family]]
+                teacher.append(f"train.output_dir={config.train.output_dir}")
             distilled = bool(teacher) or is_distiller(config.model)
             command("train")([*words, *teacher, *SMALL, all_scores(config, distilled)])
             check_run(config, distilled)

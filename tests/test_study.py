@@ -521,7 +521,10 @@ def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
     assert {path.parent.parent for path in tmp_path.glob("**/*.json")} == {tmp_path}
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(x, marks=[pytest.mark.sweep] * ("bccd" in x.stem), id=x.stem) for x in STUDIES],
+)
 def test_every_study_is_whole(path, tmp_path, monkeypatch):
     monkeypatch.delenv("D2KD_BCCD", raising=False)
     if "bccd" in path.stem:

@@ -64,7 +64,7 @@ def run(study, output, only=("pseudo",), trainer=None):
     return {row["method"]: row for row in rows}, failed, console.getvalue()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.sweep)])
 def test_the_detector_is_trained_first_and_labels_once(study_of, tmp_path, monkeypatch, jobs):
     calls, write = [], training.write_labels
     monkeypatch.setattr(training, "write_labels", lambda *args: calls.append(args) or write(*args))
