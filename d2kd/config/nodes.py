@@ -76,9 +76,7 @@ def build_part(key: str, node: Any) -> Any:
 
 def has_target(node: DictConfig, kind: type) -> bool:
     """Return whether a node's ``_target_`` is this class. In a saved recipe, ``_target_`` is a string."""
-    if not OmegaConf.is_dict(
-        node
-    ):  # a function or an object, as Detectron2 takes in place of a node
+    if not OmegaConf.is_dict(node):  # a function or an object: Detectron2 takes them, too
         return False
     target = node.get("_target_")
     return target is kind or (isinstance(target, str) and target.endswith(f".{kind.__name__}"))

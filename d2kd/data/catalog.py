@@ -12,8 +12,9 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -101,8 +102,13 @@ def check_files(names: Iterable[str], root: str, expected: str) -> None:
     for folder, wanted in folders.items():
         present = PathManager.ls(folder) if PathManager.isdir(folder) else []
         if missing := sorted(wanted.difference(present)):
-            more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
-            raise InputError(os.path.join(folder, missing[0]), f"missing{more}", expected)
+            refuse_missing(folder, missing, expected)
+
+
+def refuse_missing(folder: str, names: Sequence[str], expected: str) -> NoReturn:
+    """Raise InputError for files that a folder lacks; the message names the first and counts the others."""
+    more = f", and {len(names) - 1} more of that folder" if len(names) > 1 else ""
+    raise InputError(os.path.join(folder, names[0]), f"missing{more}", expected)
 
 
 ANNOTATIONS_PREFIX = "d2kd_annotations://"

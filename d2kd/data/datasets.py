@@ -24,6 +24,7 @@ from ..structures.class_map import class_names
 from ..utils.errors import InputError
 from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
 from .coco_file import CocoFile, read_coco_file, summarize_coco_file
+from .images import reading_mapper
 from .voc import check_voc, refresh_voc
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,9 @@ def _set_coco_metadata(name: str, file: CocoFile, **more) -> None:
     new["json_file"] = file.json_file if file.is_standard else f"{ANNOTATIONS_PREFIX}{name}"
     new["derived"] = None if file.is_standard else StandardForm(file.json_file, file.classes)
     if any(known.get(key) != value for key, value in (new | more).items()):
-        MetadataCatalog.remove(name) if known else None
-        known.pop("name", None)
+        if known:
+            MetadataCatalog.remove(name)
+            known.pop("name")
         MetadataCatalog.get(name).set(**known | new | more)
 
 
@@ -250,7 +252,7 @@ def check_masks(loader: Iterable) -> None:
         InputError: naming the first image, and the number of objects.
     """
     mapped = getattr(loader, "dataset", None)
-    mapper = getattr(getattr(mapped, "mapper", None), "mapper", getattr(mapped, "mapper", None))
+    mapper = reading_mapper(getattr(mapped, "mapper", None))
     if not isinstance(mapper, DatasetMapper) or not mapper.use_instance_mask:
         return
     polygons = mapper.instance_mask_format == "polygon"

@@ -72,9 +72,14 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def reading_mapper(mapper):
+    """Return the mapper inside another one, such as a ``DownscaledStudentMapper``, which reads the image; else itself."""
+    return getattr(mapper, "mapper", mapper)
+
+
 def reads_by_these_rules(mapper) -> bool:
     """Return whether a mapper, or one inside it, is Detectron2's, with a ``__call__`` of its own or of this package."""
-    mapper = getattr(mapper, "mapper", mapper)
+    mapper = reading_mapper(mapper)
     if not isinstance(mapper, DatasetMapper):
         return False
     kind = type(mapper)

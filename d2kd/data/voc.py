@@ -31,7 +31,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import InputError
-from .catalog import check_files, expand_path, file_digest, is_registered
+from .catalog import check_files, expand_path, file_digest, is_registered, refuse_missing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -147,9 +147,8 @@ def _digest(layout: _Layout) -> str:
     return file_digest(repr((seen, sorted(PathManager.ls(layout.images)))).encode())
 
 
-@lru_cache(
-    maxsize=8
-)  # by the digest, because files are corrected and read again; errors are not kept
+# By the digest, because files are corrected and read again; errors are not kept.
+@lru_cache(maxsize=8)
 def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list[dict]:
     listed_by = f"as listed in {layout.listed_in}"
     check_files((f"{name}.xml" for name in layout.names), layout.annotations, listed_by)
@@ -167,7 +166,7 @@ def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list
         if len(images) != 1:
             images = [one for one in [(tree.findtext("filename") or "").strip()] if one in present]
         if not images:
-            missing.append(os.path.join(layout.images, f"{name}.jpg"))
+            missing.append(f"{name}.jpg")
             continue
         width, height = (
             _check_number(tree.findtext(key), int, file, key)
@@ -186,9 +185,8 @@ def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list
             }
         )
     if missing:
-        more = f", and {len(missing) - 1} more of that folder" if len(missing) > 1 else ""
         expected = f"an image {listed_by}, of any suffix in {', '.join(IMAGE_SUFFIXES)}"
-        raise InputError(missing[0], f"missing{more}", expected)
+        refuse_missing(layout.images, missing, expected)
     return records
 
 

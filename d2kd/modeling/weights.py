@@ -135,7 +135,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _other_kind(path: str) -> tuple[str, str] | None:
-    """Return (what a file is that holds no checkpoint, what to do), or None if it cannot be told."""
+    """Return (what a file is that holds no checkpoint, what to do), or None if it is unknown."""
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.lstrip().lower()

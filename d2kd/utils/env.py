@@ -81,7 +81,7 @@ def _content(value: Any, within: tuple[int, ...]) -> Any:
 
 
 def _code(function: FunctionType) -> tuple[Any, ...]:
-    """Return what tells a function from others of its name: code, constants, names, defaults and closure."""
+    """Return what distinguishes a function from others of its name: code, constants, names, defaults and closure."""
     code, cells = function.__code__, function.__closure__ or ()
     constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
     closure = [cell.cell_contents for cell in cells if cell != CellType()]
