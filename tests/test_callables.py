@@ -140,6 +140,7 @@ def config(tmp_path):
 
 
 ALIKE = {"lambda", "method", "object", "own object", "object for tests", "sampler", "evaluators"}
+ALIKE |= {"partial", "flat results"}
 
 
 @pytest.mark.parametrize(

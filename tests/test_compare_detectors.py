@@ -94,6 +94,7 @@ def test_data_that_only_the_recipe_of_a_run_knows(trained, study, tmp_path):  # 
     assert dataset == "another" and [d.name for d in detectors] == ["teacher", "baseline", "tar"]
 
 
+@pytest.mark.sweep
 def test_a_study_alone_is_enough(study):  # noqa: F811
     assert written_by(study)[0] == ["teacher", "baseline", "tar"]
     content = json.loads((study / "results.json").read_text()) | {"featured": "weak"}

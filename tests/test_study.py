@@ -510,6 +510,8 @@ def test_closing_words_name_what_to_open(tmp_path):
 
 STUDIES = sorted(ROOT.glob("projects/*/studies/*.py"))
 STUDIES = [path.relative_to(ROOT) for path in STUDIES if path.stem != "common"]
+LIKE_OTHERS = {"shapes_long", "shapes_ablations", "shapes_three_increments", "aquarium_lite"}
+LIKE_OTHERS |= {"faster_rcnn_from_retinanet", "mobilenet_v3_from_resnet"}
 INCREMENTAL = "projects/ERD/studies"
 
 
@@ -523,7 +525,12 @@ def test_fast_is_short_and_on_few_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(x, marks=[pytest.mark.sweep] * ("bccd" in x.stem), id=x.stem) for x in STUDIES],
+    [
+        pytest.param(
+            x, marks=[pytest.mark.sweep] * (x.stem in LIKE_OTHERS or "bccd" in x.stem), id=x.stem
+        )
+        for x in STUDIES
+    ],
 )
 def test_every_study_is_whole(path, tmp_path, monkeypatch):
     monkeypatch.delenv("D2KD_BCCD", raising=False)

@@ -143,6 +143,7 @@ def test_equal_time_is_measured_without_labels(study_of, tmp_path):
     assert len(names) == 2 and not any(OmegaConf.is_list(one) for one in names)
 
 
+@pytest.mark.sweep
 def test_tables_and_the_report_say_how_many_images(study_of, tmp_path):
     study = study_of()
     rows, _, _ = run(study, tmp_path, ["pseudo", "baseline", "tar"])

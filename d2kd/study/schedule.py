@@ -124,8 +124,6 @@ def run_study(
         if row is not None:
             close(run, line_of(run), row, "finished before: ")
         elif run.name in requested:
-            if busy and run.shared_across_seeds:  # it uses all threads
-                return False
             labelled = 0
             if run.labels is not None:
                 by = finished[run.labels.detector]
@@ -150,8 +148,7 @@ def run_study(
                     with contextlib.suppress(InputError):  # raised again when the run starts
                         step_cost(run)
             for run in ready:
-                alone = any(other.shared_across_seeds for other, *_ in busy.values())
-                if alone or len(busy) == trainer.jobs or not begin(run):
+                if len(busy) == trainer.jobs or not begin(run):
                     break
                 waiting.remove(run)
                 if run.name in finished:
@@ -223,8 +220,8 @@ class SequentialRunner:
 class ParallelRunner(SequentialRunner):
     """Trains the runs in parallel with the training command, each with an equal number of threads.
 
-    Runs that all seeds share are trained first, alone and with all threads, since the others need them. Each run has
-    its own GPU if there are enough.
+    Runs that all seeds share are started first, since the others need them. Each run has its own GPU if there are
+    enough.
 
     Args:
         jobs: maximum number of runs in parallel.
@@ -233,8 +230,7 @@ class ParallelRunner(SequentialRunner):
     def __init__(self, jobs: int = 1):
         super().__init__()
         self.jobs = jobs
-        self._all = torch.get_num_threads()
-        self._threads_per_run = max(1, self._all // jobs)
+        self._threads_per_run = max(1, torch.get_num_threads() // jobs)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         self._gpus = visible.split(",")[:count] if visible else [str(k) for k in range(count)]
@@ -257,10 +253,9 @@ class ParallelRunner(SequentialRunner):
 
     def train(self, run: Run, config: DictConfig, progress: ProgressCallback) -> Iterator[None]:
         """Like :meth:`SequentialRunner.train`, in a subprocess."""
-        count = self._all if run.shared_across_seeds else self._threads_per_run
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)
         try:
-            return (yield from train_in_subprocess(config, run.test, progress, count, gpu))
+            return (yield from train_in_subprocess(config, run.test, progress, self._threads_per_run, gpu))
         finally:
             self._taken.remove(gpu)
