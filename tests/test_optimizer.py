@@ -1,7 +1,6 @@
 """Two optimizers in one step: each as it would be alone, saved together, stopped together."""
 
 import contextlib
-import copy
 import math
 from pathlib import Path
 
@@ -130,10 +129,9 @@ def test_gradients_that_are_not_finite_stop_all(data, tmp_path, part):  # noqa: 
     trainer = Trainer(config)
     weight = next(p for p in getattr(trainer.model, part).parameters() if p.requires_grad)
     weight.register_hook(lambda gradient: gradient * math.inf)
-    before = copy.deepcopy(dict(trainer.model.named_parameters()))
-    with pytest.raises(InputError, match="the gradient at iteration 0"):
+    with pytest.raises(InputError, match="the gradient at iteration 0: (nan|inf); expected"):
         trainer.train()
-    assert all(p.equal(before[name]) for name, p in trainer.model.named_parameters())
+    assert not list(tmp_path.rglob("model_*.pth"))
 
 
 class Pair(nn.Module):

@@ -237,7 +237,9 @@ def test_features_by_hand():
 def taught(node, losses, teacher=None, classes=None, theirs=None):
     teacher = Teacher(teacher or build(node, 1), weights=None, classes=theirs)
     made = dict(student=build(node, 0), teacher=teacher, losses=losses, classes=classes)
-    return Distiller(max_iter=10, **made).train()
+    model = Distiller(max_iter=10, **made).train()
+    model.agreement_period = 1
+    return model
 
 
 def counting_otherwise(node):
@@ -312,6 +314,16 @@ def test_classes_that_are_scored_one_by_one_are_not_compared_by_softmax(family, 
     for one in compared:
         one.teacher.detector = detectors[one.detector.name]
     assert why_not_comparable(compared).startswith(f"{side} scores each class independently")
+
+
+def test_agreement_is_computed_once_in_a_period():
+    model = taught(tiny_faster_rcnn(), DistillLosses(tar=TARLoss()))
+    model.agreement_period = 3
+    with EventStorage() as storage:
+        for _ in range(7):
+            model(batch())
+            storage.step()
+    assert [step for _, step in storage.history("distill/agreement").values()] == [2, 5]
 
 
 def test_agreement_never_asks_the_teacher():

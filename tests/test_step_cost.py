@@ -53,7 +53,8 @@ def faked(monkeypatch):
         def __init__(self, config):
             self.config, self.max_iter, self.model = config, config.max_iter, config.model
             optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
-            self._trainer = SimpleNamespace(optimizer=optimizer, run_step=self.run_step)
+            step = dict(run_step=self.run_step, read_metrics=lambda: None)
+            self._trainer = SimpleNamespace(optimizer=optimizer, **step)
 
         def resume_or_load(self, resume):
             assert not resume
@@ -222,7 +223,7 @@ def test_steps_of_recipes(recipes, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite(recipes, monkeypatch):
     def run_step(self):
-        raise NonFiniteError("distill/loss_tar", float("nan"))
+        raise NonFiniteError("distill/loss_tar", float("nan"), 0)
 
     monkeypatch.setattr(TrainStep, "run_step", run_step)
     with pytest.raises(InputError, match="distill/loss_tar: nan"):

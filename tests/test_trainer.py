@@ -173,31 +173,64 @@ def one_stage_with_draws(at):
 
 
 @pytest.mark.parametrize("made", [two_stage_with_statistics, one_stage_with_draws])
-def test_a_loss_that_is_not_finite_is_named_and_the_state_before_it_kept(data, tmp_path, made):
+def test_a_loss_that_is_not_finite_is_named_and_never_saved(data, tmp_path, made):
+    """The checkpoint before it is that of a run without it, and a resumed run goes on as if nothing had been."""
+
     def config(folder, at, max_iter):
         model = made(at)
-        config = recipe(data, tmp_path / folder, model, max_iter=max_iter)
+        config = recipe(data, tmp_path / folder, model, max_iter=max_iter, log_period=20)
+        config.train.checkpointer.period = 1
         config.lr_multiplier.end_value = 1.0
         return without_evaluation(config)
 
+    kept = tmp_path / "broken/model_0000001.pth"
     with pytest.raises(InputError, match="distill/loss_breaks at iteration 2: nan; expected") as it:
         run(config("broken", at=2, max_iter=4))
     assert len(str(it.value).splitlines()) == 1
+    assert str(it.value).endswith(f"--resume continues from {kept}")
     assert "Traceback" not in (tmp_path / "broken/log.txt").read_text()
     run(config("whole", at=-1, max_iter=2))
-    good = whole_but_seconds(tmp_path / "broken/model_last_good.pth")
-    assert_same(good, whole_but_seconds(tmp_path / "whole/model_final.pth"))
-    assert good["iteration"] == 1
+    assert_same(whole_but_seconds(kept), whole_but_seconds(tmp_path / "whole/model_0000001.pth"))
     assert run(config("broken", at=-1, max_iter=4), resume=True).start_iter == 2
+    run(config("whole", at=-1, max_iter=4), resume=True)
+    finals = [tmp_path / name / "model_final.pth" for name in ("broken", "whole")]
+    assert_same(*map(whole_but_seconds, finals))
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_it_is_named_with_its_iteration_by_the_next_step(data, tmp_path, at):
+    """Or at the end: after the last step there is none."""
+    config = recipe(data, tmp_path, two_stage_with_statistics(at), max_iter=4, log_period=20)
+    with pytest.raises(InputError) as it:
+        run(without_evaluation(config))
+    line = f"distill/loss_breaks at iteration {at}: nan; expected a finite number; no checkpoint was written before"
+    assert str(it.value) == line
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_a_student_that_diverges_is_reported_alike(data, tmp_path):
-    config = without_evaluation(recipe(data, tmp_path / "out"))
+    config = without_evaluation(recipe(data, tmp_path / "out", log_period=20))
     config.optimizer.lr = 1e12
+    config.train.checkpointer.period = 1
     with pytest.raises(InputError, match="at iteration [12]: (nan|inf); expected"):
         run(config)
-    good = saved(tmp_path / "out/model_last_good.pth")["model"]
-    assert all(value.isfinite().all() for value in good.values())
+    *_, last = sorted((tmp_path / "out").glob("*.pth"))
+    assert all(value.isfinite().all() for value in saved(last)["model"].values())
+
+
+def test_metrics_that_are_read_later_are_those_of_their_iteration(data, tmp_path):
+    """Whatever the period of the log, a line has what that of every step has."""
+    for period in (1, 3):
+        config = recipe(data, tmp_path / str(period), distiller(), max_iter=7, log_period=period)
+        config.model.losses.imitation.weight = 1.0
+        run(without_evaluation(config))
+    every, some = (lines(tmp_path / name / "metrics.json") for name in "13")
+    assert [line["iteration"] for line in some] == [2, 5, 6]
+    every = {line["iteration"]: line for line in every}
+    for line in some:
+        assert {"distill/loss_imitation", "lr"} <= line.keys()
+        for key in ("distill/loss_imitation", "loss_cls", "total_loss", "lr"):
+            assert line[key] == every[line["iteration"]][key], key
 
 
 @pytest.mark.parametrize("clip_type", ["full_model", "norm", "value"])

@@ -239,6 +239,8 @@ class Bench:
             self._number = number
             try:
                 trainer.run_step()
+                if isinstance(trainer, TrainStep):  # as Detectron2's has read them
+                    trainer.read_metrics()
             except NonFiniteError as error:
                 raise InputError(error.culprit, error.value, "a finite number") from None
 

@@ -51,6 +51,7 @@ def measure_data_loading(
         for _ in range(WARM_UPS + steps):
             progress(next(done), total)
             seconds_per_step.append(_seconds(bench, trainer.run_step))
+            trainer.read_metrics()
             waiting.append(get_event_storage().latest()["data_time"][0])
     median = float(np.median(seconds_per_step[WARM_UPS:]))
     return {

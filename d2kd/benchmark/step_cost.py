@@ -122,6 +122,7 @@ def _step(trainer: Trainer, iteration: int, number: int) -> None:
         trainer._trainer.iter = iteration  # newer versions write it with the metrics
         try:
             trainer._trainer.run_step()
+            trainer._trainer.read_metrics()
         except NonFiniteError as error:
             raise InputError(error.culprit, error.value, "a finite number") from None
 

@@ -238,6 +238,7 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
                 seconds.append(time.perf_counter() - start)
                 trainer.scheduler.step()
                 storage.step()
+            inner.read_metrics()
         if seconds:
             yield _cost(seconds, peak.bytes, trainer.max_iter)
         rows = _gradients(trainer, next(inner._batches))
@@ -286,7 +287,7 @@ def _gradients(trainer: Trainer, batch: list[dict]) -> dict[str, tuple[float, fl
         losses = trainer._trainer._forward(batch)
     for name, value in losses.items():
         if not name.startswith("distill/") and not value.isfinite().all():
-            raise NonFiniteError(name, value.item())
+            raise NonFiniteError(name, value.item(), trainer.iter)
     ((_, features),) = calls["backbone"]
     maps = [value for value in features.values() if value.requires_grad]
     own = {k: v for k, v in losses.items() if not k.startswith("distill/")}

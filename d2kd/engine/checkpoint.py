@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         model: the detector, also inside a :class:`Distiller` or DDP.
         save_dir: output folder.
         classes: names of the student's classes in its order; None: the file has no "classes".
+        before_save: called in all processes before a file is written; it raises if the state must not be saved.
         checkpointables: other objects to save, by key.
 
     Attributes:
@@ -88,11 +89,13 @@ class StudentCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         classes: Sequence[str] | None = None,
+        before_save: Callable[[], None] = lambda: None,
         **checkpointables: Any,
     ):
         super().__init__(get_student(model), save_dir, **checkpointables)
         self.classes = None if classes is None else list(classes)
         self.start_time = 0
+        self._before_save = before_save
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write ``name.pth``. This is a collective operation.
@@ -102,6 +105,7 @@ class StudentCheckpointer(DetectionCheckpointer):
             tag: whether ``--resume`` continues from this file.
             extra: further values to save, such as ``iteration``.
         """
+        self._before_save()
         processes = comm.gather(self.process_state())
         if not self.save_dir or not self.save_to_disk:
             return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -19,26 +20,34 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from ..utils.errors import InputError
-from ..utils.random_state import random_state, set_random_state
-from .checkpoint import LOSS_NORMALIZER, get_student
+from ..utils.metrics import HostCopy, collect_metrics
 from .optimizer import optimizers_to_clip
 
 logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient is NaN or infinite; the step has changed nothing."""
+    """A loss or gradient is NaN or infinite.
 
-    def __init__(self, culprit: str, value: float):
-        super().__init__(culprit, value)
-        self.culprit, self.value = culprit, value
+    Attributes:
+        culprit: name of the loss, or "the gradient".
+        value: its value.
+        iteration: of the step. Its update of the weights, and those of later steps, are lost.
+    """
+
+    def __init__(self, culprit: str, value: float, iteration: int):
+        super().__init__(culprit, value, iteration)
+        self.culprit, self.value, self.iteration = culprit, value, iteration
 
 
 class TrainStep(SimpleTrainer):
     """A ``SimpleTrainer`` with mixed precision, gradient clipping and checks for values that are not finite.
 
-    In full precision without clipping, its results are those of ``SimpleTrainer``, bit for bit. If a loss or
-    gradient is not finite in one process, all raise :class:`NonFiniteError` and restore the state before the step.
+    In full precision without clipping, its results are those of ``SimpleTrainer``, bit for bit.
+
+    The metrics of a step stay on the device until the next step, which logs them with their iteration, so that the host
+    never waits for the step that it has just begun. If a loss or gradient of any process is not finite, all raise
+    :class:`NonFiniteError`, one step late. What depends on the last step calls :meth:`read_metrics` first.
 
     Args:
         model: the detector or :class:`Distiller`, possibly in DDP.
@@ -62,19 +71,7 @@ class TrainStep(SimpleTrainer):
         self._autocast, self.grad_scaler = precision
         self._clipping = optimizers_to_clip(optimizer, train)
         self._device = next(model.parameters()).device
-        # Running statistics and counters, which a forward changes.
-        self._buffers = [
-            buffer
-            for module in model.modules()
-            for buffer in module.buffers(recurse=False)
-            if not buffer.is_floating_point()
-            or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats)
-        ]
-        self._extra_state_modules = [
-            module
-            for module in model.modules()
-            if type(module).get_extra_state is not nn.Module.get_extra_state
-        ]
+        self._unread: _StepMetrics | None = None
 
     def reset_data_loader(self, data_loader: Iterable) -> None:
         """Use another loader from now on."""
@@ -82,43 +79,35 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self) -> None:
         assert self.model.training, "the model was put in eval mode"
-        restore = self._snapshot()
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
         try:
-            losses = self._forward(batch)
-            self._write_metrics(losses, data_time)
+            with collect_metrics() as metrics:
+                losses = self._forward(batch)
             self.optimizer.zero_grad()
             with record_function("d2kd/backward"):
                 self.grad_scaler.scale(sum(losses.values())).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            self._clip_gradients()
-        except NonFiniteError:
-            restore()
+        except Exception:
+            self.read_metrics()  # the cause may be in the step before, whose values were not finite
             raise
+        self.grad_scaler.unscale_(self.optimizer)
+        norms = self._clip_gradients()
+        unread = _StepMetrics(losses, norms, metrics, data_time)
+        self.read_metrics()
+        self._unread = unread
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _snapshot(self) -> Callable[[], None]:
-        """Copy all state that a forward changes, and return a function that restores it."""
-        student = get_student(self.model)
-        buffers, random = [buffer.clone() for buffer in self._buffers], random_state()
-        extra_states = [module.get_extra_state() for module in self._extra_state_modules]
-        normalizer = getattr(student, LOSS_NORMALIZER, None)
+    def read_metrics(self) -> None:
+        """Check and log the metrics of the last step, if they were not read before.
 
-        def restore() -> None:
-            for buffer, before in zip(self._buffers, buffers):
-                buffer.copy_(before)
-            for module, before in zip(self._extra_state_modules, extra_states):
-                module.set_extra_state(before)
-            set_random_state(random)
-            if normalizer is not None:
-                setattr(student, LOSS_NORMALIZER, normalizer)
-            elif hasattr(student, LOSS_NORMALIZER):  # the failed step was the first
-                delattr(student, LOSS_NORMALIZER)
-
-        return restore
+        Raises:
+            NonFiniteError: a loss or gradient is not finite.
+        """
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            unread.read()
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
@@ -129,36 +118,22 @@ class TrainStep(SimpleTrainer):
             ):
                 losses = self.model(batch)
         except FloatingPointError:  # raised by Detectron2 for proposals that are not finite
-            return {"the student's predictions": torch.tensor(math.nan)}
+            self.read_metrics()
+            iteration = get_event_storage().iter
+            raise NonFiniteError("the student's predictions", math.nan, iteration) from None
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
-    def _write_metrics(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
-        values = torch.stack([value.detach().double().mean() for value in losses.values()]).tolist()
-        # Every process checks the values of all, so that all stop together. If only one process stopped, the
-        # others would wait for its gradients forever.
-        all_metrics = comm.all_gather((dict(zip(losses, values)), data_time))
-        for metrics, _ in all_metrics:
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise NonFiniteError(name, value)
-        if not comm.is_main_process():
-            return
-        means = {name: sum(x[name] for x, _ in all_metrics) / len(all_metrics) for name in losses}
-        storage = get_event_storage()
-        storage.put_scalar("data_time", max(data_time for _, data_time in all_metrics))
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)
-
-    def _clip_gradients(self) -> None:
+    def _clip_gradients(self) -> list[torch.Tensor]:
+        """Clip the gradients, and return the norms that must be finite."""
+        norms = []
         for optimizer, clip in self._clipping:
             parameters = [
                 p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
             ]
             norm = nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type)
-            # An enabled GradScaler itself skips such a step, and reduces its scale.
-            if not self.grad_scaler.is_enabled() and not torch.isfinite(norm):
-                raise NonFiniteError("the gradient", norm.item())
+            # An enabled GradScaler itself skips a step that is not finite, and reduces its scale.
+            if not self.grad_scaler.is_enabled():
+                norms.append(norm)
             if not clip.enabled:
                 continue
             if clip.clip_type == "full_model":
@@ -168,6 +143,7 @@ class TrainStep(SimpleTrainer):
                     nn.utils.clip_grad_norm_(parameter, clip.clip_value, clip.norm_type)
             else:
                 nn.utils.clip_grad_value_(parameters, clip.clip_value)
+        return norms
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
@@ -176,6 +152,61 @@ class TrainStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class _StepMetrics:
+    """The metrics of a step, on their way from the device to the host.
+
+    Args:
+        losses: by name, equal names in all processes.
+        norms: of the gradients.
+        metrics: further metrics, those of this process.
+        data_time: seconds of waiting for the batch.
+    """
+
+    def __init__(
+        self,
+        losses: dict[str, torch.Tensor],
+        norms: list[torch.Tensor],
+        metrics: dict[str, torch.Tensor],
+        data_time: float,
+    ):
+        self._iteration = get_event_storage().iter
+        self._losses, self._metrics, self._norms = list(losses), list(metrics), len(norms)
+        means = [value.detach().mean() for value in losses.values()]
+        row = torch.stack([x.double() for x in (*means, *norms)])
+        row = torch.cat([row, row.new_full((1,), data_time)])
+        # Every process checks the values of all, so that all stop together. If only one process stopped, the
+        # others would wait for its gradients forever.
+        rows = [row]
+        if comm.get_world_size() > 1:
+            rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
+            dist.all_gather(rows, row)
+        own = [value.double().to(row.device) for value in metrics.values()]
+        self._values = HostCopy(torch.cat([*rows, *(x.reshape(1) for x in own)]))
+
+    def read(self) -> None:
+        """Check and log the values, as soon as the host has them; see :meth:`TrainStep.read_metrics`."""
+        values, width = self._values.tolist(), len(self._losses) + self._norms + 1
+        own = values[len(values) - len(self._metrics) :]
+        rows = [values[k * width : (k + 1) * width] for k in range(comm.get_world_size())]
+        names = [*self._losses, *["the gradient"] * self._norms]
+        for row in rows:
+            for name, value in zip(names, row):
+                if not math.isfinite(value):
+                    raise NonFiniteError(name, value, self._iteration)
+        if not comm.is_main_process():
+            return
+        columns = list(zip(*rows))
+        means = {name: sum(column) / len(rows) for name, column in zip(self._losses, columns)}
+        storage = get_event_storage()
+        now, storage.iter = storage.iter, self._iteration
+        storage.put_scalar("data_time", max(columns[-1]))
+        storage.put_scalar("total_loss", sum(means.values()))
+        storage.put_scalars(**dict(zip(self._metrics, own)))
+        if len(means) > 1:
+            storage.put_scalars(**means)
+        storage.iter = now
 
 
 def _unoptimized_torchscript(device: torch.device) -> contextlib.AbstractContextManager:

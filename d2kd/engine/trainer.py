@@ -183,14 +183,17 @@ class Trainer(DefaultTrainer):
         self._classes = training_class_names(get_student(model), self._data)
         losses, self._teacher_sha256 = {}, None
         if isinstance(model, Distiller):
+            model.agreement_period = train.log_period
             losses["losses"] = model.losses
             # Now, because the file may not exist when a checkpoint is written.
             self._teacher_sha256 = model.teacher.weights_sha256
+        this = weakref.proxy(self)  # no reference cycle
         self.checkpointer = StudentCheckpointer(
             model,
             train.output_dir,
             self._classes,
-            trainer=weakref.proxy(self),
+            before_save=lambda: this.read_metrics(),
+            trainer=this,
             **losses,
         )
         self.run_metadata = RunMetadata(Path(train.output_dir, "run.json"))
@@ -289,6 +292,7 @@ class Trainer(DefaultTrainer):
         main, measured = comm.is_main_process(), self._is_measured
 
         def evaluate() -> dict:
+            self.read_metrics()
             self._last_eval_results = self.test(self.cfg, self.model)
             return finite_metrics(self._last_eval_results)  # JSON has no NaN
 
@@ -425,7 +429,8 @@ class Trainer(DefaultTrainer):
             results of the last evaluation.
 
         Raises:
-            InputError: a loss is not finite, after the state before it was saved; or an image cannot be read.
+            InputError: a loss or gradient is not finite, or an image cannot be read. Checkpoints that were written
+                before are whole.
         """
         folder = self.cfg.train.output_dir
         if comm.all_gather(self.finished and self.run_metadata.is_finished)[0]:
@@ -522,23 +527,36 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         start = time.perf_counter()
-        try:
+        with self._finite():
             super().run_step()
-        except NonFiniteError as error:
-            self._keep_last_good_state(error)
         self.seconds += time.perf_counter() - start
+        done = self.iter + 1
+        if done % self.cfg.train.log_period == 0 or done == self.max_iter:
+            self.read_metrics()
 
-    def _keep_last_good_state(self, error: NonFiniteError) -> None:
-        failed_at = self.iter
-        self.iter = self._trainer.iter = failed_at - 1
-        self.checkpointer.save("model_last_good", iteration=self.iter)
-        self.iter = failed_at
-        kept = Path(self.cfg.train.output_dir, "model_last_good.pth")
-        raise InputError(
-            f"{error.culprit} at iteration {failed_at}",
-            error.value,
-            f"a finite number; the state before it is in {kept}",
-        ) from None
+    def read_metrics(self) -> None:
+        """Check and log the metrics of the last step, which otherwise happens in the next one. All processes must call it.
+
+        It is called before a checkpoint is written, before an evaluation, and every ``train.log_period`` iterations.
+
+        Raises:
+            InputError: a loss or gradient is not finite.
+        """
+        with self._finite():
+            self._trainer.read_metrics()
+
+    @contextlib.contextmanager
+    def _finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            last = self.checkpointer.last_checkpoint_file()
+            kept = f"--resume continues from {last}" if last else "no checkpoint was written before"
+            raise InputError(
+                f"{error.culprit} at iteration {error.iteration}",
+                error.value,
+                f"a finite number; {kept}",
+            ) from None
 
     def state_dict(self) -> dict:
         # Detectron2 0.6 does not save optimizer and GradScaler; later versions save them under this key.

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..modeling.anchors import check_anchors
 from ..modeling.box_regression import integral
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
+from ..utils.metrics import put_metric
 from .base import DistillLoss, Weight
 from .functional import in_float32, softmax_kl
 
@@ -176,10 +176,11 @@ class ERDLoss(DistillLoss):
         else:
             classification = (squares / values.clamp(min=1)).sum() * scale
         counts = torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2))
-        classes, locations, kept = counts.tolist()
-        scalars = {SELECTED_CLASSES: classes / selection.classes.numel()}
-        scalars |= {SELECTED_BOXES: locations / selection.boxes.numel(), KEPT_BOXES: kept / n}
-        get_event_storage().put_scalars(**scalars)
+        totals = selection.classes.numel(), selection.boxes.numel(), n
+        for name, count, total in zip(
+            (SELECTED_CLASSES, SELECTED_BOXES, KEPT_BOXES), counts, totals
+        ):
+            put_metric(name, count / total)
         return {"classification": classification, "box": boxes.sum() * scale}
 
     def gather_predictions(self, outputs, side: str) -> Predictions:

@@ -36,6 +36,7 @@ from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from ..structures.class_map import num_classes_of
 from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
+from ..utils.metrics import put_metric
 from .base import DistillLoss, Weight, get_weight
 from .functional import in_float32, resolve_normalizer
 
@@ -391,15 +392,14 @@ class ICDLoss(DistillLoss):
             values[DISTANCE] = mean([x.distance for x in layers])
             if real and layers[0].decoded.entropy is not None:
                 values[ENTROPY] = mean([x.decoded.entropy for x in layers])
-        storage = get_event_storage()
-        if values:
-            for key, value in zip(values, torch.stack(list(values.values())).tolist()):
-                storage.put_scalar(key, value)
+        for key, value in values.items():
+            put_metric(key, value)
 
         if self.progress < self.distill_start or self.num_forwards == 1:
             self._before_distill = True
         if self._before_distill and self.progress >= self.distill_start:
             self._before_distill = False
+            storage = get_event_storage()
             found = {
                 key: storage.history(key).median(WINDOW)
                 for key in (IDENTIFICATION, LOCALIZATION)

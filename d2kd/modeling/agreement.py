@@ -14,7 +14,7 @@ TOPK_ANCHORS = 100
 @torch.no_grad()
 def top1_agreement(
     student: DetectorOutputs, teacher: DetectorOutputs, class_map: ClassMap | None = None
-) -> float | None:
+) -> Tensor | None:
     """Return the fraction of a batch's regions, or anchors, for which both detectors have the same top class.
 
     Regions of all stages count, and background is a class like any other. Of the anchors, the 100 of each image
@@ -26,7 +26,7 @@ def top1_agreement(
         class_map: given if the classes differ; the shared classes are compared.
 
     Returns:
-        a number in [0, 1]; None if no loss has read the teacher's predictions, or if the two detectors are of
+        a tensor of one number in [0, 1]; None if no loss has read the teacher's predictions, or if the two detectors are of
         different families, have no class in common or have different anchors.
     """
     if class_map is not None and not class_map.pairs:
@@ -38,7 +38,7 @@ def top1_agreement(
             ):
                 return None  # no top class among the classes and the background
             agreed = same(student, teacher, class_map)
-            return agreed.float().mean().item() if len(agreed) else None
+            return agreed.float().mean() if len(agreed) else None
     return None
 
 

@@ -19,6 +19,7 @@ from ...structures.class_map import ClassMap, check_classes, class_names, num_cl
 from ...utils.comm import any_rank
 from ...utils.compat import decode_in_float32
 from ...utils.errors import InputError
+from ...utils.metrics import put_metric
 from ..agreement import top1_agreement
 from ..inherit import inherit_weights
 from ..outputs import RCNNOutputs, append_proposals, capture, get_outputs_class
@@ -73,6 +74,10 @@ class Distiller(nn.Module):
         classes: names of the student's classes, or a data set that has them; required if the teacher's are given. A
             trainer takes those of the training data.
 
+    Attributes:
+        agreement_period: iterations between two values of the metric ``distill/agreement``, which reads all logits; a
+            trainer sets it to ``train.log_period``.
+
     Raises:
         InputError: an argument is invalid, or the detectors lack something that the losses need.
     """
@@ -99,6 +104,7 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.losses = losses
         self.max_iter = max_iter
+        self.agreement_period = 20
         self.outputs_class = get_outputs_class(student)
         self.proposals_from = proposals_from
         if proposals_from == "both" and {self.outputs_class, teacher.outputs_class} != {
@@ -232,9 +238,10 @@ class Distiller(nn.Module):
         storage = get_event_storage()
         with record_function("d2kd/losses"):
             distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)
-        agreed = top1_agreement(student, teacher, self.class_map)
-        if agreed is not None:
-            storage.put_scalar("distill/agreement", agreed)
+        if (storage.iter + 1) % self.agreement_period == 0:
+            agreed = top1_agreement(student, teacher, self.class_map)
+            if agreed is not None:
+                put_metric("distill/agreement", agreed)
         return {**losses, **distill_losses}
 
     def _student_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:

@@ -22,13 +22,13 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from ...layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from ...utils.comm import reduce_mean
 from ...utils.errors import InputError
+from ...utils.metrics import put_metric
 from ..atss import atss_matches, is_foreground
 from ..box_regression import Box2BoxTransformStride, integral
 
@@ -157,7 +157,7 @@ class GFL(DenseDetector):
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         foreground = is_foreground(torch.stack(gt_labels), self.num_classes).sum()
-        get_event_storage().put_scalar("num_pos_anchors", foreground.item() / len(gt_labels))
+        put_metric("num_pos_anchors", foreground / len(gt_labels))
         return self.losses(anchors, pred_logits, gt_labels, pred_distributions, gt_boxes)
 
     def _transpose_predictions(
