@@ -61,6 +61,17 @@ class ClipGradients:
 
 
 @dataclass
+class EMA:
+    """``train.ema``: an average of the student's weights, see :class:`d2kd.engine.ema.EMA`.
+
+    It is evaluated instead of the student, and is the "model" of checkpoints; what is trained is beside it.
+    """
+
+    enabled: bool = False
+    decay: float = field(default=0.9998, metadata={"positive": True, "below": 1})
+
+
+@dataclass
 class DDP:
     """``train.ddp``: arguments of ``DistributedDataParallel``, and whether gradients are sent as float16."""
 
@@ -99,6 +110,9 @@ class Train:
             :func:`scale_to_batch_size`.
         seed: for weights, batches and sampling, below 2**31; null or negative: a random seed.
         device: "cpu" or "cuda"; "auto": CUDA if available.
+        accumulate: number of parts of a process's images, whose gradients are added up for a step, so that only one part
+            at a time needs memory. ``total_batch_size`` stays that of a step.
+        sync_batchnorm: whether the student's batch norms have the statistics of all processes.
         best_checkpoint: metric by which ``model_best.pth`` is chosen; "": no such file.
         eval_period: iterations between evaluations; 0: only at the end.
         eval_teacher: whether to evaluate the teacher before the first iteration.
@@ -117,6 +131,9 @@ class Train:
     device: str = "auto"
     amp: AMP = field(default_factory=AMP)
     clip_gradients: ClipGradients = field(default_factory=ClipGradients)
+    accumulate: int = _at_least(1, 1)
+    ema: EMA = field(default_factory=EMA)
+    sync_batchnorm: bool = False
     ddp: DDP = field(default_factory=DDP)
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     best_checkpoint: str | None = "bbox/AP"
@@ -406,6 +423,7 @@ def _check_values(node: DictConfig, where: str = "train") -> None:
         elif "positive" in rule and not value > 0:
             raise InputError(f"{where}.{one.name}", value, "a number above 0")
         elif "below" in rule and value is not None and value >= rule["below"]:
-            raise InputError(f"{where}.{one.name}", value, f"an integer below {rule['below']}")
+            kind = "a number" if isinstance(value, float) else "an integer"
+            raise InputError(f"{where}.{one.name}", value, f"{kind} below {rule['below']}")
         elif "choices" in rule and value not in rule["choices"]:
             raise InputError(f"{where}.{one.name}", value, " or ".join(rule["choices"]))

@@ -14,7 +14,10 @@ import contextlib
 import inspect
 import itertools
 import logging
+import os
 import random
+import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -80,6 +83,7 @@ def build_train_loader(
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         generator=torch.Generator(),  # otherwise, starting to iterate draws from the global one
+        worker_init_fn=obey_parent_alone,
     )
 
 
@@ -293,6 +297,26 @@ def _orientations(dataset) -> list[int]:
             raise InputError("aspect_ratio_grouping", found, "width and height, or False")
         wide.append(int(record["width"] > record["height"]))
     return wide
+
+
+def obey_parent_alone(worker: int) -> None:
+    """Ignore Ctrl-C, and SIGTERM of other processes than the parent, in a loader's worker.
+
+    A terminal, torchrun and schedulers also send them to workers, which the training process needs for its last step.
+    Only the parent's SIGTERM ends the worker, as by Python at its exit. Where the sender of a signal is unknown, as on
+    macOS, any SIGTERM does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Loader(DataLoader):

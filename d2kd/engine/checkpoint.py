@@ -28,6 +28,7 @@ from ..structures.class_map import class_names, num_classes_of
 from ..utils.errors import InputError
 from ..utils.io import atomic_write, report_full_disk, write_text
 from ..utils.random_state import random_state
+from .ema import EMA
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:
@@ -77,6 +78,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         model: the detector, also inside a :class:`Distiller` or DDP.
         save_dir: output folder.
         classes: names of the student's classes in its order; None: the file has no "classes".
+        ema: an average of the student's weights. It is then the "model" of the file, and the student "trained_model".
         before_save: called in all processes before a file is written; it raises if the state must not be saved.
         checkpointables: other objects to save, by key.
 
@@ -89,13 +91,14 @@ class StudentCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         classes: Sequence[str] | None = None,
+        ema: EMA | None = None,
         before_save: Callable[[], None] = lambda: None,
         **checkpointables: Any,
     ):
         super().__init__(get_student(model), save_dir, **checkpointables)
         self.classes = None if classes is None else list(classes)
         self.start_time = 0
-        self._before_save = before_save
+        self._ema, self._before_save = ema, before_save
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write ``name.pth``. This is a collective operation.
@@ -110,6 +113,9 @@ class StudentCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), "processes": processes}
+        if self._ema is not None:
+            data[TRAINED_MODEL], data["model"] = data["model"], self._ema.detector.state_dict()
+            data["ema"] = self._ema.state_dict()
         if self.classes is not None:
             data[CLASSES_KEY] = self.classes
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
@@ -206,12 +212,23 @@ class StudentCheckpointer(DetectionCheckpointer):
             InputError: the checkpoint does not fit this recipe.
         """
         check_class_names(checkpoint, weights, self.classes)
+        averaged = checkpoint["model"]
+        if TRAINED_MODEL in checkpoint:
+            checkpoint["model"] = checkpoint.pop(TRAINED_MODEL)
         incompatible = self._load_model(checkpoint)
         unmet = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if unmet:
             raise InputError(
                 weights, f"{unmet[0]} is missing or of another shape", "a checkpoint of this recipe"
             )
+        state = checkpoint.pop("ema", None)
+        if self._ema is not None and state is None:
+            self.logger.warning("%s has no average weights: the average begins anew", weights)
+        elif self._ema is not None:
+            self._ema.detector.load_state_dict(averaged)
+            self._ema.load_state_dict(state)
+        elif state is not None:
+            self.logger.warning("train.ema is off: the average weights in %s are not used", weights)
         for key, value in self.checkpointables.items():
             if key not in checkpoint:
                 self.logger.warning("%s has no %r: its initial state is used", weights, key)
@@ -224,6 +241,9 @@ class StudentCheckpointer(DetectionCheckpointer):
                 ) from error
         return checkpoint
 
+
+TRAINED_MODEL = "trained_model"
+"""Key, in the checkpoint of a run with ``train.ema``, of the weights that are trained; "model" has their average."""
 
 FINAL_CHECKPOINT = "model_final.pth"
 """File name of the checkpoint at the end of a run."""

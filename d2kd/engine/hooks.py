@@ -388,7 +388,11 @@ class DrawDetections(HookBase):
 
     @classmethod
     def from_config(
-        cls, cfg: DictConfig, model: nn.Module, classes: Sequence[str] | None
+        cls,
+        cfg: DictConfig,
+        model: nn.Module,
+        classes: Sequence[str] | None,
+        student: nn.Module | None = None,
     ) -> DrawDetections | None:
         """Build the hook for the first test images of a recipe; None in other processes and without tensorboard.
 
@@ -396,6 +400,7 @@ class DrawDetections(HookBase):
             cfg: the recipe.
             model: the detector or :class:`Distiller`, without DDP.
             classes: names of the student's classes, or None.
+            student: the detector to draw, if it is not the model's.
 
         Raises:
             InputError: the recipe has no test images.
@@ -409,7 +414,7 @@ class DrawDetections(HookBase):
         if not has_tensorboard():
             logger.warning("train.draw_period has no effect: tensorboard cannot be imported")
             return None
-        test, student = cfg.dataloader.test, get_student(model)
+        test, student = cfg.dataloader.test, student or get_student(model)
         names = check_dataset(dataset_names(cfg, "test"))
         # From the catalog, because the test mapper removes annotations.
         records = itertools.chain.from_iterable(map(DatasetCatalog.get, names))

@@ -18,7 +18,8 @@ from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ..utils.compat import forget_process_groups, make_local_process_group
-from ..utils.errors import InputError
+from ..utils.errors import InputError, TrainingInterrupted
+from .interruption import EXIT_CODES, signals_to_children
 
 EXIT_INPUT_ERROR = 2  # exit code after an InputError
 
@@ -102,7 +103,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
     Raises:
         InputError: there are fewer GPUs, or a process was killed.
-        SystemExit: a process has raised and printed an InputError.
+        SystemExit: a process has raised and printed an InputError or TrainingInterrupted.
     """
     if launched_by_torchrun() or args.num_gpus * args.num_machines <= 1:
         main(args)
@@ -114,17 +115,18 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             "as many as there are; on a CPU, torchrun --nproc-per-node N",
         )
     try:
-        launch_on_gpus(
-            _run_one,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args, multiprocessing.get_context("spawn").Lock()),
-        )
+        with signals_to_children():
+            launch_on_gpus(
+                _run_one,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args, multiprocessing.get_context("spawn").Lock()),
+            )
     except ProcessExitedException as error:  # torch has ended the other processes
-        if error.exit_code == EXIT_INPUT_ERROR:
-            raise SystemExit(EXIT_INPUT_ERROR) from None
+        if error.exit_code in (EXIT_INPUT_ERROR, *EXIT_CODES):  # the process has said why
+            raise SystemExit(error.exit_code) from None
         ended_by = getattr(error, "signal_name", None) or f"exit code {error.exit_code}"
         raise InputError(
             f"process {error.error_index} of {args.num_gpus} here",
@@ -145,3 +147,7 @@ def _run_one(
         if first.acquire(block=False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_INPUT_ERROR) from None
+    except TrainingInterrupted as error:
+        if str(error):
+            print(error, file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None

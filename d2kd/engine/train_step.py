@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
@@ -21,6 +22,7 @@ from torch.profiler import record_function
 
 from ..utils.errors import InputError
 from ..utils.metrics import HostCopy, collect_metrics
+from .interruption import StopSignals
 from .optimizer import optimizers_to_clip
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,11 @@ class TrainStep(SimpleTrainer):
         optimizer: output of :func:`d2kd.engine.optimizer.build_optimizer`. Gradients of a separate optimizer of
             the losses are clipped separately.
         precision: output of :func:`build_amp`.
-        train: the node ``train`` of a recipe with defaults, for its ``clip_gradients``.
+        train: the node ``train`` of a recipe with defaults, for its ``clip_gradients`` and ``accumulate``.
+
+    Attributes:
+        stop_signals: signals that this process has received.
+        stopped_by: the first signal of any process, once all know it; 0: none.
     """
 
     def __init__(
@@ -71,7 +77,9 @@ class TrainStep(SimpleTrainer):
         self._autocast, self.grad_scaler = precision
         self._clipping = optimizers_to_clip(optimizer, train)
         self._device = next(model.parameters()).device
+        self._accumulate = train.accumulate
         self._unread: _StepMetrics | None = None
+        self.stop_signals, self.stopped_by = StopSignals(), 0
 
     def reset_data_loader(self, data_loader: Iterable) -> None:
         """Use another loader from now on."""
@@ -82,18 +90,16 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
         try:
             with collect_metrics() as metrics:
-                losses = self._forward(batch)
-            self.optimizer.zero_grad()
-            with record_function("d2kd/backward"):
-                self.grad_scaler.scale(sum(losses.values())).backward()
+                losses = self._accumulate_gradients(batch)
         except Exception:
             self.read_metrics()  # the cause may be in the step before, whose values were not finite
             raise
         self.grad_scaler.unscale_(self.optimizer)
         norms = self._clip_gradients()
-        unread = _StepMetrics(losses, norms, metrics, data_time)
+        unread = _StepMetrics(losses, norms, metrics, data_time, self.stop_signals.received)
         self.read_metrics()
         self._unread = unread
         self.grad_scaler.step(self.optimizer)
@@ -107,7 +113,34 @@ class TrainStep(SimpleTrainer):
         """
         unread, self._unread = self._unread, None
         if unread is not None:
-            unread.read()
+            self.stopped_by = unread.read() or self.stopped_by
+
+    def _accumulate_gradients(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """Compute losses and gradients, part by part of the batch; return the losses."""
+        if self._accumulate == 1:
+            losses = self._forward(batch)
+            self._backward(losses)
+            return losses
+        totals: dict[str, torch.Tensor] = {}
+        parts = min(self._accumulate, len(batch))
+        bounds = [k * len(batch) // parts for k in range(parts + 1)]
+        for k, (first, end) in enumerate(zip(bounds, bounds[1:])):
+            share = (end - first) / len(batch)
+            with self._no_sync(k + 1 < parts):
+                losses = {key: share * x for key, x in self._forward(batch[first:end]).items()}
+                self._backward(losses)
+            for key, value in losses.items():
+                totals[key] = totals.get(key, 0) + value.detach()
+        return totals
+
+    def _backward(self, losses: dict[str, torch.Tensor]) -> None:
+        with record_function("d2kd/backward"):
+            self.grad_scaler.scale(sum(losses.values())).backward()
+
+    def _no_sync(self, more: bool) -> contextlib.AbstractContextManager:
+        """Return a context in which DDP sends no gradients, if there are more to be added."""
+        is_ddp = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if more and is_ddp else contextlib.nullcontext()
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
@@ -162,6 +195,7 @@ class _StepMetrics:
         norms: of the gradients.
         metrics: further metrics, those of this process.
         data_time: seconds of waiting for the batch.
+        signal: number of a signal to stop; 0: none.
     """
 
     def __init__(
@@ -170,12 +204,13 @@ class _StepMetrics:
         norms: list[torch.Tensor],
         metrics: dict[str, torch.Tensor],
         data_time: float,
+        signal: int,
     ):
         self._iteration = get_event_storage().iter
         self._losses, self._metrics, self._norms = list(losses), list(metrics), len(norms)
         means = [value.detach().mean() for value in losses.values()]
         row = torch.stack([x.double() for x in (*means, *norms)])
-        row = torch.cat([row, row.new_full((1,), data_time)])
+        row = torch.cat([row, row.new_full((1,), data_time), row.new_full((1,), signal)])
         # Every process checks the values of all, so that all stop together. If only one process stopped, the
         # others would wait for its gradients forever.
         rows = [row]
@@ -185,9 +220,13 @@ class _StepMetrics:
         own = [value.double().to(row.device) for value in metrics.values()]
         self._values = HostCopy(torch.cat([*rows, *(x.reshape(1) for x in own)]))
 
-    def read(self) -> None:
-        """Check and log the values, as soon as the host has them; see :meth:`TrainStep.read_metrics`."""
-        values, width = self._values.tolist(), len(self._losses) + self._norms + 1
+    def read(self) -> int:
+        """Check and log the values, as soon as the host has them; see :meth:`TrainStep.read_metrics`.
+
+        Returns:
+            the number of a signal to stop that a process has received; 0: none.
+        """
+        values, width = self._values.tolist(), len(self._losses) + self._norms + 2
         own = values[len(values) - len(self._metrics) :]
         rows = [values[k * width : (k + 1) * width] for k in range(comm.get_world_size())]
         names = [*self._losses, *["the gradient"] * self._norms]
@@ -195,18 +234,20 @@ class _StepMetrics:
             for name, value in zip(names, row):
                 if not math.isfinite(value):
                     raise NonFiniteError(name, value, self._iteration)
+        signal = int(max(row[-1] for row in rows))
         if not comm.is_main_process():
-            return
+            return signal
         columns = list(zip(*rows))
         means = {name: sum(column) / len(rows) for name, column in zip(self._losses, columns)}
         storage = get_event_storage()
         now, storage.iter = storage.iter, self._iteration
-        storage.put_scalar("data_time", max(columns[-1]))
+        storage.put_scalar("data_time", max(columns[-2]))
         storage.put_scalar("total_loss", sum(means.values()))
         storage.put_scalars(**dict(zip(self._metrics, own)))
         if len(means) > 1:
             storage.put_scalars(**means)
         storage.iter = now
+        return signal
 
 
 def _unoptimized_torchscript(device: torch.device) -> contextlib.AbstractContextManager:
@@ -233,6 +274,37 @@ def wrap_ddp(model: nn.Module, device: torch.device, options: DictConfig) -> nn.
 
         model.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
     return model
+
+
+def sync_batchnorm(detector: nn.Module, device: torch.device) -> nn.Module:
+    """Return a detector whose batch norms have the statistics of all processes: torch's on CUDA, Detectron2's on a CPU.
+
+    Detectron2's gives all processes the same weight, also where their images are padded to different sizes.
+
+    Raises:
+        InputError: it has none, or another kind of batch norm on a CPU.
+    """
+    norms = [x for x in detector.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise InputError("train.sync_batchnorm", "no batch norm in the student", "False")
+    if device.type == "cuda":
+        if any(type(norm).__module__.startswith("timm.") for norm in norms):
+            from timm.layers import convert_sync_batchnorm  # of norms with an activation in them
+
+            return convert_sync_batchnorm(detector)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+    for name, norm in list(detector.named_modules()):
+        if norm not in norms:
+            continue
+        if type(norm) is not nn.BatchNorm2d:
+            found = f"{name}, a {type(norm).__name__}, on a {device.type}"
+            raise InputError("train.sync_batchnorm", found, "BatchNorm2d, or CUDA")
+        options = dict(eps=norm.eps, momentum=norm.momentum, affine=norm.affine)
+        synced = NaiveSyncBatchNorm(norm.num_features, **options).train(norm.training)
+        # The same tensors, which an optimizer may have.
+        synced._parameters, synced._buffers = norm._parameters, norm._buffers
+        detector.set_submodule(name, synced)
+    return detector
 
 
 def build_amp(

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 import weakref
@@ -49,7 +50,7 @@ from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.compat import decode_in_float32
 from ..utils.console import log_to_console
-from ..utils.errors import InputError
+from ..utils.errors import InputError, TrainingInterrupted
 from ..utils.io import (
     check_output_folder,
     remove_temporary_files,
@@ -68,6 +69,7 @@ from .checkpoint import (
     training_class_names,
     unwrap_ddp,
 )
+from .ema import EMA
 from .evaluation import (
     build_evaluator,
     build_recipe_test_loader,
@@ -96,7 +98,7 @@ from .optimizer import (
     student_optimizer,
 )
 from .run_info import RunLog, RunMetadata, suppress_input_error_traceback
-from .train_step import NonFiniteError, TrainStep, build_amp, wrap_ddp
+from .train_step import NonFiniteError, TrainStep, build_amp, sync_batchnorm, wrap_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +169,12 @@ class Trainer(DefaultTrainer):
         # numbers and must not change those of the student's run. Seeded again before the first step.
         seed_all_rng(train.seed)
         model = self.build_model(cfg)
+        if train.sync_batchnorm and comm.get_world_size() > 1:
+            model = self._with_sync_batchnorm(model)
         optimizer = self.build_optimizer(cfg, model)
         self._seed()
         loader = self.build_train_loader(cfg)
+        self._check_accumulate()
         self._check_classes(model)
         check_masks(loader)
         self._trainer = TrainStep(
@@ -180,6 +185,7 @@ class Trainer(DefaultTrainer):
             train,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.ema = EMA(get_student(model), train.ema.decay) if train.ema.enabled else None
         self._classes = training_class_names(get_student(model), self._data)
         losses, self._teacher_sha256 = {}, None
         if isinstance(model, Distiller):
@@ -192,6 +198,7 @@ class Trainer(DefaultTrainer):
             model,
             train.output_dir,
             self._classes,
+            ema=self.ema,
             before_save=lambda: this.read_metrics(),
             trainer=this,
             **losses,
@@ -210,6 +217,17 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "%d test images are training images, too, such as %s", len(shared), shared[0]
             )
+
+    def _check_accumulate(self) -> None:
+        parts, images = self.cfg.train.accumulate, self._batch_size // comm.get_world_size()
+        if images and parts > images:
+            raise InputError("train.accumulate", parts, f"at most {images}, a process's images")
+
+    def _with_sync_batchnorm(self, model: nn.Module) -> nn.Module:
+        if not isinstance(model, Distiller):
+            return sync_batchnorm(model, self.device)
+        model.student = sync_batchnorm(model.student, self.device)
+        return model
 
     def _check_classes(self, model: nn.Module) -> None:
         """Check that the data have the student's classes; after loading, because some data have no names before."""
@@ -293,7 +311,8 @@ class Trainer(DefaultTrainer):
 
         def evaluate() -> dict:
             self.read_metrics()
-            self._last_eval_results = self.test(self.cfg, self.model)
+            detector = self.model if self.ema is None else self.ema.detector
+            self._last_eval_results = self.test(self.cfg, detector)
             return finite_metrics(self._last_eval_results)  # JSON has no NaN
 
         def evaluate_teacher(detect: Callable) -> dict:
@@ -323,7 +342,9 @@ class Trainer(DefaultTrainer):
             BestCheckpoint(train.eval_period, checkpointer, train.best_checkpoint)
             if train.best_checkpoint and measured
             else None,
-            DrawDetections.from_config(self.cfg, model, self._classes)
+            DrawDetections.from_config(
+                self.cfg, model, self._classes, self.ema and self.ema.detector
+            )
             if train.draw_period
             else None,
             LazyPeriodicWriter(self.build_writers, train.log_period) if main else None,
@@ -431,6 +452,7 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: a loss or gradient is not finite, or an image cannot be read. Checkpoints that were written
                 before are whole.
+            TrainingInterrupted: SIGINT or SIGTERM has arrived, in any process. A checkpoint of all steps is written first.
         """
         folder = self.cfg.train.output_dir
         if comm.all_gather(self.finished and self.run_metadata.is_finished)[0]:
@@ -440,6 +462,7 @@ class Trainer(DefaultTrainer):
         self._peak = PeakMemory(self.device)
         with (
             self._log.recording(),
+            self._trainer.stop_signals.recorded(),
             suppress_input_error_traceback(),
             report_full_disk(folder),
         ):
@@ -513,6 +536,21 @@ class Trainer(DefaultTrainer):
         finally:
             self.iter = self.storage.iter = current
 
+    def after_step(self) -> None:
+        super().after_step()
+        number, done = self._trainer.stopped_by, self.iter + 1
+        if not number or done >= self.max_iter:
+            return
+        name = f"model_{self.iter:07d}"
+        self.checkpointer.save(name, iteration=self.iter)
+        comm.synchronize()  # a process that ends may end the others, before the file is whole
+        file = Path(self.cfg.train.output_dir, f"{name}.pth")
+        message = (
+            f"stopped by {signal.Signals(number).name} after {done} of {self.max_iter} iterations"
+        )
+        message += f"; --resume continues from {file}"
+        raise TrainingInterrupted(message if comm.is_main_process() else "", 128 + number)
+
     def after_train(self) -> None:
         # Detectron2 adds one to the iteration, also if the run had no iterations left.
         self.iter = min(self.iter, self.max_iter)
@@ -522,13 +560,16 @@ class Trainer(DefaultTrainer):
         # Training has failed, and an error that follows in a hook must not hide the first one.
         self.storage.iter = self.iter
         for hook in self._hooks:
-            with contextlib.suppress(OSError):
+            # Detectron2's writer divides by zero in the first iterations.
+            with contextlib.suppress(OSError, ZeroDivisionError):
                 hook.after_train()
 
     def run_step(self) -> None:
         start = time.perf_counter()
         with self._finite():
             super().run_step()
+        if self.ema is not None:
+            self.ema.update(get_student(self.model))
         self.seconds += time.perf_counter() - start
         done = self.iter + 1
         if done % self.cfg.train.log_period == 0 or done == self.max_iter:

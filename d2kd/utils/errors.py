@@ -38,9 +38,24 @@ class InputError(Exception):
         return cls(culprit, found, expected)
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, after a checkpoint was written in all processes.
+
+    Args:
+        message: how to continue; "" in all processes but the main one.
+        exit_code: of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 @contextlib.contextmanager
 def report_input_errors(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
     """Report an :class:`InputError` that is raised inside in one line, and exit with code 2.
+
+    A :class:`TrainingInterrupted` is reported alike, with its own exit code.
 
     Args:
         debug: whether to raise the error with its traceback instead.
@@ -53,6 +68,10 @@ def report_input_errors(debug: bool = False, interrupted: str | None = None) -> 
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except TrainingInterrupted as error:
+        if str(error):
+            print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if interrupted is None:
             raise
