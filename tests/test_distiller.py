@@ -268,6 +268,32 @@ def test_features_join_two_families(loss, student, teacher):
     assert forward_losses(wanted, batch())["distill/loss_it"] > 0
 
 
+@pytest.mark.parametrize("family", DETECTORS)
+def test_a_teacher_that_computes_first_teaches_the_same(family):
+    """To the bit, and nothing of a loss whose weight is 0."""
+    found = []
+    for first in (False, True):
+        student, teacher = build(DETECTORS[family]()), build(DETECTORS[family](), 1)
+        losses = DistillLosses(imitation=ImitationLoss())
+        model = make(student, Teacher(teacher, None), losses, teacher_first=first).train()
+        calls = []
+        for name, detector in (("student", student), ("teacher", teacher)):
+            hook = lambda *_, name=name: calls.append(name)  # noqa: E731
+            detector.backbone.register_forward_hook(hook)
+        values = forward_losses(model, batch())
+        sum(values.values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({**values, **gradients})
+        # The features are measured for the loss's units in the first forward, from the same computation.
+        assert calls == (["teacher", "student"] if first else ["student", "teacher"])
+        losses.by_name["imitation"].weight = 0.0
+        calls.clear()
+        forward_losses(model, batch())
+        assert calls == ["student"]
+    assert found[0].keys() == found[1].keys()
+    assert all(value.equal(found[1][name]) for name, value in found[0].items())
+
+
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "cascade_rcnn"])
 def test_the_proposals_of_both(family):
     """The student's heads choose among twice the proposals; both then judge the same boxes."""

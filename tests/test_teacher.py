@@ -11,6 +11,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+import d2kd.modeling.teacher as teacher_module
 from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.losses import DistillLosses, TARLoss
 from d2kd.modeling import Distiller, Teacher
@@ -359,6 +360,23 @@ def test_a_teacher_answers_in_its_own_precision():
         assert outputs.features["p3"].dtype == torch.float32
     with pytest.raises(InputError, match="teacher.dtype: half; expected float32"):
         Teacher(build(tiny_retinanet()), None, dtype="half")
+
+
+def test_under_autocast_weights_are_cast_once_and_for_all(monkeypatch):
+    casts = []
+    cast = teacher_module.cast_weights_
+    monkeypatch.setattr(
+        teacher_module, "cast_weights_", lambda *given: casts.append(given[1]) or cast(*given)
+    )
+    teacher = Teacher(build(tiny_retinanet()), None)
+    exact = teacher.outputs(batch()).features["p3"]
+    assert exact.dtype == torch.float32 and not casts
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert teacher.outputs(batch()).features["p3"].dtype == torch.bfloat16
+    assert casts == [torch.bfloat16]
+    assert teacher.outputs(batch()).features["p3"].dtype == torch.bfloat16
+    assert len(teacher.detect(batch())) == len(batch())
 
 
 @pytest.mark.parametrize("family", DETECTORS)

@@ -147,6 +147,10 @@ class DistillLosses(nn.Module):
                     f"losses.{name}.{error.culprit}", error.found, error.expected
                 ) from error
 
+    def is_active(self, progress: float) -> bool:
+        """Return whether any loss has a weight other than 0."""
+        return any(get_weight(loss.weight, progress) != 0 for loss in self.by_name.values())
+
     def forward(self, student, teacher, *, progress: float = 0.0) -> dict[str, Tensor]:
         """Return the weighted terms by key. A loss with weight 0 is not called, so it reads nothing of the teacher."""
         terms: dict[str, Tensor] = {}

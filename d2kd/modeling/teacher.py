@@ -52,8 +52,9 @@ class Teacher:
             equal up to rounding. It renames weights, which are not saved anywhere.
         channels_last: whether to use the channels last memory format for its weights and feature maps.
         compile: whether to compile backbone and heads by ``torch.compile`` when outputs are first needed.
-        dtype: precision of its computation, "float32", "bfloat16" or "float16", to which weights of convolutions
-            and linear layers are cast. None: the student's, that of ``train.amp``.
+        dtype: precision of its computation, "float32", "bfloat16" or "float16". None: the student's, that of
+            ``train.amp``. In lower precision than float32, weights of convolutions and linear layers are cast once, when
+            outputs are first needed, and the precision stays.
 
     Attributes:
         checkpoint_classes: class names in its weights file, or None.
@@ -109,7 +110,7 @@ class Teacher:
         self.dtype = DTYPES.get(dtype)
         self._pending_optimizations = {
             "fuse": fuse_norms,
-            "cast": self.dtype not in (None, torch.float32),
+            "cast": True,
             "channels_last": channels_last,
             "compile": compile,
         }
@@ -182,7 +183,7 @@ class Teacher:
         """Return outputs that are computed, without gradient, when they are first read; nothing is computed here.
 
         If the teacher has no ``dtype``, the precision is that of the context of this call, also for outputs that
-        are read in another context.
+        are read in another context. From the first call under autocast on, it is that of autocast.
 
         Args:
             batched_inputs: the student's batch.
@@ -192,9 +193,9 @@ class Teacher:
         Raises:
             InputError: its images are not ``scale`` times larger than the student's.
         """
-        self._optimize_for_inference()
-        inputs = self.convert_inputs(batched_inputs)
         dtype = self.dtype or current_autocast_dtype(self.detector)
+        self._optimize_for_inference(dtype)
+        inputs = self.convert_inputs(batched_inputs)
         sizes = None
         if self.scale != 1:
             sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
@@ -207,12 +208,13 @@ class Teacher:
         outputs.set_region_boxes(region_boxes)
         return outputs
 
-    def _optimize_for_inference(self) -> None:
+    def _optimize_for_inference(self, dtype: torch.dtype) -> None:
         """Apply the optimizations, once, after weights were loaded, inherited and moved to their device."""
         if self._pending_optimizations.pop("fuse", False):
             fuse_norms(self.detector)
-        if self._pending_optimizations.pop("cast", False):
-            cast_weights_(self.detector, self.dtype)
+        if dtype != torch.float32 and self._pending_optimizations.pop("cast", False):
+            cast_weights_(self.detector, dtype)
+            self.dtype = dtype  # of all that follows, since the weights have it
         if self._pending_optimizations.pop("channels_last", False):
             self.detector.to(memory_format=torch.channels_last)
         if self._pending_optimizations.pop("compile", False):

@@ -63,14 +63,17 @@ class Distiller(nn.Module):
         student: a detector for which :func:`get_outputs_class` has a class.
         teacher: its :class:`Teacher`.
         losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns a dict of
-            losses. Its optional ``setup(student, teacher, class_map, scale)`` is called once here, and its optional
-            ``taps`` are names of further student modules to record.
+            losses. Its optional ``setup(student, teacher, class_map, scale)`` is called once here. Its optional
+            ``is_active(progress)`` says whether it reads the teacher at all, and its optional ``taps`` are names of further
+            student modules to record.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names that are initialized with the teacher's weights; ``[""]`` is all.
             If the classes or their order differ, rows of a GFL's classifier are copied by class name, as
             incremental training needs; of other detectors, layers with rows for each class are not inherited.
         proposals_from: the proposals among which the student's RoI heads sample. "student": its own, as without a teacher.
             "both": its own and the teacher's, which changes the student's task losses, too.
+        teacher_first: whether the teacher computes its features before the student's forward, not after it. The results are
+            equal. Before, the student's activations do not yet need memory; after, the teacher's features do not.
         classes: names of the student's classes, or a data set that has them; required if the teacher's are given. A
             trainer takes those of the training data.
 
@@ -92,6 +95,7 @@ class Distiller(nn.Module):
         max_iter: int,
         inherit: Sequence[str] = (),
         proposals_from: str = "student",
+        teacher_first: bool = False,
         classes: str | Iterable[str] | None = None,
     ):
         super().__init__()
@@ -106,7 +110,7 @@ class Distiller(nn.Module):
         self.max_iter = max_iter
         self.agreement_period = 20
         self.outputs_class = get_outputs_class(student)
-        self.proposals_from = proposals_from
+        self.proposals_from, self.teacher_first = proposals_from, teacher_first
         if proposals_from == "both" and {self.outputs_class, teacher.outputs_class} != {
             RCNNOutputs
         }:
@@ -225,6 +229,10 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         teacher = self.teacher.outputs(batched_inputs)
+        storage = get_event_storage()
+        progress = storage.iter / self.max_iter
+        if self.teacher_first and getattr(self.losses, "is_active", lambda _: True)(progress):
+            teacher.features  # noqa: B018  (computed, and kept for the losses)
         taps = {name: self._tapped(name) for name in self.taps}
         with contextlib.ExitStack() as stack:
             calls = stack.enter_context(capture(self.outputs_class.hook_points(self.student)))
@@ -235,9 +243,8 @@ class Distiller(nn.Module):
             losses = self._student_losses(batched_inputs)
         student = self.outputs_class.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.set_region_boxes(student.region_boxes)
-        storage = get_event_storage()
         with record_function("d2kd/losses"):
-            distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+            distill_losses = self.losses(student, teacher, progress=progress)
         if (storage.iter + 1) % self.agreement_period == 0:
             agreed = top1_agreement(student, teacher, self.class_map)
             if agreed is not None:
