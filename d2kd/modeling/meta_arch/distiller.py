@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 PROPOSALS_FROM = ("student", "both")
 
+ON_DEVICE = {"image", "teacher_image", "instances", "proposals"}
+"""Keys of Detectron2's batches, and the teacher's image, that a detector copies to its device."""
+
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
@@ -228,6 +231,7 @@ class Distiller(nn.Module):
         """Return task losses and ``distill/loss_*`` in one dict in training, the student's detections in ``eval()``."""
         if not self.training:
             return self.student(batched_inputs)
+        batched_inputs = self._on_device(batched_inputs)
         teacher = self.teacher.outputs(batched_inputs)
         storage = get_event_storage()
         progress = storage.iter / self.max_iter
@@ -250,6 +254,14 @@ class Distiller(nn.Module):
             if agreed is not None:
                 put_metric("distill/agreement", agreed)
         return {**losses, **distill_losses}
+
+    def _on_device(self, batched_inputs: list[dict]) -> list[dict]:
+        """Copy what both detectors and the losses use to the device once; they would each copy it."""
+        device = self.device
+        return [
+            {key: x.to(device) if key in ON_DEVICE else x for key, x in example.items()}
+            for example in batched_inputs
+        ]
 
     def _student_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         """Return the student's task losses; if its predictions are not finite in one process, raise in all."""

@@ -18,8 +18,8 @@ from ....configs.common.study import (
 )
 from .common import make_study
 
-IMAGES, WIDTH = 200, 16
-STUDENT_STEPS, TEACHER_STEPS = 1000, 1000
+IMAGES, WIDTH, STUDENT_STEPS = 100, 16, 600
+TEACHER_WIDTH, TEACHER_BLOCKS, TEACHER_STEPS = 24, [1, 2, 2, 1], 700
 MIN_SCORE = 0.5
 
 _baseline = "baselines/faster_rcnn_small_shapes.py"
@@ -32,7 +32,10 @@ _others = L(subset)(dataset="shapes_train", images=IMAGES, complement=True)
 _fast_data = L(shapes.register_shapes)(train=IMAGES + 20, val=16, test=24)
 _fast = dict(fast_shapes, fast_setup=_fast_data)
 
-runs = default_runs(_student, teacher_recipe(_baseline, TEACHER_STEPS), ["imitation", "tar"])
+_teacher = teacher_recipe(_baseline, TEACHER_STEPS)
+_teacher.model.backbone.bottom_up.update(width=TEACHER_WIDTH, blocks=TEACHER_BLOCKS)
+
+runs = default_runs(_student, _teacher, ["imitation", "tar"])
 runs["teacher_labels"] = teacher_labels(_student, _others, MIN_SCORE)
 study = make_study(
     runs,
