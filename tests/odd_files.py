@@ -46,7 +46,8 @@ _numbers = itertools.count()
 def register(content, images, classes=None) -> str:
     number = next(_numbers)
     file = images / f"{number}.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return coco_dataset(f"{images}_{number}", str(file), str(images), classes)
 
 

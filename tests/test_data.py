@@ -479,7 +479,7 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
         (lambda: coco_dataset("own", "images", "images"), "no such file"),
         (
             lambda: coco_dataset("own", "own.json", "images", classes=BIRDS),
-            "own.json: no class bird; classes not in the list: solid_",
+            "own.json: no class 'bird'; classes not in the list: 'solid_",
         ),
         (
             lambda: check_dataset("shapes_trian"),

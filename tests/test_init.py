@@ -229,7 +229,7 @@ def test_what_is_refused(folder, refuses):
         ([*data, "--val", "far/data.json", *out], "far/data.json: 0.png is not beside it"),
         (
             [*data, "--val", "val/other.json", *out],
-            "val/other.json: no class class 0; classes not in the list: other",
+            "val/other.json: no class 'class 0'; classes not in the list: 'other'",
         ),
         ([*data, "--val", "nowhere.json", *out], "nowhere.json: no such file"),
         (["--data", "train/empty.json", *val, *out], "empty.json: no object"),

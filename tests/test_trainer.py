@@ -561,7 +561,7 @@ def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
     content |= {"annotations": [], "categories": content["categories"][:1]}
     (few / "data.json").write_text(json.dumps(content))
     name = coco_dataset(f"few_{tmp_path}", str(few / "data.json"), str(few))
-    refused(whole, name, CLASSES, f"data set '{name}': no class class 1, class 2; expected the")
+    refused(whole, name, CLASSES, f"data set '{name}': no class 'class 1', 'class 2'; expected the")
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):

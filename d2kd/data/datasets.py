@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..structures.class_map import class_names
-from ..utils.errors import InputError
+from ..utils.errors import InputError, quoted
 from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
 from .coco_file import CocoFile, read_coco_file, summarize_coco_file
 from .images import reading_mapper
@@ -210,12 +210,16 @@ def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
             classes = classes[: len(first)]
         if list(classes) == list(first):
             continue
-        expected = f"the classes of data set {train[0]!r}: {', '.join(first)}"
-        if lacking := [one for one in first if one not in classes]:
-            found = f"no class {', '.join(lacking)}"
+        expected = f"the classes of data set {train[0]!r}: {quoted(first)}"
+        lacking = [one for one in first if one not in classes]
+        further = [one for one in classes if one not in first]
+        if lacking and further:
+            found = f"no class {quoted(lacking)}, but {quoted(further)}"
+        elif lacking:
+            found = f"no class {quoted(lacking)}"
             expected += "; with classes=[…] of coco_dataset a file may lack some"
-        elif further := [one for one in classes if one not in first]:
-            found = f"further classes {', '.join(further)}"
+        elif further:
+            found = f"further classes {quoted(further)}"
         else:
             k = next(k for k, (a, b) in enumerate(zip(classes, first)) if a != b)
             found = f"class {k} is {classes[k]!r}, not {first[k]!r}"
