@@ -239,7 +239,7 @@ def test_what_is_refused(folder, refuses):
             "zoo:x: not in Detectron2's model zoo; expected zoo:",
         ),
         (["--data", "voc", "--images", "x", *out], "--images: given for a VOC folder"),
-        (["--data", "no_objects", *out], "no object in Annotations"),
+        (["--data", "no_objects", *out], "no object in any .xml"),
         (["--data", "voc", "--classes", "class 0", *out], "expected one of class 0"),
     ):
         refuses(lambda words=words: init(words), line)

@@ -38,12 +38,10 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import InputError, quoted
-from .catalog import INCREMENT_KEY, file_digest
+from .catalog import INCREMENT_KEY, LONGEST_SIDE, file_digest
 
 logger = logging.getLogger(__name__)
 
-# COCO's evaluation ignores objects that are larger than the square of the longest side.
-LONGEST_SIDE = 100_000
 _Pixels = Annotated[int, msgspec.Meta(ge=1, le=LONGEST_SIDE)]
 _Length = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_SIDE)]
 _Area = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_SIDE**2)]
