@@ -284,11 +284,12 @@ def shared_images(train: Sequence[str], test: Sequence[str]) -> list[str]:
     """Return the files of test images that are training images, too; none if the sets are the same on purpose."""
     if set(train) == set(test):
         return []
-    files = {file for name in train for file in _image_files(name)}
-    return [file for name in test for file in _image_files(name) if file in files]
+    files = {file for name in train for file in image_files(name)}
+    return [file for name in test for file in image_files(name) if file in files]
 
 
-def _image_files(name: str) -> Sequence[str]:
+def image_files(name: str) -> Sequence[str]:
+    """Return the image files of a registered data set."""
     files = MetadataCatalog.get(name).get("image_files")  # of a large file, without its annotations
     return files or [record["file_name"] for record in DatasetCatalog.get(name)]
 
