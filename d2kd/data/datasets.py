@@ -116,10 +116,18 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
         part: "train" or "test".
 
     Returns:
-        list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has none.
+        list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has no such key.
+
+    Raises:
+        InputError: the key is there, but no name.
     """
-    names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
-    return [] if names is None else _as_list(names)
+    key = f"dataloader.{part}.dataset"
+    node = OmegaConf.select(recipe, key, default=None)
+    if not OmegaConf.is_dict(node) or "names" not in node:
+        return []
+    if not (names := _as_list(node.names)):
+        raise InputError(f"{key}.names", "none", "a data set's name, or a list of names")
+    return names
 
 
 def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
@@ -133,7 +141,8 @@ def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
 def _as_list(names) -> list[str]:
     """Build config nodes among names, and return the names as a list."""
     names = instantiate(names)
-    return [names] if isinstance(names, str) else list(names)
+    names = [names] if names is None or isinstance(names, str | int | float) else list(names)
+    return [name if isinstance(name, str) else repr(name) for name in names if name is not None]
 
 
 def check_dataset(names) -> list[str]:

@@ -22,6 +22,8 @@ from ..utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_FORMATS = ("BGR", "RGB", "YUV-BT.601", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+"""Of Detectron2's mappers, which hand all but two of them on to Pillow."""
 _DEEP_MODES = {"F": "floating point numbers", "I": "32 bits a pixel"}
 
 
@@ -91,6 +93,17 @@ def reads_by_these_rules(mapper) -> bool:
         return False
     kind = type(mapper)
     return kind.__call__ is DatasetMapper.__call__ or kind.__module__.startswith("d2kd.")
+
+
+def check_image_format(mapper) -> None:
+    """Check that a mapper's ``image_format`` is one that Detectron2 and Pillow know, if it reads by these rules.
+
+    Raises:
+        InputError: it is another.
+    """
+    order = reads_by_these_rules(mapper) and reading_mapper(mapper).image_format
+    if order and order not in _FORMATS:
+        raise InputError("mapper.image_format", order, "BGR or RGB")
 
 
 def check_record(record: dict) -> None:

@@ -34,7 +34,13 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
-from .images import check_image, check_record, read_image, reads_by_these_rules
+from .images import (
+    check_image,
+    check_image_format,
+    check_record,
+    read_image,
+    reads_by_these_rules,
+)
 
 _ORDER, _SAMPLE = range(2)  # keys of independent random streams
 
@@ -193,6 +199,7 @@ class _Mapped(Dataset):
     """
 
     def __init__(self, dataset, mapper, seed: int):
+        check_image_format(mapper)
         # As in Detectron2: one serialised copy for all workers, which no mapper can modify.
         self.dataset = (
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset

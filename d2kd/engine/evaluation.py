@@ -80,15 +80,23 @@ def build_evaluator(
     return build_part("dataloader.evaluator", node)
 
 
+_TASKS = {"bbox", "segm", "keypoints"}
+
+
 def check_test_data(config: DictConfig) -> None:
     """Check that a COCO evaluator has one test set: it would compare the images of another with its own by their ids.
 
     Raises:
-        InputError: there are several.
+        InputError: there are several; or it has a task that COCO has not.
     """
     nodes = config.dataloader.get("evaluator") or {}
+    nodes = list(filter(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes]))
+    for node in nodes:
+        tasks = node.get("tasks") if OmegaConf.is_dict(node) else None
+        if tasks is not None and not (OmegaConf.is_list(tasks) and set(tasks) <= _TASKS):
+            raise InputError("dataloader.evaluator.tasks", tasks, "a list of bbox, segm, keypoints")
     names = dataset_names(config, "test")
-    if len(names) > 1 and any(map(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes])):
+    if len(names) > 1 and nodes:
         raise InputError(
             "dataloader.test.dataset.names",
             f"{len(names)} data sets, {', '.join(names)}",
