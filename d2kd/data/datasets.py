@@ -173,6 +173,7 @@ def check_dataset(names) -> list[str]:
         if metadata.get("prepare"):
             metadata.prepare()
         _check_registered_coco(name)
+        _check_own_function(name)
         if metadata.get("dirname") is not None and metadata.get("split") is not None:
             check_voc(metadata.dirname, metadata.split, tuple(metadata.thing_classes))
             refresh_voc(name)
@@ -191,6 +192,29 @@ def _check_registered_coco(name: str) -> None:
         _set_coco_metadata(name, _check_coco(*load.args[1:]))
     elif metadata.get("evaluator_type") == "coco" and metadata.get("image_root") is not None:
         _check_coco(metadata.json_file, metadata.image_root, None)
+
+
+def _check_own_function(name: str) -> None:
+    """Check that a function that someone else registered returns dataset dicts; a loader checks their content."""
+    load = DatasetCatalog[name]
+    if getattr(load, "func", load).__module__.startswith(
+        ("d2kd.", "detectron2.data.datasets.pascal")
+    ):
+        return
+    expected = "a function that returns a list of Detectron2's dataset dicts"
+    try:
+        records = DatasetCatalog.get(name)
+    except InputError:
+        raise
+    except Exception as error:  # of someone else's code
+        found = f"cannot be loaded ({type(error).__name__}: {error})"
+        raise InputError(f"data set {name!r}", found, expected) from error
+    if not isinstance(records, list | tuple):
+        raise InputError(f"data set {name!r}", f"a {type(records).__name__}", expected)
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            found = f"record {number} is a {type(record).__name__}"
+            raise InputError(f"data set {name!r}", found, expected)
 
 
 def _check_coco(json_file: str, image_root: str, classes: tuple[str, ...] | None) -> CocoFile:
@@ -247,7 +271,7 @@ def check_has_objects(names: Sequence[str]) -> None:
             count = any(
                 not one.get("iscrowd", 0)
                 for record in DatasetCatalog.get(name)
-                for one in record.get("annotations", ())
+                for one in record.get("annotations") or ()
             )
         if count:
             return
@@ -300,7 +324,8 @@ def shared_images(train: Sequence[str], test: Sequence[str]) -> list[str]:
 def image_files(name: str) -> Sequence[str]:
     """Return the image files of a registered data set."""
     files = MetadataCatalog.get(name).get("image_files")  # of a large file, without its annotations
-    return files or [record["file_name"] for record in DatasetCatalog.get(name)]
+    records = () if files else DatasetCatalog.get(name)
+    return files or [str(record["file_name"]) for record in records if "file_name" in record]
 
 
 def sample_evenly(records: Sequence[dict], number: int) -> list[dict]:

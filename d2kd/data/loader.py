@@ -14,9 +14,12 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from detectron2.data import (
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
@@ -200,6 +204,8 @@ class _Mapped(Dataset):
 
     def __init__(self, dataset, mapper, seed: int):
         check_image_format(mapper)
+        if reads_by_these_rules(mapper):
+            _check_records(dataset)
         # As in Detectron2: one serialised copy for all workers, which no mapper can modify.
         self.dataset = (
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
@@ -232,6 +238,41 @@ class _Mapped(Dataset):
                 if sample is not None:
                     return sample
         return InputError("the data set", "no image that the mapper accepts", "at least one")
+
+
+def _check_records(dataset: Iterable[dict]) -> None:
+    """Check that Detectron2's mapper can read all dataset dicts, whoever made them.
+
+    Raises:
+        InputError: naming the image, and the object.
+    """
+    for number, record in enumerate(dataset):
+        name = record.get("file_name")
+        if not isinstance(name, str | os.PathLike):
+            raise InputError(f"image {number} of the data", f"file_name {name!r}", "a path")
+        for position, one in enumerate(record.get("annotations") or ()):
+            if fault := _object_fault(one):
+                raise InputError(f"{name}: object {position}", *fault)
+
+
+def _object_fault(one: dict) -> tuple[str, str] | None:
+    """Return what is found instead of an object in Detectron2's format, and what is expected."""
+    for key in ("bbox", "bbox_mode", "category_id"):
+        if key not in one:
+            return f"no {key}", "bbox, bbox_mode and category_id"
+    box, mode, label = one["bbox"], one["bbox_mode"], one["category_id"]
+    sides = {BoxMode.XYXY_ABS: 4, BoxMode.XYWH_ABS: 4, BoxMode.XYWHA_ABS: 5}.get(mode)
+    if sides is None:
+        return f"bbox_mode {mode}", "BoxMode.XYXY_ABS, XYWH_ABS or XYWHA_ABS"
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != sides
+        or not all(isinstance(value, Real) and math.isfinite(value) for value in box)
+    ):
+        return f"bbox {box!r}", f"a list of {sides} finite numbers"
+    if not isinstance(label, Real) or label != int(label) or label < 0:
+        return f"category_id {label!r}", "the index of a class, from 0"
+    return None
 
 
 def _blame_image(record: dict, error: Exception) -> InputError | None:

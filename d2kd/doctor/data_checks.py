@@ -6,7 +6,8 @@ import contextlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
@@ -24,7 +25,7 @@ from ..data.datasets import (
 )
 from ..data.images import check_image, read_image
 from ..utils.errors import InputError
-from .findings import Finding
+from .findings import Finding, guarded
 
 BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
 MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
@@ -35,13 +36,18 @@ COPY_SECONDS = 30  # for the search of image files with the same content
 MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
-def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
+def check_data(config: DictConfig, images: int, debug: bool = False) -> Iterator[Finding]:
     """Check the training and the test data.
 
     Args:
         config: a complete recipe.
         images: number of images to decode from each, evenly spaced; 0: all.
+        debug: whether to raise the error of a check that fails, instead of yielding it as a finding.
     """
+
+    def checked_part(subject: str, check: Callable, *args: Any) -> Iterator[Finding]:
+        return guarded(subject, lambda: check(*args), debug=debug)
+
     checked = {}
     for part in ("train", "test"):
         try:
@@ -57,10 +63,13 @@ def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
         for oddity in (o for name in names for o in MetadataCatalog.get(name).get("oddities", ())):
             yield Finding(f"{part} data, file", "warning", oddity, "correct it, if it is not meant")
         classes = _annotated_classes(MetadataCatalog.get(names[0]))
-        yield from _check_annotations(f"{part} data", records, classes)
-        yield from _check_images(f"{part} images", records, images)
+        for subject, check, given in (
+            (f"{part} data", _check_annotations, classes),
+            (f"{part} images", _check_images, images),
+        ):
+            yield from checked_part(subject, check, subject, records, given)
     if len(checked) == 2:
-        yield from _compare(**checked)
+        yield from checked_part("both data", _compare, *checked.values())
 
 
 def _compare(train: list[str], test: list[str]) -> Iterator[Finding]:
@@ -192,7 +201,7 @@ def _check_images(subject: str, records: Sequence[dict], images: int) -> Iterato
     chosen = sample_evenly(records, images or len(records))
     bad, turned, uniform = [], [], []
     for record in chosen:
-        name = record["file_name"]
+        name = record.get("file_name")
         try:
             if check_image(name) != 1:
                 turned.append(name)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -87,7 +88,7 @@ def check_test_data(config: DictConfig) -> None:
     """Check that a COCO evaluator has one test set: it would compare the images of another with its own by their ids.
 
     Raises:
-        InputError: there are several; or it has a task that COCO has not.
+        InputError: there are several; an image lacks what the evaluator reads; or it has a task that COCO has not.
     """
     nodes = config.dataloader.get("evaluator") or {}
     nodes = list(filter(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes]))
@@ -96,6 +97,13 @@ def check_test_data(config: DictConfig) -> None:
         if tasks is not None and not (OmegaConf.is_list(tasks) and set(tasks) <= _TASKS):
             raise InputError("dataloader.evaluator.tasks", tasks, "a list of bbox, segm, keypoints")
     names = dataset_names(config, "test")
+    for name in names if nodes else ():
+        if MetadataCatalog.get(name).get("json_file"):
+            continue
+        for number, record in enumerate(DatasetCatalog.get(name)):
+            if lacking := [key for key in ("image_id", "height", "width") if key not in record]:
+                culprit = f"data set {name!r}: image {number}"
+                raise InputError(culprit, f"no {', '.join(lacking)}", "what COCOEvaluator reads")
     if len(names) > 1 and nodes:
         raise InputError(
             "dataloader.test.dataset.names",
