@@ -235,7 +235,7 @@ def _check_parts(config: DictConfig) -> None:
             raise InputError(f"{key}.dataset", _describe(dataset), expected)
     evaluators = config.dataloader.get("evaluator")
     for one in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
-        if one is None or is_node(one) or _is_evaluator(one):
+        if is_node(one) or _is_evaluator(one) or one is evaluators is None:
             continue
         expected = "a node such as L(COCOEvaluator)(…), or a DatasetEvaluator"
         raise InputError("dataloader.evaluator", _describe(one), expected)

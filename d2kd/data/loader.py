@@ -131,6 +131,51 @@ def dataset_of(loader: Iterable) -> Sequence[dict] | None:
     return mapped.dataset if isinstance(mapped, _Mapped) else None
 
 
+def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> None:
+    """Check what the mapper of a loader of this module makes of the first image, before a run begins.
+
+    Args:
+        loader: any loader; others are not checked.
+        key: the recipe's key of the loader.
+        num_classes: number of the detector's classes, if it learns from these samples; otherwise None.
+
+    Raises:
+        InputError: the mapper fails, or returns something else than Detectron2's detectors read.
+    """
+    mapped = getattr(loader, "dataset", None)
+    if not isinstance(mapped, _Mapped):
+        return
+    try:
+        sample = mapped[0, 0]
+    except Exception as error:  # of someone else's code
+        found = f"fails ({type(error).__name__}: {error})"
+        expected = "a function from a dataset dict to a sample; --debug shows the traceback"
+        raise InputError(f"{key}.mapper", found, expected) from error
+    if isinstance(sample, InputError):
+        raise sample
+    if fault := _sample_fault(sample, num_classes):
+        raise InputError(f"{key}.mapper", f"returns {fault[0]}", fault[1])
+
+
+def _sample_fault(sample, num_classes: int | None) -> tuple[str, str] | None:
+    """Return what is found instead of a sample, and what is expected."""
+    if not isinstance(sample, dict):
+        return f"a {type(sample).__name__}", "a dict with the image, a tensor"
+    image = sample.get("image")
+    shape = [*getattr(image, "shape", ())]
+    if not isinstance(image, torch.Tensor) or len(shape) != 3 or shape[0] > 4 >= shape[2]:
+        kind = "none" if image is None else f"a {type(image).__name__} of shape {shape}"
+        return f"as 'image' {kind}", "a tensor (channels, height, width)"
+    if num_classes is None:
+        return None
+    if "instances" not in sample:
+        return "no 'instances'", "those of the image, with gt_boxes and gt_classes"
+    labels = sample["instances"].gt_classes
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        return f"classes {labels.tolist()}", f"classes from 0 to {num_classes - 1}"
+    return None
+
+
 def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None) -> None:
     """Replace Detectron2's loaders in a recipe's ``dataloader`` node by those of this module, in place.
 

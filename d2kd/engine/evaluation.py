@@ -149,8 +149,38 @@ def do_test(
         if isinstance(model, nn.Module):
             model = get_student(model)
         results = inference_on_dataset(model, loader, evaluator)
+    results = _numbers(results)
     print_csv_format(results)
-    return dict(results)
+    return results
+
+
+def _numbers(results: Any) -> dict:
+    """Return an evaluator's results as ``{task: {metric: float}}`` or ``{metric: float}``; what is no number is left out.
+
+    Someone else's evaluator may return anything, for which no run shall end.
+    """
+    if not isinstance(results, Mapping):
+        if results is not None:
+            logger.warning("dataloader.evaluator: its result, a %s, is no dict", _kind(results))
+        return {}
+    kept = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            kept[str(key)] = inner = {}
+            for name, metric in _numbers(value).items():
+                deeper = metric if isinstance(metric, Mapping) else {"": metric}
+                inner |= {f"{name}/{k}" if k else name: v for k, v in deeper.items()}
+            continue
+        try:
+            kept[str(key)] = float(value)
+        except (TypeError, ValueError):
+            found = _kind(value)
+            logger.warning("dataloader.evaluator: its %r, a %s, is no number", key, found)
+    return kept
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def finite_metrics(results: Mapping) -> dict:
