@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from d2kd.data import build_train_loader, check_dataset, coco_dataset, subset
 from d2kd.data import coco_file as reader
 from d2kd.data.datasets import check_has_objects, check_masks, check_same_classes, shared_images
+from d2kd.doctor.data_checks import check_data
 from d2kd.utils.errors import InputError
 
 from .odd_files import COCO_EDITS, ap_of_oracle, check_coco, objects_learned, register
-from .tiny_run import draw_data
+from .tiny_run import draw_data, recipe
 
 RLE = {"size": [64, 64], "counts": [70, 5, 59, 5, 3957]}
 
@@ -148,6 +149,17 @@ def test_boxes_without_area_are_left_out_everywhere(content, images, tmp_path, c
     assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
 
 
+def test_the_doctor_counts_boxes_that_are_left_out(content, images, tmp_path):
+    edit_first("annotations", bbox=[500, 2, 5, 5])(content)
+    config = recipe(images, tmp_path)
+    config.dataloader.train.dataset.names = register(content, images)
+    found = {one.subject: one for one in check_data(config, 1)}
+    assert found["train data, file"].state == "warning"
+    left_out = found["train data, boxes left out"]
+    assert left_out.state == "error" and left_out.found.startswith("1 of 7 are left out: no area")
+    assert "test data, boxes left out" not in found
+
+
 def test_an_object_that_is_there_twice_is_named(content, images, caplog):
     content["annotations"].append(dict(content["annotations"][0], id=100))
     register(content, images)
@@ -201,6 +213,7 @@ REFUSED = {
     "category as text": (edit_first("annotations", category_id="1"), "category_id '1'"),
     "one annotation id twice": (edit_all("annotations", id=3), "id 3 once more, and 5 more"),
     "increment that is no list": (lambda c: c.update(d2kd_increment=5), "d2kd_increment: "),
+    "images by id": (lambda c: c.update(images={i["id"]: i for i in c["images"]}), "'images' is a dict; expected the lists"),
     "a list of texts": (lambda c: c.update(categories=["cat"]), r"categories\[0\]: 'cat'; expected an object"),
 }  # fmt: skip
 

@@ -185,6 +185,7 @@ def test_boxes_of_a_smaller_image_are_recognised():
 
     assert found(0.5, 12).state == "warning" and "beyond 55% of its image" in found(0.5, 12).found
     assert found(1, 12).state == found(0.5, 9).state == "ok"
+    assert found(0.04, 9).found == "3 boxes are less than a pixel wide or high"
 
 
 def test_image_files_with_the_same_content_are_found(tmp_path, monkeypatch):

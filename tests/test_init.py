@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 
 from d2kd.config import is_distiller, load, student_node
 from d2kd.config.proposal import SIZE_RANGE, propose
+from d2kd.data import check_dataset
 from d2kd.data.sizes import DataSizes
 from d2kd.doctor import sanity_check
 from d2kd.engine import Trainer
@@ -172,6 +173,22 @@ def test_voc_data(tmp_path, monkeypatch, capsys):
         assert instantiate(part.dataset.names) == f"mine_{split}"
         assert part.dataset.names.classes == NAMES
     assert config.model.roi_heads.num_classes == CLASSES
+
+
+def test_images_of_absolute_names_and_a_flat_voc_folder(folder, tmp_path, capsys):
+    content = json.loads(Path("train/data.json").read_text())
+    for one in content["images"]:
+        one["file_name"] = str(folder / "train" / one["file_name"])
+    Path("train/data.json").write_text(json.dumps(content), encoding="utf-16")
+    init_coco()
+    check_dataset(load("mine.py:alone").dataloader.train.dataset.names)
+    root = write_voc(folder / "voc")
+    for split in ("train", "val"):
+        Path("flat", split).mkdir(parents=True)
+        for file in (*root.glob(f"*/{split}*.xml"), *root.glob(f"*/{split}*.jpg")):
+            file.rename(Path("flat", split, file.name))
+    init(["--data", "flat", "--output", "flat.py"])
+    check_dataset(load("flat.py:alone").dataloader.train.dataset.names)
 
 
 def test_data_at_the_path_of_a_variable(folder, monkeypatch):

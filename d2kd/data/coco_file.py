@@ -113,6 +113,7 @@ class CocoFile:
         increment: annotated classes, if the file is an increment, see :mod:`d2kd.data.incremental`.
         file_names: of all images.
         num_objects: number of objects to learn from: not crowds, with an area.
+        num_left_out: number of boxes without area in their image.
         oddities: what is accepted but unusual, a line each.
         is_standard: whether COCO's evaluation can read the file as it is.
         images: in the order of their ids; empty in a summary.
@@ -126,6 +127,7 @@ class CocoFile:
     increment: list[str] | None
     file_names: tuple[str, ...]
     num_objects: int
+    num_left_out: int
     oddities: tuple[str, ...]
     is_standard: bool
     images: Sequence[Image] = ()
@@ -338,6 +340,8 @@ def _decode_leniently(json_file: str, content: bytes) -> _Content:
     for section, kind in _RECORDS.items():
         if not isinstance(whole.get(section), list):
             found = f"no list {section!r}; its keys are {quoted([*whole])}"
+            if section in whole:
+                found = f"{section!r} is a {type(whole[section]).__name__}"
             raise InputError(json_file, found, f"the lists {sections}")
         faults, decoded[section] = _Faults(json_file, section), []
         for position, record in enumerate(whole[section]):
@@ -465,6 +469,7 @@ def _check(json_file: str, content: _Content, plain: bool) -> CocoFile:
         increment=content.increment,
         file_names=tuple(one.file_name for one in images),
         num_objects=sum(not one.iscrowd for one in kept),
+        num_left_out=flat,
         oddities=tuple(oddities),
         is_standard=standard,
         images=sorted(images, key=lambda one: one.id),

@@ -79,6 +79,7 @@ def _set_coco_metadata(name: str, file: CocoFile, **more) -> None:
         "thing_classes": list(file.classes),
         "thing_dataset_id_to_contiguous_id": {id: k for k, id in enumerate(file.category_ids)},
         "num_objects": file.num_objects,
+        "num_left_out": file.num_left_out,
         "oddities": file.oddities,
     }
     if root := more.get("image_root", known.get("image_root")):

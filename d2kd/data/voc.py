@@ -97,7 +97,8 @@ def refresh_voc(name: str) -> None:
     known = metadata.as_dict() | {"json_file": _write(coco, load.args[0]), "digest": digest}
     known["num_objects"] = kept = len(coco["annotations"])
     known["oddities"] = oddities = []
-    if dropped := check_voc(*load.args) - kept:
+    known["num_left_out"] = dropped = check_voc(*load.args) - kept
+    if dropped:
         oddities.append(f"{dropped} of {dropped + kept} boxes left out: no area in the image")
     known.pop("name")
     MetadataCatalog.remove(name)

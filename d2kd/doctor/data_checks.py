@@ -62,6 +62,12 @@ def check_data(config: DictConfig, images: int, debug: bool = False) -> Iterator
         records = [record for name in names for record in DatasetCatalog.get(name)]
         for oddity in (o for name in names for o in MetadataCatalog.get(name).get("oddities", ())):
             yield Finding(f"{part} data, file", "warning", oddity, "correct it, if it is not meant")
+        lost = sum(MetadataCatalog.get(name).get("num_left_out", 0) for name in names)
+        kept = sum(len(record.get("annotations") or ()) for record in records)
+        if lost and lost >= MAX_BAD_BOXES * (lost + kept):
+            found = f"{lost} of {lost + kept} are left out: no area in their image"
+            advice = "[x, y, width, height] in pixels of the image, and its width and height"
+            yield Finding(f"{part} data, boxes left out", "error", found, advice)
         classes = _annotated_classes(MetadataCatalog.get(names[0]))
         for subject, check, given in (
             (f"{part} data", _check_annotations, classes),
@@ -171,6 +177,10 @@ def _check_annotations(
         )
         advice = "correct the annotations: such boxes are clipped or dropped without a warning"
         yield Finding(f"{subject}, boxes", state, found, advice)
+    elif thin := int((box[:, 2:] - box[:, :2] < 1).any(axis=1).sum()):
+        found = f"{thin} boxes are less than a pixel wide or high"
+        advice = "boxes in pixels, not in fractions of the image"
+        yield Finding(f"{subject}, boxes", "warning", found, advice)
     elif len(box) >= LEAST_BOXES and (box[:, 2:] <= MAX_REACH * size).all():
         found = f"none reaches beyond {MAX_REACH:.0%} of its image's width and height"
         advice = "boxes in pixels of the image file, not in percent or of a smaller image"

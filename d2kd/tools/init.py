@@ -155,7 +155,8 @@ def _image_root(json_file: str) -> str:
     folder = Path(json_file).parent
     first = summarize_coco_file(str(path)).file_names[0]
     places = (folder / "images", folder / path.stem, folder)
-    found = [p for p in places if Path(os.path.expandvars(p), first).is_file()]
+    folders = {p: Path(os.path.expandvars(p)) for p in places}
+    found = [p for p, there in folders.items() if there.is_dir() and (there / first).is_file()]
     if not found:
         expected = "the folder of its images: --images DIR, and --val-images DIR"
         raise InputError(json_file, f"{first} is not beside it", expected)
