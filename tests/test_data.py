@@ -423,7 +423,7 @@ def value(section, key, value):
     ("edit", "found"),
     [
         (lambda c: c.pop("images"), "own.json: no list 'images'"),
-        (lambda c: c.update(annotations={}), "own.json: no list 'annotations'"),
+        (lambda c: c.update(annotations={}), "own.json: 'annotations' is a dict"),
         (lambda c: c.update(images=[], annotations=[]), "own.json: no images"),
         (lambda c: c["images"].append("x"), r"own.json: images\[6\]: 'x'"),
         (without("images", "file_name"), r"own.json: images\[0\] \(id 1\): no file_name"),
