@@ -46,7 +46,8 @@ _numbers = itertools.count()
 def register(content, images, classes=None) -> str:
     number = next(_numbers)
     file = images / f"{number}.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return coco_dataset(f"{images}_{number}", str(file), str(images), classes)
 
 
@@ -77,6 +78,7 @@ def objects_learned(name: str) -> int:
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 100), st.floats(allow_subnormal=False, width=32),
     st.text(max_size=3), st.lists(st.floats(0, 60, width=32), max_size=5), st.just([[]]), st.just({}),
+    st.builds(lambda counts: {"size": [64, 64], "counts": counts}, st.lists(st.integers(-1, 4096), max_size=2) | st.text(max_size=3)),
 )  # fmt: skip
 KEYS = {
     "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation", "keypoints"],

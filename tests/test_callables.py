@@ -5,6 +5,7 @@ import logging
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
@@ -20,6 +21,7 @@ from d2kd.config import base_mapper, distill, with_timm_backbone
 from d2kd.data import DownscaledStudentMapper
 from d2kd.doctor import SanityCheckHook, diagnose
 from d2kd.engine import Trainer
+from d2kd.engine.evaluation import _numbers
 from d2kd.losses import DistillLosses
 from d2kd.utils.env import config_hash
 
@@ -263,8 +265,55 @@ def _drop_mapper(config):
     del config.dataloader.train["mapper"]
 
 
+def returning(make):
+    """A mapper that returns something else, made of Detectron2's sample."""
+    return lambda config: mapper(lambda record: make(READ(record)))(config)
+
+
+async def read_later(record):
+    return READ(record)
+
+
+def read_each(record):
+    yield READ(record)
+
+
+def relabel(sample):
+    sample["instances"].gt_classes[:] = 9
+    return sample
+
+
+def without_key(key):
+    return returning(lambda sample: {k: v for k, v in sample.items() if k != key})
+
+
 NODE = "; expected a node such as L("
+READS = "dataloader.train.mapper: returns "
 REFUSED = {
+    "a mapper's class": (mapper(Reader), f"{READS}a Reader; expected a dict with the image"),
+    "an async mapper": (mapper(read_later), f"{READS}a coroutine; expected a dict"),
+    "a generator": (mapper(read_each), f"{READS}a generator; expected a dict"),
+    "a tuple": (returning(lambda sample: (sample, 1)), f"{READS}a tuple; expected a dict"),
+    "no image": (without_key("image"), f"{READS}as 'image' none; expected a tensor"),
+    "no objects": (without_key("instances"), f"{READS}no 'instances'; expected those of the image"),
+    "an array": (
+        returning(lambda sample: sample | {"image": sample["image"].numpy()}),
+        f"{READS}as 'image' a ndarray of shape",
+    ),
+    "channels last": (
+        returning(lambda sample: sample | {"image": sample["image"].permute(1, 2, 0)}),
+        f"{READS}as 'image' a Tensor of shape .64, 64, 3.; expected a tensor .channels, height",
+    ),
+    "other classes": (returning(relabel), f"{READS}classes .9.*; expected classes from 0 to 2"),
+    "a failing mapper": (
+        mapper(lambda record: 1 / 0),
+        r"fails \(ZeroDivisionError: .*; expected a fu",
+    ),
+    "a failing test mapper": (
+        test_mapper(lambda record: {}),
+        "test.mapper: returns as 'image' none",
+    ),
+    "no evaluator": (evaluator([None]), f"dataloader.evaluator: null{NODE}COCO"),
     "no mapper": (_drop_mapper, f"dataloader.train.mapper: none{NODE}DatasetMapper"),
     "null": (mapper(None), f"dataloader.train.mapper: none{NODE}"),
     "a name": (test_mapper("mine"), f"dataloader.test.mapper: 'mine'{NODE}"),
@@ -311,6 +360,29 @@ def test_what_cannot_be_used(config, refuses, change, line):
     change(config)
     line = line.replace("L(", r"L\(")
     refuses(lambda: Trainer(config), line)
+
+
+@pytest.mark.parametrize(
+    "results, expected",
+    [
+        (None, {}),
+        ([1, 2], {}),
+        (0.5, {}),
+        ({"a": {"b": {"c": 1}}}, {"a": {"b/c": 1.0}}),
+        ({"a": {"m": torch.tensor(3), "n": np.float32(2)}}, {"a": {"m": 3.0, "n": 2.0}}),
+        ({"bbox": {"AP": None, "curve": [1, 2], "x": torch.ones(3)}, 1: True}, {"bbox": {}, "1": 1.0}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_results_of_any_evaluator(results, expected, caplog):
+    assert _numbers(results) == expected
+    lost = results is not None and not (expected and "a" in expected)
+    assert ("dataloader.evaluator: its" in caplog.text) == lost
+
+
+def test_a_run_survives_an_odd_evaluator(config):
+    evaluator(L(Counts)(results=[3]))(config)
+    Trainer(config).train()
 
 
 def test_a_schedule_that_is_missing_is_mentioned(config, caplog):

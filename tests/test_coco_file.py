@@ -3,6 +3,8 @@
 import copy
 import json
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from d2kd.data import build_train_loader, check_dataset, coco_dataset, subset
 from d2kd.data import coco_file as reader
 from d2kd.data.datasets import check_has_objects, check_masks, check_same_classes, shared_images
+from d2kd.doctor.data_checks import check_data
 from d2kd.utils.errors import InputError
 
 from .odd_files import COCO_EDITS, ap_of_oracle, check_coco, objects_learned, register
-from .tiny_run import draw_data
+from .tiny_run import draw_data, recipe
 
 RLE = {"size": [64, 64], "counts": [70, 5, 59, 5, 3957]}
 
@@ -93,6 +96,9 @@ ODD_BUT_CLEAR = {
     "classes in another order": lambda content: content["categories"].reverse(),
     "images in another order": lambda content: content["images"].reverse(),
     "a box of fractions": edit_first("annotations", bbox=[1.25, 2.5, 10.125, 3.75]),
+    "a box that begins outside": edit_first("annotations", bbox=[-5, -5, 20, 90]),
+    "empty RLE": edit_all("annotations", segmentation={"size": [64, 64], "counts": ""}),
+    "ids of any size": lambda c: [one.update(id=one["id"] + 2**70) for one in c["annotations"]],
 }  # fmt: skip
 
 
@@ -132,12 +138,26 @@ def test_sets_that_detectron2_registered_are_understood_too(content, images, tmp
     assert MetadataCatalog.get(name).thing_colors == [1]
 
 
-def test_boxes_without_area_are_left_out_everywhere(content, images, tmp_path, caplog):
-    edit_first("annotations", bbox=[1, 2, 3, 0])(content)
+@pytest.mark.parametrize(
+    "box", [[1, 2, 3, 0], [70, 2, 5, 5], [-9, 2, 9, 5], [1, 1, 1e-9, 9], [64, 64, 9, 9]]
+)
+def test_boxes_without_area_are_left_out_everywhere(content, images, tmp_path, caplog, box):
+    edit_first("annotations", bbox=box)(content)
     name = register(content, images)
-    assert "1 of 7 boxes left out: no width or no height" in caplog.text
+    assert "1 of 7 boxes left out: no width or no height in the image" in caplog.text
     assert objects_learned(name) == len(content["annotations"]) - 1
     assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+
+
+def test_the_doctor_counts_boxes_that_are_left_out(content, images, tmp_path):
+    edit_first("annotations", bbox=[500, 2, 5, 5])(content)
+    config = recipe(images, tmp_path)
+    config.dataloader.train.dataset.names = register(content, images)
+    found = {one.subject: one for one in check_data(config, 1)}
+    assert found["train data, file"].state == "warning"
+    left_out = found["train data, boxes left out"]
+    assert left_out.state == "error" and left_out.found.startswith("1 of 7 are left out: no area")
+    assert "test data, boxes left out" not in found
 
 
 def test_an_object_that_is_there_twice_is_named(content, images, caplog):
@@ -153,6 +173,11 @@ REFUSED = {
     "negative area": (edit_first("annotations", area=-1), "area -1; expected"),
     "infinite area": (edit_first("annotations", area=float("inf")), "area inf; expected"),
     "ignore": (edit_first("annotations", ignore=1), "ignore 1; expected 0: mark .* by iscrowd 1"),
+    "ignore true": (edit_all("annotations", ignore=True), "ignore True, and 6 more; expected 0: mark"),
+    "huge area": (edit_first("annotations", area=1e300), r"area 1e\+300; expected a number of pixels"),
+    "huge box": (edit_first("annotations", bbox=[0, 0, 1e308, 4]), r"bbox \[0, 0, 1e\+308, 4\]; expected"),
+    "huge image": (edit_first("images", width=2**40), "width 1099511627776; expected a whole number"),
+    "a box in base64": (edit_first("annotations", bbox="A" * 999), r"bbox 'A{78}…; expected"),
     "three numbers": (edit_all("annotations", bbox=[1, 2, 3]), r"bbox \[1, 2, 3\], and 6 more; expected \[x"),
     "nan": (edit_first("annotations", bbox=[1, 2, 3, float("nan")]), r"bbox \[1, 2, 3, nan\]"),
     "negative": (edit_first("annotations", bbox=[1, 2, -3, 4]), r"bbox \[1, 2, -3, 4\]"),
@@ -161,7 +186,19 @@ REFUSED = {
     "a polygon of texts": (edit_first("annotations", segmentation=[["1", "2"]]), "segmentation: .*; expected poly"),
     "an RLE without a size": (edit_first("annotations", segmentation={"counts": "a"}), "segmentation: .*size"),
     "mask as a number": (edit_first("annotations", segmentation=5), "segmentation: "),
-    "keypoints of texts": (edit_first("annotations", keypoints=["a"]), "keypoints"),
+    "a polygon with nan": (edit_first("annotations", segmentation=[[float("nan")] * 6]), "segmentation .*; expected polygons"),
+    "a damaged RLE": (edit_first("annotations", segmentation={"size": [64, 64], "counts": "!!"}), "RLE damaged, .*; expected RLE"),
+    "half a number": (edit_first("annotations", segmentation={"size": [64, 64], "counts": "01o"}), "RLE damaged"),
+    "a number of RLE without end": (edit_first("annotations", segmentation={"size": [64, 64], "counts": "o" * 20 + "0"}), "RLE damaged"),
+    "a short RLE": (edit_all("annotations", segmentation={"size": [64, 64], "counts": [70, 5]}), r"RLE of 75 pixels, size \[64, 64\], and 6 more"),
+    "an RLE of another size": (edit_first("annotations", segmentation={"size": [48, 64], "counts": [3072]}), r"expected RLE of the image's size \[64, 64\]"),
+    "an RLE of negative counts": (edit_first("annotations", segmentation={"size": [64, 64], "counts": [-1, 4097]}), "segmentation: .*>= 0"),
+    "keypoints of texts": (edit_first("annotations", keypoints=["a"]), "keypoints .*; expected x, y and visibility"),
+    "keypoints of two numbers": (edit_first("annotations", keypoints=[1, 2]), "keypoints of 2 numbers; expected x, y"),
+    "half a character": (edit_first("categories", name="\ud800"), "name .*; expected a text"),
+    "half a character in a file's name": (edit_first("images", file_name="\udce9.jpg"), "file_name .*; expected a text"),
+    "one file twice, with a dot": (edit_first("images", file_name="./1.png"), r"images\[1\]: file_name '1.png' once more"),
+    "another tool's file": (lambda c: [c.pop(k) for k in list(c)] and c.update(shapes=[], imagePath="a"), "no list 'categories'; its keys are 'shapes', 'imagePath'; expected"),
     "a class that is a number": (edit_first("categories", name=7), r"categories\[0\] \(id 1\): name 7; expected a text"),
     "a class without a name": (edit_first("categories", name=""), "name ''; expected a text"),
     "two classes of one name": (edit_all("categories", name="a"), r"\[1\]: name 'a' once more, and 1 more"),
@@ -176,6 +213,7 @@ REFUSED = {
     "category as text": (edit_first("annotations", category_id="1"), "category_id '1'"),
     "one annotation id twice": (edit_all("annotations", id=3), "id 3 once more, and 5 more"),
     "increment that is no list": (lambda c: c.update(d2kd_increment=5), "d2kd_increment: "),
+    "images by id": (lambda c: c.update(images={i["id"]: i for i in c["images"]}), "'images' is a dict; expected the lists"),
     "a list of texts": (lambda c: c.update(categories=["cat"]), r"categories\[0\]: 'cat'; expected an object"),
 }  # fmt: skip
 
@@ -187,9 +225,36 @@ def test_what_cannot_be_meant_is_refused(kind, content, images, refuses):
     refuses(lambda: register(content, images), line)
 
 
-def test_a_byte_order_mark_is_no_fault(content, images):
-    name = register("\ufeff" + json.dumps(content), images)
-    assert len(DatasetCatalog.get(name)) == 6
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_any_encoding_of_unicode(content, images, tmp_path, encoding):
+    """In the evaluation, too, which reads UTF-8 alone."""
+    edit_first("categories", name="干净 🙂")(content)
+    text = json.dumps(content, ensure_ascii=False)
+    name = register(text.encode(encoding), images)
+    assert MetadataCatalog.get(name).thing_classes[0] == "干净 🙂"
+    assert ap_of_oracle(name, tmp_path) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('{"info": ' + "[" * 5000 + "]" * 5000 + "}", "unreadable: .*recursion"),
+        ('{"images": ' + "9" * 5000 + "}", "unreadable: .*digits"),
+        ("é".encode("latin-1"), "unreadable: .*codec"),
+        ("[" * 9, "broken JSON at line 1, column 10"),
+        ("[]", "a list; expected an object of categories"),
+    ],
+)
+def test_what_is_no_json_is_refused(text, line, images, refuses):
+    refuses(lambda: register(text, images), line)
+
+
+def test_counts_of_a_compressed_mask_are_read_as_by_pycocotools():
+    random = np.random.RandomState(0)
+    for density in (0, 0.01, 0.5, 0.99, 1):
+        mask = (random.rand(*random.randint(1, 300, 2)) < density).astype(np.uint8)
+        rle = mask_util.encode(np.asfortranarray(mask))
+        assert reader._RLE(mask.shape, rle["counts"].decode()).pixels() == mask.size
 
 
 def test_a_file_that_cannot_be_opened(content, images, refuses, monkeypatch):
@@ -251,8 +316,9 @@ def test_classes_follow_their_names(content, images, tmp_path):
 @pytest.mark.parametrize(
     "edit, line",
     [
-        (lambda c: c["categories"].append({"id": 0, "name": "background"}), "further classes background"),
-        (lambda c: c["categories"].pop(), "no class class 2; .* with classes="),
+        (lambda c: c["categories"].append({"id": 0, "name": "background"}), "further classes 'background'"),
+        (lambda c: c["categories"].pop(), "no class 'class 2'; .* with classes="),
+        (lambda c: c["categories"][2].update(name="class 2 "), "no class 'class 2', but 'class 2 '; expected"),
         (lambda c: [c["categories"][k].update(name=f"class {2 - k}") for k in range(3)], "class 0 is 'class 2', not 'class 0'"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from detectron2.data import (
     detection_utils,
     get_detection_dataset_dicts,
 )
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from PIL import Image
@@ -35,6 +36,7 @@ from d2kd.data import (
     shapes,
     use_seeded_loaders,
 )
+from d2kd.engine.evaluation import check_test_data
 from d2kd.utils.errors import InputError
 
 from .common import ROOT, perfect
@@ -421,7 +423,7 @@ def value(section, key, value):
     ("edit", "found"),
     [
         (lambda c: c.pop("images"), "own.json: no list 'images'"),
-        (lambda c: c.update(annotations={}), "own.json: no list 'annotations'"),
+        (lambda c: c.update(annotations={}), "own.json: 'annotations' is a dict"),
         (lambda c: c.update(images=[], annotations=[]), "own.json: no images"),
         (lambda c: c["images"].append("x"), r"own.json: images\[6\]: 'x'"),
         (without("images", "file_name"), r"own.json: images\[0\] \(id 1\): no file_name"),
@@ -479,7 +481,7 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
         (lambda: coco_dataset("own", "images", "images"), "no such file"),
         (
             lambda: coco_dataset("own", "own.json", "images", classes=BIRDS),
-            "own.json: no class bird; classes not in the list: solid_",
+            "own.json: no class 'bird'; classes not in the list: 'solid_",
         ),
         (
             lambda: check_dataset("shapes_trian"),
@@ -490,3 +492,66 @@ BIRDS = ["bird", *shapes.CLASSES[1:]]
 )
 def test_what_is_refused_too(refuses, own, act, line):
     refuses(act, line)
+
+
+def own_records(edit):
+    records = [dict(r, annotations=r["annotations"][:]) for r in DatasetCatalog.get("shapes_train")]
+    edit(records)
+    return records
+
+
+def edit_object(**values):
+    def edit(records):
+        record = next(r for r in records if r["annotations"])
+        first = record["annotations"][0]
+        record["annotations"][0] = {k: v for k, v in {**first, **values}.items() if v is not None}
+
+    return edit
+
+
+OBJECT = "png: object 0: "
+ODD_RECORDS = {
+    "no file": (lambda r: r[2].pop("file_name"), "image 2 of the data: file_name None; expected"),
+    "no box": (edit_object(bbox=None), f"{OBJECT}no bbox; expected bbox, bbox_mode and category"),
+    "an array": (edit_object(bbox=np.ones(4)), f"{OBJECT}bbox array.*; expected a list of 4"),
+    "nan": (edit_object(bbox=[1, 2, float("nan"), 4]), f"{OBJECT}bbox .*; expected a list of 4 fin"),
+    "three": (edit_object(bbox=[1, 2, 4]), f"{OBJECT}bbox .*; expected a list of 4 finite numbers"),
+    "fractions": (edit_object(bbox_mode=2), f"{OBJECT}bbox_mode 2; expected BoxMode.XYXY_ABS"),
+    "a class as text": (edit_object(category_id="1"), f"{OBJECT}category_id '1'; expected the index"),
+    "class -1": (edit_object(category_id=-1), f"{OBJECT}category_id -1; expected the index"),
+    "class 1.5": (edit_object(category_id=1.5), f"{OBJECT}category_id 1.5; expected the index"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, line", ODD_RECORDS.values(), ids=ODD_RECORDS)
+def test_records_of_someone_elses_function(registered, refuses, edit, line):
+    """They are checked where Detectron2's mapper reads them; a mapper of its own may read others."""
+    records = own_records(edit)
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+    options = dict(total_batch_size=1, aspect_ratio_grouping=False)
+    refuses(lambda: build_train_loader(records, mapper=mapper, **options), line)
+    refuses(lambda: build_test_loader(records, mapper=mapper), line)
+    assert next(iter(build_train_loader(records, mapper=lambda record: {"own": 1}, **options)))
+
+
+@pytest.mark.parametrize(
+    "made, line",
+    [
+        (lambda: 1 / 0, "cannot be loaded .ZeroDivisionError.*; expected a function that returns"),
+        (lambda: None, "a NoneType; expected a function that returns a list"),
+        (lambda: iter([{}]), "a list_iterator; expected a function that returns a list"),
+        (lambda: [{}, 5], "record 1 is a int; expected a function that returns a list"),
+    ],
+)
+def test_functions_that_return_no_records(refuses, made, line):
+    DatasetCatalog.register("of_someone", made)
+    refuses(lambda: check_dataset("of_someone"), f"data set 'of_someone': {line}")
+
+
+def test_what_the_evaluator_reads_is_there(registered, refuses):
+    records = own_records(lambda records: records[1].pop("image_id"))
+    DatasetCatalog.register("without_ids", lambda: records)
+    config = OmegaConf.create({"dataloader": {"test": {"dataset": {"names": "without_ids"}}}})
+    config.dataloader.evaluator = L(COCOEvaluator)(dataset_name="without_ids")
+    line = "data set 'without_ids': image 1: no image_id; expected what COCOEvaluator reads"
+    refuses(lambda: check_test_data(config), line)

@@ -1,16 +1,23 @@
 """Photographs: one rule for orientation and bit depth, whoever reads them."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from d2kd.data import DownscaledStudentMapper, OpenCVDatasetMapper, build_test_loader
 from d2kd.data import images as module
 from d2kd.data.images import check_image, read_image
-from d2kd.doctor.data_checks import _check_images, _other_format
+from d2kd.doctor.data_checks import (
+    _check_annotations,
+    _check_copies,
+    _check_images,
+    _other_format,
+)
 from d2kd.utils.errors import InputError
 
 MAPPERS = [DatasetMapper, OpenCVDatasetMapper]
@@ -92,6 +99,26 @@ def test_a_mapper_that_reads_by_itself_is_left_alone(tmp_path):
     assert found["image"].max() == 11
 
 
+def test_tiffs_of_other_colours_are_read_as_by_detectron2(tmp_path):
+    file = tmp_path / "a.tif"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 9, 3), np.uint8), "LAB").save(file)
+    assert np.array_equal(
+        read_image(str(file), "BGR"), detection_utils.read_image(str(file), "BGR")
+    )
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [(b"", "an empty file"), (b"\0\0\0\x18ftypheic", "damaged, or of no kind that Pillow reads")],
+)
+def test_what_is_no_image(tmp_path, content, found):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_image(str(file), "BGR")
+    assert error.value.found == f"cannot be decoded ({found})"
+
+
 def test_turned_tiffs_are_refused(tmp_path):
     assert check_image(photo(tmp_path / "upright.tif")) == 1
     file = photo(tmp_path / "turned.tif", 3)
@@ -140,11 +167,48 @@ BOXES = np.array(
         (BOXES, None),
         (np.concatenate([BOXES[:, :2], BOXES[:, :2] + BOXES[:, 2:]], axis=1), "two corners"),
         (BOXES / 100, "fractions"),
+        (np.array([[0.8, 0.9, 1.2, 1.4]]), "fractions"),  # around a centre
     ],
 )
 def test_boxes_of_another_format_are_recognised(boxes, meant):
     found = _other_format(np.tile(boxes, (4, 1)), np.full((12, 2), 100.0))
     assert (found is None) == (meant is None) and (meant or "") in (found or "")
+
+
+def test_boxes_of_a_smaller_image_are_recognised():
+    def found(factor, count):
+        record = {"file_name": "a", "width": 100, "height": 100, "annotations": []}
+        for box in np.tile(BOXES * factor, (4, 1))[:count]:
+            one = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+            record["annotations"].append(one)
+        return {f.subject: f for f in _check_annotations("it", [record], {0: "a"})}["it, boxes"]
+
+    assert found(0.5, 12).state == "warning" and "beyond 55% of its image" in found(0.5, 12).found
+    assert found(1, 12).state == found(0.5, 9).state == "ok"
+    assert found(0.04, 9).found == "3 boxes are less than a pixel wide or high"
+
+
+def test_image_files_with_the_same_content_are_found(tmp_path, monkeypatch):
+    contents = {"train/a": "a", "train/b": "a", "train/c": "c", "train/e": "", "test/c": "c"}
+    contents |= {"test/d": "d", "test/d2": "d", "test/e": "", "test/other": "longer"}
+    files = {name: str(tmp_path / name.replace("/", "_")) for name in contents}
+    for name, content in contents.items():
+        Path(files[name]).write_text(content)
+    train, test = (
+        [f for n, f in files.items() if n.startswith(part)] for part in ("train", "test")
+    )
+    test.append("https://nowhere/a.jpg")
+    within, between = _check_copies(train, test)
+    pair = f"{files['train/b']} and {files['train/a']}"
+    assert within.found == f"1 training images are copies of others, such as {pair}"
+    pair = f"{files['test/c']} and {files['train/c']}"
+    assert between.found == f"1 test images are copies of training images, such as {pair}"
+    assert within.state == between.state == "warning"
+    (none,) = _check_copies(train[1:], train[1:])  # the same set, on purpose
+    assert none.state == "ok" and none.found == "none"
+    monkeypatch.setattr("d2kd.doctor.data_checks.COPY_SECONDS", -1)
+    (none,) = _check_copies(train, test)
+    assert none.found.startswith("none, as far as -1 s allow: 0 of 6 files of equal size were read")
 
 
 def test_boxes_around_a_centre_are_recognised():

@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 
 from d2kd.config import is_distiller, load, student_node
 from d2kd.config.proposal import SIZE_RANGE, propose
+from d2kd.data import check_dataset
 from d2kd.data.sizes import DataSizes
 from d2kd.doctor import sanity_check
 from d2kd.engine import Trainer
@@ -174,6 +175,22 @@ def test_voc_data(tmp_path, monkeypatch, capsys):
     assert config.model.roi_heads.num_classes == CLASSES
 
 
+def test_images_of_absolute_names_and_a_flat_voc_folder(folder, tmp_path, capsys):
+    content = json.loads(Path("train/data.json").read_text())
+    for one in content["images"]:
+        one["file_name"] = str(folder / "train" / one["file_name"])
+    Path("train/data.json").write_text(json.dumps(content), encoding="utf-16")
+    init_coco()
+    check_dataset(load("mine.py:alone").dataloader.train.dataset.names)
+    root = write_voc(folder / "voc")
+    for split in ("train", "val"):
+        Path("flat", split).mkdir(parents=True)
+        for file in (*root.glob(f"*/{split}*.xml"), *root.glob(f"*/{split}*.jpg")):
+            file.rename(Path("flat", split, file.name))
+    init(["--data", "flat", "--output", "flat.py"])
+    check_dataset(load("flat.py:alone").dataloader.train.dataset.names)
+
+
 def test_data_at_the_path_of_a_variable(folder, monkeypatch):
     monkeypatch.setenv("MY_DATA", str(folder))
     words = ["--data", "$MY_DATA/train/data.json", "--val", "$MY_DATA/val/data.json"]
@@ -229,7 +246,7 @@ def test_what_is_refused(folder, refuses):
         ([*data, "--val", "far/data.json", *out], "far/data.json: 0.png is not beside it"),
         (
             [*data, "--val", "val/other.json", *out],
-            "val/other.json: no class class 0; classes not in the list: other",
+            "val/other.json: no class 'class 0'; classes not in the list: 'other'",
         ),
         ([*data, "--val", "nowhere.json", *out], "nowhere.json: no such file"),
         (["--data", "train/empty.json", *val, *out], "empty.json: no object"),
@@ -239,7 +256,7 @@ def test_what_is_refused(folder, refuses):
             "zoo:x: not in Detectron2's model zoo; expected zoo:",
         ),
         (["--data", "voc", "--images", "x", *out], "--images: given for a VOC folder"),
-        (["--data", "no_objects", *out], "no object in Annotations"),
+        (["--data", "no_objects", *out], "no object in any .xml"),
         (["--data", "voc", "--classes", "class 0", *out], "expected one of class 0"),
     ):
         refuses(lambda words=words: init(words), line)

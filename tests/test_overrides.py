@@ -12,7 +12,7 @@ from d2kd.tools.compare import split_files
 from d2kd.utils.io import check_output_folder
 
 from .common import command
-from .tiny_run import draw_data, recipe, write_recipe
+from .tiny_run import distiller, draw_data, recipe, teacher_weights, write_recipe
 
 
 @pytest.fixture
@@ -131,6 +131,7 @@ REFUSED = [
     ("optimizer.lr=null", "optimizer.lr: null; expected a number"),
     ("optimizer.lr=true", "optimizer.lr: True; expected a number"),
     ("optimizer.lr=nan", "optimizer.lr: nan; expected a number"),
+    ("optimizer.lr=1e400", "optimizer.lr: inf; expected a number"),
     ("optimizer.lr=[1]", r"optimizer.lr: \[1\]; expected a number"),
     ("optimizer.lr=0.1,0.2", "optimizer.lr: 0.1,0.2; expected a number"),
     ("optimizer.lr=run(1)", r"optimizer.lr: run\(1\); expected a number"),
@@ -154,6 +155,30 @@ REFUSED = [
 @pytest.mark.parametrize("override, line", REFUSED)
 def test_values_that_mean_nothing(plain, refuses, override, line):
     refuses(lambda: apply_overrides(plain, [override]), line)
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("train.max_iter=1e22", "train.max_iter: 1.*; expected an integer below 2147483648"),
+        ("train.output_dir=s3://bucket/run", "train.output_dir: s3://bucket/run; expected a local"),
+        ("train.output_dir=a\0b", "train.output_dir: .* is no valid name .*null character"),
+        ("train.device=mps", "train.device: mps; expected auto, cpu or cuda"),
+        ("dataloader.train.dataset.names=7", "data set '7': not registered"),
+        ("dataloader.train.dataset.names=null", "dataset.names: none; expected a data set's name"),
+        ("dataloader.test.dataset.names=[]", "dataloader.test.dataset.names: none; expected"),
+        ("dataloader.train.mapper.image_format=rgb", "image_format: rgb; expected BGR or RGB"),
+        ("dataloader.evaluator.tasks=bbox", "evaluator.tasks: bbox; expected a list of bbox, segm"),
+        ("dataloader.evaluator.tasks=[box]", r"evaluator.tasks: \['box'\]; expected a list of"),
+        ("model.losses=null", r"model.losses: null; expected a node such as L\(DistillLosses\)"),
+        ("model.teacher.detector=null", r"teacher.detector: null; .*L\(GeneralizedRCNN\)"),
+        ("model.teacher.input_format=XYZ", "input_format: XYZ, of images in BGR; expected BGR and"),
+    ],
+)
+def test_values_that_a_run_cannot_use(tmp_path, refuses, override, line):
+    draw_data(tmp_path / "data")
+    config = recipe(tmp_path / "data", tmp_path / "out", distiller(teacher_weights(tmp_path)))
+    refuses(lambda: Trainer(apply_overrides(config, [override])), line)
 
 
 def test_text_where_a_node_takes_a_number(plain, refuses, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import pickle
 import zipfile
 
@@ -209,6 +210,14 @@ NOT_ONE = {
     "nothing": (lambda path, s: torch.save({}, path), "no weights by name; its keys are none"),
     "no weights": (lambda path, s: _save(path, {}), "no weights by name; its keys are model"),
     "a value": (lambda path, s: _save(path, s | {"a.b": 3}), "its 'a.b' is no tensor; expected"),
+    "nan": (
+        lambda path, s: _save(path, s | {"a.b": torch.tensor([1, math.nan])}),
+        "its 'a.b' has values that are nan; expected weights that",
+    ),
+    "meta": (
+        lambda path, s: _save(path, {k: v.to("meta") for k, v in s.items()}),
+        "has no values; expected weights that were trained",
+    ),
     "a module": (
         lambda path, s: torch.save(build(tiny_retinanet()), path),
         "holds a whole model, with .* others, which only a trusted file may",

@@ -412,10 +412,11 @@ def test_an_image_that_cannot_be_read_for_the_measurement_is_named(data, tmp_pat
     losses = L(DistillLosses)(imitation=L(ImitationLoss)(levels=["p3"]))
     config = without_evaluation(recipe(data, tmp_path, distiller(losses=losses), max_iter=1))
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"")
+    broken.write_bytes((data / "0.png").read_bytes())
     node = L(_with_file)(records=config.dataloader.train.dataset, file=str(broken))
     config.dataloader.train.dataset = node
     trainer = Trainer(config)
+    broken.write_bytes(b"")
     READ.clear()  # the loader has the annotations, which are not read again
     with pytest.raises(InputError, match="broken.png: cannot be decoded"):
         trainer.train()
@@ -594,7 +595,7 @@ def test_a_student_has_the_classes_of_its_data(data, tmp_path, student, lazily):
     content |= {"annotations": [], "categories": content["categories"][:1]}
     (few / "data.json").write_text(json.dumps(content))
     name = coco_dataset(f"few_{tmp_path}", str(few / "data.json"), str(few))
-    refused(whole, name, CLASSES, f"data set '{name}': no class class 1, class 2; expected the")
+    refused(whole, name, CLASSES, f"data set '{name}': no class 'class 1', 'class 2'; expected the")
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(data, tmp_path):

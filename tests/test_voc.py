@@ -97,6 +97,7 @@ def test_boxes_without_area_in_the_image_are_dropped_and_counted_once(tmp_path, 
         assert boxes() == [shifted, [], shifted]
     (record,) = caplog.records
     assert record.getMessage() == "own: 9 of 17 boxes left out: no area in the image"
+    assert MetadataCatalog.get("own").oddities == ["9 of 17 boxes left out: no area in the image"]
 
 
 def test_names_mean_one_thing(voc):
@@ -157,6 +158,10 @@ def gone(path):
     return lambda root: (root / path).rename(root / "elsewhere")
 
 
+def copied(path, suffix):
+    return lambda root: (root / path).with_suffix(suffix).write_bytes((root / path).read_bytes())
+
+
 SPLIT, XML, SECOND = "ImageSets/Main/train.txt", "Annotations/train0.xml", "object[2]"
 
 
@@ -191,6 +196,12 @@ SPLIT, XML, SECOND = "ImageSets/Main/train.txt", "Annotations/train0.xml", "obje
         (without(f"{SECOND}/bndbox", "ymax"), f"{XML}: object 2: no bndbox/ymax"),
         (text(f"{SECOND}/bndbox/xmax", "x"), f"{XML}: object 2: bndbox/xmax 'x'"),
         (text(f"{SECOND}/bndbox/xmax", "nan"), f"{XML}: object 2: bndbox/xmax 'nan'"),
+        (text(f"{SECOND}/bndbox/xmax", "1e300"), f"{XML}: object 2: bndbox/xmax '1e300'"),
+        (text("size/width", "9" * 20), f"{XML}: size/width '9+'; expected a whole number"),
+        (
+            copied("JPEGImages/train0.jpg", ".png"),
+            f"{XML}: images train0.jpg, train0.png; expected one",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(voc, spoil, found):
@@ -239,6 +250,38 @@ def test_the_file_name_in_an_annotation_decides(voc):
     assert DatasetCatalog.get("own")[0]["file_name"].endswith("other name.jpg")
 
 
+def test_images_and_annotations_in_folders_of_the_list(voc):
+    for folder in ("Annotations", "JPEGImages"):
+        (voc / folder / "a").mkdir()
+        for file in (voc / folder).glob("train0.*"):
+            file.rename(voc / folder / "a" / file.name)
+    (voc / SPLIT).write_text("a/train0\r\ntrain1 \r\ntrain2.jpg\r\n")
+    assert registered_as_is(voc) == EXPECTED
+    assert os.path.isfile(DatasetCatalog.get("own")[0]["file_name"])
+    file = voc / "Annotations/a/train0.xml"  # is read again
+    file.write_text(file.read_text().replace("class 0", "class 2"))
+    assert registered_as_is(voc)[0] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("<annotation>", '<annotation xmlns="http://x">'),
+        ("<object>", "<object><part><name>x</name><bndbox><xmin>1</xmin></bndbox></part>"),
+        ("<object><name>class 0", "<objects/><object><name><![CDATA[ class 0\n]]>"),
+        ("<bndbox>", "<difficult>Unspecified</difficult><!-- a --><bndbox>"),
+        ("</annotation>", "<objects><object><name>class 2</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></objects></annotation>"),
+    ],
+)  # fmt: skip
+def test_annotations_with_more_than_vocs_tags(voc, old, new):
+    """No object is lost, wherever it is."""
+    file = voc / XML
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    more = [2] * ("<objects><object>" in new)
+    assert registered_as_is(voc) == [EXPECTED[0] + more, *EXPECTED[1:]]
+
+
 @pytest.mark.parametrize("name", ["with spaces", "number #1", "Übung", "照片"])
 def test_names_of_any_kind(voc, name):
     for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
@@ -270,7 +313,14 @@ def test_a_flat_folder_for_each_split(voc, tmp_path):
     for stem in ("train0", "train1", "train2"):
         (voc / "Annotations" / f"{stem}.xml").rename(flat / f"{stem}.xml")
         (voc / "JPEGImages" / f"{stem}.jpg").rename(flat / f"{stem}.jpg")
+    (flat / "._train0.xml").write_bytes(b"\0of a Mac")
     assert registered_as_is(flat.parent) == EXPECTED
+    (flat / "train3.XML").write_text("")
+    with pytest.raises(InputError, match="train3.xml: missing"):
+        register(flat.parent, "train", "more")
+    os.rename(flat / "train3.XML", os.fsencode(flat) + b"/\xe9.xml")
+    with pytest.raises(InputError, match="the file name .*; expected file names in UTF-8"):
+        register(flat.parent, "train", "more")
     (flat.parent / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no .xml file; expected one beside each image"):
         register(flat.parent, "empty", "other")

@@ -260,7 +260,7 @@ def _same_kind(key: str, value: Any, former: float, argument: inspect.Parameter 
             number = float(value)
             # A float may be meant where the recipe has a whole number by chance, such as a weight of 1.
             whole = isinstance(value, int) or (isinstance(former, int) and number == int(number))
-            if not math.isnan(number):
+            if math.isfinite(number):
                 return int(number) if whole else number
     found = "null" if value is None else "nothing" if value == "" else value
     raise InputError(key, found, _kind(former))

@@ -125,7 +125,7 @@ class Train:
 
     output_dir: str = "./output"
     init_checkpoint: str | None = ""
-    max_iter: int = _at_least(1, 90000)
+    max_iter: int = field(default=90000, metadata={"least": 1, "below": 2**31})
     reference_batch_size: int | None = _at_least(0, 0)
     seed: int | None = field(default=0, metadata={"below": 2**31})
     device: str = "auto"
@@ -212,12 +212,16 @@ def _check_parts(config: DictConfig) -> None:
     Raises:
         InputError: a part is neither a node nor of use as it is.
     """
-    nodes = {"model": config.model}
-    if is_distiller(config.model):
-        nodes |= {f"model.{k}": config.model.get(k) for k in ("student", "teacher", "losses")}
-    for key, node in nodes.items():
+    model, example = config.model, "GeneralizedRCNN"
+    nodes = {"model": (model, example)}
+    if is_distiller(model):
+        examples = {"student": example, "teacher": "Teacher", "losses": "DistillLosses"}
+        nodes |= {f"model.{k}": (model.get(k), example) for k, example in examples.items()}
+        if OmegaConf.is_dict(model.teacher) and "detector" in model.teacher:
+            nodes["model.teacher.detector"] = model.teacher.detector, example
+    for key, (node, example) in nodes.items():
         if not OmegaConf.is_dict(node):
-            raise InputError(key, _describe(node), "a node such as L(GeneralizedRCNN)(…)")
+            raise InputError(key, _describe(node), f"a node such as L({example})(…)")
     multiplier = config.get("lr_multiplier")
     if not (multiplier is None or is_node(multiplier) or isinstance(multiplier, ParamScheduler)):
         expected = "a node such as L(LinearParamScheduler)(…)"
@@ -248,7 +252,7 @@ def _check_parts(config: DictConfig) -> None:
             raise InputError(f"{key}.dataset", _describe(dataset), expected)
     evaluators = config.dataloader.get("evaluator")
     for one in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
-        if one is None or is_node(one) or _is_evaluator(one):
+        if is_node(one) or _is_evaluator(one) or one is evaluators is None:
             continue
         expected = "a node such as L(COCOEvaluator)(…), or a DatasetEvaluator"
         raise InputError("dataloader.evaluator", _describe(one), expected)
@@ -417,13 +421,14 @@ def _check_values(node: DictConfig, where: str = "train") -> None:
         value, rule = node[one.name], one.metadata
         if OmegaConf.is_dict(value) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
             _check_values(value, f"{where}.{one.name}")
-        elif "least" in rule and value is not None and value < rule["least"]:
+            continue
+        if "least" in rule and value is not None and value < rule["least"]:
             expected = f"an integer, at least {rule['least']}"
             raise InputError(f"{where}.{one.name}", value, expected)
-        elif "positive" in rule and not value > 0:
+        if "positive" in rule and not value > 0:
             raise InputError(f"{where}.{one.name}", value, "a number above 0")
-        elif "below" in rule and value is not None and value >= rule["below"]:
+        if "below" in rule and value is not None and value >= rule["below"]:
             kind = "a number" if isinstance(value, float) else "an integer"
             raise InputError(f"{where}.{one.name}", value, f"{kind} below {rule['below']}")
-        elif "choices" in rule and value not in rule["choices"]:
+        if "choices" in rule and value not in rule["choices"]:
             raise InputError(f"{where}.{one.name}", value, " or ".join(rule["choices"]))

@@ -23,6 +23,9 @@ from omegaconf import OmegaConf
 
 from ..utils.errors import InputError
 
+LONGEST_SIDE = 100_000
+"""Pixels: COCO's evaluation ignores objects that are larger than the square."""
+
 REGISTERED_BY: dict[str, str] = {}
 """Data set name -> the Python config file that registered it in this process."""
 

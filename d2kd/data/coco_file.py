@@ -9,8 +9,9 @@ annotation ``id``  may be absent; if one is absent, or no whole number from 1, a
 ``segmentation``   polygons or RLE; null, absent and empty: the object has no mask. Polygons of fewer than three points are
                    left out, but not their object
 image ``id``       whole numbers, or texts
-``bbox``           ``[x, y, width, height]`` in pixels; an object without width or height is left out, in training and in
-                   evaluation
+``bbox``           ``[x, y, width, height]`` in pixels; an object without width or height in its image is left out, in
+                   training and in evaluation
+the whole file     UTF-8, UTF-16 or UTF-32
 =================  ====================================================================================================
 
 All else that cannot be meant is refused in one line, which names the first record and counts the others.
@@ -31,18 +32,22 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..utils.errors import InputError
-from .catalog import INCREMENT_KEY, file_digest
+from ..utils.errors import InputError, quoted
+from .catalog import INCREMENT_KEY, LONGEST_SIDE, file_digest
 
 logger = logging.getLogger(__name__)
 
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
-_NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+_Pixels = Annotated[int, msgspec.Meta(ge=1, le=LONGEST_SIDE)]
+_Length = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_SIDE)]
+_Area = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_SIDE**2)]
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
+SHORTEST_SIDE = 0.01
+"""Pixels of a box's side in the image, below which it has none: single precision does not keep the shape of such boxes."""
 
 
 class Category(msgspec.Struct):
@@ -53,17 +58,17 @@ class Category(msgspec.Struct):
 class Image(msgspec.Struct):
     id: int | str
     file_name: _Name
-    width: _Positive
-    height: _Positive
+    width: _Pixels
+    height: _Pixels
 
 
 class Annotation(msgspec.Struct, gc=False):  # nothing in it can refer to it
     image_id: int | str
     category_id: int
-    bbox: tuple[float, float, _NotNegative, _NotNegative]
+    bbox: tuple[float, float, _Length, _Length]
     id: int | str | None = None
     iscrowd: bool | Annotated[int, msgspec.Meta(ge=0, le=1)] | None = None
-    area: _NotNegative | None = None
+    area: _Area | None = None
     ignore: bool | Annotated[int, msgspec.Meta(ge=0, le=0)] | None = None
     # Not decoded: most readers need no masks, which are most of a file.
     segmentation: msgspec.Raw = msgspec.Raw()
@@ -91,6 +96,8 @@ _EXPECTED = {
     "height": "a whole number of pixels",
     "image_id": "the id of an image",
     "category_id": "the id of a category",
+    "segmentation": "polygons [[x, y, …], …] of finite numbers, or RLE",
+    "keypoints": "x, y and visibility of each",
 }
 
 
@@ -106,10 +113,11 @@ class CocoFile:
         increment: annotated classes, if the file is an increment, see :mod:`d2kd.data.incremental`.
         file_names: of all images.
         num_objects: number of objects to learn from: not crowds, with an area.
+        num_left_out: number of boxes without area in their image.
         oddities: what is accepted but unusual, a line each.
         is_standard: whether COCO's evaluation can read the file as it is.
         images: in the order of their ids; empty in a summary.
-        annotations: in the order of the file, without those whose box has no area; empty in a summary.
+        annotations: in the order of the file, without those whose box has no area in the image; empty in a summary.
     """
 
     json_file: str
@@ -119,6 +127,7 @@ class CocoFile:
     increment: list[str] | None
     file_names: tuple[str, ...]
     num_objects: int
+    num_left_out: int
     oddities: tuple[str, ...]
     is_standard: bool
     images: Sequence[Image] = ()
@@ -134,9 +143,9 @@ class CocoFile:
             return self
         if adds := sorted(set(self.classes) - set(classes)):
             lacks = sorted(set(classes) - set(self.classes))
-            found = f"no class {', '.join(lacks)}; " * bool(lacks)
-            found += f"classes not in the list: {', '.join(adds)}"
-            raise InputError(self.json_file, found, f"the classes {', '.join(classes)}")
+            found = f"no class {quoted(lacks)}; " * bool(lacks)
+            found += f"classes not in the list: {quoted(adds)}"
+            raise InputError(self.json_file, found, f"the classes {quoted(classes)}")
         lacking = [name for name in classes if name not in self.classes]
         oddity = f"no category of {', '.join(lacking)}"
         return dataclasses.replace(
@@ -219,8 +228,28 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 class _RLE(msgspec.Struct):
-    size: tuple[_Positive, _Positive]
-    counts: str | list[int]
+    size: tuple[_Pixels, _Pixels]
+    counts: str | list[Annotated[int, msgspec.Meta(ge=0)]]
+
+    def pixels(self) -> int | None:
+        """Return how many pixels the counts are of, inside and outside of the object; None if they are damaged."""
+        if isinstance(self.counts, list):
+            return sum(self.counts)
+        # Groups of characters of five bits each, the lowest first; the sixth is set in all but the last of a group. From
+        # the third number on, each is the difference from the last but one.
+        code = np.frombuffer(self.counts.encode(), np.uint8).astype(np.int64) - 48
+        if (code < 0).any() or (code > 63).any() or code[-1] & 32:
+            return None
+        first = np.flatnonzero(np.concatenate([[True], code[:-1] & 32 == 0]))
+        length = np.diff(first, append=len(code))
+        if length.max() > 12:
+            return None
+        place = np.arange(len(code)) - np.repeat(first, length)
+        value = np.add.reduceat((code & 31) << 5 * place, first)
+        value -= (code[first + length - 1] & 16 != 0).astype(np.int64) << 5 * length
+        for k in (1, 2):
+            value[k::2] = value[k::2].cumsum()
+        return int(value.sum()) if (value >= 0).all() else None
 
 
 _MASK = msgspec.json.Decoder(list[list[float]] | _RLE | None)
@@ -235,7 +264,7 @@ def _mask(raw: msgspec.Raw) -> list[list[float]] | dict | None:
     mask = _MASK.decode(raw) if len(raw) else None
     if isinstance(mask, list):
         return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0] or None
-    if mask is None:
+    if mask is None or not mask.counts:
         return None
     rle = msgspec.structs.asdict(mask) | {"size": list(mask.size)}
     return mask_util.frPyObjects(rle, *mask.size) if isinstance(mask.counts, list) else rle
@@ -250,7 +279,7 @@ def summarize_coco_file(json_file: str) -> CocoFile:
     content = _read(json_file)
     digest = file_digest(content)
     if digest not in _summaries:
-        file = _check(json_file, _decode(json_file, content))
+        file = _check(json_file, *_decode(json_file, content))
         for oddity in file.oddities:
             logger.warning("%s: %s", json_file, oddity)
         _summaries[digest] = dataclasses.replace(file, images=(), annotations=())
@@ -267,7 +296,7 @@ def read_coco_file(json_file: str) -> CocoFile:
     """
     content = _read(json_file)
     digest = file_digest(content)
-    file = _decoded.pop(digest, None) or _check(json_file, _decode(json_file, content))
+    file = _decoded.pop(digest, None) or _check(json_file, *_decode(json_file, content))
     return dataclasses.replace(file, json_file=json_file)
 
 
@@ -282,26 +311,27 @@ def _read(json_file: str) -> bytes:
         raise InputError(json_file, "no such file", "annotations in COCO's format")
     try:
         with PathManager.open(json_file, "rb") as file:
-            return file.read().removeprefix(b"\xef\xbb\xbf")  # some editors mark UTF-8 so
+            return file.read()
     except OSError as error:
-        raise InputError(json_file, f"unreadable: {error}", "a JSON file in UTF-8") from error
+        raise InputError(json_file, f"unreadable: {error}", "a JSON file") from error
 
 
-def _decode(json_file: str, content: bytes) -> _Content:
+def _decode(json_file: str, content: bytes) -> tuple[_Content, bool]:
+    """Return the content, and whether it is in UTF-8 with all of the schema's types."""
     try:
-        return msgspec.json.decode(content, type=_Content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _decode_leniently(json_file, content)
+        return msgspec.json.decode(content, type=_Content), True
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _decode_leniently(json_file, content), False
 
 
 def _decode_leniently(json_file: str, content: bytes) -> _Content:
-    """Decode a file with whole numbers written as 1.0, or raise InputError for its first fault. Slow."""
+    """Decode a file in another Unicode encoding or with whole numbers as 1.0, or raise InputError for its first fault. Slow."""
     try:
-        whole = json.loads(content.decode())
+        whole = json.loads(content)  # which recognises UTF-8, UTF-16 and UTF-32
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(json_file, f"broken JSON at {where}: {error.msg}", "valid JSON") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bytes, a number of 5000 digits, lists in lists
         raise InputError(json_file, f"unreadable: {error}", "a JSON file in UTF-8") from error
     sections = ", ".join(_RECORDS)
     if not isinstance(whole, dict):
@@ -309,7 +339,10 @@ def _decode_leniently(json_file: str, content: bytes) -> _Content:
     decoded = {}
     for section, kind in _RECORDS.items():
         if not isinstance(whole.get(section), list):
-            raise InputError(json_file, f"no list {section!r}", f"the lists {sections}")
+            found = f"no list {section!r}; its keys are {quoted([*whole])}"
+            if section in whole:
+                found = f"{section!r} is a {type(whole[section]).__name__}"
+            raise InputError(json_file, found, f"the lists {sections}")
         faults, decoded[section] = _Faults(json_file, section), []
         for position, record in enumerate(whole[section]):
             try:
@@ -329,13 +362,13 @@ def _convert(record, kind: type) -> Category | Image | Annotation:
     """Convert a record to its struct.
 
     Raises:
-        msgspec.ValidationError: it has another type, or NaN or Infinity, which Python's reader takes.
+        msgspec.ValidationError: it has another type; or what Python's reader takes, NaN, Infinity or half a character.
     """
     if isinstance(record, dict):
         record = {key: _as_whole(value) for key, value in record.items()}
         for key, value in record.items():
-            if key in kind.__struct_fields__ and not _is_finite(value):
-                raise msgspec.ValidationError(f"not finite - at `$.{key}`")
+            if key in kind.__struct_fields__ and not _is_json(value):
+                raise msgspec.ValidationError(f"no JSON - at `$.{key}`")
         if "segmentation" in record:
             record["segmentation"] = msgspec.Raw(msgspec.json.encode(record["segmentation"]))
     return msgspec.convert(record, kind)
@@ -346,9 +379,12 @@ def _as_whole(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _is_finite(value) -> bool:
+def _is_json(value) -> bool:
+    """Return whether a value is JSON's: Python also reads NaN, Infinity and halves of characters."""
     if isinstance(value, list):
-        return all(map(_is_finite, value))
+        return all(map(_is_json, value))
+    if isinstance(value, str):
+        return not any("\ud800" <= c <= "\udfff" for c in value)
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -379,15 +415,20 @@ def _describe(kind: type, record, error: msgspec.ValidationError) -> tuple[str, 
     """Return what is found instead of a record of this kind, and what is expected."""
     required = [one.name for one in msgspec.structs.fields(kind) if one.required]
     if not isinstance(record, dict):
-        return repr(record), f"an object with {', '.join(required)}"
+        return _short(record), f"an object with {', '.join(required)}"
     for key in required:
         if key not in record:
             return f"no {key}", "COCO's keys for detection"
     key = str(error).partition("$.")[2].rstrip("`").partition("[")[0]
-    return f"{key} {record[key]!r}", _EXPECTED.get(key, str(error))
+    return f"{key} {_short(record.get(key))}", _EXPECTED.get(key, str(error))
 
 
-def _check(json_file: str, content: _Content) -> CocoFile:
+def _short(value, longest: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _check(json_file: str, content: _Content, plain: bool) -> CocoFile:
     """Check what a schema cannot say, and leave out boxes without area."""
     categories, images, annotations = content.categories, content.images, content.annotations
     if not images or not categories:
@@ -399,16 +440,25 @@ def _check(json_file: str, content: _Content) -> CocoFile:
         raise InputError(json_file, f"{texts} of {len(images)} image ids are texts", "all or none")
     _check_annotations(json_file, content)
 
-    kept = [one for one in annotations if one.bbox[2] > 0 and one.bbox[3] > 0]
+    sizes = {one.id: (one.width, one.height) for one in images}
+    kept = [one for one in annotations if _has_area(*one.bbox, *sizes[one.image_id])]
     oddities = []
     if flat := len(annotations) - len(kept):
-        oddities.append(f"{flat} of {len(annotations)} boxes left out: no width or no height")
+        found = f"{flat} of {len(annotations)} boxes left out: no width or no height in the image"
+        oddities.append(found)
     if twice := len(kept) - len({(one.image_id, one.category_id, one.bbox) for one in kept}):
         oddities.append(f"{twice} objects are there twice: same image, class and box")
-    standard = not flat and all(
-        # COCOeval stores the id of the matched object for each detection, where 0 means no match.
-        type(one.id) is int and one.id >= 1 and one.area is not None and type(one.iscrowd) is int
-        for one in kept
+    standard = (
+        plain
+        and not flat
+        and all(
+            # COCOeval stores the id of the matched object for each detection, where 0 means no match.
+            type(one.id) is int
+            and one.id >= 1
+            and one.area is not None
+            and type(one.iscrowd) is int
+            for one in kept
+        )
     )
     categories = sorted(categories, key=lambda one: one.id)
     return CocoFile(
@@ -419,6 +469,7 @@ def _check(json_file: str, content: _Content) -> CocoFile:
         increment=content.increment,
         file_names=tuple(one.file_name for one in images),
         num_objects=sum(not one.iscrowd for one in kept),
+        num_left_out=flat,
         oddities=tuple(oddities),
         is_standard=standard,
         images=sorted(images, key=lambda one: one.id),
@@ -426,9 +477,14 @@ def _check(json_file: str, content: _Content) -> CocoFile:
     )
 
 
+def _has_area(x: float, y: float, w: float, h: float, width: int, height: int) -> bool:
+    inside = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+    return min(inside) >= SHORTEST_SIDE
+
+
 def _check_annotations(json_file: str, content: _Content) -> None:
     names = {one.id: one.name for one in content.categories}
-    images = {one.id for one in content.images}
+    images = {one.id: one for one in content.images}
     annotated = set(names.values() if content.increment is None else content.increment)
     faults = _Faults(json_file, "annotations")
     for position, one in enumerate(content.annotations):
@@ -438,12 +494,25 @@ def _check_annotations(json_file: str, content: _Content) -> None:
         elif names[one.category_id] not in annotated:
             found = f"class {names[one.category_id]!r}, outside the increment"
             faults.add(position, one.id, found, f"one of {', '.join(sorted(annotated))}")
-        if one.image_id not in images:
+        if (image := images.get(one.image_id)) is None:
             faults.add(position, one.id, f"image {one.image_id!r}", "an image id of the file")
+        if one.ignore:
+            faults.add(position, one.id, "ignore True", _EXPECTED["ignore"])
+        if one.keypoints and len(one.keypoints) % 3:
+            found = f"keypoints of {len(one.keypoints)} numbers"
+            faults.add(position, one.id, found, _EXPECTED["keypoints"])
         try:
-            _MASK.decode(one.segmentation or b"null")
+            mask = _MASK.decode(one.segmentation or b"null")
         except msgspec.ValidationError as error:
-            faults.add(position, one.id, f"segmentation: {error}", "polygons or RLE")
+            faults.add(position, one.id, f"segmentation: {error}", _EXPECTED["segmentation"])
+            continue
+        if isinstance(mask, _RLE) and mask.counts and image is not None:
+            size = image.height, image.width
+            pixels = mask.pixels()
+            if mask.size != size or pixels != image.height * image.width:
+                many = "damaged" if pixels is None else f"of {pixels} pixels"
+                found = f"segmentation: RLE {many}, size {[*mask.size]}"
+                faults.add(position, one.id, found, f"RLE of the image's size {[*size]}")
     faults.refuse()
     if all(one.id is not None for one in content.annotations):
         _refuse_repeated(json_file, "annotations", content.annotations, "id")
@@ -452,6 +521,8 @@ def _check_annotations(json_file: str, content: _Content) -> None:
 def _refuse_repeated(json_file: str, section: str, records: Sequence, *keys: str) -> None:
     for key in keys:
         values = [getattr(one, key) for one in records]
+        if key == "file_name":
+            values = [os.path.normpath(value) for value in values]
         if len(set(values)) == len(values):
             continue
         faults, seen = _Faults(json_file, section), set()

@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..structures.class_map import class_names
-from ..utils.errors import InputError
+from ..utils.errors import InputError, quoted
 from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
 from .coco_file import CocoFile, read_coco_file, summarize_coco_file
 from .images import reading_mapper
@@ -79,6 +79,7 @@ def _set_coco_metadata(name: str, file: CocoFile, **more) -> None:
         "thing_classes": list(file.classes),
         "thing_dataset_id_to_contiguous_id": {id: k for k, id in enumerate(file.category_ids)},
         "num_objects": file.num_objects,
+        "num_left_out": file.num_left_out,
         "oddities": file.oddities,
     }
     if root := more.get("image_root", known.get("image_root")):
@@ -116,10 +117,18 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
         part: "train" or "test".
 
     Returns:
-        list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has none.
+        list[str]: names in ``dataloader.<part>.dataset.names``; empty if the recipe has no such key.
+
+    Raises:
+        InputError: the key is there, but no name.
     """
-    names = OmegaConf.select(recipe, f"dataloader.{part}.dataset.names", default=None)
-    return [] if names is None else _as_list(names)
+    key = f"dataloader.{part}.dataset"
+    node = OmegaConf.select(recipe, key, default=None)
+    if not OmegaConf.is_dict(node) or "names" not in node:
+        return []
+    if not (names := _as_list(node.names)):
+        raise InputError(f"{key}.names", "none", "a data set's name, or a list of names")
+    return names
 
 
 def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
@@ -133,7 +142,8 @@ def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
 def _as_list(names) -> list[str]:
     """Build config nodes among names, and return the names as a list."""
     names = instantiate(names)
-    return [names] if isinstance(names, str) else list(names)
+    names = [names] if names is None or isinstance(names, str | int | float) else list(names)
+    return [name if isinstance(name, str) else repr(name) for name in names if name is not None]
 
 
 def check_dataset(names) -> list[str]:
@@ -164,6 +174,7 @@ def check_dataset(names) -> list[str]:
         if metadata.get("prepare"):
             metadata.prepare()
         _check_registered_coco(name)
+        _check_own_function(name)
         if metadata.get("dirname") is not None and metadata.get("split") is not None:
             check_voc(metadata.dirname, metadata.split, tuple(metadata.thing_classes))
             refresh_voc(name)
@@ -182,6 +193,29 @@ def _check_registered_coco(name: str) -> None:
         _set_coco_metadata(name, _check_coco(*load.args[1:]))
     elif metadata.get("evaluator_type") == "coco" and metadata.get("image_root") is not None:
         _check_coco(metadata.json_file, metadata.image_root, None)
+
+
+def _check_own_function(name: str) -> None:
+    """Check that a function that someone else registered returns dataset dicts; a loader checks their content."""
+    load = DatasetCatalog[name]
+    if getattr(load, "func", load).__module__.startswith(
+        ("d2kd.", "detectron2.data.datasets.pascal")
+    ):
+        return
+    expected = "a function that returns a list of Detectron2's dataset dicts"
+    try:
+        records = DatasetCatalog.get(name)
+    except InputError:
+        raise
+    except Exception as error:  # of someone else's code
+        found = f"cannot be loaded ({type(error).__name__}: {error})"
+        raise InputError(f"data set {name!r}", found, expected) from error
+    if not isinstance(records, list | tuple):
+        raise InputError(f"data set {name!r}", f"a {type(records).__name__}", expected)
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            found = f"record {number} is a {type(record).__name__}"
+            raise InputError(f"data set {name!r}", found, expected)
 
 
 def _check_coco(json_file: str, image_root: str, classes: tuple[str, ...] | None) -> CocoFile:
@@ -210,12 +244,16 @@ def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
             classes = classes[: len(first)]
         if list(classes) == list(first):
             continue
-        expected = f"the classes of data set {train[0]!r}: {', '.join(first)}"
-        if lacking := [one for one in first if one not in classes]:
-            found = f"no class {', '.join(lacking)}"
+        expected = f"the classes of data set {train[0]!r}: {quoted(first)}"
+        lacking = [one for one in first if one not in classes]
+        further = [one for one in classes if one not in first]
+        if lacking and further:
+            found = f"no class {quoted(lacking)}, but {quoted(further)}"
+        elif lacking:
+            found = f"no class {quoted(lacking)}"
             expected += "; with classes=[…] of coco_dataset a file may lack some"
-        elif further := [one for one in classes if one not in first]:
-            found = f"further classes {', '.join(further)}"
+        elif further:
+            found = f"further classes {quoted(further)}"
         else:
             k = next(k for k, (a, b) in enumerate(zip(classes, first)) if a != b)
             found = f"class {k} is {classes[k]!r}, not {first[k]!r}"
@@ -234,7 +272,7 @@ def check_has_objects(names: Sequence[str]) -> None:
             count = any(
                 not one.get("iscrowd", 0)
                 for record in DatasetCatalog.get(name)
-                for one in record.get("annotations", ())
+                for one in record.get("annotations") or ()
             )
         if count:
             return
@@ -280,13 +318,15 @@ def shared_images(train: Sequence[str], test: Sequence[str]) -> list[str]:
     """Return the files of test images that are training images, too; none if the sets are the same on purpose."""
     if set(train) == set(test):
         return []
-    files = {file for name in train for file in _image_files(name)}
-    return [file for name in test for file in _image_files(name) if file in files]
+    files = {file for name in train for file in image_files(name)}
+    return [file for name in test for file in image_files(name) if file in files]
 
 
-def _image_files(name: str) -> Sequence[str]:
+def image_files(name: str) -> Sequence[str]:
+    """Return the image files of a registered data set."""
     files = MetadataCatalog.get(name).get("image_files")  # of a large file, without its annotations
-    return files or [record["file_name"] for record in DatasetCatalog.get(name)]
+    records = () if files else DatasetCatalog.get(name)
+    return files or [str(record["file_name"]) for record in records if "file_name" in record]
 
 
 def sample_evenly(records: Sequence[dict], number: int) -> list[dict]:

@@ -9,18 +9,21 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import cv2
 import numpy as np
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_FORMATS = ("BGR", "RGB", "YUV-BT.601", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+"""Of Detectron2's mappers, which hand all but two of them on to Pillow."""
 _DEEP_MODES = {"F": "floating point numbers", "I": "32 bits a pixel"}
 
 
@@ -37,6 +40,10 @@ def check_image(file_name: str) -> int:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)
             mode, kind = image.mode, image.format
+    except UnidentifiedImageError as error:
+        empty = not os.path.getsize(PathManager.get_local_path(file_name))
+        found = "an empty file" if empty else "damaged, or of no kind that Pillow reads"
+        raise InputError(file_name, f"cannot be decoded ({found})", "a readable image") from error
     except Exception as error:  # Pillow raises many types
         raise InputError(file_name, f"cannot be decoded ({error})", "a readable image") from error
     if mode in _DEEP_MODES or mode.startswith("I;"):
@@ -63,8 +70,10 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     if image_format in ("BGR", "RGB"):
         with PathManager.open(file_name, "rb") as file:
             content = np.frombuffer(file.read(), np.uint8)
-        # Only of JPEG files do both libraries read orientation and bit depth alike.
-        if content[:3].tobytes() == b"\xff\xd8\xff" or check_image(file_name) == 1:
+        # Of JPEG files both libraries read orientation and bit depth alike; of TIFF files not even all colours.
+        start = content[:3].tobytes()
+        tiff = start[:2] in (b"II", b"MM")
+        if start == b"\xff\xd8\xff" or (check_image(file_name) == 1 and not tiff):
             image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if image is None:  # Pillow reads it, or raises an informative error
         check_image(file_name)
@@ -84,6 +93,17 @@ def reads_by_these_rules(mapper) -> bool:
         return False
     kind = type(mapper)
     return kind.__call__ is DatasetMapper.__call__ or kind.__module__.startswith("d2kd.")
+
+
+def check_image_format(mapper) -> None:
+    """Check that a mapper's ``image_format`` is one that Detectron2 and Pillow know, if it reads by these rules.
+
+    Raises:
+        InputError: it is another.
+    """
+    order = reads_by_these_rules(mapper) and reading_mapper(mapper).image_format
+    if order and order not in _FORMATS:
+        raise InputError("mapper.image_format", order, "BGR or RGB")
 
 
 def check_record(record: dict) -> None:

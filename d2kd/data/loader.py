@@ -14,12 +14,14 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
 import os
 import random
 import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -31,13 +33,20 @@ from detectron2.data import (
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
-from .images import check_image, check_record, read_image, reads_by_these_rules
+from .images import (
+    check_image,
+    check_image_format,
+    check_record,
+    read_image,
+    reads_by_these_rules,
+)
 
 _ORDER, _SAMPLE = range(2)  # keys of independent random streams
 
@@ -125,6 +134,51 @@ def dataset_of(loader: Iterable) -> Sequence[dict] | None:
     return mapped.dataset if isinstance(mapped, _Mapped) else None
 
 
+def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> None:
+    """Check what the mapper of a loader of this module makes of the first image, before a run begins.
+
+    Args:
+        loader: any loader; others are not checked.
+        key: the recipe's key of the loader.
+        num_classes: number of the detector's classes, if it learns from these samples; otherwise None.
+
+    Raises:
+        InputError: the mapper fails, or returns something else than Detectron2's detectors read.
+    """
+    mapped = getattr(loader, "dataset", None)
+    if not isinstance(mapped, _Mapped):
+        return
+    try:
+        sample = mapped[0, 0]
+    except Exception as error:  # of someone else's code
+        found = f"fails ({type(error).__name__}: {error})"
+        expected = "a function from a dataset dict to a sample; --debug shows the traceback"
+        raise InputError(f"{key}.mapper", found, expected) from error
+    if isinstance(sample, InputError):
+        raise sample
+    if fault := _sample_fault(sample, num_classes):
+        raise InputError(f"{key}.mapper", f"returns {fault[0]}", fault[1])
+
+
+def _sample_fault(sample, num_classes: int | None) -> tuple[str, str] | None:
+    """Return what is found instead of a sample, and what is expected."""
+    if not isinstance(sample, dict):
+        return f"a {type(sample).__name__}", "a dict with the image, a tensor"
+    image = sample.get("image")
+    shape = [*getattr(image, "shape", ())]
+    if not isinstance(image, torch.Tensor) or len(shape) != 3 or shape[0] > 4 >= shape[2]:
+        kind = "none" if image is None else f"a {type(image).__name__} of shape {shape}"
+        return f"as 'image' {kind}", "a tensor (channels, height, width)"
+    if num_classes is None:
+        return None
+    if "instances" not in sample:
+        return "no 'instances'", "those of the image, with gt_boxes and gt_classes"
+    labels = sample["instances"].gt_classes
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        return f"classes {labels.tolist()}", f"classes from 0 to {num_classes - 1}"
+    return None
+
+
 def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None) -> None:
     """Replace Detectron2's loaders in a recipe's ``dataloader`` node by those of this module, in place.
 
@@ -197,6 +251,9 @@ class _Mapped(Dataset):
     """
 
     def __init__(self, dataset, mapper, seed: int):
+        check_image_format(mapper)
+        if reads_by_these_rules(mapper):
+            _check_records(dataset)
         # As in Detectron2: one serialised copy for all workers, which no mapper can modify.
         self.dataset = (
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
@@ -229,6 +286,41 @@ class _Mapped(Dataset):
                 if sample is not None:
                     return sample
         return InputError("the data set", "no image that the mapper accepts", "at least one")
+
+
+def _check_records(dataset: Iterable[dict]) -> None:
+    """Check that Detectron2's mapper can read all dataset dicts, whoever made them.
+
+    Raises:
+        InputError: naming the image, and the object.
+    """
+    for number, record in enumerate(dataset):
+        name = record.get("file_name")
+        if not isinstance(name, str | os.PathLike):
+            raise InputError(f"image {number} of the data", f"file_name {name!r}", "a path")
+        for position, one in enumerate(record.get("annotations") or ()):
+            if fault := _object_fault(one):
+                raise InputError(f"{name}: object {position}", *fault)
+
+
+def _object_fault(one: dict) -> tuple[str, str] | None:
+    """Return what is found instead of an object in Detectron2's format, and what is expected."""
+    for key in ("bbox", "bbox_mode", "category_id"):
+        if key not in one:
+            return f"no {key}", "bbox, bbox_mode and category_id"
+    box, mode, label = one["bbox"], one["bbox_mode"], one["category_id"]
+    sides = {BoxMode.XYXY_ABS: 4, BoxMode.XYWH_ABS: 4, BoxMode.XYWHA_ABS: 5}.get(mode)
+    if sides is None:
+        return f"bbox_mode {mode}", "BoxMode.XYXY_ABS, XYWH_ABS or XYWHA_ABS"
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != sides
+        or not all(isinstance(value, Real) and math.isfinite(value) for value in box)
+    ):
+        return f"bbox {box!r}", f"a list of {sides} finite numbers"
+    if not isinstance(label, Real) or label != int(label) or label < 0:
+        return f"category_id {label!r}", "the index of a class, from 0"
+    return None
 
 
 def _blame_image(record: dict, error: Exception) -> InputError | None:

@@ -1,9 +1,9 @@
 """Custom data sets in Pascal VOC's format.
 
 Either as VOC's own: ``ImageSets/Main/<split>.txt`` lists the images, one per line; ``Annotations/<image>.xml`` has the
-boxes and ``JPEGImages`` the pixels. Or flat, as some tools export it: the folder ``<split>`` has a file ``.xml`` beside each
-image. An image is found by its name, with any usual suffix; if several or none are there, the annotation's ``<filename>``
-says which.
+boxes and ``JPEGImages`` the pixels, both maybe in folders that the list names. Or flat, as some tools export it: the folder
+``<split>`` has a file ``.xml`` beside each image. An image is found by its name, with any usual suffix; if several or none
+are there, the annotation's ``<filename>`` says which.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import InputError
-from .catalog import check_files, expand_path, file_digest, is_registered, refuse_missing
+from .catalog import (
+    LONGEST_SIDE,
+    check_files,
+    expand_path,
+    file_digest,
+    is_registered,
+    refuse_missing,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -88,14 +95,16 @@ def refresh_voc(name: str) -> None:
     coco = convert_to_coco_dict(name)
     coco.setdefault("annotations", [])
     known = metadata.as_dict() | {"json_file": _write(coco, load.args[0]), "digest": digest}
-    known["num_objects"] = len(coco["annotations"])
+    known["num_objects"] = kept = len(coco["annotations"])
+    known["oddities"] = oddities = []
+    known["num_left_out"] = dropped = check_voc(*load.args) - kept
+    if dropped:
+        oddities.append(f"{dropped} of {dropped + kept} boxes left out: no area in the image")
     known.pop("name")
     MetadataCatalog.remove(name)
     MetadataCatalog.get(name).set(**known)
-    if dropped := check_voc(*load.args) - known["num_objects"]:
-        logging.getLogger(__name__).warning(
-            f"{name}: {dropped} of {dropped + known['num_objects']} boxes left out: no area in the image"
-        )
+    for oddity in oddities:
+        logging.getLogger(__name__).warning("%s: %s", name, oddity)
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,23 @@ def _read(root: str, split: str, classes: tuple[str, ...]) -> list[dict]:
 
 def _digest(layout: _Layout) -> str:
     """Return a hash of names, sizes and times of the annotations, and of the images' names."""
-    with os.scandir(PathManager.get_local_path(layout.annotations)) as files:
-        seen = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return file_digest(repr((seen, sorted(PathManager.ls(layout.images)))).encode())
+    seen = []
+    for folder in sorted({os.path.dirname(name) for name in layout.names}):
+        annotations = PathManager.get_local_path(os.path.join(layout.annotations, folder))
+        with contextlib.suppress(FileNotFoundError), os.scandir(annotations) as files:
+            seen += sorted((f.path, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+        seen += sorted(_images(os.path.join(layout.images, folder)).items())
+    return file_digest(repr(seen).encode())
+
+
+def _images(folder: str) -> dict[str, list[str]]:
+    """Return the images in a folder, name without suffix -> file names."""
+    by_stem = defaultdict(list)
+    for file in sorted(PathManager.ls(folder)) if PathManager.isdir(folder) else ():
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            by_stem[stem].append(file)
+    return by_stem
 
 
 # By the digest, because files are corrected and read again; errors are not kept.
@@ -152,22 +175,23 @@ def _digest(layout: _Layout) -> str:
 def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list[dict]:
     listed_by = f"as listed in {layout.listed_in}"
     check_files((f"{name}.xml" for name in layout.names), layout.annotations, listed_by)
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    present = PathManager.ls(layout.images)
-    for file in present:
-        stem, suffix = os.path.splitext(file)
-        if suffix.lower() in IMAGE_SUFFIXES:
-            by_stem[stem].append(file)
+    folders = {os.path.dirname(name) for name in layout.names}
+    present = {folder: _images(os.path.join(layout.images, folder)) for folder in folders}
     records, missing = [], []
     for name in layout.names:
         file = os.path.join(layout.annotations, f"{name}.xml")
         tree = _parse(file)
-        images = by_stem[name]
+        folder, stem = os.path.split(name)
+        images = present[folder].get(stem, [])
         if len(images) != 1:
-            images = [one for one in [(tree.findtext("filename") or "").strip()] if one in present]
+            one = (tree.findtext("filename") or "").strip()
+            if one and PathManager.isfile(os.path.join(layout.images, folder, one)):
+                images = [one]
         if not images:
             missing.append(f"{name}.jpg")
             continue
+        if len(images) > 1:
+            raise InputError(file, f"images {', '.join(images)}", "one, or its name in <filename>")
         width, height = (
             _check_number(tree.findtext(key), int, file, key)
             for key in ("size/width", "size/height")
@@ -177,7 +201,7 @@ def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list
                 raise InputError(file, f"{key} {value}", "at least 1 pixel")
         records.append(
             {
-                "file_name": os.path.join(layout.images, images[0]),
+                "file_name": os.path.join(layout.images, folder, images[0]),
                 "image_id": name,
                 "height": height,
                 "width": width,
@@ -190,15 +214,28 @@ def _read_layout(layout: _Layout, classes: tuple[str, ...], digest: str) -> list
     return records
 
 
+def voc_classes(root: str) -> list[str]:
+    """Return the sorted class names in all annotations below a folder; files that cannot be read are left out."""
+    found = set()
+    for file in sorted(Path(root).rglob("*.xml")):
+        with contextlib.suppress(InputError):  # register_voc names it, if a split lists it
+            found |= {one.findtext("name", "").strip() for one in _parse(str(file)).iter("object")}
+    return sorted(found - {""})
+
+
 def _find_layout(root: str, split: str) -> _Layout:
     if not PathManager.isdir(root):
         expected = "the folder of Annotations, ImageSets and JPEGImages"
         raise InputError(root, "no such folder", expected)
     flat = os.path.join(root, split)
     if not PathManager.isdir(os.path.join(root, "Annotations")) and PathManager.isdir(flat):
-        names = tuple(sorted(f[: -len(".xml")] for f in PathManager.ls(flat) if f.endswith(".xml")))
+        files = [f for f in sorted(PathManager.ls(flat)) if f.lower().endswith(".xml")]
+        names = tuple(f[: -len(".xml")] for f in files if not f.startswith("."))
         if not names:
             raise InputError(flat, "no .xml file", "one beside each image")
+        for name in names:
+            if any("\ud800" <= c <= "\udfff" for c in name):  # as Python decodes bytes of others
+                raise InputError(flat, f"the file name {name!a}", "file names in UTF-8")
         return _Layout(flat, names, flat, flat)
     for folder in ("Annotations", "JPEGImages"):
         if not PathManager.isdir(os.path.join(root, folder)):
@@ -227,11 +264,14 @@ def _names(root: str, split: str, annotations: set[str]) -> list[str]:
                 name = line.strip()
                 if f"{name}.xml" not in annotations:
                     name = line.partition("#")[0].strip()
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in IMAGE_SUFFIXES and f"{stem}.xml" in annotations:
+                    name = stem
                 if len(name.split()) > 1 and f"{name}.xml" not in annotations:
                     raise InputError(f"{file}: line {number}", name, "an image's name")
                 names += [name] if name else []
     except UnicodeDecodeError as error:
-        raise InputError(file, f"unreadable: {error}", "text") from error
+        raise InputError(file, f"unreadable: {error}", "text in UTF-8") from error
     if not names:
         raise InputError(file, "no image", "at least one")
     if twice := [name for name, after in zip(sorted(names), sorted(names)[1:]) if name == after]:
@@ -245,9 +285,12 @@ def _parse(file: str) -> ET.ElementTree:
             content = opened.read()
         declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w.:-]+)[\"'][^>]*\?>", content)
         if declared:  # expat knows few encodings, Python many
-            text = content[declared.end() :].decode(declared[1].decode())
-            return ET.ElementTree(ET.fromstring(text))
-        return ET.ElementTree(ET.fromstring(content))
+            content = content[declared.end() :].decode(declared[1].decode())
+        root = ET.fromstring(content)
+        for one in root.iter():
+            if isinstance(one.tag, str):  # VOC has no namespaces
+                one.tag = one.tag.rpartition("}")[2]
+        return ET.ElementTree(root)
     except (ET.ParseError, ValueError, LookupError, OSError) as error:
         expected = "an annotation in VOC's format, in UTF-8 or the encoding that it declares"
         raise InputError(file, f"broken XML: {error}", expected) from error
@@ -255,7 +298,7 @@ def _parse(file: str) -> ET.ElementTree:
 
 def _objects(tree: ET.ElementTree, file: str, classes: tuple[str, ...]) -> list[dict]:
     found = []
-    for position, one in enumerate(tree.findall("object"), 1):
+    for position, one in enumerate(tree.iter("object"), 1):
         culprit = f"{file}: object {position}"
         name = one.findtext("name")
         name = name if name in classes else (name or "").strip()
@@ -280,7 +323,7 @@ def _objects(tree: ET.ElementTree, file: str, classes: tuple[str, ...]) -> list[
 def _check_number(text: str | None, kind: Callable, culprit: str, key: str) -> float:
     with contextlib.suppress(ValueError, OverflowError):
         value = float(text) if text is not None else math.nan
-        if math.isfinite(value) and value == kind(value):
+        if abs(value) <= LONGEST_SIDE and value == kind(value):  # not if it is nan
             return kind(value)
     found = f"no {key}" if text is None else f"{key} {text!r}"
     raise InputError(culprit, found, f"a {'whole ' if kind is int else ''}number of pixels")

@@ -1,8 +1,13 @@
-"""Checks of data sets: unreadable images, images without objects, boxes outside their images."""
+"""Checks of data sets: unreadable images, copies of images, images without objects, boxes outside their images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
@@ -10,25 +15,39 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..data import check_dataset
-from ..data.datasets import check_same_classes, dataset_names, sample_evenly, shared_images
+from ..data.catalog import file_digest
+from ..data.datasets import (
+    check_same_classes,
+    dataset_names,
+    image_files,
+    sample_evenly,
+    shared_images,
+)
 from ..data.images import check_image, read_image
 from ..utils.errors import InputError
-from .findings import Finding
+from .findings import Finding, guarded
 
 BOX_MARGIN = 1.0  # pixels by which a box may exceed the image: annotations are often rounded
 MAX_BAD_BOXES = 0.01  # fraction of bad boxes from which they are an error
 LEAST_BOXES = 10  # from which their format is guessed
 MIN_DEVIATION = 2.0  # standard deviation of pixels, of 255, below which an image shows nothing
+MAX_REACH = 0.55  # fraction of their image up to which all boxes lie in its corner: percent, or another image size
+COPY_SECONDS = 30  # for the search of image files with the same content
 MAX_EMPTY_IMAGES = 0.5  # fraction of images without objects above which there is a warning
 
 
-def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
+def check_data(config: DictConfig, images: int, debug: bool = False) -> Iterator[Finding]:
     """Check the training and the test data.
 
     Args:
         config: a complete recipe.
         images: number of images to decode from each, evenly spaced; 0: all.
+        debug: whether to raise the error of a check that fails, instead of yielding it as a finding.
     """
+
+    def checked_part(subject: str, check: Callable, *args: Any) -> Iterator[Finding]:
+        return guarded(subject, lambda: check(*args), debug=debug)
+
     checked = {}
     for part in ("train", "test"):
         try:
@@ -43,11 +62,20 @@ def check_data(config: DictConfig, images: int) -> Iterator[Finding]:
         records = [record for name in names for record in DatasetCatalog.get(name)]
         for oddity in (o for name in names for o in MetadataCatalog.get(name).get("oddities", ())):
             yield Finding(f"{part} data, file", "warning", oddity, "correct it, if it is not meant")
+        lost = sum(MetadataCatalog.get(name).get("num_left_out", 0) for name in names)
+        kept = sum(len(record.get("annotations") or ()) for record in records)
+        if lost and lost >= MAX_BAD_BOXES * (lost + kept):
+            found = f"{lost} of {lost + kept} are left out: no area in their image"
+            advice = "[x, y, width, height] in pixels of the image, and its width and height"
+            yield Finding(f"{part} data, boxes left out", "error", found, advice)
         classes = _annotated_classes(MetadataCatalog.get(names[0]))
-        yield from _check_annotations(f"{part} data", records, classes)
-        yield from _check_images(f"{part} images", records, images)
+        for subject, check, given in (
+            (f"{part} data", _check_annotations, classes),
+            (f"{part} images", _check_images, images),
+        ):
+            yield from checked_part(subject, check, subject, records, given)
     if len(checked) == 2:
-        yield from _compare(**checked)
+        yield from checked_part("both data", _compare, *checked.values())
 
 
 def _compare(train: list[str], test: list[str]) -> Iterator[Finding]:
@@ -62,6 +90,47 @@ def _compare(train: list[str], test: list[str]) -> Iterator[Finding]:
         yield Finding(
             "test images", "warning", found, "leave them out of one: their AP says little"
         )
+
+    yield from _check_copies(
+        *([file for name in names for file in image_files(name)] for names in (train, test))
+    )
+
+
+def _check_copies(train: Sequence[str], test: Sequence[str]) -> Iterator[Finding]:
+    """Find image files with the same content: training images, and test images that training has, too."""
+    start, in_training = time.monotonic(), set(train)
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for file in dict.fromkeys([*train, *test]):
+        with contextlib.suppress(OSError):  # not a local file
+            by_size[os.path.getsize(file)].append(file)
+    alike = [file for size, files in by_size.items() if size and len(files) > 1 for file in files]
+    first: dict[str, str] = {}
+    copies: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    limit = ""
+    for number, file in enumerate(alike):
+        if time.monotonic() - start > COPY_SECONDS:
+            limit = f", as far as {COPY_SECONDS} s allow: {number} of {len(alike)} files of equal size were read"
+            break
+        with open(file, "rb") as opened:
+            original = first.setdefault(file_digest(opened.read()), file)
+        if original != file and original in in_training:
+            copies[file in in_training].append((file, original))
+    if not any(copies.values()):
+        yield Finding("copies of images", "ok", f"none{limit}")
+    for within, advice in (
+        (True, "leave them out, if they are not meant"),
+        (False, "leave them out of one: their AP says little"),
+    ):
+        if copies[within]:
+            what = (
+                "training images are copies of others"
+                if within
+                else "test images are copies of training images"
+            )
+            found = (
+                f"{len(copies[within])} {what}, such as {' and '.join(copies[within][0])}{limit}"
+            )
+            yield Finding("copies of images", "warning", found, advice)
 
 
 def _annotated_classes(metadata: Metadata) -> dict[int, str]:
@@ -108,6 +177,14 @@ def _check_annotations(
         )
         advice = "correct the annotations: such boxes are clipped or dropped without a warning"
         yield Finding(f"{subject}, boxes", state, found, advice)
+    elif thin := int((box[:, 2:] - box[:, :2] < 1).any(axis=1).sum()):
+        found = f"{thin} boxes are less than a pixel wide or high"
+        advice = "boxes in pixels, not in fractions of the image"
+        yield Finding(f"{subject}, boxes", "warning", found, advice)
+    elif len(box) >= LEAST_BOXES and (box[:, 2:] <= MAX_REACH * size).all():
+        found = f"none reaches beyond {MAX_REACH:.0%} of its image's width and height"
+        advice = "boxes in pixels of the image file, not in percent or of a smaller image"
+        yield Finding(f"{subject}, boxes", "warning", found, advice)
     else:
         yield Finding(f"{subject}, boxes", "ok", "all inside their images")
     missing = [name for k, name in classes.items() if not (category == k).any()]
@@ -118,10 +195,10 @@ def _check_annotations(
 
 def _other_format(box: np.ndarray, size: np.ndarray) -> str | None:
     """Return what boxes (XYXY, M x 4) look like, if they do not fit into images (M x 2) and would as something else."""
-    if (box <= 1).all() and (box >= 0).all() and (box != box.round()).any():
-        return "fractions of the image's sides"
     first, last = box[:, :2], box[:, 2:]
     sides = last - first
+    if (np.abs([first, sides]) <= 1).all() and (box != box.round()).any():
+        return "fractions of the image's sides"
     if len(box) < LEAST_BOXES or (last > size + BOX_MARGIN).any(axis=1).mean() < MAX_BAD_BOXES:
         return None
     if (sides > first).all() and (sides <= size + BOX_MARGIN).all():
@@ -134,7 +211,7 @@ def _check_images(subject: str, records: Sequence[dict], images: int) -> Iterato
     chosen = sample_evenly(records, images or len(records))
     bad, turned, uniform = [], [], []
     for record in chosen:
-        name = record["file_name"]
+        name = record.get("file_name")
         try:
             if check_image(name) != 1:
                 turned.append(name)
@@ -147,7 +224,7 @@ def _check_images(subject: str, records: Sequence[dict], images: int) -> Iterato
         except InputError as error:
             bad.append(f"{name} ({error.found})")
         except Exception as error:  # Pillow raises many types
-            bad.append(f"{name} ({type(error).__name__})")
+            bad.append(f"{name} ({type(error).__name__}: {error})")
     if bad:
         found = f"{len(bad)} of {len(chosen)} cannot be used, such as {bad[0]}"
         yield Finding(subject, "error", found, "replace them, or leave them out")

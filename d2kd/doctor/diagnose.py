@@ -60,7 +60,7 @@ def diagnose(
     def checked(subject: str, check: Callable, *args: Any) -> Iterator[Finding]:
         return guarded(subject, lambda: check(*args), debug=debug)
 
-    yield from checked("data", check_data, config, images)
+    yield from checked("data", check_data, config, images, debug)
     yield from checked("student's weights", _check_student_weights, config)
     yield from checked("teacher's weights", _check_teacher_weights, config)
     built: list[Trainer] = []

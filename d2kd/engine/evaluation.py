@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -80,15 +81,30 @@ def build_evaluator(
     return build_part("dataloader.evaluator", node)
 
 
+_TASKS = {"bbox", "segm", "keypoints"}
+
+
 def check_test_data(config: DictConfig) -> None:
     """Check that a COCO evaluator has one test set: it would compare the images of another with its own by their ids.
 
     Raises:
-        InputError: there are several.
+        InputError: there are several; an image lacks what the evaluator reads; or it has a task that COCO has not.
     """
     nodes = config.dataloader.get("evaluator") or {}
+    nodes = list(filter(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes]))
+    for node in nodes:
+        tasks = node.get("tasks") if OmegaConf.is_dict(node) else None
+        if tasks is not None and not (OmegaConf.is_list(tasks) and set(tasks) <= _TASKS):
+            raise InputError("dataloader.evaluator.tasks", tasks, "a list of bbox, segm, keypoints")
     names = dataset_names(config, "test")
-    if len(names) > 1 and any(map(_is_coco, nodes if OmegaConf.is_list(nodes) else [nodes])):
+    for name in names if nodes else ():
+        if MetadataCatalog.get(name).get("json_file"):
+            continue
+        for number, record in enumerate(DatasetCatalog.get(name)):
+            if lacking := [key for key in ("image_id", "height", "width") if key not in record]:
+                culprit = f"data set {name!r}: image {number}"
+                raise InputError(culprit, f"no {', '.join(lacking)}", "what COCOEvaluator reads")
+    if len(names) > 1 and nodes:
         raise InputError(
             "dataloader.test.dataset.names",
             f"{len(names)} data sets, {', '.join(names)}",
@@ -133,8 +149,38 @@ def do_test(
         if isinstance(model, nn.Module):
             model = get_student(model)
         results = inference_on_dataset(model, loader, evaluator)
+    results = _numbers(results)
     print_csv_format(results)
-    return dict(results)
+    return results
+
+
+def _numbers(results: Any) -> dict:
+    """Return an evaluator's results as ``{task: {metric: float}}`` or ``{metric: float}``; what is no number is left out.
+
+    Someone else's evaluator may return anything, for which no run shall end.
+    """
+    if not isinstance(results, Mapping):
+        if results is not None:
+            logger.warning("dataloader.evaluator: its result, a %s, is no dict", _kind(results))
+        return {}
+    kept = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            kept[str(key)] = inner = {}
+            for name, metric in _numbers(value).items():
+                deeper = metric if isinstance(metric, Mapping) else {"": metric}
+                inner |= {f"{name}/{k}" if k else name: v for k, v in deeper.items()}
+            continue
+        try:
+            kept[str(key)] = float(value)
+        except (TypeError, ValueError):
+            found = _kind(value)
+            logger.warning("dataloader.evaluator: its %r, a %s, is no number", key, found)
+    return kept
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def finite_metrics(results: Mapping) -> dict:

@@ -35,7 +35,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError("train.device", name, "auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError("train.device", name, "auto, cpu or cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError("train.device", f"{name}, and no CUDA here", "auto or cpu")

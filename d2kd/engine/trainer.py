@@ -46,6 +46,7 @@ from ..data.datasets import (
     training_classes,
 )
 from ..data.incremental import check_annotated_classes, check_num_classes
+from ..data.loader import check_sample
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.compat import decode_in_float32
@@ -164,7 +165,9 @@ class Trainer(DefaultTrainer):
         torch.backends.cudnn.benchmark = train.cudnn_benchmark
         self._check_data()
         check_output_folder(train.output_dir)
-        self._is_measured = self.build_test_loader(cfg, get_test_dataset_name(cfg)) is not None
+        test_loader = self.build_test_loader(cfg, get_test_dataset_name(cfg))
+        self._is_measured = test_loader is not None
+        check_sample(test_loader, "dataloader.test")
         # Seeded once for the weights and once for the loader, because a teacher or an adapter also uses random
         # numbers and must not change those of the student's run. Seeded again before the first step.
         seed_all_rng(train.seed)
@@ -177,6 +180,11 @@ class Trainer(DefaultTrainer):
         self._check_accumulate()
         self._check_classes(model)
         check_masks(loader)
+        try:
+            num_classes = num_classes_of(get_student(model))
+        except AttributeError:  # a detector of another family
+            num_classes = None
+        check_sample(loader, "dataloader.train", num_classes)
         self._trainer = TrainStep(
             wrap_ddp(model, self.device, train.ddp),
             loader,

@@ -104,6 +104,10 @@ class Teacher:
         self.detector = detector.eval().requires_grad_(False)
         input_format = input_format or getattr(detector, "input_format", None) or image_format
         self.flip_channels = input_format != image_format
+        for order in (image_format, input_format) if self.flip_channels else ():
+            if order not in ("BGR", "RGB"):
+                found = f"{input_format}, of images in {image_format}"
+                raise InputError("teacher.input_format", found, "BGR and RGB, or the same")
         if not isinstance(scale, Real) or not 1 <= scale < math.inf:
             raise InputError("teacher.scale", scale, "any number of at least 1")
         self.scale = int(scale) if scale == int(scale) else float(scale)

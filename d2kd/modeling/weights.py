@@ -194,7 +194,7 @@ def _with_weights(content: Any, weights: str) -> dict:
     """Return the entries of a checkpoint, with its one set of weights under "model".
 
     Raises:
-        InputError: there is none, or more than one; a weight is no tensor.
+        InputError: there is none, or more than one; a weight is no tensor, or not a number.
     """
     expected = "a state dict, or one under 'model'"
     if not isinstance(content, Mapping):
@@ -228,6 +228,13 @@ def _with_weights(content: Any, weights: str) -> dict:
             raise InputError(
                 weights, f"its {name!r} is no tensor", "tensors by name, or those under 'model'"
             )
+    for name, value in state.items():
+        tensor = torch.as_tensor(value)
+        if tensor.is_meta or tensor.isnan().any():
+            found = f"its {name!r} has " + (
+                "no values" if tensor.is_meta else "values that are nan"
+            )
+            raise InputError(weights, found, "weights that were trained, and did not diverge")
     averages = [k for k, v in content.items() if isinstance(v, Mapping) and _EMA.search(str(k))]
     if key == "model" and averages:
         logger.warning("%s: its 'model' is used, not its %r", weights, averages[0])

@@ -149,16 +149,14 @@ def _coco(args: argparse.Namespace, stem: str) -> tuple[list, tuple]:
 
 def _image_root(json_file: str) -> str:
     """Return the folder of a COCO file's images: beside it, or in ``images`` or a folder of the file's name there."""
-    import json
+    from ..data.coco_file import summarize_coco_file
 
     path = Path(os.path.expandvars(json_file))
     folder = Path(json_file).parent
-    try:
-        first = json.loads(path.read_text(encoding="utf-8"))["images"][0]["file_name"]
-        places = (folder / "images", folder / path.stem, folder)
-        found = [p for p in places if Path(os.path.expandvars(p), first).is_file()]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        found = [folder]  # coco_dataset says what is wrong with the file
+    first = summarize_coco_file(str(path)).file_names[0]
+    places = (folder / "images", folder / path.stem, folder)
+    folders = {p: Path(os.path.expandvars(p)) for p in places}
+    found = [p for p, there in folders.items() if there.is_dir() and (there / first).is_file()]
     if not found:
         expected = "the folder of its images: --images DIR, and --val-images DIR"
         raise InputError(json_file, f"{first} is not beside it", expected)
@@ -169,31 +167,19 @@ def _voc(args: argparse.Namespace, stem: str) -> tuple[list, tuple]:
     """Return the calls that register training and validation data, and their code."""
     from ..config.proposal import voc_node
     from ..data import register_voc
+    from ..data.voc import voc_classes
 
     if args.images or args.val_images:
         raise InputError("--images", "given for a VOC folder", "none: they are in its JPEGImages")
     roots = dict(train=_absolute(args.data), val=_absolute(args.val or args.data))
-    classes = args.classes or _voc_classes(roots["train"])
+    classes = args.classes or voc_classes(os.path.expandvars(roots["train"]))
+    if not classes:
+        raise InputError(roots["train"], "no object in any .xml", "a VOC folder, or a COCO file")
     options = [
         dict(name=f"{stem}_{split}", root=root, split=split) for split, root in roots.items()
     ]
     codes = tuple(voc_node(**one) for one in options)
     return [(register_voc, {**one, "classes": classes}) for one in options], codes
-
-
-def _voc_classes(root: str) -> list[str]:
-    """Return the sorted class names in a folder's annotations."""
-    import xml.etree.ElementTree as ET
-
-    found = set()
-    for file in sorted(Path(os.path.expandvars(root), "Annotations").glob("*.xml")):
-        try:
-            found |= {one.findtext("name", "") for one in ET.parse(file).findall("object")}
-        except (ET.ParseError, OSError):  # register_voc names it, if a split lists it
-            continue
-    if not found - {""}:
-        raise InputError(root, "no object in Annotations/*.xml", "a VOC folder, or a COCO file")
-    return sorted(found - {""})
 
 
 def _commands(file: Path, teacher: str | tuple[str, str] | None) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class InputError(Exception):
@@ -49,6 +49,13 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def quoted(names: Iterable[object], most: int = 20) -> str:
+    """Return names in quotes, so that spaces at their ends are seen; of many the first ones."""
+    names = [repr(name if len(str(name)) <= 80 else f"{str(name)[:79]}…") for name in names]
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join(names[:most] + more)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ def check_output_folder(folder: str | Path, culprit: str = "train.output_dir") -
         InputError: it is a file, lies in one, cannot be written, or has an invalid name.
     """
     path = Path(folder)
+    if re.match(r"\w+://", str(folder)):
+        raise InputError(culprit, folder, "a local folder")
     try:
+        if "\0" in str(folder):
+            raise ValueError("a null character")
         there = next(one for one in (path, *path.absolute().parents) if one.exists())
         os.fsencode(path).decode("utf-8")  # a name that config.yaml and run.json can hold
     except (OSError, ValueError) as error:  # it is too long, or not UTF-8
