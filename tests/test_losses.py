@@ -650,6 +650,23 @@ def test_two_losses_of_one_name_are_refused(refuses):
         refuses(lambda: losses({}, {}), line)
 
 
+@pytest.mark.parametrize(
+    "make, line",
+    [
+        (
+            lambda: ImitationLoss(weight=-0.1),
+            "losses.it.weight: -0.1; expected a number of at least 0",
+        ),
+        (lambda: TARLoss(feature_weight=-1), "losses.it.weight: -1; expected"),
+        (lambda: TARLoss(regression_weight=-1.0), "losses.it.regression_weight: -1.0; expected"),
+        (lambda: ImitationLoss(weight=float("nan")), "losses.it.weight: nan; expected"),
+    ],
+)
+def test_a_weight_that_would_teach_the_opposite_is_refused(refuses, make, line):
+    detectors = [build(DETECTORS["faster_rcnn"](), seed) for seed in (0, 1)]
+    refuses(lambda: DistillLosses(it=make()).setup(*detectors), line)
+
+
 def test_anchors_beside_none_are_refused(refuses):
     detectors = build(DETECTORS["retinanet"]()), build(DETECTORS["faster_rcnn"]())
     line = "anchors: student RetinaNet, teacher GeneralizedRCNN; expected the same anchors"

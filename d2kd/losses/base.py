@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -137,10 +138,15 @@ class DistillLosses(nn.Module):
         class_map: ClassMap | None = None,
         scale: float = 1,
     ) -> None:
-        """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.setup`."""
+        """Set ``class_map`` and ``scale`` of every loss, then call its :meth:`DistillLoss.setup`.
+
+        Raises:
+            InputError: a weight is negative, or a loss cannot compare these detectors.
+        """
         for name, loss in self.by_name.items():
             loss.class_map, loss.scale = class_map, scale
             try:
+                _check_weights(loss)
                 loss.setup(student, teacher)
             except InputError as error:
                 raise InputError(
@@ -179,6 +185,14 @@ class DistillLosses(nn.Module):
                 carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
                 terms[carrier] = terms[carrier] + zero[0] if carrier in terms else zero[0]
         return terms
+
+
+def _check_weights(loss: DistillLoss) -> None:
+    """Check the attributes of a loss whose names end with "weight"; a negative one would teach the opposite."""
+    for part in (x for x in loss.modules() if isinstance(x, DistillLoss)):
+        for name, value in vars(part).items():
+            if name.endswith("weight") and isinstance(value, Real) and not value >= 0:
+                raise InputError(name, value, "a number of at least 0")
 
 
 def zero_from_params(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
