@@ -12,8 +12,8 @@ Inside the block, tensors can be created on ``DEVICE``, copied to it and from it
 
 Random numbers are drawn from the CPU's generator, so that a step on this device computes what it computes on the CPU.
 
-Importing this module registers the device in the process. Autograd must not have run before: it counts the devices at
-its first backward. Therefore a test imports it at the top of its file.
+Importing this module names the device in the process. PyTorch registers no backend for it, so that autograd needs no
+thread for it, and processes can be forked: below Python, its tensors are on ``lazy``, a device without users.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import sys
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,12 +29,7 @@ import detectron2
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import (
-    _DummyBackendModule,
-    _setup_privateuseone_for_python_backend,
-)
 
 import d2kd
 
@@ -46,20 +40,43 @@ In a backward there is no frame. Where an index of the forward is used again, it
 """
 
 
-class _Backend(_DummyBackendModule):
+class _Backend:
+    """What PyTorch and Detectron2 use of ``torch.cuda``."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
+    # The CPU's generator draws.
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
     def get_rng_state(self, device: object = None) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8)  # the CPU's generator draws
+        return torch.empty(0, dtype=torch.uint8)
 
     def set_rng_state(self, state: Tensor, device: object = None) -> None:
         pass
 
 
-_setup_privateuseone_for_python_backend("stand_in", _Backend())
+torch.utils.rename_privateuse1_backend("stand_in")
+torch._register_device_module("stand_in", _Backend())
 
 DEVICE = torch.device("stand_in", 0)
+_BELOW = torch.device("lazy", 0)
+
+
+def _is_stand_in(device: object) -> bool:
+    if not isinstance(device, str | torch.device):
+        return False
+    return torch.device(device).type in (DEVICE.type, _BELOW.type)
 
 
 @dataclass(frozen=True)
@@ -125,10 +142,19 @@ class _StandInTensor(Tensor):
             storage_offset=on_cpu.storage_offset(),
             dtype=on_cpu.dtype,
             layout=on_cpu.layout,
-            device=DEVICE,
+            device=_BELOW,
         )
         tensor.on_cpu = on_cpu
         return tensor
+
+    @property
+    def device(self) -> torch.device:
+        return DEVICE
+
+    def to(self, *args, **kwargs) -> Tensor:
+        args = [_BELOW if _is_stand_in(x) else x for x in args]
+        kwargs = {key: _BELOW if _is_stand_in(x) else x for key, x in kwargs.items()}
+        return super().to(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -154,6 +180,7 @@ class _StandInTensor(Tensor):
 
 
 _AT = torch.ops.aten
+_HAS_AS_STRIDED = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 _COPIES = {_AT._to_copy.default, _AT.copy_.default, _AT._copy_from.default}
 _INDEXING = {
     _AT.index.Tensor,
@@ -180,9 +207,9 @@ def _run(func, args: tuple, kwargs: dict, waits: list[Wait]):
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, _StandInTensor)]
     target = kwargs.get("device")
-    if not ours and (target is None or torch.device(target).type != DEVICE.type):
+    if not ours and not _is_stand_in(target):
         return func(*args, **kwargs)
-    to_device = bool(ours) if target is None else torch.device(target).type == DEVICE.type
+    to_device = bool(ours) if target is None else _is_stand_in(target)
     if func not in _COPIES and ours:
         _refuse_mixed(func, args, tensors)
     kind = _wait_kind(func, args, kwargs, bool(ours), to_device)
@@ -195,17 +222,15 @@ def _run(func, args: tuple, kwargs: dict, waits: list[Wait]):
         kwargs = {**kwargs, "device": "cpu"}
         if func is _AT._to_copy.default and _needs_copy(args[0], to_device):
             kwargs["non_blocking"] = False
-    if torch.Tag.inplace_view in func.tags:  # changes the shape of its input
-        with no_dispatch():
-            func(*args, **kwargs)
     args, kwargs = pytree.tree_map_only(_StandInTensor, lambda x: x.on_cpu, (args, kwargs))
 
     def wrap(result: Tensor) -> Tensor:
         if id(result) not in same:
             return _StandInTensor(result) if to_device else result
         known = same[id(result)]
-        if known.shape != result.shape:
-            raise NotImplementedError(f"{func}, which changes the shape of its input")
+        if torch.Tag.inplace_view in func.tags:  # it has changed the shape of its input
+            shape = result.shape, result.stride(), result.storage_offset()
+            _AT.as_strided_.default.redispatch(_HAS_AS_STRIDED, known, *shape)
         return known
 
     return pytree.tree_map_only(Tensor, wrap, func(*args, **kwargs))
@@ -310,17 +335,14 @@ _PACKAGES = {
 
 def _source(frame: FrameType | None) -> tuple[str, str]:
     """Return whose code the innermost frame of a package or of a test is, and its line."""
-    for frame in _callers(frame):
-        file = frame.f_code.co_filename
+    while frame is not None:
+        file, line = frame.f_code.co_filename, frame.f_lineno
         for code, package in _PACKAGES.items():
             if file.startswith(package):
-                return code, f"{Path(file).relative_to(Path(package).parent)}:{frame.f_lineno}"
+                return code, f"{Path(file).relative_to(Path(package).parent)}:{line}"
+        if frame.f_code.co_name == "_engine_run_backward":
+            break
         if not file.startswith((*_LIBRARIES, "<", __file__)):
-            return OTHER, f"{Path(file).name}:{frame.f_lineno}"
-    return AUTOGRAD, ""
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
+            return OTHER, f"{Path(file).name}:{line}"
         frame = frame.f_back
+    return AUTOGRAD, ""

@@ -240,7 +240,9 @@ def test_no_place_stays_free_because_of_a_run_finished_before(file, tmp_path, mo
     assert set(beside.seen[1]) == {"longer_seed0", "baseline_seed1"}
 
 
-def test_what_all_seeds_have_in_common_starts_first_and_others_beside_it(file, tmp_path, monkeypatch):
+def test_what_all_seeds_have_in_common_starts_first_and_others_beside_it(
+    file, tmp_path, monkeypatch
+):
     beside = Beside(monkeypatch)
     run(file, tmp_path / "out", [0, 1], ["baseline", "teacher"], beside)
     assert beside.seen[:2] == [("teacher",), ("teacher", "baseline_seed0")]

@@ -256,6 +256,10 @@ class ParallelRunner(SequentialRunner):
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)
         try:
-            return (yield from train_in_subprocess(config, run.test, progress, self._threads_per_run, gpu))
+            return (
+                yield from train_in_subprocess(
+                    config, run.test, progress, self._threads_per_run, gpu
+                )
+            )
         finally:
             self._taken.remove(gpu)
