@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
-from d2kd.losses import ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
 from d2kd.losses.base import DistillLoss
-from d2kd.testing import DETECTORS, batch, build, distiller
+from d2kd.modeling import Distiller, Teacher
+from d2kd.testing import DETECTORS, batch, build
 from d2kd.utils.errors import InputError
 
 from .stand_in_device import AUTOGRAD, D2KD, DETECTRON2, DEVICE, StandIn, Wait
@@ -41,15 +42,28 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
 STEPS = 2
 
 
-def build_model(loss: str, family: str) -> nn.Module:
+def build_model(
+    loss: str, family: str, classes: tuple[list[str], list[str]] | None = None
+) -> nn.Module:
     """Return the plain student of a family, or its Distiller, in training mode.
+
+    Args:
+        classes: names of the student's three classes and the teacher's; None: those of both are the same.
 
     Raises:
         InputError: the loss does not support the family.
     """
+    node = DETECTORS[family]
     if LOSSES[loss] is None:
-        return build(DETECTORS[family]()).train()
-    return distiller(LOSSES[loss], DETECTORS[family])
+        return build(node()).train()
+    student, teacher = classes or (None, None)
+    return Distiller(
+        student=build(node()),
+        teacher=Teacher(build(node(width=6, channels=24), 1), None, classes=teacher),
+        losses=DistillLosses(loss=LOSSES[loss]()),
+        max_iter=2,
+        classes=student,
+    ).train()
 
 
 @dataclass

@@ -36,6 +36,7 @@ from ..layers.queries import InstanceQueries, descriptor_size, make_queries
 from ..structures.class_map import num_classes_of
 from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
+from ..utils.scalars import put_tensors, write_pending
 from .base import DistillLoss, Weight, get_weight
 from .functional import in_float32, resolve_normalizer
 
@@ -63,7 +64,8 @@ class ICDLoss(DistillLoss):
     for images i, heads m, cells s of all levels. Decoder layers are summed in the auxiliary terms and averaged in the
     distillation term. That term is in [0, 4 lambda], and near 2 lambda for uncorrelated features.
 
-    Reads: ``student.features``, ``gt_instances``; ``teacher.features``, ``images``.
+    Reads: ``student.features``, ``input_instances``, with ``weights="box"`` also ``gt_instances``;
+    ``teacher.features``, ``images``.
 
     Args:
         levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
@@ -229,7 +231,7 @@ class ICDLoss(DistillLoss):
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         queries = make_queries(
-            student.gt_instances,
+            student.input_instances,
             self.priors,
             negatives_per_instance=self.negatives_per_instance,
             max_queries=self.max_queries,
@@ -391,15 +393,15 @@ class ICDLoss(DistillLoss):
             values[DISTANCE] = mean([x.distance for x in layers])
             if real and layers[0].decoded.entropy is not None:
                 values[ENTROPY] = mean([x.decoded.entropy for x in layers])
-        storage = get_event_storage()
         if values:
-            for key, value in zip(values, torch.stack(list(values.values())).tolist()):
-                storage.put_scalar(key, value)
+            put_tensors(values)
 
         if self.progress < self.distill_start or self.num_forwards == 1:
             self._before_distill = True
         if self._before_distill and self.progress >= self.distill_start:
             self._before_distill = False
+            write_pending()
+            storage = get_event_storage()
             found = {
                 key: storage.history(key).median(WINDOW)
                 for key in (IDENTIFICATION, LOCALIZATION)

@@ -14,7 +14,7 @@ TOPK_ANCHORS = 100
 @torch.no_grad()
 def top1_agreement(
     student: DetectorOutputs, teacher: DetectorOutputs, class_map: ClassMap | None = None
-) -> float | None:
+) -> Tensor | None:
     """Return the fraction of a batch's regions, or anchors, for which both detectors have the same top class.
 
     Regions of all stages count, and background is a class like any other. Of the anchors, the 100 of each image
@@ -26,7 +26,7 @@ def top1_agreement(
         class_map: given if the classes differ; the shared classes are compared.
 
     Returns:
-        a number in [0, 1]; None if no loss has read the teacher's predictions, or if the two detectors are of
+        a scalar in [0, 1], on the detectors' device; None if no loss has read the teacher's predictions, or if the two detectors are of
         different families, have no class in common or have different anchors.
     """
     if class_map is not None and not class_map.pairs:
@@ -38,7 +38,7 @@ def top1_agreement(
             ):
                 return None  # no top class among the classes and the background
             agreed = same(student, teacher, class_map)
-            return agreed.float().mean().item() if len(agreed) else None
+            return agreed.float().mean() if len(agreed) else None
     return None
 
 
@@ -55,9 +55,8 @@ def _same_in_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
 def _same_in_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
     pair = student.pred_logits, teacher.pred_logits
     if class_map is not None:
-        index = torch.tensor(
-            [class_map.student_ids, class_map.teacher_ids], device=pair[0][0].device
-        )
+        index = torch.tensor([class_map.student_ids, class_map.teacher_ids])
+        index = index.to(pair[0][0].device, non_blocking=True)
         pair = [[x.index_select(2, k) for x in logits] for logits, k in zip(pair, index)]
     logits, teacher_logits = pair
     if [x.shape for x in logits] != [x.shape for x in teacher_logits]:

@@ -19,6 +19,7 @@ from ...structures.class_map import ClassMap, check_classes, class_names, num_cl
 from ...utils.comm import any_rank
 from ...utils.compat import decode_in_float32
 from ...utils.errors import InputError
+from ...utils.scalars import put_tensors, scalars_together
 from ..agreement import top1_agreement
 from ..inherit import inherit_weights
 from ..outputs import RCNNOutputs, append_proposals, capture, get_outputs_class
@@ -218,6 +219,17 @@ class Distiller(nn.Module):
         """Return task losses and ``distill/loss_*`` in one dict in training, the student's detections in ``eval()``."""
         if not self.training:
             return self.student(batched_inputs)
+        with scalars_together():
+            return self._losses(self._images_on_device(batched_inputs))
+
+    def _images_on_device(self, batched_inputs: list[dict]) -> list[dict]:
+        # Once for both detectors; and Detectron2 would wait for each image.
+        return [
+            {**x, "image": x["image"].to(self.device, non_blocking=True)} if "image" in x else x
+            for x in batched_inputs
+        ]
+
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         teacher = self.teacher.outputs(batched_inputs)
         taps = {name: self._tapped(name) for name in self.taps}
         with contextlib.ExitStack() as stack:
@@ -229,12 +241,12 @@ class Distiller(nn.Module):
             losses = self._student_losses(batched_inputs)
         student = self.outputs_class.from_calls(self.student, batched_inputs, calls, tapped)
         teacher.set_region_boxes(student.region_boxes)
-        storage = get_event_storage()
+        progress = get_event_storage().iter / self.max_iter
         with record_function("d2kd/losses"):
-            distill_losses = self.losses(student, teacher, progress=storage.iter / self.max_iter)
+            distill_losses = self.losses(student, teacher, progress=progress)
         agreed = top1_agreement(student, teacher, self.class_map)
         if agreed is not None:
-            storage.put_scalar("distill/agreement", agreed)
+            put_tensors({"distill/agreement": agreed})
         return {**losses, **distill_losses}
 
     def _student_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
