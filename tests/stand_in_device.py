@@ -12,8 +12,8 @@ Inside the block, tensors can be created on ``DEVICE``, copied to it and from it
 
 Random numbers are drawn from the CPU's generator, so that a step on this device computes what it computes on the CPU.
 
-Importing this module names the device in the process. PyTorch registers no backend for it, so that autograd needs no
-thread for it, and processes can be forked: below Python, its tensors are on ``lazy``, a device without users.
+``DEVICE`` is the one that PyTorch leaves to others, and no backend is registered for it, so that nothing else in the
+process changes. Below Python, its tensors are on ``lazy``, a device without users, for which autograd needs no thread.
 """
 
 from __future__ import annotations
@@ -41,35 +41,20 @@ In a backward there is no frame. Where an index of the forward is used again, it
 
 
 class _Backend:
-    """What PyTorch and Detectron2 use of ``torch.cuda``."""
-
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 1
+    """What PyTorch's autocast and ``torch.manual_seed`` need of a device's module."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
-    # The CPU's generator draws.
     def _is_in_bad_fork(self) -> bool:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        pass
-
-    def get_rng_state(self, device: object = None) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8)
-
-    def set_rng_state(self, state: Tensor, device: object = None) -> None:
-        pass
+        pass  # the CPU's generator draws
 
 
-torch.utils.rename_privateuse1_backend("stand_in")
-torch._register_device_module("stand_in", _Backend())
-
-DEVICE = torch.device("stand_in", 0)
+DEVICE = torch.device("privateuseone", 0)
+torch._register_device_module(DEVICE.type, _Backend())
 _BELOW = torch.device("lazy", 0)
 
 
