@@ -256,11 +256,9 @@ class TARLoss(DistillLoss):
         foreground, _, _ = self._foreground(labels, student.detector.num_classes)
         rows = torch.nonzero(foreground)[:, 0]  # few of the anchors
         anchors = Boxes.cat(student.anchors).tensor
-        deltas = (
-            torch.cat(x.pred_anchor_deltas, dim=1).flatten(0, 1)[rows] for x in (student, teacher)
-        )
         return self._regression(
-            *deltas,
+            student.select_anchor_deltas(rows),
+            teacher.select_anchor_deltas(rows),
             torch.ones_like(rows, dtype=torch.bool),
             boxes=anchors[rows % len(anchors)],
             gt=student.matched_gt_boxes.flatten(0, 1)[rows],
