@@ -150,7 +150,6 @@ WAITS = {
         lambda x: x.to("cpu"),
         lambda x: x.to("cpu", non_blocking=True),  # to memory that is not pinned
         lambda x: torch.zeros(3).copy_(x),
-        lambda x: torch.zeros(3).to(x).tolist() and None,
     ],
     "from the CPU": [
         lambda x: torch.tensor([1, 2], device=DEVICE),
@@ -223,7 +222,7 @@ def test_scalars_that_are_logged_together_are_one_wait(device):
         put_tensors({"at once": scalar(1.0)})
         assert len(device.waits) == 1 and storage.latest() == {"at once": (1, 0)}
         with scalars_together():
-            put_tensors({"one": scalar(2.5), "two": scalar(2).requires_grad_(False)})
+            put_tensors({"one": scalar(2.5), "two": scalar(2)})
             with scalars_together():
                 put_tensors({"three": scalar(3.0).requires_grad_()})
             assert len(device.waits) == 1 and "one" not in storage.latest()
