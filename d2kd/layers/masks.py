@@ -85,8 +85,13 @@ def valid_cells(
     strides = [(padded[0] / h + padded[1] / w) / 2 for h, w in sizes]
     # In double precision, so that ceil() of an integer is exact.
     ends = [[[math.ceil(x / stride) for x in size] for size in image_sizes] for stride in strides]
-    # (levels, 2, N, 1), in one copy to the device.
-    ends = torch.tensor(ends, device=device).reshape(len(sizes), -1, 2).transpose(1, 2)[..., None]
+    # (levels, 2, N, 1), in one copy to the device, for which nothing waits.
+    ends = (
+        torch.tensor(ends)
+        .to(device=device, non_blocking=True)
+        .reshape(len(sizes), -1, 2)
+        .transpose(1, 2)[..., None]
+    )
     valid = []
     for size, level_ends in zip(sizes, ends):
         rows, columns = (torch.arange(n, device=device) < end for n, end in zip(size, level_ends))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from numbers import Real
 
 import torch
@@ -180,10 +179,11 @@ class DistillLosses(nn.Module):
                         raise InputError(f"losses.{name}", f"a second {full}", "a name of its own")
                     terms[full] = scalar * weight
             # Parameters stay in the graph at weight 0, also when only their term has that weight: DDP raises an error
-            # if one gets no gradient. The zero is made of parameters alone, since 0 * NaN of a loss would be NaN.
-            if zero := zero_from_params(loss.parameters()):
+            # if one gets no gradient. The zero is of no value, since 0 * NaN would be NaN.
+            if parameters := [p for p in loss.parameters() if p.requires_grad]:
+                zero = _Zero.apply(*parameters)
                 carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
-                terms[carrier] = terms[carrier] + zero[0] if carrier in terms else zero[0]
+                terms[carrier] = terms[carrier] + zero if carrier in terms else zero
         return terms
 
 
@@ -195,10 +195,17 @@ def _check_weights(loss: DistillLoss) -> None:
                 raise InputError(name, value, "a number of at least 0")
 
 
-def zero_from_params(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return a list with one zero that keeps the parameters in the graph; empty without trainable parameters."""
-    zeros = [(p * 0).sum() for p in parameters if p.requires_grad]
-    return [torch.stack(zeros).sum()] if zeros else []
+class _Zero(torch.autograd.Function):
+    """A zero that keeps parameters in the graph: their gradient is 0. It reads no parameter and needs no memory."""
+
+    @staticmethod
+    def forward(ctx, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.new_zeros(()).expand_as(p) for p in ctx.parameters)
 
 
 def is_zero(weight: Weight) -> bool:

@@ -49,17 +49,19 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected locations, ``(N, R)`` bool each.
+    """The selected locations, ``(N, R)`` bool each, but for the indices.
 
     Attributes:
         classes: locations whose class logits are compared.
         boxes: candidates of the box term, before non-maximum suppression.
         kept: locations whose distributions are compared, after non-maximum suppression.
+        kept_indices: image and location of each of ``kept``, in this order, ``(J,)`` each.
     """
 
     classes: Tensor
     boxes: Tensor
     kept: Tensor
+    kept_indices: tuple[Tensor, Tensor]
 
 
 class ERDLoss(DistillLoss):
@@ -175,18 +177,15 @@ class ERDLoss(DistillLoss):
             classification = squares.sum() / selected
         else:
             classification = (squares / values.clamp(min=1)).sum() * scale
-        counts = torch.stack([selection.classes, selection.boxes, selection.kept]).sum(dim=(1, 2))
-        totals = selection.classes.numel(), selection.boxes.numel(), n
-        for name, count, total in zip(
-            (SELECTED_CLASSES, SELECTED_BOXES, KEPT_BOXES), counts, totals
-        ):
-            put_metric(name, count / total)
+        put_metric(SELECTED_CLASSES, selection.classes.double().mean())
+        put_metric(SELECTED_BOXES, selection.boxes.double().mean())
+        put_metric(KEPT_BOXES, selection.kept.sum().double() / n)
         return {"classification": classification, "box": boxes.sum() * scale}
 
     def gather_predictions(self, outputs, side: str) -> Predictions:
         """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "student_ids" or "teacher_ids"."""
         return Predictions(
-            torch.cat(outputs.pred_logits, dim=1).float()[..., old_class_ids(self, side)],
+            select_old_classes(self, torch.cat(outputs.pred_logits, dim=1).float(), side),
             torch.cat(outputs.pred_distributions, dim=1),
         )
 
@@ -196,29 +195,33 @@ class ERDLoss(DistillLoss):
         scores, classes = predictions.logits.sigmoid().max(dim=-1)
         edges = predictions.distributions.float()
         boxes = elastic_selection(edges.flatten(2).amax(dim=-1), self.alpha_box)
+        # The only two waits of this loss, besides those of non-maximum suppression: the indices, and each image's number.
         image, row = boxes.nonzero(as_tuple=True)
         anchors = Boxes.cat(teacher.anchors)[row]
         decoded = self._decode(integral(edges[image, row]), anchors, teacher.detector)
-        kept = torch.zeros_like(boxes)
+        kept, kept_rows = torch.zeros_like(boxes), []
         # Image by image: batched_nms separates groups by an offset, and offsets for images too would round the boxes.
         counts = boxes.sum(dim=1).tolist()
         for i, (rows, candidates) in enumerate(zip(row.split(counts), decoded.split(counts))):
             best = batched_nms(candidates, scores[i, rows], classes[i, rows], self.nms_thresh)
-            kept[i, rows[best]] = True
-        return Selection(elastic_selection(scores, self.alpha_cls), boxes, kept)
+            kept_rows.append(rows[best].sort().values)
+            kept[i].index_fill_(0, kept_rows[i], True)
+        indices = torch.cat([torch.full_like(rows, i) for i, rows in enumerate(kept_rows)])
+        indices = indices, torch.cat(kept_rows)
+        return Selection(elastic_selection(scores, self.alpha_cls), boxes, kept, indices)
 
     def class_terms(
         self, student: Predictions, teacher: Predictions, selection: Selection
     ) -> tuple[Tensor, Tensor]:
         """Return each image's sum of squared differences and the number of summed values, ``(N,)`` each."""
-        image, row = selection.classes.nonzero(as_tuple=True)
-        squares = (student.logits[image, row] - teacher.logits[image, row]).square().sum(dim=-1)
+        # At all locations, because indices would wait for their number.
+        squares = (student.logits - teacher.logits).square().sum(dim=-1)
         values = selection.classes.sum(dim=1) * student.logits.shape[-1]
-        return squares.new_zeros(len(values)).index_add(0, image, squares), values
+        return squares.where(selection.classes, 0).sum(dim=1), values
 
     def box_terms(self, student: Predictions, teacher: Predictions, selection: Selection) -> Tensor:
         """Return each image's sum over its kept locations, ``ld_weight`` included: ``(N,)``."""
-        image, row = selection.kept.nonzero(as_tuple=True)
+        image, row = selection.kept_indices
         s, t = (x.distributions[image, row] for x in (student, teacher))
         score_source = student if self.box_weight_from == "student" else teacher
         weight = score_source.logits.detach()[image, row].sigmoid().amax(dim=-1)
@@ -247,16 +250,18 @@ def elastic_selection(responses: Tensor, alpha: float) -> Tensor:
     return responses > bound[:, None]
 
 
-def old_class_ids(loss: DistillLoss, side: str) -> slice | list[int]:
-    """Return indices of the classes that both detectors have; without class names, the teacher's come first.
+def select_old_classes(loss: DistillLoss, logits: Tensor, side: str) -> Tensor:
+    """Return the logits of the classes that both detectors have; without class names, the teacher's come first.
 
     Args:
         loss: a loss for which :func:`set_old_classes` was called.
-        side: whose class indices, "student_ids" or "teacher_ids".
+        logits: ``(…, K)``.
+        side: whose logits they are, "student_ids" or "teacher_ids".
     """
     if loss.class_map is None:
-        return slice(loss.num_old_classes)
-    return getattr(loss.class_map, side)
+        return logits[..., : loss.num_old_classes]
+    index = torch.tensor(getattr(loss.class_map, side))
+    return logits[..., index.to(logits.device, non_blocking=True)]
 
 
 def set_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:

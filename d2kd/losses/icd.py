@@ -64,7 +64,8 @@ class ICDLoss(DistillLoss):
     for images i, heads m, cells s of all levels. Decoder layers are summed in the auxiliary terms and averaged in the
     distillation term. That term is in [0, 4 lambda], and near 2 lambda for uncorrelated features.
 
-    Reads: ``student.features``, ``gt_instances``; ``teacher.features``, ``images``.
+    Reads: ``student.features``, ``input_instances``, with ``weights="box"`` also ``gt_instances``;
+    ``teacher.features``, ``images``.
 
     Args:
         levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
@@ -230,7 +231,7 @@ class ICDLoss(DistillLoss):
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         queries = make_queries(
-            student.gt_instances,
+            student.input_instances,
             self.priors,
             negatives_per_instance=self.negatives_per_instance,
             max_queries=self.max_queries,

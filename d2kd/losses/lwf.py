@@ -9,7 +9,7 @@ from ..layers.masks import valid_cells
 from ..modeling.anchors import check_anchors
 from ..modeling.outputs import DenseOutputs
 from .base import DistillLoss, Weight
-from .erd import old_class_ids, set_old_classes
+from .erd import select_old_classes, set_old_classes
 
 
 class LwFLoss(DistillLoss):
@@ -48,8 +48,8 @@ class LwFLoss(DistillLoss):
 
     def forward(self, student, teacher) -> Tensor:
         s, t = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
-        difference = (
-            s[..., old_class_ids(self, "student_ids")] - t[..., old_class_ids(self, "teacher_ids")]
+        difference = select_old_classes(self, s, "student_ids") - select_old_classes(
+            self, t, "teacher_ids"
         )
         valid = valid_locations(teacher)
         (count,) = self.normalizer(valid.sum() * difference.shape[-1])

@@ -228,12 +228,14 @@ class TARLoss(DistillLoss):
     def regression(self, student, teacher) -> Tensor:
         """Return the unweighted regression term of two ``Regions`` with equal boxes."""
         num_classes = student.pred_class_logits.shape[1] - 1
-        rows, teacher_classes = self._foreground(student.gt_classes, num_classes)
+        # All regions, of which few are no foreground: to select them would wait for their number.
+        foreground, classes, teacher_classes = self._foreground(student.gt_classes, num_classes)
         return self._regression(
-            select_class_deltas(student.pred_proposal_deltas[rows], student.gt_classes[rows]),
-            select_class_deltas(teacher.pred_proposal_deltas[rows], teacher_classes),
-            boxes=student.box_tensor[rows],
-            gt=student.gt_boxes[rows],
+            select_class_deltas(student.pred_proposal_deltas, classes),
+            select_class_deltas(teacher.pred_proposal_deltas, teacher_classes),
+            foreground,
+            boxes=student.box_tensor,
+            gt=student.gt_boxes,
             coder=student.box2box_transform,
             teacher_coder=teacher.box2box_transform,
         )
@@ -251,31 +253,36 @@ class TARLoss(DistillLoss):
     def dense_regression(self, student, teacher) -> Tensor:
         """Return the unweighted regression term of two ``DenseOutputs`` with equal anchors."""
         labels = student.gt_labels.flatten()
-        rows, _ = self._foreground(labels, student.detector.num_classes)
+        foreground, _, _ = self._foreground(labels, student.detector.num_classes)
+        rows = torch.nonzero(foreground)[:, 0]  # few of the anchors
         anchors = Boxes.cat(student.anchors).tensor
-        deltas = (
-            torch.cat(x.pred_anchor_deltas, dim=1).flatten(0, 1)[rows] for x in (student, teacher)
-        )
         return self._regression(
-            *deltas,
+            student.select_anchor_deltas(rows),
+            teacher.select_anchor_deltas(rows),
+            torch.ones_like(rows, dtype=torch.bool),
             boxes=anchors[rows % len(anchors)],
             gt=student.matched_gt_boxes.flatten(0, 1)[rows],
             coder=student.detector.box2box_transform,
             teacher_coder=teacher.detector.box2box_transform,
         )
 
-    def _foreground(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Return the foreground rows whose class the teacher has, and the teacher's class indices of these rows."""
+    def _foreground(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a mask of the foreground rows whose class the teacher has, and both sides' classes, elsewhere 0."""
         foreground = is_foreground(labels, num_classes)
         if self.class_map is None:
-            rows = torch.nonzero(foreground)[:, 0]
-            return rows, labels[rows]
+            classes = labels.where(foreground, 0)
+            return foreground, classes, classes
         shared = self.class_map.map_labels(labels)
-        rows = torch.nonzero(foreground & (shared >= 0))[:, 0]
-        return rows, torch.tensor(self.class_map.teacher_ids).to(labels)[shared[rows]]
+        foreground = foreground & (shared >= 0)
+        teacher_ids = torch.tensor(self.class_map.teacher_ids).to(labels, non_blocking=True)
+        return (
+            foreground,
+            labels.where(foreground, 0),
+            teacher_ids[shared.where(foreground, 0)],
+        )
 
-    def _regression(self, student, teacher, *, boxes, gt, coder, teacher_coder) -> Tensor:
-        """Return the regression term of ``(P, 4)`` deltas relative to the same boxes."""
+    def _regression(self, student, teacher, rows, *, boxes, gt, coder, teacher_coder) -> Tensor:
+        """Return the regression term of ``(R, 4)`` deltas relative to the same boxes, in the rows of a mask ``(R,)``."""
         teacher = teacher.to(student.dtype)
         with torch.no_grad():
             # Detectron2's box coders need float32.
@@ -284,14 +291,16 @@ class TARLoss(DistillLoss):
                 teacher = coder.get_deltas(boxes, teacher_boxes)  # deltas in the student's coder
             gt = Boxes(gt)
             iou = matched_pairwise_iou(Boxes(teacher_boxes), gt)
-            gate = torch.ones_like(iou, dtype=torch.bool)
+            gate = rows.clone()
             points = isinstance(coder, Box2BoxTransformLinear)
             if self.reg_gate in ("proposal", "both") and not points:
                 gate &= iou > matched_pairwise_iou(Boxes(boxes), gt)
             if self.reg_gate in ("student", "both") or (self.reg_gate == "proposal" and points):
                 student_boxes = coder.apply_deltas(student.float(), boxes)
                 gate &= iou > matched_pairwise_iou(Boxes(student_boxes), gt)
-        (normalizer,) = self.normalizer(gate.new_full((), len(gate), dtype=torch.float32))
+        (normalizer,) = self.normalizer(rows.sum())
+        # Other rows have any values, and 0 times infinity is no number.
+        student, teacher = (x.where(rows[:, None], 0) for x in (student, teacher))
         return regression_term(
             student, teacher, gate, beta=self.smooth_l1_beta, normalizer=normalizer
         )

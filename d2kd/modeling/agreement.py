@@ -55,9 +55,8 @@ def _same_in_regions(student, teacher, class_map: ClassMap | None) -> Tensor:
 def _same_in_anchors(student, teacher, class_map: ClassMap | None) -> Tensor:
     pair = student.pred_logits, teacher.pred_logits
     if class_map is not None:
-        index = torch.tensor(
-            [class_map.student_ids, class_map.teacher_ids], device=pair[0][0].device
-        )
+        index = torch.tensor([class_map.student_ids, class_map.teacher_ids])
+        index = index.to(pair[0][0].device, non_blocking=True)
         pair = [[x.index_select(2, k) for x in logits] for logits, k in zip(pair, index)]
     logits, teacher_logits = pair
     if [x.shape for x in logits] != [x.shape for x in teacher_logits]:

@@ -129,16 +129,18 @@ class ClassMap:
         Returns:
             Tensor: of equal shape; ``len(pairs)`` is background, -1 is ignored or a class that the teacher lacks.
         """
-        table = torch.full((len(self.student) + 2,), -1, dtype=labels.dtype, device=labels.device)
-        table[self.student_ids] = torch.arange(len(self.pairs)).to(table)
+        table = torch.full((len(self.student) + 2,), -1)
+        table[self.student_ids] = torch.arange(len(self.pairs))
         table[len(self.student)] = len(self.pairs)
-        return table[labels]  # label -1 indexes the last entry, which is -1
+        return table.to(labels, non_blocking=True)[
+            labels
+        ]  # label -1 indexes the last entry, which is -1
 
     def labels_to_student(self, labels: Tensor) -> Tensor:
         """Map the teacher's labels, any shape, in ``{0, …, K_T - 1}``, to the student's; -1 for classes it lacks."""
-        table = torch.full((len(self.teacher),), -1, dtype=labels.dtype, device=labels.device)
-        table[self.teacher_ids] = torch.tensor(self.student_ids).to(table)
-        return table[labels]
+        table = torch.full((len(self.teacher),), -1)
+        table[self.teacher_ids] = torch.tensor(self.student_ids)
+        return table.to(labels, non_blocking=True)[labels]
 
     def shared_logits(
         self, student: Tensor, teacher: Tensor, background: bool = False
@@ -155,7 +157,8 @@ class ClassMap:
             return student, teacher
         both = []
         for logits, classes in ((student, self.student_ids), (teacher, self.teacher_ids)):
-            both.append(logits[..., [*classes, logits.shape[-1] - 1] if background else classes])
+            index = torch.tensor([*classes, logits.shape[-1] - 1] if background else classes)
+            both.append(logits[..., index.to(logits.device, non_blocking=True)])
         return both[0], both[1]
 
     def __str__(self) -> str:

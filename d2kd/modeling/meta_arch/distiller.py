@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 PROPOSALS_FROM = ("student", "both")
 
-ON_DEVICE = {"image", "teacher_image", "instances", "proposals"}
-"""Keys of Detectron2's batches, and the teacher's image, that a detector copies to its device."""
+IMAGES = {"image", "teacher_image"}
+"""Keys of the images in a batch, the second one where the teacher's are larger."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -231,7 +231,7 @@ class Distiller(nn.Module):
         """Return task losses and ``distill/loss_*`` in one dict in training, the student's detections in ``eval()``."""
         if not self.training:
             return self.student(batched_inputs)
-        batched_inputs = self._on_device(batched_inputs)
+        batched_inputs = self._images_on_device(batched_inputs)
         teacher = self.teacher.outputs(batched_inputs)
         storage = get_event_storage()
         progress = storage.iter / self.max_iter
@@ -255,11 +255,13 @@ class Distiller(nn.Module):
                 put_metric("distill/agreement", agreed)
         return {**losses, **distill_losses}
 
-    def _on_device(self, batched_inputs: list[dict]) -> list[dict]:
-        """Copy what both detectors and the losses use to the device once; they would each copy it."""
-        device = self.device
+    def _images_on_device(self, batched_inputs: list[dict]) -> list[dict]:
+        # Once for both detectors; and Detectron2 would wait for each image.
         return [
-            {key: x.to(device) if key in ON_DEVICE else x for key, x in example.items()}
+            {
+                key: x.to(self.device, non_blocking=True) if key in IMAGES else x
+                for key, x in example.items()
+            }
             for example in batched_inputs
         ]
 

@@ -23,14 +23,13 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from ...layers.focal_losses import distribution_focal_loss, quality_focal_loss
 from ...utils.comm import reduce_mean
 from ...utils.errors import InputError
 from ...utils.metrics import put_metric
 from ..atss import atss_matches, is_foreground
-from ..box_regression import Box2BoxTransformStride, integral
+from ..box_regression import Box2BoxTransformStride, generalized_iou_loss, integral
 
 
 @META_ARCH_REGISTRY.register()
@@ -146,6 +145,13 @@ class GFL(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def forward(self, batched_inputs: list[dict]) -> Any:
+        if self.training:
+            for x in batched_inputs:
+                if "instances" in x:  # usually on the CPU, where nothing waits
+                    self._check_classes(x["instances"].gt_classes)
+        return super().forward(batched_inputs)
+
     def forward_training(
         self,
         images: ImageList,
@@ -186,24 +192,14 @@ class GFL(DenseDetector):
             for each image, labels ``(R,)`` in ``{-1, 0, …, K}``, -1 ignored and K background; and matched
             boxes ``(R, 4)``, which are valid for foreground anchors alone.
         """
-        self._check_classes(torch.cat([gt.gt_classes for gt in gt_instances]))
-        divisor = max(self.backbone.size_divisibility, 1)
         all_anchors = Boxes.cat(anchors)
-        sizes = [
-            [math.ceil(side / divisor) * divisor for side in reversed(gt.image_size)]
-            for gt in gt_instances
-        ]
-        centers, sizes = all_anchors.get_centers(), torch.tensor(sizes, device=all_anchors.device)
-        valid = (centers < sizes[:, None]).all(dim=2)
-        # Anchors are counted for all images and levels in one transfer, since each waits for the device.
-        levels = valid.split([len(level) for level in anchors], dim=1)
-        counts = torch.stack([level.sum(dim=1) for level in levels], dim=1).tolist()
-        rows = valid.nonzero()[:, 1].split([sum(image_counts) for image_counts in counts])
         labels, boxes = [], []
-        for gt, inside, row, image_counts in zip(gt_instances, valid, rows, counts, strict=True):
-            matches = torch.full_like(inside, -1, dtype=torch.long)
+        for gt, levels in zip(gt_instances, self._rows_inside(anchors, gt_instances)):
+            row = torch.cat(levels).to(all_anchors.device, non_blocking=True)
+            matches = row.new_full((len(all_anchors),), -1)
+            inside = torch.zeros_like(matches, dtype=torch.bool).index_fill_(0, row, True)
             matches[row] = atss_matches(
-                [Boxes(level) for level in all_anchors.tensor[row].split(image_counts)],
+                [Boxes(x) for x in all_anchors.tensor[row].split([len(level) for level in levels])],
                 gt.gt_boxes,
                 self.topk_anchors,
             )
@@ -213,6 +209,43 @@ class GFL(DenseDetector):
             labels.append(torch.where(inside, label, -1))
             boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
         return labels, boxes
+
+    def _rows_inside(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> list[list[Tensor]]:
+        """Return for each image and level the rows, in all levels together, of the anchors whose center is in the image.
+
+        They are on the CPU. Usually the size of the images says which they are, and nothing waits for the device.
+        """
+        divisor = max(self.backbone.size_divisibility, 1)
+        sizes = [
+            [math.ceil(side / divisor) * divisor for side in gt.image_size] for gt in gt_instances
+        ]
+        strides, starts = self.anchor_generator.strides, [0]
+        for level in anchors:
+            starts.append(starts[-1] + len(level))
+        # Cells of a level along each axis whose center, a multiple of the stride, is in an image, or in the batch.
+        cells = [[[math.ceil(side / s) for side in size] for s in strides] for size in sizes]
+        grids = [[max(sides) for sides in zip(*level)] for level in zip(*cells)]
+        if [height * width for height, width in grids] == [len(level) for level in anchors]:
+            every = [
+                torch.arange(start, start + height * width).view(height, width)
+                for start, (height, width) in zip(starts, grids)
+            ]
+            return [
+                [level[:height, :width].flatten() for level, (height, width) in zip(every, image)]
+                for image in cells
+            ]
+        # A backbone that rounds sizes down, or a larger batch of other images.
+        centers = Boxes.cat(anchors).get_centers().cpu()
+        inside = [(centers < torch.tensor(size[::-1])).all(dim=1) for size in sizes]
+        return [
+            [
+                image[start:end].nonzero()[:, 0] + start
+                for start, end in zip(starts[:-1], starts[1:])
+            ]
+            for image in inside
+        ]
 
     def _check_classes(self, classes: Tensor) -> None:
         """Raise InputError unless the classes of all objects are new."""
@@ -288,7 +321,7 @@ class GFL(DenseDetector):
             return losses
 
         qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum(dim=-1)
-        giou = generalized_box_iou_loss(boxes, gt_box)
+        giou = generalized_iou_loss(boxes, gt_box)
         distances = self.box2box_transform.get_deltas(anchor, gt_box)
         dfl = distribution_focal_loss(edges, distances).mean(dim=-1)
         return {

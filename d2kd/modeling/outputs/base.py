@@ -141,6 +141,11 @@ class DetectorOutputs:
         device = self.detector.device
         return [x["instances"].to(device) for x in self.batched_inputs]
 
+    @property
+    def input_instances(self) -> list[Instances]:
+        """Ground truth of each image as the batch has it, usually on the CPU."""
+        return [x["instances"] for x in self.batched_inputs]
+
     @lazy_property
     def features(self) -> dict[str, Tensor]:
         """Feature maps by level name, ``{"p3": (N, C, H, W), …}``; ``p<n>`` has stride ``2**n``."""

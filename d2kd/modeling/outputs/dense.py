@@ -59,6 +59,16 @@ class DenseOutputs(DetectorOutputs):
             return [integral(x) for x in self.pred_distributions]
         return [permute_to_N_HWA_K(x, 4) for x in self.predictions[1]]
 
+    def select_anchor_deltas(self, rows: Tensor) -> Tensor:
+        """Return ``(P, 4)``, :attr:`pred_anchor_deltas` of some anchors; no others are decoded.
+
+        Args:
+            rows: ``(P,)``, indices in the anchors of all levels, of one image after the other.
+        """
+        if hasattr(self.detector.head, "reg_max"):
+            return integral(torch.cat(self.pred_distributions, dim=1).flatten(0, 1)[rows])
+        return torch.cat(self.pred_anchor_deltas, dim=1).flatten(0, 1)[rows]
+
     @property
     def pred_distributions(self) -> list[Tensor]:
         """For each level, ``(N, Hi * Wi * A, 4, n + 1)``, logits of each edge's distance in strides (GFL)."""
