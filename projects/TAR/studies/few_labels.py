@@ -6,7 +6,11 @@ labels, on all others. The other runs are on the student's images alone.
 
 The weights were chosen on ``shapes_val`` with another seed, of 0.3, 1, 3 and 10 for imitation, and of 0.3, 1, 3 and 6 for
 TAR's features. They are larger than the defaults: so far below its teacher, a student gains from all that it can get.
+
+The optional run ``baseline_twice`` shows that the student alone is flat: it trains for twice as many steps.
 """
+
+import copy
 
 from detectron2.config import LazyCall as L
 
@@ -41,6 +45,9 @@ _teacher.model.backbone.bottom_up.update(width=TEACHER_WIDTH, blocks=TEACHER_BLO
 runs = default_runs(_student, _teacher, ["imitation", "tar"])
 runs["imitation"]["config"]["model"].losses.imitation.weight = 10.0
 runs["tar"]["config"]["model"].losses.tar.update(feature_weight=6.0, regression_weight=1.0)
+_twice = copy.deepcopy(_student)
+_twice.train.max_iter, _twice.train.eval_period = 2 * STUDENT_STEPS, STUDENT_STEPS
+runs["baseline_twice"] = dict(config=_twice, optional=True)
 runs["teacher_labels"] = teacher_labels(_student, _others, MIN_SCORE)
 study = make_study(
     runs,
