@@ -548,6 +548,18 @@ def test_functions_that_return_no_records(refuses, made, line):
     refuses(lambda: check_dataset("of_someone"), f"data set 'of_someone': {line}")
 
 
+@pytest.mark.parametrize("module", [None, "d2kdata"])
+def test_functions_of_any_module_are_understood(module):
+    """A LazyConfig's functions have none."""
+
+    def made():
+        return [{"file_name": "a.png"}]
+
+    made.__module__ = module
+    DatasetCatalog.register("of_someone", made)
+    assert check_dataset("of_someone") == ["of_someone"]
+
+
 def test_what_the_evaluator_reads_is_there(registered, refuses):
     records = own_records(lambda records: records[1].pop("image_id"))
     DatasetCatalog.register("without_ids", lambda: records)

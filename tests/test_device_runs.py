@@ -7,6 +7,7 @@ import pytest
 from d2kd.comparison.comparison import Options, compare
 from d2kd.comparison.detectors import load_data
 from d2kd.data import coco_dataset
+from d2kd.engine import launch
 from d2kd.testing import DETECTORS
 from d2kd.utils.compat import read_checkpoint
 from d2kd.utils.io import read_metrics
@@ -26,6 +27,11 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     draw_data(folder, OBJECTS)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    monkeypatch.setattr(launch, "DEVICE_TYPES", (*launch.DEVICE_TYPES, DEVICE.type))
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def _check_registered_coco(name: str) -> None:
 def _check_own_function(name: str) -> None:
     """Check that a function that someone else registered returns dataset dicts; a loader checks their content."""
     load = DatasetCatalog[name]
-    if getattr(load, "func", load).__module__.startswith(
+    if str(getattr(getattr(load, "func", load), "__module__", "")).startswith(
         ("d2kd.", "detectron2.data.datasets.pascal")
     ):
         return

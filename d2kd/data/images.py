@@ -92,7 +92,7 @@ def reads_by_these_rules(mapper) -> bool:
     if not isinstance(mapper, DatasetMapper):
         return False
     kind = type(mapper)
-    return kind.__call__ is DatasetMapper.__call__ or kind.__module__.startswith("d2kd.")
+    return kind.__call__ is DatasetMapper.__call__ or str(kind.__module__).startswith("d2kd.")
 
 
 def check_image_format(mapper) -> None:

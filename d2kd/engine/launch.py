@@ -23,6 +23,8 @@ from .interruption import EXIT_CODES, signals_to_children
 
 EXIT_INPUT_ERROR = 2  # exit code after an InputError
 
+DEVICE_TYPES = ("cpu", "cuda")  # that were thought of; others fail somewhere
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device of ``train.device``; "auto" is this process's CUDA device if CUDA is available.
@@ -36,7 +38,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in DEVICE_TYPES:
         raise InputError("train.device", name, "auto, cpu or cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
