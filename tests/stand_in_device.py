@@ -190,19 +190,19 @@ _NMS = "torchvision.nms"
 def _run(func, args: tuple, kwargs: dict, waits: list[Wait]):
     """Run an operation on the values, refuse mixed devices, and record what Python would wait for."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    ours = [x for x in tensors if isinstance(x, _StandInTensor)]
+    wrapped = [x for x in tensors if isinstance(x, _StandInTensor)]
     target = kwargs.get("device")
-    if not ours and not _is_stand_in(target):
+    if not wrapped and not _is_stand_in(target):
         return func(*args, **kwargs)
-    to_device = bool(ours) if target is None else _is_stand_in(target)
-    if func not in _COPIES and ours:
+    to_device = bool(wrapped) if target is None else _is_stand_in(target)
+    if func not in _COPIES and wrapped:
         _refuse_mixed(func, args, tensors)
-    kind = _wait_kind(func, args, kwargs, bool(ours), to_device)
+    kind = _wait_kind(func, args, kwargs, bool(wrapped), to_device)
     if kind is not None:
         waits.append(_wait(kind, func, args))
 
     same = {id(x): x for x in tensors}  # an operation in place returns its input
-    same |= {id(x.on_cpu): x for x in ours}
+    same |= {id(x.on_cpu): x for x in wrapped}
     if target is not None:
         kwargs = {**kwargs, "device": "cpu"}
         if func is _AT._to_copy.default and _needs_copy(args[0], to_device):

@@ -70,7 +70,7 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     if image_format in ("BGR", "RGB"):
         with PathManager.open(file_name, "rb") as file:
             content = np.frombuffer(file.read(), np.uint8)
-        # Of JPEG files both libraries read orientation and bit depth alike; of TIFF files not even all colours.
+        # Both libraries read the same orientation and bit depth from JPEG files; from TIFF files not even all colours.
         start = content[:3].tobytes()
         tiff = start[:2] in (b"II", b"MM")
         if start == b"\xff\xd8\xff" or (check_image(file_name) == 1 and not tiff):

@@ -103,13 +103,15 @@ def _check_copies(train: Sequence[str], test: Sequence[str]) -> Iterator[Finding
     for file in dict.fromkeys([*train, *test]):
         with contextlib.suppress(OSError):  # not a local file
             by_size[os.path.getsize(file)].append(file)
-    alike = [file for size, files in by_size.items() if size and len(files) > 1 for file in files]
+    candidates = [
+        file for size, files in by_size.items() if size and len(files) > 1 for file in files
+    ]
     first: dict[str, str] = {}
     copies: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     limit = ""
-    for number, file in enumerate(alike):
+    for number, file in enumerate(candidates):
         if time.monotonic() - start > COPY_SECONDS:
-            limit = f", as far as {COPY_SECONDS} s allow: {number} of {len(alike)} files of equal size were read"
+            limit = f", as far as {COPY_SECONDS} s allow: {number} of {len(candidates)} files of equal size were read"
             break
         with open(file, "rb") as opened:
             original = first.setdefault(file_digest(opened.read()), file)

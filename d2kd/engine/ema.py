@@ -14,7 +14,7 @@ class EMA:
     """The exponential moving average of a detector's weights, and a detector that has them.
 
     After step n, average = decay · average + (1 − decay) · weights, with the decay min(decay, n / (n + 9)), so that an
-    average of a short run forgets the initial weights, too. Running statistics are averaged alike; integers are copied.
+    average of a short run forgets the initial weights, too. Running statistics are averaged, too; integers are copied.
 
     Args:
         detector: the student. Its weights before the first step do not matter.

@@ -14,11 +14,10 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what schedulers such as Slurm, and torchrun, send to a job before they kill it."""
 
-REPEATED_WITHIN = 2.0  # seconds: a terminal and torchrun both pass on the same Ctrl-C
-
-
 EXIT_CODES = tuple(128 + number for number in SIGNALS)
 """Exit codes of a process that a signal has stopped, as shells have them: 130 and 143."""
+
+REPEATED_WITHIN = 2.0  # seconds: a terminal and torchrun both pass on the same Ctrl-C
 
 
 class StopSignals:

@@ -151,7 +151,6 @@ class TrainStep(SimpleTrainer):
             ):
                 losses = self.model(batch)
         except FloatingPointError:  # raised by Detectron2 for proposals that are not finite
-            self.read_metrics()
             iteration = get_event_storage().iter
             raise NonFiniteError("the student's predictions", math.nan, iteration) from None
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses

@@ -178,12 +178,13 @@ class Trainer(DefaultTrainer):
         self._seed()
         loader = self.build_train_loader(cfg)
         self._check_accumulate()
-        self._check_classes(model)
-        check_masks(loader)
         try:
             num_classes = num_classes_of(get_student(model))
         except AttributeError:  # a detector of another family
             num_classes = None
+        else:
+            self._check_classes(model, num_classes)
+        check_masks(loader)
         check_sample(loader, "dataloader.train", num_classes)
         self._trainer = TrainStep(
             wrap_ddp(model, self.device, train.ddp),
@@ -237,13 +238,9 @@ class Trainer(DefaultTrainer):
         model.student = sync_batchnorm(model.student, self.device)
         return model
 
-    def _check_classes(self, model: nn.Module) -> None:
+    def _check_classes(self, model: nn.Module, num_classes: int) -> None:
         """Check that the data have the student's classes; after loading, because some data have no names before."""
         student = get_student(model)
-        try:
-            num_classes = num_classes_of(student)
-        except AttributeError:  # a detector of another family
-            return
         check_annotated_classes(self._data, num_classes, getattr(student, "num_old_classes", 0))
         if self._is_measured:
             for name in self._test_data:  # may have classes of later increments

@@ -132,9 +132,8 @@ class ClassMap:
         table = torch.full((len(self.student) + 2,), -1)
         table[self.student_ids] = torch.arange(len(self.pairs))
         table[len(self.student)] = len(self.pairs)
-        return table.to(labels, non_blocking=True)[
-            labels
-        ]  # label -1 indexes the last entry, which is -1
+        # Label -1 indexes the last entry, which is -1.
+        return table.to(labels, non_blocking=True)[labels]
 
     def labels_to_student(self, labels: Tensor) -> Tensor:
         """Map the teacher's labels, any shape, in ``{0, …, K_T - 1}``, to the student's; -1 for classes it lacks."""

@@ -253,13 +253,10 @@ class ParallelRunner(SequentialRunner):
 
     def train(self, run: Run, config: DictConfig, progress: ProgressCallback) -> Iterator[None]:
         """Like :meth:`SequentialRunner.train`, in a subprocess."""
+        threads = self._threads_per_run
         gpu = min(self._gpus, key=self._taken.count, default=None)
         self._taken.append(gpu)
         try:
-            return (
-                yield from train_in_subprocess(
-                    config, run.test, progress, self._threads_per_run, gpu
-                )
-            )
+            return (yield from train_in_subprocess(config, run.test, progress, threads, gpu))
         finally:
             self._taken.remove(gpu)

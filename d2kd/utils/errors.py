@@ -62,7 +62,7 @@ def quoted(names: Iterable[object], most: int = 20) -> str:
 def report_input_errors(debug: bool = False, interrupted: str | None = None) -> Iterator[None]:
     """Report an :class:`InputError` that is raised inside in one line, and exit with code 2.
 
-    A :class:`TrainingInterrupted` is reported alike, with its own exit code.
+    A :class:`TrainingInterrupted` is reported in one line, too, with its own exit code.
 
     Args:
         debug: whether to raise the error with its traceback instead.
