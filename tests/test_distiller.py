@@ -174,6 +174,66 @@ def test_taps_reach_any_module_of_the_student():
         make(losses=DistillLosses(one=Tapped(classes), other=Tapped("head.nothing")))
 
 
+class TeacherTapped(DistillLoss):
+    """Reads modules of the teacher; ``ran`` lists which of its parts were computed then."""
+
+    def __init__(self, *taps):
+        super().__init__()
+        self.teacher_taps = taps
+
+    def forward(self, student, teacher):
+        self.read = {name: teacher.taps[name] for name in self.teacher_taps}
+        self.computed = {"features", "predictions", "regions"} & set(vars(teacher))
+        return sum(x.square().mean() for x in student.features.values())
+
+
+def test_taps_of_the_teacher_are_what_its_modules_computed():
+    towers = "head.cls_subnet.0", "head.bbox_subnet.0"
+    head, stem = TeacherTapped(*towers), TeacherTapped("backbone.bottom_up.stem")
+    model = make(losses=DistillLosses(head=head, stem=stem)).train()
+    forward_losses(model, batch())
+    teacher = model.teacher.detector
+    features = model.teacher.outputs(batch()).features
+    for name in towers:
+        expected = [teacher.get_submodule(name)(features[f]) for f in teacher.head_in_features]
+        assert len(head.read[name]) == 5
+        for ours, theirs in zip(head.read[name], expected):
+            assert torch.equal(ours, theirs) and not ours.requires_grad
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_a_tap_of_the_teacher_computes_only_the_part_with_its_module():
+    stem = TeacherTapped("backbone.bottom_up.stem")
+    unread = TeacherTapped("head.cls_subnet.0")
+    unread.weight = 0
+    forward_losses(make(losses=DistillLosses(stem=stem, unread=unread)).train(), batch())
+    assert stem.computed == {"features"} and len(stem.read["backbone.bottom_up.stem"]) == 1
+    pair = [build(DETECTORS["cascade_rcnn"]()) for _ in range(2)]
+    stages = TeacherTapped("roi_heads.box_head.0", "roi_heads.box_head.2")
+    forward_losses(make(*pair, DistillLosses(stages=stages)).train(), batch())
+    assert stages.computed == {"features", "regions"}
+    assert all(len(calls) == 1 for calls in stages.read.values())
+
+
+@pytest.mark.parametrize(
+    "tap, options, line",
+    [
+        ("head.nothing", {}, "teacher_taps: no module 'head.nothing' in the teacher"),
+        ("", {}, "teacher_taps: ''; expected a module in one of backbone, head"),
+        ("head.cls_score", {"compile": True}, "teacher.compile: true; expected false"),
+    ],
+)
+def test_taps_that_the_teacher_lacks_are_refused_before_training(tap, options, line):
+    teacher = Teacher(build(tiny_retinanet()), None, **options)
+    with pytest.raises(InputError, match=line):
+        Distiller(
+            student=build(tiny_retinanet()),
+            teacher=teacher,
+            losses=DistillLosses(one=TeacherTapped(tap)),
+            max_iter=1,
+        )
+
+
 @pytest.mark.parametrize(
     "teacher, line",
     [
@@ -227,6 +287,7 @@ class Reads(DistillLoss):
     [
         ("retinanet", lambda s, t: s.regions, "a RetinaNet has no 'regions'"),
         ("retinanet", lambda s, t: s.taps["head"], "no 'head' among none"),
+        ("retinanet", lambda s, t: t.taps["head"], "no 'head' among none"),
         ("retinanet", lambda s, t: s.features["p9"], "no 'p9' among p3, .*p4"),
         ("retinanet", lambda s, t: t.features["p9"], "no 'p9' among p3, .*p4"),
         ("faster_rcnn", lambda s, t: s.features["p9"], "no 'p9' among p2, .*p4"),

@@ -608,7 +608,7 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone(monkeypatch):
     model = distiller(icd(), tiny_retinanet)
     loss = model.losses.by_name["loss"]
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    make_queries(gt_of(batch()), PRIORS, generator=loss._generator())
+    make_queries(gt_of(batch()), PRIORS, generator=loss.generator())
     assert torch.equal(before, torch.get_rng_state())
     assert (numpys == np.random.get_state()[1]).all()
 
@@ -618,11 +618,11 @@ def test_seed_and_count_of_draws_are_saved_as_numbers_and_restored():
     model, other = (distiller(icd(seed=-1), tiny_retinanet) for _ in range(2))
     loss, restored = (x.losses.by_name["loss"] for x in (model, other))
     assert loss.seed != restored.seed
-    drawn = [loss._generator().initial_seed() for _ in range(3)]
+    drawn = [loss.generator().initial_seed() for _ in range(3)]
     state = model.losses.state_dict()
     assert state["by_name.loss._extra_state"].tolist() == [3, loss.seed]
     assert not other.losses.load_state_dict(state).missing_keys and restored.num_forwards == 3
-    assert restored._generator().initial_seed() == loss._generator().initial_seed() not in drawn
+    assert restored.generator().initial_seed() == loss.generator().initial_seed() not in drawn
     del state["by_name.loss._extra_state"]
     with pytest.raises(RuntimeError, match='Missing key.*"by_name.loss._extra_state"'):
         other.losses.load_state_dict(state)

@@ -92,6 +92,18 @@ def test_levels_match_by_name_else_by_stride():
     assert matched(shapes(4), other, ["p5"]) == {"p5": "res5"}
 
 
+def test_pairs_may_have_any_strides():
+    pairs = {"p3": "p2", "p5": "p3"}
+    assert matched(shapes(4), shapes(8, (2, 3)), pairs) == pairs
+    for wanted, line in (
+        ({"p9": "p2"}, "the student's backbone has no 'p9'; expected of p3, p4, p5"),
+        ({"p3": "p9"}, "the teacher's backbone has no 'p9'; expected of p2, p3"),
+        ({}, "share none"),
+    ):
+        with pytest.raises(InputError, match=line):
+            matched(shapes(4), shapes(8, (2, 3)) if wanted else shapes(8, (7,)), wanted)
+
+
 def test_names_that_mean_other_strides():
     """They hinder neither the levels whose names agree nor a match by stride."""
     ours = shapes(4, (3, 4))

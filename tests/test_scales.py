@@ -16,7 +16,13 @@ from omegaconf import OmegaConf
 from d2kd.config import distill, load, with_downscaled_student
 from d2kd.data import DownscaledStudentMapper
 from d2kd.data.scales import downscale
-from d2kd.layers.adapter import covered_cells, match_levels, resize_map, teacher_maps
+from d2kd.layers.adapter import (
+    LevelStrides,
+    covered_cells,
+    match_levels,
+    resize_map,
+    teacher_maps,
+)
 from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, TARLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import edge_case_batches, forward_losses
@@ -190,6 +196,24 @@ def linear(size, stride, image_size):
 SIZES = [(96, 144), (101, 77), (64, 140), (65, 33)]
 
 
+@pytest.mark.parametrize("stride", [2, 8])
+def test_levels_of_other_strides_show_the_same_places(stride):
+    """Pairs of levels that a recipe names: the teacher's map is resized to the student's cells."""
+    images = [linear(size, 1, size)[:2] for size in SIZES]
+    student, teacher = outputs_of(images, 4, 32), outputs_of(images, stride, 64)
+    pair = LevelStrides({"p2": "p2"}, {"p2": 4}, {"p2": stride})
+    (theirs,), (valid,) = (
+        teacher_maps(student, teacher, pair),
+        covered_cells(student, teacher, pair),
+    )
+    ours = student.features["p2"]
+    assert theirs.shape == ours.shape
+    for a, b, cells, (height, width) in zip(ours, theirs, valid, SIZES):
+        assert cells.sum() == math.ceil(height / 4) * math.ceil(width / 4)
+        inside = slice(2, height // 4 - 2), slice(2, width // 4 - 2)
+        torch.testing.assert_close(b[:, *inside], a[:, *inside], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("scale, stride", [(1.5, 4), (1.5, 8), (1.3, 4), (2.7, 8), (1, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cells_correspond_by_the_image(scale, stride, dtype):
@@ -235,16 +259,14 @@ def outputs_of(images, stride, divisor, others=None):
     """Outputs of a detector whose features are the means of its pixels, at p2."""
     sizes = [tuple(image.shape[-2:]) for image in images]
     padded = ImageList.from_tensors(images, divisor)
-    backbone = Backbone({"p2": SimpleNamespace(stride=stride, channels=2)})
     return SimpleNamespace(
         images=ImageList(padded.tensor, sizes),
         features={"p2": F.avg_pool2d(padded.tensor, stride)},
         student_image_sizes=others,
-        detector=SimpleNamespace(backbone=backbone),
     )
 
 
-@pytest.mark.parametrize("scale, stride", [(1.5, 4), (1.5, 8), (2.6, 8)])
+@pytest.mark.parametrize("scale, stride", [(1.5, 4), (1.5, 8), (2.6, 8), (2, 4)])
 def test_both_detectors_see_the_same_places(scale, stride):
     """From the mapper's images to the maps that are compared: each cell's mean coordinates are the same on both sides."""
     images = [linear(size, 1, size)[:2] for size in SIZES]
@@ -252,7 +274,7 @@ def test_both_detectors_see_the_same_places(scale, stride):
     small = [sample["image"] for sample in samples]
     sizes = [tuple(image.shape[-2:]) for image in small]
     student, teacher = outputs_of(small, 4, 32), outputs_of(images, stride, 64, sizes)
-    given = student, teacher, {"p2": "p2"}, {"p2": 4}, scale
+    given = student, teacher, LevelStrides({"p2": "p2"}, {"p2": 4}, {"p2": stride}, scale)
     (theirs,), (valid,) = teacher_maps(*given), covered_cells(*given)
     ours = student.features["p2"]
     assert theirs.shape == ours.shape

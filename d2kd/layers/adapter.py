@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,25 @@ from .masks import valid_cells
 
 logger = logging.getLogger(__name__)
 
+LevelChoice = Sequence[str] | Mapping[str, str] | None
+"""The argument ``levels`` of losses: names of the student's levels, pairs of levels, or None for all that match."""
+
 ADAPTER_KINDS = ("auto", "1x1", "3x3", "none")
+
+
+def level_choice(levels: LevelChoice) -> LevelChoice:
+    """Return a copy in plain Python types, since a recipe's lists and dicts belong to OmegaConf."""
+    if levels is None:
+        return None
+    if isinstance(levels, Mapping):
+        return {str(name): str(match) for name, match in levels.items()}
+    return list(levels)
 
 
 def match_levels(
     student: nn.Module,
     teacher: nn.Module,
-    wanted: Sequence[str] | None = None,
+    wanted: LevelChoice = None,
     scale: float = 1,
 ) -> dict[str, str]:
     """Return the matching levels, ``{student level: teacher level}``, in order of stride.
@@ -32,7 +45,8 @@ def match_levels(
 
     Args:
         student, teacher: Detectron2 backbones.
-        wanted: level names of the student, which all must match.
+        wanted: level names of the student, which all must match; or ``{student level: teacher level}``, pairs of any
+            strides, of which :func:`teacher_maps` resizes those with other grids.
         scale: size of the teacher's images relative to the student's. Unless it is 1, levels match only by stride in
             the student's pixels, because equal names mean different strides. If it is no power of two, no strides are
             equal: each level matches the one of the nearest stride, see :func:`_nearest_strides`, and
@@ -42,6 +56,8 @@ def match_levels(
         InputError: if a wanted level is missing on one side or has different strides, or if no level matches.
     """
     s, t = student.output_shape(), teacher.output_shape()
+    if isinstance(wanted, Mapping) and wanted:
+        return _checked_pairs(s, t, wanted)
     s_top, t_top = _top_levels(student), _top_levels(teacher)
 
     def comparable(level: str, match: str) -> bool:
@@ -72,8 +88,7 @@ def match_levels(
                 f"the teacher's backbone has no level {near}of stride {s[name].stride * scale:g}"
             )
             raise InputError("levels", f"{found}, for {name!r}", f"one, of {_listed(t)}")
-        side, has = ("student", s) if name not in s else ("teacher", t)
-        raise InputError("levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}")
+        raise _no_level(*(("student", s) if name not in s else ("teacher", t)), name)
     if not matches or (wanted is not None and not wanted):
         raise InputError(
             "levels",
@@ -81,6 +96,20 @@ def match_levels(
             "at least one level in common, by name or by stride",
         )
     return {name: matches[name] for name in (matches if wanted is None else wanted)}
+
+
+def _checked_pairs(
+    student: Mapping[str, ShapeSpec], teacher: Mapping[str, ShapeSpec], pairs: Mapping[str, str]
+) -> dict[str, str]:
+    for level, match in pairs.items():
+        for side, has, name in (("student", student, level), ("teacher", teacher, match)):
+            if name not in has:
+                raise _no_level(side, has, name)
+    return dict(pairs)
+
+
+def _no_level(side: str, has: Mapping[str, ShapeSpec], name: str) -> InputError:
+    return InputError("levels", f"the {side}'s backbone has no {name!r}", f"of {', '.join(has)}")
 
 
 def is_power_of_two(scale: float) -> bool:
@@ -119,51 +148,83 @@ def _nearest_strides(
     return matches
 
 
-def teacher_maps(
-    student, teacher, levels: Mapping[str, str], strides: Mapping[str, int], scale: float = 1
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class LevelStrides:
+    """The strides of matching levels.
+
+    Attributes:
+        levels: ``{student level: teacher level}``, see :func:`match_levels`.
+        student, teacher: stride of each level in pixels of the detector's images, by the student's level.
+        scale: size of the teacher's images relative to the student's.
+    """
+
+    levels: dict[str, str]
+    student: dict[str, int]
+    teacher: dict[str, int]
+    scale: float = 1
+
+    @classmethod
+    def of(
+        cls, student: nn.Module, teacher: nn.Module, levels: Mapping[str, str], scale: float = 1
+    ) -> LevelStrides:
+        """Return the strides of the levels of two Detectron2 backbones."""
+        s, t = student.output_shape(), teacher.output_shape()
+        return cls(
+            dict(levels),
+            {level: s[level].stride for level in levels},
+            {level: t[match].stride for level, match in levels.items()},
+            scale,
+        )
+
+    def is_resized(self, level: str) -> bool:
+        """Return whether the cells of both maps differ, so that the teacher's map is resized."""
+        return self.teacher[level] != self.student[level] * self.scale
+
+
+def teacher_maps(student, teacher, strides: LevelStrides) -> list[Tensor]:
     """Return the teacher's map of each level, ``(N, C, H, W)``, whose cells are those of the student's level.
 
-    If the scale is a power of two, these are the feature maps themselves. Otherwise they are resized, see
+    Where strides are equal in the student's pixels, it is the feature map itself. Otherwise it is resized, see
     :func:`resize_map`. Sizes may differ by cells in the padding.
 
     Args:
         student, teacher: the outputs of both detectors.
-        levels: ``{student level: teacher level}``, see :func:`match_levels`.
-        strides: strides of the student's levels.
-        scale: size of the teacher's images relative to the student's.
+        strides: of the levels.
     """
-    if is_power_of_two(scale):
-        return [teacher.features[match] for match in levels.values()]
-    shapes = teacher.detector.backbone.output_shape()
-    return [
-        resize_map(
-            teacher.features[match],
-            shapes[match].stride,
-            teacher.images.image_sizes,
-            tuple(student.features[level].shape[-2:]),
-            strides[level],
-            teacher.student_image_sizes,
-        )
-        for level, match in levels.items()
-    ]
+    maps = []
+    for level, match in strides.levels.items():
+        features = teacher.features[match]
+        if strides.is_resized(level):
+            features = resize_map(
+                features,
+                strides.teacher[level],
+                teacher.images.image_sizes,
+                tuple(student.features[level].shape[-2:]),
+                strides.student[level],
+                teacher.student_image_sizes or teacher.images.image_sizes,
+            )
+        maps.append(features)
+    return maps
 
 
-def covered_cells(
-    student, teacher, levels: Mapping[str, str], strides: Mapping[str, int], scale: float = 1
-) -> list[Tensor]:
+def covered_cells(student, teacher, strides: LevelStrides) -> list[Tensor]:
     """Return which cells of :func:`teacher_maps` the images cover, ``(N, H, W)`` bool for each level."""
     images = teacher.images
     device = images.tensor.device
-    if is_power_of_two(scale):
-        sizes = [teacher.features[match].shape[-2:] for match in levels.values()]
-        return valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, device)
-    valid = []
-    for level in levels:
-        size, stride = student.features[level].shape[-2:], strides[level]
-        padded = size[0] * stride, size[1] * stride
-        valid += valid_cells(teacher.student_image_sizes, padded, [size], device)
-    return valid
+    sizes, valid = {}, {}
+    for level, match in strides.levels.items():
+        if strides.is_resized(level):
+            size = tuple(student.features[level].shape[-2:])
+            padded = [cells * strides.student[level] for cells in size]
+            image_sizes = teacher.student_image_sizes or images.image_sizes
+            (valid[level],) = valid_cells(image_sizes, padded, [size], device)
+        else:
+            sizes[level] = tuple(teacher.features[match].shape[-2:])
+    if sizes:
+        padded = images.tensor.shape[-2:]
+        own = valid_cells(images.image_sizes, padded, list(sizes.values()), device)
+        valid |= dict(zip(sizes, own, strict=True))
+    return [valid[level] for level in strides.levels]
 
 
 def resize_map(

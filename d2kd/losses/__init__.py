@@ -1,7 +1,8 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
-from .base import DistillLoss, DistillLosses, EpochDecay
+from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
 from .erd import ERDLoss
+from .features import FeatureLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .lwf import LwFLoss
@@ -12,8 +13,10 @@ __all__ = [
     "DistillLosses",
     "ERDLoss",
     "EpochDecay",
+    "FeatureLoss",
     "ICDLoss",
     "ImitationLoss",
     "LwFLoss",
+    "SeededLoss",
     "TARLoss",
 ]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import secrets
 from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
@@ -62,7 +66,10 @@ class DistillLoss(nn.Module):
     """
 
     taps: tuple[str, ...] = ()
-    """Names of additional student modules to record; their outputs are ``student.taps[name]``."""
+    """Names of additional student modules to record; the outputs of a module's calls are ``student.taps[name]``."""
+
+    teacher_taps: tuple[str, ...] = ()
+    """Names of teacher modules to record; ``teacher.taps[name]`` computes the part of the teacher that has the module."""
 
     milestones: tuple[float, ...] = ()
     """Fractions of the run at which the amount of computation changes, other than by a weight of 0."""
@@ -102,6 +109,37 @@ class DistillLoss(nn.Module):
         return stacked.clamp(min=min_total)
 
 
+class SeededLoss(DistillLoss):
+    """Base class of losses with random numbers of their own, which leave the global generators alone.
+
+    A run with such a loss thus draws the same images, augmentations and regions as one without. The state dict has one
+    number for all processes, so a resumed run continues the sequence of each process.
+
+    Args:
+        seed: seed of the generator. Negative: a random seed, as with ``train.seed``.
+        options: arguments of :class:`DistillLoss`.
+    """
+
+    def __init__(self, *, seed: int = 0, **options: Any):
+        super().__init__(**options)
+        self.seed = seed if seed >= 0 else secrets.randbits(31)
+        self.num_forwards = 0  # with this seed
+
+    def generator(self) -> torch.Generator:
+        """Return the generator of this step, on the CPU. It depends on the seed, the process and the number of calls."""
+        key = (self.seed, comm.get_rank(), self.num_forwards)
+        self.num_forwards += 1
+        (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(word) >> 1)
+
+    # Not buffers, whose reading would synchronize with the GPU in each step.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.num_forwards, self.seed])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.num_forwards, self.seed = (int(number) for number in state)
+
+
 class DistillLosses(nn.Module):
     """A container of named distillation losses.
 
@@ -129,6 +167,11 @@ class DistillLosses(nn.Module):
     @property
     def taps(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(tap for loss in self.by_name.values() for tap in loss.taps))
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        taps = (tap for loss in self.by_name.values() for tap in loss.teacher_taps)
+        return tuple(dict.fromkeys(taps))
 
     def setup(
         self,

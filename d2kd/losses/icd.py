@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
-from ..layers.adapter import covered_cells, match_levels, teacher_maps
+from ..layers.adapter import (
+    LevelChoice,
+    LevelStrides,
+    covered_cells,
+    level_choice,
+    match_levels,
+    teacher_maps,
+)
 from ..layers.attention import (
     CellPositions,
     DecoderOutput,
@@ -37,7 +41,7 @@ from ..structures.class_map import num_classes_of
 from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
 from ..utils.metrics import put_metric
-from .base import DistillLoss, Weight, get_weight
+from .base import SeededLoss, Weight, get_weight
 from .functional import in_float32, resolve_normalizer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +50,7 @@ WEIGHTS = ("attention", "uniform", "box")
 NORMALIZERS = ("image", "instance")
 
 
-class ICDLoss(DistillLoss):
+class ICDLoss(SeededLoss):
     """Distill projected features (values), weighted by the attention of a decoder that detects the objects.
 
     Each ground-truth object, and about five sampled negatives per object, is a query: its class, a point in it and its
@@ -68,7 +72,8 @@ class ICDLoss(DistillLoss):
     ``teacher.features``, ``images``.
 
     Args:
-        levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
+        levels: level names of the student, or ``{student level: teacher level}``. None: all matching levels, see
+            :func:`d2kd.layers.adapter.match_levels`.
         priors: distribution of the negatives: an :class:`InstancePriors`, its JSON file, or None for the same
             frequency and sizes of all classes; see :func:`d2kd.data.priors.estimate_priors`.
         distillation_weight: lambda. None: 3 for two-stage students, 8 for others.
@@ -92,8 +97,7 @@ class ICDLoss(DistillLoss):
         normalizer: "image", as in the authors' code: images with objects have equal weight, others are 0; or
             "instance", as in the paper: all objects of the batch have equal weight.
         max_attention_mib: memory for the objects' attention, see :func:`d2kd.layers.attention.summed_attention`.
-        seed: seed of the loss's own random generator. Its position is part of ``state_dict()``. Negative: a random
-            seed, as with ``train.seed``.
+        seed: see :class:`~d2kd.losses.SeededLoss`.
         weight: weight of all terms.
         across_processes: see :class:`~d2kd.losses.DistillLoss`.
 
@@ -112,7 +116,7 @@ class ICDLoss(DistillLoss):
     def __init__(
         self,
         *,
-        levels: Sequence[str] | None = None,
+        levels: LevelChoice = None,
         priors: InstancePriors | str | None = None,
         distillation_weight: Weight | None = None,
         identification_weight: Weight = 1.0,
@@ -133,7 +137,7 @@ class ICDLoss(DistillLoss):
         weight: Weight = 1.0,
         across_processes: bool = True,
     ):
-        super().__init__(weight=weight, across_processes=across_processes)
+        super().__init__(seed=seed, weight=weight, across_processes=across_processes)
         for culprit, given, known in (
             ("weights", weights, WEIGHTS),
             ("normalizer", normalizer, NORMALIZERS),
@@ -155,7 +159,7 @@ class ICDLoss(DistillLoss):
         ):
             if not fits:
                 raise InputError(culprit, given, expected)
-        self.level_names = None if levels is None else list(levels)
+        self.level_names = level_choice(levels)
         self.priors = InstancePriors.load(priors) if isinstance(priors, str) else priors
         self.distillation_weight = distillation_weight
         self.identification_weight = identification_weight
@@ -171,14 +175,14 @@ class ICDLoss(DistillLoss):
         self.milestones = aux_warmup, self.distill_start
         self.weights, self.normalize_by = weights, normalizer
         self.max_attention_mib = max_attention_mib
-        self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.num_forwards = 0  # with this seed
         self._before_distill = False
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
-        shapes = student.backbone.output_shape()
-        self.strides = {level: shapes[level].stride for level in self.levels}
+        self.level_strides = LevelStrides.of(
+            student.backbone, teacher.backbone, self.levels, self.scale
+        )
+        self.strides = self.level_strides.student
         two_stage = hasattr(student, "roi_heads")
         if self.distillation_weight is None:
             self.distillation_weight = 3.0 if two_stage else 8.0
@@ -236,9 +240,9 @@ class ICDLoss(DistillLoss):
             negatives_per_instance=self.negatives_per_instance,
             max_queries=self.max_queries,
             jitter=self.jitter,
-            generator=self._generator(),
+            generator=self.generator(),
         )
-        both = student, teacher, self.levels, self.strides, self.scale
+        both = student, teacher, self.level_strides
         s_maps, t_maps, valid = [], [], []
         for level, t, mask in zip(
             self.levels, teacher_maps(*both), covered_cells(*both), strict=True
@@ -354,23 +358,6 @@ class ICDLoss(DistillLoss):
             for name, (weight, term) in terms.items()
         }
         return {name: weight * term for name, (weight, term) in weighted.items() if weight}
-
-    # Not buffers, whose reading would synchronize with the GPU in each step.
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.num_forwards, self.seed])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.num_forwards, self.seed = (int(number) for number in state)
-
-    def _generator(self) -> torch.Generator:
-        """Return the generator of this step, seeded by the seed, the process rank and the number of steps.
-
-        One number in the checkpoint, equal in all processes, thus restores the generator of each process.
-        """
-        key = (self.seed, comm.get_rank(), self.num_forwards)
-        self.num_forwards += 1
-        (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(word) >> 1)
 
     def _log_metrics(self, layers: list[DecoderLayerLosses], queries: InstanceQueries) -> None:
         """Log scalars that show whether the decoder uses the teacher's features; warn once if it does not."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from ..layers.adapter import FeatureAdapter, covered_cells, match_levels, teacher_maps
-from ..layers.feature_rms import FeatureRMS
+from ..layers.adapter import LevelChoice
 from ..layers.masks import MASK_KINDS, boxes_to_mask, pad_boxes
 from ..utils.errors import InputError
-from .base import DistillLoss, Weight
+from .base import Weight
+from .features import FeatureLoss
 from .functional import masked_squared_error
 
 
-class ImitationLoss(DistillLoss):
+class ImitationLoss(FeatureLoss):
     """Masked squared distance between feature maps (FitNets, arXiv 1412.6550, on a pyramid).
 
         loss = 1/L sum_l 1/(2 N_l) sum_bij M^l_bij sum_c ((A_l(S^l) - T^l) / r_l)^2,   N_l = max(1, sum M^l)
@@ -27,7 +25,8 @@ class ImitationLoss(DistillLoss):
     ``teacher.images`` with ``mask="none"`` or to measure r_l.
 
     Args:
-        levels: level names of the student. None: all matching levels, see :func:`d2kd.layers.adapter.match_levels`.
+        levels: level names of the student, or ``{student level: teacher level}``. None: all matching levels, see
+            :func:`d2kd.layers.adapter.match_levels`.
         mask: "gaussian" or "box", see :func:`d2kd.layers.masks.boxes_to_mask`; or "none", all cells covered by the images.
         adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
         normalize: whether differences are divided by r_l. False: r_l = 1, as published.
@@ -44,58 +43,43 @@ class ImitationLoss(DistillLoss):
     def __init__(
         self,
         *,
-        levels: Sequence[str] | None = None,
+        levels: LevelChoice = None,
         mask: str = "box",
         adapter: str = "auto",
         normalize: bool = True,
         weight: Weight = 0.3,
         across_processes: bool = True,
     ):
-        super().__init__(weight=weight, across_processes=across_processes)
-        self.level_names = None if levels is None else list(levels)
+        super().__init__(
+            levels=levels,
+            adapter=adapter,
+            normalize=normalize,
+            weight=weight,
+            across_processes=across_processes,
+        )
         if mask not in (*MASK_KINDS, "none"):
             raise InputError("mask", mask, " or ".join((*MASK_KINDS, "none")))
         self.mask = mask
-        self.adapter = adapter
-        self.normalize = normalize
-
-    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
-        shapes = student.backbone.output_shape()
-        self.strides = {level: shapes[level].stride for level in self.levels}
-        self.adapters = FeatureAdapter(
-            shapes, teacher.backbone.output_shape(), self.levels, self.adapter
-        )
-        if self.normalize:
-            self.rms = FeatureRMS(self.levels.values())
 
     def forward(self, student, teacher) -> Tensor:
-        if self.normalize:
-            self.rms.measure_once(teacher)
-        both = student, teacher, self.levels, self.strides, self.scale
-        pairs = [
-            self.adapters(student.features[level], target, level)
-            for level, target in zip(self.levels, teacher_maps(*both), strict=True)
-        ]
+        pairs = self.map_pairs(student, teacher)
         if self.mask == "none":
+            valid = self.valid_cells(student, teacher)
             masks = [
-                mask[:, : target.shape[-2], : target.shape[-1]].float()
-                for mask, (_, target) in zip(covered_cells(*both), pairs)
+                valid[level][:, : target.shape[-2], : target.shape[-1]].float()
+                for level, (_, target) in pairs.items()
             ]
         else:
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
             masks = [
                 boxes_to_mask(boxes, tuple(adapted.shape[-2:]), self.strides[level], self.mask)
-                for level, (adapted, _) in zip(self.levels, pairs)
+                for level, (adapted, _) in pairs.items()
             ]
         normalizers = self.normalizer(*(mask.sum() for mask in masks))
         terms = [
-            masked_squared_error(adapted, target, mask, normalizer)
-            for (adapted, target), mask, normalizer in zip(pairs, masks, normalizers)
+            masked_squared_error(*pair, mask, normalizer)
+            for pair, mask, normalizer in zip(pairs.values(), masks, normalizers)
         ]
         if self.normalize:
-            terms = [
-                term / self.rms(match).square()
-                for term, match in zip(terms, self.levels.values(), strict=True)
-            ]
+            terms = [term / self.unit(level).square() for level, term in zip(pairs, terms)]
         return sum(terms) / len(terms)

@@ -12,7 +12,6 @@ student and teacher, t_S and t_T their box deltas, tau the temperature.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 
+from ..layers.adapter import LevelChoice
 from ..modeling.anchors import check_anchors
 from ..modeling.atss import is_foreground
 from ..modeling.box_regression import select_class_deltas
@@ -104,7 +104,7 @@ class TARLoss(DistillLoss):
     def __init__(
         self,
         *,
-        levels: Sequence[str] | None = None,
+        levels: LevelChoice = None,
         mask: str = "gaussian",
         adapter: str = "auto",
         normalize: bool = True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -182,7 +182,10 @@ class Teacher:
         return None
 
     def outputs(
-        self, batched_inputs: list[dict], region_boxes: list[list[Boxes]] | None = None
+        self,
+        batched_inputs: list[dict],
+        region_boxes: list[list[Boxes]] | None = None,
+        taps: Sequence[str] = (),
     ) -> DetectorOutputs:
         """Return outputs that are computed, without gradient, when they are first read; nothing is computed here.
 
@@ -193,6 +196,7 @@ class Teacher:
             batched_inputs: the student's batch.
             region_boxes: see :attr:`DetectorOutputs.region_boxes`; if not known yet,
                 :meth:`DetectorOutputs.set_region_boxes` sets them later.
+            taps: names of submodules of the detector whose outputs are ``taps[name]``.
 
         Raises:
             InputError: its images are not ``scale`` times larger than the student's.
@@ -208,9 +212,28 @@ class Teacher:
                 if any(abs(a - b * self.scale) >= self.scale for a, b in zip(full, small)):
                     found = f"{self.scale}, but an image of {full} beside the student's of {small}"
                     raise InputError("teacher.scale", found, "the scale of the mapper")
-        outputs = self.outputs_class(self.detector, inputs, dtype=dtype, student_image_sizes=sizes)
+        outputs = self.outputs_class(
+            self.detector, inputs, dtype=dtype, student_image_sizes=sizes, teacher_taps=taps
+        )
         outputs.set_region_boxes(region_boxes)
         return outputs
+
+    def check_taps(self, names: Iterable[str]) -> None:
+        """Raise InputError unless all are submodules whose calls can be recorded."""
+        for name in names:
+            try:
+                self.detector.get_submodule(name)
+            except AttributeError:
+                expected = "the name of a submodule"
+                raise InputError(
+                    "teacher_taps", f"no module {name!r} in the teacher", expected
+                ) from None
+            if name.partition(".")[0] not in self.outputs_class.computed_by:
+                parts = ", ".join(self.outputs_class.computed_by)
+                raise InputError("teacher_taps", f"{name!r}", f"a module in one of {parts}")
+            if self._pending_optimizations["compile"]:
+                expected = "false, with losses that record modules of the teacher"
+                raise InputError("teacher.compile", "true", expected)
 
     def _optimize_for_inference(self, dtype: torch.dtype) -> None:
         """Apply the optimizations, once, after weights were loaded, inherited and moved to their device."""

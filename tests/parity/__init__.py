@@ -46,11 +46,17 @@ class Arrays(dict):
 Method = Callable[[Arrays], dict[str, np.ndarray | torch.Tensor]]
 
 
-def compare(ours: np.ndarray | torch.Tensor, reference: np.ndarray) -> tuple[float, float, bool]:
+def compare(
+    ours: np.ndarray | torch.Tensor,
+    reference: np.ndarray,
+    tolerance: float = 1e-4,
+    slack: float | None = 1e-7,
+) -> tuple[float, float, bool]:
     """Largest absolute and relative difference, and whether they agree; infinite where shapes differ.
 
-    Floats agree if -inf is in the same places and elsewhere no difference exceeds 1e-4 of the largest
-    reference, plus 1e-7. Other arrays agree if they are equal.
+    Floats agree if -inf is in the same places and elsewhere no difference exceeds ``tolerance`` of the largest
+    reference, plus ``slack``. A slack of None is 0, or ``tolerance`` where the reference is 0. Other arrays agree if they
+    are equal.
     """
     ours = ours.detach().cpu().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours)
     if ours.shape != reference.shape:
@@ -64,4 +70,6 @@ def compare(ours: np.ndarray | torch.Tensor, reference: np.ndarray) -> tuple[flo
     absolute = float(np.abs(ours - reference).max(initial=0.0))
     largest = float(np.abs(reference).max(initial=0.0))
     relative = absolute / largest if largest else (0.0 if absolute == 0 else np.inf)
-    return absolute, relative, absolute <= (0.0 if exact else 1e-4 * largest + 1e-7)
+    if slack is None:
+        slack = 0.0 if largest else tolerance
+    return absolute, relative, absolute <= (0.0 if exact else tolerance * largest + slack)

@@ -67,8 +67,8 @@ class Distiller(nn.Module):
         teacher: its :class:`Teacher`.
         losses: a module called as ``losses(student outputs, teacher outputs, progress)`` that returns a dict of
             losses. Its optional ``setup(student, teacher, class_map, scale)`` is called once here. Its optional
-            ``is_active(progress)`` says whether it reads the teacher at all, and its optional ``taps`` are names of further
-            student modules to record.
+            ``is_active(progress)`` says whether it reads the teacher at all, and its optional ``taps`` and
+            ``teacher_taps`` are names of further modules of student and teacher to record.
         max_iter: iterations of the run, for ``progress = iteration / max_iter``.
         inherit: prefixes of parameter names that are initialized with the teacher's weights; ``[""]`` is all.
             If the classes or their order differ, rows of a GFL's classifier are copied by class name, as
@@ -134,6 +134,8 @@ class Distiller(nn.Module):
         self.taps = tuple(getattr(losses, "taps", ()))
         for name in self.taps:
             self._tapped(name)
+        self.teacher_taps = tuple(getattr(losses, "teacher_taps", ()))
+        teacher.check_taps(self.teacher_taps)
         self.inherited = tuple(inherit)
         self.inherit()
         # The student may already be on another device.
@@ -232,7 +234,7 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         batched_inputs = self._images_on_device(batched_inputs)
-        teacher = self.teacher.outputs(batched_inputs)
+        teacher = self.teacher.outputs(batched_inputs, taps=self.teacher_taps)
         storage = get_event_storage()
         progress = storage.iter / self.max_iter
         if self.teacher_first and getattr(self.losses, "is_active", lambda _: True)(progress):

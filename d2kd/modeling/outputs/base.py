@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from .capture import Call
+from .capture import Call, capture
 
 
 class lazy_property(functools.cached_property):
@@ -26,6 +26,7 @@ class lazy_property(functools.cached_property):
             record_function(f"d2kd/{who}.{self.attrname}"),
             torch.no_grad(),
             outputs.autocast_context(),
+            outputs._record_taps(),
         ):
             return super().__get__(outputs, owner)
 
@@ -64,6 +65,40 @@ def current_autocast_dtype(detector: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
+class TeacherTaps(dict):
+    """Outputs of the teacher's modules, recorded while the part of the teacher that has them is computed.
+
+    Args:
+        outputs: of the teacher.
+        names: of the modules.
+    """
+
+    def __init__(self, outputs: DetectorOutputs, names: Sequence[str]):
+        super().__init__()
+        self.outputs, self.names, self.is_recording = outputs, tuple(names), False
+
+    def __missing__(self, name: str) -> list[Any]:
+        part = self.outputs.computed_by.get(name.partition(".")[0])
+        if name not in self.names or part is None:
+            raise OutputNotAvailable(f"no {name!r} among {', '.join(self.names) or 'none'}")
+        getattr(self.outputs, part)
+        return dict.__getitem__(self, name)
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the modules' calls while the block runs, which may contain such a block."""
+        if self.is_recording or not self.names:
+            yield
+            return
+        self.is_recording = True
+        try:
+            with capture({n: self.outputs.detector.get_submodule(n) for n in self.names}) as calls:
+                yield
+        finally:
+            self.is_recording = False
+        self.update({name: [x for _, x in found] for name, found in calls.items() if found})
+
+
 class DetectorOutputs:
     """Outputs of any detector with a feature pyramid.
 
@@ -73,11 +108,15 @@ class DetectorOutputs:
         dtype: precision of lazily computed outputs; None: that of the context in which they are read.
         student_image_sizes: (height, width) of the student's images, in whose pixels :meth:`set_region_boxes` gets the boxes;
             None: equal to those of ``batched_inputs``.
+        teacher_taps: names of modules of a teacher, see :class:`TeacherTaps`.
         captured: attributes captured in the detector's forward.
     """
 
     region_boxes: list[list[Boxes]] | None = None
     """For each stage, the boxes of the student's regions in each image; None for families without regions."""
+
+    computed_by: dict[str, str] = {"backbone": "features"}
+    """Which output computes a submodule of the detector, by the submodule's name."""
 
     def __init__(
         self,
@@ -85,12 +124,19 @@ class DetectorOutputs:
         batched_inputs: list[dict],
         dtype: torch.dtype | None = None,
         student_image_sizes: Sequence[tuple[int, int]] | None = None,
+        teacher_taps: Sequence[str] = (),
         **captured: Any,
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
         self.dtype, self.student_image_sizes = dtype, student_image_sizes
+        self.taps: OutputDict | TeacherTaps = TeacherTaps(self, teacher_taps)
         self.__dict__.update(captured)
+
+    def _record_taps(self) -> contextlib.AbstractContextManager:
+        return (
+            self.taps.record() if isinstance(self.taps, TeacherTaps) else contextlib.nullcontext()
+        )
 
     def autocast_context(self) -> contextlib.AbstractContextManager:
         """Return the context in which lazily computed outputs are computed."""

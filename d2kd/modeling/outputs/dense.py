@@ -22,6 +22,8 @@ class DenseOutputs(DetectorOutputs):
     captured_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
     """Captured output of a student's ``label_anchors``: labels and matched boxes of each image."""
 
+    computed_by = {"backbone": "features", "head": "predictions", "anchor_generator": "anchors"}
+
     @classmethod
     def hook_points(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         hook_points = {

@@ -67,6 +67,12 @@ class RCNNOutputs(DetectorOutputs):
     predictor_calls: list[Call] | None = None
     """The recorded calls of a student's box predictors, one for each stage."""
 
+    computed_by = {
+        "backbone": "features",
+        "proposal_generator": "proposals",
+        "roi_heads": "regions",
+    }
+
     @classmethod
     def hook_points(cls, detector: nn.Module) -> dict[str, nn.Module | Callable]:
         heads = detector.roi_heads

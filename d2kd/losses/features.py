@@ -1,0 +1,99 @@
+"""The base class of losses between the feature maps of two detectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers.adapter import (
+    FeatureAdapter,
+    LevelChoice,
+    LevelStrides,
+    covered_cells,
+    level_choice,
+    match_levels,
+    teacher_maps,
+)
+from ..layers.feature_rms import FeatureRMS
+from .base import DistillLoss
+
+
+class FeatureLoss(DistillLoss):
+    """Base class of losses between feature maps, level by level. It matches levels, channels, grids and units.
+
+    Reads: ``student.features``, ``teacher.features``, and ``teacher.images`` to measure the teacher's features.
+
+    Args:
+        levels: level names of the student, or pairs ``{student level: teacher level}``. None: :meth:`default_levels`.
+        adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
+        normalize: whether features are compared in units of the teacher, see
+            :class:`~d2kd.layers.feature_rms.FeatureRMS`. Published methods compare the features themselves.
+        options: arguments of the next class, usually ``weight`` and ``across_processes`` of :class:`DistillLoss`.
+
+    Attributes:
+        levels: ``{student level: teacher level}``, after :meth:`setup`.
+        strides: ``{student level: stride}``.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: LevelChoice = None,
+        adapter: str = "auto",
+        normalize: bool = True,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.level_names = level_choice(levels)
+        self.adapter = adapter
+        self.normalize = normalize
+
+    def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+        """Return the levels that are compared if none are given: all matching ones."""
+        return match_levels(student.backbone, teacher.backbone, None, self.scale)
+
+    def setup(self, student: nn.Module, teacher: nn.Module) -> None:
+        shapes, teacher_shapes = student.backbone.output_shape(), teacher.backbone.output_shape()
+        if self.level_names is None:
+            self.levels = self.default_levels(student, teacher)
+        else:
+            self.levels = match_levels(
+                student.backbone, teacher.backbone, self.level_names, self.scale
+            )
+        self.level_strides = LevelStrides.of(
+            student.backbone, teacher.backbone, self.levels, self.scale
+        )
+        self.strides = self.level_strides.student
+        self.channels = {
+            level: teacher_shapes[match].channels for level, match in self.levels.items()
+        }
+        self.adapters = FeatureAdapter(shapes, teacher_shapes, self.levels, self.adapter)
+        if self.normalize:
+            self.rms = FeatureRMS(self.levels.values())
+
+    def unit(self, level: str) -> Tensor | float:
+        """Return the RMS of the teacher's features at a level of the student; 1 unless ``normalize``."""
+        return self.rms(self.levels[level]) if self.normalize else 1.0
+
+    def map_pairs(self, student, teacher) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return for each level the adapted map of the student and the teacher's, both ``(N, C, H, W)``.
+
+        C is the teacher's. The teacher's grid is resized to the student's where strides differ. Neither map is in units
+        of the teacher yet, but these are measured, see :meth:`unit`.
+        """
+        if self.normalize:
+            self.rms.measure_once(teacher)
+        targets = teacher_maps(student, teacher, self.level_strides)
+        return {
+            level: self.adapters(student.features[level], target, level)
+            for level, target in zip(self.levels, targets, strict=True)
+        }
+
+    def valid_cells(self, student, teacher) -> dict[str, Tensor]:
+        """Return for each level the cells that the images cover, ``(N, H, W)`` bool; the rest is padding.
+
+        The grid may be larger than that of :meth:`map_pairs`, by cells in the padding.
+        """
+        valid = covered_cells(student, teacher, self.level_strides)
+        return dict(zip(self.levels, valid, strict=True))
