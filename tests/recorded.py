@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 import d2kd.losses.icd as icd_module
 from d2kd.layers.queries import InstanceQueries, make_queries
-from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.losses import (
+    DistillLosses,
+    DISTLoss,
+    DKDLoss,
+    ERDLoss,
+    ICDLoss,
+    ImitationLoss,
+    LwFLoss,
+    TARLoss,
+)
 from d2kd.modeling import Distiller, Teacher
 from d2kd.modeling.outputs import Regions, capture
 from d2kd.structures.instance_priors import InstancePriors
@@ -98,6 +107,9 @@ LOSSES: dict[str, Case] = {
         _OTHERS,
     ),
     "lwf": Case(LwFLoss, tiny_gfl),
+    "dkd": Case(DKDLoss, tiny_cascade_rcnn),
+    "dkd, other classes": Case(DKDLoss, tiny_faster_rcnn, _OTHERS),
+    "dist, rows": Case(lambda **o: DISTLoss(intra_weight=0, **o), tiny_retinanet),
 }
 
 

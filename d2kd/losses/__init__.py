@@ -1,6 +1,8 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
+from .dist import DISTLoss
+from .dkd import DKDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
 from .icd import ICDLoss
@@ -9,6 +11,8 @@ from .lwf import LwFLoss
 from .tar import TARLoss
 
 __all__ = [
+    "DISTLoss",
+    "DKDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",
