@@ -34,7 +34,8 @@ test: setup
 
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m sweep tests
-	$(PY) -m tests.parity --method icd tests/parity/icd.npz
+	for method in bckd crosskd cwd dist dkd fgd icd ld mgd pgd pkd reviewkd; do \
+	    $(PY) -m tests.parity --method $$method tests/parity/$$method.npz || exit; done
 	$(PY) -m tests.parity --method gfl tests/parity/gfl_erd.npz
 	$(PY) -m tests.parity --method erd tests/parity/gfl_erd.npz
 	$(PY) -m d2kd.testing
