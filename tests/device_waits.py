@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
-from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, PKDLoss, TARLoss
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import DETECTORS, batch, build
@@ -38,6 +38,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ICD": lambda: ICDLoss(heads=2),
     "LwF": LwFLoss,
     "ERD": ERDLoss,
+    "PKD": PKDLoss,
 }
 STEPS = 2
 

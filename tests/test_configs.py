@@ -39,13 +39,18 @@ from .resume_runs import differences
 
 FILES = [*ROOT.glob("configs/baselines/*.py"), *ROOT.glob("projects/*/configs/*.py")]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in FILES)
-assert {recipe.split("/")[1] for recipe in RECIPES} == {"ERD", "ICD", "TAR", "baselines"}
+assert {recipe.split("/")[1] for recipe in RECIPES} == {
+    *("ERD", "ICD", "PKD", "TAR"),
+    "baselines",
+}
 SMALL = "common/models/faster_rcnn_small.py", "weights.pth"
 
 
 # The heaviest, each of which has a sibling that differs in the number of layers, stages or iterations.
 HEAVY = [
-    x for x in RECIPES if re.search(r"R_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
+    x
+    for x in RECIPES
+    if re.search(r"[RX]_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
 ]
 
 

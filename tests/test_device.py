@@ -24,6 +24,7 @@ MOST_WAITS = {
     "ICD": (1, 1, 2),
     "LwF": (0, 1, 2),
     "ERD": (0, 0, 4),
+    "PKD": (1, 1, 2),
 }
 """Waits of d2kd's code in a training step, its backward included, with a two-stage student, another and a GFL.
 

@@ -637,7 +637,9 @@ def test_a_loss_cannot_overwrite_the_students_own():
     assert {"loss_cls", "distill/loss_cls"} <= losses.keys()
 
 
-@pytest.mark.parametrize("name", ["base", "erd", "functional", "icd", "imitation", "lwf", "tar"])
+@pytest.mark.parametrize(
+    "name", ["base", "erd", "functional", "icd", "imitation", "lwf", "pkd", "tar"]
+)
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"d2kd.losses.{name}")
     losses = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, DistillLoss)]

@@ -10,9 +10,8 @@ from .parity.__main__ import main as parity
 
 
 def file_of(method):
-    return str(
-        Path(__file__).with_name("parity") / ("icd.npz" if method == "icd" else "gfl_erd.npz")
-    )
+    name = "gfl_erd" if method in ("gfl", "erd") else method
+    return str(Path(__file__).with_name("parity") / f"{name}.npz")
 
 
 def altered(path, method, **changes):
@@ -37,6 +36,7 @@ def refused(method, file, capsys):
         ("icd", None, 14),
         ("gfl", ["class_logits", "box_logits"], 25),
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
+        ("pkd", None, 7),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -73,6 +73,7 @@ def finite(logits):
         ("erd", "erd/loss_dist_bbox", scaled),
         ("erd", "erd/kept_box_locations/image1", lambda value: value[:-1]),
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
+        ("pkd", "student_feature_grad/p4", scaled),
     ],
 )
 def test_it_can_fail(method, name, change, tmp_path, capsys):
@@ -96,6 +97,7 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "gfl/anchors_xyxy"),
         ("erd", "erd/loss_dfl"),
         ("erd", "image2/size_hw"),
+        ("pkd", "teacher_feature/p4"),
     ],
 )
 def test_it_names_a_missing_array(method, name, tmp_path, capsys):

@@ -6,6 +6,7 @@ from .features import FeatureLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .lwf import LwFLoss
+from .pkd import PKDLoss
 from .tar import TARLoss
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ICDLoss",
     "ImitationLoss",
     "LwFLoss",
+    "PKDLoss",
     "SeededLoss",
     "TARLoss",
 ]

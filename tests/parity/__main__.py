@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, gfl_erd, icd
+from . import Arrays, Method, compare, gfl_erd, icd, pkd
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -21,6 +21,7 @@ METHODS: dict[str, Method] = {
     "erd": gfl_erd.erd_outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
+    "pkd": pkd.outputs,
 }
 
 
