@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
-from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, PKDLoss, TARLoss
+from d2kd.losses import (
+    CWDLoss,
+    DistillLosses,
+    ERDLoss,
+    ICDLoss,
+    ImitationLoss,
+    LwFLoss,
+    PKDLoss,
+    TARLoss,
+)
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import DETECTORS, batch, build
@@ -39,6 +48,8 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "LwF": LwFLoss,
     "ERD": ERDLoss,
     "PKD": PKDLoss,
+    "CWD": CWDLoss,
+    "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
 }
 STEPS = 2
 

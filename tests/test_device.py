@@ -25,6 +25,8 @@ MOST_WAITS = {
     "LwF": (0, 1, 2),
     "ERD": (0, 0, 4),
     "PKD": (1, 1, 2),
+    "CWD": (1, 1, 2),
+    "CWD of logits": (0, 1, 2),
 }
 """Waits of d2kd's code in a training step, its backward included, with a two-stage student, another and a GFL.
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch.nn.functional import interpolate
 
 from d2kd.config import method
-from d2kd.losses import PKDLoss
+from d2kd.losses import CWDLoss, PKDLoss
+from d2kd.losses.cwd import channel_divergence
 from d2kd.losses.pkd import correlation_distance
+from d2kd.structures.class_map import ClassMap
 from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
 
 from .common import batch, build
@@ -19,8 +22,9 @@ from .parity import Arrays
 from .parity.__main__ import METHODS as PARITY
 from .parity.__main__ import compare, tolerance
 
+DENSE = ("retinanet", "fcos", "gfl")
 GRIDS = {"p3": (5, 7), "p4": (3, 4), "p5": (2, 2)}
-NAMES = ("pkd",)
+NAMES = ("pkd", "cwd")
 
 
 def check_family(name, family):
@@ -30,7 +34,7 @@ def check_family(name, family):
     assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 7
 
 
-QUICK = {"pkd": "retinanet"}
+QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn"}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
     for name in NAMES
@@ -238,3 +242,174 @@ def test_pkd_adapts_where_channels_differ():
 
 def test_pkd_refuses_an_unknown_side(refuses):
     refuses(lambda: PKDLoss(resize="both"), "resize: both; expected student or teacher")
+
+
+# CWD
+
+
+def test_cwd_in_double_precision(tmp_path):
+    arrays = random_arrays(2) | {"tau": np.float32(4), "loss_weight": np.float32(3)}
+    given, losses = Doubles(arrays), {}
+    for level in GRIDS:
+        s, t = (given[f"{side}_feature/{level}"] / 4 for side in ("student", "teacher"))
+        p, q = (x.exp() / x.exp().sum(dim=(2, 3), keepdim=True) for x in (t, s))
+        losses[level] = 3 * 4**2 * (p * (p / q).log()).sum() / (3 * 12)
+    assert_agrees("cwd", arrays, given.gradients(losses), tmp_path)
+
+
+def test_cwd_compares_cells_of_a_channel_and_not_channels():
+    s, t = torch.randn(2, 3, 6, 4, 5)
+    expected = channel_divergence(s, t)
+    assert expected.shape == (3, 6) and (expected > 0).all()
+    shift = torch.randn(3, 6, 1, 1)
+    torch.testing.assert_close(channel_divergence(s + shift, t - shift), expected)
+    cells = torch.randperm(20)
+    shuffled = (x.flatten(2)[..., cells].unflatten(2, (4, 5)) for x in (s, t))
+    torch.testing.assert_close(channel_divergence(*shuffled), expected)
+    wider = (torch.cat([x, x], dim=3) for x in (s, t))  # twice the cells
+    torch.testing.assert_close(channel_divergence(*wider), expected)
+    assert not channel_divergence(s, s).any()
+    scaled = channel_divergence(3 * s, 3 * t, temperature=3.0)  # scaling is a temperature
+    torch.testing.assert_close(scaled, 9 * expected)
+    assert channel_divergence(s.bfloat16(), t.bfloat16()).dtype == torch.float32
+
+
+def test_cwd_gradient_is_the_difference_of_the_distributions():
+    s, t = torch.randn(2, 2, 6, 4, 5)
+    s.requires_grad_()
+    CWDLoss(temperature=2.0).divergence(s, t).mean().backward()
+    p, q = ((x / 2).flatten(2).softmax(dim=2).reshape(x.shape) for x in (s.detach(), t))
+    torch.testing.assert_close(s.grad, 2 * (p - q) / (2 * 6))
+
+
+def test_cwd_without_padding():
+    s, t = torch.randn(2, 2, 6, 4, 5)
+    valid = torch.zeros(2, 4, 5, dtype=torch.bool)
+    valid[0], valid[1, :3, :2] = True, True
+    found = channel_divergence(s, t, valid=valid)
+    torch.testing.assert_close(found[1], channel_divergence(s[1:, :, :3, :2], t[1:, :, :3, :2])[0])
+    torch.testing.assert_close(found[0], channel_divergence(s[:1], t[:1])[0])
+    s.requires_grad_()
+    channel_divergence(s, t, valid=valid).sum().backward()
+    assert s.grad.isfinite().all() and torch.equal(s.grad.abs().sum(dim=1) > 0, valid)
+
+
+@pytest.mark.parametrize("source", ["features", "logits"])
+def test_cwd_counts_padding_unless_told(source):
+    def value(spoilt, **options):
+        model = distiller(lambda: CWDLoss(source=source, **options), DETECTORS["gfl"])
+        loss = model.losses.by_name["loss"]
+        pairs = "logit_pairs" if source == "logits" else "map_pairs"
+        compute = getattr(loss, pairs)
+
+        def spoiling(*both):
+            found = compute(*both)
+            for s, _ in found.values():  # the first image is half as wide as the batch
+                s.data[0, ..., math.ceil(s.shape[-1] / 2) :] += spoilt
+            return found
+
+        setattr(loss, pairs, spoiling)
+        losses = forward_losses(model, batch(sizes=((64, 64), (64, 128))))
+        return sum_distill_losses(losses).detach()
+
+    assert torch.equal(value(0, valid_only=True), value(50, valid_only=True))
+    assert abs(value(0) - value(50)) > 0.1
+
+
+def test_cwd_temperature_is_in_units_of_the_teacher():
+    """The same maps times 100 have the same loss, unless it is the published one."""
+    s, t = torch.randn(2, 1, 16, 8, 8)
+    images = SimpleNamespace(tensor=torch.zeros(1, 3, 64, 64), image_sizes=[(64, 64)])
+
+    def value(factor, normalize):
+        loss = CWDLoss(levels=["p3"], normalize=normalize)
+        loss.setup(*detectors())
+        teacher = outputs({"p3": factor * t}, images=images)
+        return float(loss(outputs({"p3": factor * s}), teacher))
+
+    assert value(100, True) == pytest.approx(value(1, True), rel=1e-4)
+    assert value(100, False) > 10 * value(1, False)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "gfl"])
+def test_cwd_of_logits_in_loops(family):
+    """Channel by channel of the head's maps, of the classes that both have."""
+    student, teacher = detectors(family, classes=4)
+    loss = CWDLoss(source="logits", levels=["p3", "p5"], temperature=2.0)
+    loss.class_map = ClassMap.from_names(("a", "b", "c"), ("x", "c", "b", "y"))
+    loss.setup(student, teacher)
+    assert loss.weight == 5
+    images = torch.randn(2, 3, 64, 96)
+    sides = []
+    for detector in (student, teacher):
+        features = detector.backbone(images)
+        maps = [features[level] for level in detector.head_in_features]
+        logits = [100 * x for x in detector.head(maps)[0]]
+        sides.append(
+            outputs(
+                features,
+                detector=detector,
+                maps=logits,
+                pred_logits=[permute_to_N_HWA_K(x, detector.num_classes) for x in logits],
+            )
+        )
+    expected = 0.0
+    for level in (0, 2):  # p3 and p5 of the head's
+        s, t = (x.maps[level].double() / 2 for x in sides)
+        s, t = (x.unflatten(1, (-1, classes)) for x, classes in ((s, 3), (t, 4)))
+        anchors = s.shape[1]
+        for n in range(2):
+            for anchor in range(anchors):
+                for ours, theirs in ((1, 2), (2, 1)):
+                    q, p = (
+                        x[n, anchor, k].flatten().softmax(0) for x, k in ((s, ours), (t, theirs))
+                    )
+                    expected += 4 * (p * (p / q).log()).sum() / (2 * anchors * 2)
+    torch.testing.assert_close(loss(*sides), expected.float())
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=[pytest.mark.sweep] * (x != "fcos")) for x in DENSE]
+)
+def test_cwd_of_logits_has_the_properties(family):
+    assert len(check_loss(lambda: CWDLoss(source="logits", valid_only=True), [family])) == 7
+
+
+def test_cwd_leaves_out_levels_that_are_only_pooled():
+    loss = CWDLoss()
+    loss.setup(*detectors("faster_rcnn"))
+    assert (list(loss.levels), loss.weight) == (["p2", "p3", "p4", "p5"], 10)
+    loss = CWDLoss()
+    loss.setup(*detectors("retinanet"))
+    assert list(loss.levels) == ["p3", "p4", "p5", "p6", "p7"]
+
+
+def set_up(loss, *sides, class_map=None, **options):
+    loss.class_map = class_map
+    loss.setup(*detectors(*sides, **options))
+
+
+@pytest.mark.parametrize(
+    "act, line",
+    [
+        (lambda: CWDLoss(source="boxes"), "source: boxes; expected features or logits"),
+        (lambda: CWDLoss(temperature=0), "temperature: 0; expected a positive number"),
+        (lambda: set_up(CWDLoss(source="logits"), "retinanet", "faster_rcnn"), "anchors: student"),
+        (lambda: set_up(CWDLoss(source="logits"), "faster_rcnn"), "anchors: student"),
+        (
+            lambda: set_up(CWDLoss(source="logits", levels=["p2"])),
+            r"levels: \['p2'\]; expected of p3, p4, p5, p6, p7",
+        ),
+        (lambda: set_up(CWDLoss(source="logits", levels={"p3": "p4"})), "levels: {'p3': 'p4'}"),
+        (
+            lambda: set_up(CWDLoss(source="logits"), classes=4),
+            "num_classes: student 3, teacher 4; expected the same classes",
+        ),
+        (
+            lambda: set_up(CWDLoss(source="logits"), class_map=ClassMap.from_names("abc", "xyz")),
+            "classes: none in common; expected a shared class",
+        ),
+    ],
+)
+def test_cwd_refuses(refuses, act, line):
+    refuses(act, line)

@@ -37,6 +37,7 @@ def refused(method, file, capsys):
         ("gfl", ["class_logits", "box_logits"], 25),
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
         ("pkd", None, 7),
+        ("cwd", None, 7),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -74,6 +75,7 @@ def finite(logits):
         ("erd", "erd/kept_box_locations/image1", lambda value: value[:-1]),
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
         ("pkd", "student_feature_grad/p4", scaled),
+        ("cwd", "loss/p5", scaled),
     ],
 )
 def test_it_can_fail(method, name, change, tmp_path, capsys):
@@ -98,6 +100,7 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "erd/loss_dfl"),
         ("erd", "image2/size_hw"),
         ("pkd", "teacher_feature/p4"),
+        ("cwd", "tau"),
     ],
 )
 def test_it_names_a_missing_array(method, name, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
+from .cwd import CWDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
 from .icd import ICDLoss
@@ -10,6 +11,7 @@ from .pkd import PKDLoss
 from .tar import TARLoss
 
 __all__ = [
+    "CWDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",

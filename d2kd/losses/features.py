@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
@@ -112,3 +113,8 @@ class FeatureLoss(DistillLoss):
         """
         valid = covered_cells(student, teacher, self.level_strides)
         return dict(zip(self.levels, valid, strict=True))
+
+    def num_images(self, maps: Tensor) -> Tensor:
+        """Return the number of images of ``(N, …)`` by which sums over images are divided, see :meth:`normalizer`."""
+        (count,) = self.normalizer(torch.full((), float(len(maps)), device=maps.device))
+        return count
