@@ -29,6 +29,7 @@ from d2kd.losses import (
     ICDLoss,
     ImitationLoss,
     LwFLoss,
+    MGDLoss,
     PKDLoss,
     TARLoss,
 )
@@ -49,6 +50,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ERD": ERDLoss,
     "PKD": PKDLoss,
     "CWD": CWDLoss,
+    "MGD": MGDLoss,
     "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
 }
 STEPS = 2

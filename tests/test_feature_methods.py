@@ -8,11 +8,12 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv2d, interpolate
 
 from d2kd.config import method
-from d2kd.losses import CWDLoss, PKDLoss
+from d2kd.losses import CWDLoss, MGDLoss, PKDLoss
 from d2kd.losses.cwd import channel_divergence
+from d2kd.losses.mgd import squared_error
 from d2kd.losses.pkd import correlation_distance
 from d2kd.structures.class_map import ClassMap
 from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
@@ -24,7 +25,7 @@ from .parity.__main__ import compare, tolerance
 
 DENSE = ("retinanet", "fcos", "gfl")
 GRIDS = {"p3": (5, 7), "p4": (3, 4), "p5": (2, 2)}
-NAMES = ("pkd", "cwd")
+NAMES = ("pkd", "cwd", "mgd")
 
 
 def check_family(name, family):
@@ -34,7 +35,7 @@ def check_family(name, family):
     assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 7
 
 
-QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn"}
+QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn", "mgd": "gfl"}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
     for name in NAMES
@@ -114,6 +115,28 @@ def detectors(student="retinanet", teacher=None, **options):
 
 def outputs(features, **more):
     return SimpleNamespace(features=features, **more)
+
+
+def weights(shapes, seed=0):
+    """Random learned weights of all levels; of those that multiply, a half."""
+    generator = np.random.default_rng(seed)
+    return {
+        f"weight/{level}/{name}": (0.5 * generator.normal(size=shape)).astype(np.float32)
+        for level in GRIDS
+        for name, shape in shapes.items()
+    }
+
+
+def adapt(given, level):
+    """The student's map of a level after a 1x1 convolution."""
+    weight, bias = (given[f"weight/{level}/align.{part}"] for part in ("weight", "bias"))
+    return conv2d(given[f"student_feature/{level}"], weight, bias)
+
+
+def set_up(loss, *sides, class_map=None, **options):
+    loss.class_map = class_map
+    loss.setup(*detectors(*sides, **options))
+    return loss
 
 
 # PKD
@@ -384,11 +407,6 @@ def test_cwd_leaves_out_levels_that_are_only_pooled():
     assert list(loss.levels) == ["p3", "p4", "p5", "p6", "p7"]
 
 
-def set_up(loss, *sides, class_map=None, **options):
-    loss.class_map = class_map
-    loss.setup(*detectors(*sides, **options))
-
-
 @pytest.mark.parametrize(
     "act, line",
     [
@@ -413,3 +431,122 @@ def set_up(loss, *sides, class_map=None, **options):
 )
 def test_cwd_refuses(refuses, act, line):
     refuses(act, line)
+
+
+# MGD
+
+
+def test_mgd_in_double_precision(tmp_path):
+    """Of a student with 10 channels and a teacher with 12, on masks that come from given draws."""
+    shapes = {"align.weight": (12, 10, 1, 1), "align.bias": (12,)}
+    for k in (0, 2):
+        shapes |= {f"generation.{k}.weight": (12, 12, 3, 3), f"generation.{k}.bias": (12,)}
+    arrays = random_arrays(3, student=10) | weights(shapes)
+    arrays |= {"alpha_mgd": np.float32(3e-4), "lambda_mgd": np.float32(0.3)}
+    for level, size in GRIDS.items():
+        uniform = np.random.default_rng(7).random((3, 1, *size))
+        arrays[f"uniform/{level}"] = uniform.astype(np.float32)
+    given, losses, masks = Doubles(arrays), {}, {}
+    for level in GRIDS:
+        masks[f"keep/{level}"] = (given[f"uniform/{level}"] <= 0.7).double()
+        first, second = (
+            [given[f"weight/{level}/generation.{k}.{part}"] for part in ("weight", "bias")]
+            for k in (0, 2)
+        )
+        masked = adapt(given, level) * masks[f"keep/{level}"]
+        made = conv2d(conv2d(masked, *first, padding=1).clamp(min=0), *second, padding=1)
+        losses[level] = 3e-4 / 3 * ((made - given[f"teacher_feature/{level}"]) ** 2).sum()
+    assert_agrees("mgd", arrays, masks | given.gradients(losses), tmp_path)
+
+
+def test_mgd_masks_cells_of_all_channels():
+    loss = set_up(MGDLoss(), "retinanet")
+    loss.generators = torch.nn.ModuleDict({level: torch.nn.Identity() for level in loss.levels})
+    seen, error = {}, loss.error
+
+    def record(level, student, teacher, keep):
+        seen.setdefault(level, []).append(keep)
+        return error(level, student, teacher, keep)
+
+    loss.error = record
+    maps = {level: torch.randn(2, 16, 64, 80) for level in loss.levels}
+    images = SimpleNamespace(tensor=torch.zeros(2, 3, 640, 512), image_sizes=[(640, 512)] * 2)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        loss(outputs(maps), outputs(maps, images=images))
+    assert torch.equal(torch.get_rng_state(), before)
+    for level, (first, second) in seen.items():
+        assert first.shape == (2, 1, 64, 80) and set(first.unique().tolist()) == {0, 1}
+        assert 1 - float(first.mean()) == pytest.approx(0.65, abs=0.02)
+        draws = [first[0], first[1], second[0], second[1], seen["p3"][0][0] + (level == "p3")]
+        assert not any(torch.equal(a, b) for k, a in enumerate(draws) for b in draws[:k])
+    again = set_up(MGDLoss(), "retinanet")
+    again.set_extra_state(torch.tensor([1, 0]))  # after one step
+    uniform = torch.rand(2, 1, 64, 80, generator=again.generator())
+    assert torch.equal(again.kept_cells(uniform), seen["p3"][1])
+    other = torch.rand(2, 1, 64, 80, generator=MGDLoss(seed=1).generator())
+    assert not torch.equal(again.kept_cells(other), seen["p3"][0])
+
+
+def test_mgd_counts_masked_cells():
+    """Where all is masked, every cell is generated from nothing, and all errors count."""
+    loss = set_up(MGDLoss(mask_ratio=1.0, normalize=False, levels=["p3"], reduction="sum"))
+    s, t = torch.randn(2, 2, 16, 5, 6)
+    made = loss.generators["p3"](torch.zeros(2, 16, 5, 6))
+    expected = ((made - t) ** 2).sum() / 2
+    torch.testing.assert_close(loss(outputs({"p3": s}), outputs({"p3": t})), expected)
+
+
+@pytest.mark.parametrize(
+    "family, ratio, mean, summed, channels_times_cells",
+    [("retinanet", 0.65, 115, 2e-5, 256 * 22400), ("faster_rcnn", 0.45, 11, 5e-7, 256 * 89250)],
+)
+def test_mgd_has_one_weight_for_images_of_any_size(
+    family, ratio, mean, summed, channels_times_cells
+):
+    """That of the published sum for an image of 800x1344."""
+    assert summed * channels_times_cells == pytest.approx(mean, rel=0.05)
+    levels = {"retinanet": ["p3", "p4", "p5", "p6", "p7"], "faster_rcnn": ["p2", "p3", "p4", "p5"]}
+    losses = []
+    for reduction, weight in (("mean", mean), ("sum", summed)):
+        torch.manual_seed(0)
+        loss = MGDLoss(reduction=reduction, normalize=False)
+        losses.append(set_up(loss, family))
+        assert (loss.weight, loss.mask_ratio) == (weight, ratio)
+        assert list(loss.levels) == levels[family]
+    for count in (2, 3):
+        maps = {level: torch.randn(count, 16, 6, 9) for level in losses[0].levels}
+        zeros = {level: 0 * x for level, x in maps.items()}
+        averaged, total = (loss(outputs(zeros), outputs(maps)) for loss in losses)
+        entries = sum(x.numel() for x in maps.values())
+        torch.testing.assert_close(averaged * entries, total * count)
+
+
+def test_mgd_is_in_units_of_the_teacher():
+    s, t = torch.randn(2, 1, 16, 8, 8)
+    images = SimpleNamespace(tensor=torch.zeros(1, 3, 64, 64), image_sizes=[(64, 64)])
+
+    def value(factor, normalize):
+        torch.manual_seed(0)
+        loss = set_up(MGDLoss(levels=["p3"], normalize=normalize))
+        teacher = outputs({"p3": factor * t}, images=images)
+        return float(loss(outputs({"p3": factor * s}), teacher).detach())
+
+    assert value(100, True) == pytest.approx(value(1, True), rel=1e-4)
+    assert value(100, False) > 1000 * value(1, False)
+
+
+def test_mgd_sums_in_float32():
+    big = torch.full((1, 64, 32, 32), 20.0, dtype=torch.float16)
+    assert float(squared_error(big, -big)) == 1600 * 64 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"reduction": "max"}, "reduction: max; expected mean or sum"),
+        ({"mask_ratio": 1.5}, "mask_ratio: 1.5; expected a probability"),
+    ],
+)
+def test_mgd_refuses(refuses, options, line):
+    refuses(lambda: MGDLoss(**options), line)

@@ -38,6 +38,7 @@ def refused(method, file, capsys):
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
         ("pkd", None, 7),
         ("cwd", None, 7),
+        ("mgd", None, 22),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -76,6 +77,7 @@ def finite(logits):
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
         ("pkd", "student_feature_grad/p4", scaled),
         ("cwd", "loss/p5", scaled),
+        ("mgd", "weight_grad/p3/generation.0.weight", scaled),
     ],
 )
 def test_it_can_fail(method, name, change, tmp_path, capsys):
@@ -101,6 +103,7 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "image2/size_hw"),
         ("pkd", "teacher_feature/p4"),
         ("cwd", "tau"),
+        ("mgd", "weight/p4/generation.2.bias"),
     ],
 )
 def test_it_names_a_missing_array(method, name, tmp_path, capsys):

@@ -7,6 +7,7 @@ from .features import FeatureLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .lwf import LwFLoss
+from .mgd import MGDLoss
 from .pkd import PKDLoss
 from .tar import TARLoss
 
@@ -20,6 +21,7 @@ __all__ = [
     "ICDLoss",
     "ImitationLoss",
     "LwFLoss",
+    "MGDLoss",
     "PKDLoss",
     "SeededLoss",
     "TARLoss",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, cwd, gfl_erd, icd, pkd
+from . import Arrays, Method, compare, cwd, gfl_erd, icd, mgd, pkd
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
     "erd": gfl_erd.erd_outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
+    "mgd": mgd.outputs,
     "pkd": pkd.outputs,
 }
 

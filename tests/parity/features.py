@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import torch
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
+
+from d2kd.losses import FeatureLoss
 
 from . import Arrays
 
@@ -31,18 +35,31 @@ def feature_maps(arrays: Arrays) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return student, teacher
 
 
-def load(module: nn.Module, arrays: Arrays, level: str, names: dict[str, str]) -> None:
-    """Give a module its weights in the file, whose names begin with these for those of its submodules."""
-    state = {}
-    for key, value in module.state_dict().items():
-        name = next((name for prefix, name in names.items() if key.startswith(prefix)), None)
-        if name is not None and not key.endswith("num_batches_tracked"):
-            prefix = next(prefix for prefix in names if key.startswith(prefix))
-            state[key] = arrays.tensor(f"weight/{level}/{name}{key.removeprefix(prefix)}")
-            state[key] = state[key].reshape(value.shape)
-        else:
-            state[key] = value
+def set_up(
+    loss: FeatureLoss, student: dict[str, Tensor], teacher: dict[str, Tensor], arrays: Arrays
+) -> None:
+    """Create the modules of a loss for detectors that have such maps."""
+    strides = dict(zip(student, arrays["strides"].tolist(), strict=True))
+    detectors = []
+    for maps in (student, teacher):
+        shapes = {p: ShapeSpec(channels=x.shape[1], stride=strides[p]) for p, x in maps.items()}
+        backbone = SimpleNamespace(output_shape=lambda shapes=shapes: shapes)
+        detectors.append(SimpleNamespace(backbone=backbone))
+    loss.setup(*detectors)
+
+
+def load(module: nn.Module, arrays: Arrays, level: str, name: str) -> dict[str, nn.Parameter]:
+    """Give a module of a level its parameters and buffers in the file, whose names there begin with `name`.
+
+    Returns:
+        dict: the parameters under the names of their gradients.
+    """
+    state = module.state_dict()
+    for key in state:
+        if not key.endswith("num_batches_tracked"):
+            state[key] = arrays.tensor(f"weight/{level}/{name}.{key}")
     module.load_state_dict(state)
+    return {f"weight_grad/{level}/{name}.{key}": p for key, p in module.named_parameters()}
 
 
 def with_gradients(
