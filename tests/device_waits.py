@@ -26,6 +26,7 @@ from d2kd.losses import (
     CWDLoss,
     DistillLosses,
     ERDLoss,
+    FGDLoss,
     ICDLoss,
     ImitationLoss,
     LwFLoss,
@@ -51,6 +52,8 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "PKD": PKDLoss,
     "CWD": CWDLoss,
     "MGD": MGDLoss,
+    "FGD": FGDLoss,
+    "FGD, published masks": lambda: FGDLoss(published_masks=True),
     "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
 }
 STEPS = 2

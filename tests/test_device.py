@@ -27,6 +27,8 @@ MOST_WAITS = {
     "PKD": (1, 1, 2),
     "CWD": (1, 1, 2),
     "MGD": (1, 1, 2),
+    "FGD": (1, 1, 2),
+    "FGD, published masks": (1, 1, 2),
     "CWD of logits": (0, 1, 2),
 }
 """Waits of d2kd's code in a training step, its backward included, with a two-stage student, another and a GFL.

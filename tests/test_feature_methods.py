@@ -8,11 +8,14 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes, Instances
+from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.nn.functional import conv2d, interpolate
 
 from d2kd.config import method
-from d2kd.losses import CWDLoss, MGDLoss, PKDLoss
+from d2kd.losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, fgd
 from d2kd.losses.cwd import channel_divergence
+from d2kd.losses.fgd import RelationBlock, background_mask, foreground_mask
 from d2kd.losses.mgd import squared_error
 from d2kd.losses.pkd import correlation_distance
 from d2kd.structures.class_map import ClassMap
@@ -25,7 +28,7 @@ from .parity.__main__ import compare, tolerance
 
 DENSE = ("retinanet", "fcos", "gfl")
 GRIDS = {"p3": (5, 7), "p4": (3, 4), "p5": (2, 2)}
-NAMES = ("pkd", "cwd", "mgd")
+NAMES = ("pkd", "cwd", "mgd", "fgd")
 
 
 def check_family(name, family):
@@ -35,7 +38,7 @@ def check_family(name, family):
     assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 7
 
 
-QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn", "mgd": "gfl"}
+QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn", "mgd": "gfl", "fgd": "fcos"}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
     for name in NAMES
@@ -550,3 +553,226 @@ def test_mgd_sums_in_float32():
 )
 def test_mgd_refuses(refuses, options, line):
     refuses(lambda: MGDLoss(**options), line)
+
+
+# FGD
+
+BOXES = [
+    [[0, 0, 47, 39.5], [3, 4.2, 17, 9], [16, 8, 24, 24], [30, 1, 30, 1]],
+    [],
+    [[0.0, 0.0, 28.0, 26.0]],  # the whole of the third image
+]
+
+
+def slow_masks(boxes, scales, size):
+    """Cell by cell; scales are cells per pixel along x and y."""
+    height, width = size
+    foreground = torch.zeros(height, width, dtype=torch.float64)
+    for x0, y0, x1, y1 in boxes:
+        left, right = math.floor(x0 * scales[0]), math.ceil(x1 * scales[0])
+        top, bottom = math.floor(y0 * scales[1]), math.ceil(y1 * scales[1])
+        for y in range(top, min(bottom, height - 1) + 1):
+            for x in range(left, min(right, width - 1) + 1):
+                value = 1 / ((bottom + 1 - top) * (right + 1 - left))
+                foreground[y, x] = max(foreground[y, x], value)
+    background = (foreground == 0).double()
+    return foreground, background / max(1, background.sum())
+
+
+def slow_relation(given, level, side, features):
+    def part(name):
+        return [given[f"weight/{level}/{name}_{side}.{x}"] for x in ("weight", "bias")]
+
+    def linear(x, weight, bias):
+        return x @ weight.flatten(1).T + bias
+
+    weight, bias = part("conv_mask")
+    logits = (features * weight[0][:, 0, 0][:, None, None]).sum(dim=1) + bias
+    shares = logits.exp() / logits.exp().sum(dim=(1, 2), keepdim=True)
+    hidden = linear(
+        (features * shares[:, None]).sum(dim=(2, 3)),
+        *(given[f"weight/{level}/channel_add_conv_{side}.0.{x}"] for x in ("weight", "bias")),
+    )
+    centred = hidden - hidden.mean(dim=1, keepdim=True)
+    hidden = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    scale, shift = (
+        given[f"weight/{level}/channel_add_conv_{side}.1.{x}"].flatten() for x in ("weight", "bias")
+    )
+    last = [given[f"weight/{level}/channel_add_conv_{side}.3.{x}"] for x in ("weight", "bias")]
+    return features + linear((hidden * scale + shift).clamp(min=0), *last)[..., None, None]
+
+
+def test_fgd_in_double_precision(tmp_path):
+    """With an image without objects, a box that covers another image, and a narrower student."""
+    shapes = {"align.weight": (12, 10, 1, 1), "align.bias": (12,)}
+    for side in "st":
+        shapes |= {f"conv_mask_{side}.weight": (1, 12, 1, 1), f"conv_mask_{side}.bias": (1,)}
+        for k, shape in ((0, (6, 12, 1, 1)), (1, (6, 1, 1)), (3, (12, 6, 1, 1))):
+            name = f"channel_add_conv_{side}.{k}"
+            bias = shape if k == 1 else shape[:1]
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": bias}
+    arrays = random_arrays(4, student=10) | weights(shapes, seed=5)
+    coefficients = {"alpha": 2e-3, "beta": 7e-3, "gamma": 3e-3, "lambda": 4e-4}
+    arrays |= {f"{name}_fgd": np.float32(value) for name, value in coefficients.items()}
+    arrays["temp"] = np.float32(0.8)
+    for i, boxes in enumerate(BOXES):
+        arrays[f"image{i}/gt_boxes_xyxy"] = np.array(boxes, np.float32).reshape(-1, 4)
+        arrays[f"image{i}/gt_classes"] = np.zeros(len(boxes), np.int64)
+    given, losses, found = Doubles(arrays), {}, {}
+    for level, size in GRIDS.items():
+        s, t = adapt(given, level), given[f"teacher_feature/{level}"].detach()
+        masks = []
+        for i, boxes in enumerate(BOXES):
+            height, width = arrays[f"image{i}/size_hw"].tolist()
+            masks.append(slow_masks(boxes, (size[1] / width, size[0] / height), size))
+        foreground, background = (torch.stack(x) for x in zip(*masks))
+
+        def attentions(x):
+            spatial, channels = x.abs().mean(dim=1) / 0.8, x.abs().mean(dim=(2, 3)) / 0.8
+            spatial = spatial.exp() / spatial.exp().sum(dim=(1, 2), keepdim=True)
+            channels = channels.exp() / channels.exp().sum(dim=1, keepdim=True)
+            return math.prod(x.shape[2:]) * spatial, x.shape[1] * channels
+
+        (s_space, s_channel), (t_space, t_channel) = attentions(s), attentions(t)
+        errors = ((s - t) ** 2 * t_channel[..., None, None]).sum(dim=1) * t_space
+        attention = (s_space - t_space).abs().sum() + (s_channel - t_channel).abs().sum()
+        relations = [slow_relation(given, level, *side) for side in (("s", s), ("t", t))]
+        terms = {
+            "foreground": (errors * foreground).sum() / 3,
+            "background": (errors * background).sum() / 3,
+            "attention": attention / 3,
+            "relation": ((relations[0] - relations[1]) ** 2).sum() / 3,
+        }
+        losses[level] = sum(c * x for c, x in zip(coefficients.values(), terms.values()))
+        found |= {f"loss/{level}/{name}": value for name, value in terms.items()}
+        found |= {
+            f"foreground_mask/{level}": foreground,
+            f"background_mask/{level}": background,
+            f"teacher_spatial_attention/{level}": t_space,
+            f"teacher_channel_attention/{level}": t_channel,
+        }
+    assert not background[2].any() and background[1].unique().tolist() == [0.25]
+    assert_agrees("fgd", arrays, found | given.gradients(losses), tmp_path)
+
+
+def boxes_of(*images):
+    return [torch.tensor(boxes).float().reshape(-1, 4) for boxes in images]
+
+
+def test_fgd_masks_lie_on_their_objects_whatever_the_padding():
+    """The published ones are stretched in a padded image."""
+    boxes, sizes = boxes_of(*BOXES), [(40, 50), (33, 39), (26, 28)]
+    narrow = foreground_mask(boxes, sizes, (5, 7), 8)
+    wide = foreground_mask(boxes, sizes, (9, 11), 8)
+    torch.testing.assert_close(wide[:, :5, :7], narrow)
+    for mask, image in zip(narrow, BOXES):
+        expected, _ = slow_masks(image, (1 / 8, 1 / 8), (5, 7))
+        torch.testing.assert_close(mask, expected.float())
+    published = foreground_mask(boxes, sizes, (9, 11), None)
+    assert (published[2] > 0).all() and 0 < int((wide[2] > 0).sum()) < 9 * 11
+    whole = foreground_mask(boxes[:1], [(40, 56)], (5, 7), None)  # an image without padding
+    torch.testing.assert_close(whole, narrow[:1])
+
+
+def test_fgd_masks_have_the_smallest_box_and_none_without_objects(monkeypatch):
+    boxes = boxes_of(BOXES[0], [])
+    mask = foreground_mask(boxes, [(40, 50)] * 2, (5, 7), 8)
+    assert float(mask[0, 0, 0]) == pytest.approx(1 / (4 * 3))  # of the second box
+    assert float(mask[0, 1, 3]) == pytest.approx(1 / (2 * 2))  # of the last, which has no size
+    assert float(mask[0, 4, 6]) == pytest.approx(1 / (7 * 6))  # of the first
+    assert not mask[1].any()
+    assert background_mask(mask)[1].unique().tolist() == pytest.approx([1 / 35])
+    assert not background_mask(torch.ones(1, 5, 7)).any()
+    monkeypatch.setattr(fgd, "MAX_CELLS_PER_CHUNK", 1)
+    assert torch.equal(foreground_mask(boxes, [(40, 50)] * 2, (5, 7), 8), mask)
+    none = foreground_mask(boxes_of([], []), [(40, 50)] * 2, (5, 7), None)
+    assert none.shape == (2, 5, 7) and not none.any()
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_fgd_takes_its_masks_as_it_is_told(published):
+    loss = set_up(FGDLoss(published_masks=published))
+    loss.strides = {"p3": 8}
+    truth = Instances((20, 20), gt_boxes=Boxes([[0.0, 0.0, 20.0, 20.0]]))
+    mask = loss.foreground_mask([truth], (10, 10), "p3")
+    assert bool((mask > 0).all()) == published
+
+
+@pytest.mark.parametrize(
+    "family, temperature, expected, levels",
+    [
+        ("faster_rcnn", 0.5, [5e-5, 2.5e-5, 5e-5, 5e-7], "p2 p3 p4 p5"),
+        ("retinanet", 0.5, [1e-3, 5e-4, 5e-4, 5e-6], "p3 p4 p5 p6 p7"),
+        ("gfl", 0.5, [1e-3, 5e-4, 5e-4, 5e-6], "p3 p4 p5 p6 p7"),
+        ("fcos", 0.8, [1.6e-3, 8e-4, 8e-4, 8e-6], "p3 p4 p5 p6 p7"),
+    ],
+)
+def test_fgd_defaults(family, temperature, expected, levels):
+    loss = set_up(FGDLoss(), family)
+    assert [loss.term_weight(name) for name in fgd.TERMS] == expected
+    assert (loss.temperature, " ".join(loss.levels)) == (temperature, levels)
+    kept = set_up(FGDLoss(temperature=2.0, attention_weight=0.25), family)
+    assert (kept.temperature, kept.attention_weight, kept.background_weight) == (
+        *(2.0, 0.25),
+        expected[1],
+    )
+
+
+def test_fgd_weights_are_those_of_its_terms():
+    """A term without a weight is not computed, and one may follow a schedule."""
+
+    def terms(iteration=1, **options):
+        torch.manual_seed(0)
+        model = distiller(lambda: FGDLoss(levels=["p4"], **options), DETECTORS["retinanet"])
+        losses = forward_losses(model, batch())
+        return model, {
+            key.removeprefix("distill/loss_loss_"): float(value.detach())
+            for key, value in losses.items()
+            if key.startswith("distill/")
+        }
+
+    ones = {f"{name}_weight": 1.0 for name in fgd.TERMS}
+    _, single = terms(**ones)
+    _, double = terms(**(ones | {"relation_weight": 2.0}))
+    assert double == pytest.approx(single | {"relation": 2 * single["relation"]})
+    model, some = terms(**(ones | {"relation_weight": 0, "foreground_weight": 0}))
+    assert some == pytest.approx({name: single[name] for name in ("background", "attention")})
+    assert not any("relation" in name for name, _ in model.losses.named_parameters())
+    schedule = LinearParamScheduler(1.0, 0.0)  # a half at half of the run
+    _, falling = terms(**(ones | {"attention_weight": schedule}))
+    assert falling == pytest.approx(single | {"attention": single["attention"] / 2})
+
+
+def test_fgd_relations_begin_as_the_identity_and_both_learn():
+    block = RelationBlock(7)
+    features = torch.randn(2, 7, 3, 4)
+    assert torch.equal(block(features), features)
+    torch.nn.init.normal_(block.transform[-1].weight)
+    added = block(features) - features
+    assert added.abs().max() > 0.01
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added))
+    assert RelationBlock(1)(features[:, :1]).shape == (2, 1, 3, 4)
+    model = distiller(FGDLoss, DETECTORS["retinanet"])
+    loss = model.losses.by_name["loss"]
+    sum_distill_losses(forward_losses(model, batch())).backward()
+    for blocks in (loss.relations, loss.target_relations):
+        assert all(block.transform[-1].weight.grad.any() for block in blocks.values())
+
+
+def test_fgd_is_in_units_of_the_teacher():
+    s, t = torch.randn(2, 1, 16, 8, 8)
+    truth = Instances((64, 64), gt_boxes=Boxes([[9.0, 9.0, 40.0, 30.0]]))
+    images = SimpleNamespace(tensor=torch.zeros(1, 3, 64, 64), image_sizes=[(64, 64)])
+
+    def values(factor, normalize):
+        loss = set_up(FGDLoss(levels=["p3"], normalize=normalize))
+        teacher = outputs({"p3": factor * t}, images=images)
+        found = loss(outputs({"p3": factor * s}, gt_instances=[truth]), teacher)
+        return torch.stack(list(found.values())).tolist()
+
+    assert values(10, True) == pytest.approx(values(1, True), rel=1e-3)
+    assert values(10, False)[0] > 50 * values(1, False)[0]
+
+
+def test_fgd_refuses(refuses):
+    refuses(lambda: FGDLoss(temperature=0), "temperature: 0; expected a positive number")

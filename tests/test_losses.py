@@ -638,7 +638,8 @@ def test_a_loss_cannot_overwrite_the_students_own():
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "cwd", "erd", "functional", "icd", "imitation", "lwf", "mgd", "pkd", "tar"]
+    "name",
+    ["base", "cwd", "erd", "fgd", "functional", "icd", "imitation", "lwf", "mgd", "pkd", "tar"],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"d2kd.losses.{name}")

@@ -39,6 +39,7 @@ def refused(method, file, capsys):
         ("pkd", None, 7),
         ("cwd", None, 7),
         ("mgd", None, 22),
+        ("fgd", None, 73),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -77,6 +78,7 @@ def finite(logits):
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
         ("pkd", "student_feature_grad/p4", scaled),
         ("cwd", "loss/p5", scaled),
+        ("fgd", "background_mask/p5", scaled),
         ("mgd", "weight_grad/p3/generation.0.weight", scaled),
     ],
 )
@@ -103,6 +105,7 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "image2/size_hw"),
         ("pkd", "teacher_feature/p4"),
         ("cwd", "tau"),
+        ("fgd", "image1/gt_boxes_xyxy"),
         ("mgd", "weight/p4/generation.2.bias"),
     ],
 )

@@ -4,6 +4,7 @@ from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
 from .cwd import CWDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
+from .fgd import FGDLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .lwf import LwFLoss
@@ -17,6 +18,7 @@ __all__ = [
     "DistillLosses",
     "ERDLoss",
     "EpochDecay",
+    "FGDLoss",
     "FeatureLoss",
     "ICDLoss",
     "ImitationLoss",

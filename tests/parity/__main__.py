@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, cwd, gfl_erd, icd, mgd, pkd
+from . import Arrays, Method, compare, cwd, fgd, gfl_erd, icd, mgd, pkd
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -20,6 +20,7 @@ def tolerance(method: str, array: str) -> tuple[float, float | None]:
 METHODS: dict[str, Method] = {
     "cwd": cwd.outputs,
     "erd": gfl_erd.erd_outputs,
+    "fgd": fgd.outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
     "mgd": mgd.outputs,
