@@ -32,6 +32,7 @@ from d2kd.losses import (
     LwFLoss,
     MGDLoss,
     PKDLoss,
+    ReviewKDLoss,
     TARLoss,
 )
 from d2kd.losses.base import DistillLoss
@@ -53,6 +54,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "CWD": CWDLoss,
     "MGD": MGDLoss,
     "FGD": FGDLoss,
+    "ReviewKD": ReviewKDLoss,
     "FGD, published masks": lambda: FGDLoss(published_masks=True),
     "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
 }

@@ -40,7 +40,7 @@ from .resume_runs import differences
 FILES = [*ROOT.glob("configs/baselines/*.py"), *ROOT.glob("projects/*/configs/*.py")]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in FILES)
 assert {recipe.split("/")[1] for recipe in RECIPES} == {
-    *("CWD", "ERD", "FGD", "ICD", "MGD", "PKD", "TAR"),
+    *("CWD", "ERD", "FGD", "ICD", "MGD", "PKD", "ReviewKD", "TAR"),
     "baselines",
 }
 SMALL = "common/models/faster_rcnn_small.py", "weights.pth"

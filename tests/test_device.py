@@ -28,6 +28,7 @@ MOST_WAITS = {
     "CWD": (1, 1, 2),
     "MGD": (1, 1, 2),
     "FGD": (1, 1, 2),
+    "ReviewKD": (1, 1, 2),
     "FGD, published masks": (1, 1, 2),
     "CWD of logits": (0, 1, 2),
 }

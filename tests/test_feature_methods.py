@@ -13,11 +13,12 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.nn.functional import conv2d, interpolate
 
 from d2kd.config import method
-from d2kd.losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, fgd
+from d2kd.losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, ReviewKDLoss, fgd
 from d2kd.losses.cwd import channel_divergence
 from d2kd.losses.fgd import RelationBlock, background_mask, foreground_mask
 from d2kd.losses.mgd import squared_error
 from d2kd.losses.pkd import correlation_distance
+from d2kd.losses.reviewkd import ReviewBlock, hierarchical_distance
 from d2kd.structures.class_map import ClassMap
 from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
 
@@ -28,7 +29,7 @@ from .parity.__main__ import compare, tolerance
 
 DENSE = ("retinanet", "fcos", "gfl")
 GRIDS = {"p3": (5, 7), "p4": (3, 4), "p5": (2, 2)}
-NAMES = ("pkd", "cwd", "mgd", "fgd")
+NAMES = ("pkd", "cwd", "mgd", "fgd", "reviewkd")
 
 
 def check_family(name, family):
@@ -38,7 +39,13 @@ def check_family(name, family):
     assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 7
 
 
-QUICK = {"pkd": "retinanet", "cwd": "faster_rcnn", "mgd": "gfl", "fgd": "fcos"}
+QUICK = {
+    "pkd": "retinanet",
+    "cwd": "faster_rcnn",
+    "mgd": "gfl",
+    "fgd": "fcos",
+    "reviewkd": "mask_rcnn",
+}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
     for name in NAMES
@@ -776,3 +783,178 @@ def test_fgd_is_in_units_of_the_teacher():
 
 def test_fgd_refuses(refuses):
     refuses(lambda: FGDLoss(temperature=0), "temperature: 0; expected a positive number")
+
+
+# ReviewKD
+
+
+def slow_norm(given, level, name, features, after):
+    """Batch normalisation with the batch's statistics; `after` gets the running ones."""
+    key = f"{level}/{name}.1"
+    mean = features.mean(dim=(0, 2, 3))
+    variance = features.var(dim=(0, 2, 3), correction=0)
+    count = features.numel() // features.shape[1]
+    for part, value in (("mean", mean), ("var", variance * count / (count - 1))):
+        old = torch.from_numpy(given.arrays[f"weight/{key}.running_{part}"]).double()
+        after[f"after/{key}.running_{part}"] = 0.9 * old + 0.1 * value
+    scale, shift = (given[f"weight/{key}.{x}"][:, None, None] for x in ("weight", "bias"))
+    standard = (features - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+    return standard * scale + shift
+
+
+def slow_hierarchy(s, t):
+    weights, distances = [1.0], [((s - t) ** 2).mean()]
+    height, width = s.shape[2:]
+    for size in (4, 2, 1):
+        if size >= height:
+            continue
+        total = 0.0
+        for i in range(size):
+            rows = slice(i * height // size, -((i + 1) * height // -size))
+            for j in range(size):
+                columns = slice(j * width // size, -((j + 1) * width // -size))
+                a, b = (x[:, :, rows, columns].mean(dim=(2, 3)) for x in (s, t))
+                total = total + ((a - b) ** 2).mean() / size**2
+        weights.append(weights[-1] / 2)
+        distances.append(total)
+    return sum(w * x for w, x in zip(weights, distances)) / sum(weights)
+
+
+def test_reviewkd_in_double_precision(tmp_path):
+    """Of 10, 6 and 12 channels, on grids that are no multiples of each other."""
+    shapes = {"conv1.0.weight": (6, 10, 1, 1), "conv2.0.weight": (12, 6, 3, 3)}
+    for name, channels in (("conv1", 6), ("conv2", 12)):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        shapes |= {f"{name}.1.{part}": (channels,) for part in parts}
+    attention = {"att_conv.0.weight": (2, 12, 1, 1), "att_conv.0.bias": (2,)}
+    arrays = random_arrays(6, student=10) | weights(shapes | attention, seed=8)
+    arrays = {k: v for k, v in arrays.items() if not k.startswith("weight/p5/att_conv")}
+    for name in arrays:
+        if name.endswith("running_var"):
+            arrays[name] = np.abs(arrays[name])
+    arrays["loss_weight"] = np.float32(2)
+    given, losses, found, carried = Doubles(arrays), {}, {}, None
+    for level in ("p5", "p4", "p3"):
+        x = conv2d(given[f"student_feature/{level}"], given[f"weight/{level}/conv1.0.weight"])
+        x = slow_norm(given, level, "conv1", x, found)
+        if carried is not None:
+            index = [
+                [i * n // new for i in range(new)] for n, new in zip(carried.shape[2:], x.shape[2:])
+            ]
+            carried = carried[:, :, index[0]][..., index[1]]
+            parts = [given[f"weight/{level}/att_conv.0.{part}"] for part in ("weight", "bias")]
+            shares = conv2d(torch.cat([x, carried], dim=1), *parts)
+            shares = 1 / (1 + (-shares).exp())
+            x = x * shares[:, :1] + carried * shares[:, 1:]
+        carried = x
+        out = conv2d(x, given[f"weight/{level}/conv2.0.weight"], padding=1)
+        out = slow_norm(given, level, "conv2", out, found)
+        found[f"reviewed_feature/{level}"] = out
+        losses[level] = 2 * slow_hierarchy(out, given[f"teacher_feature/{level}"])
+    assert_agrees("reviewkd", arrays, found | given.gradients(losses), tmp_path)
+
+
+def test_reviewkd_compares_in_several_resolutions():
+    s, t = torch.randn(2, 2, 3, 5, 9)
+    assert hierarchical_distance(s, s) == 0
+    assert float(hierarchical_distance(s + 3, s)) == pytest.approx(9, rel=1e-5)
+    torch.testing.assert_close(
+        hierarchical_distance(s.double(), t.double()), slow_hierarchy(s.double(), t.double())
+    )
+    for height, weights in ((1, 1), (2, 1 + 1 / 2), (4, 1 + 3 / 4), (5, 1 + 7 / 8)):
+        checked = torch.zeros(1, 1, height, 8)
+        checked[..., ::2] = (
+            1.0  # of every pair of cells along x, which all averages but 8 wide lose
+        )
+        checked[..., 1::2] = -1.0
+        found = float(hierarchical_distance(checked, 0 * checked))
+        assert found == pytest.approx(1 / weights), height
+    halves = hierarchical_distance(s.bfloat16() * 1e20, t.bfloat16())
+    assert halves.dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+def test_reviewkd_of_one_cell_of_one_image(norm):
+    """Of a single value there are no batch statistics."""
+    block = ReviewBlock(10, 6, 12, norm, fuses=False).train()
+    before = {name: x.clone() for name, x in block.named_buffers()}
+    carried, out = block(torch.randn(1, 10, 1, 1))
+    hierarchical_distance(out, torch.zeros_like(out)).backward()
+    assert carried.shape == (1, 6, 1, 1) and out.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in block.named_buffers())
+    block(torch.randn(2, 10, 1, 1))
+    changed = [not torch.equal(x, before[name]) for name, x in block.named_buffers()]
+    assert all(changed) and bool(changed) == (norm == "BN")
+
+
+def test_reviewkd_with_group_norm_does_not_depend_on_the_batch():
+    torch.manual_seed(1)
+    values = {}
+    for norm in ("BN", "GN"):
+        loss = set_up(ReviewKDLoss(norm=norm, normalize=False), "gfl")
+        generator = torch.Generator().manual_seed(0)
+        s, t = (
+            {k: torch.randn(2, 16, 4, 4, generator=generator) for k in loss.levels}
+            for _ in range(2)
+        )
+        one = [
+            {
+                side: {k: x[i : i + 1] for k, x in maps.items()}
+                for side, maps in (("s", s), ("t", t))
+            }
+            for i in range(2)
+        ]
+        apart = [loss(outputs(x["s"]), outputs(x["t"])) for x in one]
+        together = loss(outputs(s), outputs(t))
+        values[norm] = float((together - sum(apart) / 2).abs().detach())
+    assert values["GN"] < 1e-4 < values["BN"]
+
+
+@pytest.mark.parametrize(
+    "student, teacher, levels",
+    [
+        ("faster_rcnn", "mask_rcnn", "p2 p3 p4 p5 p6"),
+        ("retinanet", "retinanet", "p3 p4 p5 p6 p7"),
+        ("retinanet", "faster_rcnn", "p3 p4 p5"),
+    ],
+)
+def test_reviewkd_goes_from_coarse_to_fine(student, teacher, levels):
+    loss = ReviewKDLoss()
+    student, teacher = detectors(student, teacher, channels=24)
+    loss.setup(student, teacher)
+    assert (" ".join(loss.levels), loss.weight) == (levels, 1.0)
+    assert list(loss.blocks) == levels.split()[::-1]
+    assert [block.attention is not None for block in loss.blocks.values()] == [
+        level != levels.split()[-1] for level in loss.blocks
+    ]
+    assert {block.expand[0].weight.shape[:2] for block in loss.blocks.values()} == {(24, 24)}
+    narrow = ReviewKDLoss(width=6, levels={levels.split()[0]: "p4"})
+    narrow.setup(student, teacher)
+    assert [block.reduce[0].weight.shape[:2] for block in narrow.blocks.values()] == [(6, 16)]
+
+
+def test_reviewkd_is_in_units_of_the_teacher():
+    """Its own side ends in a normalisation, so it does not follow the student's scale either."""
+    s, t = torch.randn(2, 2, 16, 8, 8)
+    images = SimpleNamespace(tensor=torch.zeros(2, 3, 64, 64), image_sizes=[(64, 64)] * 2)
+
+    def value(factor, normalize):
+        torch.manual_seed(0)
+        loss = set_up(ReviewKDLoss(levels=["p3"], normalize=normalize))
+        teacher = outputs({"p3": factor * t}, images=images)
+        return float(loss(outputs({"p3": 7 * factor * s}), teacher).detach())
+
+    assert value(100, True) == pytest.approx(value(1, True), rel=1e-3)
+    assert value(100, False) > 1000 * value(1, False)
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"norm": "LN"}, "norm: LN; expected BN or GN"),
+        ({"width": 0}, "width: 0; expected a positive number of channels"),
+    ],
+)
+def test_reviewkd_refuses(refuses, options, line):
+    refuses(lambda: ReviewKDLoss(**options), line)

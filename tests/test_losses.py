@@ -639,7 +639,20 @@ def test_a_loss_cannot_overwrite_the_students_own():
 
 @pytest.mark.parametrize(
     "name",
-    ["base", "cwd", "erd", "fgd", "functional", "icd", "imitation", "lwf", "mgd", "pkd", "tar"],
+    [
+        "base",
+        "cwd",
+        "erd",
+        "fgd",
+        "functional",
+        "icd",
+        "imitation",
+        "lwf",
+        "mgd",
+        "pkd",
+        "reviewkd",
+        "tar",
+    ],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"d2kd.losses.{name}")

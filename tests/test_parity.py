@@ -40,6 +40,7 @@ def refused(method, file, capsys):
         ("cwd", None, 7),
         ("mgd", None, 22),
         ("fgd", None, 73),
+        ("reviewkd", None, 44),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -78,6 +79,7 @@ def finite(logits):
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
         ("pkd", "student_feature_grad/p4", scaled),
         ("cwd", "loss/p5", scaled),
+        ("reviewkd", "after/p4/conv2.1.running_var", scaled),
         ("fgd", "background_mask/p5", scaled),
         ("mgd", "weight_grad/p3/generation.0.weight", scaled),
     ],
@@ -105,6 +107,7 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "image2/size_hw"),
         ("pkd", "teacher_feature/p4"),
         ("cwd", "tau"),
+        ("reviewkd", "weight/p3/att_conv.0.bias"),
         ("fgd", "image1/gt_boxes_xyxy"),
         ("mgd", "weight/p4/generation.2.bias"),
     ],

@@ -10,6 +10,7 @@ from .imitation import ImitationLoss
 from .lwf import LwFLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
+from .reviewkd import ReviewKDLoss
 from .tar import TARLoss
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LwFLoss",
     "MGDLoss",
     "PKDLoss",
+    "ReviewKDLoss",
     "SeededLoss",
     "TARLoss",
 ]

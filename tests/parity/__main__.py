@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, cwd, fgd, gfl_erd, icd, mgd, pkd
+from . import Arrays, Method, compare, cwd, fgd, gfl_erd, icd, mgd, pkd, reviewkd
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -25,6 +25,7 @@ METHODS: dict[str, Method] = {
     "icd": icd.outputs,
     "mgd": mgd.outputs,
     "pkd": pkd.outputs,
+    "reviewkd": reviewkd.outputs,
 }
 
 
