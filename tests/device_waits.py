@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
 from d2kd.losses import (
+    CWDLoss,
     DistillLosses,
     DISTLoss,
     DKDLoss,
     ERDLoss,
+    FGDLoss,
     ICDLoss,
     ImitationLoss,
     LwFLoss,
+    MGDLoss,
+    PKDLoss,
+    ReviewKDLoss,
     TARLoss,
 )
 from d2kd.losses.base import DistillLoss
@@ -49,6 +54,13 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ERD": ERDLoss,
     "DKD": DKDLoss,
     "DIST": DISTLoss,
+    "PKD": PKDLoss,
+    "CWD": CWDLoss,
+    "MGD": MGDLoss,
+    "FGD": FGDLoss,
+    "ReviewKD": ReviewKDLoss,
+    "FGD, published masks": lambda: FGDLoss(published_masks=True),
+    "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
 }
 STEPS = 2
 

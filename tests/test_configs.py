@@ -46,7 +46,9 @@ SMALL = "common/models/faster_rcnn_small.py", "weights.pth"
 
 # The heaviest, each of which has a sibling that differs in the number of layers, stages or iterations.
 HEAVY = [
-    x for x in RECIPES if re.search(r"R_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
+    x
+    for x in RECIPES
+    if re.search(r"[RX]_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
 ]
 
 

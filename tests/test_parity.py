@@ -38,6 +38,11 @@ def refused(method, file, capsys):
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
         ("dkd", None, 4),
         ("dist", None, 9),
+        ("pkd", None, 7),
+        ("cwd", None, 7),
+        ("mgd", None, 22),
+        ("fgd", None, 73),
+        ("reviewkd", None, 44),
     ],
 )
 def test_methods_agree(method, inputs, count, capsys):
@@ -76,6 +81,11 @@ def finite(logits):
         ("erd", "erd/distill_grad_box_logits/p4", np.negative),
         ("dkd", "loss/non_target", scaled),
         ("dist", "dense/student_logits_grad/p4", scaled),
+        ("pkd", "student_feature_grad/p4", scaled),
+        ("cwd", "loss/p5", scaled),
+        ("reviewkd", "after/p4/conv2.1.running_var", scaled),
+        ("fgd", "background_mask/p5", scaled),
+        ("mgd", "weight_grad/p3/generation.0.weight", scaled),
     ],
 )
 def test_it_can_fail(method, name, change, tmp_path, capsys):
@@ -101,6 +111,11 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
         ("erd", "image2/size_hw"),
         ("dkd", "gt_classes"),
         ("dist", "dense/teacher_logits/p4"),
+        ("pkd", "teacher_feature/p4"),
+        ("cwd", "tau"),
+        ("reviewkd", "weight/p3/att_conv.0.bias"),
+        ("fgd", "image1/gt_boxes_xyxy"),
+        ("mgd", "weight/p4/generation.2.bias"),
     ],
 )
 def test_it_names_a_missing_array(method, name, tmp_path, capsys):

@@ -13,7 +13,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
 from ..data.incremental import Split
-from ..losses import DistillLosses, DISTLoss, DKDLoss, ImitationLoss, TARLoss
+from ..losses import (
+    CWDLoss,
+    DistillLosses,
+    DISTLoss,
+    DKDLoss,
+    FGDLoss,
+    ImitationLoss,
+    MGDLoss,
+    PKDLoss,
+    ReviewKDLoss,
+    TARLoss,
+)
 from ..modeling import GFL, Distiller, Teacher, TimmBackbone, timm_pixel_statistics
 from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
@@ -27,6 +38,11 @@ METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "icd": lambda: dict(get_config("common/icd.py")),
     "dkd": lambda: {"losses": L(DistillLosses)(dkd=L(DKDLoss)())},
     "dist": lambda: {"losses": L(DistillLosses)(dist=L(DISTLoss)())},
+    "pkd": lambda: {"losses": L(DistillLosses)(pkd=L(PKDLoss)())},
+    "cwd": lambda: {"losses": L(DistillLosses)(cwd=L(CWDLoss)())},
+    "mgd": lambda: {"losses": L(DistillLosses)(mgd=L(MGDLoss)(seed="${train.seed}"))},
+    "fgd": lambda: {"losses": L(DistillLosses)(fgd=L(FGDLoss)())},
+    "reviewkd": lambda: {"losses": L(DistillLosses)(reviewkd=L(ReviewKDLoss)())},
 }
 """The methods of ``--distill NAME``, with their defaults: keyword arguments of :func:`distill`."""
 

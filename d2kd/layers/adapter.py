@@ -58,7 +58,7 @@ def match_levels(
     s, t = student.output_shape(), teacher.output_shape()
     if isinstance(wanted, Mapping) and wanted:
         return _checked_pairs(s, t, wanted)
-    s_top, t_top = _top_levels(student), _top_levels(teacher)
+    s_top, t_top = top_levels(student), top_levels(teacher)
 
     def comparable(level: str, match: str) -> bool:
         return wanted is not None or s_top.get(level) == t_top.get(match)
@@ -272,14 +272,20 @@ def _listed(shapes: Mapping[str, ShapeSpec]) -> str:
     return ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
 
 
-def _top_levels(backbone: nn.Module) -> dict[str, type]:
-    """Return the levels from an FPN's top block, with the type of the block."""
+def top_levels(backbone: nn.Module) -> dict[str, type]:
+    """Return the levels from an FPN's top block, with the type of the block, by name."""
     block = getattr(backbone, "top_block", None)
     if block is None:
         return {}
     shapes = backbone.output_shape()
     names = sorted(shapes, key=lambda name: shapes[name].stride)[-block.num_levels :]
     return dict.fromkeys(names, type(block))
+
+
+def crop_to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both maps without the lower and right cells that only one of them has."""
+    h, w = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
+    return student[..., :h, :w], teacher[..., :h, :w]
 
 
 class FeatureAdapter(nn.Module):
@@ -343,5 +349,4 @@ class FeatureAdapter(nn.Module):
 
         Padding to different multiples changes only the lower and right borders.
         """
-        h, w = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
-        return self.convs[level](student)[..., :h, :w], teacher[..., :h, :w]
+        return crop_to_common_size(self.convs[level](student), teacher)

@@ -1,26 +1,36 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
+from .cwd import CWDLoss
 from .dist import DISTLoss
 from .dkd import DKDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
+from .fgd import FGDLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .lwf import LwFLoss
+from .mgd import MGDLoss
+from .pkd import PKDLoss
+from .reviewkd import ReviewKDLoss
 from .tar import TARLoss
 
 __all__ = [
     "DISTLoss",
     "DKDLoss",
+    "CWDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",
     "EpochDecay",
+    "FGDLoss",
     "FeatureLoss",
     "ICDLoss",
     "ImitationLoss",
     "LwFLoss",
+    "MGDLoss",
+    "PKDLoss",
+    "ReviewKDLoss",
     "SeededLoss",
     "TARLoss",
 ]

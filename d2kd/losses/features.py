@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from ..layers.adapter import (
@@ -11,9 +13,11 @@ from ..layers.adapter import (
     LevelChoice,
     LevelStrides,
     covered_cells,
+    crop_to_common_size,
     level_choice,
     match_levels,
     teacher_maps,
+    top_levels,
 )
 from ..layers.feature_rms import FeatureRMS
 from .base import DistillLoss
@@ -26,7 +30,8 @@ class FeatureLoss(DistillLoss):
 
     Args:
         levels: level names of the student, or pairs ``{student level: teacher level}``. None: :meth:`default_levels`.
-        adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
+        adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`. None: there is none, since the loss has
+            other modules for it.
         normalize: whether features are compared in units of the teacher, see
             :class:`~d2kd.layers.feature_rms.FeatureRMS`. Published methods compare the features themselves.
         options: arguments of the next class, usually ``weight`` and ``across_processes`` of :class:`DistillLoss`.
@@ -40,7 +45,7 @@ class FeatureLoss(DistillLoss):
         self,
         *,
         levels: LevelChoice = None,
-        adapter: str = "auto",
+        adapter: str | None = "auto",
         normalize: bool = True,
         **options: Any,
     ):
@@ -52,6 +57,12 @@ class FeatureLoss(DistillLoss):
     def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
         """Return the levels that are compared if none are given: all matching ones."""
         return match_levels(student.backbone, teacher.backbone, None, self.scale)
+
+    def levels_with_weights(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+        """Return all matching levels but those that an FPN only pools, such as p6 of an R-CNN, which repeats p5."""
+        pooled = {k for k, v in top_levels(student.backbone).items() if v is LastLevelMaxPool}
+        levels = match_levels(student.backbone, teacher.backbone, None, self.scale)
+        return {level: match for level, match in levels.items() if level not in pooled} or levels
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.backbone.output_shape()
@@ -68,7 +79,8 @@ class FeatureLoss(DistillLoss):
         self.channels = {
             level: teacher_shapes[match].channels for level, match in self.levels.items()
         }
-        self.adapters = FeatureAdapter(shapes, teacher_shapes, self.levels, self.adapter)
+        if self.adapter is not None:
+            self.adapters = FeatureAdapter(shapes, teacher_shapes, self.levels, self.adapter)
         if self.normalize:
             self.rms = FeatureRMS(self.levels.values())
 
@@ -79,16 +91,20 @@ class FeatureLoss(DistillLoss):
     def map_pairs(self, student, teacher) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each level the adapted map of the student and the teacher's, both ``(N, C, H, W)``.
 
-        C is the teacher's. The teacher's grid is resized to the student's where strides differ. Neither map is in units
+        C is the teacher's; without an adapter, each side has its own. The teacher's grid is resized to the student's where strides differ. Neither map is in units
         of the teacher yet, but these are measured, see :meth:`unit`.
         """
         if self.normalize:
             self.rms.measure_once(teacher)
         targets = teacher_maps(student, teacher, self.level_strides)
-        return {
-            level: self.adapters(student.features[level], target, level)
-            for level, target in zip(self.levels, targets, strict=True)
-        }
+        pairs = {}
+        for level, target in zip(self.levels, targets, strict=True):
+            features = student.features[level]
+            if self.adapter is None:
+                pairs[level] = crop_to_common_size(features, target)
+            else:
+                pairs[level] = self.adapters(features, target, level)
+        return pairs
 
     def valid_cells(self, student, teacher) -> dict[str, Tensor]:
         """Return for each level the cells that the images cover, ``(N, H, W)`` bool; the rest is padding.
@@ -97,3 +113,8 @@ class FeatureLoss(DistillLoss):
         """
         valid = covered_cells(student, teacher, self.level_strides)
         return dict(zip(self.levels, valid, strict=True))
+
+    def num_images(self, maps: Tensor) -> Tensor:
+        """Return the number of images of ``(N, …)`` by which sums over images are divided, see :meth:`normalizer`."""
+        (count,) = self.normalizer(torch.full((), float(len(maps)), device=maps.device))
+        return count

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, dist, dkd, gfl_erd, icd
+from . import (
+    Arrays,
+    Method,
+    compare,
+    cwd,
+    dist,
+    dkd,
+    fgd,
+    gfl_erd,
+    icd,
+    mgd,
+    pkd,
+    reviewkd,
+)
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -20,9 +33,14 @@ def tolerance(method: str, array: str) -> tuple[float, float | None]:
 METHODS: dict[str, Method] = {
     "dist": dist.outputs,
     "dkd": dkd.outputs,
+    "cwd": cwd.outputs,
     "erd": gfl_erd.erd_outputs,
+    "fgd": fgd.outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
+    "mgd": mgd.outputs,
+    "pkd": pkd.outputs,
+    "reviewkd": reviewkd.outputs,
 }
 
 

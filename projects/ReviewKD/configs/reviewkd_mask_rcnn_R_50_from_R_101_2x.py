@@ -1,0 +1,26 @@
+"""ReviewKD on COCO: Mask R-CNN R-50 FPN, 180k iterations of 8 images, from the zoo's R-101 FPN, with the published weight."""
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+
+from d2kd.config import distill
+from d2kd.losses import DistillLosses, ReviewKDLoss
+
+model, dataloader, optimizer, lr_multiplier, train = distill(
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
+    teacher=(
+        "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml",
+        "detectron2://COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x/138205316/"
+        "model_final_a3ec72.pkl",
+    ),
+    losses=L(DistillLosses)(
+        reviewkd=L(ReviewKDLoss)(
+            levels=["p2", "p3", "p4", "p5", "p6"], width=256, norm="BN", normalize=False, weight=0.8
+        )
+    ),
+)
+
+lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_2x
+train.max_iter = 180000
+dataloader.train.total_batch_size = 8
+optimizer.lr = 0.01
