@@ -24,7 +24,7 @@ from d2kd.data import build_train_loader, estimate_priors
 from d2kd.engine.checkpoint import LOSS_NORMALIZER, StudentCheckpointer, to_builtin_types
 from d2kd.engine.train_step import TrainStep
 from d2kd.engine.trainer import Trainer
-from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss
+from d2kd.losses import DistillLosses, ICDLoss, ImitationLoss, MGDLoss
 from d2kd.modeling.weights import load_checkpoint
 from d2kd.utils.errors import InputError, report_input_errors
 from d2kd.utils.io import read_metrics, report_full_disk, write_text
@@ -397,7 +397,7 @@ PRIORS = L(estimate_priors)(names="${dataloader.train.dataset.names}")
 SEEDED = L(ICDLoss)(heads=4, start=0.0, priors=PRIORS, seed="${train.seed}")
 
 
-@pytest.mark.parametrize("loss", [L(ImitationLoss)(), SEEDED], ids=["imitation", "icd"])
+@pytest.mark.parametrize("loss", [L(MGDLoss)(seed="${train.seed}"), SEEDED], ids=["mgd", "icd"])
 def test_a_drawn_seed_goes_on(data, tmp_path, loss):
     model = distiller(teacher_weights(tmp_path), L(DistillLosses)(loss=loss))
 
