@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
-from d2kd.losses import DistillLosses, ERDLoss, ICDLoss, ImitationLoss, LwFLoss, TARLoss
+from d2kd.losses import (
+    BCKDLoss,
+    DistillLosses,
+    ERDLoss,
+    ICDLoss,
+    ImitationLoss,
+    LDLoss,
+    LwFLoss,
+    TARLoss,
+)
 from d2kd.losses.base import DistillLoss
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import DETECTORS, batch, build
@@ -38,6 +47,8 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ICD": lambda: ICDLoss(heads=2),
     "LwF": LwFLoss,
     "ERD": ERDLoss,
+    "BCKD": BCKDLoss,
+    "LD": LDLoss,
 }
 STEPS = 2
 

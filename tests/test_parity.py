@@ -10,9 +10,8 @@ from .parity.__main__ import main as parity
 
 
 def file_of(method):
-    return str(
-        Path(__file__).with_name("parity") / ("icd.npz" if method == "icd" else "gfl_erd.npz")
-    )
+    name = "gfl_erd" if method in ("gfl", "erd") else method
+    return str(Path(__file__).with_name("parity") / f"{name}.npz")
 
 
 def altered(path, method, **changes):
@@ -34,7 +33,9 @@ def refused(method, file, capsys):
 @pytest.mark.parametrize(
     "method, inputs, count",
     [
+        ("bckd", None, 16),
         ("icd", None, 14),
+        ("ld", None, 19),
         ("gfl", ["class_logits", "box_logits"], 25),
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
     ],
@@ -62,11 +63,15 @@ def finite(logits):
 @pytest.mark.parametrize(
     "method, name, change",
     [
+        ("bckd", "loss/box/p4", scaled),
+        ("bckd", "student_box_logits_grad/p3", np.negative),
         ("icd", "loss/distill", scaled),
         ("icd", "position_embedding", lambda value: value[:-1]),
         ("icd", "layer0/attention_logits", finite),
         ("icd", "key_is_padding", np.logical_not),
         ("icd", "student_feature_grad/p5", lambda value: value * np.float32(np.nan)),
+        ("ld", "loss/vlr/p4", scaled),
+        ("ld", "paper/vlr_region", np.sign),
         ("gfl", "gfl/loss_bbox", scaled),
         ("gfl", "gfl/atss_labels", lambda value: value[:, 1:]),
         ("gfl", "gfl/class_logits_grad/p4", np.negative),
@@ -85,9 +90,13 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
 @pytest.mark.parametrize(
     "method, name",
     [
+        ("bckd", "teacher_box_logits/p5"),
+        ("bckd", "box_weight"),
         ("icd", "teacher_feature/p6"),
         ("icd", "loss/distill"),
         ("icd", "query_centers"),
+        ("ld", "image1/gt_boxes_xyxy"),
+        ("ld", "kd_temperature"),
         ("gfl", "gfl/box_logits/p6"),
         ("gfl", "gfl/loss_dfl"),
         ("gfl", "num_old_classes"),

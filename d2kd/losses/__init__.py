@@ -1,14 +1,17 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
+from .bckd import BCKDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
+from .ld import LDLoss
 from .lwf import LwFLoss
 from .tar import TARLoss
 
 __all__ = [
+    "BCKDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",
@@ -16,6 +19,7 @@ __all__ = [
     "FeatureLoss",
     "ICDLoss",
     "ImitationLoss",
+    "LDLoss",
     "LwFLoss",
     "SeededLoss",
     "TARLoss",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, compare, gfl_erd, icd
+from . import Arrays, Method, bckd, compare, gfl_erd, icd, ld
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -18,9 +18,11 @@ def tolerance(method: str, array: str) -> tuple[float, float | None]:
 
 
 METHODS: dict[str, Method] = {
+    "bckd": bckd.outputs,
     "erd": gfl_erd.erd_outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
+    "ld": ld.outputs,
 }
 
 
