@@ -24,6 +24,7 @@ from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
 from d2kd.losses import (
     BCKDLoss,
+    CrossKDLoss,
     DistillLosses,
     ERDLoss,
     ICDLoss,
@@ -48,6 +49,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "LwF": LwFLoss,
     "ERD": ERDLoss,
     "BCKD": BCKDLoss,
+    "CrossKD": CrossKDLoss,
     "LD": LDLoss,
 }
 STEPS = 2

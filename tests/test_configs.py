@@ -41,6 +41,7 @@ FILES = [*ROOT.glob("configs/baselines/*.py"), *ROOT.glob("projects/*/configs/*.
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in FILES)
 assert {recipe.split("/")[1] for recipe in RECIPES} >= {
     "BCKD",
+    "CrossKD",
     "ERD",
     "ICD",
     "LD",

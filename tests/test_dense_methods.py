@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 from torchvision.ops import generalized_box_iou_loss
 
-from d2kd.losses import BCKDLoss, DistillLosses, LDLoss
+from d2kd.losses import BCKDLoss, CrossKDLoss, DistillLosses, LDLoss
+from d2kd.losses.crosskd import centerness
 from d2kd.losses.dense import positives_per_image
 from d2kd.losses.ld import localization_region
 from d2kd.modeling import Distiller, Teacher
@@ -21,8 +23,8 @@ from .parity.__main__ import METHODS, tolerance
 from .parity.dense import gfl_pair
 
 DENSE = ["retinanet", "fcos", "gfl"]
-QUICK = {"BCKD": "gfl", "LD": "gfl"}
-LOSSES = {"BCKD": (BCKDLoss, DENSE), "LD": (LDLoss, ["gfl"])}
+QUICK = {"BCKD": "gfl", "CrossKD": "fcos", "LD": "gfl"}
+LOSSES = {"BCKD": (BCKDLoss, DENSE), "CrossKD": (CrossKDLoss, DENSE), "LD": (LDLoss, ["gfl"])}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
     for name, (_, families) in LOSSES.items()
@@ -309,7 +311,169 @@ def restated_ld(arrays):
     finish(arrays, total)
 
 
-RESTATED = {"bckd": (gfl_arrays, restated_bckd), "ld": (gfl_arrays, restated_ld)}
+def head_arrays(kind, joint, groups, boxes, generator):
+    """The teacher's blocks after the joint, and the maps of both towers."""
+    width, blocks, classes = 12, 4, 4
+    per_cell = 2 if kind == "retinanet" else 1
+    found = {"num_groups": torch.tensor(groups), "anchors_of_a_cell": torch.tensor(per_cell)}
+    if groups:
+        found["teacher_weight/scales"] = torch.tensor([0.8, 1.2, 1.4])
+    for tower, channels, bias in (
+        ("classification", classes * per_cell, -1.5),
+        ("regression", boxes * per_cell, 1.5 if kind == "fcos" else 0.0),
+    ):
+        for block in range(joint, blocks):
+            name = f"teacher_weight/{tower}/{block}"
+            found[f"{name}/conv.weight"] = normal(generator, width, width, 3, 3, scale=0.15)
+            if groups:
+                found[f"{name}/gn.weight"] = normal(generator, width, scale=0.2, mean=1)
+                found[f"{name}/gn.bias"] = normal(generator, width, scale=0.2)
+            else:
+                found[f"{name}/conv.bias"] = normal(generator, width, scale=0.2)
+        found[f"teacher_weight/{tower}/predictor.weight"] = normal(
+            generator, channels, width, 3, 3, scale=0.1
+        )
+        found[f"teacher_weight/{tower}/predictor.bias"] = normal(
+            generator, channels, scale=0.3, mean=bias
+        )
+        for level, size in grids().items():
+            teacher = normal(generator, 3, width, *size, mean=0.3)
+            found[f"teacher_{tower}_tower/{level}"] = teacher
+            found[f"student_{tower}_tower/{level}"] = 2 * teacher + normal(
+                generator, *teacher.shape, mean=1
+            )
+    return {
+        f"{kind}/{name}": x.float().double() if x.is_floating_point() else x
+        for name, x in found.items()
+    }
+
+
+def crosskd_arrays(seed):
+    generator = torch.Generator().manual_seed(seed)
+    arrays = {**images(generator), "reg_max": torch.tensor(16)}
+    arrays |= head_arrays("gfl", 2, 4, 68, generator)
+    arrays |= head_arrays("retinanet", 2, 0, 4, generator)
+    arrays |= head_arrays("fcos", 3, 6, 4, generator)
+    tall = square_anchors(4)
+    tall = torch.stack([tall, tall * torch.tensor([1, 1.1, 1, 1.3])], dim=1).flatten(0, 1)
+    arrays["retinanet/anchors_xyxy"] = tall.float().double()
+    points = square_anchors(0, offset=0.5)[:, :2]
+    arrays["fcos/points_xy"] = points
+    arrays["gfl/temperature"] = torch.tensor(2.0)
+    for kind, weights in (
+        ("gfl", (2.0, 3.0, 11.0)),
+        ("retinanet", (0.5, 2.0, 9.0)),
+        ("fcos", (0.7, 1.5, 6.5)),
+    ):
+        for name, value in zip(
+            ("classification_weight", "regression_weight", "normalizer"), weights
+        ):
+            arrays[f"{kind}/{name}"] = torch.tensor(value)
+        for level, size in grids().items() if kind != "fcos" else ():
+            cells = math.prod(size) * int(arrays[f"{kind}/anchors_of_a_cell"])
+            arrays[f"{kind}/is_used/{level}"] = torch.rand(3, cells, generator=generator) > 0.1
+    return arrays
+
+
+def finish_head(arrays, kind, tower, x):
+    """The teacher's layers after the joint."""
+    x = x.relu()
+    for block in range(4):
+        name = f"{kind}/teacher_weight/{tower}/{block}"
+        if f"{name}/conv.weight" not in arrays:
+            continue
+        x = F.conv2d(x, arrays[f"{name}/conv.weight"], arrays.get(f"{name}/conv.bias"), padding=1)
+        if groups := int(arrays[f"{kind}/num_groups"]):
+            norm = (arrays[f"{name}/gn.{part}"] for part in ("weight", "bias"))
+            x = F.group_norm(x, groups, *norm)
+        x = x.relu()
+    weight, bias = (
+        arrays[f"{kind}/teacher_weight/{tower}/predictor.{p}"] for p in ("weight", "bias")
+    )
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def restated_crosskd(arrays):
+    for kind in ("gfl", "retinanet", "fcos"):
+        sums, start = {"classification": 0, "regression": 0, "confidence": 0}, 0
+        for k, (level, stride) in enumerate(LEVELS.items()):
+            cross, own = {}, {}
+            for tower in ("classification", "regression"):
+                name = f"{kind}/student_{tower}_tower/{level}"
+                s = arrays[name] = arrays[name].clone().requires_grad_()
+                t = arrays[f"{kind}/teacher_{tower}_tower/{level}"]
+                moments = []
+                for x in (s, t):
+                    flat = x.transpose(0, 1).flatten(1)
+                    mean = flat.sum(1) / flat.shape[1]
+                    deviation = ((flat - mean[:, None]) ** 2).sum(1) / (flat.shape[1] - 1)
+                    moments.append((mean[:, None, None], deviation.sqrt()[:, None, None]))
+                (s_mean, s_std), (t_mean, t_std) = moments
+                x = (s - s_mean) / (s_std + 1e-6) * t_std + t_mean
+                cross[tower], own[tower] = (finish_head(arrays, kind, tower, y) for y in (x, t))
+                if tower == "regression" and kind != "retinanet":
+                    scale = arrays[f"{kind}/teacher_weight/scales"][k]
+                    cross[tower], own[tower] = cross[tower] * scale, own[tower] * scale
+                if tower == "regression" and kind == "fcos":
+                    cross[tower], own[tower] = (
+                        y.relu() * stride for y in (cross[tower], own[tower])
+                    )
+                kind_of_map = "class" if tower == "classification" else "box"
+                arrays[f"{kind}/cross_{kind_of_map}_logits/{level}"] = cross[tower].detach()
+            p, q = (rows(x["classification"], 4).sigmoid() for x in (cross, own))
+            used = arrays.get(f"{kind}/is_used/{level}", torch.ones(p.shape[:2], dtype=torch.bool))
+            bce = -(q * p.log() + (1 - q) * (1 - p).log())
+            sums["classification"] += ((p - q).abs() * bce).sum(-1)[used].sum()
+            confidence = q.amax(-1)[used]
+            sums["confidence"] += confidence.sum()
+            ours, theirs = (rows(x["regression"], 68 if kind == "gfl" else 4) for x in (cross, own))
+            if kind == "gfl":
+                temperature = float(arrays["gfl/temperature"])
+                ours, theirs = (x.unflatten(-1, (4, 17)) for x in (ours, theirs))
+                term = 17 * kl(theirs, ours, temperature).mean(-1)
+            elif kind == "retinanet":
+                anchors = arrays["retinanet/anchors_xyxy"][start : start + ours.shape[1]]
+                size, center = (
+                    anchors[:, 2:] - anchors[:, :2],
+                    (anchors[:, 2:] + anchors[:, :2]) / 2,
+                )
+                boxes = []
+                for d in (ours, theirs):
+                    half = size * d[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+                    middle = center + d[..., :2] * size
+                    boxes.append(torch.cat([middle - half, middle + half], dim=-1))
+                term = generalized_box_iou_loss(*boxes)
+            else:
+                inter = torch.min(ours, theirs)
+                inter, a, b = (
+                    (x[..., 0] + x[..., 2]) * (x[..., 1] + x[..., 3]) for x in (inter, ours, theirs)
+                )
+                term = -(inter / (a + b - inter).clamp(min=1e-6)).clamp(min=1e-6).log()
+            start += ours.shape[1]
+            sums["regression"] += (confidence * term[used]).sum()
+        divisor = arrays[f"{kind}/normalizer"]
+        divisors = {
+            "classification": divisor,
+            "regression": sums["confidence"].detach() if kind == "gfl" else divisor,
+        }
+        total = 0
+        for name, value in divisors.items():
+            term = arrays[f"{kind}/{name}_weight"] * sums[name] / value
+            arrays[f"{kind}/loss/{name}"] = term.detach()
+            total = total + term
+        arrays[f"{kind}/loss"] = total.detach()
+        total.backward()
+        for name in [name for name, x in arrays.items() if x.requires_grad]:
+            tower, level = name.rsplit("/", 1)
+            arrays[f"{tower}_grad/{level}"] = arrays[name].grad
+            arrays[name] = arrays[name].detach()
+
+
+RESTATED = {
+    "bckd": (gfl_arrays, restated_bckd),
+    "crosskd": (crosskd_arrays, restated_crosskd),
+    "ld": (gfl_arrays, restated_ld),
+}
 
 
 @pytest.mark.parametrize("method", RESTATED)
@@ -380,6 +544,117 @@ class TestBCKD:
 
     def test_unknown_levels(self, refuses):
         refuses(lambda: BCKDLoss(levels="p3"), "levels: p3; expected all or with_objects")
+
+
+def towers(family, blocks, norm=None, **options):
+    """A detector whose towers have a number of blocks."""
+    node = DETECTORS[family](**options)
+    node.head.conv_dims = list(node.head.conv_dims) * blocks
+    if norm:
+        node.head.norm = norm
+    return build(node)
+
+
+def pair_of(student, teacher, make=CrossKDLoss):
+    teacher, losses = Teacher(teacher, None), DistillLosses(loss=make())
+    return Distiller(student=student, teacher=teacher, losses=losses, max_iter=2).train()
+
+
+class TestCrossKD:
+    @pytest.mark.parametrize("family", DENSE)
+    def test_ground_truth_alone_teaches_the_rest_of_the_students_head(self, family):
+        model = pair_of(towers(family, 2), towers(family, 2))
+        with torch.no_grad():
+            for parameter in model.student.head.parameters():
+                parameter.add_(torch.randn_like(parameter) / 10)
+        loss = model.losses.by_name["loss"]
+        assert loss.joint == 1 and not list(loss.parameters())
+        sum_distill_losses(forward_losses(model, batch())).backward()
+        first = {f"{name}.0.weight" for name in ("cls_subnet", "bbox_subnet")}
+        learned = {n for n, p in model.student.head.named_parameters() if p.grad is not None}
+        assert {name for name in learned if "subnet.0.weight" in name} == first
+        assert not any(name.split(".")[1] in "345" for name in learned if "subnet" in name)
+        assert not any("cls_score" in name or "bbox_pred" in name for name in learned)
+
+    def test_a_map_gets_the_teachers_statistics(self):
+        s, t = torch.randn(2, 3, 5, 4) * 3 + 2, torch.randn(2, 3, 5, 4)
+        s[:, 1], s.requires_grad = 7.0, True  # a channel that is constant
+        loss = CrossKDLoss()
+        found = loss.aligned(s, t)
+        for c in (0, 2):
+            torch.testing.assert_close(found[:, c].mean(), t[:, c].mean())
+            torch.testing.assert_close(found[:, c].std(), t[:, c].std())
+        torch.testing.assert_close(found[:, 1], t[:, 1].mean().expand(2, 5, 4))
+        found.square().sum().backward()
+        assert s.grad.isfinite().all()
+        single = torch.randn(1, 3, 1, 1)
+        assert torch.equal(loss.aligned(single, t[:1, :, :1, :1]), single)
+        loss.make_identity()
+        assert torch.equal(loss.aligned(s, t), s)
+
+    def test_the_joint_depends_on_the_depth(self, caplog):
+        caplog.set_level("INFO")
+        found = {}
+        for family, blocks in (("gfl", 1), ("gfl", 3), ("gfl", 5), ("fcos", 4), ("retinanet", 4)):
+            (loss := CrossKDLoss()).setup(towers(family, blocks), towers(family, blocks))
+            found[family, blocks] = loss.joint
+        assert list(found.values()) == [0, 2, 3, 2, 3]
+        assert "CrossKD joins after 2 blocks, as towers have 3" in caplog.text
+        (loss := CrossKDLoss()).setup(towers("gfl", 2), towers("gfl", 4))
+        assert loss.joint == 1
+
+    def test_towers_of_other_depth_and_width(self):
+        model = pair_of(towers("gfl", 3, channels=8), towers("gfl", 4))
+        loss = model.losses.by_name["loss"]
+        assert loss.joint == 2
+        shapes = {name: tuple(x.weight.shape) for name, x in loss.adapters.items()}
+        assert shapes == {"cls_subnet": (16, 8, 1, 1), "bbox_subnet": (16, 8, 1, 1)}
+        sum_distill_losses(forward_losses(model, batch())).backward()
+        assert all(p.grad.abs().sum() > 0 for n, p in loss.named_parameters() if "weight" in n)
+
+    def test_norms_with_statistics_of_each_level(self):
+        """The rest of the head uses a level's own."""
+        student, teacher = (towers("retinanet", 2, norm="BN") for _ in range(2))
+        for norm in (x for x in teacher.head.modules() if isinstance(x, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(norm.running_mean)
+        model = pair_of(student, teacher)
+        student, teacher, loss = outputs_of(model)
+        loss.make_identity()
+        student.taps.update(
+            {ours: teacher.taps[theirs] for ours, theirs in zip(loss.taps, loss.teacher_taps)}
+        )
+        cross = loss.cross_outputs(student, teacher)
+        for ours, theirs in zip(cross.predictions, teacher.predictions, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+    def test_it_divides_by_the_centerness(self):
+        model = distiller(CrossKDLoss, DETECTORS["fcos"])
+        student, _, loss = outputs_of(model)
+        positive = student.gt_labels < 3
+        matched = list(map(Boxes, student.matched_gt_boxes))
+        expected = student.detector.compute_ctrness_targets(student.anchors, matched)
+        found = centerness(student)
+        torch.testing.assert_close(found[positive], expected[positive])
+        assert found.isfinite().all() and 0 < found[positive].min() and found.max() <= 1
+
+    def test_a_batch_without_objects_is_no_stronger(self):
+        model = distiller(CrossKDLoss, DETECTORS["fcos"])
+        some, none = (
+            sum_distill_losses(forward_losses(model, batch(objects=n))) for n in ((1, 0), (0, 0))
+        )
+        assert 0 < none < 100 * some
+
+    @pytest.mark.parametrize("joint", [-1, 3])
+    def test_a_joint_beyond_the_tower(self, refuses, joint):
+        loss, detector = CrossKDLoss(joint=joint), towers("gfl", 2)
+        line = f"joint: {joint}; expected from 0 to 2, the blocks of a tower"
+        refuses(lambda: loss.setup(detector, detector), line)
+
+    def test_a_head_without_towers(self, refuses):
+        detector = towers("gfl", 2)
+        detector.head.bbox_subnet = torch.nn.Identity()
+        line = "head: a GFLHead without a Sequential bbox_subnet; expected a head with the towers"
+        refuses(lambda: CrossKDLoss().setup(detector, detector), line)
 
 
 class TestLD:

@@ -34,6 +34,7 @@ def refused(method, file, capsys):
     "method, inputs, count",
     [
         ("bckd", None, 16),
+        ("crosskd", None, 45),
         ("icd", None, 14),
         ("ld", None, 19),
         ("gfl", ["class_logits", "box_logits"], 25),
@@ -65,6 +66,8 @@ def finite(logits):
     [
         ("bckd", "loss/box/p4", scaled),
         ("bckd", "student_box_logits_grad/p3", np.negative),
+        ("crosskd", "fcos/loss/regression", scaled),
+        ("crosskd", "retinanet/student_regression_tower_grad/p4", np.negative),
         ("icd", "loss/distill", scaled),
         ("icd", "position_embedding", lambda value: value[:-1]),
         ("icd", "layer0/attention_logits", finite),
@@ -92,6 +95,8 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
     [
         ("bckd", "teacher_box_logits/p5"),
         ("bckd", "box_weight"),
+        ("crosskd", "gfl/is_used/p4"),
+        ("crosskd", "fcos/normalizer"),
         ("icd", "teacher_feature/p6"),
         ("icd", "loss/distill"),
         ("icd", "query_centers"),

@@ -2,6 +2,7 @@
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
 from .bckd import BCKDLoss
+from .crosskd import CrossKDLoss
 from .erd import ERDLoss
 from .features import FeatureLoss
 from .icd import ICDLoss
@@ -12,6 +13,7 @@ from .tar import TARLoss
 
 __all__ = [
     "BCKDLoss",
+    "CrossKDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",

@@ -99,7 +99,9 @@ class BCKDLoss(DenseLoss):
             entropy, _, _ = sigmoid_divergence(s, t)
         difference = (p_t - s.detach().sigmoid()).abs().amax(dim=-1)
         s_boxes, t_boxes = (
-            decode_boxes(x.detector, torch.cat(x.pred_anchor_deltas, dim=1), student.anchors)
+            decode_boxes(
+                x.detector, torch.cat(x.pred_anchor_deltas, dim=1), student.anchors, at_origin=True
+            )
             for x in (student, teacher)
         )
         distance = generalized_iou_loss(s_boxes.flatten(0, 1), t_boxes.flatten(0, 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, bckd, compare, gfl_erd, icd, ld
+from . import Arrays, Method, bckd, compare, crosskd, gfl_erd, icd, ld
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -19,6 +19,7 @@ def tolerance(method: str, array: str) -> tuple[float, float | None]:
 
 METHODS: dict[str, Method] = {
     "bckd": bckd.outputs,
+    "crosskd": crosskd.outputs,
     "erd": gfl_erd.erd_outputs,
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
