@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from d2kd.config import get_config
 from d2kd.engine.train_step import TrainStep, build_amp
 from d2kd.losses import (
+    BCKDLoss,
+    CrossKDLoss,
     CWDLoss,
     DistillLosses,
     DISTLoss,
@@ -31,6 +33,7 @@ from d2kd.losses import (
     FGDLoss,
     ICDLoss,
     ImitationLoss,
+    LDLoss,
     LwFLoss,
     MGDLoss,
     PKDLoss,
@@ -61,6 +64,9 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ReviewKD": ReviewKDLoss,
     "FGD, published masks": lambda: FGDLoss(published_masks=True),
     "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
+    "BCKD": BCKDLoss,
+    "CrossKD": CrossKDLoss,
+    "LD": LDLoss,
 }
 STEPS = 2
 

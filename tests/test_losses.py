@@ -29,6 +29,7 @@ from d2kd.losses import (
     TARLoss,
 )
 from d2kd.losses.base import get_weight
+from d2kd.losses.dense import DenseLoss
 from d2kd.losses.functional import (
     in_float32,
     masked_squared_error,
@@ -641,14 +642,17 @@ def test_a_loss_cannot_overwrite_the_students_own():
     "name",
     [
         "base",
+        "bckd",
+        "crosskd",
+        "cwd",
         "dist",
         "dkd",
         "erd",
-        "cwd",
         "fgd",
         "functional",
         "icd",
         "imitation",
+        "ld",
         "lwf",
         "mgd",
         "pkd",
@@ -659,7 +663,7 @@ def test_a_loss_cannot_overwrite_the_students_own():
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"d2kd.losses.{name}")
     losses = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, DistillLoss)]
-    bases = {DistillLoss, FeatureLoss, SeededLoss}
+    bases = {DistillLoss, FeatureLoss, SeededLoss, DenseLoss}
     assert all("Example:" in loss.__doc__ for loss in losses if loss not in bases)
     assert doctest.testmod(module).failed == 0
 

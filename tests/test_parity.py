@@ -33,7 +33,10 @@ def refused(method, file, capsys):
 @pytest.mark.parametrize(
     "method, inputs, count",
     [
+        ("bckd", None, 16),
+        ("crosskd", None, 45),
         ("icd", None, 14),
+        ("ld", None, 19),
         ("gfl", ["class_logits", "box_logits"], 25),
         ("erd", [f"{d}_{x}_logits" for d in ("old", "new") for x in ("class", "box")], 24),
         ("dkd", None, 4),
@@ -68,11 +71,17 @@ def finite(logits):
 @pytest.mark.parametrize(
     "method, name, change",
     [
+        ("bckd", "loss/box/p4", scaled),
+        ("bckd", "student_box_logits_grad/p3", np.negative),
+        ("crosskd", "fcos/loss/regression", scaled),
+        ("crosskd", "retinanet/student_regression_tower_grad/p4", np.negative),
         ("icd", "loss/distill", scaled),
         ("icd", "position_embedding", lambda value: value[:-1]),
         ("icd", "layer0/attention_logits", finite),
         ("icd", "key_is_padding", np.logical_not),
         ("icd", "student_feature_grad/p5", lambda value: value * np.float32(np.nan)),
+        ("ld", "loss/vlr/p4", scaled),
+        ("ld", "paper/vlr_region", np.sign),
         ("gfl", "gfl/loss_bbox", scaled),
         ("gfl", "gfl/atss_labels", lambda value: value[:, 1:]),
         ("gfl", "gfl/class_logits_grad/p4", np.negative),
@@ -98,9 +107,15 @@ def test_it_can_fail(method, name, change, tmp_path, capsys):
 @pytest.mark.parametrize(
     "method, name",
     [
+        ("bckd", "teacher_box_logits/p5"),
+        ("bckd", "box_weight"),
+        ("crosskd", "gfl/is_used/p4"),
+        ("crosskd", "fcos/normalizer"),
         ("icd", "teacher_feature/p6"),
         ("icd", "loss/distill"),
         ("icd", "query_centers"),
+        ("ld", "image1/gt_boxes_xyxy"),
+        ("ld", "kd_temperature"),
         ("gfl", "gfl/box_logits/p6"),
         ("gfl", "gfl/loss_dfl"),
         ("gfl", "num_old_classes"),

@@ -14,12 +14,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
 from ..data.incremental import Split
 from ..losses import (
+    BCKDLoss,
+    CrossKDLoss,
     CWDLoss,
     DistillLosses,
     DISTLoss,
     DKDLoss,
     FGDLoss,
     ImitationLoss,
+    LDLoss,
     MGDLoss,
     PKDLoss,
     ReviewKDLoss,
@@ -43,6 +46,9 @@ METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "mgd": lambda: {"losses": L(DistillLosses)(mgd=L(MGDLoss)(seed="${train.seed}"))},
     "fgd": lambda: {"losses": L(DistillLosses)(fgd=L(FGDLoss)())},
     "reviewkd": lambda: {"losses": L(DistillLosses)(reviewkd=L(ReviewKDLoss)())},
+    "ld": lambda: {"losses": L(DistillLosses)(ld=L(LDLoss)())},
+    "crosskd": lambda: {"losses": L(DistillLosses)(crosskd=L(CrossKDLoss)())},
+    "bckd": lambda: {"losses": L(DistillLosses)(bckd=L(BCKDLoss)())},
 }
 """The methods of ``--distill NAME``, with their defaults: keyword arguments of :func:`distill`."""
 

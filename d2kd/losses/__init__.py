@@ -1,6 +1,8 @@
 """Distillation losses, one per file. They read detector outputs and do not depend on the detector family."""
 
 from .base import DistillLoss, DistillLosses, EpochDecay, SeededLoss
+from .bckd import BCKDLoss
+from .crosskd import CrossKDLoss
 from .cwd import CWDLoss
 from .dist import DISTLoss
 from .dkd import DKDLoss
@@ -9,6 +11,7 @@ from .features import FeatureLoss
 from .fgd import FGDLoss
 from .icd import ICDLoss
 from .imitation import ImitationLoss
+from .ld import LDLoss
 from .lwf import LwFLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
@@ -19,6 +22,8 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "CWDLoss",
+    "BCKDLoss",
+    "CrossKDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",
@@ -27,6 +32,7 @@ __all__ = [
     "FeatureLoss",
     "ICDLoss",
     "ImitationLoss",
+    "LDLoss",
     "LwFLoss",
     "MGDLoss",
     "PKDLoss",

@@ -15,7 +15,7 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from ..modeling.anchors import check_anchors
+from ..modeling.anchors import check_anchors, check_distributions
 from ..modeling.box_regression import integral
 from ..structures.class_map import num_classes_of
 from ..utils.errors import InputError
@@ -153,11 +153,7 @@ class ERDLoss(DistillLoss):
         self.box_weight_from = box_weight_from
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
-        bins = [getattr(getattr(d, "head", None), "reg_max", None) for d in (student, teacher)]
-        if None in bins or bins[0] != bins[1]:
-            names = [type(d).__name__ for d in (student, teacher)]
-            found = f"student {names[0]} with reg_max {bins[0]}, teacher {names[1]} with {bins[1]}"
-            raise InputError("distributions", found, "two GFLs with the same reg_max")
+        check_distributions(student, teacher)
         check_anchors(student, teacher, self.scale)
         set_old_classes(self, student, teacher)
 

@@ -1,4 +1,4 @@
-"""A check that two dense detectors have equal anchors."""
+"""Checks that the predictions of two dense detectors correspond."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def check_anchors(
                 what = "anchors of a cell" if a != b else "sizes of anchors"
                 a, b = (a, b) if a != b else ("one set", "another")
             raise InputError("anchors", f"{what}: student {a}, teacher {b}", expected)
+
+
+def check_distributions(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise InputError unless both detectors are GFLs with the same number of bins."""
+    bins = [getattr(getattr(d, "head", None), "reg_max", None) for d in (student, teacher)]
+    if None in bins or bins[0] != bins[1]:
+        names = [type(d).__name__ for d in (student, teacher)]
+        found = f"student {names[0]} with reg_max {bins[0]}, teacher {names[1]} with {bins[1]}"
+        raise InputError("distributions", found, "two GFLs with the same reg_max")

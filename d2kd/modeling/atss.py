@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor
@@ -27,26 +29,53 @@ def atss_matches(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor
     Returns:
         ``(R,)``, the index of the matched object, -1 for none.
     """
-    all_anchors = Boxes.cat(anchors)
-    matches = torch.full((len(all_anchors),), -1, device=all_anchors.device)
-    if not len(gt_boxes) or not len(all_anchors):
+    matches = torch.full((sum(map(len, anchors)),), -1, device=gt_boxes.device)
+    if not len(gt_boxes) or not len(matches):
         return matches
-    centers = all_anchors.get_centers()
-    distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
-    candidates, start = [], 0
-    for level in distance.split([len(level) for level in anchors]):
-        nearest = level.topk(min(topk, len(level)), dim=0, largest=False).indices
-        candidates.append(nearest + start)
-        start += len(level)
-    candidate = torch.cat(candidates)  # (C, G)
-
-    iou = pairwise_iou(all_anchors, gt_boxes)
-    overlap = iou.gather(0, candidate)
+    candidates = atss_candidates(anchors, gt_boxes, topk)
+    candidate, overlap = candidates.rows, candidates.iou.gather(0, candidates.rows)
     top_left, bottom_right = gt_boxes.tensor.split(2, dim=1)
-    center = centers[candidate]
+    center = Boxes.cat(anchors).get_centers()[candidate]
     inside = torch.cat([center - top_left, bottom_right - center], dim=-1).amin(dim=-1) > 0.01
-    positive = inside & (overlap >= overlap.mean(dim=0) + overlap.std(dim=0))
+    positive = inside & (overlap >= candidates.threshold)
 
-    chosen = torch.full_like(iou, -1).scatter(0, candidate, torch.where(positive, overlap, -1.0))
+    chosen = torch.full_like(candidates.iou, -1).scatter(
+        0, candidate, torch.where(positive, overlap, -1.0)
+    )
     best, index = chosen.max(dim=1)
     return torch.where(best >= 0, index, matches)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of ATSS.
+
+    Attributes:
+        rows: ``(C, G)``, the candidates of each object among the anchors of all levels.
+        iou: ``(R, G)``, of all anchors and objects.
+        threshold: ``(G,)``, the mean plus the sample standard deviation of the candidates' IoU.
+    """
+
+    rows: Tensor
+    iou: Tensor
+    threshold: Tensor
+
+
+def atss_candidates(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Candidates:
+    """Return the ``topk`` anchors of each level with the nearest centers, for each object.
+
+    Args:
+        anchors, gt_boxes: as in :func:`atss_matches`; neither is empty.
+    """
+    all_anchors = Boxes.cat(anchors)
+    centers = all_anchors.get_centers()
+    distance = (centers[:, None] - gt_boxes.get_centers()).square().sum(dim=-1).sqrt()  # (R, G)
+    rows, start = [], 0
+    for level in distance.split([len(level) for level in anchors]):
+        nearest = level.topk(min(topk, len(level)), dim=0, largest=False).indices
+        rows.append(nearest + start)
+        start += len(level)
+    candidate = torch.cat(rows)
+    iou = pairwise_iou(all_anchors, gt_boxes)
+    overlap = iou.gather(0, candidate)
+    return Candidates(candidate, iou, overlap.mean(dim=0) + overlap.std(dim=0))

@@ -10,13 +10,16 @@ from d2kd.utils.errors import InputError, report_input_errors
 from . import (
     Arrays,
     Method,
+    bckd,
     compare,
+    crosskd,
     cwd,
     dist,
     dkd,
     fgd,
     gfl_erd,
     icd,
+    ld,
     mgd,
     pkd,
     reviewkd,
@@ -34,6 +37,8 @@ METHODS: dict[str, Method] = {
     "dist": dist.outputs,
     "dkd": dkd.outputs,
     "cwd": cwd.outputs,
+    "bckd": bckd.outputs,
+    "crosskd": crosskd.outputs,
     "erd": gfl_erd.erd_outputs,
     "fgd": fgd.outputs,
     "gfl": gfl_erd.outputs,
@@ -41,6 +46,7 @@ METHODS: dict[str, Method] = {
     "mgd": mgd.outputs,
     "pkd": pkd.outputs,
     "reviewkd": reviewkd.outputs,
+    "ld": ld.outputs,
 }
 
 

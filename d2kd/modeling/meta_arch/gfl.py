@@ -194,7 +194,7 @@ class GFL(DenseDetector):
         """
         all_anchors = Boxes.cat(anchors)
         labels, boxes = [], []
-        for gt, levels in zip(gt_instances, self._rows_inside(anchors, gt_instances)):
+        for gt, levels in zip(gt_instances, self.rows_inside(anchors, gt_instances)):
             row = torch.cat(levels).to(all_anchors.device, non_blocking=True)
             matches = row.new_full((len(all_anchors),), -1)
             inside = torch.zeros_like(matches, dtype=torch.bool).index_fill_(0, row, True)
@@ -210,7 +210,7 @@ class GFL(DenseDetector):
             boxes.append(torch.cat([gt_boxes, gt_boxes.new_zeros(1, 4)])[matches])
         return labels, boxes
 
-    def _rows_inside(
+    def rows_inside(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> list[list[Tensor]]:
         """Return for each image and level the rows, in all levels together, of the anchors whose center is in the image.
