@@ -13,13 +13,18 @@ from torch import Tensor, nn
 import d2kd.losses.icd as icd_module
 from d2kd.layers.queries import InstanceQueries, make_queries
 from d2kd.losses import (
+    BCKDLoss,
+    CWDLoss,
     DistillLosses,
     DISTLoss,
     DKDLoss,
     ERDLoss,
+    FGDLoss,
     ICDLoss,
     ImitationLoss,
+    LDLoss,
     LwFLoss,
+    ReviewKDLoss,
     TARLoss,
 )
 from d2kd.modeling import Distiller, Teacher
@@ -109,6 +114,14 @@ LOSSES: dict[str, Case] = {
     "lwf": Case(LwFLoss, tiny_gfl),
     "dkd": Case(DKDLoss, tiny_cascade_rcnn),
     "dkd, other classes": Case(DKDLoss, tiny_faster_rcnn, _OTHERS),
+    "cwd": Case(CWDLoss, tiny_retinanet),
+    "cwd, logits": Case(lambda **o: CWDLoss(source="logits", **o), tiny_retinanet, _OTHERS),
+    # Without absolute differences, whose gradient jumps where a rounding changes a sign.
+    "fgd": Case(lambda **o: FGDLoss(attention_weight=0, **o), tiny_faster_rcnn),
+    "reviewkd, GN": Case(lambda **o: ReviewKDLoss(norm="GN", **o), tiny_faster_rcnn),
+    "bckd": Case(BCKDLoss, tiny_gfl),
+    "bckd, other classes": Case(BCKDLoss, tiny_retinanet, _OTHERS),
+    "ld": Case(lambda **o: LDLoss(normalize_by="positives", **o), tiny_gfl),
     "dist, rows": Case(lambda **o: DISTLoss(intra_weight=0, **o), tiny_retinanet),
 }
 

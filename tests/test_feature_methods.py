@@ -435,7 +435,7 @@ def test_cwd_leaves_out_levels_that_are_only_pooled():
         ),
         (
             lambda: set_up(CWDLoss(source="logits"), class_map=ClassMap.from_names("abc", "xyz")),
-            "classes: none in common; expected a shared class",
+            "classes: none is the student's and the teacher's; expected",
         ),
     ],
 )

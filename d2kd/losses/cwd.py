@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers.adapter import LevelChoice
 from ..layers.masks import valid_cells
 from ..modeling.anchors import check_anchors
-from ..structures.class_map import num_classes_of
+from ..structures.class_map import check_shared_classes
 from ..utils.errors import InputError
 from .base import Weight
 from .features import FeatureLoss
@@ -105,15 +105,7 @@ class CWDLoss(FeatureLoss):
         if isinstance(names, Mapping) or not names or not set(names) <= set(head):
             raise InputError("levels", names, f"of {', '.join(head)}")
         self.levels = {level: level for level in names}
-        counts = [num_classes_of(detector) for detector in (student, teacher)]
-        if self.class_map is None and counts[0] != counts[1]:
-            raise InputError(
-                "num_classes",
-                f"student {counts[0]}, teacher {counts[1]}",
-                "the same classes, or the names of both: the teacher's and the Distiller's classes",
-            )
-        if self.class_map is not None and not self.class_map.pairs:
-            raise InputError("classes", "none in common", 'a shared class, or source="features"')
+        check_shared_classes(student, teacher, self.class_map)
 
     def forward(self, student, teacher) -> Tensor:
         logits = self.source == "logits"
@@ -127,7 +119,8 @@ class CWDLoss(FeatureLoss):
             }
         images = self.num_images(next(iter(pairs.values()))[0])
         return sum(
-            self.divergence(s / self.unit(level), t / self.unit(level), cells[level]).sum() / images
+            self.divergence(self.in_units(s, level), self.in_units(t, level), cells[level]).sum()
+            / images
             for level, (s, t) in pairs.items()
         )
 

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..modeling.anchors import check_anchors
-from ..structures.class_map import num_classes_of
+from ..structures.class_map import check_shared_classes, num_classes_of
 from ..utils.errors import InputError
 from .base import DistillLoss
 
@@ -27,15 +27,7 @@ class DenseLoss(DistillLoss):
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         check_anchors(student, teacher, self.scale)
-        counts = [num_classes_of(detector) for detector in (student, teacher)]
-        if self.class_map is None and counts[0] != counts[1]:
-            found = f"student {counts[0]}, teacher {counts[1]}"
-            expected = (
-                "the same classes, or the names of both: the teacher's and the Distiller's classes"
-            )
-            raise InputError("num_classes", found, expected)
-        if self.class_map is not None and not self.class_map.pairs:
-            raise InputError("classes", "none is the student's and the teacher's", "at least one")
+        check_shared_classes(student, teacher, self.class_map)
 
     def shared_classes(self, x: Tensor, side: str) -> Tensor:
         """Return the entries of the shared classes, ``(…, K)``, in float32.

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling.anchors import check_anchors
-from ..structures.class_map import num_classes_of
+from ..structures.class_map import check_shared_classes, num_classes_of
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import in_float32
-from .regions import check_shared_classes, check_softmax_regions
+from .regions import check_softmax_regions
 
 EPSILON = 1e-8
 

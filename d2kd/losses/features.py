@@ -88,6 +88,10 @@ class FeatureLoss(DistillLoss):
         """Return the RMS of the teacher's features at a level of the student; 1 unless ``normalize``."""
         return self.rms(self.levels[level]) if self.normalize else 1.0
 
+    def in_units(self, features: Tensor, level: str) -> Tensor:
+        """Return features of a level in units of the teacher, in float32."""
+        return features.float() / self.unit(level)
+
     def map_pairs(self, student, teacher) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each level the adapted map of the student and the teacher's, both ``(N, C, H, W)``.
 

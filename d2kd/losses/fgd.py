@@ -127,8 +127,9 @@ class FGDLoss(FeatureLoss):
         sums: dict[str, Tensor] = {}
         for level, (s, t) in self.map_pairs(student, teacher).items():
             foreground = self.foreground_mask(student.gt_instances, tuple(t.shape[-2:]), level)
-            unit = self.unit(level)
-            terms = self.level_terms(level, s / unit, t / unit, foreground)
+            terms = self.level_terms(
+                level, self.in_units(s, level), self.in_units(t, level), foreground
+            )
             sums = {name: value + sums.get(name, 0) for name, value in terms.items()}
         images = self.num_images(t)
         return {name: self.term_weight(name) * total / images for name, total in sums.items()}

@@ -110,7 +110,7 @@ class MGDLoss(FeatureLoss, SeededLoss):
         for level, (s, t) in pairs.items():
             uniform = torch.rand(len(s), 1, *s.shape[-2:], generator=generator)
             keep = self.kept_cells(uniform).to(s.device, non_blocking=True)
-            errors.append(self.error(level, s / self.unit(level), t / self.unit(level), keep))
+            errors.append(self.error(level, self.in_units(s, level), self.in_units(t, level), keep))
         if self.reduction == "sum":
             return sum(errors) / self.num_images(s)
         entries = sum(t.numel() for _, t in pairs.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..modeling.outputs import Regions, uses_sigmoid_scores
-from ..structures.class_map import ClassMap, num_classes_of
+from ..structures.class_map import ClassMap, check_shared_classes
 from ..utils.errors import InputError
 
 
@@ -23,21 +23,6 @@ def check_softmax_regions(
             )
             raise InputError("regions", found, "box heads with softmax")
     check_shared_classes(student, teacher, class_map)
-
-
-def check_shared_classes(
-    student: nn.Module, teacher: nn.Module, class_map: ClassMap | None
-) -> None:
-    """Raise InputError unless the detectors have classes in common, by name or because all are the same."""
-    counts = [num_classes_of(detector) for detector in (student, teacher)]
-    if class_map is None and counts[0] != counts[1]:
-        found = f"student {counts[0]}, teacher {counts[1]}"
-        expected = (
-            "the same classes, or the names of both: the teacher's and the Distiller's classes"
-        )
-        raise InputError("num_classes", found, expected)
-    if class_map is not None and not class_map.pairs:
-        raise InputError("classes", "none is the student's and the teacher's", "a class of both")
 
 
 def shared_region_logits(

@@ -93,14 +93,14 @@ class ReviewKDLoss(FeatureLoss):
         pairs = self.map_pairs(student, teacher)
         reviewed = self.review({level: s for level, (s, _) in pairs.items()})
         return sum(
-            hierarchical_distance(reviewed[level], t / self.unit(level))
+            hierarchical_distance(reviewed[level], self.in_units(t, level))
             for level, (_, t) in pairs.items()
         )
 
     def review(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return for each level of the student's maps the fused map ``(N, C, H, W)`` that is compared."""
         if self.is_identity:
-            return {level: x / self.unit(level) for level, x in features.items()}
+            return {level: self.in_units(x, level) for level, x in features.items()}
         reviewed, carried = {}, None
         for level, block in self.blocks.items():
             carried, reviewed[level] = block(features[level], carried)

@@ -30,7 +30,7 @@ from ..modeling.anchors import check_anchors
 from ..modeling.atss import is_foreground
 from ..modeling.box_regression import select_class_deltas
 from ..modeling.outputs import uses_sigmoid_scores
-from ..structures.class_map import num_classes_of
+from ..structures.class_map import check_same_classes
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight, get_weight, is_zero
 from .functional import in_float32, resolve_normalizer, sigmoid_divergence, softmax_kl
@@ -184,13 +184,7 @@ class TARLoss(DistillLoss):
                         f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
                         "box heads with softmax, or classification_weight=0",
                     )
-        counts = [num_classes_of(detector) for detector in (student, teacher)]
-        if self.class_map is None and counts[0] != counts[1]:
-            raise InputError(
-                "num_classes",
-                f"student {counts[0]}, teacher {counts[1]}",
-                "the same classes, or the names of both: the teacher's and the Distiller's classes",
-            )
+        check_same_classes(student, teacher, self.class_map)
         if two_stage == {False}:
             check_anchors(
                 student,

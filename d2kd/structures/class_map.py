@@ -166,6 +166,28 @@ class ClassMap:
         return f"{text}; not {', '.join(lacking)}" if lacking else text
 
 
+def check_same_classes(student: nn.Module, teacher: nn.Module, class_map: ClassMap | None) -> None:
+    """Raise InputError where two detectors have other numbers of classes, and no names by which to match them."""
+    counts = [num_classes_of(detector) for detector in (student, teacher)]
+    if class_map is None and counts[0] != counts[1]:
+        raise InputError(
+            "num_classes",
+            f"student {counts[0]}, teacher {counts[1]}",
+            "the same classes, or the names of both: the teacher's and the Distiller's classes",
+        )
+
+
+def check_shared_classes(
+    student: nn.Module, teacher: nn.Module, class_map: ClassMap | None
+) -> None:
+    """Raise InputError as :func:`check_same_classes` does, and where no class is the student's and the teacher's."""
+    check_same_classes(student, teacher, class_map)
+    if class_map is not None and not class_map.pairs:
+        raise InputError(
+            "classes", "none is the student's and the teacher's", "at least one of both"
+        )
+
+
 def apply_aliases(names: Sequence[str], aliases: Mapping[str, str]) -> tuple[str, ...]:
     """Return ``names`` with those in ``aliases`` replaced.
 
