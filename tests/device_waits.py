@@ -31,6 +31,7 @@ from d2kd.losses import (
     ImitationLoss,
     LDLoss,
     LwFLoss,
+    PGDLoss,
     TARLoss,
 )
 from d2kd.losses.base import DistillLoss
@@ -50,6 +51,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "ERD": ERDLoss,
     "BCKD": BCKDLoss,
     "CrossKD": CrossKDLoss,
+    "PGD": PGDLoss,
     "LD": LDLoss,
 }
 STEPS = 2

@@ -45,6 +45,7 @@ assert {recipe.split("/")[1] for recipe in RECIPES} >= {
     "ERD",
     "ICD",
     "LD",
+    "PGD",
     "TAR",
     "baselines",
 }

@@ -26,6 +26,7 @@ MOST_WAITS = {
     "ERD": (0, 0, 4),
     "BCKD": (0, 1, 2),
     "CrossKD": (0, 1, 2),
+    "PGD": (0, 1, 2),
     "LD": (0, 0, 2),
 }
 """Waits of d2kd's code in a training step, its backward included, with a two-stage student, another and a GFL.

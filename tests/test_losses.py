@@ -640,7 +640,7 @@ def test_a_loss_cannot_overwrite_the_students_own():
 
 @pytest.mark.parametrize(
     "name",
-    ["base", "bckd", "crosskd", "erd", "functional", "icd", "imitation", "ld", "lwf", "tar"],
+    ["base", "bckd", "crosskd", "erd", "functional", "icd", "imitation", "ld", "lwf", "pgd", "tar"],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"d2kd.losses.{name}")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data import DownscaledStudentMapper, incremental_split, split_classes
 from ..data.incremental import Split
-from ..losses import BCKDLoss, CrossKDLoss, DistillLosses, ImitationLoss, LDLoss, TARLoss
+from ..losses import BCKDLoss, CrossKDLoss, DistillLosses, ImitationLoss, LDLoss, PGDLoss, TARLoss
 from ..modeling import GFL, Distiller, Teacher, TimmBackbone, timm_pixel_statistics
 from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
@@ -26,6 +26,7 @@ METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
     "imitation": lambda: {"losses": L(DistillLosses)(imitation=L(ImitationLoss)())},
     "icd": lambda: dict(get_config("common/icd.py")),
     "ld": lambda: {"losses": L(DistillLosses)(ld=L(LDLoss)())},
+    "pgd": lambda: {"losses": L(DistillLosses)(pgd=L(PGDLoss)(seed="${train.seed}"))},
     "crosskd": lambda: {"losses": L(DistillLosses)(crosskd=L(CrossKDLoss)())},
     "bckd": lambda: {"losses": L(DistillLosses)(bckd=L(BCKDLoss)())},
 }

@@ -9,6 +9,7 @@ from .icd import ICDLoss
 from .imitation import ImitationLoss
 from .ld import LDLoss
 from .lwf import LwFLoss
+from .pgd import PGDLoss
 from .tar import TARLoss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ImitationLoss",
     "LDLoss",
     "LwFLoss",
+    "PGDLoss",
     "SeededLoss",
     "TARLoss",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2kd.utils.errors import InputError, report_input_errors
 
-from . import Arrays, Method, bckd, compare, crosskd, gfl_erd, icd, ld
+from . import Arrays, Method, bckd, compare, crosskd, gfl_erd, icd, ld, pgd
 
 
 def tolerance(method: str, array: str) -> tuple[float, float | None]:
@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "gfl": gfl_erd.outputs,
     "icd": icd.outputs,
     "ld": ld.outputs,
+    "pgd": pgd.outputs,
 }
 
 
