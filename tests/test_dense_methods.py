@@ -334,7 +334,7 @@ def head_arrays(kind, joint, groups, boxes, generator):
             else:
                 found[f"{name}/conv.bias"] = normal(generator, width, scale=0.2)
         found[f"teacher_weight/{tower}/predictor.weight"] = normal(
-            generator, channels, width, 3, 3, scale=0.1
+            generator, channels, width, 3, 3, scale=0.06
         )
         found[f"teacher_weight/{tower}/predictor.bias"] = normal(
             generator, channels, scale=0.3, mean=bias
