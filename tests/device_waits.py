@@ -36,6 +36,7 @@ from d2kd.losses import (
     LDLoss,
     LwFLoss,
     MGDLoss,
+    PGDLoss,
     PKDLoss,
     ReviewKDLoss,
     TARLoss,
@@ -66,6 +67,7 @@ LOSSES: dict[str, Callable[[], DistillLoss] | None] = {
     "CWD of logits": lambda: CWDLoss(source="logits", valid_only=True),
     "BCKD": BCKDLoss,
     "CrossKD": CrossKDLoss,
+    "PGD": PGDLoss,
     "LD": LDLoss,
 }
 STEPS = 2

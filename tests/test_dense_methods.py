@@ -1,5 +1,6 @@
 """Losses between the predictions of dense detectors: BCKD, CrossKD, LD and PGD."""
 
+import copy
 import itertools
 import math
 
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 from torchvision.ops import generalized_box_iou_loss
 
-from d2kd.losses import BCKDLoss, CrossKDLoss, DistillLosses, LDLoss
+from d2kd.losses import BCKDLoss, CrossKDLoss, DistillLosses, LDLoss, PGDLoss
 from d2kd.losses.crosskd import centerness
 from d2kd.losses.dense import positives_per_image
 from d2kd.losses.ld import localization_region
+from d2kd.losses.pgd import gaussian_map
 from d2kd.modeling import Distiller, Teacher
 from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
 
@@ -23,7 +25,7 @@ from .parity.__main__ import METHODS, tolerance
 from .parity.dense import gfl_pair
 
 DENSE = ["retinanet", "fcos", "gfl"]
-QUICK = {"BCKD": "gfl", "CrossKD": "fcos", "LD": "gfl"}
+QUICK = {"BCKD": "gfl", "CrossKD": "fcos", "LD": "gfl", "PGD": "retinanet"}
 LOSSES = {"BCKD": (BCKDLoss, DENSE), "CrossKD": (CrossKDLoss, DENSE), "LD": (LDLoss, ["gfl"])}
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
@@ -96,6 +98,7 @@ def test_classes_of_one_side_do_not_count(name):
     for change in (slice(0), slice(1, None, 3), slice(2, None, 3)):
         with torch.no_grad():
             bias[change] += 3
+        loss.num_forwards = 0  # the same random numbers
         found.append(sum_distill_losses(forward_losses(model, batch())).item())
     assert found[0] == found[1] != found[2]
 
@@ -331,7 +334,7 @@ def head_arrays(kind, joint, groups, boxes, generator):
             else:
                 found[f"{name}/conv.bias"] = normal(generator, width, scale=0.2)
         found[f"teacher_weight/{tower}/predictor.weight"] = normal(
-            generator, channels, width, 3, 3, scale=0.1
+            generator, channels, width, 3, 3, scale=0.06
         )
         found[f"teacher_weight/{tower}/predictor.bias"] = normal(
             generator, channels, scale=0.3, mean=bias
@@ -469,10 +472,122 @@ def restated_crosskd(arrays):
             arrays[name] = arrays[name].detach()
 
 
+def pgd_arrays(seed):
+    generator = torch.Generator().manual_seed(seed)
+    arrays = {**images(generator), "anchors_xyxy": square_anchors(6)}
+    numbers = {"alpha": 0.5, "beta": 0.2, "gamma": 0.7, "delta": 0.01, "temp": 0.6}
+    numbers |= {"quality_exponent/classification": 0.3, "quality_exponent/regression": 0.9}
+    arrays |= {name: torch.tensor(value) for name, value in numbers.items()}
+    arrays["topk"], arrays["level_weights"] = torch.tensor(9), torch.tensor([2.0, 0.5, 1.5])
+    count = len(arrays["anchors_xyxy"])
+    boxes = arrays["anchors_xyxy"] + normal(generator, 3, count, 4, scale=4)
+    arrays["teacher_boxes_xyxy"] = boxes.float().double()
+    for i in range(3):
+        objects = len(arrays[f"image{i}/gt_classes"])
+        for name in ("classification", "regression"):
+            uniform = torch.rand(objects, 9, 2, generator=generator, dtype=torch.float64)
+            arrays[f"image{i}/uniform/{name}"] = uniform.float().double()
+    for level, size in grids().items():
+        arrays[f"teacher_class_logits/{level}"] = normal(generator, 3, 4, *size, mean=-1)
+        for name in ("classification", "regression"):
+            teacher = normal(generator, 3, 12, *size).relu()
+            arrays[f"teacher_{name}_feature/{level}"] = teacher
+            arrays[f"student_{name}_feature/{level}"] = (
+                teacher + normal(generator, *teacher.shape)
+            ).relu()
+    return arrays
+
+
+def restated_map(arrays, i, name):
+    """Map of an image, over the cells of all levels."""
+    anchors = arrays["anchors_xyxy"]
+    centers, xi = (anchors[:, :2] + anchors[:, 2:]) / 2, arrays[f"quality_exponent/{name}"]
+    logits = [rows(arrays[f"teacher_class_logits/{level}"], 4)[i] for level in LEVELS]
+    p, found = torch.cat(logits).sigmoid(), torch.zeros(len(anchors), dtype=torch.float64)
+    boxes = arrays["teacher_boxes_xyxy"][i].tolist()
+    for g, box in enumerate(arrays[f"image{i}/gt_boxes_xyxy"]):
+        iou = torch.tensor([box_iou(a, box.tolist()) for a in boxes], dtype=torch.float64)
+        quality = p[:, arrays[f"image{i}/gt_classes"][g]] ** (1 - xi) * iou**xi
+        best = quality.argsort(descending=True)[:9]
+        x = centers[best] + (arrays[f"image{i}/uniform/{name}"][g] - 0.5) * 0.1
+        mean = x.mean(0)
+        covariance = (x - mean).T @ (x - mean) / 9
+        for a in best.tolist():
+            if (centers[a] > box[:2]).all() and (centers[a] < box[2:]).all():
+                d = centers[a] - mean
+                found[a] = max(found[a], math.exp(-0.5 * d @ covariance.inverse() @ d))
+    return found
+
+
+def restated_pgd(arrays):
+    centers = (arrays["anchors_xyxy"][:, :2] + arrays["anchors_xyxy"][:, 2:]) / 2
+    sizes = [math.prod(size) for size in grids().values()]
+    maps = {
+        name: torch.stack([restated_map(arrays, i, name) for i in range(3)])
+        for name in ("classification", "regression")
+    }
+    background = []
+    for i in range(3):
+        boxes = arrays[f"image{i}/gt_boxes_xyxy"]
+        inside = [((centers > box[:2]) & (centers < box[2:])).all(1) for box in boxes]
+        background.append(~torch.stack([*inside, torch.zeros(len(centers)) > 0]).any(0))
+    maps["background"] = torch.stack(background).double()
+    for name, x in maps.items():
+        for (level, size), part in zip(grids().items(), x.split(sizes, dim=1)):
+            arrays[f"{name}_map/{level}"] = part.view(3, *size)
+    t = arrays["temp"]
+    for prefix in ("own_mask/", ""):
+        leaves(arrays, "student_classification_feature", "student_regression_feature")
+        total = 0
+        for k, level in enumerate(LEVELS):
+            values = {}
+            for name in ("classification", "regression"):
+                S, T = (arrays[f"{side}_{name}_feature/{level}"] for side in ("student", "teacher"))
+                cells = [x.abs().mean(1).flatten(1) / t for x in (S, T)]
+                cells = [x.shape[1] * x.exp() / x.exp().sum(1, keepdim=True) for x in cells]
+                channels = [(x.abs() / t).exp() for x in (S, T)]
+                channels = [12 * x / x.sum(1, keepdim=True) for x in channels]
+                weighted = (channels[1] * (S - T) ** 2).flatten(2)
+                gap = (channels[0] - channels[1]).abs().flatten(2)
+                mask = arrays[f"{name}_map/{level}"].flatten(1)
+                if name == "regression":
+                    used = mask != 0
+                    value = arrays["gamma"] * (mask * weighted.mean(1))[used].sum()
+                    value = (value + arrays["delta"] * gap.sum(1)[used].sum()) / max(1, used.sum())
+                else:
+                    value = 0
+                    for i, j in itertools.product(range(3), range(3)):
+                        if prefix and i != j:
+                            continue
+                        error = cells[1][i] * weighted[i].sum(0)
+                        for m, w in ((mask[j], "alpha"), (background_of(arrays, level, j), "beta")):
+                            if (m != 0).any():
+                                value = value + arrays[w] * (m * error).sum() / (m != 0).sum()
+                    value = arrays["level_weights"][k] * value / 3
+                    attention = gap.sum() / cells[0].shape[1] + (cells[0] - cells[1]).abs().sum()
+                    value = value + arrays["delta"] * attention / 3
+                values[name] = value
+                if not prefix or name == "classification":
+                    arrays[f"{prefix}loss/{name}/{level}"] = value.detach()
+            total = total + sum(values.values())
+        arrays[f"{prefix}loss"] = total.detach()
+        total.backward()
+        for name, level in itertools.product(("classification", "regression"), LEVELS):
+            key = f"student_{name}_feature"
+            if not prefix or name == "classification":
+                arrays[f"{prefix}{key}_grad/{level}"] = arrays[f"{key}/{level}"].grad
+            arrays[f"{key}/{level}"] = arrays[f"{key}/{level}"].detach()
+
+
+def background_of(arrays, level, image):
+    return arrays[f"background_map/{level}"][image].flatten()
+
+
 RESTATED = {
     "bckd": (gfl_arrays, restated_bckd),
     "crosskd": (crosskd_arrays, restated_crosskd),
     "ld": (gfl_arrays, restated_ld),
+    "pgd": (pgd_arrays, restated_pgd),
 }
 
 
@@ -546,13 +661,13 @@ class TestBCKD:
         refuses(lambda: BCKDLoss(levels="p3"), "levels: p3; expected all or with_objects")
 
 
-def towers(family, blocks, norm=None, **options):
+def towers(family, blocks, norm=None, seed=0, **options):
     """A detector whose towers have a number of blocks."""
     node = DETECTORS[family](**options)
     node.head.conv_dims = list(node.head.conv_dims) * blocks
     if norm:
         node.head.norm = norm
-    return build(node)
+    return build(node, seed)
 
 
 def pair_of(student, teacher, make=CrossKDLoss):
@@ -726,3 +841,132 @@ class TestLD:
         node.head.reg_max = 8
         line = "distributions: student GFL with reg_max 16, teacher GFL with 8; expected two GFLs"
         refuses(lambda: LDLoss().setup(student, build(node)), line)
+
+
+class TestPGD:
+    def test_the_first_blocks_are_compared(self):
+        model = pair_of(towers("gfl", 2, channels=8), towers("gfl", 3), PGDLoss)
+        loss = model.losses.by_name["loss"]
+        assert loss.taps == ("head.cls_subnet.2", "head.bbox_subnet.2") == loss.teacher_taps
+        assert {name: tuple(x.weight.shape) for name, x in loss.adapters.items()} == {
+            "cls_subnet": (16, 8, 1, 1),
+            "bbox_subnet": (16, 8, 1, 1),
+        }
+        sum_distill_losses(forward_losses(model, batch())).backward()
+        learned = {n for n, p in model.student.head.named_parameters() if p.grad is not None}
+        expected = {
+            f"{x}_subnet.{k}" for x in ("cls", "bbox") for k in ("0.weight", "1.weight", "1.bias")
+        }
+        assert learned == expected
+        assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
+
+    def test_a_map_lies_around_the_best_predictions_in_the_object(self):
+        """Here a square of 3 x 3 cells, two of whose columns are in the object."""
+        y, x = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
+        centers = torch.stack([x.flatten(), y.flatten()], dim=1) * 8
+        best = ((x - 3).abs() <= 1) & ((y - 2).abs() <= 1)
+        quality, counts = best.float().flatten()[:, None], (x <= 3).flatten()[:, None]
+        found = gaussian_map(centers, quality, counts, torch.full((1, 9, 2), 0.5)).view(6, 7)
+        assert torch.equal(found > 0, best & (x <= 3)) and found.max() == found[2, 3] == 1
+        torch.testing.assert_close(found[2, 2], torch.tensor(-0.75).exp())  # variance: 2/3 cells
+        torch.testing.assert_close(found[1, 2], torch.tensor(-1.5).exp())
+        # The higher value of two objects counts.
+        both = gaussian_map(
+            centers,
+            quality.repeat(1, 2) * torch.tensor([1, 0.9]),
+            counts.repeat(1, 2),
+            torch.full((2, 9, 2), 0.5),
+        )
+        assert torch.equal(both.view(6, 7), found)
+        # All in one place: no division by 0.
+        assert gaussian_map(centers[:1], quality[:1], counts[:1], torch.full((1, 1, 2), 0.5)) == 1
+
+    def test_cells_of_several_anchors_have_the_highest_value(self):
+        student, teacher, loss = outputs_of(distiller(PGDLoss, DETECTORS["retinanet"]))
+        loss.num_forwards = 0
+        found = loss.prediction_maps(student, teacher)
+        assert [x.shape for x in found["regression"]] == [
+            x[:, 0].shape for x in teacher.predictions[0]
+        ]
+        assert len(student.anchors[0]) > found["regression"][0][0].numel()
+        values = torch.cat([x.flatten(1) for x in found["regression"]], dim=1)
+        assert values.max() <= 1 and (values > 0).any(dim=1).all()
+        background = torch.cat([x.flatten(1) for x in found["background"]], dim=1)
+        assert not (values * background).any() and set(background.unique().tolist()) == {0, 1}
+
+    def test_objects_of_other_classes_have_no_map_and_are_no_background(self):
+        model = make_mapped(PGDLoss, build(DETECTORS["fcos"]()), ["c", "x", "a"])
+        student, teacher, loss = outputs_of(model)
+        for gt in student.gt_instances:
+            gt.gt_classes = torch.ones_like(gt.gt_classes)  # b
+        found = loss.prediction_maps(student, teacher)
+        assert not any(x.any() for x in found["classification"] + found["regression"])
+        assert (found["background"][0] == 0).any()
+
+    def test_images_without_objects_are_background(self):
+        student, teacher, loss = outputs_of(
+            distiller(PGDLoss, DETECTORS["gfl"]), batch(objects=(1, 0))
+        )
+        found = loss.prediction_maps(student, teacher)
+        assert all((x[1] == 1).all() for x in found["background"])
+        assert not any(x[1].any() for x in found["classification"] + found["regression"])
+
+    def test_each_image_has_its_own_mask(self):
+        """Released code: each has those of all, so its errors count as often as there are images."""
+        own, every = PGDLoss(attention_weight=0), PGDLoss(attention_weight=0, masks="all")
+        s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+        masks = torch.rand(2, 4, 5), torch.ones(2, 4, 5)
+        args = s, t, *masks, 1.0
+        torch.testing.assert_close(
+            own.classification(*(x[:1] if torch.is_tensor(x) else x for x in args)),
+            every.classification(*(x[:1] if torch.is_tensor(x) else x for x in args)),
+        )
+        assert every.classification(*args) > own.classification(*args)
+        same = s, t, *(x[:1].expand(2, -1, -1) for x in masks), 1.0
+        torch.testing.assert_close(every.classification(*same), 2 * own.classification(*same))
+
+    def test_units_of_the_teacher(self):
+        """The scale of both does not matter, that of the student alone does."""
+        loss = PGDLoss()
+        student, teacher, _ = outputs_of(
+            pair_of(towers("gfl", 1), towers("gfl", 1, seed=1), lambda: loss)
+        )
+        maps = loss.prediction_maps(student, teacher)
+
+        def value(normalize, ours, theirs):
+            loss.normalize = normalize
+            s, t = (copy.copy(x) for x in (student, teacher))
+            s.taps = {name: [x * ours for x in given] for name, given in student.taps.items()}
+            t.taps = {name: [x * theirs for x in given] for name, given in teacher.taps.items()}
+            return sum(sum(x) for x in loss.terms(loss.map_pairs(s, t), maps).values()).item()
+
+        assert value(True, 50, 50) == pytest.approx(value(True, 1, 1), rel=1e-4)
+        assert value(False, 5, 5) > 2 * value(False, 1, 1)
+        assert value(True, 5, 1) > 2 * value(True, 1, 1)
+
+    def test_the_noise_is_its_own_and_repeats(self):
+        student, teacher, loss = outputs_of(distiller(PGDLoss, DETECTORS["gfl"]))
+        before, drawn = torch.get_rng_state(), []
+        for number in (0, 1, 0):
+            loss.num_forwards = number
+            drawn.append(loss.prediction_maps(student, teacher)["classification"][0])
+        assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+        assert torch.equal(before, torch.get_rng_state())
+
+    @pytest.mark.parametrize(
+        "option, line",
+        [
+            ({"masks": "none"}, "masks: none; expected own or all"),
+            ({"topk": 0}, "topk: 0; expected at least 1"),
+            ({"level_weights": [1, 2]}, "level_weights: 2; expected one for each of 5 levels"),
+        ],
+    )
+    def test_invalid_options(self, refuses, option, line):
+        detector = build(DETECTORS["gfl"]())
+        refuses(lambda: PGDLoss(**option).setup(detector, detector), line)
+
+    def test_a_tower_without_blocks(self, refuses):
+        detector = towers("gfl", 1)
+        detector.head.cls_subnet = torch.nn.Sequential(torch.nn.Identity())
+        line = "head: a tower without a block; expected at least one, with a ReLU"
+        refuses(lambda: PGDLoss().setup(detector, detector), line)

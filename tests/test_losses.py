@@ -655,6 +655,7 @@ def test_a_loss_cannot_overwrite_the_students_own():
         "ld",
         "lwf",
         "mgd",
+        "pgd",
         "pkd",
         "reviewkd",
         "tar",

@@ -14,6 +14,7 @@ from .imitation import ImitationLoss
 from .ld import LDLoss
 from .lwf import LwFLoss
 from .mgd import MGDLoss
+from .pgd import PGDLoss
 from .pkd import PKDLoss
 from .reviewkd import ReviewKDLoss
 from .tar import TARLoss
@@ -37,6 +38,7 @@ __all__ = [
     "MGDLoss",
     "PKDLoss",
     "ReviewKDLoss",
+    "PGDLoss",
     "SeededLoss",
     "TARLoss",
 ]

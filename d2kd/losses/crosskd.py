@@ -15,7 +15,7 @@ from ..modeling.box_regression import generalized_iou_loss
 from ..modeling.outputs import DenseOutputs
 from ..utils.errors import InputError
 from .base import Weight
-from .dense import DenseLoss, Tower, decode_boxes, positives_per_image, tower_of
+from .dense import DenseLoss, Tower, decode_boxes, positives_per_image, tower_adapters, tower_of
 from .functional import softmax_kl
 
 logger = logging.getLogger(__name__)
@@ -113,10 +113,7 @@ class CrossKDLoss(DenseLoss):
                 logger.info("CrossKD joins after %d blocks, as towers have %d", self.joint, blocks)
         elif not 0 <= self.joint <= blocks:
             raise InputError("joint", self.joint, f"from 0 to {blocks}, the blocks of a tower")
-        self.adapters = nn.ModuleDict()
-        for name, (s, t) in self.towers.items():
-            if (ours := s.channels(self.joint)) != (theirs := t.channels(self.joint)):
-                self.adapters[name] = nn.Conv2d(ours, theirs, 1)
+        self.adapters = tower_adapters(self.towers, self.joint)
         if self.joint:
             pairs = self.towers.values()
             self.taps = tuple(s.before_relu(self.joint) for s, _ in pairs)
@@ -141,8 +138,7 @@ class CrossKDLoss(DenseLoss):
         maps = {}
         for name, (s, t) in self.towers.items():
             pairs = zip(s.maps(student, self.joint), t.maps(teacher, self.joint), strict=True)
-            adapt = self.adapters[name] if name in self.adapters else nn.Identity()
-            maps[name] = [self.aligned(adapt(ours), theirs) for ours, theirs in pairs]
+            maps[name] = [self.aligned(self.adapters[name](ours), theirs) for ours, theirs in pairs]
         with teacher.autocast_context():
             predictions = self.predict(teacher.detector.head, maps)
         return DenseOutputs(teacher.detector, [], predictions=predictions)

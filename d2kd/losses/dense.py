@@ -152,3 +152,15 @@ def tower_of(detector: nn.Module, name: str) -> Tower:
     relus = tuple(k for k, x in enumerate(layers) if k and isinstance(x, nn.ReLU) and not x.inplace)
     levels = tuple(detector.head_in_features)
     return Tower(name, layers, relus, levels, detector.backbone.output_shape()[levels[0]].channels)
+
+
+def tower_adapters(towers: dict[str, tuple[Tower, Tower]], blocks: int) -> nn.ModuleDict:
+    """Return for each tower, by its name, what brings the student's maps after some blocks to the teacher's width.
+
+    It is nothing where widths are equal, otherwise a 1x1 convolution.
+    """
+    adapters = nn.ModuleDict()
+    for s, t in towers.values():
+        ours, theirs = s.channels(blocks), t.channels(blocks)
+        adapters[s.name] = nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1)
+    return adapters

@@ -21,6 +21,7 @@ from . import (
     icd,
     ld,
     mgd,
+    pgd,
     pkd,
     reviewkd,
 )
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "pkd": pkd.outputs,
     "reviewkd": reviewkd.outputs,
     "ld": ld.outputs,
+    "pgd": pgd.outputs,
 }
 
 
