@@ -94,17 +94,15 @@ class Tower:
 
     Attributes:
         name: of the tower in the head.
-        layers: the tower.
         relus: position of each block's ReLU.
+        channels: number of channels of the input, and after each block.
         levels: names of the head's input features.
-        input_channels: width of these.
     """
 
     name: str
-    layers: nn.Sequential
     relus: tuple[int, ...]
+    channels: tuple[int, ...]
     levels: tuple[str, ...]
-    input_channels: int
 
     @property
     def blocks(self) -> int:
@@ -126,11 +124,6 @@ class Tower:
         """Return the name in the detector of the ReLU of a block, counted from 1."""
         return f"head.{self.name}.{self.start(blocks)}"
 
-    def channels(self, blocks: int) -> int:
-        """Return the width after a number of blocks."""
-        convs = [x for x in self.layers[: self.start(blocks)] if isinstance(x, nn.Conv2d)]
-        return convs[-1].out_channels if convs else self.input_channels
-
     def maps(self, outputs, blocks: int) -> list[Tensor]:
         """Return the maps of all levels before the ReLU of a block, which are tapped; with 0 blocks the features."""
         if blocks:
@@ -151,7 +144,11 @@ def tower_of(detector: nn.Module, name: str) -> Tower:
     # An in-place ReLU would change what was recorded before it.
     relus = tuple(k for k, x in enumerate(layers) if k and isinstance(x, nn.ReLU) and not x.inplace)
     levels = tuple(detector.head_in_features)
-    return Tower(name, layers, relus, levels, detector.backbone.output_shape()[levels[0]].channels)
+    channels = [detector.backbone.output_shape()[levels[0]].channels]
+    for start, end in zip((0, *relus), relus):
+        widths = [x.out_channels for x in layers[start:end] if isinstance(x, nn.Conv2d)]
+        channels.append(widths[-1] if widths else channels[-1])
+    return Tower(name, relus, tuple(channels), levels)
 
 
 def tower_adapters(towers: dict[str, tuple[Tower, Tower]], blocks: int) -> nn.ModuleDict:
@@ -161,6 +158,6 @@ def tower_adapters(towers: dict[str, tuple[Tower, Tower]], blocks: int) -> nn.Mo
     """
     adapters = nn.ModuleDict()
     for s, t in towers.values():
-        ours, theirs = s.channels(blocks), t.channels(blocks)
+        ours, theirs = s.channels[blocks], t.channels[blocks]
         adapters[s.name] = nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1)
     return adapters
