@@ -319,10 +319,9 @@ def check_train(config: DictConfig) -> None:
     except OmegaConfBaseException:  # one by one, which is slow, to name the key
         for key in config.train:
             try:
-                OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
+                typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
             except OmegaConfBaseException as error:
                 raise _to_input_error(error, key, config.train) from None
-        raise
     config.train = typed
     try:
         _check_values(config.train)
