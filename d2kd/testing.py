@@ -11,6 +11,7 @@ Everything runs on the CPU in seconds, seeded, without downloads. :func:`check_l
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -65,8 +66,14 @@ def tiny_gfl(width: int = 4, channels: int = 16, classes: int = CLASSES) -> Dict
     return model
 
 
+@functools.cache
+def _small(name: str) -> DictConfig:
+    """Return the model node of one of d2kd's configs, which is executed once. Callers change only copies of it."""
+    return get_config(f"common/models/{name}.py").model
+
+
 def _tiny_rcnn(name: str, width: int, channels: int, classes: int) -> DictConfig:
-    model = get_config(f"common/models/{name}.py").model
+    model = copy.deepcopy(_small(name))
     _shrink(model, width, channels)
     rpn, heads = model.proposal_generator, model.roi_heads
     rpn.head.in_channels = channels
@@ -84,7 +91,7 @@ def _tiny_rcnn(name: str, width: int, channels: int, classes: int) -> DictConfig
 
 
 def _tiny_dense(name: str, width: int, channels: int, classes: int) -> DictConfig:
-    model = get_config(f"common/models/{name}.py").model
+    model = copy.deepcopy(_small(name))
     _shrink(model, width, channels)
     model.backbone.top_block.in_channels = channels
     model.head.input_shape = [ShapeSpec(channels=channels)] * 5
@@ -116,6 +123,14 @@ def build(node: DictConfig, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return instantiate(node)
+
+
+@functools.lru_cache(maxsize=8)
+def _built(node: Callable[..., DictConfig], classes: int, wider: bool = False) -> nn.Module:
+    """Return the student of :func:`distiller`, or its wider teacher: to be copied, which is faster than to build it."""
+    if wider:
+        return build(node(width=6, channels=24, classes=classes), 1)
+    return build(node(classes=classes))
 
 
 def batch(
@@ -215,11 +230,11 @@ def distiller(
     weight: float | None = None,
 ) -> Distiller:
     """Return a small Distiller in training mode. Its teacher is a wider detector or, if ``same``, a student's copy."""
-    student = build(node(classes=classes))
+    student = copy.deepcopy(_built(node, classes))
     if same:
         teacher = copy.deepcopy(student)
     else:
-        teacher = build(node(width=6, channels=24, classes=classes), 1)
+        teacher = copy.deepcopy(_built(node, classes, wider=True))
     loss = factory()
     if weight is not None:
         loss.weight = weight

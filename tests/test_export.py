@@ -52,6 +52,8 @@ SMALL_NETWORKS = {  # their bottom-up networks, under a RetinaNet
     # Its padding is computed from the size of the image.
     "efficientnet_lite": L(TimmBackbone)(name="tf_efficientnet_lite0", norm_momentum=1.0),
 }
+# One-stage and two-stage, with masks; the others are written like one of them.
+OFTEN = ("mask_rcnn", "retinanet")
 FAMILIES = ("mask_rcnn", "cascade_rcnn", "retinanet", "fcos", "gfl", *SMALL_NETWORKS)
 
 
@@ -107,8 +109,16 @@ def files(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("form", formats.FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, form",
+    [
+        pytest.param(
+            family, form, marks=[pytest.mark.sweep] * (form != "onnx" and family not in OFTEN)
+        )
+        for family in FAMILIES
+        for form in formats.FORMATS
+    ],
+)
 def test_a_file_detects_what_its_detector_does(files, family, form):
     detector, exported = files(family, form)
     for image in images():

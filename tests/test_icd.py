@@ -12,6 +12,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -596,7 +597,7 @@ def test_a_run_repeats_and_leaves_the_other_generators_alone(monkeypatch):
     """Each process draws numbers of its own."""
 
     def values(seed, rank=0, steps=2):
-        monkeypatch.setattr(icd_module.comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
         torch.manual_seed(7)
         model = distiller(icd(seed=seed), tiny_retinanet)
         model.requires_grad_(False)

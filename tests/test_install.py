@@ -272,7 +272,7 @@ def test_without_detectron2_the_import_says_how_to_get_it(bare, tmp_path):
     result = run([bare / "bin/python", "-I", "-c", textwrap.dedent(code)])
     assert result.stdout.startswith("d2kd needs Detectron2")
     assert "`d2kd install-detectron2`" in result.stdout
-    assert result.stderr.endswith("ModuleNotFoundError: No module named 'torch'\n")
+    assert re.search(r"ModuleNotFoundError: No module named '(numpy|torch)'\n$", result.stderr)
 
 
 @pytest.mark.parametrize("folder", ["d2kd", "configs", "projects"])
@@ -330,17 +330,18 @@ def test_the_wheel_outside_the_checkout(outside, complete, tmp_path):
     draw_data(tmp_path / "train")
     draw_data(tmp_path / "val")
     data = ["--data", "train/data.json", "--val", "val/data.json"]
-    outside("d2kd", "init", *data, "--output", "mine.py")
     code = f"""
         import d2kd
         from d2kd.config import load
         from d2kd.study import load_and_plan
+        from d2kd.tools import main
+        main(["init", *{data}, "--output", "mine.py"])
         assert d2kd.__file__ == {str(site_packages(complete) / "d2kd/__init__.py")!r}
         for name in ("alone", "teacher"):
             assert load(f"mine.py:{{name}}").train.output_dir == f"output/mine/{{name}}"
         print(*sorted(run.name for run in load_and_plan({STUDY!r}, [0], [], True)[1]))
         """
-    names = outside("python", "-c", textwrap.dedent(code)).split()
+    names = outside("python", "-c", textwrap.dedent(code)).splitlines()[-1].split()
     assert {"teacher", "baseline_seed0", "tar_seed0", "teacher_labels_seed0"} < set(names)
 
 

@@ -1,5 +1,6 @@
 """Overrides of the command line: text of any characters, and values of another type."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from .common import command
 from .tiny_run import distiller, draw_data, recipe, teacher_weights, write_recipe
 
 
-@pytest.fixture
-def plain():
+@pytest.fixture(scope="module")
+def loaded():
     return load("projects/TAR/configs/tar_shapes.py")
+
+
+@pytest.fixture
+def plain(loaded):
+    return copy.deepcopy(loaded)
 
 
 def given(config, key, text):
@@ -46,10 +52,11 @@ TEXTS += [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_taken_as_it_is(plain, text):
-    for key in ("train.output_dir", "train.init_checkpoint"):
-        assert given(plain, key, text) == text
+    taken = dict.fromkeys(("train.output_dir", "train.init_checkpoint"), text)
     if text[0] not in "[{" and "," not in text and text not in ("1e3", "7", "nan", "2024_01_02"):
-        assert given(plain, "train.user.note", text) == text.strip()  # of any type
+        taken["train.user.note"] = text.strip()  # of any type
+    config = with_defaults(apply_overrides(plain, [f"{key}={text}" for key in taken]))
+    assert {key: OmegaConf.select(config, key) for key in taken} == taken
 
 
 def test_quotes_and_the_home_folder(plain, monkeypatch):

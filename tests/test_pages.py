@@ -78,26 +78,16 @@ def test_the_site(tmp_path):
         assert not re.findall(r":(?:class|func|meth|mod|attr|data):", text), path
 
 
-def run(folder, *words):
-    environment = {**os.environ, "MY_DATA": str(folder), "PYTHONPATH": str(ROOT)}
-    command, options = [sys.executable, *words], dict(capture_output=True, text=True)
-    done = subprocess.run(command, cwd=folder, env=environment, **options)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_the_example_loss_in_a_package_of_its_own(tmp_path):
+def test_the_example_loss_in_a_package_of_its_own(tmp_path, monkeypatch):
     for name in ("my_method/loss.py", "my_method/recipe.py", "my_method/test_loss.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(FILES[name])
     (tmp_path / "my_method" / "__init__.py").touch()
-    code = (
-        "from my_method.test_loss import test_properties; test_properties();"
-        "from d2kd.config import load; print(load('my_method/recipe.py').model.losses)"
-    )
-    done = run(tmp_path, "-c", code)
-    assert "ChannelDirection" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_method.test_loss").test_properties()
+    assert "ChannelDirection" in str(load("my_method/recipe.py").model.losses)
     (tmp_path / "recipe.py").write_text(FILES["recipe.py"])
     config = load(str(tmp_path / "recipe.py"))
     assert is_distiller(config.model) and config.model.teacher.weights == "teacher.pkl"
@@ -176,7 +166,7 @@ def test_a_teacher_of_other_classes():
     assert ClassMap.from_names(CLASSES, names).pairs and teacher.weights == "teacher.pkl"
 
 
-def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
+def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path, monkeypatch):
     """Its lines for such data and for such a teacher, put together, train."""
     objects = [[(0, 10, 10, 60, 60), (1, 20, 30, 90, 80)], [(1, 5, 5, 70, 70)]]
     write_voc(tmp_path, {"train": objects, "val": objects[:1]}, ["cat", "dog"])
@@ -191,8 +181,10 @@ def test_a_zoo_teacher_of_other_classes_on_data_in_vocs_format(tmp_path):
     words = ["--config-file", "mine.py", *(f"train.{key}={it}" for key, it in train.items())]
     words += ["train.eval_teacher=False", "dataloader.train.total_batch_size=2"]
     words += ["dataloader.train.num_workers=0"]
-    done = run(tmp_path, "-m", "d2kd", "train", *words)
-    assert "2 of the student's 2 classes" in done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    main(["train", *words])
+    assert "2 of the student's 2 classes" in (tmp_path / "out/log.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
     compared = [row[key] for row in rows if (key := "distill/loss_tar_classification") in row]
     assert compared and all(value > 0 for value in compared), rows
@@ -233,6 +225,7 @@ def test_the_recipes_of_init_from_python(tmp_path, monkeypatch):
         "train.eval_period=0",
         "train.device=cpu",
     ]
+    fast += ["dataloader.train.total_batch_size=2"]
     fast += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
     lines = block("for recipe in (").replace("load(recipe)", f"load(recipe, {fast})")
     exec(lines, {})

@@ -56,7 +56,7 @@ FAMILIES = {
 }
 """Family -> recipes, each of which is trained; an earlier one trains the teacher of a later one."""
 
-TEACHERS = {"TAR by --distill, Faster R-CNN": "zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"}
+TEACHERS = {"TAR by --distill, Faster R-CNN": "zoo:COCO-Detection/faster_rcnn_R_50_FPN_3x"}
 
 SMALL = [
     "train.max_iter=2",

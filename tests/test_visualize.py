@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2kd.config import load
@@ -96,14 +97,16 @@ def test_attention_of_a_run(folder, capfd):
     """What training leaves is enough; what leaves no decoder is refused in one line."""
     icd = write_recipe(folder / "icd.py", f"without_evaluation({RECIPE})", NAMED, *ICD)
     weights = f"model.teacher.weights={folder}/teacher.pth"
-    trained = run_tool("train_net.py", "--config-file", icd, weights, "train.max_iter=1")
-    assert trained.returncode == 0, trained.stderr
+    command("train")(["--config-file", icd, weights, "train.max_iter=1"])
+    DatasetCatalog.remove("mine_val")  # which drawing finds in the run's config
+    MetadataCatalog.pop("mine_val")
+    capfd.readouterr()
 
     given = ["--what", "attention", "--dataset", "mine_val", "--number", "2"]
     given += ["--output", folder / "attention", "--config-file"]
-    done = run_tool("visualize.py", *given, folder / "out/config.yaml")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"attention, \d+% of it in boxes that cover \d+%: 2 pictures", done.stdout)
+    command("visualize")([*given, folder / "out/config.yaml"])
+    printed = capfd.readouterr().out
+    assert re.search(r"attention, \d+% of it in boxes that cover \d+%: 2 pictures", printed)
     assert len(list((folder / "attention").glob("*.png"))) == 2
     recipe = f"recipe.py --weights student={folder}/student.pth teacher={folder}/teacher.pth"
     for words, complaint in (

@@ -23,6 +23,8 @@ from d2kd.modeling import Distiller, Teacher
 
 from .common import CLASSES, build, tiny_faster_rcnn
 
+_DEFAULTS = get_config("common/train.py").train
+
 
 def draw_data(folder: Path, objects=(1, 2, 0, 1, 2, 1)) -> None:
     """``data.json`` and its images, image i with ``objects[i]`` boxes."""
@@ -68,7 +70,6 @@ def recipe(data: Path, output: Path, model: DictConfig | None = None, **train) -
         momentum=0.9,
         weight_decay=1e-4,
     )
-    defaults = get_config("common/train.py").train
     ours = {"output_dir": str(output), "max_iter": 4, "device": "cpu", "log_period": 1}
     return DictConfig(
         {
@@ -76,7 +77,7 @@ def recipe(data: Path, output: Path, model: DictConfig | None = None, **train) -
             "dataloader": dataloader,
             "optimizer": optimizer,
             "lr_multiplier": L(LinearParamScheduler)(start_value=1.0, end_value=0.1),
-            "train": OmegaConf.merge(defaults, ours, train),
+            "train": OmegaConf.merge(_DEFAULTS, ours, train),
         },
         flags={"allow_objects": True},
     )

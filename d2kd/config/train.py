@@ -308,16 +308,20 @@ def check_train(config: DictConfig) -> None:
     """
     if not OmegaConf.is_dict(config.train):
         raise InputError("train", config.train, "a mapping")
-    typed = OmegaConf.structured(Train, flags={"allow_objects": True})
     kinds = _types(Train)
     for key, value in OmegaConf.to_container(config.train).items():
         # OmegaConf would treat "???" as missing, and convert a bool to a string.
         if value == "???" or (isinstance(value, bool) and kinds.get(key) is str):
             raise InputError(f"train.{key}", value, _EXPECTED.get(kinds.get(key), "a value"))
-        try:
-            typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
-        except OmegaConfBaseException as error:
-            raise _to_input_error(error, key, config.train) from None
+    typed = OmegaConf.structured(Train, flags={"allow_objects": True})
+    try:
+        typed = OmegaConf.merge(typed, config.train)
+    except OmegaConfBaseException:  # one by one, which is slow, to name the key
+        for key in config.train:
+            try:
+                typed = OmegaConf.merge(typed, OmegaConf.masked_copy(config.train, [key]))
+            except OmegaConfBaseException as error:
+                raise _to_input_error(error, key, config.train) from None
     config.train = typed
     try:
         _check_values(config.train)
