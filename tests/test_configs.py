@@ -51,7 +51,7 @@ HEAVY = [
     if re.search(r"[RX]_101|cascade|mask_rcnn_R_50_FPN_3x|40_10x4|50_30|60_20", x)
 ]
 # And those that have a sibling with another number of classes, or with a smaller backbone.
-ALIKE = r"first_[567]0|70_10|increment3|(lwf|fine_tuning)_gfl|tar_.*mobilenet|lite0_FPN"
+ALIKE = r"first_[567]0|70_10|increment3|(lwf|fine_tuning)_gfl|(tar|dkd)_.*mobilenet|lite0_FPN"
 HEAVY += [x for x in RECIPES if re.search(ALIKE, x)]
 
 

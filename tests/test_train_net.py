@@ -245,7 +245,7 @@ def test_two_processes_one_without_ground_truth(folder):
     """Each has one image of two, of which one is empty; two optimizers run on gradients that both share."""
     draw_data(folder / "data", objects=(2, 0))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "d2kd", "train", "--config-file", str(folder / "plain.py"), "--distill", "icd"]
+    words += ["tools/train_net.py", "--config-file", str(folder / "plain.py"), "--distill", "icd"]
     words += ["--teacher", str(folder / "teacher.py"), str(folder / "teacher.pth")]
     words += ["train.max_iter=3", "model.losses.icd.start=0.4", "train.draw_period=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
