@@ -13,12 +13,13 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from torch.nn.functional import conv2d, interpolate
 
 from d2kd.config import method
-from d2kd.losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, ReviewKDLoss, fgd
+from d2kd.losses import CWDLoss, DistillLosses, FGDLoss, MGDLoss, PKDLoss, ReviewKDLoss, fgd
 from d2kd.losses.cwd import channel_divergence
 from d2kd.losses.fgd import RelationBlock, background_mask, foreground_mask
 from d2kd.losses.mgd import squared_error
 from d2kd.losses.pkd import correlation_distance
 from d2kd.losses.reviewkd import ReviewBlock, hierarchical_distance
+from d2kd.modeling import Distiller, Teacher
 from d2kd.structures.class_map import ClassMap
 from d2kd.testing import DETECTORS, check_loss, distiller, forward_losses, sum_distill_losses
 
@@ -26,6 +27,7 @@ from .common import batch, build
 from .parity import Arrays
 from .parity.__main__ import METHODS as PARITY
 from .parity.__main__ import compare, tolerance
+from .test_scales import two_scales
 
 DENSE = ("retinanet", "fcos", "gfl")
 GRIDS = {"p3": (5, 7), "p4": (3, 4), "p5": (2, 2)}
@@ -44,7 +46,7 @@ QUICK = {
     "cwd": "faster_rcnn",
     "mgd": "gfl",
     "fgd": "fcos",
-    "reviewkd": "mask_rcnn",
+    "reviewkd": "retinanet",
 }
 EACH = [
     pytest.param(name, family, marks=[pytest.mark.sweep] * (QUICK[name] != family))
@@ -147,6 +149,39 @@ def set_up(loss, *sides, class_map=None, **options):
     loss.class_map = class_map
     loss.setup(*detectors(*sides, **options))
     return loss
+
+
+ALL = {"pkd": PKDLoss, "cwd": CWDLoss, "mgd": MGDLoss, "fgd": FGDLoss, "reviewkd": ReviewKDLoss}
+SWEEP = pytest.mark.sweep
+
+
+@pytest.mark.parametrize(
+    "student, teacher, scale, sizes",
+    [
+        ("retinanet", "faster_rcnn", 1, ((64, 64), (48, 72))),
+        ("faster_rcnn", "gfl", 1.5, ((61, 90), (48, 72))),
+        pytest.param("cascade_rcnn", "fcos", 2, ((64, 64), (48, 72)), marks=SWEEP),
+        pytest.param("gfl", "gfl", 1, ((1, 1),), marks=SWEEP),
+        pytest.param("mask_rcnn", "faster_rcnn", 1, ((1, 150), (150, 1)), marks=SWEEP),
+        pytest.param("fcos", "retinanet", 2, ((7, 5), (64, 64)), marks=SWEEP),
+        pytest.param("retinanet", "retinanet", 1.5, ((7, 5),), marks=SWEEP),
+    ],
+)
+def test_any_pair_at_any_scale(student, teacher, scale, sizes):
+    """All methods at once on other families, widths and sizes of images, down to a pixel."""
+    model = Distiller(
+        student=build(DETECTORS[student]()),
+        teacher=Teacher(build(DETECTORS[teacher](channels=24), 1), None, scale=scale),
+        losses=DistillLosses(**{name: kind() for name, kind in ALL.items()}),
+        max_iter=2,
+    ).train()
+    examples = batch(sizes=sizes, objects=(1,) * len(sizes))
+    losses = forward_losses(model, examples if scale == 1 else two_scales(examples, scale))
+    assert {key.split("_")[1] for key in losses if key.startswith("distill/")} == set(ALL)
+    assert all(value.isfinite() for value in losses.values()), losses
+    sum_distill_losses(losses).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 # PKD
@@ -270,7 +305,7 @@ def test_pkd_adapts_where_channels_differ():
     same, other = (distiller(PKDLoss, DETECTORS["gfl"], same=x) for x in (True, False))
     assert not list(same.losses.parameters())
     assert {p.shape[0] for p in other.losses.parameters()} == {24}
-    assert float(sum_distill_losses(forward_losses(other, batch()))) > 0
+    assert sum_distill_losses(forward_losses(other, batch())).item() > 0
 
 
 def test_pkd_refuses_an_unknown_side(refuses):
@@ -863,10 +898,7 @@ def test_reviewkd_compares_in_several_resolutions():
     )
     for height, weights in ((1, 1), (2, 1 + 1 / 2), (4, 1 + 3 / 4), (5, 1 + 7 / 8)):
         checked = torch.zeros(1, 1, height, 8)
-        checked[..., ::2] = (
-            1.0  # of every pair of cells along x, which all averages but 8 wide lose
-        )
-        checked[..., 1::2] = -1.0
+        checked[..., ::2], checked[..., 1::2] = 1.0, -1.0  # 0 in every average
         found = float(hierarchical_distance(checked, 0 * checked))
         assert found == pytest.approx(1 / weights), height
     halves = hierarchical_distance(s.bfloat16() * 1e20, t.bfloat16())
@@ -919,10 +951,11 @@ def test_reviewkd_with_group_norm_does_not_depend_on_the_batch():
         ("retinanet", "faster_rcnn", "p3 p4 p5"),
     ],
 )
-def test_reviewkd_goes_from_coarse_to_fine(student, teacher, levels):
+def test_reviewkd_goes_from_coarse_to_fine(student, teacher, levels, caplog):
     loss = ReviewKDLoss()
     student, teacher = detectors(student, teacher, channels=24)
     loss.setup(student, teacher)
+    assert f"compares {levels.split()[0]} to {levels.split()[0]}, " in caplog.text
     assert (" ".join(loss.levels), loss.weight) == (levels, 1.0)
     assert list(loss.blocks) == levels.split()[::-1]
     assert [block.attention is not None for block in loss.blocks.values()] == [

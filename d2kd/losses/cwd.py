@@ -93,7 +93,7 @@ class CWDLoss(FeatureLoss):
         self.source, self.temperature, self.valid_only = source, temperature, valid_only
 
     def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.levels_with_weights(student, teacher)
+        return self.convolved_levels(student, teacher)
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.source == "features":

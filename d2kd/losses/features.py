@@ -58,7 +58,7 @@ class FeatureLoss(DistillLoss):
         """Return the levels that are compared if none are given: all matching ones."""
         return match_levels(student.backbone, teacher.backbone, None, self.scale)
 
-    def levels_with_weights(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    def convolved_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
         """Return all matching levels but those that an FPN only pools, such as p6 of an R-CNN, which repeats p5."""
         pooled = {k for k, v in top_levels(student.backbone).items() if v is LastLevelMaxPool}
         levels = match_levels(student.backbone, teacher.backbone, None, self.scale)

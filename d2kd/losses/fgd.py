@@ -108,7 +108,7 @@ class FGDLoss(FeatureLoss):
         self.published_masks = published_masks
 
     def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.levels_with_weights(student, teacher)
+        return self.convolved_levels(student, teacher)
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         super().setup(student, teacher)

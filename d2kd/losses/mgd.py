@@ -85,7 +85,7 @@ class MGDLoss(FeatureLoss, SeededLoss):
         self.mask_ratio, self.reduction = mask_ratio, reduction
 
     def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.levels_with_weights(student, teacher)
+        return self.convolved_levels(student, teacher)
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         super().setup(student, teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -13,6 +14,8 @@ from ..utils.errors import InputError
 from .base import Weight
 from .features import FeatureLoss
 from .functional import in_float32
+
+logger = logging.getLogger(__name__)
 
 POOLED_SIZES = (4, 2, 1)
 
@@ -71,6 +74,8 @@ class ReviewKDLoss(FeatureLoss):
         super().setup(student, teacher)
         shapes = student.backbone.output_shape()
         width = self.width or max(self.channels.values())
+        pairs = ", ".join(f"{level} to {match}" for level, match in self.levels.items())
+        logger.info("ReviewKD compares %s, fused in %d channels", pairs, width)
         coarse_to_fine = sorted(self.levels, key=self.strides.get, reverse=True)
         self.blocks = nn.ModuleDict(
             {
