@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distill",
         metavar="METHOD",
-        help="add a teacher to a plain recipe, with the method tar, icd or imitation",
+        help="add a teacher to a plain recipe, with a method such as tar, icd or pkd, see docs/methods.md",
     )
     parser.add_argument(
         "--teacher",
