@@ -29,7 +29,9 @@ def test_every_recipe_for_coco_has_its_command():
 @pytest.mark.sweep
 def test_a_recipe_that_needs_another_comes_after_it():
     position = {recipe: PAGE.index(f"--config-file {recipe}") for recipe in RECIPES}
-    position |= {recipe: PAGE.index(recipe) for recipe in re.findall(r"baselines/\w+_[23]x\.py", PAGE)}
+    position |= {
+        recipe: PAGE.index(recipe) for recipe in re.findall(r"baselines/\w+_[23]x\.py", PAGE)
+    }
     folders = {}
     for recipe in sorted(position, key=position.get):
         config = load(recipe)
