@@ -186,10 +186,10 @@ def test_images_are_selected_together_as_alone(images, old):
         for x in teacher.predictions[0] + teacher.predictions[1]:
             x[-1] = 0.5
     loss = bound(student, teacher, nms_thresh=0.3, decode_with_stride=True)
-    together = loss.select(teacher, loss.gather_predictions(teacher, "teacher_ids"))
+    together = loss.select(teacher, loss.gather_predictions(teacher, "teacher"))
     for i in range(images):
         theirs = rows_of([i], teacher)
-        alone = loss.select(theirs, loss.gather_predictions(theirs, "teacher_ids"))
+        alone = loss.select(theirs, loss.gather_predictions(theirs, "teacher"))
         for name in ("classes", "boxes", "kept"):
             assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
         assert together.kept[i].any() == (images == 1 or i < images - 1)
@@ -214,7 +214,7 @@ def test_what_is_selected_is_logged():
     with EventStorage() as storage:
         loss = bound(student, teacher)
         loss(student, teacher)
-        selection = loss.select(teacher, loss.gather_predictions(teacher, "teacher_ids"))
+        selection = loss.select(teacher, loss.gather_predictions(teacher, "teacher"))
         values = {k: v[0] for k, v in storage.latest().items()}
     shares = {name: getattr(selection, name).float().mean().item() for name in ("classes", "boxes")}
     for name, share in shares.items():

@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..utils.errors import InputError
-from .masks import valid_cells
+from .masks import cells_in_images, valid_cells
 
 logger = logging.getLogger(__name__)
 
@@ -210,20 +210,17 @@ def teacher_maps(student, teacher, strides: LevelStrides) -> list[Tensor]:
 def covered_cells(student, teacher, strides: LevelStrides) -> list[Tensor]:
     """Return which cells of :func:`teacher_maps` the images cover, ``(N, H, W)`` bool for each level."""
     images = teacher.images
-    device = images.tensor.device
     sizes, valid = {}, {}
     for level, match in strides.levels.items():
         if strides.is_resized(level):
             size = tuple(student.features[level].shape[-2:])
             padded = [cells * strides.student[level] for cells in size]
             image_sizes = teacher.student_image_sizes or images.image_sizes
-            (valid[level],) = valid_cells(image_sizes, padded, [size], device)
+            (valid[level],) = valid_cells(image_sizes, padded, [size], images.tensor.device)
         else:
             sizes[level] = tuple(teacher.features[match].shape[-2:])
     if sizes:
-        padded = images.tensor.shape[-2:]
-        own = valid_cells(images.image_sizes, padded, list(sizes.values()), device)
-        valid |= dict(zip(sizes, own, strict=True))
+        valid |= dict(zip(sizes, cells_in_images(images, list(sizes.values())), strict=True))
     return [valid[level] for level in strides.levels]
 
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..utils.errors import InputError
-from .masks import valid_cells
+from .masks import cells_in_images
 
 logger = logging.getLogger(__name__)
 
 MAX_FACTOR = 5.0
 """Largest usual factor between the RMS of one batch and that of many images."""
+
+
+def sums_of_squares(images: ImageList, maps: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares and the count of each map's values in the cells of the images: (2, L) float64.
+
+    Args:
+        images: a padded batch.
+        maps: of L levels, ``(N, C, H, W)`` each.
+    """
+    masks = cells_in_images(images, [x.shape[-2:] for x in maps])
+    squares = [
+        x.float().square().sum(dim=1).masked_fill(~mask, 0).double().sum()
+        for x, mask in zip(maps, masks)
+    ]
+    counts = [mask.sum().double() * x.shape[1] for x, mask in zip(maps, masks)]
+    return torch.stack([torch.stack(squares), torch.stack(counts)])
 
 
 class FeatureRMS(nn.Module):
@@ -51,19 +68,7 @@ class FeatureRMS(nn.Module):
         Args:
             teacher: outputs of the teacher. Its ``features`` and ``images`` are read.
         """
-        images, maps = teacher.images, [teacher.features[level] for level in self.levels]
-        masks = valid_cells(
-            images.image_sizes,
-            images.tensor.shape[-2:],
-            [x.shape[-2:] for x in maps],
-            images.tensor.device,
-        )
-        squares = [
-            x.float().square().sum(dim=1).masked_fill(~mask, 0).double().sum()
-            for x, mask in zip(maps, masks)
-        ]
-        counts = [mask.sum().double() * x.shape[1] for x, mask in zip(maps, masks)]
-        return torch.stack([torch.stack(squares), torch.stack(counts)])
+        return sums_of_squares(teacher.images, [teacher.features[level] for level in self.levels])
 
     def set_from(self, sums: Tensor) -> None:
         """Set the RMS of each level from the total of :meth:`sums` over batches.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from detectron2.structures import ImageList
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -97,3 +98,9 @@ def valid_cells(
         rows, columns = (torch.arange(n, device=device) < end for n, end in zip(size, level_ends))
         valid.append(rows[:, :, None] & columns[:, None, :])
     return valid
+
+
+def cells_in_images(images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return :func:`valid_cells` of levels of a padded batch, on its device."""
+    padded = images.tensor.shape[-2:]
+    return valid_cells(images.image_sizes, padded, sizes, images.tensor.device)

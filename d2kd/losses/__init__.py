@@ -20,11 +20,11 @@ from .reviewkd import ReviewKDLoss
 from .tar import TARLoss
 
 __all__ = [
+    "BCKDLoss",
+    "CWDLoss",
+    "CrossKDLoss",
     "DISTLoss",
     "DKDLoss",
-    "CWDLoss",
-    "BCKDLoss",
-    "CrossKDLoss",
     "DistillLoss",
     "DistillLosses",
     "ERDLoss",
@@ -36,9 +36,9 @@ __all__ = [
     "LDLoss",
     "LwFLoss",
     "MGDLoss",
+    "PGDLoss",
     "PKDLoss",
     "ReviewKDLoss",
-    "PGDLoss",
     "SeededLoss",
     "TARLoss",
 ]

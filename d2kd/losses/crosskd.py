@@ -13,6 +13,7 @@ from ..layers.focal_losses import quality_focal_loss
 from ..modeling.atss import is_foreground
 from ..modeling.box_regression import generalized_iou_loss
 from ..modeling.outputs import DenseOutputs
+from ..structures.class_map import num_shared_classes
 from ..utils.errors import InputError
 from .base import Weight
 from .dense import DenseLoss, Tower, decode_boxes, positives_per_image, tower_adapters, tower_of
@@ -125,7 +126,7 @@ class CrossKDLoss(DenseLoss):
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         labels = self.labels(student)
-        positive = is_foreground(labels, self.num_shared_classes(student.detector))
+        positive = is_foreground(labels, num_shared_classes(student.detector, self.class_map))
         if self.family == "fcos":
             (normalizer,) = self.normalizer(centerness(student).where(positive, 0).sum())
         else:
@@ -138,7 +139,7 @@ class CrossKDLoss(DenseLoss):
         maps = {}
         for name, (s, t) in self.towers.items():
             pairs = zip(s.maps(student, self.joint), t.maps(teacher, self.joint), strict=True)
-            maps[name] = [self.aligned(self.adapters[name](ours), theirs) for ours, theirs in pairs]
+            maps[name] = [self.aligned(self.adapters[name](x), target) for x, target in pairs]
         with teacher.autocast_context():
             predictions = self.predict(teacher.detector.head, maps)
         return DenseOutputs(teacher.detector, [], predictions=predictions)
@@ -183,7 +184,7 @@ class CrossKDLoss(DenseLoss):
             skip_empty: whether anchors at which the teacher's box is empty have no box term. In published code they have.
         """
         logits, own = (
-            self.shared_classes(torch.cat(x.pred_logits, dim=1), "teacher_ids")
+            self.shared_classes(torch.cat(x.pred_logits, dim=1), "teacher")
             for x in (cross, teacher)
         )
         p = own.sigmoid()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layers.adapter import LevelChoice
-from ..layers.masks import valid_cells
+from ..layers.masks import cells_in_images
 from ..modeling.anchors import check_anchors
 from ..structures.class_map import check_shared_classes
 from ..utils.errors import InputError
@@ -92,8 +92,7 @@ class CWDLoss(FeatureLoss):
         )
         self.source, self.temperature, self.valid_only = source, temperature, valid_only
 
-    def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.convolved_levels(student, teacher)
+    default_levels = FeatureLoss.convolved_levels
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.source == "features":
@@ -112,11 +111,7 @@ class CWDLoss(FeatureLoss):
         pairs = (self.logit_pairs if logits else self.map_pairs)(student, teacher)
         cells = dict.fromkeys(pairs)
         if self.valid_only:
-            valid = (self.head_cells if logits else self.valid_cells)(student, teacher)
-            cells = {
-                level: valid[level][:, : target.shape[-2], : target.shape[-1]]
-                for level, (_, target) in pairs.items()
-            }
+            cells = (self.head_cells if logits else self.valid_cells)(student, teacher)
         images = self.num_images(next(iter(pairs.values()))[0])
         return sum(
             self.divergence(self.in_units(s, level), self.in_units(t, level), cells[level]).sum()
@@ -154,10 +149,8 @@ class CWDLoss(FeatureLoss):
 
     def head_cells(self, student, teacher) -> dict[str, Tensor]:
         """Return for each level the cells that the images cover, ``(N, H, W)`` bool."""
-        images = teacher.images
         sizes = [student.features[level].shape[-2:] for level in self.levels]
-        padded = images.tensor.shape[-2:]
-        valid = valid_cells(images.image_sizes, padded, sizes, images.tensor.device)
+        valid = cells_in_images(teacher.images, sizes)
         return dict(zip(self.levels, valid, strict=True))
 
 

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..modeling.anchors import check_anchors
-from ..structures.class_map import check_shared_classes, num_classes_of
+from ..structures.class_map import check_shared_classes
 from ..utils.errors import InputError
 from .base import DistillLoss
 
@@ -34,19 +34,16 @@ class DenseLoss(DistillLoss):
 
         Args:
             x: ``(…, classes of that side)``, one entry for each class.
-            side: whose classes they are, "student_ids" or "teacher_ids".
+            side: whose classes they are, "student" or "teacher".
         """
         x = x.float()
-        if self.class_map is None or self.class_map.is_identity:
-            return x
-        index = torch.tensor(getattr(self.class_map, side))
-        return x[..., index.to(x.device, non_blocking=True)]
+        return x if self.class_map is None else self.class_map.select(x, side)
 
     def logits(self, student, teacher) -> tuple[Tensor, Tensor]:
         """Return both sides' class logits of the shared classes, ``(N, R, K)`` each."""
         return (
-            self.shared_classes(torch.cat(student.pred_logits, dim=1), "student_ids"),
-            self.shared_classes(torch.cat(teacher.pred_logits, dim=1), "teacher_ids"),
+            self.shared_classes(torch.cat(student.pred_logits, dim=1), "student"),
+            self.shared_classes(torch.cat(teacher.pred_logits, dim=1), "teacher"),
         )
 
     def labels(self, student) -> Tensor:
@@ -56,10 +53,6 @@ class DenseLoss(DistillLoss):
         """
         labels = student.gt_labels
         return labels if self.class_map is None else self.class_map.map_labels(labels)
-
-    def num_shared_classes(self, detector: nn.Module) -> int:
-        """Return K, given one of the detectors."""
-        return num_classes_of(detector) if self.class_map is None else len(self.class_map.pairs)
 
 
 def decode_boxes(
@@ -158,6 +151,6 @@ def tower_adapters(towers: dict[str, tuple[Tower, Tower]], blocks: int) -> nn.Mo
     """
     adapters = nn.ModuleDict()
     for s, t in towers.values():
-        ours, theirs = s.channels[blocks], t.channels[blocks]
-        adapters[s.name] = nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1)
+        width, wanted = s.channels[blocks], t.channels[blocks]
+        adapters[s.name] = nn.Identity() if width == wanted else nn.Conv2d(width, wanted, 1)
     return adapters

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling.anchors import check_anchors
-from ..structures.class_map import check_shared_classes, num_classes_of
+from ..structures.class_map import check_shared_classes, num_shared_classes
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight
 from .functional import in_float32
@@ -78,7 +78,7 @@ class DISTLoss(DistillLoss):
             return
         check_anchors(student, teacher, self.scale)
         check_shared_classes(student, teacher, self.class_map)
-        classes = num_classes_of(student) if self.class_map is None else len(self.class_map.pairs)
+        classes = num_shared_classes(student, self.class_map)
         if classes * max(student.anchor_generator.num_cell_anchors) == 1:
             found = "1 column: a class and an anchor of each cell"
             raise InputError("classes", found, "several, since one value has no correlation")

@@ -158,8 +158,8 @@ class ERDLoss(DistillLoss):
         set_old_classes(self, student, teacher)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        student_predictions = self.gather_predictions(student, "student_ids")
-        teacher_predictions = self.gather_predictions(teacher, "teacher_ids")
+        student_predictions = self.gather_predictions(student, "student")
+        teacher_predictions = self.gather_predictions(teacher, "teacher")
         selection = self.select(teacher, teacher_predictions)
         squares, values = self.class_terms(student_predictions, teacher_predictions, selection)
         boxes = self.box_terms(student_predictions, teacher_predictions, selection)
@@ -179,7 +179,7 @@ class ERDLoss(DistillLoss):
         return {"classification": classification, "box": boxes.sum() * scale}
 
     def gather_predictions(self, outputs, side: str) -> Predictions:
-        """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "student_ids" or "teacher_ids"."""
+        """Concatenate the predictions of all levels of ``DenseOutputs``. ``side``: "student" or "teacher"."""
         return Predictions(
             select_old_classes(self, torch.cat(outputs.pred_logits, dim=1).float(), side),
             torch.cat(outputs.pred_distributions, dim=1),
@@ -252,12 +252,11 @@ def select_old_classes(loss: DistillLoss, logits: Tensor, side: str) -> Tensor:
     Args:
         loss: a loss for which :func:`set_old_classes` was called.
         logits: ``(…, K)``.
-        side: whose logits they are, "student_ids" or "teacher_ids".
+        side: whose logits they are, "student" or "teacher".
     """
     if loss.class_map is None:
         return logits[..., : loss.num_old_classes]
-    index = torch.tensor(getattr(loss.class_map, side))
-    return logits[..., index.to(logits.device, non_blocking=True)]
+    return loss.class_map.select(logits, side)
 
 
 def set_old_classes(loss: DistillLoss, student: nn.Module, teacher: nn.Module) -> None:

@@ -95,8 +95,8 @@ class FeatureLoss(DistillLoss):
     def map_pairs(self, student, teacher) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each level the adapted map of the student and the teacher's, both ``(N, C, H, W)``.
 
-        C is the teacher's; without an adapter, each side has its own. The teacher's grid is resized to the student's where strides differ. Neither map is in units
-        of the teacher yet, but these are measured, see :meth:`unit`.
+        C is the teacher's; without an adapter, each side has its own. The teacher's grid is resized to the student's
+        where strides differ. Neither map is in units of the teacher yet, but these are measured, see :meth:`unit`.
         """
         if self.normalize:
             self.rms.measure_once(teacher)
@@ -111,12 +111,14 @@ class FeatureLoss(DistillLoss):
         return pairs
 
     def valid_cells(self, student, teacher) -> dict[str, Tensor]:
-        """Return for each level the cells that the images cover, ``(N, H, W)`` bool; the rest is padding.
-
-        The grid may be larger than that of :meth:`map_pairs`, by cells in the padding.
-        """
-        valid = covered_cells(student, teacher, self.level_strides)
-        return dict(zip(self.levels, valid, strict=True))
+        """Return for each level of :meth:`map_pairs` the cells that the images cover, ``(N, H, W)`` bool."""
+        cells = {}
+        covered = covered_cells(student, teacher, self.level_strides)
+        for level, valid in zip(self.levels, covered, strict=True):
+            # Of the teacher's grid, which may have other padding.
+            height, width = student.features[level].shape[-2:]
+            cells[level] = valid[:, :height, :width]
+        return cells
 
     def num_images(self, maps: Tensor) -> Tensor:
         """Return the number of images of ``(N, …)`` by which sums over images are divided, see :meth:`normalizer`."""

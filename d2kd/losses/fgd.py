@@ -107,8 +107,7 @@ class FGDLoss(FeatureLoss):
         self.attention_weight, self.relation_weight = attention_weight, relation_weight
         self.published_masks = published_masks
 
-    def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.convolved_levels(student, teacher)
+    default_levels = FeatureLoss.convolved_levels
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         super().setup(student, teacher)

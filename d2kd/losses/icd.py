@@ -19,14 +19,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
-from ..layers.adapter import (
-    LevelChoice,
-    LevelStrides,
-    covered_cells,
-    level_choice,
-    match_levels,
-    teacher_maps,
-)
+from ..layers.adapter import LevelChoice
 from ..layers.attention import (
     CellPositions,
     DecoderOutput,
@@ -42,6 +35,7 @@ from ..structures.instance_priors import InstancePriors
 from ..utils.errors import InputError
 from ..utils.metrics import put_metric
 from .base import SeededLoss, Weight, get_weight
+from .features import FeatureLoss
 from .functional import in_float32, resolve_normalizer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +44,7 @@ WEIGHTS = ("attention", "uniform", "box")
 NORMALIZERS = ("image", "instance")
 
 
-class ICDLoss(SeededLoss):
+class ICDLoss(FeatureLoss, SeededLoss):
     """Distill projected features (values), weighted by the attention of a decoder that detects the objects.
 
     Each ground-truth object, and about five sampled negatives per object, is a query: its class, a point in it and its
@@ -137,7 +131,14 @@ class ICDLoss(SeededLoss):
         weight: Weight = 1.0,
         across_processes: bool = True,
     ):
-        super().__init__(seed=seed, weight=weight, across_processes=across_processes)
+        super().__init__(
+            levels=levels,
+            adapter=None,
+            normalize=False,
+            seed=seed,
+            weight=weight,
+            across_processes=across_processes,
+        )
         for culprit, given, known in (
             ("weights", weights, WEIGHTS),
             ("normalizer", normalizer, NORMALIZERS),
@@ -159,7 +160,6 @@ class ICDLoss(SeededLoss):
         ):
             if not fits:
                 raise InputError(culprit, given, expected)
-        self.level_names = level_choice(levels)
         self.priors = InstancePriors.load(priors) if isinstance(priors, str) else priors
         self.distillation_weight = distillation_weight
         self.identification_weight = identification_weight
@@ -178,11 +178,7 @@ class ICDLoss(SeededLoss):
         self._before_distill = False
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.levels = match_levels(student.backbone, teacher.backbone, self.level_names, self.scale)
-        self.level_strides = LevelStrides.of(
-            student.backbone, teacher.backbone, self.levels, self.scale
-        )
-        self.strides = self.level_strides.student
+        super().setup(student, teacher)
         two_stage = hasattr(student, "roi_heads")
         if self.distillation_weight is None:
             self.distillation_weight = 3.0 if two_stage else 8.0
@@ -242,17 +238,8 @@ class ICDLoss(SeededLoss):
             jitter=self.jitter,
             generator=self.generator(),
         )
-        both = student, teacher, self.level_strides
-        s_maps, t_maps, valid = [], [], []
-        for level, t, mask in zip(
-            self.levels, teacher_maps(*both), covered_cells(*both), strict=True
-        ):
-            s = student.features[level]
-            # Padding to different multiples changes only the lower and right borders.
-            h, w = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
-            s_maps.append(s[..., :h, :w])
-            t_maps.append(t[..., :h, :w])
-            valid.append(mask[:, :h, :w])
+        s_maps, t_maps = zip(*self.map_pairs(student, teacher).values())
+        valid = list(self.valid_cells(student, teacher).values())
         compared = None
         if self.weights == "box":
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
@@ -265,7 +252,7 @@ class ICDLoss(SeededLoss):
             None if self.progress < self.aux_warmup else flatten_maps(s_maps),
             flatten_maps(t_maps),
             torch.cat([x.flatten(1) for x in valid], dim=1),
-            CellPositions.from_masks(valid, t.shape[1]),
+            CellPositions.from_masks(valid, t_maps[0].shape[1]),
             queries,
             compared,
         )

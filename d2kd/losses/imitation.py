@@ -64,11 +64,7 @@ class ImitationLoss(FeatureLoss):
     def forward(self, student, teacher) -> Tensor:
         pairs = self.map_pairs(student, teacher)
         if self.mask == "none":
-            valid = self.valid_cells(student, teacher)
-            masks = [
-                valid[level][:, : target.shape[-2], : target.shape[-1]].float()
-                for level, (_, target) in pairs.items()
-            ]
+            masks = [valid.float() for valid in self.valid_cells(student, teacher).values()]
         else:
             boxes = pad_boxes([x.gt_boxes.tensor for x in student.gt_instances])
             masks = [

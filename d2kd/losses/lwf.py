@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers.masks import valid_cells
+from ..layers.masks import cells_in_images
 from ..modeling.anchors import check_anchors
 from ..modeling.outputs import DenseOutputs
 from .base import DistillLoss, Weight
@@ -48,9 +48,7 @@ class LwFLoss(DistillLoss):
 
     def forward(self, student, teacher) -> Tensor:
         s, t = (torch.cat(x.pred_logits, dim=1).float() for x in (student, teacher))
-        difference = select_old_classes(self, s, "student_ids") - select_old_classes(
-            self, t, "teacher_ids"
-        )
+        difference = select_old_classes(self, s, "student") - select_old_classes(self, t, "teacher")
         valid = valid_locations(teacher)
         (count,) = self.normalizer(valid.sum() * difference.shape[-1])
         return (difference.square() * valid[..., None]).sum() / count
@@ -58,8 +56,8 @@ class LwFLoss(DistillLoss):
 
 def valid_locations(outputs: DenseOutputs) -> Tensor:
     """Return which of the R predictions of all levels are in cells that the images cover: ``(N, R)`` bool."""
-    images, maps = outputs.images, outputs.predictions[0]
+    maps = outputs.predictions[0]
     sizes = [x.shape[-2:] for x in maps]
-    cells = valid_cells(images.image_sizes, images.tensor.shape[-2:], sizes, images.tensor.device)
+    cells = cells_in_images(outputs.images, sizes)
     anchors = maps[0].shape[1] // outputs.detector.num_classes
     return torch.cat([x.flatten(1).repeat_interleave(anchors, dim=1) for x in cells], dim=1)

@@ -84,8 +84,7 @@ class MGDLoss(FeatureLoss, SeededLoss):
             raise InputError("mask_ratio", mask_ratio, "a probability")
         self.mask_ratio, self.reduction = mask_ratio, reduction
 
-    def default_levels(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-        return self.convolved_levels(student, teacher)
+    default_levels = FeatureLoss.convolved_levels
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         super().setup(student, teacher)

@@ -8,10 +8,11 @@ import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..layers.masks import valid_cells
+from ..layers.feature_rms import sums_of_squares
 from ..utils.errors import InputError
 from .base import SeededLoss, Weight
 from .dense import DenseLoss, Tower, decode_boxes, tower_adapters, tower_of
+from .fgd import spatial_attention
 from .functional import in_float32
 
 MASKS = ("own", "all")
@@ -140,30 +141,23 @@ class PGDLoss(DenseLoss, SeededLoss):
         """Return for each tower and level the maps of student and teacher, ``(N, C, H, W)`` float32."""
         pairs = {}
         for name, (s, t) in self.towers.items():
-            ours = [self.adapters[s.name](x).float() for x in student.taps[s.after_relu(1)]]
-            theirs = [x.float() for x in teacher.taps[t.after_relu(1)]]
-            units = self._units(teacher, theirs) if self.normalize else [1.0] * len(theirs)
-            pairs[name] = [(s / r, t / r) for s, t, r in zip(ours, theirs, units, strict=True)]
+            maps = [self.adapters[s.name](x).float() for x in student.taps[s.after_relu(1)]]
+            targets = [x.float() for x in teacher.taps[t.after_relu(1)]]
+            units = self._units(teacher, targets) if self.normalize else [1.0] * len(targets)
+            pairs[name] = [
+                (x / r, target / r) for x, target, r in zip(maps, targets, units, strict=True)
+            ]
         return pairs
 
     def _units(self, teacher, maps: list[Tensor]) -> list[Tensor]:
         """Return the root mean square of each map over the cells that the images cover."""
-        images = teacher.images
-        valid = valid_cells(
-            images.image_sizes,
-            images.tensor.shape[-2:],
-            [x.shape[-2:] for x in maps],
-            images.tensor.device,
-        )
-        return [
-            (x.square().mean(dim=1).where(cells, 0).sum() / cells.sum()).sqrt().clamp(min=1e-6)
-            for x, cells in zip(maps, valid)
-        ]
+        squares, counts = sums_of_squares(teacher.images, maps)
+        return list((squares / counts).sqrt().float().clamp(min=1e-6))
 
     @torch.no_grad()
     def prediction_maps(self, student, teacher) -> dict[str, list[Tensor]]:
         """Return for each level the maps "classification", "regression" and "background", ``(N, H, W)``."""
-        scores = self.shared_classes(torch.cat(teacher.pred_logits, dim=1), "teacher_ids").sigmoid()
+        scores = self.shared_classes(torch.cat(teacher.pred_logits, dim=1), "teacher").sigmoid()
         deltas = torch.cat(teacher.pred_anchor_deltas, dim=1)
         boxes = decode_boxes(teacher.detector, deltas, student.anchors)
         generator, uniforms = self.generator(), []
@@ -257,9 +251,9 @@ class PGDLoss(DenseLoss, SeededLoss):
             student, teacher: ``(N, C, H, W)``.
             foreground, background: ``(N, H, W)``.
         """
-        (s_cells, s_channels), (t_cells, t_channels) = (
-            attentions(x, self.temperature) for x in (student, teacher)
-        )
+        both = student, teacher
+        s_cells, t_cells = (spatial_attention(x, self.temperature) for x in both)
+        s_channels, t_channels = (channel_attention(x, self.temperature) for x in both)
         error = t_cells * (t_channels * (student - teacher).square()).sum(dim=1)
         mask = self.foreground_weight * _per_cell(foreground)
         mask = mask + self.background_weight * _per_cell(background)
@@ -271,8 +265,8 @@ class PGDLoss(DenseLoss, SeededLoss):
 
     def regression(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the sum over cells of the regression term of a level; ``mask``: ``(N, H, W)``."""
-        (_, s_channels), (_, t_channels) = (
-            attentions(x, self.temperature) for x in (student, teacher)
+        s_channels, t_channels = (
+            channel_attention(x, self.temperature) for x in (student, teacher)
         )
         error = mask * (t_channels * (student - teacher).square()).mean(dim=1)
         attention = (s_channels - t_channels).abs().sum(dim=1).where(mask != 0, 0)
@@ -280,12 +274,9 @@ class PGDLoss(DenseLoss, SeededLoss):
 
 
 @in_float32
-def attentions(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the attention of a map ``(N, C, H, W)`` to its cells, ``(N, H, W)``, and to its channels, of its shape."""
-    size = x.abs() / temperature
-    mean = size.mean(dim=1)
-    cells = mean[0].numel() * mean.flatten(1).softmax(dim=1).view_as(mean)
-    return cells, x.shape[1] * size.softmax(dim=1)
+def channel_attention(x: Tensor, temperature: float) -> Tensor:
+    """Return ``C softmax(|F| / tau)`` over the channels of each cell, of the shape of ``F``, ``(N, C, H, W)``."""
+    return x.shape[1] * (x.abs() / temperature).softmax(dim=1)
 
 
 def gaussian_map(centers: Tensor, quality: Tensor, counts: Tensor, uniform: Tensor) -> Tensor:

@@ -150,20 +150,30 @@ class ClassMap:
             student, teacher: ``(..., K_S)`` and ``(..., K_T)``, or ``K_S + 1`` and ``K_T + 1`` with ``background``.
             background: whether the last entry is the background, which is then also last in the outputs.
         """
+        return (
+            self.select(student, "student", background),
+            self.select(teacher, "teacher", background),
+        )
+
+    def select(self, logits: Tensor, side: str, background: bool = False) -> Tensor:
+        """Return one side's logits of the shared classes, see :meth:`shared_logits`; ``side``: "student" or "teacher"."""
         if (
             self.is_identity
         ):  # an indexed copy may have another layout, and sums of it other roundings
-            return student, teacher
-        both = []
-        for logits, classes in ((student, self.student_ids), (teacher, self.teacher_ids)):
-            index = torch.tensor([*classes, logits.shape[-1] - 1] if background else classes)
-            both.append(logits[..., index.to(logits.device, non_blocking=True)])
-        return both[0], both[1]
+            return logits
+        classes = self.student_ids if side == "student" else self.teacher_ids
+        index = torch.tensor([*classes, logits.shape[-1] - 1] if background else classes)
+        return logits[..., index.to(logits.device, non_blocking=True)]
 
     def __str__(self) -> str:
         lacking = [name for k, name in enumerate(self.student) if k not in self.student_ids]
         text = f"{len(self.pairs)} of the student's {len(self.student)} classes are known to the teacher"
         return f"{text}; not {', '.join(lacking)}" if lacking else text
+
+
+def num_shared_classes(detector: nn.Module, class_map: ClassMap | None) -> int:
+    """Return the number of classes that are compared, given one of the detectors."""
+    return num_classes_of(detector) if class_map is None else len(class_map.pairs)
 
 
 def check_same_classes(student: nn.Module, teacher: nn.Module, class_map: ClassMap | None) -> None:

@@ -68,7 +68,7 @@ def add_selection(scene: Scene, loss: ERDLoss, teacher: Teacher) -> None:
     """Add a panel for each of :data:`TITLES`, with the number of locations in the title."""
     outputs = teacher.outputs(scene.batch)
     with torch.no_grad():
-        selection = loss.select(outputs, loss.gather_predictions(outputs, "teacher_ids"))
+        selection = loss.select(outputs, loss.gather_predictions(outputs, "teacher"))
     height, width = scene.image.shape[:2]
     shown = scene.batch[0]["image"].shape[-2:]
     centers = Boxes.cat(outputs.anchors).get_centers().cpu()

@@ -150,8 +150,8 @@ def erd_outputs(arrays: Arrays) -> dict[str, np.ndarray]:
     student = DenseOutputs(gfl, [], predictions=answers[2:], anchors=anchors)
     erd = ERDLoss(class_pool="image", reference_images_per_process=None)
     erd.setup(gfl, teacher.detector)
-    ours = erd.gather_predictions(student, "student_ids")
-    theirs = erd.gather_predictions(teacher, "teacher_ids")
+    ours = erd.gather_predictions(student, "student")
+    theirs = erd.gather_predictions(teacher, "teacher")
     selection = erd.select(teacher, theirs)
     squares, values = erd.class_terms(ours, theirs, selection)
     per_image = {
