@@ -7,8 +7,13 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from d2kd.comparison.detectors import detector_from_config
-from d2kd.comparison.labels import UnlabelledImages, read_labels, write_labels
+from d2kd.comparison.detectors import detector_from_config, load_detector_for_classes
+from d2kd.comparison.labels import (
+    UnlabelledImages,
+    given_thresholds,
+    read_labels,
+    write_labels,
+)
 from d2kd.config import load
 from d2kd.config.saving import save_config
 from d2kd.data import check_dataset, coco_dataset, register_voc
@@ -33,14 +38,14 @@ def teacher(tmp_path):
     return str(tmp_path / "config.yaml"), str(tmp_path / "teacher.pth")
 
 
-def words_of(teacher, dataset, output, *more):
+def words_of(teacher, images, output, *more):
     config, weights = teacher
-    words = ["--config-file", config, "--weights", weights, "--dataset", dataset]
+    words = ["--config-file", config, "--weights", weights, "--images", images]
     return [*words, "--output", output, "--device", "cpu", *more]
 
 
-def label(teacher, dataset, output, *more):
-    command("label")(words_of(teacher, dataset, output, *more))
+def label(teacher, images, output, *more):
+    command("label")(words_of(teacher, images, output, *more))
     return json.loads(output.read_text())
 
 
@@ -104,7 +109,7 @@ def test_boxes_are_those_of_the_detector(teacher, tmp_path):
     image[2] = 255
     with torch.no_grad():
         [output] = detector([{"image": image, "height": 30, "width": 50}])
-    found = [one for one in content["annotations"] if one["image_id"] == 0]
+    found = [one for one in content["annotations"] if one["image_id"] == 1]
     assert scores({"annotations": found}) == pytest.approx(output["instances"].scores.tolist())
     corner = [one["bbox"][:2] for one in found]
     expected = output["instances"].pred_boxes.tensor[:, :2].tolist()
@@ -151,8 +156,11 @@ def test_a_file_of_other_images_is_not_read(teacher, tmp_path):
     file = tmp_path / "labels.json"
     assert read_labels(file, images) is None
     steps = []
-    detector = detector_from_config("it", *teacher)
-    content = write_labels(file, detector, images, 0.5, CPU, lambda *step: steps.append(step))
+    ready = load_detector_for_classes(
+        detector_from_config("it", *teacher), images.name, images.classes, CPU
+    )
+    chosen = given_thresholds(NAMES, 0.5)
+    content = write_labels(file, ready, images, chosen, lambda *step: steps.append(step))
     assert steps == [(i, 6) for i in range(7)] and read_labels(file, images) == content
     other = UnlabelledImages("other", images.records[:5])
     assert read_labels(file, other) is None
@@ -170,12 +178,12 @@ def data_of(teacher):
         ({"--min-score": "1.5"}, "--min-score: 1.5; expected a score from 0 to 1"),
         ({"--min-score": "nan"}, "--min-score: nan"),
         ({"--output": "."}, "--output: . is a folder; expected the file to write"),
-        ({"--dataset": "nowhere"}, "data set 'nowhere': not registered"),
-        ({"--dataset": "empty"}, r"empty: no image; expected at least one; in a folder \*.bmp, "),
+        ({"--images": "nowhere"}, "data set 'nowhere': not registered"),
+        ({"--images": "empty"}, r"empty: no image; expected at least one; in a folder \*.bmp, "),
         ({"--weights": "absent.pth"}, "absent.pth"),
         ({"--device": "tpu"}, "train.device: tpu"),
-        ({"--weights": "nameless.pth", "--dataset": "photos"}, "3 classes, without names; expecte"),
-        ({"--dataset": "broken"}, "a.png: cannot be decoded"),
+        ({"--weights": "nameless.pth", "--images": "photos"}, "3 classes, without names; expecte"),
+        ({"--images": "broken"}, "broken: none of 1 images can be read: a.png cannot be decoded"),
     ],
 )
 def test_what_is_refused(teacher, refuses, tmp_path, change, line):
