@@ -23,7 +23,7 @@ from ..data import check_dataset
 from ..structures.class_map import ClassMap
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
-from ..utils.io import read_json, report_full_disk, write_json, write_text
+from ..utils.io import read_json, report_full_disk, write_text
 from .accuracy import class_operating_point
 from .detections import Warn, get_detections
 from .detectors import EvaluationData, LoadedDetector, build_loader, file_version
@@ -260,7 +260,7 @@ def write_labels(
                 progress(len(rows), len(records))
         content = _content(ready, images, thresholds, rows)
         if content["images"]:
-            write_json(file, content)
+            write_text(file, json.dumps(content, allow_nan=False) + "\n")
     partial.unlink()
     if not content["images"]:
         first, *_ = content["info"]["unreadable"]
