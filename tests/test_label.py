@@ -205,7 +205,7 @@ def data_of(teacher):
         ({"--student": "dataless.yaml"}, "--student: no class names in its training data"),
         ({"--dataset": "nowhere"}, "data set 'nowhere': not registered"),
         ({"--output": "."}, "--output: . is a folder; expected the file to write"),
-        ({"--images": "nowhere"}, "data set 'nowhere': not registered"),
+        ({"--images": "nowhere"}, "--images: nowhere; expected a folder, or a data set"),
         ({"--images": "empty"}, r"empty: no image; expected at least one; in a folder \*.bmp, "),
         ({"--weights": "absent.pth"}, "absent.pth"),
         ({"--device": "tpu"}, "train.device: tpu"),
@@ -354,7 +354,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(teacher, tmp_path, ca
     printed = capsys.readouterr().out
     assert "left out: 00.png: cannot be decoded (an empty file)" in printed
     assert "left out: 3 more, which are in the file's info" in printed
-    assert f"13 images of {data} cannot be read, and are left out" in printed
+    assert f"13 of 19 images of {data} cannot be read" in printed
     unreadable = content["info"]["unreadable"]
     assert unreadable[-1] == {"file_name": "deep.png", "reason": "16 bits a pixel"}
     names = [one["file_name"] for one in content["images"]]
@@ -397,7 +397,7 @@ def test_labels_are_in_the_students_classes(teacher, tmp_path, capsys):
     assert of(content, "animal") == of(whole, "class 0") != []
     assert of(content, "Class-2") == of(whole, "class 2") != []
     assert not of(content, "unknown") and len(of(whole, "class 1")) > 0
-    assert f"{len(of(whole, 'class 1'))} detections of other classes are left out" in printed
+    assert f"left out: {len(of(whole, 'class 1'))} detections of other classes" in printed
     assert "no labels of unknown: the detector does not know them" in printed
     assert content["info"]["detections_of_other_classes"] == len(of(whole, "class 1"))
 
@@ -492,18 +492,22 @@ def test_scores_are_chosen_for_each_class(teacher, tmp_path):
     assert [row["objects"] for row in rows] == [4, 4, 0]
     assert [row["precision"] for row in rows] == [0.8, 0.5, None]
     assert [row["f1"] for row in rows] == [0.8889, 0.5, None]
-    assert best.chosen["rule"] == "the highest F1" and best.chosen["dataset"] == data.name
-    assert "class 2  left out" in str(best) and "0.800" in str(best)
+    assert best.chosen["precision"] is None and best.chosen["dataset"] == data.name
+    printed = [line.split() for line in str(best).splitlines()]
+    assert ["class", "0", "0.500", "0.800", "1.000", "0.889", "4"] in printed
+    assert ["class", "2", "-", "-", "-", "-", "0"] in printed
+    assert best.left_out == {"class 2": f"no object in {data.name}"}
 
     precise = choose(precision=0.9)
     expected = {"class 0": 0.75, "class 1": None, "class 2": None}
     assert precise.min_scores == pytest.approx(expected)
+    assert "left out: class 1: no score has a precision of 0.9" in str(precise)
     assert choose(precision=0.4).min_scores == pytest.approx(
         {"class 0": 0.4, "class 1": 0.25, "class 2": None}
     )
     given = choose(precision=0.9, default=0.7, given={"class 0": 0.8})
     assert given.min_scores == {"class 0": 0.8, "class 1": 0.7, "class 2": 0.7}
-    assert [row["recall"] for row in given.rows] == [0.5, None, None]
+    assert [row["recall"] for row in given.rows] == [0.5, 0, None]
     # Other classes, in another order: those of the data are matched by name.
     names = ["lacking", "CLASS_0"]
     ready.class_map = type(ready.class_map).from_names(names, NAMES)
@@ -517,10 +521,10 @@ def test_scores_are_chosen_for_each_class(teacher, tmp_path):
     assert content["info"]["chosen"]["dataset_sha256"] == data.sha256
 
 
-def test_a_data_set_on_which_nothing_can_be_chosen(teacher, tmp_path, refuses):
+def test_a_data_set_on_which_nothing_can_be_chosen(teacher, tmp_path):
     ready, data = scripted(teacher, tmp_path, [[], [], []], WRONG)
-    for options, line in (({}, "no object is found"), ({"precision": 0.5}, "at least 0.5")):
-        with pytest.raises(InputError, match=line):
+    for options, line in (({}, "no detection is right"), ({"precision": 0.5}, "precision of 0.5")):
+        with pytest.raises(InputError, match=f"every class is left out, such as class 0: .*{line}"):
             choose_thresholds(ready, data, tmp_path / "cache", quiet, **options)
 
 
@@ -534,7 +538,7 @@ def test_the_command_chooses_scores(teacher, tmp_path, capsys):
     assert rows[0]["min_score"] == 0.25 and rows[0]["precision"] is not None
     for one in content["annotations"]:
         assert one["score"] >= rows[one["category_id"] - 1]["min_score"]
-    assert content["info"]["chosen"]["rule"] == "a precision of at least 1.0"
+    assert content["info"]["chosen"]["precision"] == 1
     assert (
         content["categories"] == json.loads((tmp_path / "data/data.json").read_text())["categories"]
     )

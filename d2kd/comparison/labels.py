@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,37 +113,49 @@ class Thresholds:
     Attributes:
         min_scores: class name -> minimum score, in [0, 1]; None: labels of the class are left out.
         measured: class name -> what :func:`.accuracy.class_operating_point` returns for it; empty: not measured.
-        chosen: ``rule`` by which scores were chosen, ``dataset`` and ``dataset_sha256``; None: all are given.
+        chosen: ``dataset`` and ``dataset_sha256`` of the labelled data on which scores were chosen, and the minimum
+            ``precision``, which is None for the highest F1; None: all are given.
     """
 
     min_scores: dict[str, float | None]
     measured: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    chosen: dict[str, str] | None = None
+    chosen: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """For each class its ``class``, ``min_score``, ``precision``, ``recall`` and ``f1`` in [0, 1], and ``objects``."""
         rows = []
         for name, score in self.min_scores.items():
-            point = self.measured.get(name) or {}
-            values = {key: point.get(key) for key in ("precision", "recall", "f1")}
-            if score is None or score != point.get("threshold"):
-                values = dict.fromkeys(values)
-            values = {k: None if v is None else round(v / 100, 4) for k, v in values.items()}
-            row = {"class": name, "min_score": score, **values, "objects": point.get("objects")}
-            rows.append(row)
+            point = self.measured.get(name, {})
+            row = {"class": name, "min_score": score}
+            for key in ("precision", "recall", "f1"):
+                value = None if score is None else point.get(key)
+                row[key] = None if value is None else round(value / 100, 4)
+            rows.append(row | {"objects": point.get("objects")})
         return rows
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The reason why a class is left out, for each such class."""
+        reasons = {}
+        for name in (name for name, score in self.min_scores.items() if score is None):
+            if not self.measured.get(name, {}).get("objects"):
+                reasons[name] = f"no object in {self.chosen['dataset']}"
+            elif self.chosen["precision"] is None:
+                reasons[name] = "no detection is right"
+            else:
+                reasons[name] = f"no score has a precision of {self.chosen['precision']}"
+        return reasons
+
     def __str__(self) -> str:
-        table = [
-            [
-                "left out" if value is None and key == "min_score" else value
-                for key, value in row.items()
-            ]
-            for row in self.rows
-        ]
+        """Return a table, and the reasons why classes are left out."""
         head = ["class", "min. score", "precision", "recall", "F1", "objects"]
-        return tabulate(table, head, floatfmt=".3f", missingval="-")
+        table = tabulate(
+            [list(row.values()) for row in self.rows], head, floatfmt=".3f", missingval="-"
+        )
+        return "\n".join(
+            [table, *(f"left out: {name}: {why}" for name, why in self.left_out.items())]
+        )
 
 
 def given_thresholds(
@@ -185,22 +197,22 @@ def choose_thresholds(
         ready, class_map=ClassMap.from_names(data.truth.classes, ready.class_map.teacher)
     )
     matches = match_detections(data.truth, get_detections(on_data, data, folder, progress, warn))
-    measured = {
-        classes[k]: class_operating_point(
-            data.truth, matches, own, precision, given.get(classes[k])
-        )
-        for k, own in ClassMap.from_names(classes, data.truth.classes).pairs
-    }
-    scores = {}
-    for name in classes:
-        score = given.get(name, measured.get(name, {}).get("threshold"))
-        scores[name] = default if score is None else score
-    rule = "the highest F1" if precision is None else f"a precision of at least {precision}"
-    if all(score is None for score in scores.values()):
-        found = f"no score of any class has {rule}" if precision else "no object is found"
-        raise InputError(data.name, found, "another data set or precision, or given scores")
-    chosen = {"rule": rule, "dataset": data.name, "dataset_sha256": data.sha256}
-    return Thresholds(scores, measured, chosen)
+    point_of = partial(class_operating_point, data.truth, matches)
+    scores: dict[str, float | None] = {name: given.get(name, default) for name in classes}
+    measured = {}
+    for k, own in ClassMap.from_names(classes, data.truth.classes).pairs:
+        name = classes[k]
+        point = point_of(own, precision, given.get(name))
+        if point["threshold"] is None and default is not None:
+            point = point_of(own, threshold=default)
+        scores[name], measured[name] = point["threshold"], point
+    chosen = {"dataset": data.name, "dataset_sha256": data.sha256, "precision": precision}
+    thresholds = Thresholds(scores, measured, chosen)
+    if len(left_out := thresholds.left_out) == len(classes):
+        name, reason = next(iter(left_out.items()))
+        expected = "another data set, a lower precision, or given scores"
+        raise InputError(data.name, f"every class is left out, such as {name}: {reason}", expected)
+    return thresholds
 
 
 def write_labels(

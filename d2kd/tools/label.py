@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
                 args.output, ready, images, thresholds, progress(args.images), warn
             )
     shutil.rmtree(cache, ignore_errors=True)
-    report(args.images, content["info"], ready.class_map)
+    report(args.images, content, ready.class_map)
     print(f"{args.output}: {count_labels(content)}; its image_root is {images.root}")
 
 
@@ -188,10 +188,12 @@ def images_of(args: argparse.Namespace, student, data):
     from ..data.datasets import training_classes
     from ..structures.class_map import class_names
 
-    if args.images not in DatasetCatalog.list() and Path(args.images).is_dir():
+    if args.images in DatasetCatalog.list():
+        images = UnlabelledImages.from_dataset(args.images)
+    elif Path(args.images).is_dir():
         images = UnlabelledImages.from_folder(Path(args.images))
     else:
-        images = UnlabelledImages.from_dataset(args.images)
+        raise InputError("--images", args.images, "a folder, or a data set that a recipe registers")
     classes = args.classes
     if classes is None and student is not None:
         named = student.model.get("classes")
@@ -208,18 +210,19 @@ def images_of(args: argparse.Namespace, student, data):
     return replace(images, classes=classes, category_ids=ids)
 
 
-def report(name: str, about: dict, class_map) -> None:
+def report(name: str, content: dict, class_map) -> None:
     """Print what is left out of the labels."""
     lacking = [c for k, c in enumerate(class_map.student) if k not in class_map.student_ids]
     if lacking:
         print(f"no labels of {', '.join(lacking)}: the detector does not know them")
-    others = about["detections_of_other_classes"]
+    others = content["info"]["detections_of_other_classes"]
     if others:
-        print(f"{others} detections of other classes are left out")
-    unreadable = about["unreadable"]
+        print(f"left out: {others} detections of other classes")
+    unreadable = content["info"]["unreadable"]
     for one in unreadable[:MAX_NAMED]:
         print(f"left out: {one['file_name']}: {one['reason']}")
     if len(unreadable) > MAX_NAMED:
         print(f"left out: {len(unreadable) - MAX_NAMED} more, which are in the file's info")
     if unreadable:
-        print(f"{len(unreadable)} images of {name} cannot be read, and are left out")
+        total = len(unreadable) + len(content["images"])
+        print(f"{len(unreadable)} of {total} images of {name} cannot be read")
