@@ -1,6 +1,7 @@
 """Labels from a detector: boxes, classes and files as a data set to train with, from folders and data sets."""
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -37,7 +38,7 @@ from d2kd.data import check_dataset, coco_dataset, register_voc
 from d2kd.engine import Trainer
 from d2kd.utils.errors import InputError
 
-from .common import build, command, one_thread, tiny_faster_rcnn
+from .common import build, command, one_thread, refusal, tiny_faster_rcnn
 from .test_voc import NAMES, write_voc
 from .tiny_run import distiller, draw_data, recipe
 
@@ -338,6 +339,19 @@ def test_unfinished_labels_of_another_kind_are_not_used(teacher, tmp_path, monke
     (tmp_path / "labels.json.partial").write_text("no JSON\n")
     label(teacher, data, file, "--min-score", "0.2")
     assert "labelled anew" in capsys.readouterr().out
+
+
+def test_a_full_disk(teacher, tmp_path, monkeypatch, capfd):
+    def full(rows):
+        yield next(rows)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = labels._rows
+    monkeypatch.setattr(labels, "_rows", lambda *given: full(rows(*given)))
+    words = words_of(teacher, tmp_path / "data", tmp_path / "labels.json")
+    line = refusal(command("label"), words, capfd)
+    assert "labels.json: cannot be written (No space left on device)" in line
+    assert "the same command continues from them" in line
 
 
 def test_images_that_cannot_be_read_are_named_and_left_out(teacher, tmp_path, capsys):

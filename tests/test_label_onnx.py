@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -166,6 +167,13 @@ def test_a_file_of_another_form_is_refused(photos, tmp_path, capfd, monkeypatch,
     words = ["--images", "photos", "--output", "labels.json", "--weights", "it.onnx"]
     assert re.search(line, refusal(command("label"), words, capfd))
     assert not (tmp_path / "labels.json").exists()
+
+
+def test_without_onnxruntime(photos, tmp_path, refuses, monkeypatch):
+    graph(tmp_path / "it.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    words = ["--images", "photos", "--output", "labels.json", "--weights", "it.onnx"]
+    refuses(lambda: command("label")(words), r"onnxruntime: cannot be imported .*'d2kd\[export\]'")
 
 
 def test_a_file_whose_images_are_resized_otherwise_needs_its_recipe(exported):

@@ -243,8 +243,8 @@ def write_labels(
         warn: called with one line of text, if the partial file is of other labels and not used.
 
     Returns:
-        dict: the content of the file. Its ``info["unreadable"]`` has the image files that cannot be read, each with
-        the reason.
+        dict: the content of the file. Its ``info`` has ``unreadable``, the image files that cannot be read, each with the
+        reason; and ``detections_of_other_classes``, the number of those from the lowest minimum score on.
 
     Raises:
         InputError: no image can be read, or the disk is full.
@@ -385,7 +385,7 @@ def _content(
 def read_labels(file: str | Path, images: UnlabelledImages) -> dict | None:
     """Return the content of a file that :func:`write_labels` has written for these images; None if there is none."""
     content = read_json(file)
-    unreadable = [one["file_name"] for one in content.get("info", {}).get("unreadable", ())]
+    unreadable = {one["file_name"] for one in content.get("info", {}).get("unreadable", ())}
     listed = [one["file_name"] for one in content.get("images", ())]
     readable = [name for name in images.relative_files if name not in unreadable]
     return content if listed and listed == readable else None
