@@ -13,12 +13,13 @@ from d2kd.comparison.accuracy import (
     METRICS,
     bootstrap_ap,
     bootstrap_counts,
+    class_operating_point,
     compute_accuracy,
     paired_gains,
     percentile_interval,
     precision_array,
 )
-from d2kd.comparison.matching import Detections, GroundTruth, match_detections
+from d2kd.comparison.matching import Detections, GroundTruth, match_detections, rowwise_iou
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 from .test_error_types import scene
@@ -194,3 +195,54 @@ def test_precision_and_recall_at_a_threshold_by_hand():
     assert measured.best["precision"] == pytest.approx(200 / 3)
     assert (measured.fixed["precision"], measured.fixed["recall"]) == (100, 50)
     assert matches.found_at().tolist() == [0.9, 0.7]
+
+
+def slow_counts(truth, detections, k, threshold):
+    """True and false positives of a class at IoU 0.5, from a score on: one image and one detection after the other."""
+    found = wrong = 0
+    for image in range(len(truth.image_ids)):
+        objects = np.flatnonzero((truth.image == image) & (truth.label == k))
+        chosen = (detections.image == image) & (detections.label == k)
+        chosen = np.flatnonzero(chosen & (detections.score >= threshold))
+        free = [g for g in objects if not truth.crowd[g]]
+        for d in sorted(chosen, key=lambda d: -detections.score[d]):
+            box = detections.box[d][None]
+            near = {g: rowwise_iou(box, truth.box[g][None])[0] for g in free}
+            crowds = [g for g in objects if truth.crowd[g]]
+            in_crowd = [rowwise_iou(box, truth.box[g][None], np.array([True]))[0] for g in crowds]
+            if near and max(near.values()) >= 0.5:
+                free.remove(max(near, key=near.get))
+                found += 1
+            elif not any(share >= 0.5 for share in in_crowd):
+                wrong += 1
+    return found, wrong
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_threshold_of_a_class_is_the_best_of_all(seed):
+    truth = generated_truth(images=10, classes=3, crowds=0.2, seed=seed)
+    detections = generated_detections(truth, quality=0.4, seed=seed)
+    matches = match_detections(truth, detections)
+    objects = [int(((truth.label == k) & ~truth.crowd).sum()) for k in range(3)]
+    assert objects[2] == 0 < min(objects[:2])
+    for k in range(2):
+        scores = np.unique(detections.score[detections.label == k])
+        table = {t: slow_counts(truth, detections, k, t) for t in scores}
+        best = class_operating_point(truth, matches, k)
+        f1 = {t: 200 * found / (found + wrong + objects[k]) for t, (found, wrong) in table.items()}
+        assert best["f1"] == pytest.approx(max(f1.values())) == pytest.approx(f1[best["threshold"]])
+        precision = {t: found / max(found + wrong, 1) for t, (found, wrong) in table.items()}
+        for least in (0.25, 0.5, 0.8, max(precision.values())):
+            reached = [t for t, value in precision.items() if value >= least]
+            point = class_operating_point(truth, matches, k, precision=least)
+            assert point["threshold"] == (min(reached) if reached else None)
+            if reached:
+                assert point["precision"] == pytest.approx(100 * precision[min(reached)])
+                recall = 100 * table[min(reached)][0] / objects[k]
+                assert point["recall"] == pytest.approx(recall) and point["objects"] == objects[k]
+        given = class_operating_point(truth, matches, k, threshold=0.5)
+        assert (given["found"], given["wrong"]) == slow_counts(truth, detections, k, 0.5)
+    for options in ({}, {"precision": 0.1}):
+        assert class_operating_point(truth, matches, 2, **options)["threshold"] is None
+    nothing = match_detections(truth, detections[np.zeros(len(detections), bool)])
+    assert class_operating_point(truth, nothing, 0, precision=0.5)["threshold"] is None

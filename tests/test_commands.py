@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from . import coco_size, fuzz, kill_runs, resume_runs, two_processes
+from d2kd.data import shapes
+
+from . import coco_size, fuzz, kill_runs, label_throughput, resume_runs, two_processes
 
 
 @pytest.fixture
@@ -106,3 +108,14 @@ def test_a_comparison_of_any_size(monkeypatch, tmp_path, capsys):
     assert [row["name"] for row in content["rows"]] == ["detector 0", "detector 1"]
     assert content["dataset"]["images"] == 12 and len(content["compared_classes"]) == 4
     assert (tmp_path / "report.html").is_file()
+
+
+def test_labels_that_are_slow(exit_code, monkeypatch, capsys):
+    try:
+        for least, code in ((0.0, 0), (100.0, 1)):
+            monkeypatch.setattr(label_throughput, "LEAST", least)
+            assert exit_code(label_throughput, "--images", 3, "--rounds", 1) == code
+            printed = capsys.readouterr().out
+            assert "3 images, 300 labels" in printed and "images per CPU second: median" in printed
+    finally:
+        shapes.register_shapes()

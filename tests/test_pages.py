@@ -32,7 +32,8 @@ from .common import ROOT, batch, build, tiny_faster_rcnn
 from .pages import BLOCKS, FILES, PAGES, TEXTS, block, commands
 from .test_voc import write_voc
 
-# Words of each example, and of each file, that a test here runs; the first two are in test_export.py.
+# Words of each example, and of each file, that a test here runs; the first two are in test_export.py, the last in
+# test_label_onnx.py.
 EXAMPLES = [
     *("config.model.student", "onnxruntime", "L(TorchvisionBackbone)", "with_timm_backbone("),
     *(
@@ -43,7 +44,7 @@ EXAMPLES = [
         'Trainer(load("recipe',
     ),
     *("Distiller(student=", "add_d2kd_config", "incremental_recipe(", "with_downscaled_student("),
-    *("LinearParamScheduler", "detector_from_config(", "for recipe in ("),
+    *("LinearParamScheduler", "detector_from_config(", "for recipe in (", "set_model_props("),
 ]
 SHOWN_FILES = ["recipe.py", "mine.py", "teacher_and_losses.py", "my_study.py"]
 SHOWN_FILES += [

@@ -154,6 +154,39 @@ def _best(score, tp, fp, objects: int) -> dict[str, float | None]:
     return _operating_point(count, float(score[count - 1]), tp, fp, objects)
 
 
+def class_operating_point(
+    truth: GroundTruth,
+    matches: Matches,
+    k: int,
+    precision: float | None = None,
+    threshold: float | None = None,
+) -> dict[str, float | None]:
+    """Choose the score threshold of a class, or measure a given one, at IoU 0.5.
+
+    Args:
+        truth: the ground truth.
+        matches: matches of the detector.
+        k: index of the class.
+        precision: minimum precision, in [0, 1]. None: the threshold is that of the highest F1.
+        threshold: score threshold that is not chosen, but given.
+
+    Returns:
+        dict: ``threshold``, and with it ``precision``, ``recall`` and ``f1`` in [0, 100]; and the number of ``objects``.
+        With a minimum precision, the threshold is the lowest score that reaches it. It is None if no score does, or no
+        detection is right.
+    """
+    score, tp, fp, objects = _pooled(truth, matches, [k])
+    if threshold is not None:
+        return _operating_point(int((score >= threshold).sum()), threshold, tp, fp, objects)
+    point = _best(score, tp, fp, objects)
+    if precision is not None:
+        last_of_score = np.append(score[1:] != score[:-1], True)[: len(score)]
+        reached = np.flatnonzero(last_of_score & (tp / (tp + fp) >= precision))
+        count = int(reached[-1]) + 1 if len(reached) else 0
+        point = _operating_point(count, float(score[count - 1]) if count else 1.0, tp, fp, objects)
+    return point if point["found"] else point | {"threshold": None}
+
+
 def bootstrap_counts(images: int, number: int, seed: int = 0) -> np.ndarray:
     """Return (B, I), how often each image is drawn when I images are sampled with replacement."""
     random = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..config import (
     base_mapper,
@@ -33,6 +35,7 @@ from ..config import (
 from ..config import get_detector_config as model_of
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import dataset_names, training_classes
+from ..export.formats import FORMATS, ExportedDetector
 from ..modeling import Teacher
 from ..modeling.teacher import to_student_classes
 from ..modeling.weights import CLASSES_KEY, file_sha256, load_checkpoint
@@ -92,11 +95,11 @@ def load_data(name: str) -> EvaluationData:
     digest = hashlib.sha256(repr((truth.classes, truth.image_ids)).encode())
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
-    digest.update("\n".join(_version(str(record["file_name"])) for record in records).encode())
+    digest.update("\n".join(file_version(str(record["file_name"])) for record in records).encode())
     return EvaluationData(name, records, truth, category_ids, digest.hexdigest())
 
 
-def _version(file: str) -> str:
+def file_version(file: str) -> str:
     """Return name, size and modification time of an image file; they change when the image is replaced."""
     try:
         stat = os.stat(file)
@@ -160,6 +163,7 @@ class Detector:
         mapper: LazyConfig node of the test mapper. Default: the mapper of another detector, see :func:`set_default_mapper`.
         classes: class names in the order of the detector. Default: those in the checkpoint, otherwise the data set's.
         input_format: channel order of the input. Default: the detector's ``input_format``, otherwise the mapper's.
+        aliases: name of a class of the detector -> the data set's name of that class, where they differ.
         results: COCO results files that may hold its detections; the first one that fits is used.
         expected_AP: AP of a results file that fits; None: not checked.
         strict: whether a results file that does not fit raises an error. By default detections are computed then.
@@ -172,6 +176,7 @@ class Detector:
     mapper: DictConfig | None = field(default=None, repr=False)
     classes: tuple[str, ...] | None = None
     input_format: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
     results: tuple[Path, ...] = ()
     expected_AP: float | None = None
     strict: bool = False
@@ -182,6 +187,8 @@ class Detector:
         content = {"model": self.node, "mapper": self.mapper, "classes": self.classes}
         if self.input_format is not None:
             content["input_format"] = self.input_format
+        if self.aliases:
+            content["aliases"] = dict(self.aliases)
         return {"weights_sha256": file_sha256(self.weights), "config_sha256": config_hash(content)}
 
     @cached_property
@@ -215,15 +222,50 @@ class LoadedDetector:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.teacher.detector.parameters())
 
-    def detect(self, batch: list[dict]) -> Instances:
-        """Return the detections in a batch of one image, on the CPU, in the classes of the data set."""
+    def detect_own_classes(self, batch: list[dict]) -> Instances:
+        """Return the detections in a batch of one image, on the CPU, in the detector's own classes."""
         with torch.no_grad():
             [output] = self.teacher.detect(batch)
-        return to_student_classes(output["instances"].to("cpu"), self.class_map)
+        return output["instances"].to("cpu")
+
+    def detect(self, batch: list[dict]) -> Instances:
+        """Return the detections in a batch of one image, on the CPU, in the classes of the data set."""
+        return to_student_classes(self.detect_own_classes(batch), self.class_map)
 
     @cached_property
     def to_detector_label(self) -> dict[int, int]:
         return dict(self.class_map.pairs)
+
+
+@dataclass
+class LoadedOnnx(LoadedDetector):
+    """A detector in an ONNX file, which onnxruntime runs on the CPU. It has no ``teacher``."""
+
+    file: ExportedDetector
+
+    def detect_own_classes(self, batch: list[dict]) -> Instances:
+        """Return the detections in a batch of one image, in the detector's own classes.
+
+        Raises:
+            InputError: the file fails on the image, or returns an index that is no class.
+        """
+        mapped = base_mapper(self.detector.mapper).get("image_format", "BGR")
+        if mapped != self.detector.input_format:
+            batch = [{**one, "image": one["image"].flip(0)} for one in batch]
+        try:
+            [output] = self.file(batch)
+        except Exception as error:  # of onnxruntime, or of outputs of other shapes
+            shape = tuple(batch[0]["image"].shape)
+            found = f"fails on an image of shape {shape} ({error})"
+            expected = "boxes (D, 4), scores (D,) and classes (D,)"
+            raise InputError(self.file.path, found, expected) from error
+        found = output["instances"]
+        if len(labels := found.pred_classes):
+            low, high, count = int(labels.min()), int(labels.max()), len(self.class_map.teacher)
+            if low < 0 or high >= count:
+                expected = f"indices of its {count} classes, from 0"
+                raise InputError(self.file.path, f"classes {low} to {high}", expected)
+        return found
 
 
 def load_detector(detector: Detector, data: EvaluationData, device: torch.device) -> LoadedDetector:
@@ -243,8 +285,13 @@ def load_detector_for_classes(
         device: device of the detector.
 
     Raises:
-        InputError: the weights cannot be read or do not fit, or the class names are unknown.
+        InputError: the weights cannot be read or do not fit, the class names are unknown, or there is no test mapper.
     """
+    set_default_mapper([detector])
+    if detector.weights.endswith(FORMATS["onnx"]):
+        names = _aliased(detector, detector.classes)
+        file = ExportedDetector(detector.weights)
+        return LoadedOnnx(detector, None, _class_map(detector, name, classes, names), file)
     image_format = base_mapper(detector.mapper).get("image_format", "BGR")
     node = without_weights(detector.node)
     teacher = Teacher(
@@ -255,18 +302,38 @@ def load_detector_for_classes(
     )
     count = num_classes_of(teacher.detector)
     names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
-    if names is None and classes is not None and count == len(classes):
-        names = classes
+    for default in (_yacs_classes(detector.node), classes) if names is None else ():
+        if names is None and default is not None and len(default) == count:
+            names = default
     if names is None or len(names) != count:
         found = f"{count} classes, " + ("without names" if names is None else f"{len(names)} names")
         of_data = "" if classes is None else f", or the {len(classes)} of {name}"
         expected = f"a recipe or checkpoint that names them{of_data}"
         raise InputError(f"detector {detector.name!r}", found, expected)
-    class_map = ClassMap.from_names(names if classes is None else classes, tuple(names))
-    if not class_map.pairs:
-        raise InputError(f"detector {detector.name!r}", "none of the classes", f"some of {name}")
+    class_map = _class_map(detector, name, classes, _aliased(detector, names))
     teacher.detector.to(device)
     return LoadedDetector(detector, teacher, class_map)
+
+
+def _yacs_classes(node: DictConfig) -> Sequence[str] | None:
+    """Return the class names of the first training set of a yacs config; None if they are unknown."""
+    names = OmegaConf.select(node, "config.DATASETS.TRAIN", default=None)
+    known = names and names[0] in DatasetCatalog.list()
+    return MetadataCatalog.get(names[0]).get("thing_classes") if known else None
+
+
+def _aliased(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
+    """Return class names with the detector's aliases; those of other names are of another detector."""
+    return tuple(detector.aliases.get(name, name) for name in names)
+
+
+def _class_map(
+    detector: Detector, name: str, classes: Sequence[str] | None, names: Sequence[str]
+) -> ClassMap:
+    class_map = ClassMap.from_names(names if classes is None else classes, names)
+    if not class_map.pairs:
+        raise InputError(f"detector {detector.name!r}", "none of the classes", f"some of {name}")
+    return class_map
 
 
 def detector_from_config(
@@ -291,6 +358,38 @@ def detector_from_config(
         results=() if results is None else (Path(results),),
         strict=results is not None,
     )
+
+
+def detector_from_onnx(name: str, file: str, config: str | None = None) -> Detector:
+    """Describe a detector in an ONNX file of the form that ``d2kd export`` writes.
+
+    Args:
+        name: name in the report.
+        file: the file.
+        config: a recipe whose test mapper reads the images. Default: they are resized as the file says.
+
+    Raises:
+        InputError: onnxruntime is not installed, the file has another form, or it does not say how to resize.
+    """
+    exported = ExportedDetector(file)
+    exported.check_form()
+    about = exported.metadata
+    mapper = None if config is None else get_test_mapper(load_recipe_or_none(config) or config)
+    if mapper is None:
+        resizing = []
+        if exported.image_size is not None:
+            resizing = [L(T.Resize)(shape=list(exported.image_size))]
+        elif "resize" in about:
+            short, longest = json.loads(about["resize"])
+            resizing = [L(T.ResizeShortestEdge)(short_edge_length=short, max_size=longest)]
+        elif about.get("resizing", "none") != "none":
+            found = f"images resized by {about['resizing']}"
+            raise InputError(file, found, "its recipe, by --config-file, whose mapper does that")
+        mapper = L(DatasetMapper)(
+            is_train=False, augmentations=resizing, image_format=about["image_format"]
+        )
+    classes, order = tuple(exported.classes), about["image_format"]
+    return Detector(name, file, file, DictConfig({}), mapper, classes, order)
 
 
 def load_study_results(folder: Path) -> dict[str, Any] | None:
@@ -440,13 +539,19 @@ def set_default_mapper(detectors: Iterable[Detector]) -> None:
             detector.mapper = mapper
 
 
-def build_loader(detector: Detector, records: list[dict], begin: int = 0) -> Iterable[list[dict]]:
-    """Build a test loader of batches of one image with the detector's mapper, starting at record ``begin``."""
+def build_loader(
+    detector: Detector, records: list[dict], begin: int = 0, raise_errors: bool = True
+) -> Iterable[list[dict]]:
+    """Build a test loader of batches of one image with the detector's mapper, starting at record ``begin``.
+
+    ``raise_errors`` is that of :func:`d2kd.data.build_test_loader`.
+    """
     return build_test_loader(
         records,
         mapper=instantiate(detector.mapper),
         sampler=range(begin, len(records)),
         num_workers=int(len(records) - begin > MAX_IMAGES_WITHOUT_WORKER),
+        raise_errors=raise_errors,
     )
 
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
+import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
 
+from .. import __version__
 from ..data import check_dataset
+from ..structures.class_map import ClassMap
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
-from ..utils.io import read_json, write_json
-from .detectors import Detector, build_loader, load_detector_for_classes, set_default_mapper
+from ..utils.io import read_json, report_full_disk, write_text
+from .accuracy import class_operating_point
+from .detections import Warn, get_detections
+from .detectors import EvaluationData, LoadedDetector, build_loader, file_version
+from .matching import match_detections
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1  # of partial files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of image files in a folder, in lower case."""
@@ -64,7 +80,9 @@ class UnlabelledImages:
     def from_folder(cls, folder: Path) -> UnlabelledImages:
         """Find the images in a folder and the folders in it, by their suffixes."""
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        return cls(str(folder), [{"file_name": str(f), "image_id": i} for i, f in enumerate(files)])
+        return cls(
+            str(folder), [{"file_name": str(f), "image_id": i} for i, f in enumerate(files, 1)]
+        )
 
     @cached_property
     def files(self) -> list[str]:
@@ -80,88 +98,297 @@ class UnlabelledImages:
         """Paths of the images in :attr:`root`."""
         return [os.path.relpath(file, self.root) for file in self.files]
 
+    @property
+    def sha256(self) -> str:
+        """Hash of what their labels depend on: ids, and names, sizes and times of the files."""
+        ids = [record.get("image_id") for record in self.records]
+        versions = [file_version(file) for file in self.files]
+        return hashlib.sha256(repr((ids, self.category_ids, versions)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The minimum scores of labels.
+
+    Attributes:
+        min_scores: class name -> minimum score, in [0, 1]; None: labels of the class are left out.
+        measured: class name -> what :func:`.accuracy.class_operating_point` returns for it; empty: not measured.
+        chosen: ``dataset`` and ``dataset_sha256`` of the labelled data on which scores were chosen, and the minimum
+            ``precision``, which is None for the highest F1; None: all are given.
+    """
+
+    min_scores: dict[str, float | None]
+    measured: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    chosen: dict[str, Any] | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """For each class its ``class``, ``min_score``, ``precision``, ``recall`` and ``f1`` in [0, 1], and ``objects``."""
+        rows = []
+        for name, score in self.min_scores.items():
+            point = self.measured.get(name, {})
+            row = {"class": name, "min_score": score}
+            for key in ("precision", "recall", "f1"):
+                value = None if score is None else point.get(key)
+                row[key] = None if value is None else round(value / 100, 4)
+            rows.append(row | {"objects": point.get("objects")})
+        return rows
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The reason why a class is left out, for each such class."""
+        reasons = {}
+        for name in (name for name, score in self.min_scores.items() if score is None):
+            if not self.measured.get(name, {}).get("objects"):
+                reasons[name] = f"no object in {self.chosen['dataset']}"
+            elif self.chosen["precision"] is None:
+                reasons[name] = "no detection is right"
+            else:
+                reasons[name] = f"no score has a precision of {self.chosen['precision']}"
+        return reasons
+
+    def __str__(self) -> str:
+        """Return a table, and the reasons why classes are left out."""
+        head = ["class", "min. score", "precision", "recall", "F1", "objects"]
+        table = tabulate(
+            [list(row.values()) for row in self.rows], head, floatfmt=".3f", missingval="-"
+        )
+        return "\n".join(
+            [table, *(f"left out: {name}: {why}" for name, why in self.left_out.items())]
+        )
+
+
+def given_thresholds(
+    classes: Sequence[str], default: float, given: Mapping[str, float] | None = None
+) -> Thresholds:
+    """Return the thresholds of some classes, with a default for the others."""
+    given = given or {}
+    return Thresholds({name: given.get(name, default) for name in classes})
+
+
+def choose_thresholds(
+    ready: LoadedDetector,
+    data: EvaluationData,
+    folder: Path,
+    progress: ProgressCallback,
+    precision: float | None = None,
+    default: float | None = None,
+    given: Mapping[str, float] | None = None,
+    warn: Warn = logger.warning,
+) -> Thresholds:
+    """Choose the minimum score of each class of the labels on labelled data, where matches have an IoU of at least 0.5.
+
+    Args:
+        ready: the detector, with the classes of the labels.
+        data: the labelled data. Their classes are matched with those of the labels by name.
+        folder: cache of the detections, by which an interrupted computation is resumed.
+        progress: called with the number of finished and of all images.
+        precision: minimum precision in (0, 1], reached by the lowest score. None: the score of the highest F1.
+        default: score of a class for which none can be chosen: the data have no object of it, no score reaches the
+            precision, or no detection is right. None: the class is left out.
+        given: class name -> score that is not chosen.
+        warn: called with one line of text.
+
+    Raises:
+        InputError: all classes are left out, or an image cannot be read.
+    """
+    classes, given = ready.class_map.student, given or {}
+    on_data = replace(
+        ready, class_map=ClassMap.from_names(data.truth.classes, ready.class_map.teacher)
+    )
+    matches = match_detections(data.truth, get_detections(on_data, data, folder, progress, warn))
+    point_of = partial(class_operating_point, data.truth, matches)
+    scores: dict[str, float | None] = {name: given.get(name, default) for name in classes}
+    measured = {}
+    for k, own in ClassMap.from_names(classes, data.truth.classes).pairs:
+        name = classes[k]
+        point = point_of(own, precision, given.get(name))
+        if point["threshold"] is None and default is not None:
+            point = point_of(own, threshold=default)
+        scores[name], measured[name] = point["threshold"], point
+    chosen = {"dataset": data.name, "dataset_sha256": data.sha256, "precision": precision}
+    thresholds = Thresholds(scores, measured, chosen)
+    if len(left_out := thresholds.left_out) == len(classes):
+        name, reason = next(iter(left_out.items()))
+        expected = "another data set, a lower precision, or given scores"
+        raise InputError(data.name, f"every class is left out, such as {name}: {reason}", expected)
+    return thresholds
+
 
 def write_labels(
     file: str | Path,
-    detector: Detector,
+    ready: LoadedDetector,
     images: UnlabelledImages,
-    min_score: float,
-    device: torch.device,
+    thresholds: Thresholds,
     progress: ProgressCallback,
+    warn: Warn = logger.warning,
 ) -> dict:
     """Write the detections of a detector as a COCO-style file for :func:`d2kd.data.coco_dataset`, atomically.
 
-    The ``image_root`` of the file is the images' :attr:`~UnlabelledImages.root`. It lists all images, also those
-    without a detection; a dataset node's ``filter_empty`` says whether they are used for training. Its categories are
-    the classes of the data set, or those of the detector. An annotation has the detection's box and ``score``, its
-    ``area`` is that of the box, and ``iscrowd`` is 0. Masks are not written.
+    The ``image_root`` of the file is the images' :attr:`~UnlabelledImages.root`. It lists all images that can be read,
+    also those without a detection; a dataset node's ``filter_empty`` says whether they are used for training. Its
+    categories are the classes for which the detector was loaded. An annotation has the detection's box and ``score``,
+    its ``area`` is that of the box, ``iscrowd`` is 0, and ``segmentation`` is empty. ``info`` says how they were made.
+
+    Finished images are kept in ``<file>.partial`` until all are. An interrupted call that is repeated continues from
+    there, and its file equals that of a call that was not interrupted. Images go through the detector one by one,
+    because padding to the largest of a batch may change detections.
 
     Args:
         file: the file.
-        detector: the detector.
+        ready: the detector, loaded for the classes of the labels.
         images: the images.
-        min_score: minimum score of detections, in [0, 1].
-        device: device of the detector.
+        thresholds: minimum scores.
         progress: called with the number of finished and of all images.
+        warn: called with one line of text, if the partial file is of other labels and not used.
 
     Returns:
-        dict: the content of the file.
+        dict: the content of the file. Its ``info`` has ``unreadable``, the image files that cannot be read, each with the
+        reason; and ``detections_of_other_classes``, the number of those from the lowest minimum score on.
 
     Raises:
-        InputError: the score is invalid, the detector cannot be used, or an image cannot be read.
+        InputError: no image can be read, or the disk is full.
     """
-    check_min_score("min_score", min_score)
-    set_default_mapper([detector])
-    ready = load_detector_for_classes(detector, images.name, images.classes, device)
+    file, records = Path(file), images.records
+    classes = ready.class_map.student
+    scores = [thresholds.min_scores[name] for name in classes]
+    key = {
+        "schema": SCHEMA,
+        "d2kd": __version__,
+        **{f"detector's {name}": value for name, value in ready.detector.key.items()},
+        "classes": list(classes),
+        "minimum scores": scores,
+        "images": images.sha256,
+    }
+    partial = file.with_name(f"{file.name}.partial")
+    with report_full_disk(file, "the same command"):
+        rows = _begin(partial, key, warn)
+        progress(len(rows), len(records))
+        with open(partial, "a", encoding="utf-8") as lines:
+            for row in _rows(ready, records[len(rows) :], scores):
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()  # so that it outlives this process
+                rows.append(row)
+                progress(len(rows), len(records))
+        content = _content(ready, images, thresholds, rows)
+        if content["images"]:
+            write_text(file, json.dumps(content, allow_nan=False) + "\n")
+    partial.unlink()
+    if not content["images"]:
+        first, *_ = content["info"]["unreadable"]
+        found = f"none of {len(rows)} images can be read: {first['file_name']} {first['reason']}"
+        raise InputError(images.name, found, "at least one image")
+    return content
+
+
+def _begin(partial: Path, key: dict, warn: Warn) -> list[dict]:
+    """Return the finished images of a partial file, and cut off a line that a killed process has not finished.
+
+    If there is no such file, or it is of other labels, a new one is begun.
+    """
+    lines, end = [], 0
+    with contextlib.suppress(OSError, ValueError), open(partial, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines.append(json.loads(line))
+                end += len(line)
+    head = lines[0] if lines and isinstance(lines[0], dict) else {}
+    if head == key:
+        os.truncate(partial, end)
+        return lines[1:]
+    if partial.exists():
+        other = ", ".join(name for name in key if head.get(name) != key[name])
+        warn(f"{partial}: of other labels ({other}); all images are labelled anew")
+    write_text(partial, json.dumps(key) + "\n")
+    return []
+
+
+def _rows(
+    ready: LoadedDetector, records: list[dict], min_scores: Sequence[float | None]
+) -> Iterator[dict]:
+    """Yield the labels of each image, or the reason why it cannot be read."""
+    if not records:
+        return
+    # In the precision of JSON's numbers, so that a score that was chosen passes itself.
+    least = torch.tensor([math.inf if s is None else s for s in min_scores], dtype=torch.float64)
+    class_map = ready.class_map
+    for [sample] in build_loader(ready.detector, records, raise_errors=False):
+        if isinstance(sample, InputError):
+            yield {"unreadable": sample.found}
+            continue
+        found = ready.detect_own_classes([sample])
+        labels, scores = class_map.labels_to_student(found.pred_classes), found.scores.double()
+        kept = (labels >= 0) & (scores >= least[labels])
+        others = (labels < 0) & (scores >= least.min())
+        height, width = found.image_size
+        near, far = found.pred_boxes.tensor[kept].double().split(2, dim=1)
+        yield {
+            "size": [width, height],
+            "boxes": [
+                [round(v, 3) for v in box] for box in torch.cat([near, far - near], 1).tolist()
+            ],
+            "labels": labels[kept].tolist(),
+            "scores": scores[kept].tolist(),
+            "other_classes": int(others.sum()),
+        }
+
+
+def _content(
+    ready: LoadedDetector, images: UnlabelledImages, thresholds: Thresholds, rows: list[dict]
+) -> dict:
+    """Return the content of the file, from the labels of each image."""
     classes = ready.class_map.student
     category_ids = images.category_ids or tuple(range(1, len(classes) + 1))
     ids = [record.get("image_id") for record in images.records]
     if not all(isinstance(i, int) for i in ids):  # Pascal VOC's are names
         ids = range(1, len(ids) + 1)
-    entries, annotations, total = [], [], len(images.records)
-    progress(0, total)
-    loader = build_loader(detector, images.records)
-    for image_id, name, batch in zip(ids, images.relative_files, loader):
-        found = ready.detect(batch)
-        found = found[found.scores >= min_score]
-        height, width = found.image_size
+    entries, annotations, unreadable = [], [], []
+    for image_id, name, row in zip(ids, images.relative_files, rows):
+        if "unreadable" in row:
+            unreadable.append({"file_name": name, "reason": row["unreadable"]})
+            continue
+        width, height = row["size"]
         entries.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        rows = zip(found.pred_boxes.tensor.tolist(), found.pred_classes, found.scores.tolist())
-        for (x0, y0, x1, y1), label, score in rows:
-            box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_ids[label],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
-        progress(len(entries), total)
-    content = {
-        "info": {
-            "description": "detections as labels",
-            "images": images.name,
-            "min_score": min_score,
-            "config": detector.config,
-            **detector.key,
-        },
+        for box, label, score in zip(row["boxes"], row["labels"], row["scores"]):
+            if area := box[2] * box[3]:  # not of a box that is rounded to nothing
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": category_ids[label],
+                        "bbox": box,
+                        "area": area,
+                        "iscrowd": 0,
+                        "segmentation": [],
+                        "score": score,
+                    }
+                )
+    about = {
+        "description": "detections as labels",
+        "d2kd": __version__,
+        "images": images.name,
+        "detector": ready.detector.config,
+        **ready.detector.key,
+        "thresholds": thresholds.rows,
+        "chosen": thresholds.chosen,
+        "unreadable": unreadable,
+        "detections_of_other_classes": sum(row.get("other_classes", 0) for row in rows),
+    }
+    return {
+        "info": about,
         "images": entries,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in zip(category_ids, classes)],
     }
-    write_json(file, content)
-    return content
 
 
 def read_labels(file: str | Path, images: UnlabelledImages) -> dict | None:
     """Return the content of a file that :func:`write_labels` has written for these images; None if there is none."""
     content = read_json(file)
+    unreadable = {one["file_name"] for one in content.get("info", {}).get("unreadable", ())}
     listed = [one["file_name"] for one in content.get("images", ())]
-    return content if listed == images.relative_files else None
+    readable = [name for name in images.relative_files if name not in unreadable]
+    return content if listed and listed == readable else None
 
 
 def check_min_score(culprit: str, value: float) -> None:

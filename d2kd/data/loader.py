@@ -103,6 +103,7 @@ def build_test_loader(
     sampler: Iterable[int] | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
+    raise_errors: bool = True,
 ) -> DataLoader:
     """Build a loader of every image once, with Detectron2's ``InferenceSampler`` by default.
 
@@ -110,6 +111,8 @@ def build_test_loader(
         sampler: indices for this process, instead of the default.
         batch_size: maximum images per batch. More than 1 suits small detectors and images of one size; others are
             padded to the largest of their batch, which may change the detections.
+        raise_errors: whether an image that cannot be read raises its :class:`InputError`. If not, the error is in the
+            batch in place of the sample.
     """
     if len(dataset) == 0:
         raise InputError("the test set", "no image", "at least one")
@@ -117,7 +120,7 @@ def build_test_loader(
         raise InputError("batch_size", batch_size, "at least 1")
     indices = InferenceSampler(len(dataset)) if sampler is None else sampler
     positions = [(index, index) for index in indices]
-    return _Loader(
+    return (_Loader if raise_errors else DataLoader)(
         _Mapped(dataset, mapper, seed=0),
         batch_sampler=[
             positions[first : first + batch_size] for first in range(0, len(positions), batch_size)

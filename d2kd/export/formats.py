@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,6 +38,8 @@ FIELDS = {
     "masks": "pred_masks",
 }
 """Names of the outputs, in this order -> field of Detectron2's ``Instances``. Not every detector has masks."""
+TYPES = {"boxes": "tensor(float)", "scores": "tensor(float)", "classes": "tensor(int64)"}
+"""Names of the outputs that every ONNX file has -> ONNX's name of their type."""
 
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.1, 1e-3, 0.01
 """Largest differences between matching detections: of box coordinates in pixels, of scores, and of masks as the
@@ -194,6 +197,44 @@ class ExportedDetector:
             str(self.path), options, providers=["CPUExecutionProvider"]
         )
         self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+        found = [one.name for one in self._session.get_outputs()]
+        self._outputs = [name for name in FIELDS if name in found]
+
+    def check_form(self) -> None:
+        """Check that an ONNX file, maybe of another program, has the form of those of :func:`export_detector`.
+
+        Raises:
+            InputError: it has other inputs or outputs, or metadata are missing.
+        """
+        inputs = [(x.name, x.type, len(x.shape)) for x in self._session.get_inputs()]
+        outputs = {x.name: x.type for x in self._session.get_outputs()}
+        wrong = [name for name, kind in TYPES.items() if outputs.get(name) != kind]
+        names, sides = (_parse_json(self.metadata.get(key)) for key in ("classes", "resize"))
+        found = None
+        if inputs != [("image", "tensor(float)", 3)]:
+            found = f"inputs {', '.join(f'{n}: {t} of {d} dimensions' for n, t, d in inputs)}"
+        elif wrong:
+            found = f"output {wrong[0]}: {outputs.get(wrong[0], 'missing')}"
+        elif not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            found = f"metadata classes: {self.metadata.get('classes', 'missing')}"
+        elif self.metadata.get("image_format") not in ("BGR", "RGB"):
+            found = f"metadata image_format: {self.metadata.get('image_format', 'missing')}"
+        elif "resize" in self.metadata and not (
+            isinstance(sides, list) and len(sides) == 2 and all(type(n) is int for n in sides)
+        ):
+            found = f"metadata resize: {self.metadata['resize']}"
+        if found is not None:
+            expected = (
+                "input image: float32 (3, H, W); outputs boxes, scores: float32, classes: int64; metadata classes: "
+                'JSON such as ["cat", "dog"], image_format: BGR or RGB, and if they are resized, resize: [800, 1333]'
+            )
+            raise InputError(self.path, found, expected)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the input of an ONNX file; None if the file takes images of any size."""
+        _, *size = self._session.get_inputs()[0].shape
+        return tuple(size) if all(isinstance(side, int) for side in size) else None
 
     @property
     def classes(self) -> list[str]:
@@ -206,7 +247,9 @@ class ExportedDetector:
         image = image.float()
         if self._module is not None:
             return self._module(image)
-        return tuple(map(torch.from_numpy, self._session.run(None, {"image": image.numpy()})))
+        return tuple(
+            map(torch.from_numpy, self._session.run(self._outputs, {"image": image.numpy()}))
+        )
 
     def __call__(self, batched_inputs: list[dict]) -> list[dict]:
         """Return each image's ``instances`` as Detectron2's detectors do, at its ``height`` and ``width``."""
@@ -219,6 +262,13 @@ class ExportedDetector:
             height, width = one.get("height", size[0]), one.get("width", size[1])
             results.append({"instances": detector_postprocess(found, height, width)})
         return results
+
+
+def _parse_json(text: str | None) -> Any:
+    """Return the content of a JSON text; None if there is none, or it is invalid."""
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(text)
+    return None
 
 
 def count_mismatches(a: Instances, b: Instances) -> int:

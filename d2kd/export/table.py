@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data.transforms import ResizeShortestEdge
 from fvcore.nn import FlopCountAnalysis
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from tabulate import tabulate
 from torch import nn
 
@@ -117,13 +119,17 @@ def exported_row(name: str, exported: ExportedDetector, detector: nn.Module) -> 
 def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> dict[str, str]:
     """Return the metadata of an exported file: class names, image format, resizing of test images, as strings.
 
+    ``resize`` is only there if the test mapper resizes as :class:`detectron2.data.transforms.ResizeShortestEdge` does.
+
     Raises:
         InputError: if neither the weights nor the data have class names.
     """
     mapper = OmegaConf.select(config, "dataloader.test.mapper", default=None)
     reading = base_mapper(mapper)
     own = getattr(detector, "input_format", "BGR")
-    resizing = [str(instantiate(one)) for one in reading.get("augmentations", ())]
+    augmentations = [instantiate(one) for one in reading.get("augmentations", ())]
+    resizing = [str(one) for one in augmentations]
+    sides = _resized_sides(augmentations) if reading is mapper else None
     while inner := full_size_mapper(mapper):
         mapper, scale = inner
         way = (
@@ -131,6 +137,7 @@ def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> di
         )
         resizing.append(f"1/{scale} ({way})")
     return {
+        **({} if sides is None else {"resize": json.dumps(sides)}),
         "classes": json.dumps(_names(config, detector, weights)),
         "image_format": reading.get("image_format", own),
         "pixel_range": "0 to 255",
@@ -138,6 +145,16 @@ def export_metadata(config: DictConfig, detector: nn.Module, weights: str) -> di
         "detector": type(detector).__name__,
         "d2kd": __version__,
     }
+
+
+def _resized_sides(augmentations: Sequence[Any]) -> list[int] | None:
+    """Return the length of the shorter side and the maximum of the longer one; None if images are resized otherwise."""
+    if len(augmentations) != 1 or type(augmentations[0]) is not ResizeShortestEdge:
+        return None
+    [resize] = augmentations
+    lengths = set(resize.short_edge_length)
+    plain = len(lengths) == 1 and resize.interp == Image.BILINEAR
+    return [*lengths, resize.max_size] if plain else None
 
 
 def _names(config: DictConfig, detector: nn.Module, weights: str) -> list[str]:

@@ -23,8 +23,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
 from omegaconf import DictConfig, OmegaConf
 
-from ..comparison.detectors import detector_from_config
-from ..comparison.labels import UnlabelledImages, count_labels, read_labels, write_labels
+from ..comparison.detectors import detector_from_config, load_detector_for_classes
+from ..comparison.labels import (
+    UnlabelledImages,
+    count_labels,
+    given_thresholds,
+    read_labels,
+    write_labels,
+)
 from ..config import student_node, with_defaults, without_weights
 from ..config.saving import save_config
 from ..data import coco_dataset
@@ -301,7 +307,9 @@ def add_labels(
         if content is None:
             found = detector_from_config(detector["name"], detector["config"], detector["weights"])
             device = pick_device(config.train.device)
-            content = write_labels(file, found, images, labels.min_score, device, progress)
+            ready = load_detector_for_classes(found, images.name, images.classes, device)
+            thresholds = given_thresholds(ready.class_map.student, labels.min_score)
+            content = write_labels(file, ready, images, thresholds, progress)
     config = copy.deepcopy(config)
     dataset = config.dataloader.train.dataset
     names = dataset.names

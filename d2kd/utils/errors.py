@@ -39,7 +39,7 @@ class InputError(Exception):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, after a checkpoint was written in all processes.
+    """Training, or other work that can be resumed, was stopped by a signal, after all processes saved what is finished.
 
     Args:
         message: how to continue; "" in all processes but the main one.

@@ -82,8 +82,8 @@ def full_disk_message(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def report_full_disk(path: str | Path) -> Iterator[None]:
-    """Raise InputError if the code inside fails because the disk is full."""
+def report_full_disk(path: str | Path, again: str = "--resume") -> Iterator[None]:
+    """Raise InputError if the code inside fails because the disk is full; ``again`` is what continues afterwards."""
     try:
         yield
     except InputError:
@@ -92,7 +92,7 @@ def report_full_disk(path: str | Path) -> Iterator[None]:
         reason = full_disk_message(error)
         if reason is None:
             raise
-        expected = "room on the disk; earlier files are whole, and --resume continues from them"
+        expected = f"room on the disk; earlier files are whole, and {again} continues from them"
         raise InputError(path, f"cannot be written ({reason})", expected) from error
 
 
