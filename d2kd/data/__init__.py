@@ -2,7 +2,7 @@
 
 from ..structures.instance_priors import InstancePriors
 from . import shapes
-from .datasets import check_dataset, coco_dataset, dataset_names
+from .datasets import check_dataset, coco_dataset, dataset_names, training_records
 from .incremental import incremental_split, split_classes
 from .loader import build_test_loader, build_train_loader, use_seeded_loaders
 from .mapper import OpenCVDatasetMapper
@@ -26,6 +26,7 @@ __all__ = [
     "shapes",
     "split_classes",
     "subset",
+    "training_records",
     "use_seeded_loaders",
 ]
 

@@ -16,7 +16,13 @@ from functools import partial
 
 import numpy as np
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,6 +34,9 @@ from .images import reading_mapper
 from .voc import check_voc, refresh_voc
 
 logger = logging.getLogger(__name__)
+
+DATASET_NAME = "dataset_name"
+"""Key of a dataset dict with the name of its data set, in training."""
 
 
 def coco_dataset(
@@ -129,6 +138,39 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
     if not (names := _as_list(node.names)):
         raise InputError(f"{key}.names", "none", "a data set's name, or a list of names")
     return names
+
+
+def training_records(
+    names: str | Sequence[str], filter_empty: bool = True, proposal_files=None, **options
+) -> list[dict]:
+    """Return the dataset dicts of data sets, each with the name of its set, for training.
+
+    It takes the place of Detectron2's ``get_detection_dataset_dicts``, whose arguments these are, in recipes.
+
+    Args:
+        names: one or more registered names.
+        filter_empty: whether to leave out images that have no object but crowds.
+        proposal_files: a file of proposals for each set.
+        options: other arguments of ``get_detection_dataset_dicts``.
+
+    Raises:
+        InputError: a data set has no image with an object, and ``filter_empty``.
+    """
+    names, found = [names] if isinstance(names, str) else list(names), []
+    for k, name in enumerate(names):
+        files = None if proposal_files is None else [proposal_files[k]]
+        records = get_detection_dataset_dicts(
+            [name], filter_empty=False, proposal_files=files, **options
+        )
+        if not isinstance(records, list):  # map-style data sets, whose images are read one by one
+            return get_detection_dataset_dicts(names, filter_empty, proposal_files=proposal_files)
+        if filter_empty and "annotations" in records[0]:
+            records = filter_images_with_only_crowd_annotations(records)
+        if not records:
+            expected = "at least one, or dataset.filter_empty=False"
+            raise InputError(f"data set {name!r}", "no image with an object", expected)
+        found += [{**record, DATASET_NAME: name} for record in records]
+    return found
 
 
 def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:

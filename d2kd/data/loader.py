@@ -5,7 +5,7 @@ number of workers, on random numbers drawn before, or on a resume, so compared r
 the method. Detectron2's loaders draw from each worker's global generators, so there it does depend on these.
 
 A *position* counts the samples of all processes from the start of training; epoch e has positions
-e·n to (e+1)·n, for n images.
+e·n to (e+1)·n, for n images. With a ratio of data sets, an epoch has as many positions as its draws.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
@@ -30,6 +31,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
     detection_utils,
+    get_detection_dataset_dicts,
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
@@ -40,6 +42,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
+from .datasets import DATASET_NAME, training_records
 from .images import (
     check_image,
     check_image_format,
@@ -48,7 +51,10 @@ from .images import (
     reads_by_these_rules,
 )
 
-_ORDER, _SAMPLE = range(2)  # keys of independent random streams
+_ORDER, _SAMPLE, _ROUNDING = range(3)  # keys of independent random streams
+
+_MOST_DRAWS = 100_000_000
+"""In an epoch: its order needs 16 bytes for each."""
 
 
 def build_train_loader(
@@ -60,8 +66,13 @@ def build_train_loader(
     start: int = 0,
     num_workers: int = 0,
     aspect_ratio_grouping: bool = True,
+    ratio: Sequence[float] | None = None,
 ) -> DataLoader:
     """Build an infinite loader, like Detectron2's ``build_detection_train_loader``.
+
+    With a ``ratio``, an image of data set s is drawn c w_s / n_s times in an epoch, with the set's entry w_s and number of
+    images n_s, and c such that this is 1 for the set that is drawn least often. What is no whole number is rounded up or
+    down at random, for each image and epoch, as by Detectron2's ``RepeatFactorTrainingSampler``.
 
     Args:
         dataset: dataset dicts in Detectron2's format, or a map-style dataset of them.
@@ -70,9 +81,14 @@ def build_train_loader(
         seed: seed of all randomness; None or negative: a random one, as in Detectron2.
         start: number of completed iterations; the loader continues exactly from there.
         aspect_ratio_grouping: whether a batch has either only wide or only tall images.
+        ratio: relative numbers of images of each data set, in expectation, in the order of the sets in ``dataset``, whose
+            dicts are those of :func:`~d2kd.data.training_records`. None: each image once in an epoch.
 
     Returns:
         DataLoader: of lists of ``total_batch_size / world size`` samples.
+
+    Raises:
+        InputError: an argument is invalid.
     """
     world = comm.get_world_size()
     if not isinstance(total_batch_size, int):
@@ -85,7 +101,9 @@ def build_train_loader(
     if seed is None or seed < 0:
         seed = comm.shared_random_seed()
     groups = _orientations(dataset) if aspect_ratio_grouping else None
-    batches = _TrainingBatches(len(dataset), total_batch_size // world, seed, start, groups)
+    sets = _DataSets.of(dataset)
+    repeats = None if ratio is None else sets.repeats(ratio)
+    batches = _TrainingBatches(sets, repeats, total_batch_size // world, seed, start, groups)
     return _Loader(
         _Mapped(dataset, mapper, seed),
         batch_sampler=batches,
@@ -132,6 +150,24 @@ def dataset_of(loader: Iterable) -> Sequence[dict] | None:
     """Return the dataset dicts from which a loader of this module is built; None for another loader."""
     mapped = getattr(loader, "dataset", None)
     return mapped.dataset if isinstance(mapped, _Mapped) else None
+
+
+def images_used(loader: Iterable, batches: int) -> dict[str, int] | None:
+    """Return how many images of each data set the first batches of all processes have.
+
+    They are counted in the stream that a loader of this module draws from.
+
+    Args:
+        loader: any loader.
+        batches: number of batches of a process, from the start of training.
+
+    Returns:
+        dict: data set -> images; None for another loader, or if dataset dicts do not say their data set.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, _TrainingBatches) or None in sampler.sets.names:
+        return None
+    return dict(zip(sampler.sets.names, sampler.count(batches).tolist()))
 
 
 def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> None:
@@ -193,6 +229,11 @@ def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None
     train = dataloader.get("train")
     if OmegaConf.is_dict(train) and train:
         _replace(train, build_detection_train_loader, build_train_loader)
+        if OmegaConf.is_dict(train.get("dataset")):
+            _replace(train.dataset, get_detection_dataset_dicts, training_records)
+        if train.get("ratio") is not None and _target(train) is build_detection_train_loader:
+            found = "beside options that Detectron2's loader has alone"
+            raise InputError("dataloader.train.ratio", found, "d2kd's build_train_loader")
         if _target(train) is build_train_loader:
             if start is not None:
                 train["start"] = start
@@ -346,39 +387,119 @@ def _blame_image(record: dict, error: Exception) -> InputError | None:
     return None
 
 
+@dataclass(frozen=True)
+class _DataSets:
+    """The data sets of a loader's images.
+
+    Attributes:
+        names: in the order of their first images; None: of images that do not say their data set.
+        of_image: ``(n,)``, the index of each image's set.
+    """
+
+    names: list[str | None]
+    of_image: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Sequence[dict] | Dataset) -> _DataSets:
+        if not isinstance(dataset, list):  # reading may be slow
+            return cls([None], np.zeros(len(dataset), dtype=int))
+        numbers: dict[str | None, int] = {}
+        of_image = [
+            numbers.setdefault(record.get(DATASET_NAME), len(numbers))
+            if isinstance(record, dict)
+            else numbers.setdefault(None, len(numbers))
+            for record in dataset
+        ]
+        return cls(list(numbers), np.array(of_image))
+
+    def repeats(self, ratio: Sequence[float]) -> np.ndarray:
+        """Return ``(n,)``, how often each image is drawn in an epoch, in expectation, see :func:`build_train_loader`."""
+        culprit, names = "dataloader.train.ratio", ", ".join(map(str, self.names))
+        if None in self.names:
+            found = "images that do not say their data set"
+            raise InputError(culprit, found, "dataset=L(get_detection_dataset_dicts)(names=[…])")
+        if isinstance(ratio, str) or not isinstance(ratio, Sequence):
+            raise InputError(culprit, repr(ratio), f"a list of numbers, one for each of {names}")
+        if len(ratio) != len(self.names):
+            raise InputError(culprit, f"{len(ratio)} numbers", f"one for each of {names}")
+        for value in ratio:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+                raise InputError(culprit, repr(value), "numbers above 0")
+        sizes = np.bincount(self.of_image)
+        with np.errstate(all="ignore"):  # the next check refuses what overflows
+            factors = np.array(ratio, dtype=float) / sizes
+            factors /= factors.min()
+            draws = factors @ sizes
+        if not draws <= _MOST_DRAWS:
+            found = f"{list(ratio)}, for which an epoch has {draws:.0e} images"
+            raise InputError(culprit, found, f"numbers for at most {_MOST_DRAWS:.0e}")
+        return factors[self.of_image]
+
+
 class _TrainingBatches(Sampler):
     """Infinite batches of (position, index) for this process, from batch ``start``.
 
     Processes take positions in turn, as in Detectron2's ``TrainingSampler``. The first batches are
     skipped by replaying the stream: this takes about a microsecond per sample, and a resumed run is
     exact even with incomplete groups.
+
+    Args:
+        repeats: ``(n,)``, how often each image is drawn in an epoch, in expectation; None: once.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, start: int, groups: Sequence[int] | None
+        self,
+        sets: _DataSets,
+        repeats: np.ndarray | None,
+        batch_size: int,
+        seed: int,
+        start: int,
+        groups: Sequence[int] | None,
     ):
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.groups = groups
+        self.sets, self.repeats, self.groups = sets, repeats, groups
+        self.batch_size, self.seed, self.start = batch_size, seed, start
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._all_batches(), self.start, None)
+        return itertools.islice(self._all_batches(self.rank), self.start, None)
 
-    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def count(self, batches: int) -> np.ndarray:
+        """Return how many images of each data set the first batches of all processes have."""
+        total = np.zeros(len(self.sets.names), dtype=int)
+        for rank in range(self.world):
+            for batch in itertools.islice(self._all_batches(rank), batches):
+                for _, index in batch:
+                    total[self.sets.of_image[index]] += 1
+        return total
+
+    def _all_batches(self, rank: int) -> Iterator[list[tuple[int, int]]]:
         waiting = defaultdict(list)
-        for position, index in self._stream():
+        for position, index in self._stream(rank):
             group = 0 if self.groups is None else self.groups[index]
             waiting[group].append((position, index))
             if len(waiting[group]) == self.batch_size:
                 yield waiting.pop(group)
 
-    def _stream(self) -> Iterator[tuple[int, int]]:
+    def _stream(self, rank: int) -> Iterator[tuple[int, int]]:
+        first = 0
         for epoch in itertools.count():
-            first = epoch * self.size
-            # RandomState, because later versions of NumPy may change Generator.permutation.
-            order = np.random.RandomState(_seeds(self.seed, _ORDER, epoch)).permutation(self.size)
-            for i in range((self.rank - first) % self.world, self.size, self.world):
+            order = self._order(epoch)
+            for i in range((rank - first) % self.world, len(order), self.world):
                 yield first + i, int(order[i])
+            first += len(order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the indices of an epoch's images in their order."""
+        images = np.arange(len(self.sets.of_image))
+        if self.repeats is not None:
+            draws = self._random(_ROUNDING, epoch).random_sample(len(images))
+            whole = np.floor(self.repeats).astype(int)
+            images = images.repeat(whole + (draws < self.repeats - whole))
+        return images[self._random(_ORDER, epoch).permutation(len(images))]
+
+    def _random(self, key: int, epoch: int) -> np.random.RandomState:
+        # RandomState, because later versions of NumPy may change Generator.permutation.
+        return np.random.RandomState(_seeds(self.seed, key, epoch))
 
 
 def _orientations(dataset) -> list[int]:

@@ -46,7 +46,7 @@ from ..data.datasets import (
     training_classes,
 )
 from ..data.incremental import check_annotated_classes, check_num_classes
-from ..data.loader import check_sample
+from ..data.loader import check_sample, images_used
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.compat import decode_in_float32
@@ -488,7 +488,16 @@ class Trainer(DefaultTrainer):
 
     def _end_record(self, finished: bool) -> None:
         results = getattr(self, "_last_eval_results", {})
-        self.run_metadata.end(self.iter, self.seconds, results, self._peak.bytes, finished)
+        self.run_metadata.end(
+            self.iter, self.seconds, results, self._peak.bytes, finished, self._images_used()
+        )
+
+    def _images_used(self) -> dict[str, int] | None:
+        """Return how many images of each data set all processes have used, also before a resume; None if unknown."""
+        if not self._batch_size or not comm.is_main_process():  # which alone writes run.json
+            return None
+        before = self._images_before // self._batch_size
+        return images_used(self.data_loader, before + self.iter - self.start_iter)
 
     def _open_output(self) -> None:
         folder = Path(self.cfg.train.output_dir)
