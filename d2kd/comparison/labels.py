@@ -12,13 +12,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..data import check_dataset
+from ..data.images import SUFFIXES, find_images
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import read_json, write_json
 from .detectors import Detector, build_loader, load_detector_for_classes, set_default_mapper
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of image files in a folder, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class UnlabelledImages:
     @classmethod
     def from_folder(cls, folder: Path) -> UnlabelledImages:
         """Find the images in a folder and the folders in it, by their suffixes."""
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        files = find_images(folder)
         return cls(str(folder), [{"file_name": str(f), "image_id": i} for i, f in enumerate(files)])
 
     @cached_property

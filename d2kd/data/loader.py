@@ -6,6 +6,9 @@ the method. Detectron2's loaders draw from each worker's global generators, so t
 
 A *position* counts the samples of all processes from the start of training; epoch e has positions
 e·n to (e+1)·n, for n images. With a ratio of data sets, an epoch has as many positions as its draws.
+
+Labelled and unlabelled images have a stream each, with positions of its own. A batch is of one kind, the same one in all
+processes, by its number alone. So the labelled batches are those of a run without the unlabelled images.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Real
 
 import numpy as np
@@ -42,7 +46,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
-from .datasets import DATASET_NAME, training_records
+from .datasets import DATASET_NAME, UNLABELLED, training_records
 from .images import (
     check_image,
     check_image_format,
@@ -52,6 +56,7 @@ from .images import (
 )
 
 _ORDER, _SAMPLE, _ROUNDING = range(3)  # keys of independent random streams
+_KEYS = 3  # by which those of unlabelled images differ
 
 _MOST_DRAWS = 100_000_000
 """In an epoch: its order needs 16 bytes for each."""
@@ -73,6 +78,9 @@ def build_train_loader(
     With a ``ratio``, an image of data set s is drawn c w_s / n_s times in an epoch, with the set's entry w_s and number of
     images n_s, and c such that this is 1 for the set that is drawn least often. What is no whole number is rounded up or
     down at random, for each image and epoch, as by Detectron2's ``RepeatFactorTrainingSampler``.
+
+    Where some images are unlabelled, a batch has either labelled or unlabelled ones. Both kinds are spread evenly, in the
+    ratio of their sets' entries, or without a ``ratio`` of their images. The first batch is labelled.
 
     Args:
         dataset: dataset dicts in Detectron2's format, or a map-style dataset of them.
@@ -102,10 +110,10 @@ def build_train_loader(
         seed = comm.shared_random_seed()
     groups = _orientations(dataset) if aspect_ratio_grouping else None
     sets = _DataSets.of(dataset)
-    repeats = None if ratio is None else sets.repeats(ratio)
-    batches = _TrainingBatches(sets, repeats, total_batch_size // world, seed, start, groups)
+    entries = None if ratio is None else sets.check_ratio(ratio)
+    batches = _TrainingBatches(sets, entries, total_batch_size // world, seed, start, groups)
     return _Loader(
-        _Mapped(dataset, mapper, seed),
+        _Mapped(dataset, mapper, seed, sets.unlabelled),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
@@ -152,6 +160,12 @@ def dataset_of(loader: Iterable) -> Sequence[dict] | None:
     return mapped.dataset if isinstance(mapped, _Mapped) else None
 
 
+def has_unlabelled(loader: Iterable) -> bool:
+    """Return whether a loader of this module has images without labels; False for another loader."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return isinstance(sampler, _TrainingBatches) and bool(sampler.sets.unlabelled.any())
+
+
 def images_used(loader: Iterable, batches: int) -> dict[str, int] | None:
     """Return how many images of each data set the first batches of all processes have.
 
@@ -171,7 +185,7 @@ def images_used(loader: Iterable, batches: int) -> dict[str, int] | None:
 
 
 def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> None:
-    """Check what the mapper of a loader of this module makes of the first image, before a run begins.
+    """Check what the mapper of a loader of this module makes of the first image of each kind, before a run begins.
 
     Args:
         loader: any loader; others are not checked.
@@ -184,8 +198,16 @@ def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> 
     mapped = getattr(loader, "dataset", None)
     if not isinstance(mapped, _Mapped):
         return
+    unlabelled = mapped.unlabelled
+    if not unlabelled.all():
+        _check_sample(mapped, int(unlabelled.argmin()), key, num_classes)
+    if unlabelled.any():
+        _check_sample(mapped, int(unlabelled.argmax()), key, None)
+
+
+def _check_sample(mapped: _Mapped, index: int, key: str, num_classes: int | None) -> None:
     try:
-        sample = mapped[0, 0]
+        sample = mapped[0, index]
     except Exception as error:  # of someone else's code
         found = f"fails ({type(error).__name__}: {error})"
         expected = "a function from a dataset dict to a sample; --debug shows the traceback"
@@ -289,9 +311,12 @@ class _Mapped(Dataset):
 
     An :class:`InputError` is returned, not raised, because torch would rebuild an exception of a
     worker from its message alone. :class:`_Loader` raises it in the main process.
+
+    Args:
+        unlabelled: which images have no labels, ``(n,)`` bool; None: none of them. Their samples say so.
     """
 
-    def __init__(self, dataset, mapper, seed: int):
+    def __init__(self, dataset, mapper, seed: int, unlabelled: np.ndarray | None = None):
         check_image_format(mapper)
         if reads_by_these_rules(mapper):
             _check_records(dataset)
@@ -300,6 +325,7 @@ class _Mapped(Dataset):
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         )
         self.mapper, self.seed = mapper, seed
+        self.unlabelled = np.zeros(len(dataset), bool) if unlabelled is None else unlabelled
         # Which images this process has checked; a mapper that reads images by its own rules is left alone.
         self._checked = bytearray(len(dataset)) if reads_by_these_rules(mapper) else None
 
@@ -308,15 +334,20 @@ class _Mapped(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> dict | InputError:
         position, index = at
-        with seeded_rng(self.seed, _SAMPLE, position):
+        unlabelled = self.unlabelled[index]
+        with seeded_rng(self.seed, _SAMPLE + _KEYS * int(unlabelled), position):
             for other in range(len(self)):
                 number = (index + other) % len(self)
+                if self.unlabelled[number] != unlabelled:
+                    continue
                 record = self.dataset[number]
                 try:
                     if self._checked is not None and not self._checked[number]:
                         check_record(record)
                         self._checked[number] = True
                     sample = self.mapper(record)
+                    if unlabelled and sample is not None:  # a mapper may drop what it does not know
+                        sample[UNLABELLED] = True
                 except InputError as error:
                     return error
                 except Exception as error:
@@ -394,26 +425,27 @@ class _DataSets:
     Attributes:
         names: in the order of their first images; None: of images that do not say their data set.
         of_image: ``(n,)``, the index of each image's set.
+        unlabelled: ``(n,)``, which images have no labels.
     """
 
     names: list[str | None]
     of_image: np.ndarray
+    unlabelled: np.ndarray
 
     @classmethod
     def of(cls, dataset: Sequence[dict] | Dataset) -> _DataSets:
         if not isinstance(dataset, list):  # reading may be slow
-            return cls([None], np.zeros(len(dataset), dtype=int))
+            return cls([None], np.zeros(len(dataset), int), np.zeros(len(dataset), bool))
+        records = [record if isinstance(record, dict) else {} for record in dataset]
         numbers: dict[str | None, int] = {}
         of_image = [
-            numbers.setdefault(record.get(DATASET_NAME), len(numbers))
-            if isinstance(record, dict)
-            else numbers.setdefault(None, len(numbers))
-            for record in dataset
+            numbers.setdefault(record.get(DATASET_NAME), len(numbers)) for record in records
         ]
-        return cls(list(numbers), np.array(of_image))
+        unlabelled = [bool(record.get(UNLABELLED)) for record in records]
+        return cls(list(numbers), np.array(of_image), np.array(unlabelled))
 
-    def repeats(self, ratio: Sequence[float]) -> np.ndarray:
-        """Return ``(n,)``, how often each image is drawn in an epoch, in expectation, see :func:`build_train_loader`."""
+    def check_ratio(self, ratio: Sequence[float]) -> np.ndarray:
+        """Return the entry of each image's set, ``(n,)``; raise InputError for an invalid ratio."""
         culprit, names = "dataloader.train.ratio", ", ".join(map(str, self.names))
         if None in self.names:
             found = "images that do not say their data set"
@@ -425,15 +457,7 @@ class _DataSets:
         for value in ratio:
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
                 raise InputError(culprit, repr(value), "numbers above 0")
-        sizes = np.bincount(self.of_image)
-        with np.errstate(all="ignore"):  # the next check refuses what overflows
-            factors = np.array(ratio, dtype=float) / sizes
-            factors /= factors.min()
-            draws = factors @ sizes
-        if not draws <= _MOST_DRAWS:
-            found = f"{list(ratio)}, for which an epoch has {draws:.0e} images"
-            raise InputError(culprit, found, f"numbers for at most {_MOST_DRAWS:.0e}")
-        return factors[self.of_image]
+        return np.array(ratio, dtype=float)[self.of_image]
 
 
 class _TrainingBatches(Sampler):
@@ -444,21 +468,31 @@ class _TrainingBatches(Sampler):
     exact even with incomplete groups.
 
     Args:
-        repeats: ``(n,)``, how often each image is drawn in an epoch, in expectation; None: once.
+        entries: ``(n,)``, the entry of each image's data set in the ratio; None: there is no ratio.
     """
 
     def __init__(
         self,
         sets: _DataSets,
-        repeats: np.ndarray | None,
+        entries: np.ndarray | None,
         batch_size: int,
         seed: int,
         start: int,
         groups: Sequence[int] | None,
     ):
-        self.sets, self.repeats, self.groups = sets, repeats, groups
+        self.sets, self.groups = sets, groups
         self.batch_size, self.seed, self.start = batch_size, seed, start
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
+        self._images, self._repeats, shares = {}, {}, []
+        for kind in (False, True):
+            images = np.flatnonzero(sets.unlabelled == kind)
+            self._images[kind], self._repeats[kind] = images, np.ones(len(images))
+            shares.append(Fraction(len(images)))
+            if entries is not None and len(images):
+                used = np.unique(sets.of_image[images], return_index=True)[1]
+                shares[-1] = sum(Fraction(entry) for entry in entries[images][used])
+                self._repeats[kind] = _repeats(sets.of_image[images], entries[images])
+        self._unlabelled_share = shares[True] / sum(shares)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._all_batches(self.rank), self.start, None)
@@ -473,33 +507,57 @@ class _TrainingBatches(Sampler):
         return total
 
     def _all_batches(self, rank: int) -> Iterator[list[tuple[int, int]]]:
+        share = self._unlabelled_share
+        if share in (0, 1):
+            yield from self._batches_of(share == 1, rank)
+            return
+        kinds = [self._batches_of(kind, rank) for kind in (False, True)]
+        for number in itertools.count():
+            yield next(kinds[(number + 1) * share // 1 > number * share // 1])
+
+    def _batches_of(self, kind: bool, rank: int) -> Iterator[list[tuple[int, int]]]:
         waiting = defaultdict(list)
-        for position, index in self._stream(rank):
+        for position, index in self._stream(kind, rank):
             group = 0 if self.groups is None else self.groups[index]
             waiting[group].append((position, index))
             if len(waiting[group]) == self.batch_size:
                 yield waiting.pop(group)
 
-    def _stream(self, rank: int) -> Iterator[tuple[int, int]]:
+    def _stream(self, kind: bool, rank: int) -> Iterator[tuple[int, int]]:
         first = 0
         for epoch in itertools.count():
-            order = self._order(epoch)
+            order = self._order(kind, epoch)
             for i in range((rank - first) % self.world, len(order), self.world):
                 yield first + i, int(order[i])
             first += len(order)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Return the indices of an epoch's images in their order."""
-        images = np.arange(len(self.sets.of_image))
-        if self.repeats is not None:
-            draws = self._random(_ROUNDING, epoch).random_sample(len(images))
-            whole = np.floor(self.repeats).astype(int)
-            images = images.repeat(whole + (draws < self.repeats - whole))
-        return images[self._random(_ORDER, epoch).permutation(len(images))]
-
-    def _random(self, key: int, epoch: int) -> np.random.RandomState:
+    def _order(self, kind: bool, epoch: int) -> np.ndarray:
+        """Return the indices of an epoch's images in their order; ``kind`` says whether those without labels."""
+        images, repeats = self._images[kind], self._repeats[kind]
         # RandomState, because later versions of NumPy may change Generator.permutation.
-        return np.random.RandomState(_seeds(self.seed, key, epoch))
+        rounding, shuffle = (
+            np.random.RandomState(_seeds(self.seed, key + _KEYS * kind, epoch))
+            for key in (_ROUNDING, _ORDER)
+        )
+        whole = np.floor(repeats).astype(int)
+        drawn = images.repeat(whole + (rounding.random_sample(len(images)) < repeats - whole))
+        return drawn[shuffle.permutation(len(drawn))]
+
+
+def _repeats(of_image: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """Return how often each image is drawn in an epoch, in expectation, see :func:`build_train_loader`: ``(n,)``.
+
+    Args:
+        of_image: index of each image's data set.
+        entries: that set's entry in the ratio.
+    """
+    with np.errstate(all="ignore"):  # what overflows is refused
+        repeats = entries / np.bincount(of_image)[of_image]
+        repeats /= repeats.min()
+    if not (draws := repeats.sum()) <= _MOST_DRAWS:
+        found = f"numbers by which an epoch has {draws:.0e} images"
+        raise InputError("dataloader.train.ratio", found, f"at most {_MOST_DRAWS:.0e}")
+    return repeats
 
 
 def _orientations(dataset) -> list[int]:
