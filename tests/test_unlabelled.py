@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
@@ -16,6 +17,8 @@ from PIL import Image
 
 from d2kd.config import with_defaults
 from d2kd.data import (
+    DownscaledStudentMapper,
+    OpenCVDatasetMapper,
     build_train_loader,
     check_dataset,
     coco_dataset,
@@ -24,7 +27,7 @@ from d2kd.data import (
     training_records,
 )
 from d2kd.data.datasets import training_classes
-from d2kd.data.loader import images_used
+from d2kd.data.loader import check_sample, images_used
 from d2kd.doctor import diagnose
 from d2kd.engine import Trainer
 from d2kd.losses import (
@@ -255,6 +258,29 @@ def test_a_mapper_that_passes_an_image_over_gets_one_of_the_same_kind():
         assert {one["index"] for one in b} <= ({4} if kind else {0, 1, 2})
 
 
+@pytest.mark.parametrize("kind", ["Detectron2's", "OpenCV", "two sizes"])
+def test_mappers_read_images_without_annotations(folder, kind):
+    options = {"is_train": True, "augmentations": [T.Resize((32, 48))], "image_format": "BGR"}
+    mapper = (OpenCVDatasetMapper if kind == "OpenCV" else DatasetMapper)(**options)
+    if kind == "two sizes":
+        mapper = DownscaledStudentMapper(mapper, 2)
+    image_folder("photos", str(folder))
+    photos = build_train_loader(training_records("photos"), mapper=mapper, total_batch_size=2)
+    check_sample(photos, "dataloader.train", num_classes=3)
+    for one in next(iter(photos)):
+        assert one["unlabelled"] and "instances" not in one
+        assert one["image"].shape == ((3, 16, 24) if kind == "two sizes" else (3, 32, 48))
+
+
+def test_a_mapper_that_needs_annotations_is_named_before_training(refuses):
+    def needs(record):
+        record["annotations"] if record.get("unlabelled") else None
+        return batch()[0]
+
+    line = "train.mapper: fails .KeyError: 'annotations'.; expected a function from a dataset dict"
+    refuses(lambda: check_sample(loader(mapper=needs), "train", num_classes=3), line)
+
+
 # Steps
 
 
@@ -336,6 +362,19 @@ def test_a_labelled_step_is_what_it_was(tmp_path):
     for name, value in forward_losses(first, batch()).items():
         assert value.equal(forward_losses(copy.deepcopy(second), batch())[name]), name
     assert not hasattr(second.student, "loss_normalizer")  # an unlabelled batch has made none
+
+
+def test_batch_norms_see_unlabelled_images():
+    def node(**options):
+        found = tiny_retinanet(**options)
+        found.backbone.bottom_up.norm = "BN"
+        return found
+
+    model = model_of(node, it=PKDLoss())
+    before = copy.deepcopy(model.student.state_dict())
+    forward_losses(model, unlabelled())
+    moved = [k for k, v in model.student.state_dict().items() if not v.equal(before[k])]
+    assert moved and all("running_" in k or "num_batches_tracked" in k for k in moved)
 
 
 def test_all_weights_zero():

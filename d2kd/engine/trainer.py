@@ -515,7 +515,10 @@ class Trainer(DefaultTrainer):
         )
 
     def _images_used(self) -> dict[str, int] | None:
-        """Return how many images of each data set all processes have used, also before a resume; None if unknown."""
+        """Return how many images of each data set all processes have used, also before a resume; None if unknown.
+
+        They are those of this recipe's data sets and ratio, if a resume has changed them.
+        """
         if not self._batch_size or not comm.is_main_process():  # which alone writes run.json
             return None
         before = self._images_before // self._batch_size

@@ -145,7 +145,7 @@ class RCNNOutputs(DetectorOutputs):
     def proposals(self) -> list[Instances]:
         """The RPN's proposals in each image, sorted by score: ``proposal_boxes``, ``objectness_logits``.
 
-        The student's are the sampled proposals, with ``gt_classes`` and ``gt_boxes``.
+        The student's are the sampled proposals, with ``gt_classes`` and ``gt_boxes``; of unlabelled images, all background.
         """
         return self.detector.proposal_generator(self.images, self.features, None)[0]
 
