@@ -195,6 +195,7 @@ def check_loss(
     * The student and all modules of the loss get gradients.
     * Losses and gradients are finite on empty and unusual input, with one class unless that is refused, and under autocast.
     * The loss is 0 at weight 0.
+    * It trains the student on unlabelled images, unless it says that it needs ground truth.
 
     Args:
         factory: function that returns a new loss at each call.
@@ -388,6 +389,23 @@ def _zero_at_weight_zero(factory, node) -> None:
     assert not missing, f"no gradient at weight 0, which DDP needs, for {missing[:3]}"
 
 
+def _unlabelled_images(factory, node) -> None:
+    model = distiller(factory, node)
+    if any(loss.needs_ground_truth for loss in model.losses.by_name.values()):
+        return
+    try:
+        losses = forward_losses(model, [{**x, "unlabelled": True} for x in batch()])
+    except InputError as error:
+        raise AssertionError(f"it reads ground truth: {error}") from error
+    own = [key for key in losses if not key.startswith("distill/")]
+    assert not own, f"the student's own losses are there: {own}"
+    sum(losses.values()).backward()
+    norm = _gradient_norm([model.student])
+    assert 0 < norm < float("inf"), f"the student's gradient has norm {norm}"
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient, which DDP needs, for {missing[:3]}"
+
+
 PROPERTIES: dict[str, Callable] = {
     "zero for equal detectors": _zero_for_equal_detectors,
     "student unchanged": _student_unchanged,
@@ -396,6 +414,7 @@ PROPERTIES: dict[str, Callable] = {
     "gradients": _gradients,
     "empty and unusual input": _empty_and_unusual_input,
     "zero at weight 0": _zero_at_weight_zero,
+    "unlabelled images": _unlabelled_images,
 }
 """The properties that :func:`check_loss` checks, in this order."""
 

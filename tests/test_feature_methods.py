@@ -38,7 +38,7 @@ def check_family(name, family):
     recipe = method(name)["losses"]
     recipe[name].seed = 0 if "seed" in recipe[name] else None
     recipe[name] = {k: v for k, v in recipe[name].items() if v is not None}
-    assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 7
+    assert len(check_loss(lambda: instantiate(recipe[name]), [family])) == 8
 
 
 QUICK = {
@@ -440,7 +440,7 @@ def test_cwd_of_logits_in_loops(family):
     "family", [pytest.param(x, marks=[pytest.mark.sweep] * (x != "fcos")) for x in DENSE]
 )
 def test_cwd_of_logits_has_the_properties(family):
-    assert len(check_loss(lambda: CWDLoss(source="logits", valid_only=True), [family])) == 7
+    assert len(check_loss(lambda: CWDLoss(source="logits", valid_only=True), [family])) == 8
 
 
 def test_cwd_leaves_out_levels_that_are_only_pooled():

@@ -72,7 +72,7 @@ LOSSES = {
 def test_properties(name):
     kind, options, detectors = LOSSES[name]
     checked = check_loss(lambda: kind(**options), list(detectors))
-    assert len(checked) == 7 * len(detectors)
+    assert len(checked) == 8 * len(detectors)
 
 
 @pytest.mark.parametrize("family", DETECTORS)
@@ -151,7 +151,7 @@ def test_the_table_counts_what_is_kept_and_names_what_is_broken(monkeypatch, cap
     assert testing.main() == 1
     head, *rows, broken = capsys.readouterr().out.splitlines()
     assert head.split() == ["passed", "retinanet"]
-    expected = ["loud failed", "elsewhere -", "icd 7 of 7"]
+    expected = ["loud failed", "elsewhere -", "icd 8 of 8"]
     assert [" ".join(row.split()) for row in rows] == expected
     assert broken.startswith("loud: retinanet: zero for equal detectors: the loss of a detector")
 
@@ -239,7 +239,9 @@ def test_dense_classification_term_restated(options):
             entropy = -p * math.log(q) - (1 - p) * math.log(1 - q)
             weight = background_weight if y == 3 else 1.0
             slow += open_ * weight * tau**2 * abs(p - q) * entropy
-    student, teacher = (SimpleNamespace(pred_logits=[x[None]], gt_labels=LABELS) for x in (s, t))
+    student, teacher = (
+        SimpleNamespace(pred_logits=[x[None]], gt_labels=LABELS, is_labelled=True) for x in (s, t)
+    )
     with Integers() as integers:
         found = TARLoss(**options).dense_classification(student, teacher)
     assert integers.count <= len(LABELS), "targets as large as the logits"
@@ -580,7 +582,7 @@ def test_weights_and_schedules(weight, progress, expected):
     """Parameters that nothing uses stay in the graph, in a term that is there if there is one."""
     loss = Constant(weight=weight)
     with EventStorage() as storage:
-        terms = DistillLosses(it=loss)(None, None, progress=progress)
+        terms = DistillLosses(it=loss)(SimpleNamespace(is_labelled=True), None, progress=progress)
     found = {key.removeprefix("distill/loss_it"): value.item() for key, value in terms.items()}
     assert found == pytest.approx(expected, abs=1e-9)
     assert loss.calls == bool(weight)

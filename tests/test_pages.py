@@ -18,7 +18,14 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
-from d2kd.config import get_config_file, get_detector_config, is_distiller, load, with_defaults
+from d2kd.config import (
+    Recipe,
+    get_config_file,
+    get_detector_config,
+    is_distiller,
+    load,
+    with_defaults,
+)
 from d2kd.config.saving import save_config
 from d2kd.data.shapes import CLASSES
 from d2kd.modeling import Distiller
@@ -39,6 +46,8 @@ EXAMPLES = [
     *(
         "L(register_voc)",
         "L(subset)",
+        'name="mine_labels"',
+        'name="mine_photos"',
         "aliases=",
         "train.loss_optimizer = dict(",
         'Trainer(load("recipe',
@@ -148,6 +157,21 @@ def test_data_in_cocos_format(tmp_path, monkeypatch):
     assert {"mine_train", "mine_val"} <= set(DatasetCatalog.list())
     assert made.model.student.roi_heads.num_classes == 2
     assert made.model.teacher.classes == "coco_2017_val"
+
+
+@pytest.mark.parametrize("name, ratio", [("mine_labels", [1, 3]), ("mine_photos", [1, 1])])
+def test_several_data_sets(tmp_path, monkeypatch, name, ratio):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    tiny_run.draw_data(tmp_path / "photos")
+    (tmp_path / "photos" / "data.json").rename("labels.json")
+    made = recipe_with(f'name="{name}"')
+    first, second = made.dataloader.train.dataset.names
+    assert first == "coco_2017_train" and instantiate(second) == name
+    assert len(DatasetCatalog.get(name)) == 6
+    parts = {part: getattr(made, part) for part in Recipe._fields}
+    # Its loader is Detectron2's, which knows no ratio.
+    assert with_defaults(parts).dataloader.train.ratio == ratio
 
 
 def test_data_in_vocs_format(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from .. import __version__
 from ..data import check_dataset
+from ..data.images import SUFFIXES, find_images
 from ..structures.class_map import ClassMap
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
@@ -32,9 +33,6 @@ from .matching import match_detections
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # of partial files
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of image files in a folder, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class UnlabelledImages:
     @classmethod
     def from_folder(cls, folder: Path) -> UnlabelledImages:
         """Find the images in a folder and the folders in it, by their suffixes."""
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        files = find_images(folder)
         return cls(
             str(folder), [{"file_name": str(f), "image_id": i} for i, f in enumerate(files, 1)]
         )

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from detectron2.config import instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..data import DownscaledStudentMapper
+from ..data import DownscaledStudentMapper, build_train_loader
 from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
 from ..utils.errors import InputError
 
@@ -103,6 +104,8 @@ def check_arguments(config: DictConfig) -> None:
             parameters = list(inspect.signature(target).parameters.values())
         except Exception:  # an import may raise anything; instantiate() says what is wrong
             continue
+        if target is build_detection_train_loader:  # d2kd's takes its place
+            parameters += inspect.signature(build_train_loader).parameters.values()
         for parameter in parameters:
             _check_number(node, parameter)
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

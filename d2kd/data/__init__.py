@@ -2,7 +2,7 @@
 
 from ..structures.instance_priors import InstancePriors
 from . import shapes
-from .datasets import check_dataset, coco_dataset, dataset_names
+from .datasets import check_dataset, coco_dataset, dataset_names, image_folder, training_records
 from .incremental import incremental_split, split_classes
 from .loader import build_test_loader, build_train_loader, use_seeded_loaders
 from .mapper import OpenCVDatasetMapper
@@ -18,6 +18,7 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
+    "image_folder",
     "incremental_split",
     "coco_dataset",
     "dataset_names",
@@ -26,6 +27,7 @@ __all__ = [
     "shapes",
     "split_classes",
     "subset",
+    "training_records",
     "use_seeded_loaders",
 ]
 

@@ -75,9 +75,12 @@ class Annotation(msgspec.Struct, gc=False):  # nothing in it can refer to it
     keypoints: list[float] | None = None
 
 
-class _Content(msgspec.Struct):
-    categories: list[Category]
+class _Images(msgspec.Struct):
     images: list[Image]
+
+
+class _Content(_Images):
+    categories: list[Category]
     annotations: list[Annotation]
     increment: list[str] | None = msgspec.field(default=None, name=INCREMENT_KEY)
 
@@ -300,6 +303,19 @@ def read_coco_file(json_file: str) -> CocoFile:
     return dataclasses.replace(file, json_file=json_file)
 
 
+def read_coco_images(json_file: str) -> list[Image]:
+    """Read and check the images of a file. It need not have annotations or categories, and they are not read.
+
+    Raises:
+        InputError: the file cannot be read, or has no images, or invalid ones.
+    """
+    content, _ = _decode(json_file, _read(json_file), _Images)
+    if not content.images:
+        raise InputError(json_file, "no images", "at least one")
+    _refuse_repeated(json_file, "images", content.images, "id", "file_name")
+    return content.images
+
+
 # By the hash of the content, because files are corrected and read again under the same name.
 _summaries: dict[str, CocoFile] = {}
 _decoded: dict[str, CocoFile] = {}
@@ -316,15 +332,17 @@ def _read(json_file: str) -> bytes:
         raise InputError(json_file, f"unreadable: {error}", "a JSON file") from error
 
 
-def _decode(json_file: str, content: bytes) -> tuple[_Content, bool]:
+def _decode(
+    json_file: str, content: bytes, kind: type[_Images] = _Content
+) -> tuple[_Content | _Images, bool]:
     """Return the content, and whether it is in UTF-8 with all of the schema's types."""
     try:
-        return msgspec.json.decode(content, type=_Content), True
+        return msgspec.json.decode(content, type=kind), True
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _decode_leniently(json_file, content), False
+        return _decode_leniently(json_file, content, kind), False
 
 
-def _decode_leniently(json_file: str, content: bytes) -> _Content:
+def _decode_leniently(json_file: str, content: bytes, kind: type[_Images]) -> _Content | _Images:
     """Decode a file in another Unicode encoding or with whole numbers as 1.0, or raise InputError for its first fault. Slow."""
     try:
         whole = json.loads(content)  # which recognises UTF-8, UTF-16 and UTF-32
@@ -333,11 +351,12 @@ def _decode_leniently(json_file: str, content: bytes) -> _Content:
         raise InputError(json_file, f"broken JSON at {where}: {error.msg}", "valid JSON") from error
     except (ValueError, RecursionError) as error:  # bytes, a number of 5000 digits, lists in lists
         raise InputError(json_file, f"unreadable: {error}", "a JSON file in UTF-8") from error
-    sections = ", ".join(_RECORDS)
+    records = {key: one for key, one in _RECORDS.items() if key in kind.__struct_fields__}
+    sections = ", ".join(records)
     if not isinstance(whole, dict):
         raise InputError(json_file, f"a {type(whole).__name__}", f"an object of {sections}")
     decoded = {}
-    for section, kind in _RECORDS.items():
+    for section, record_kind in records.items():
         if not isinstance(whole.get(section), list):
             found = f"no list {section!r}; its keys are {quoted([*whole])}"
             if section in whole:
@@ -346,11 +365,13 @@ def _decode_leniently(json_file: str, content: bytes) -> _Content:
         faults, decoded[section] = _Faults(json_file, section), []
         for position, record in enumerate(whole[section]):
             try:
-                decoded[section].append(_convert(record, kind))
+                decoded[section].append(_convert(record, record_kind))
             except msgspec.ValidationError as error:
                 id = record.get("id") if isinstance(record, dict) else None
-                faults.add(position, id, *_describe(kind, record, error))
+                faults.add(position, id, *_describe(record_kind, record, error))
         faults.refuse()
+    if kind is _Images:
+        return _Images(**decoded)
     try:
         increment = msgspec.convert(whole.get(INCREMENT_KEY), list[str] | None)
     except msgspec.ValidationError as error:

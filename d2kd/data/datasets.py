@@ -10,28 +10,45 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..structures.class_map import class_names
 from ..utils.errors import InputError, quoted
 from .catalog import ANNOTATIONS_PREFIX, check_files, expand_path, is_registered
-from .coco_file import CocoFile, read_coco_file, summarize_coco_file
-from .images import reading_mapper
+from .coco_file import CocoFile, read_coco_file, read_coco_images, summarize_coco_file
+from .images import SUFFIXES, find_images, image_size, reading_mapper
 from .voc import check_voc, refresh_voc
 
 logger = logging.getLogger(__name__)
 
+DATASET_NAME = "dataset_name"
+"""Key of a dataset dict with the name of its data set, in training."""
+
+UNLABELLED = "unlabelled"
+"""Key, of the value True, of dataset dicts and samples of images without labels, and of the metadata of their set."""
+
 
 def coco_dataset(
-    name: str, json_file: str, image_root: str, classes: Sequence[str] | None = None
+    name: str,
+    json_file: str,
+    image_root: str,
+    classes: Sequence[str] | None = None,
+    unlabelled: bool = False,
 ) -> str:
     """Register a COCO-style data set and return its name, for use in a config::
 
@@ -45,6 +62,8 @@ def coco_dataset(
         classes: class names in the order of the class indices. A file may have them in another order, and may lack
             some. Pass the same list for training and validation, so that their class indices agree. By default, the
             classes of the file in the order of their category ids.
+        unlabelled: whether the images are used without labels, for distillation alone. Annotations, categories and
+            ``classes`` are not used, and the file need not have them.
 
     Raises:
         InputError: if the files are invalid (see :mod:`d2kd.data.coco_file`), a variable is not set, or ``name`` is
@@ -55,12 +74,113 @@ def coco_dataset(
         expand_path(str(path), f"the folder of {name}, to find {path}")
         for path in (json_file, image_root)
     ]
+    if unlabelled:
+        load, files = (partial(function, *paths) for function in (_load_images, _image_files))
+        return _register_unlabelled(name, tuple(paths), load, files)
     given = (*paths, classes)
     if not is_registered(name, given):
         file = _check_coco(*given)
         DatasetCatalog.register(name, partial(_load_coco, name, *given))
         _set_coco_metadata(name, file, image_root=given[1], registered_as=given)
     return name
+
+
+def image_folder(name: str, root: str) -> str:
+    """Register the images in a folder and the folders in it, without labels, and return the name, for use in a config::
+
+        dataloader.train.dataset.names = [
+            "birds_train",
+            L(image_folder)(name="birds_photos", root="$BIRDS/photos"),
+        ]
+
+    Args:
+        root: the folder. It may start with an environment variable. Files with another suffix than an image's are left out.
+
+    Raises:
+        InputError: if there is no such folder, it has no image, the variable is not set, or ``name`` is already registered
+            for other data; while loading, if an image cannot be read.
+    """
+    root = expand_path(str(root), f"the folder of {name}, to find {root}")
+    files = partial(_files_in, root)
+    return _register_unlabelled(name, ("images", root), partial(_load_folder, root), files)
+
+
+def _register_unlabelled(
+    name: str,
+    given: tuple[str, str],
+    load: Callable[[], list[dict]],
+    files: Callable[[], list[str]],
+) -> str:
+    """Register images without labels, see :func:`coco_dataset` and :func:`image_folder`.
+
+    Args:
+        given: kind and place of the data, by which a name that is taken is recognised.
+        load: function that returns the dataset dicts.
+        files: function that checks the files, and returns their names.
+    """
+    given = (*given, UNLABELLED)
+    if not is_registered(name, given):
+        more = {"image_files": files(), "registered_as": given, "prepare": files, UNLABELLED: True}
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**more)
+    return name
+
+
+def _load_images(json_file: str, image_root: str) -> list[dict]:
+    """Return the dataset dicts of a COCO-style file without its annotations."""
+    return [
+        {
+            "file_name": os.path.join(image_root, image.file_name),
+            "height": image.height,
+            "width": image.width,
+            "image_id": image.id,
+            UNLABELLED: True,
+        }
+        for image in read_coco_images(json_file)
+    ]
+
+
+def _image_files(json_file: str, image_root: str) -> list[str]:
+    if not PathManager.isdir(image_root):
+        raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
+    names = [image.file_name for image in read_coco_images(json_file)]
+    check_files(names, image_root, f"every image that {json_file} names")
+    return [os.path.join(image_root, name) for name in names]
+
+
+def _load_folder(root: str) -> list[dict]:
+    records = []
+    for number, file in enumerate(_files_in(root)):
+        width, height = image_size(file)
+        records.append({"file_name": file, "height": height, "width": width, "image_id": number})
+    return [{**record, UNLABELLED: True} for record in records]
+
+
+def _files_in(root: str) -> list[str]:
+    if not Path(root).is_dir():
+        raise InputError(root, "no such folder", "a folder of images")
+    if not (files := find_images(Path(root))):
+        raise InputError(root, "no image", f"at least one, *{', *'.join(SUFFIXES)}")
+    return [str(file) for file in files]
+
+
+def labelled_names(names: Sequence[str]) -> list[str]:
+    """Return the registered data sets that have labels."""
+    return [name for name in names if not MetadataCatalog.get(name).get(UNLABELLED)]
+
+
+def check_labelled(train: Sequence[str], test: Sequence[str]) -> None:
+    """Check that some training data and all test data have labels.
+
+    Raises:
+        InputError: naming the data sets that have none.
+    """
+    for part, names, least in (("training", train, 1), ("test", test, len(test))):
+        labelled = labelled_names(names)
+        if names and len(labelled) < least:
+            without = ", ".join(name for name in names if name not in labelled)
+            expected = "labels" if part == "test" else "a data set with labels, too"
+            raise InputError(f"{part} data {without}", "unlabelled images", expected)
 
 
 def _load_coco(name: str, json_file: str, image_root: str, classes: tuple[str, ...] | None):
@@ -131,10 +251,43 @@ def dataset_names(recipe: DictConfig, part: str) -> list[str]:
     return names
 
 
+def training_records(
+    names: str | Sequence[str], filter_empty: bool = True, proposal_files=None, **options
+) -> list[dict]:
+    """Return the dataset dicts of data sets, each with the name of its set, for training.
+
+    It takes the place of Detectron2's ``get_detection_dataset_dicts``, whose arguments these are, in recipes.
+
+    Args:
+        names: one or more registered names.
+        filter_empty: whether to leave out images that have no object but crowds.
+        proposal_files: a file of proposals for each set.
+        options: other arguments of ``get_detection_dataset_dicts``.
+
+    Raises:
+        InputError: a data set has no image with an object, and ``filter_empty``.
+    """
+    names, found = [names] if isinstance(names, str) else list(names), []
+    for k, name in enumerate(names):
+        files = None if proposal_files is None else [proposal_files[k]]
+        records = get_detection_dataset_dicts(
+            [name], filter_empty=False, proposal_files=files, **options
+        )
+        if not isinstance(records, list):  # map-style data sets, whose images are read one by one
+            return get_detection_dataset_dicts(names, filter_empty, proposal_files=proposal_files)
+        if filter_empty and "annotations" in records[0]:
+            records = filter_images_with_only_crowd_annotations(records)
+        if not records:
+            expected = "at least one, or dataset.filter_empty=False"
+            raise InputError(f"data set {name!r}", "no image with an object", expected)
+        found += [{**record, DATASET_NAME: name} for record in records]
+    return found
+
+
 def training_classes(recipe: DictConfig) -> tuple[str, ...] | None:
     """Return the class names of a recipe's training data; None if they have none, or are not there."""
     with contextlib.suppress(InputError, OSError):
-        names = dataset_names(recipe, "train")
+        names = labelled_names(dataset_names(recipe, "train"))
         return class_names(names[0]) if names else None  # a name alone is never a class
     return None
 

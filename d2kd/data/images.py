@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,6 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from ..utils.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Suffixes of image files in a folder, in lower case."""
 
 _ORIENTATION = 0x0112  # EXIF's tag
 _FORMATS = ("BGR", "RGB", "YUV-BT.601", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
@@ -36,10 +40,26 @@ def check_image(file_name: str) -> int:
     Raises:
         InputError: the file is no image, or of a kind that this module's rules refuse.
     """
+    return _check_header(file_name)[0]
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """Return (width, height) in pixels, after the EXIF orientation; raise InputError as :func:`check_image` does."""
+    orientation, (width, height) = _check_header(file_name)
+    return (width, height) if orientation < 5 else (height, width)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return the images in a folder and the folders in it, by their suffixes, sorted."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+
+
+def _check_header(file_name: str) -> tuple[int, tuple[int, int]]:
+    """Return the EXIF orientation, and (width, height) as stored; see :func:`check_image`."""
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)
-            mode, kind = image.mode, image.format
+            mode, kind, size = image.mode, image.format, image.size
     except UnidentifiedImageError as error:
         empty = not os.path.getsize(PathManager.get_local_path(file_name))
         found = "an empty file" if empty else "damaged, or of no kind that Pillow reads"
@@ -54,7 +74,7 @@ def check_image(file_name: str) -> int:
     if kind == "TIFF" and orientation != 1:
         found = f"a TIFF with EXIF orientation {orientation}"
         raise InputError(file_name, found, "upright pixels: turn the image and remove the tag")
-    return orientation
+    return orientation, size
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:

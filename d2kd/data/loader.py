@@ -5,7 +5,10 @@ number of workers, on random numbers drawn before, or on a resume, so compared r
 the method. Detectron2's loaders draw from each worker's global generators, so there it does depend on these.
 
 A *position* counts the samples of all processes from the start of training; epoch e has positions
-e·n to (e+1)·n, for n images.
+e·n to (e+1)·n, for n images. With a ratio of data sets, an epoch has as many positions as its draws.
+
+Labelled and unlabelled images have a stream each, with positions of its own. A batch is of one kind, the same one in all
+processes, by its number alone. So the labelled batches are those of a run without the unlabelled images.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Real
 
 import numpy as np
@@ -30,6 +35,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
     detection_utils,
+    get_detection_dataset_dicts,
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
@@ -40,6 +46,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import InputError
+from .datasets import DATASET_NAME, UNLABELLED, training_records
 from .images import (
     check_image,
     check_image_format,
@@ -48,7 +55,11 @@ from .images import (
     reads_by_these_rules,
 )
 
-_ORDER, _SAMPLE = range(2)  # keys of independent random streams
+_ORDER, _SAMPLE, _ROUNDING = range(3)  # keys of independent random streams
+_KEYS = 3  # by which those of unlabelled images differ
+
+_MOST_DRAWS = 100_000_000
+"""In an epoch: its order needs 16 bytes for each."""
 
 
 def build_train_loader(
@@ -60,8 +71,16 @@ def build_train_loader(
     start: int = 0,
     num_workers: int = 0,
     aspect_ratio_grouping: bool = True,
+    ratio: Sequence[float] | None = None,
 ) -> DataLoader:
     """Build an infinite loader, like Detectron2's ``build_detection_train_loader``.
+
+    With a ``ratio``, an image of data set s is drawn c w_s / n_s times in an epoch, with the set's entry w_s and number of
+    images n_s, and c such that this is 1 for the set that is drawn least often. What is no whole number is rounded up or
+    down at random, for each image and epoch, as by Detectron2's ``RepeatFactorTrainingSampler``.
+
+    Where some images are unlabelled, a batch has either labelled or unlabelled ones. Both kinds are spread evenly, in the
+    ratio of their sets' entries, or without a ``ratio`` of their images. The first batch is labelled.
 
     Args:
         dataset: dataset dicts in Detectron2's format, or a map-style dataset of them.
@@ -70,9 +89,14 @@ def build_train_loader(
         seed: seed of all randomness; None or negative: a random one, as in Detectron2.
         start: number of completed iterations; the loader continues exactly from there.
         aspect_ratio_grouping: whether a batch has either only wide or only tall images.
+        ratio: relative numbers of images of each data set, in expectation, in the order of the sets in ``dataset``, whose
+            dicts are those of :func:`~d2kd.data.training_records`. None: each image once in an epoch.
 
     Returns:
         DataLoader: of lists of ``total_batch_size / world size`` samples.
+
+    Raises:
+        InputError: an argument is invalid.
     """
     world = comm.get_world_size()
     if not isinstance(total_batch_size, int):
@@ -85,9 +109,11 @@ def build_train_loader(
     if seed is None or seed < 0:
         seed = comm.shared_random_seed()
     groups = _orientations(dataset) if aspect_ratio_grouping else None
-    batches = _TrainingBatches(len(dataset), total_batch_size // world, seed, start, groups)
+    sets = _DataSets.of(dataset)
+    entries = None if ratio is None else sets.check_ratio(ratio)
+    batches = _TrainingBatches(sets, entries, total_batch_size // world, seed, start, groups)
     return _Loader(
-        _Mapped(dataset, mapper, seed),
+        _Mapped(dataset, mapper, seed, sets.unlabelled),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
@@ -137,8 +163,32 @@ def dataset_of(loader: Iterable) -> Sequence[dict] | None:
     return mapped.dataset if isinstance(mapped, _Mapped) else None
 
 
+def has_unlabelled(loader: Iterable) -> bool:
+    """Return whether a loader of this module has images without labels; False for another loader."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return isinstance(sampler, _TrainingBatches) and bool(sampler.sets.unlabelled.any())
+
+
+def images_used(loader: Iterable, batches: int) -> dict[str, int] | None:
+    """Return how many images of each data set the first batches of all processes have.
+
+    They are counted in the stream that a loader of this module draws from.
+
+    Args:
+        loader: any loader.
+        batches: number of batches of a process, from the start of training.
+
+    Returns:
+        dict: data set -> images; None for another loader, or if dataset dicts do not say their data set.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, _TrainingBatches) or None in sampler.sets.names:
+        return None
+    return dict(zip(sampler.sets.names, sampler.count(batches).tolist()))
+
+
 def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> None:
-    """Check what the mapper of a loader of this module makes of the first image, before a run begins.
+    """Check what the mapper of a loader of this module makes of the first image of each kind, before a run begins.
 
     Args:
         loader: any loader; others are not checked.
@@ -151,8 +201,16 @@ def check_sample(loader: Iterable, key: str, num_classes: int | None = None) -> 
     mapped = getattr(loader, "dataset", None)
     if not isinstance(mapped, _Mapped):
         return
+    unlabelled = mapped.unlabelled
+    if not unlabelled.all():
+        _check_sample(mapped, int(unlabelled.argmin()), key, num_classes)
+    if unlabelled.any():
+        _check_sample(mapped, int(unlabelled.argmax()), key, None)
+
+
+def _check_sample(mapped: _Mapped, index: int, key: str, num_classes: int | None) -> None:
     try:
-        sample = mapped[0, 0]
+        sample = mapped[0, index]
     except Exception as error:  # of someone else's code
         found = f"fails ({type(error).__name__}: {error})"
         expected = "a function from a dataset dict to a sample; --debug shows the traceback"
@@ -196,6 +254,11 @@ def use_seeded_loaders(dataloader, *, seed: int | None, start: int | None = None
     train = dataloader.get("train")
     if OmegaConf.is_dict(train) and train:
         _replace(train, build_detection_train_loader, build_train_loader)
+        if OmegaConf.is_dict(train.get("dataset")):
+            _replace(train.dataset, get_detection_dataset_dicts, training_records)
+        if train.get("ratio") is not None and _target(train) is build_detection_train_loader:
+            found = "beside options that Detectron2's loader has alone"
+            raise InputError("dataloader.train.ratio", found, "d2kd's build_train_loader")
         if _target(train) is build_train_loader:
             if start is not None:
                 train["start"] = start
@@ -251,9 +314,12 @@ class _Mapped(Dataset):
 
     An :class:`InputError` is returned, not raised, because torch would rebuild an exception of a
     worker from its message alone. :class:`_Loader` raises it in the main process.
+
+    Args:
+        unlabelled: which images have no labels, ``(n,)`` bool; None: none of them. Their samples say so.
     """
 
-    def __init__(self, dataset, mapper, seed: int):
+    def __init__(self, dataset, mapper, seed: int, unlabelled: np.ndarray | None = None):
         check_image_format(mapper)
         if reads_by_these_rules(mapper):
             _check_records(dataset)
@@ -262,6 +328,7 @@ class _Mapped(Dataset):
             DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         )
         self.mapper, self.seed = mapper, seed
+        self.unlabelled = np.zeros(len(dataset), bool) if unlabelled is None else unlabelled
         # Which images this process has checked; a mapper that reads images by its own rules is left alone.
         self._checked = bytearray(len(dataset)) if reads_by_these_rules(mapper) else None
 
@@ -270,15 +337,20 @@ class _Mapped(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> dict | InputError:
         position, index = at
-        with seeded_rng(self.seed, _SAMPLE, position):
+        unlabelled = self.unlabelled[index]
+        with seeded_rng(self.seed, _SAMPLE + _KEYS * int(unlabelled), position):
             for other in range(len(self)):
                 number = (index + other) % len(self)
+                if self.unlabelled[number] != unlabelled:
+                    continue
                 record = self.dataset[number]
                 try:
                     if self._checked is not None and not self._checked[number]:
                         check_record(record)
                         self._checked[number] = True
                     sample = self.mapper(record)
+                    if unlabelled and sample is not None:  # a mapper may drop what it does not know
+                        sample[UNLABELLED] = True
                 except InputError as error:
                     return error
                 except Exception as error:
@@ -349,39 +421,146 @@ def _blame_image(record: dict, error: Exception) -> InputError | None:
     return None
 
 
+@dataclass(frozen=True)
+class _DataSets:
+    """The data sets of a loader's images.
+
+    Attributes:
+        names: in the order of their first images; None: of images that do not say their data set.
+        of_image: ``(n,)``, the index of each image's set.
+        unlabelled: ``(n,)``, which images have no labels.
+    """
+
+    names: list[str | None]
+    of_image: np.ndarray
+    unlabelled: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Sequence[dict] | Dataset) -> _DataSets:
+        if not isinstance(dataset, list):  # reading may be slow
+            return cls([None], np.zeros(len(dataset), int), np.zeros(len(dataset), bool))
+        records = [record if isinstance(record, dict) else {} for record in dataset]
+        numbers: dict[str | None, int] = {}
+        of_image = [
+            numbers.setdefault(record.get(DATASET_NAME), len(numbers)) for record in records
+        ]
+        unlabelled = [bool(record.get(UNLABELLED)) for record in records]
+        return cls(list(numbers), np.array(of_image), np.array(unlabelled))
+
+    def check_ratio(self, ratio: Sequence[float]) -> np.ndarray:
+        """Return the entry of each image's set, ``(n,)``; raise InputError for an invalid ratio."""
+        culprit, names = "dataloader.train.ratio", ", ".join(map(str, self.names))
+        if None in self.names:
+            found = "images that do not say their data set"
+            raise InputError(culprit, found, "dataset=L(get_detection_dataset_dicts)(names=[…])")
+        if isinstance(ratio, str) or not isinstance(ratio, Sequence):
+            raise InputError(culprit, repr(ratio), f"a list of numbers, one for each of {names}")
+        if len(ratio) != len(self.names):
+            raise InputError(culprit, f"{len(ratio)} numbers", f"one for each of {names}")
+        for value in ratio:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+                raise InputError(culprit, repr(value), "numbers above 0")
+        return np.array(ratio, dtype=float)[self.of_image]
+
+
 class _TrainingBatches(Sampler):
     """Infinite batches of (position, index) for this process, from batch ``start``.
 
     Processes take positions in turn, as in Detectron2's ``TrainingSampler``. The first batches are
     skipped by replaying the stream: this takes about a microsecond per sample, and a resumed run is
     exact even with incomplete groups.
+
+    Args:
+        entries: ``(n,)``, the entry of each image's data set in the ratio; None: there is no ratio.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, start: int, groups: Sequence[int] | None
+        self,
+        sets: _DataSets,
+        entries: np.ndarray | None,
+        batch_size: int,
+        seed: int,
+        start: int,
+        groups: Sequence[int] | None,
     ):
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.groups = groups
+        self.sets, self.groups = sets, groups
+        self.batch_size, self.seed, self.start = batch_size, seed, start
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
+        self._images, self._repeats, shares = {}, {}, []
+        for kind in (False, True):
+            images = np.flatnonzero(sets.unlabelled == kind)
+            self._images[kind], self._repeats[kind] = images, np.ones(len(images))
+            shares.append(Fraction(len(images)))
+            if entries is not None and len(images):
+                used = np.unique(sets.of_image[images], return_index=True)[1]
+                shares[-1] = sum(Fraction(entry) for entry in entries[images][used])
+                self._repeats[kind] = _repeats(sets.of_image[images], entries[images])
+        self._unlabelled_share = shares[True] / sum(shares)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._all_batches(), self.start, None)
+        return itertools.islice(self._all_batches(self.rank), self.start, None)
 
-    def _all_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def count(self, batches: int) -> np.ndarray:
+        """Return how many images of each data set the first batches of all processes have."""
+        total = np.zeros(len(self.sets.names), dtype=int)
+        for rank in range(self.world):
+            for batch in itertools.islice(self._all_batches(rank), batches):
+                for _, index in batch:
+                    total[self.sets.of_image[index]] += 1
+        return total
+
+    def _all_batches(self, rank: int) -> Iterator[list[tuple[int, int]]]:
+        share = self._unlabelled_share
+        if share in (0, 1):
+            yield from self._batches_of(share == 1, rank)
+            return
+        kinds = [self._batches_of(kind, rank) for kind in (False, True)]
+        for number in itertools.count():
+            yield next(kinds[(number + 1) * share // 1 > number * share // 1])
+
+    def _batches_of(self, kind: bool, rank: int) -> Iterator[list[tuple[int, int]]]:
         waiting = defaultdict(list)
-        for position, index in self._stream():
+        for position, index in self._stream(kind, rank):
             group = 0 if self.groups is None else self.groups[index]
             waiting[group].append((position, index))
             if len(waiting[group]) == self.batch_size:
                 yield waiting.pop(group)
 
-    def _stream(self) -> Iterator[tuple[int, int]]:
+    def _stream(self, kind: bool, rank: int) -> Iterator[tuple[int, int]]:
+        first = 0
         for epoch in itertools.count():
-            first = epoch * self.size
-            # RandomState, because later versions of NumPy may change Generator.permutation.
-            order = np.random.RandomState(_seeds(self.seed, _ORDER, epoch)).permutation(self.size)
-            for i in range((self.rank - first) % self.world, self.size, self.world):
+            order = self._order(kind, epoch)
+            for i in range((rank - first) % self.world, len(order), self.world):
                 yield first + i, int(order[i])
+            first += len(order)
+
+    def _order(self, kind: bool, epoch: int) -> np.ndarray:
+        """Return the indices of an epoch's images in their order; ``kind`` says whether those without labels."""
+        images, repeats = self._images[kind], self._repeats[kind]
+        # RandomState, because later versions of NumPy may change Generator.permutation.
+        rounding, shuffle = (
+            np.random.RandomState(_seeds(self.seed, key + _KEYS * kind, epoch))
+            for key in (_ROUNDING, _ORDER)
+        )
+        whole = np.floor(repeats).astype(int)
+        drawn = images.repeat(whole + (rounding.random_sample(len(images)) < repeats - whole))
+        return drawn[shuffle.permutation(len(drawn))]
+
+
+def _repeats(of_image: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """Return how often each image is drawn in an epoch, in expectation, see :func:`build_train_loader`: ``(n,)``.
+
+    Args:
+        of_image: index of each image's data set.
+        entries: that set's entry in the ratio.
+    """
+    with np.errstate(all="ignore"):  # what overflows is refused
+        repeats = entries / np.bincount(of_image)[of_image]
+        repeats /= repeats.min()
+    if not (draws := repeats.sum()) <= _MOST_DRAWS:
+        found = f"numbers by which an epoch has {draws:.0e} images"
+        raise InputError("dataloader.train.ratio", found, f"at most {_MOST_DRAWS:.0e}")
+    return repeats
 
 
 def _orientations(dataset) -> list[int]:

@@ -20,6 +20,7 @@ from ..data.datasets import (
     check_same_classes,
     dataset_names,
     image_files,
+    labelled_names,
     sample_evenly,
     shared_images,
 )
@@ -59,7 +60,9 @@ def check_data(config: DictConfig, images: int, debug: bool = False) -> Iterator
         if not names:
             yield Finding(f"{part} data", "ok", "no names of data sets")
             continue
-        records = [record for name in names for record in DatasetCatalog.get(name)]
+        of_set = {name: DatasetCatalog.get(name) for name in names}
+        records = [record for name in names for record in of_set[name]]
+        labelled = labelled_names(names)
         for oddity in (o for name in names for o in MetadataCatalog.get(name).get("oddities", ())):
             yield Finding(f"{part} data, file", "warning", oddity, "correct it, if it is not meant")
         lost = sum(MetadataCatalog.get(name).get("num_left_out", 0) for name in names)
@@ -68,19 +71,23 @@ def check_data(config: DictConfig, images: int, debug: bool = False) -> Iterator
             found = f"{lost} of {lost + kept} are left out: no area in their image"
             advice = "[x, y, width, height] in pixels of the image, and its width and height"
             yield Finding(f"{part} data, boxes left out", "error", found, advice)
-        classes = _annotated_classes(MetadataCatalog.get(names[0]))
-        for subject, check, given in (
-            (f"{part} data", _check_annotations, classes),
-            (f"{part} images", _check_images, images),
-        ):
-            yield from checked_part(subject, check, subject, records, given)
+        if labelled:
+            classes = _annotated_classes(MetadataCatalog.get(labelled[0]))
+            annotated = [record for name in labelled for record in of_set[name]]
+            subject = f"{part} data"
+            yield from checked_part(subject, _check_annotations, subject, annotated, classes)
+        if unlabelled := sum(len(of_set[name]) for name in names if name not in labelled):
+            found = f"{unlabelled} images, for distillation alone"
+            yield Finding(f"{part} data, unlabelled", "ok", found)
+        subject = f"{part} images"
+        yield from checked_part(subject, _check_images, subject, records, images)
     if len(checked) == 2:
         yield from checked_part("both data", _compare, *checked.values())
 
 
 def _compare(train: list[str], test: list[str]) -> Iterator[Finding]:
     try:
-        check_same_classes(train, test)
+        check_same_classes(labelled_names(train), test)
     except InputError as error:
         yield Finding(
             "classes of the data", "error", f"{error.culprit}: {error.found}", error.expected

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..data import build_test_loader
-from ..data.datasets import sample_evenly
+from ..data.datasets import UNLABELLED, sample_evenly
 from ..engine import Trainer, build_evaluator
 from ..engine.checkpoint import get_student, unwrap_ddp
 from ..engine.hooks import measure_features
@@ -241,7 +241,8 @@ def check_losses(trainer: Trainer, iterations: int) -> Iterator[Finding]:
             inner.read_metrics()
         if seconds:
             yield _cost(seconds, peak.bytes, trainer.max_iter)
-        rows = _gradients(trainer, next(inner._batches))
+        batch = next(one for one in inner._batches if not one[0].get(UNLABELLED))
+        rows = _gradients(trainer, batch)
     except NonFiniteError as error:
         found = f"{error.culprit} is {error.value} within {iterations} iterations"
         yield Finding("losses", "error", found, "a smaller optimizer.lr, or train.clip_gradients")

@@ -93,7 +93,13 @@ class RunMetadata:
         return bool(rows) and rows[-1].get("finished", False)
 
     def end(
-        self, iteration: int, seconds: float, results: dict, peak: int | None, finished: bool
+        self,
+        iteration: int,
+        seconds: float,
+        results: dict,
+        peak: int | None,
+        finished: bool,
+        images_used: dict[str, int] | None = None,
     ) -> None:
         """Complete the last row.
 
@@ -103,6 +109,7 @@ class RunMetadata:
             results: those of the last evaluation.
             peak: largest memory in bytes, or None.
             finished: whether nothing has interrupted the run.
+            images_used: data set -> images that all iterations have used, repeated ones included; None: unknown.
         """
         if self.content["rows"]:
             self.content["rows"][-1] |= {
@@ -111,6 +118,7 @@ class RunMetadata:
                 "results": results,
                 "peak_memory": peak,
                 "finished": finished,
+                "images_used": images_used,
             }
             self.set()
 

@@ -241,9 +241,12 @@ class _StepMetrics:
         storage = get_event_storage()
         now, storage.iter = storage.iter, self._iteration
         storage.put_scalar("data_time", max(columns[-2]))
-        storage.put_scalar("total_loss", sum(means.values()))
+        # A total of its own where the student has no losses, so that none is an average of both.
+        labelled = any(not name.startswith("distill/") for name in means)
+        total = "total_loss" if labelled else "total_loss_unlabelled"
+        storage.put_scalar(total, sum(means.values()))
         storage.put_scalars(**dict(zip(self._metrics, own)))
-        if len(means) > 1:
+        if len(means) > 1 or not labelled:
             storage.put_scalars(**means)
         storage.iter = now
         return signal

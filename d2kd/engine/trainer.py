@@ -39,14 +39,16 @@ from ..config.train import scale_to_batch_size
 from ..data import check_dataset, use_seeded_loaders
 from ..data.datasets import (
     check_has_objects,
+    check_labelled,
     check_masks,
     check_same_classes,
     dataset_names,
+    labelled_names,
     shared_images,
     training_classes,
 )
 from ..data.incremental import check_annotated_classes, check_num_classes
-from ..data.loader import check_sample
+from ..data.loader import check_sample, has_unlabelled, images_used
 from ..modeling import Distiller
 from ..structures.class_map import ClassMap, num_classes_of
 from ..utils.compat import decode_in_float32
@@ -177,6 +179,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self._seed()
         loader = self.build_train_loader(cfg)
+        self._check_unlabelled(model, loader)
         self._check_accumulate()
         try:
             num_classes = num_classes_of(get_student(model))
@@ -216,16 +219,35 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def _check_data(self) -> None:
-        self._data, self._test_data = (
+        names, self._test_data = (
             check_dataset(dataset_names(self.cfg, part)) for part in ("train", "test")
         )
+        self._data = labelled_names(names)
+        self._unlabelled_data = [name for name in names if name not in self._data]
+        check_labelled(names, self._test_data)
         check_test_data(self.cfg)
         check_same_classes(self._data, self._test_data)
         check_has_objects(self._data)
-        if shared := shared_images(self._data, self._test_data):
+        if shared := shared_images(names, self._test_data):
             logger.warning(
                 "%d test images are training images, too, such as %s", len(shared), shared[0]
             )
+
+    def _check_unlabelled(self, model: nn.Module, loader: Iterable) -> None:
+        """Check that the model can have unlabelled images, if there are some."""
+        ours = has_unlabelled(loader)
+        if not self._unlabelled_data and not ours:
+            return
+        names = ", ".join(self._unlabelled_data)
+        culprit = f"training data {names}" if names else "training data"
+        if not isinstance(model, Distiller):
+            expected = "a Distiller: only distillation learns from them"
+            raise InputError(culprit, "unlabelled images, and a model without a teacher", expected)
+        if not ours:
+            found = "unlabelled images, and a loader that mixes them with others"
+            raise InputError(culprit, found, "dataloader.train=L(build_train_loader)(…)")
+        if hasattr(model.losses, "check_unlabelled"):
+            model.losses.check_unlabelled()
 
     def _check_accumulate(self) -> None:
         parts, images = self.cfg.train.accumulate, self._batch_size // comm.get_world_size()
@@ -488,7 +510,19 @@ class Trainer(DefaultTrainer):
 
     def _end_record(self, finished: bool) -> None:
         results = getattr(self, "_last_eval_results", {})
-        self.run_metadata.end(self.iter, self.seconds, results, self._peak.bytes, finished)
+        self.run_metadata.end(
+            self.iter, self.seconds, results, self._peak.bytes, finished, self._images_used()
+        )
+
+    def _images_used(self) -> dict[str, int] | None:
+        """Return how many images of each data set all processes have used, also before a resume; None if unknown.
+
+        They are those of this recipe's data sets and ratio, if a resume has changed them.
+        """
+        if not self._batch_size or not comm.is_main_process():  # which alone writes run.json
+            return None
+        before = self._images_before // self._batch_size
+        return images_used(self.data_loader, before + self.iter - self.start_iter)
 
     def _open_output(self) -> None:
         folder = Path(self.cfg.train.output_dir)

@@ -74,6 +74,9 @@ class DistillLoss(nn.Module):
     milestones: tuple[float, ...] = ()
     """Fractions of the run at which the amount of computation changes, other than by a weight of 0."""
 
+    needs_ground_truth: bool = True
+    """Whether the loss reads objects or labels, and cannot have unlabelled images. Reading them there raises an error."""
+
     class_map: ClassMap | None = None
     """The classes that both detectors have. None if their class lists are equal. Set before :meth:`setup`."""
 
@@ -195,6 +198,17 @@ class DistillLosses(nn.Module):
                     f"losses.{name}.{error.culprit}", error.found, error.expected
                 ) from error
 
+    def check_unlabelled(self) -> None:
+        """Check that all losses can have unlabelled images, whose batches have ``student.is_labelled`` False.
+
+        Raises:
+            InputError: naming one whose weight is not 0 and which needs ground truth.
+        """
+        for name, loss in self.by_name.items():
+            if loss.needs_ground_truth and not is_zero(loss.weight):
+                found = f"{type(loss).__name__}, which needs ground truth, and unlabelled images"
+                raise InputError(f"losses.{name}", found, "a loss that needs none, or labels")
+
     def is_active(self, progress: float) -> bool:
         """Return whether any loss has a weight other than 0."""
         return any(get_weight(loss.weight, progress) != 0 for loss in self.by_name.values())
@@ -223,11 +237,18 @@ class DistillLosses(nn.Module):
                     terms[full] = scalar * weight
             # Parameters stay in the graph at weight 0, also when only their term has that weight: DDP raises an error
             # if one gets no gradient. The zero is of no value, since 0 * NaN would be NaN.
-            if parameters := [p for p in loss.parameters() if p.requires_grad]:
-                zero = _Zero.apply(*parameters)
-                carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
-                terms[carrier] = terms[carrier] + zero if carrier in terms else zero
+            carrier = next((k for k in terms if k == key or k.startswith(f"{key}_")), key)
+            _keep_in_graph(loss, terms, carrier)
+        if not student.is_labelled:  # no loss of the student's own has all its parameters
+            _keep_in_graph(student.detector, terms, next(iter(terms), "distill/loss"))
         return terms
+
+
+def _keep_in_graph(module: nn.Module, terms: dict[str, Tensor], key: str) -> None:
+    """Add a zero of a module's parameters, if it has any, to the term of this key."""
+    if parameters := [p for p in module.parameters() if p.requires_grad]:
+        zero = _Zero.apply(*parameters)
+        terms[key] = terms[key] + zero if key in terms else zero
 
 
 def _check_weights(loss: DistillLoss) -> None:

@@ -36,6 +36,9 @@ class BCKDLoss(DenseLoss):
     If the class lists differ (``class_map``), the shared classes are compared, and anchors of objects of other classes
     do not count.
 
+    In unlabelled images, Z and ``levels`` count the anchors at which the teacher's highest score is above 1/2, and every anchor
+    counts. This is this project's choice.
+
     Reads: ``student.pred_logits``, ``pred_anchor_deltas``, ``anchors``, ``gt_labels``; ``teacher.pred_logits``,
     ``pred_anchor_deltas``.
 
@@ -56,6 +59,8 @@ class BCKDLoss(DenseLoss):
         >>> {key: value.item() for key, value in forward_losses(model, batch()).items() if key.startswith("distill/")}
         {'distill/loss_loss_class': 0.0, 'distill/loss_loss_box': 0.0}
     """
+
+    needs_ground_truth = False
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class BCKDLoss(DenseLoss):
     def anchor_terms(self, student, teacher) -> dict[str, Tensor]:
         """Return the share of each anchor in the terms "class" and "box": ``(N, R)`` each."""
         s, t = self.logits(student, teacher)
-        labels = self.labels(student)
+        labels = self.known_labels(student, teacher)
         positive = is_foreground(labels, s.shape[-1])
         used = labels >= 0
         if self.levels == "with_objects":

@@ -50,6 +50,9 @@ class CrossKDLoss(DenseLoss):
     teacher's box is empty have no box term. Where the towers differ in width, a 1x1 convolution shared by all levels,
     which is not in the paper, brings the student's map to the teacher's width.
 
+    In unlabelled images, Z counts the anchors at which the teacher's highest score is above 1/2, for FCOS by its centerness,
+    and every anchor counts. This is this project's choice.
+
     The gradient jumps where both predictions are equal, as that of an absolute value: it does not fade near the teacher.
 
     If the class lists differ (``class_map``), the shared classes are compared, and anchors of objects of other classes
@@ -76,6 +79,8 @@ class CrossKDLoss(DenseLoss):
         >>> [key for key in losses if key.startswith("distill/")]
         ['distill/loss_loss_class', 'distill/loss_loss_box']
     """
+
+    needs_ground_truth = False
 
     def __init__(
         self,
@@ -125,10 +130,14 @@ class CrossKDLoss(DenseLoss):
         self.align = False
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        labels = self.labels(student)
+        labels = self.known_labels(student, teacher)
         positive = is_foreground(labels, num_shared_classes(student.detector, self.class_map))
         if self.family == "fcos":
-            (normalizer,) = self.normalizer(centerness(student).where(positive, 0).sum())
+            if student.is_labelled:
+                centers = centerness(student)
+            else:
+                centers = torch.cat(teacher.pred_centerness, dim=1)[..., 0].sigmoid()
+            (normalizer,) = self.normalizer(centers.where(positive, 0).sum())
         else:
             (normalizer,) = self.normalizer(positives_per_image(positive))
         cross = self.cross_outputs(student, teacher)

@@ -54,6 +54,12 @@ class DenseLoss(DistillLoss):
         labels = student.gt_labels
         return labels if self.class_map is None else self.class_map.map_labels(labels)
 
+    def known_labels(self, student, teacher) -> Tensor:
+        """Return :meth:`labels`, or of unlabelled images the teacher's, see :func:`labels_of`: ``(N, R)``."""
+        if student.is_labelled:
+            return self.labels(student)
+        return labels_of(self.shared_classes(torch.cat(teacher.pred_logits, dim=1), "teacher"))
+
 
 def decode_boxes(
     detector: nn.Module, deltas: Tensor, anchors: list[Boxes], at_origin: bool = False
@@ -74,6 +80,19 @@ def decode_boxes(
         deltas.float().flatten(0, 1), reference.repeat(len(deltas), 1)
     )
     return decoded.view_as(deltas)
+
+
+def labels_of(logits: Tensor) -> Tensor:
+    """Return the most probable class of each anchor; K, background, where no class's probability is above 1/2.
+
+    In published methods labels come from ground truth alone. That these take their place in unlabelled images is this
+    project's choice.
+
+    Args:
+        logits: ``(…, K)``, before the sigmoid.
+    """
+    highest, labels = logits.max(dim=-1)
+    return labels.where(highest > 0, logits.shape[-1])
 
 
 def positives_per_image(positive: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class DISTLoss(DistillLoss):
         ['distill/loss_loss_inter', 'distill/loss_loss_intra']
     """
 
+    needs_ground_truth = False
+
     def __init__(
         self,
         *,

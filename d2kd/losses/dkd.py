@@ -30,6 +30,8 @@ class DKDLoss(DistillLoss):
     If the class lists differ (``class_map``), the shared classes and the background are compared, and regions whose class the
     teacher does not have are left out.
 
+    In unlabelled images, y is the teacher's most probable class, background included. This is this project's choice.
+
     Reads: ``student.regions``, ``teacher.regions``.
 
     Args:
@@ -49,6 +51,8 @@ class DKDLoss(DistillLoss):
         >>> {key: value.item() for key, value in forward_losses(model, batch()).items() if key.startswith("distill/")}
         {'distill/loss_loss_target': 0.0, 'distill/loss_loss_non_target': 0.0}
     """
+
+    needs_ground_truth = False
 
     def __init__(
         self,

@@ -123,6 +123,8 @@ class ERDLoss(DistillLoss):
         0.0
     """
 
+    needs_ground_truth = False
+
     def __init__(
         self,
         *,

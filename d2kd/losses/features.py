@@ -41,6 +41,8 @@ class FeatureLoss(DistillLoss):
         strides: ``{student level: stride}``.
     """
 
+    needs_ground_truth = False
+
     def __init__(
         self,
         *,

@@ -78,6 +78,8 @@ class FGDLoss(FeatureLoss):
         ['foreground', 'background', 'attention', 'relation']
     """
 
+    needs_ground_truth = True
+
     def __init__(
         self,
         *,

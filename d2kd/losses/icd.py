@@ -107,6 +107,8 @@ class ICDLoss(FeatureLoss, SeededLoss):
         ['identification', 'localization', 'distillation']
     """
 
+    needs_ground_truth = True
+
     def __init__(
         self,
         *,

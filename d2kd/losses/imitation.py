@@ -61,6 +61,10 @@ class ImitationLoss(FeatureLoss):
             raise InputError("mask", mask, " or ".join((*MASK_KINDS, "none")))
         self.mask = mask
 
+    @property
+    def needs_ground_truth(self) -> bool:
+        return self.mask != "none"
+
     def forward(self, student, teacher) -> Tensor:
         pairs = self.map_pairs(student, teacher)
         if self.mask == "none":

@@ -39,6 +39,8 @@ class LwFLoss(DistillLoss):
         0.0
     """
 
+    needs_ground_truth = False
+
     def __init__(self, *, weight: Weight = 1.0, across_processes: bool = True):
         super().__init__(weight=weight, across_processes=across_processes)
 

@@ -30,9 +30,11 @@ def shared_region_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return both sides' logits of the shared classes and the background, ``(R, K + 1)``, and the labels ``(R,)``.
 
-    Labels are indices of these logits; -1 where the teacher does not have the class.
+    Labels are indices of these logits; -1 where the teacher does not have the class. Of unlabelled images they are the
+    teacher's most probable classes.
     """
     s, t, labels = student.pred_class_logits, teacher.pred_class_logits, student.gt_classes
-    if class_map is None:
-        return s, t, labels
-    return *class_map.shared_logits(s, t, background=True), class_map.map_labels(labels)
+    if class_map is not None:
+        s, t = class_map.shared_logits(s, t, background=True)
+        labels = None if labels is None else class_map.map_labels(labels)
+    return s, t, t.argmax(dim=1) if labels is None else labels

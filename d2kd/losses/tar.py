@@ -12,6 +12,7 @@ student and teacher, t_S and t_T their box deltas, tau the temperature.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,10 @@ from ..modeling.outputs import uses_sigmoid_scores
 from ..structures.class_map import check_same_classes
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight, get_weight, is_zero
+from .dense import labels_of
 from .functional import in_float32, resolve_normalizer, sigmoid_divergence, softmax_kl
 from .imitation import ImitationLoss
+from .regions import shared_region_logits
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,10 @@ class TARLoss(DistillLoss):
     If the class lists differ (``class_map``), the shared classes are compared; for two-stage detectors the softmax is
     over these and the background. Regions and anchors whose class the teacher does not have contribute to neither
     classification nor regression. If no class is shared, only features are compared.
+
+    In unlabelled images, the classification term has no gates, and the teacher's most probable class takes the place of the
+    label: for two-stage detectors background included, for others background where no class is above 1/2. There is no
+    regression term, and a feature term with ``mask="none"`` alone. This is this project's choice, as are gates and weights.
 
     Reads: ``student.features``, ``gt_instances``, ``regions`` or ``pred_logits``, ``pred_anchor_deltas``,
     ``anchors``, ``gt_labels``, ``matched_gt_boxes``; ``teacher.features``, ``regions`` or ``pred_logits``,
@@ -155,6 +162,11 @@ class TARLoss(DistillLoss):
         self.ramp = _ramp(feature_ramp)
 
     @property
+    def needs_ground_truth(self) -> bool:
+        feature = self.feature is not None and not self.feature.needs_ground_truth
+        return is_zero(self.classification_weight) and not feature
+
+    @property
     def reads_predictions(self) -> bool:
         return not (is_zero(self.classification_weight) and is_zero(self.regression_weight))
 
@@ -194,13 +206,13 @@ class TARLoss(DistillLoss):
             )
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
-        terms = {}
-        if self.feature is not None:
+        terms, labelled = {}, student.is_labelled
+        if self.feature is not None and (labelled or not self.feature.needs_ground_truth):
             weight = get_weight(self.feature.weight, self.progress)
             weight *= get_weight(self.ramp, self.progress)
             if weight:
                 terms["feature"] = weight * self.feature(student, teacher)
-        for name in ("classification", "regression"):
+        for name in ("classification", "regression") if labelled else ("classification",):
             if weight := get_weight(getattr(self, f"{name}_weight"), self.progress):
                 if hasattr(student.detector, "roi_heads"):
                     stages = zip(student.regions, teacher.regions, strict=True)
@@ -212,12 +224,14 @@ class TARLoss(DistillLoss):
 
     def classification(self, student, teacher) -> Tensor:
         """Return the unweighted classification term of two ``Regions`` with equal boxes."""
-        s, t, labels = student.pred_class_logits, teacher.pred_class_logits, student.gt_classes
-        if self.class_map is not None:
-            labels = self.class_map.map_labels(labels)
-            s, t = self.class_map.shared_logits(s, t, background=True)
+        s, t, labels = shared_region_logits(student, teacher, self.class_map)
+        settings = self._settings(labelled=student.gt_classes is not None)
         (normalizer,) = self.normalizer((labels >= 0).sum())
-        return classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
+        return classification_term(s, t, labels, normalizer=normalizer, **settings)
+
+    def _settings(self, labelled: bool) -> dict[str, Any]:
+        """Return the options of the classification term, without gates where there are no labels."""
+        return self._cls_settings if labelled else {**self._cls_settings, "gate": "none"}
 
     def regression(self, student, teacher) -> Tensor:
         """Return the unweighted regression term of two ``Regions`` with equal boxes."""
@@ -237,12 +251,15 @@ class TARLoss(DistillLoss):
     def dense_classification(self, student, teacher) -> Tensor:
         """Return the unweighted classification term of two ``DenseOutputs`` with equal anchors."""
         s, t = (torch.cat(x.pred_logits, dim=1).flatten(0, 1) for x in (student, teacher))
-        labels = student.gt_labels.flatten()
+        labels = student.gt_labels.flatten() if student.is_labelled else None
         if self.class_map is not None:
-            labels = self.class_map.map_labels(labels)
+            labels = None if labels is None else self.class_map.map_labels(labels)
             s, t = self.class_map.shared_logits(s, t)
+        if labels is None:
+            labels = labels_of(t)
+        settings = self._settings(student.is_labelled)
         (normalizer,) = self.normalizer(is_foreground(labels, s.shape[1]).sum())
-        return dense_classification_term(s, t, labels, normalizer=normalizer, **self._cls_settings)
+        return dense_classification_term(s, t, labels, normalizer=normalizer, **settings)
 
     def dense_regression(self, student, teacher) -> Tensor:
         """Return the unweighted regression term of two ``DenseOutputs`` with equal anchors."""

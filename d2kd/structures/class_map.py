@@ -30,7 +30,7 @@ def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[s
     """Return class names in the order of a detector's class indices.
 
     Args:
-        given: the names, or the name of a registered data set (or names of several, of which the first is used). An
+        given: the names, or the name of a registered data set (or names of several, of which the first with labels is used). An
             incremental data set gives all classes learned up to the end of its increment.
         culprit: name of the option, for error messages.
 
@@ -40,7 +40,8 @@ def class_names(given: str | Iterable[str], culprit: str = "classes") -> tuple[s
     if not isinstance(given, str):
         given = [str(name) for name in given]
         if given and all(map(_registered, given)):
-            given = given[0]
+            labelled = [n for n in given if not MetadataCatalog.get(n).get("unlabelled")]
+            given = [*labelled, *given][0]
     if isinstance(given, str):
         names = None
         if _registered(given):

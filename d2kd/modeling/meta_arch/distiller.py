@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.events import get_event_storage
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 from torch.profiler import record_function
 
@@ -40,6 +41,11 @@ class Distiller(nn.Module):
 
     In training, forward hooks record outputs during the student's unchanged forward, and the teacher computes the
     outputs that the losses read. In ``eval()``, a Distiller behaves like its student.
+
+    A batch of unlabelled images, whose dicts have ``unlabelled`` True, has the distillation losses alone. The student runs its
+    training forward as if there were no objects, and its own losses, what it logs of them and its loss normalizer are left
+    out. What any forward changes stays: running statistics of batch norms, and random numbers drawn for regions. All its
+    parameters get a gradient, which is 0 where no loss reaches them.
 
     The state dict is that of the student, and parameters and buffers of the losses have the prefix
     ``distiller_losses.``, so that checkpoints are those of a plain detector. The teacher is not in it. Loading weights replaces inherited ones.
@@ -85,7 +91,8 @@ class Distiller(nn.Module):
             trainer sets it to ``train.log_period``.
 
     Raises:
-        InputError: an argument is invalid, or the detectors lack something that the losses need.
+        InputError: an argument is invalid, or the detectors lack something that the losses need. In training, a batch has
+            images of both kinds, or unlabelled ones and a loss that needs ground truth.
     """
 
     @configurable
@@ -234,6 +241,8 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         batched_inputs = self._images_on_device(batched_inputs)
+        if any(x.get("unlabelled") for x in batched_inputs):
+            batched_inputs = self._without_objects(batched_inputs)
         teacher = self.teacher.outputs(batched_inputs, taps=self.teacher_taps)
         storage = get_event_storage()
         progress = storage.iter / self.max_iter
@@ -257,6 +266,33 @@ class Distiller(nn.Module):
                 put_metric("distill/agreement", agreed)
         return {**losses, **distill_losses}
 
+    def _without_objects(self, batched_inputs: list[dict]) -> list[dict]:
+        """Return a batch of unlabelled images with the ground truth of images without objects."""
+        if not all(x.get("unlabelled") for x in batched_inputs):
+            expected = "one kind in a batch, as d2kd's build_train_loader has"
+            raise InputError("batch", "labelled and unlabelled images", expected)
+        if hasattr(self.losses, "check_unlabelled"):
+            self.losses.check_unlabelled()
+        examples = []
+        for x in batched_inputs:
+            boxes, classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.long)
+            none = Instances(tuple(x["image"].shape[-2:]), gt_boxes=boxes, gt_classes=classes)
+            examples.append({**x, "instances": none})
+        return examples
+
+    @contextlib.contextmanager
+    def _own_losses_left_out(self) -> Iterator[None]:
+        """Leave out what the student logs and counts for its own losses in the block, such as its loss normalizer."""
+        before = vars(self.student).copy()
+        try:
+            with EventStorage(get_event_storage().iter):
+                yield
+        finally:
+            attributes = vars(self.student)
+            for name in attributes.keys() - before:
+                del attributes[name]
+            attributes.update(before)
+
     def _images_on_device(self, batched_inputs: list[dict]) -> list[dict]:
         # Once for both detectors; and Detectron2 would wait for each image.
         return [
@@ -268,11 +304,18 @@ class Distiller(nn.Module):
         ]
 
     def _student_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """Return the student's task losses; if its predictions are not finite in one process, raise in all."""
+        """Return the student's task losses; if its predictions are not finite in one process, raise in all.
+
+        There are none of unlabelled images.
+        """
         losses, failure = {}, None
         try:
             with record_function("d2kd/student forward"):
-                losses = self.student(batched_inputs)
+                if batched_inputs[0].get("unlabelled"):
+                    with self._own_losses_left_out():
+                        self.student(batched_inputs)
+                else:
+                    losses = self.student(batched_inputs)
         except FloatingPointError as error:
             failure = error
         # If only one process raised, the others would wait for its counts in the losses forever.

@@ -110,10 +110,16 @@ class DetectorOutputs:
             None: equal to those of ``batched_inputs``.
         teacher_taps: names of modules of a teacher, see :class:`TeacherTaps`.
         captured: attributes captured in the detector's forward.
+
+    Attributes:
+        is_labelled: whether the batch has ground truth. Its images either all have, or none has.
     """
 
     region_boxes: list[list[Boxes]] | None = None
     """For each stage, the boxes of the student's regions in each image; None for families without regions."""
+
+    ground_truth: tuple[str, ...] = ("gt_instances",)
+    """Names of captured attributes with ground truth."""
 
     computed_by: dict[str, str] = {"backbone": "features"}
     """Which output computes a submodule of the detector, by the submodule's name."""
@@ -129,6 +135,7 @@ class DetectorOutputs:
     ):
         self.detector = detector
         self.batched_inputs = batched_inputs
+        self.is_labelled = not any(x.get("unlabelled") for x in batched_inputs)
         self.dtype, self.student_image_sizes = dtype, student_image_sizes
         self.taps: OutputDict | TeacherTaps = TeacherTaps(self, teacher_taps)
         self.__dict__.update(captured)
@@ -167,7 +174,11 @@ class DetectorOutputs:
     ) -> DetectorOutputs:
         """Return the outputs of a detector from the calls that were recorded at its :meth:`hook_points`."""
         tapped = {name: [output for _, output in records] for name, records in (taps or {}).items()}
-        return cls(detector, batched_inputs, taps=OutputDict(tapped), **cls._captured(calls))
+        outputs = cls(detector, batched_inputs, taps=OutputDict(tapped), **cls._captured(calls))
+        if not outputs.is_labelled:  # the student's forward got no objects
+            for name in outputs.ground_truth:
+                outputs.__dict__.pop(name, None)
+        return outputs
 
     @staticmethod
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
@@ -185,11 +196,13 @@ class DetectorOutputs:
     def gt_instances(self) -> list[Instances]:
         """Ground truth of each image: ``gt_boxes`` XYXY in absolute pixels of the padded input."""
         device = self.detector.device
-        return [x["instances"].to(device) for x in self.batched_inputs]
+        return [x.to(device) for x in self.input_instances]
 
     @property
     def input_instances(self) -> list[Instances]:
         """Ground truth of each image as the batch has it, usually on the CPU."""
+        if not self.is_labelled:
+            raise OutputNotAvailable("unlabelled images have no ground truth")
         return [x["instances"] for x in self.batched_inputs]
 
     @lazy_property

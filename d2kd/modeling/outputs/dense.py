@@ -22,6 +22,8 @@ class DenseOutputs(DetectorOutputs):
     captured_labels: tuple[list[Tensor], list[Boxes | Tensor]] | None = None
     """Captured output of a student's ``label_anchors``: labels and matched boxes of each image."""
 
+    ground_truth = ("gt_instances", "captured_labels")
+
     computed_by = {"backbone": "features", "head": "predictions", "anchor_generator": "anchors"}
 
     @classmethod

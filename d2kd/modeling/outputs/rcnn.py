@@ -26,8 +26,8 @@ class Regions:
         pred_class_logits: ``(R, K + 1)``, background last.
         pred_proposal_deltas: ``(R, 4K)``, or ``(R, 4)`` if class-agnostic.
         box2box_transform: the transform of the deltas.
-        gt_classes: ``(R,)`` in ``[0, K]``, K background; None if the boxes have no labels.
-        gt_boxes: ``(R, 4)`` matched ground truth; in an image without any, the boxes themselves.
+        gt_classes: ``(R,)`` in ``[0, K]``, K background; None if the boxes have no labels, as those of unlabelled images.
+        gt_boxes: ``(R, 4)`` matched ground truth; in an image without any, the boxes themselves; None as ``gt_classes``.
     """
 
     boxes: list[Boxes]
@@ -109,9 +109,10 @@ class RCNNOutputs(DetectorOutputs):
             zip(box_stages(heads), self.region_boxes, self.predictor_calls, strict=True)
         ):
             (box_features, *_), (logits, deltas) = call
-            if stage == 0:
+            classes = matched = None
+            if stage == 0 and self.is_labelled:
                 classes, matched = _sampled_labels(self.proposals, boxes)
-            else:
+            elif self.is_labelled:
                 classes, matched = match_and_label_boxes(
                     heads.proposal_matchers[stage], boxes, self.gt_instances, heads.num_classes
                 )
@@ -144,7 +145,7 @@ class RCNNOutputs(DetectorOutputs):
     def proposals(self) -> list[Instances]:
         """The RPN's proposals in each image, sorted by score: ``proposal_boxes``, ``objectness_logits``.
 
-        The student's are the sampled proposals, with ``gt_classes`` and ``gt_boxes``.
+        The student's are the sampled proposals, with ``gt_classes`` and ``gt_boxes``; of unlabelled images, all background.
         """
         return self.detector.proposal_generator(self.images, self.features, None)[0]
 
