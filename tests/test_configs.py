@@ -365,7 +365,7 @@ def _tar(*overrides):
             lambda: distill(
                 "baselines/faster_rcnn_small_shapes.py", teacher="mine.py", **method("tar")
             ),
-            "teacher: mine.py; expected (config, weights), or zoo:NAME",
+            "teacher: mine.py; expected (config, weights), zoo:NAME or timm:NAME",
         ),
         (_two_sets, "dataloader.test.dataset.names: 2 data sets; expected one alone"),
     ],
