@@ -37,6 +37,8 @@ from d2kd.modeling import (
 )
 from d2kd.modeling.weights import state_sha256
 from d2kd.testing import DETECTORS, batch, build, forward_losses, sum_distill_losses
+from d2kd.tools.visualize import set_teacher_weights
+from d2kd.visualization.icd_attention import compute_attention
 
 from .common import command, tiny_faster_rcnn, tiny_retinanet
 from .test_layers import Backbone as Shapes
@@ -440,6 +442,19 @@ def test_a_teacher_without_predictions_is_no_detector_to_draw(run, tmp_path, ref
         ),
         "teacher=, of a FeatureExtractor, which detects nothing; expected student=FILE",
     )
+
+
+def test_attention_is_drawn_over_a_transformer(tmp_path, refuses):
+    loss = ICDLoss(heads=2)
+    model, (example,) = taught(loss, tiny_retinanet), batch(((64, 96),), (2,))
+    found = compute_attention(loss, model.teacher, [example], example["instances"])
+    assert found.levels["p4"].shape == (2, 2, 4, 6)  # the student's cells
+    assert found.levels["p4"].sum((2, 3)) == pytest.approx(1, abs=1e-4)
+    losses = L(DistillLosses)(icd=L(ICDLoss)())
+    config = distill(recipe(tmp_path, tmp_path), teacher="timm:test_vit14", losses=losses)
+    set_teacher_weights(config, {}, "attention", "ICD")  # the backbone's own are enough
+    config.model.teacher.weights = None
+    refuses(lambda: set_teacher_weights(config, {}, "attention", "ICD"), "--weights: no teacher")
 
 
 def test_a_teacher_of_timm_by_its_name(tmp_path, refuses):

@@ -173,7 +173,8 @@ def compute_attention(
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
     gt.gt_classes = truth.gt_classes
     image_size, padded = outputs.images.image_sizes[0], outputs.images.tensor.shape[-2:]
-    if not any(map(loss.level_strides.is_resized, loss.levels)):
+    strides = loss.level_strides
+    if not any(map(strides.is_resized, strides.levels)):
         maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
     else:  # on the student's grid, as in training
         multiple = max(loss.strides.values())
