@@ -2,11 +2,12 @@
 
     d2kd train --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
     d2kd train --config-file RECIPE --eval-only (--resume | train.init_checkpoint=WEIGHTS)
-    d2kd train --config-file PLAIN --distill METHOD --teacher (zoo:NAME | timm:NAME | CONFIG WEIGHTS)
+    d2kd train --config-file PLAIN --distill METHOD --teacher TEACHER [KEY=VALUE …]
 
 RECIPE is a LazyConfig: a file, or a name in d2kd or Detectron2's model zoo. The third form adds a teacher to a plain
-recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x; an image
-classifier of timm, whose features alone are compared; or any other detector by its config and weights. ``--resume`` logs each value that has changed, and whether it has an effect. ``--eval-only`` writes
+recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x; an image classifier
+of timm, as in timm:vit_small_patch14_dinov2, for methods between features; or any other detector by its CONFIG WEIGHTS.
+``--resume`` logs each value that has changed, and whether it has an effect. ``--eval-only`` writes
 ``evaluation/results.json`` in the output folder. Use ``--num-gpus`` for several GPUs, and torchrun for several processes
 on a CPU.
 """
