@@ -314,6 +314,7 @@ def with_weights(folder) -> FeatureExtractor:
 def test_weights_of_the_backbone_or_a_file(tmp_path, refuses):
     detector = with_weights(tmp_path)
     digest = state_sha256(detector)
+    assert Teacher(detector, None).weights_sha256 == digest
     built = Teacher(detector, "", fuse_norms=True, dtype="bfloat16")
     built.outputs(batch())
     assert built.weights is None and built.weights_sha256 == digest  # of what was loaded

@@ -92,14 +92,15 @@ class Teacher:
             check_classes("teacher", detector, apply_aliases(names, aliases or {}))
         weights = None if weights is None else str(weights)  # a recipe may have a Path
         self.checkpoint_classes, self._built_sha256 = None, None
-        if weights == "":
-            if not getattr(detector, "has_weights", False):
-                expected = (
-                    "its checkpoint, by model.teacher.weights=FILE; null for an untrained teacher"
-                )
-                if features_only:
-                    expected += "; or a backbone with weights of its own, by its pretrained=True"
-                raise InputError("teacher.weights", "none", expected)
+        built = features_only and detector.has_weights
+        if weights == "" and not built:
+            expected = (
+                "its checkpoint, by model.teacher.weights=FILE; null for an untrained teacher"
+            )
+            if features_only:
+                expected += "; or a backbone with weights of its own, by its pretrained=True"
+            raise InputError("teacher.weights", "none", expected)
+        if built and not weights:
             weights, self._built_sha256 = None, state_sha256(detector)
         self.weights = weights
         if weights is not None:
