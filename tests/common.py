@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from d2kd.tools import main
 from d2kd.utils.errors import report_input_errors
 
 ROOT = Path(__file__).parent.parent
+HAS_VITDET = find_spec("detectron2.modeling.backbone.vit") is not None  # after 0.6
 
 
 def command(name: str) -> Callable[[list], None]:

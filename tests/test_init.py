@@ -163,6 +163,16 @@ def test_a_trained_teacher(folder, capsys):
     assert 'teacher="zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x"' in Path("zoo.py").read_text()
 
 
+def test_a_teacher_of_timm(folder, capsys):
+    """With a method between features, since it predicts nothing."""
+    pytest.importorskip("timm")
+    init_coco("--teacher", "timm:test_vit", output="timm.py")
+    commands = printed_commands(capsys.readouterr().out)
+    assert not any("teacher" in word for words in commands for word in words)
+    model = load("timm.py").model
+    assert model.teacher.detector.backbone.name == "test_vit" and "pkd" in model.losses
+
+
 def test_voc_data(tmp_path, monkeypatch, capsys):
     write_voc(tmp_path / 'a "voc" folder')
     monkeypatch.chdir(tmp_path)
@@ -255,6 +265,7 @@ def test_what_is_refused(folder, refuses):
             [*data, *val, *out, "--teacher", "zoo:x"],
             "zoo:x: not in Detectron2's model zoo; expected zoo:",
         ),
+        ([*data, *val, *out, "--teacher", "timm:x"], "x: timm has no such classifier"),
         (["--data", "voc", "--images", "x", *out], "--images: given for a VOC folder"),
         (["--data", "no_objects", *out], "no object in any .xml"),
         (["--data", "voc", "--classes", "class 0", *out], "expected one of class 0"),

@@ -295,6 +295,7 @@ def test_recipes_load_from_the_wheel(installed, tmp_path):
         assert root.parent == Path(sys.argv[1]), root
         get_config("common/train.py")
         recipes = sorted(root.glob("projects/*/configs/*.py"))
+        recipes = [x for x in recipes if "vitdet" not in x.name]  # for later versions of Detectron2
         assert recipes
         for recipe in recipes:
             assert "model" in load(str(recipe)), recipe

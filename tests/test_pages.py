@@ -43,6 +43,7 @@ from .test_voc import write_voc
 # test_label_onnx.py.
 EXAMPLES = [
     *("config.model.student", "onnxruntime", "L(TorchvisionBackbone)", "with_timm_backbone("),
+    "timm_teacher(",
     *(
         "L(register_voc)",
         "L(subset)",
@@ -143,6 +144,13 @@ def test_a_student_on_a_timm_network():
     shipped.model.backbone.bottom_up.freeze_at = 2
     assert made.model == shipped.model and made.dataloader == shipped.dataloader
     assert made.train.init_checkpoint == shipped.train.init_checkpoint == ""
+
+
+def test_a_teacher_that_is_only_a_backbone():
+    pytest.importorskip("timm")
+    made = recipe_with("timm_teacher(")
+    shipped = load("projects/PKD/configs/pkd_faster_rcnn_R_50_from_dinov2_1x.py")
+    assert made.model == shipped.model and made.dataloader == shipped.dataloader
 
 
 def test_data_in_cocos_format(tmp_path, monkeypatch):

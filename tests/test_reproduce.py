@@ -8,7 +8,7 @@ import yaml
 from d2kd.config import load
 
 from . import coco_cost
-from .common import ROOT
+from .common import HAS_VITDET, ROOT
 from .pages import commands
 
 PAGE = (ROOT / "docs/reproduce.md").read_text()
@@ -28,7 +28,8 @@ def test_every_recipe_for_coco_has_its_command():
 
 @pytest.mark.sweep
 def test_a_recipe_that_needs_another_comes_after_it():
-    position = {recipe: PAGE.index(f"--config-file {recipe}") for recipe in RECIPES}
+    recipes = [recipe for recipe in RECIPES if HAS_VITDET or "vitdet" not in recipe]
+    position = {recipe: PAGE.index(f"--config-file {recipe}") for recipe in recipes}
     position |= {
         recipe: PAGE.index(recipe) for recipe in re.findall(r"baselines/\w+_[23]x\.py", PAGE)
     }

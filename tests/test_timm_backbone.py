@@ -218,7 +218,12 @@ def test_a_copy_is_a_network_of_its_own():
     [
         (dict(name="tf_eficientnet_lite0"), "timm has no such .*such as tf_efficientnet_lite0"),
         (dict(name="resnet18.a9_in1k"), r"no such weights; .*resnet18, resnet18\.a1_in1k"),
-        (dict(name="test_vit"), "test_vit: no feature 'res2'; expected res4"),
+        (
+            dict(name="test_vit", out_features=["res4"]),
+            "no feature 'res4'; expected block0, block1",
+        ),
+        (dict(name="test_vit", freeze_at=2), "test_vit: has no stage for freeze_at=2"),
+        (dict(name="beit_base_patch16_224"), "no feature 'res2'; expected res4"),
         (dict(name="convmixer_768_32"), "no feature.*; expected a CNN"),
         (dict(name="maxvit_tiny_rw_224"), "fails on 128x128 pixels .*expected a CNN"),
         (dict(name=TINY, norm="GN"), "norm: GN; expected BN or FrozenBN"),

@@ -151,6 +151,16 @@ def test_a_teacher_from_the_zoo_in_one_word(folder):
         assert made.model.teacher.classes == "coco_2017_train"
 
 
+def test_a_teacher_of_timm_in_one_word(folder):
+    pytest.importorskip("timm")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--config-file", str(folder / "plain.py"), "--distill", "pkd"]
+    made = recipe(parser.parse_args([*words, "--teacher", "timm:test_vit", "train.max_iter=7"]))
+    assert made.train.max_iter == 7
+    assert made.model.teacher.detector.backbone.name == "test_vit"
+
+
 def _spoil(folder: Path) -> None:
     """Files to be refused."""
     (folder / "half.pth").write_bytes((folder / "teacher.pth").read_bytes()[:3000])

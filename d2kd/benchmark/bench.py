@@ -166,7 +166,8 @@ class Bench:
         try:
             measure_norm_statistics(student, self.batches)
             # The teacher has its own batches, since its classes and image sizes may differ.
-            batches = [_teacher_batch(teacher, batch) for batch in self._draw(teacher.detector)]
+            drawn = self._draw(teacher.detector if teacher.has_predictions else student)
+            batches = [_teacher_batch(teacher, batch) for batch in drawn]
             measure_norm_statistics(teacher.detector, batches)
             recorded = [self._record(model, batch) for batch in self.batches]
         except FloatingPointError as error:  # raised by Detectron2 for non-finite proposals

@@ -27,6 +27,7 @@ from ..config import (
     full_size_mapper,
     get_test_mapper,
     is_distiller,
+    is_feature_extractor,
     load,
     load_recipe_or_none,
     student_node,
@@ -427,8 +428,8 @@ def detectors_from_run(folder: Path, dataset: str | None = None) -> tuple[list[D
             raise InputError(file, "no such file", "the output folder of a finished run or study")
     recipe = load(str(config))
     found = []
-    if is_distiller(recipe.model) and recipe.model.teacher.weights:
-        node = recipe.model.teacher
+    node = recipe.model.teacher if is_distiller(recipe.model) else None
+    if node is not None and node.weights and not is_feature_extractor(node):
         classes = None
         if node.get("classes") is not None:
             classes = apply_aliases(
@@ -505,7 +506,7 @@ def detectors_from_study(
     record = read_json(folder / best["name"] / "run.json").get("teacher") or {}
     teacher = hashes.get(record.get("weights_sha256"))
     if teacher is None:  # it was not evaluated before the run, or was trained elsewhere
-        named = Path(recipes[best["name"]].model.teacher.weights).parent.name
+        named = Path(recipes[best["name"]].model.teacher.weights or "").parent.name
         teacher = next((row for row in rows if row["name"] == named), None)
     shown = [row for row in (teacher, of_seed[seed], best) if row is not None]
     found = []

@@ -324,6 +324,8 @@ def get_detector_config(path: str) -> DictConfig:
 
 ZOO = "zoo:"
 """Prefix of the name of a trained detector in Detectron2's model zoo."""
+TIMM = "timm:"
+"""Prefix of the name of a classifier in timm, which teaches features alone."""
 
 
 def zoo_detector(name: str) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data import DownscaledStudentMapper, build_train_loader
-from ..modeling import Distiller, TimmBackbone, TorchvisionBackbone
+from ..modeling import Distiller, FeatureExtractor, TimmBackbone, TorchvisionBackbone
 from ..utils.errors import InputError
 
 
@@ -86,6 +86,11 @@ def has_target(node: DictConfig, kind: type) -> bool:
 def is_distiller(model: DictConfig) -> bool:
     """Return whether the target of a model node is :class:`Distiller`."""
     return has_target(model, Distiller)
+
+
+def is_feature_extractor(teacher: DictConfig) -> bool:
+    """Return whether the detector of a :class:`Teacher` node is a :class:`FeatureExtractor`, which detects nothing."""
+    return has_target(teacher.get("detector"), FeatureExtractor)
 
 
 def check_arguments(config: DictConfig) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.sizes import DataSizes
+from .files import TIMM
 
 SMALLEST_SIDE = 16
 """Side in pixels that nine of ten objects should have after resizing: four cells of the finest feature map."""
@@ -107,7 +108,7 @@ def recipe_text(
         sizes: of the training data.
         classes: class names.
         data: nodes of training and validation data, as Python code.
-        teacher: None: the file has one to be trained; else ``zoo:NAME`` or (config, weights).
+        teacher: None: the file has one to be trained; else ``zoo:NAME``, ``timm:NAME`` or (config, weights).
         timm: whether the networks are timm's, with weights from Python packages, or torchvision's.
     """
     stem = file.removesuffix(".py")
@@ -147,6 +148,7 @@ def recipe_text(
             _DISTILL.format(
                 teacher=_OWN_TEACHER if own else _literal(teacher),
                 note="" if own else _GIVEN_TEACHER,
+                method="pkd" if str(teacher).startswith(TIMM) else "tar",
             ),
         )
     )
@@ -302,7 +304,7 @@ _DISTILL = """
 {note}model, dataloader, optimizer, lr_multiplier, train = distill(
     alone,
     teacher={teacher},
-    **method("tar"),
+    **method("{method}"),
 )
 train.output_dir = f"{{OUTPUT}}/distilled"
 """

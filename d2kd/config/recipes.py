@@ -29,11 +29,18 @@ from ..losses import (
     ReviewKDLoss,
     TARLoss,
 )
-from ..modeling import GFL, Distiller, Teacher, TimmBackbone, timm_pixel_statistics
+from ..modeling import (
+    GFL,
+    Distiller,
+    FeatureExtractor,
+    Teacher,
+    TimmBackbone,
+    timm_pixel_statistics,
+)
 from ..modeling.backbone.timm_backbone import timm_stages
 from ..structures.class_map import class_names
 from ..utils.errors import InputError
-from .files import ZOO, get_config, get_detector_config, load, zoo_detector
+from .files import TIMM, ZOO, get_config, get_detector_config, load, zoo_detector
 from .nodes import Recipe, as_config, base_mapper, has_target, is_distiller, student_node
 
 METHODS: dict[str, Callable[[], dict[str, DictConfig]]] = {
@@ -86,7 +93,8 @@ def distill(
     Args:
         base: the student's recipe, or its path or name. It is not modified.
         teacher: a ``Teacher`` node; or (config, weights), where the config is as in :func:`get_detector_config`; or
-            "zoo:NAME", a trained detector of Detectron2's model zoo, whose classes are matched by their names.
+            "zoo:NAME", a trained detector of Detectron2's model zoo, whose classes are matched by their names; or
+            "timm:NAME", a classifier of timm with its weights, see :func:`timm_teacher`.
         losses: a ``DistillLosses`` node.
         loss_optimizer: becomes ``train.loss_optimizer``: ``optimizer``, ``lr_multiplier`` and ``clip_gradients``
             of the losses' parameters, as in ``common/icd.py``. By default the student's optimizer trains them.
@@ -98,12 +106,14 @@ def distill(
         Recipe: the complete recipe.
 
     Raises:
-        InputError: a config cannot be loaded, or the model zoo has no detector of this name.
+        InputError: a config cannot be loaded, or there is no detector, or classifier, of this name.
     """
     base = load(base) if isinstance(base, str) else copy.deepcopy(as_config(base))
+    if isinstance(teacher, str) and teacher.startswith(TIMM):
+        teacher = timm_teacher(teacher.removeprefix(TIMM))
     if isinstance(teacher, str):
         if not teacher.startswith(ZOO):
-            raise InputError("teacher", teacher, f"(config, weights), or {ZOO}NAME")
+            raise InputError("teacher", teacher, f"(config, weights), {ZOO}NAME or {TIMM}NAME")
         config, weights, classes = zoo_detector(teacher)
         teacher = L(Teacher)(detector=get_detector_config(config), weights=weights)
         if OmegaConf.select(base, "dataloader.train.dataset.names") is not None:
@@ -131,6 +141,35 @@ def distill(
     if loss_optimizer is not None:
         base.train.loss_optimizer = loss_optimizer
     return Recipe.from_config({**base, "model": model})
+
+
+def timm_teacher(
+    name: str,
+    *,
+    checkpoint_path: str | None = None,
+    out_features: Iterable[str] | None = None,
+    **options: Any,
+) -> DictConfig:
+    """Return the node of a teacher that is a timm classifier alone, for losses of features. In a config::
+
+        distill(…, teacher=timm_teacher("vit_small_patch14_dinov2.lvd142m"), losses=L(DistillLosses)(pkd=L(PKDLoss)()))
+
+    Its images are the student's, in RGB and with the pixel statistics of its weights.
+
+    Args:
+        name: a CNN or a plain vision transformer by its name in timm, see :class:`TimmBackbone`.
+        checkpoint_path: its weights. None: timm's, downloaded once.
+        out_features: names of its levels. None: "res2" to "res5" of a CNN, the last block of a transformer.
+        options: further arguments of :class:`Teacher`, such as ``dtype``.
+
+    Raises:
+        InputError: timm is not installed, or has no such network.
+    """
+    timm_stages(name)  # raises an error now, not when the teacher is built
+    backbone = L(TimmBackbone)(name=name, pretrained=True, checkpoint_path=checkpoint_path)
+    if out_features is not None:
+        backbone.out_features = list(out_features)
+    return L(Teacher)(detector=L(FeatureExtractor)(backbone=backbone), weights="", **options)
 
 
 def with_timm_backbone(

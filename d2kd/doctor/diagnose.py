@@ -13,7 +13,13 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import is_distiller, student_node, with_defaults, without_weights
+from ..config import (
+    is_distiller,
+    is_feature_extractor,
+    student_node,
+    with_defaults,
+    without_weights,
+)
 from ..engine import Trainer
 from ..engine.checkpoint import unwrap_ddp
 from ..modeling.weights import CLASSES_KEY, PIXEL_STATISTICS, load_checkpoint, without_wrapper
@@ -115,6 +121,8 @@ def _check_teacher_weights(config: DictConfig) -> Iterator[Finding]:
     if not is_distiller(config.model):
         return
     teacher = config.model.teacher
+    if is_feature_extractor(teacher) and teacher.get("weights") == "":
+        return  # those of its backbone, without which the run is not built
     if not teacher.get("weights"):
         found, advice = "none: it is untrained", "model.teacher.weights=FILE"
         yield Finding("teacher's weights", "error", found, advice)

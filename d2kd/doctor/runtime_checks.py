@@ -138,6 +138,9 @@ def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator
 
     A teacher without common classes, or with more classes and no names, is skipped; the class map is checked elsewhere.
     """
+    if not model.teacher.has_predictions:
+        yield Finding("teacher", "ok", "not measured: a FeatureExtractor detects nothing")
+        return
     class_map = model.class_map
     with suppress_output():
         detect = model.teacher.predictor_in_student_classes(

@@ -17,7 +17,7 @@ from ..config import base_mapper
 from ..data import check_dataset
 from ..data.datasets import dataset_names
 from ..engine.checkpoint import get_student, unwrap_ddp
-from ..layers.adapter import is_power_of_two, match_levels
+from ..layers.adapter import LevelStrides, match_levels
 from ..modeling import Distiller
 from ..modeling.inference_optimization import is_frozen_norm
 from ..structures.class_map import class_names, num_classes_of
@@ -112,7 +112,7 @@ def _check_pixels(who: str, detector: nn.Module, seen: str, key: str) -> Finding
         if order != seen and _close(mean, known):
             found = f"the {who} sees {seen}, its pixel_mean is ImageNet's in {order}"
             return Finding("channel order", "error", found, f"{key}={order}, or turn its mean")
-    bottom_up = getattr(detector.backbone, "bottom_up", None)
+    bottom_up = getattr(detector.backbone, "bottom_up", detector.backbone)
     statistics = getattr(bottom_up, "pixel_statistics", None)
     if statistics and getattr(bottom_up, "pretrained", False):
         wanted_mean, wanted_std = statistics
@@ -163,7 +163,7 @@ def _check_classes(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
         yield Finding("classes", "error", found, f"num_classes={len(names)} of the student")
     else:
         yield Finding("classes", "ok", f"{count} of the student and of the data")
-    if not isinstance(model, Distiller):
+    if not isinstance(model, Distiller) or not model.teacher.has_predictions:
         return
     teacher_count = num_classes_of(model.teacher.detector)
     if old := getattr(student, "num_old_classes", 0):
@@ -203,11 +203,12 @@ def _check_levels(config: DictConfig, model: nn.Module) -> Iterator[Finding]:
         yield Finding("levels", "warning", error.found, "losses that do not compare features")
         return
     student, teacher = (backbone.output_shape() for backbone in backbones)
+    strides = LevelStrides.of(*backbones, matches, scale)
     pairs = []
     for a, b in matches.items():
-        resized = (
-            "" if is_power_of_two(scale) else f", resized from {teacher[b].stride / scale:.3g}"
-        )
+        resized = ""
+        if strides.is_resized(a):
+            resized = f", resized from {teacher[b].stride / scale:.3g}"
         pairs.append(
             f"{a if a == b else f'{a} with {b}'} (stride {student[a].stride}{resized}, "
             f"{student[a].channels} and {teacher[b].channels} channels)"

@@ -425,7 +425,9 @@ class DrawDetections(HookBase):
             MetadataCatalog.get(names[0]),
             student,
             classes or training_class_names(student, names),
-            model.teacher if isinstance(model, Distiller) else None,
+            model.teacher
+            if isinstance(model, Distiller) and model.teacher.has_predictions
+            else None,
         )
 
     def before_train(self) -> None:

@@ -31,6 +31,7 @@ from ..config import (
     base_mapper,
     full_size_mapper,
     is_distiller,
+    is_feature_extractor,
     student_node,
     teacher_node,
     without_weights,
@@ -94,8 +95,8 @@ def detector_row(name: str, detector: nn.Module) -> DetectorRow:
 
 
 def teacher_row(config: DictConfig, student: nn.Module) -> DetectorRow | None:
-    """Return the row of the recipe's teacher, if any. Its AP is over the student's classes."""
-    if not is_distiller(config.model):
+    """Return the row of the recipe's teacher, if it is a detector. Its AP is over the student's classes."""
+    if not is_distiller(config.model) or is_feature_extractor(config.model.teacher):
         return None
     teacher = instantiate(teacher_node(config.model))
     classes = instantiate(config.model.get("classes"))

@@ -41,16 +41,17 @@ def match_levels(
     """Return the matching levels, ``{student level: teacher level}``, in order of stride.
 
     Levels match by name if their strides are equal, otherwise by stride. Levels of an FPN's top block that differ in
-    kind (R-CNNs pool p6, dense detectors use a convolution) match only if they are in ``wanted``.
+    kind (R-CNNs pool p6, dense detectors use a convolution) match only if they are in ``wanted``. If no strides are
+    equal, as of a transformer with patches of 14 pixels, each level matches the one of the nearest stride, see
+    :func:`_nearest_strides`, and :func:`teacher_maps` resizes.
 
     Args:
         student, teacher: Detectron2 backbones.
         wanted: level names of the student, which all must match; or ``{student level: teacher level}``, pairs of any
             strides, of which :func:`teacher_maps` resizes those with other grids.
         scale: size of the teacher's images relative to the student's. Unless it is 1, levels match only by stride in
-            the student's pixels, because equal names mean different strides. If it is no power of two, no strides are
-            equal: each level matches the one of the nearest stride, see :func:`_nearest_strides`, and
-            :func:`teacher_maps` resizes.
+            the student's pixels, because equal names mean different strides. If it is no power of two, they match by
+            the nearest stride.
 
     Raises:
         InputError: if a wanted level is missing on one side or has different strides, or if no level matches.
@@ -68,11 +69,12 @@ def match_levels(
         name for name in s.keys() & t.keys() if same_size and s[name].stride == t[name].stride
     }
     by_stride = {shape.stride / scale: name for name, shape in t.items() if name not in by_name}
+    matches = {}
     if is_power_of_two(scale):
         matches = {name: by_stride[s[name].stride] for name in s if s[name].stride in by_stride}
         matches |= {name: name for name in by_name}
         matches = {name: match for name, match in matches.items() if comparable(name, match)}
-    else:
+    if not matches:
         matches = _nearest_strides(s, t, scale, comparable)
     in_order = sorted(s, key=lambda name: s[name].stride)
     matches = {name: matches[name] for name in in_order if name in matches}
@@ -127,7 +129,7 @@ def _nearest_strides(
 
     They differ by at most a factor of sqrt(2): half the step between the levels of a pyramid. The nearest pairs are
     matched first, and no level is matched twice. Of two levels of the teacher that are equally near, the finer one is
-    taken.
+    taken; of those with one stride, the last.
     """
     pairs = sorted(
         # Rounded, so that ties are ties.
@@ -135,14 +137,15 @@ def _nearest_strides(
             round(abs(math.log2(t.stride / (s.stride * scale))), 6),
             t.stride,
             name,
+            -place,
             match,
         )
         for name, s in student.items()
-        for match, t in teacher.items()
+        for place, (match, t) in enumerate(teacher.items())
         if comparable(name, match)
     )
     matches: dict[str, str] = {}
-    for octaves, _, name, match in pairs:
+    for octaves, _, name, _, match in pairs:
         if octaves <= 0.5 and name not in matches and match not in matches.values():
             matches[name] = match
     return matches
@@ -178,7 +181,11 @@ class LevelStrides:
 
     def is_resized(self, level: str) -> bool:
         """Return whether the cells of both maps differ, so that the teacher's map is resized."""
-        return self.teacher[level] != self.student[level] * self.scale
+        return self.ratio(level) != 1
+
+    def ratio(self, level: str) -> float:
+        """Return the teacher's stride divided by the student's, both in pixels of the student's images."""
+        return self.teacher[level] / (self.student[level] * self.scale)
 
 
 def teacher_maps(student, teacher, strides: LevelStrides) -> list[Tensor]:

@@ -51,7 +51,7 @@ class FeatureRMS(nn.Module):
 
     def __init__(self, levels: Iterable[str]):
         super().__init__()
-        self.levels = list(levels)
+        self.levels = list(dict.fromkeys(levels))
         for level in self.levels:
             self.register_buffer(f"rms_{level}", torch.zeros(()))
         self._measured = self._unchecked = False

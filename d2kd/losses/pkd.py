@@ -49,7 +49,7 @@ class PKDLoss(FeatureLoss):
         levels: level names of the student, or ``{student level: teacher level}``. None: all matching levels, but not the
             topmost if it is from the FPN's top block: P3-P6 of a RetinaNet, P2-P5 of a Faster R-CNN, as published.
         resize: which side is resized at pairs of levels with other strides: "student", bilinearly to the teacher's grid,
-            as published; or "teacher". Unless the scale is a power of two, the teacher's maps are always resized.
+            as published; or "teacher". Unless strides differ by powers of two, the teacher's maps are always resized.
         adapter: kind of adapter, see :class:`d2kd.layers.adapter.FeatureAdapter`.
         weight: a number or a schedule. None: 6 for two-stage students, 10 for others.
 
@@ -96,9 +96,10 @@ class PKDLoss(FeatureLoss):
 
     def map_pairs(self, student, teacher) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the maps of each level as :class:`FeatureLoss` does, on the grid of the side that ``resize`` leaves."""
-        if self.resize == "teacher" or not is_power_of_two(self.scale):
-            return super().map_pairs(student, teacher)
         pairs, strides = {}, self.level_strides
+        whole = all(is_power_of_two(strides.ratio(level)) for level in self.levels)
+        if self.resize == "teacher" or not whole:
+            return super().map_pairs(student, teacher)
         for level, match in self.levels.items():
             features, target = student.features[level], teacher.features[match]
             if strides.is_resized(level):

@@ -196,7 +196,6 @@ class TARLoss(DistillLoss):
                         f"a {type(detector).__name__} with use_sigmoid_ce, whose classes have no softmax",
                         "box heads with softmax, or classification_weight=0",
                     )
-        check_same_classes(student, teacher, self.class_map)
         if two_stage == {False}:
             check_anchors(
                 student,
@@ -204,6 +203,7 @@ class TARLoss(DistillLoss):
                 self.scale,
                 "the same anchors, or classification_weight=0 and regression_weight=0",
             )
+        check_same_classes(student, teacher, self.class_map)
 
     def forward(self, student, teacher) -> dict[str, Tensor]:
         terms, labelled = {}, student.is_labelled

@@ -4,6 +4,7 @@ from .backbone.fpn import LinearP6P7
 from .backbone.resnet import StaticBatchNorm2d, basic_resnet
 from .backbone.timm_backbone import TimmBackbone, add_timm_config, timm_pixel_statistics
 from .backbone.torchvision_backbone import TorchvisionBackbone, add_torchvision_config
+from .feature_extractor import FeatureExtractor
 from .meta_arch import GFL, Distiller, GFLHead, add_distiller_config, add_gfl_config
 from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, get_outputs_class
 from .teacher import Teacher
@@ -13,6 +14,7 @@ __all__ = [
     "DenseOutputs",
     "DetectorOutputs",
     "Distiller",
+    "FeatureExtractor",
     "GFLHead",
     "LinearP6P7",
     "RCNNOutputs",

@@ -1,4 +1,4 @@
-"""A frozen detector that is no submodule of the model it teaches."""
+"""A frozen detector, or backbone, that is no submodule of the model it teaches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from ..structures.class_map import (
 )
 from ..utils.compat import decode_in_float32
 from ..utils.errors import InputError
+from .feature_extractor import FeatureExtractor
 from .inference_optimization import cast_weights_, compile_modules, fuse_norms
 from .outputs import DetectorOutputs, autocast_context, current_autocast_dtype, get_outputs_class
-from .weights import file_sha256, load_weights_strict
+from .weights import file_sha256, load_weights_strict, state_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class Teacher:
     part of ``state_dict()``, ``parameters()``, the optimizer, DDP or ``train()``.
 
     Args:
-        detector: the detector; frozen and set to ``eval()`` here.
+        detector: the detector, or a :class:`FeatureExtractor` for losses of features; frozen and set to ``eval()`` here.
         weights: its checkpoint, any URI that Detectron2 reads, loaded strictly. None: the weights are not changed.
+            "": those with which the backbone of a :class:`FeatureExtractor` was built.
         image_format: channel order of the student's batches, "BGR" or "RGB".
         input_format: channel order of the detector's inputs. None: the detector's attribute ``input_format``, or
             ``image_format`` if it has none.
@@ -60,8 +62,8 @@ class Teacher:
         checkpoint_classes: class names in its weights file, or None.
 
     Raises:
-        InputError: the weights are "" or cannot be read, do not fit or are of other classes; the detector has no class of
-            outputs; the number of class names is wrong; an argument is invalid.
+        InputError: the weights cannot be read, do not fit or are of other classes, or are "" and the detector was built with
+            none; the detector has no class of outputs; the number of class names is wrong; an argument is invalid.
     """
 
     def __init__(
@@ -80,21 +82,30 @@ class Teacher:
     ):
         if dtype not in (None, *DTYPES):
             raise InputError("teacher.dtype", dtype, " or ".join(DTYPES))
-        self.outputs_class = get_outputs_class(detector)
+        features_only = isinstance(detector, FeatureExtractor)
+        self.outputs_class = DetectorOutputs if features_only else get_outputs_class(detector)
         decode_in_float32(detector)
+        if features_only and classes is not None:
+            raise InputError("teacher.classes", "given for a FeatureExtractor", "null: it has none")
         names = None if classes is None else class_names(classes, "teacher.classes")
         if names is not None:
             check_classes("teacher", detector, apply_aliases(names, aliases or {}))
         weights = None if weights is None else str(weights)  # a recipe may have a Path
-        self.weights, self.checkpoint_classes = weights, None
-        if weights == "":
+        self.checkpoint_classes, self._built_sha256 = None, None
+        built = features_only and detector.has_weights
+        if weights == "" and not built:
             expected = (
                 "its checkpoint, by model.teacher.weights=FILE; null for an untrained teacher"
             )
+            if features_only:
+                expected += "; or a backbone with weights of its own, by its pretrained=True"
             raise InputError("teacher.weights", "none", expected)
+        if built and not weights:
+            weights, self._built_sha256 = None, state_sha256(detector)
+        self.weights = weights
         if weights is not None:
             stored = load_weights_strict(detector, weights, names)
-            if stored is not None and len(stored) == num_classes_of(detector):
+            if stored and not features_only and len(stored) == num_classes_of(detector):
                 self.checkpoint_classes = stored
         if aliases and names is None:
             names = self.checkpoint_classes
@@ -121,8 +132,13 @@ class Teacher:
 
     @property
     def weights_sha256(self) -> str | None:
-        """SHA-256 of the weights file; None if there is no file."""
-        return None if self.weights is None else file_sha256(self.weights)
+        """SHA-256 of the weights file, or of the weights with which a backbone was built; None if there are none."""
+        return self._built_sha256 if self.weights is None else file_sha256(self.weights)
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether it is a detector; a :class:`FeatureExtractor` has features alone."""
+        return not isinstance(self.detector, FeatureExtractor)
 
     def convert_inputs(self, batched_inputs: list[dict]) -> list[dict]:
         """Return the batch with images of the teacher's size and channel order.
@@ -131,7 +147,8 @@ class Teacher:
         are removed, because they are in the student's pixels.
 
         Raises:
-            InputError: ``scale`` is above 1, and the batch has no images of the teacher's size.
+            InputError: ``scale`` is above 1, and the batch has no images of the teacher's size; or an image is larger than
+                the square to which the detector pads, as a ViTDet does.
         """
         if self.scale != 1:
             if not all("teacher_image" in x for x in batched_inputs):
@@ -145,6 +162,13 @@ class Teacher:
                 {**{k: v for k, v in x.items() if k not in names}, "image": x["teacher_image"]}
                 for x in batched_inputs
             ]
+        # Later Detectron2's; it would crop a single image, and fail on several.
+        padding = getattr(self.detector.backbone, "padding_constraints", {})
+        if square := padding.get("square_size", 0):
+            for x in batched_inputs:
+                if max(size := tuple(x["image"].shape[-2:])) > square:
+                    found, expected = f"an image of {size}", f"at most {square}, its square_pad"
+                    raise InputError("size of the teacher's images", found, expected)
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
@@ -164,9 +188,12 @@ class Teacher:
             class_map: None: the teacher's classes are the student's first ones.
 
         Returns:
-            a function of batches, without detections of other classes; None, with a warning, if the teacher's
-            classes cannot be mapped to the student's.
+            a function of batches, without detections of other classes; None, with a line in the log, if it detects
+            nothing, or its classes cannot be mapped to the student's.
         """
+        if not self.has_predictions:
+            logger.info("The teacher's AP is not measured: a FeatureExtractor detects nothing")
+            return None
         if class_map is None:
             if (count := num_classes_of(self.detector)) <= num_classes:
                 return self.detect

@@ -401,6 +401,15 @@ def _sha256(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers with their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def file_sha256(weights: str) -> str:
     """Return the SHA-256 of a weights file, in hexadecimal; each version of a file is read once."""
     path = local_path(weights)

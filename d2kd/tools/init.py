@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         nargs="+",
         metavar="CONFIG WEIGHTS",
-        help="a trained teacher: a config and weights, or zoo:NAME; by default one is trained first",
+        help="a trained teacher: a config and weights, zoo:NAME or timm:NAME; by default one is trained first",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a new .py file")
 
@@ -104,15 +104,19 @@ def _measure(data: str, nodes: list[tuple[Callable, dict]]) -> tuple[DataSizes, 
 
 
 def _teacher(given: list[str] | None) -> str | tuple[str, str] | None:
-    from ..config.files import ZOO, zoo_detector
+    from ..config.files import TIMM, ZOO, zoo_detector
+    from ..modeling.backbone.timm_backbone import timm_stages
 
     if given is None:
         return None
     if len(given) == 1 and given[0].startswith(ZOO):
         zoo_detector(given[0])  # raises an error if there is none of this name
         return given[0]
+    if len(given) == 1 and given[0].startswith(TIMM):
+        timm_stages(given[0].removeprefix(TIMM))  # so does this
+        return given[0]
     if len(given) != 2:
-        raise InputError("--teacher", " ".join(given), "CONFIG WEIGHTS, or zoo:NAME")
+        raise InputError("--teacher", " ".join(given), "CONFIG WEIGHTS, zoo:NAME or timm:NAME")
     return tuple(_absolute_if_file(word) for word in given)
 
 

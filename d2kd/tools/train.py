@@ -2,11 +2,12 @@
 
     d2kd train --config-file RECIPE [--resume] [--num-gpus N] [KEY=VALUE …]
     d2kd train --config-file RECIPE --eval-only (--resume | train.init_checkpoint=WEIGHTS)
-    d2kd train --config-file PLAIN --distill METHOD --teacher (zoo:NAME | CONFIG WEIGHTS) [KEY=VALUE …]
+    d2kd train --config-file PLAIN --distill METHOD --teacher TEACHER [KEY=VALUE …]
 
 RECIPE is a LazyConfig: a file, or a name in d2kd or Detectron2's model zoo. The third form adds a teacher to a plain
-recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x, or any other by
-its config and weights. ``--resume`` logs each value that has changed, and whether it has an effect. ``--eval-only`` writes
+recipe: a trained detector of Detectron2's model zoo, as in zoo:COCO-Detection/faster_rcnn_R_101_FPN_3x; an image classifier
+of timm, as in timm:vit_small_patch14_dinov2, for methods between features; or any other detector by its CONFIG WEIGHTS.
+``--resume`` logs each value that has changed, and whether it has an effect. ``--eval-only`` writes
 ``evaluation/results.json`` in the output folder. Use ``--num-gpus`` for several GPUs, and torchrun for several processes
 on a CPU.
 """
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         nargs="+",
         metavar=("CONFIG", "WEIGHTS"),
-        help="for --distill: zoo:NAME alone; or a LazyConfig, a yacs YAML or a model zoo name, and weights",
+        help="for --distill: zoo:NAME or timm:NAME alone; or a LazyConfig, a yacs YAML or a model zoo name, and weights",
     )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="per machine")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N")
@@ -55,17 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def recipe(args: argparse.Namespace) -> DictConfig:
     """Return the recipe of the command line, with overrides applied."""
     from ..config import apply_overrides, distill, load, method, with_defaults
-    from ..config.files import ZOO
+    from ..config.files import TIMM, ZOO
 
     if (args.distill is None) != (args.teacher is None):
         raise InputError("--distill METHOD and --teacher CONFIG WEIGHTS", "one of them", "both")
     config, overrides = load(args.config_file), args.opts
     if args.distill:
         # The words after the teacher are overrides.
-        count = 1 if args.teacher[0].startswith(ZOO) else 2
+        count = 1 if args.teacher[0].startswith((ZOO, TIMM)) else 2
         given, overrides = args.teacher[:count], [*args.teacher[count:], *args.opts]
         if len(given) < count:
-            raise InputError("--teacher", f"{given[0]} alone", f"CONFIG WEIGHTS, or {ZOO}NAME")
+            expected = f"CONFIG WEIGHTS, {ZOO}NAME or {TIMM}NAME"
+            raise InputError("--teacher", f"{given[0]} alone", expected)
         teacher = given[0] if count == 1 else tuple(given)
         config = with_defaults(distill(config, teacher=teacher, **method(args.distill)))
         # Not the folder of the student alone, whose run it would replace.

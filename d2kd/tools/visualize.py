@@ -91,13 +91,13 @@ def student_checkpoint(config, weights: dict[str, str]) -> str:
 
 def set_teacher_weights(config, weights: dict[str, str], what: str, method: str) -> None:
     """Set the weights of the recipe's teacher; raise InputError if there is no teacher, or no weights."""
-    from ..config import is_distiller
+    from ..config import is_distiller, is_feature_extractor
 
     if not is_distiller(config.model):
         raise InputError(f"--what {what}", "a plain recipe", f"one that distils by {method}")
     node = config.model.teacher
     node.weights = weights.get("teacher", node.weights)
-    if not node.weights:
+    if not node.weights and not (is_feature_extractor(node) and node.weights == ""):
         raise InputError("--weights", "no teacher, and none in the recipe", "teacher=FILE")
 
 
@@ -136,13 +136,19 @@ def erd_of(config, weights: dict[str, str]) -> tuple:
 
 
 def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
-    """Return title -> (function of batches, class names), for the teacher, if it has weights, and the student.
+    """Return title -> (function of batches, class names), for the teacher, if it is a detector with weights, and the student.
 
     The student's class names are those of its checkpoint, otherwise of the recipe, otherwise of the data set.
     """
     from detectron2.config import instantiate
 
-    from ..config import is_distiller, student_node, teacher_node, without_weights
+    from ..config import (
+        is_distiller,
+        is_feature_extractor,
+        student_node,
+        teacher_node,
+        without_weights,
+    )
     from ..engine.checkpoint import teacher_class_names, training_class_names
     from ..engine.launch import pick_device
     from ..modeling.weights import CLASSES_KEY, load_checkpoint, load_weights_strict
@@ -152,6 +158,9 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
     checkpoint = student_checkpoint(config, weights)
     if "teacher" in weights and not is_distiller(config.model):
         raise InputError("--weights", "teacher=, and the recipe has none", "a distillation recipe")
+    if "teacher" in weights and is_feature_extractor(config.model.teacher):
+        found = "teacher=, of a FeatureExtractor, which detects nothing"
+        raise InputError("--weights", found, "student=FILE")
     student = instantiate(without_weights(student_node(config.model))).to(device).eval()
     load_weights_strict(student, checkpoint)
     names = load_checkpoint(checkpoint).get(CLASSES_KEY)
@@ -162,7 +171,7 @@ def detectors_of(config, weights: dict[str, str], dataset: str) -> dict:
     if is_distiller(config.model):
         node = config.model.teacher
         node.weights = weights.get("teacher", node.weights)
-        if node.weights:
+        if node.weights and not is_feature_extractor(node):
             teacher = instantiate(teacher_node(config.model))
             teacher.detector.to(device)
             detectors["teacher"] = teacher.detect, teacher_class_names(teacher, names)

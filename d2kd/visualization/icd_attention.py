@@ -23,7 +23,7 @@ from torch import nn
 from ..config import has_target
 from ..data import InstancePriors, check_dataset
 from ..data.datasets import sample_evenly
-from ..layers.adapter import is_power_of_two, resize_map
+from ..layers.adapter import resize_map
 from ..layers.attention import CellPositions
 from ..layers.masks import valid_cells
 from ..layers.queries import make_queries
@@ -173,7 +173,8 @@ def compute_attention(
     gt.gt_boxes.scale(width / truth.image_size[1], height / truth.image_size[0])
     gt.gt_classes = truth.gt_classes
     image_size, padded = outputs.images.image_sizes[0], outputs.images.tensor.shape[-2:]
-    if is_power_of_two(loss.scale):
+    strides = loss.level_strides
+    if not any(map(strides.is_resized, strides.levels)):
         maps = {level: outputs.features[match].float() for level, match in loss.levels.items()}
     else:  # on the student's grid, as in training
         multiple = max(loss.strides.values())

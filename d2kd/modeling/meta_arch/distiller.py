@@ -132,10 +132,14 @@ class Distiller(nn.Module):
             )
         if proposals_from == "both" and teacher.detector.proposal_generator is None:
             raise InputError("proposals_from", "both, where the teacher has no RPN", "student")
+        if inherit and not teacher.has_predictions:
+            raise InputError("inherit", f"{list(inherit)}, of a FeatureExtractor", "[]")
         self.class_map = build_class_map(student, teacher, classes)
-        self._incremental_class_map = incremental_class_map(
-            student, teacher.detector, self.class_map
-        )
+        self._incremental_class_map = None
+        if teacher.has_predictions:
+            self._incremental_class_map = incremental_class_map(
+                student, teacher.detector, self.class_map
+            )
         if hasattr(losses, "setup"):
             losses.setup(student, teacher.detector, self.class_map, teacher.scale)
         self.taps = tuple(getattr(losses, "taps", ()))
