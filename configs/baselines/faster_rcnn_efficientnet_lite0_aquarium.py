@@ -14,7 +14,7 @@ _channels = 64
 _base.model.backbone.out_channels = _channels
 _base.model.proposal_generator.head.in_channels = _channels
 _base.model.roi_heads.box_head.input_shape = ShapeSpec(channels=_channels, height=7, width=7)
-_base.optimizer.lr = 1e-3
+_base.optimizer.lr = 4e-4  # on val, after 600 steps: 1e-4 3.9, 3e-4 7.6, 4e-4 9.1, 1e-3 4.1
 
 model, dataloader, optimizer, lr_multiplier, train = with_timm_backbone(
     _base,
