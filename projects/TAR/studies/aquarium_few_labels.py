@@ -35,7 +35,7 @@ runs = default_runs(_student, lite2(TEACHER_STEPS, SIDE), ["imitation", "tar"], 
 runs["teacher_labels"] = teacher_labels(
     with_downscaled_student(_student, SCALE), _others, MIN_SCORE
 )
-runs["tar_teacher_labels"] = dict(
+runs["teacher_labels_and_tar"] = dict(
     teacher_labels(runs["tar"]["config"], _others, MIN_SCORE), teacher="teacher"
 )
 runs["all_labels"] = dict(config=with_downscaled_student(_all, SCALE))
