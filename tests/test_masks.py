@@ -1,14 +1,21 @@
 """Masks of regions: what the student's mask head trained with, the same places of the teacher, and TAR's mask term."""
 
+import json
 import math
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling.roi_heads import mask_head
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from torch.nn.functional import interpolate
 
+from d2kd.data import build_train_loader, coco_dataset
+from d2kd.data.datasets import check_masks
 from d2kd.losses import DistillLosses, TARLoss
 from d2kd.losses.tar import mask_term
 from d2kd.modeling import Distiller, MaskRegions, Teacher, capture, get_outputs_class
@@ -323,6 +330,69 @@ def test_saturated_masks_have_a_finite_loss_and_gradient():
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all()
     assert mask_term(teacher, teacher, torch.tensor([True])).abs() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+    """A COCO file of one image, as polygons and as RLE: two objects, one in two parts, and a crowd."""
+    folder = tmp_path_factory.mktemp("annotated")
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "0.png")
+    two = [[4, 4, 20, 4, 20, 30, 4, 30], [24, 4, 34, 4, 34, 30, 24, 30]]
+    polygons = [two, [[30, 32, 60, 32, 60, 60]]]
+    rows = [{"bbox": [4, 4, 30, 26], "area": 676}, {"bbox": [30, 32, 30, 28], "area": 420}]
+    crowd = {"size": [64, 64], "counts": [0, 640, 3456]}
+    rows.append({"bbox": [0, 0, 10, 64], "area": 640})
+    for number, row in enumerate(rows):
+        row |= {"id": number + 1, "image_id": 0, "category_id": number + 1, "iscrowd": number // 2}
+    content = {"images": [{"id": 0, "file_name": "0.png", "width": 64, "height": 64}]}
+    content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate("abc")]
+    rle = [mask_util.merge(mask_util.frPyObjects(one, 64, 64)) for one in polygons]
+    for one in rle:
+        one["counts"] = one["counts"].decode()
+    for name, masks in (("polygon", polygons), ("bitmask", rle)):
+        annotations = [row | {"segmentation": x} for row, x in zip(rows, [*masks, crowd])]
+        (folder / f"{name}.json").write_text(json.dumps(content | {"annotations": annotations}))
+    return folder
+
+
+def mapped_examples(folder, form):
+    name = coco_dataset(f"{folder} {form}", str(folder / f"{form}.json"), str(folder))
+    options = {"use_instance_mask": True, "instance_mask_format": form}
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR", **options)
+    loader = build_train_loader(
+        dataset=get_detection_dataset_dicts(name), mapper=mapper, total_batch_size=1, num_workers=0
+    )
+    check_masks(loader)
+    return [mapper(record) for record in get_detection_dataset_dicts(name)]
+
+
+@pytest.mark.parametrize("known", [None, ["c", "b"], ["a"]])
+def test_polygons_and_rle_teach_the_same(annotated, known):
+    """In whole steps, with a teacher of the same classes or of others. No crowd has a region."""
+    terms, targets = [], []
+    for form in ("polygon", "bitmask"):
+        torch.manual_seed(0)
+        teacher = build(tiny_mask_rcnn(classes=len(known or "abc")), 1)
+        torch.nn.init.normal_(teacher.roi_heads.mask_head.predictor.weight)
+        model = Distiller(
+            student=build(tiny_mask_rcnn()),
+            teacher=Teacher(teacher, None, classes=known),
+            losses=DistillLosses(tar=TARLoss(mask_gate="none")),
+            max_iter=2,
+            classes=known and ["a", "b", "c"],
+        ).train()
+        given = []
+        model.losses.register_forward_pre_hook(lambda _, sides, given=given: given.append(sides[0]))
+        losses = forward_losses(model, mapped_examples(annotated, form))
+        sum(losses.values()).backward()
+        terms.append(float(losses["distill/loss_tar_mask"].detach()))
+        regions = given[0].mask_regions
+        targets.append(regions.gt_masks)
+        assert set(regions.gt_classes.tolist()) == {0, 1}
+    assert terms[0] == terms[1] > 0
+    same = (targets[0] == targets[1]).float().mean()
+    assert same > 0.97 and 0.2 < targets[0].float().mean() < 0.9
 
 
 def test_mask_gate_is_better_or_none(refuses):
