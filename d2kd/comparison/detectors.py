@@ -40,7 +40,7 @@ from ..structures.class_map import ClassMap, apply_aliases, class_names, num_cla
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 from ..utils.io import read_json
-from .matching import Detections, GroundTruth
+from .matching import Detections, GroundTruth, counted_annotations, object_array, to_rle
 
 MAX_IMAGES_WITHOUT_WORKER = 32
 """Up to this number of images no loader worker is used."""
@@ -56,6 +56,7 @@ class EvaluationData:
         truth: ground truth.
         category_ids: COCO category id of each class.
         sha256: hash of what detections depend on: names, sizes and times of the image files, objects, classes.
+        segmentations: of each object, polygons or an RLE as in a COCO file, None without a mask.
     """
 
     name: str
@@ -63,6 +64,17 @@ class EvaluationData:
     truth: GroundTruth
     category_ids: tuple[int, ...]
     sha256: str
+    segmentations: Sequence[Any] = ()
+
+    @cached_property
+    def masks(self) -> np.ndarray | None:
+        """(G,) the objects' masks as of :func:`.matching.to_rle`; None unless all objects have one."""
+        size = {record["image_id"]: (record["height"], record["width"]) for record in self.records}
+        found = [
+            to_rle(segmentation, *size[self.truth.image_ids[i]])
+            for i, segmentation in zip(self.truth.image, self.segmentations)
+        ]
+        return object_array(found) if found and all(found) else None
 
     @cached_property
     def index_of(self) -> dict[Any, int]:
@@ -93,7 +105,8 @@ def load_data(name: str) -> EvaluationData:
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
     digest.update("\n".join(_version(str(record["file_name"])) for record in records).encode())
-    return EvaluationData(name, records, truth, category_ids, digest.hexdigest())
+    found = [a.get("segmentation") for a in counted_annotations(content, category_ids)]
+    return EvaluationData(name, records, truth, category_ids, digest.hexdigest(), found)
 
 
 def _version(file: str) -> str:
@@ -124,6 +137,9 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
             box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
+            mask=object_array([to_rle(row["segmentation"], 0, 0) for row in rows])
+            if rows and all("segmentation" in row for row in rows)
+            else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read ({type(error).__name__})"
