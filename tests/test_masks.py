@@ -167,7 +167,7 @@ TAR_MASKS = {"feature_weight": 0, "classification_weight": 0, "regression_weight
     "options", [{}, {**TAR_MASKS, "mask_gate": "none"}], ids=["all terms", "masks alone"]
 )
 def test_properties(family, options):
-    """A mask is asked of the teacher alone where it is the only term, too."""
+    """Also with the mask term alone, for which the teacher computes no boxes."""
     assert len(check_loss(lambda: TARLoss(**options), {family: FAMILIES[family]})) == 7
 
 
