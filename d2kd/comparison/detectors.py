@@ -132,13 +132,14 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
         if unknown or unknown_class:
             found = f"{len(unknown)} detections of images, {len(unknown_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
+        size = {r["image_id"]: (r["height"], r["width"]) for r in data.records}
         detections = Detections(
             image=np.array([data.index_of[row["image_id"]] for row in rows], dtype=np.int64),
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
             box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
-            mask=object_array([to_rle(row["segmentation"], 0, 0) for row in rows])
-            if rows and all("segmentation" in row for row in rows)
+            mask=object_array([to_rle(row["segmentation"], *size[row["image_id"]]) for row in rows])
+            if rows and all(row.get("segmentation") for row in rows)
             else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -146,8 +147,7 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
         raise InputError(path, found, "a COCO results file") from error
     if not (np.isfinite(detections.box).all() and np.isfinite(detections.score).all()):
         raise InputError(path, "boxes or scores that are not finite", "a COCO results file")
-    size = {record["image_id"]: (record["width"], record["height"]) for record in data.records}
-    size = np.array([size[row["image_id"]] for row in rows]).reshape(len(rows), 2)
+    size = np.array([size[row["image_id"]][::-1] for row in rows]).reshape(len(rows), 2)
     near = detections.box[:, :2]
     far = near + detections.box[:, 2:]
     outside = ((near > size) | (far < 0)).any(axis=1)
