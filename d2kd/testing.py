@@ -44,6 +44,17 @@ def tiny_mask_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -
     return model
 
 
+def tiny_cascade_mask_rcnn(
+    width: int = 4, channels: int = 16, classes: int = CLASSES
+) -> DictConfig:
+    """Return the LazyConfig node of a Cascade Mask R-CNN of three stages with FrozenBN."""
+    model = tiny_cascade_rcnn(width, channels, classes)
+    heads = tiny_mask_rcnn(width, channels, classes).roi_heads
+    for part in ("mask_in_features", "mask_pooler", "mask_head"):
+        model.roi_heads[part] = heads[part]
+    return model
+
+
 def tiny_cascade_rcnn(width: int = 4, channels: int = 16, classes: int = CLASSES) -> DictConfig:
     """Return the LazyConfig node of a Cascade R-CNN of three stages with FrozenBN."""
     return _tiny_rcnn("cascade_rcnn_small", width, channels, classes)
@@ -312,6 +323,7 @@ _OUTPUTS_OF = {
     "backbone": ("features",),
     "proposal_generator": ("proposals",),
     "roi_heads.box_head": ("regions",),
+    "roi_heads.mask_head.predictor": ("mask_regions",),
     "head": ("predictions",),
 }
 

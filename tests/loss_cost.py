@@ -81,6 +81,9 @@ def detached(outputs: DetectorOutputs) -> list[Tensor]:
             (inputs, tuple(end(x) for x in predicted))
             for inputs, predicted in outputs.predictor_calls
         ]
+    if vars(outputs).get("mask_calls"):
+        call, (inputs, logits) = outputs.mask_calls
+        outputs.mask_calls = call, (inputs, end(logits))
     return ends
 
 
@@ -113,7 +116,7 @@ class Measured:
     def step(self, student: DetectorOutputs, batch: list[dict]) -> tuple[float, float]:
         """Return the seconds of the teacher's outputs and of the loss, forward and backward."""
         teacher = self.teacher.outputs(batch, taps=self.teacher_taps)
-        teacher.set_region_boxes(student.region_boxes)
+        teacher.set_region_boxes(student.region_boxes, student.mask_boxes)
         ends = detached(student)
         seconds, _ = timed(lambda: [getattr(teacher, name) for name in self.read])
 

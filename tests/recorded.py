@@ -28,7 +28,7 @@ from d2kd.losses import (
     TARLoss,
 )
 from d2kd.modeling import Distiller, Teacher
-from d2kd.modeling.outputs import Regions, capture
+from d2kd.modeling.outputs import MaskRegions, Regions, capture, has_mask_regions
 from d2kd.structures.instance_priors import InstancePriors
 from d2kd.testing import (
     CLASSES,
@@ -38,6 +38,7 @@ from d2kd.testing import (
     tiny_faster_rcnn,
     tiny_fcos,
     tiny_gfl,
+    tiny_mask_rcnn,
     tiny_retinanet,
 )
 
@@ -81,6 +82,11 @@ def _with_boxes(teacher: nn.Module) -> None:
     nn.init.ones_(teacher.head.bbox_pred.bias)
 
 
+def _with_masks(teacher: nn.Module) -> None:
+    """That differ from the student's, which are all about 0.5 before training."""
+    nn.init.normal_(teacher.roi_heads.mask_head.predictor.weight)
+
+
 # The teacher knows two of the three, in another order, and two that are none of the student's.
 _OTHERS = [f"class {k}" for k in range(CLASSES)], ["class 2", "other", "class 0", "another"]
 
@@ -92,6 +98,7 @@ LOSSES: dict[str, Case] = {
     "tar": Case(_tar, tiny_faster_rcnn),
     "tar, cascade": Case(_tar, tiny_cascade_rcnn),
     "tar, other classes": Case(_tar_ungated, tiny_faster_rcnn, _OTHERS),
+    "tar, masks": Case(_tar, tiny_mask_rcnn, prepare=_with_masks),
     "tar, one-stage": Case(_tar, tiny_retinanet),
     "tar, one-stage, other classes": Case(_tar_ungated, tiny_retinanet, _OTHERS),
     "tar, points": Case(_tar, tiny_fcos, prepare=_with_boxes),
@@ -161,7 +168,7 @@ class Recorded:
         self.outputs_class, self.losses = model.outputs_class, model.losses
         ours = model.outputs_class.from_calls(student, self.batch, calls)
         theirs = model.teacher.outputs(self.batch)
-        theirs.set_region_boxes(ours.region_boxes)
+        theirs.set_region_boxes(ours.region_boxes, ours.mask_boxes)
         self.student, self.teacher = self._values(ours), self._values(theirs)
         self.detectors = (student, teacher)
         self.queries = make_queries(
@@ -175,6 +182,8 @@ class Recorded:
         values = {"features": {k: v.detach() for k, v in outputs.features.items()}}
         if hasattr(outputs.detector, "roi_heads"):
             values["regions"] = outputs.regions
+            if has_mask_regions(outputs.detector):
+                values["masks"] = outputs.mask_regions
         else:
             values["predictions"] = [[x.detach() for x in kind] for kind in outputs.predictions]
         return values
@@ -232,6 +241,8 @@ class Recorded:
                 self._rows(stage, images, lambda k, v, i=i: leaf(f"student.region{i}.{k}", v))
                 for i, stage in enumerate(values["regions"])
             ]
+        if "masks" in values:
+            given["mask_regions"] = self._masks(values["masks"], images, leaf)
         return self.outputs_class(detector, [self.batch[i] for i in images], **given)
 
     def _rows(self, stage: Regions, images: list[int], leaf: Callable) -> Regions:
@@ -248,13 +259,27 @@ class Recorded:
         boxes = [stage.boxes[i][kept] for i in images]
         return Regions(boxes, **given, box2box_transform=stage.box2box_transform, **labels)
 
+    def _masks(self, masks: MaskRegions, images: list[int], leaf: Callable) -> MaskRegions:
+        counts, kept = [len(boxes) for boxes in masks.boxes], slice(self._regions)
+        rows = torch.cat([torch.arange(sum(counts)).split(counts)[i][kept] for i in images])
+        return MaskRegions(
+            [masks.boxes[i][kept] for i in images],
+            leaf("student.masks", masks.pred_mask_logits[rows]),
+            masks.class_agnostic,
+            masks.instances and [masks.instances[i][kept] for i in images],
+        )
+
     def by_image(self, name: str, gradient: Tensor, deal: list[int]) -> Tensor:
         """A gradient of the whole batch at what belongs to the dealt images."""
         if not name.startswith("student."):
             return gradient
-        if ".region" not in name:
+        part = name.split(".")[1]
+        if part == "masks":
+            stage = self.student["masks"]
+        elif part.startswith("region"):
+            stage = self.student["regions"][int(part.removeprefix("region"))]
+        else:
             return gradient[deal]
-        stage = self.student["regions"][int(name.split(".")[1].removeprefix("region"))]
         counts = [len(boxes) for boxes in stage.boxes]
         parts = gradient.split(counts)
         return torch.cat([parts[i] for i in deal])

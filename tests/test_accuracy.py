@@ -5,6 +5,7 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -19,18 +20,37 @@ from d2kd.comparison.accuracy import (
     percentile_interval,
     precision_array,
 )
-from d2kd.comparison.matching import Detections, GroundTruth, match_detections, rowwise_iou
+from d2kd.comparison.matching import (
+    Detections,
+    GroundTruth,
+    match_detections,
+    object_array,
+    rowwise_iou,
+    to_rle,
+)
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 from .test_error_types import scene
 
 
-def cocoeval(truth, detections):
+def columns_of(detections):
+    return [x for x in vars(detections).values() if x is not None]
+
+
+def cocoeval(truth, detections, masks=None):
+    content, results = coco_of(truth), results_of(truth, detections)
+    for rows, rle in ((content["annotations"], masks), (results, detections.mask)):
+        for row, mask in zip(rows, () if masks is None else rle):
+            row["segmentation"] = mask
+    if masks is not None:
+        for row in results:
+            del row["bbox"]  # as Detectron2 does, or areas were those of boxes
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = coco_of(truth)
+        coco.dataset = content
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results_of(truth, detections)), "bbox")
+        kind = "bbox" if masks is None else "segm"
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -64,10 +84,42 @@ def test_every_precision_is_cocos(options, seed):
         assert measured.metrics[name] == (None if stat == -1 else 100 * stat)
 
 
+def triangles(boxes):
+    """The lower left half of each box, as in a COCO file."""
+    corners = ([x, y, x, y + h, x + w, y + h] for x, y, w, h in boxes.tolist())
+    return object_array([to_rle([corner], 640, 640) for corner in corners])
+
+
+@pytest.mark.parametrize("options", [{}, dict(images=6, objects=40, classes=2, crowds=0.3)])
+def test_every_precision_of_masks_is_cocos(options):
+    truth = generated_truth(**options, seed=1)
+    detections = generated_detections(truth, quality=0.6, seed=1)
+    detections = replace(detections, mask=triangles(detections.box))
+    masks = triangles(truth.box)
+    expected = cocoeval(truth, detections, masks)
+    matches = match_detections(truth, detections, masks)
+    found = precision_array(truth, matches)
+    np.testing.assert_array_equal(found, expected.eval["precision"][..., -1])
+    assert 5 < expected.stats[0] * 100 < 95
+    assert not np.array_equal(found, precision_array(truth, match_detections(truth, detections)))
+
+
+def test_masks_of_any_coco_form():
+    polygon = [[2, 2, 8, 2, 8, 6]]
+    rle = to_rle(polygon, 10, 12)
+    assert isinstance(rle["counts"], str) and to_rle(rle, 10, 12) == rle
+    pixels = mask_util.decode(rle)
+    runs = np.flatnonzero(np.diff(np.r_[0, pixels.flatten("F"), 0]))
+    whole = {"size": [10, 12], "counts": np.diff(np.r_[0, runs, 120]).tolist()}
+    assert to_rle(whole, 10, 12) == rle
+    for nothing in (None, [], [[1, 2, 3, 4]]):
+        assert to_rle(nothing, 10, 12) is None
+
+
 def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
     truth = generated_truth(images=8, objects=3, seed=1)
     detections = generated_detections(truth, seed=1)
-    twice = Detections(*(np.concatenate([x, x]) for x in vars(detections).values()))
+    twice = Detections(*(np.concatenate([x, x]) for x in columns_of(detections)))
     twice.score[:] = 0.5
     expected = cocoeval(truth, twice).eval["precision"][..., -1]
     np.testing.assert_array_equal(precision_array(truth, match_detections(truth, twice)), expected)
@@ -75,7 +127,8 @@ def test_equal_boxes_and_scores_are_matched_as_cocos_loop_does():
 
 def test_without_detections_ap_is_zero_and_without_objects_undefined():
     def only(of, first, kept):
-        return replace(of, **{k: v[kept] for k, v in list(vars(of).items())[first:]})
+        columns = [(k, v) for k, v in vars(of).items() if v is not None]
+        return replace(of, **{k: v[kept] for k, v in columns[first:]})
 
     truth, no = generated_truth(), slice(0)
     nothing = only(generated_detections(truth), 0, no)
@@ -129,7 +182,7 @@ def repeated(truth, detections, counts):
 
     of = copies(list(vars(truth).values())[2:], truth.image)
     whole = GroundTruth(tuple(range(len(drawn))), truth.classes, *of)
-    return whole, Detections(*copies(vars(detections).values(), detections.image))
+    return whole, Detections(*copies(columns_of(detections), detections.image))
 
 
 @pytest.mark.parametrize("cells", [8_000_000, 50])

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from PIL import Image
@@ -35,8 +37,9 @@ from d2kd.data import coco_dataset, register_voc
 from d2kd.losses import DistillLosses
 from d2kd.modeling import Teacher
 from d2kd.modeling.weights import file_sha256
+from d2kd.report.build import format_main_figures
 from d2kd.report.page import write_report
-from d2kd.testing import DETECTORS
+from d2kd.testing import DETECTORS, tiny_mask_rcnn
 from d2kd.utils.errors import InputError
 from d2kd.utils.io import write_json
 
@@ -221,6 +224,50 @@ def test_a_detector_agrees_with_itself(family, data, tmp_path):
     if "rcnn" not in family:  # whose random proposals lie on nothing
         assert table["foreground"] > 0
         assert (table["detectors"][0]["iou_before"] is None) == (family in ("fcos", "gfl"))
+
+
+def test_masks_beside_boxes(data, tmp_path):
+    """A Mask R-CNN on its own detections as ground truth, then with masks cut in half, beside a detector of boxes."""
+    own = shutil.copytree(data, tmp_path / "own")
+    [one] = pair(tmp_path, data, ["masks"], tiny_mask_rcnn())
+    loaded = load_data(named(data))
+    ready, rows, halves = build_detector(one, loaded, torch.device("cpu")), [], []
+    for record, batch in zip(loaded.records, build_loader(one, loaded.records)):
+        for row in instances_to_coco_json(ready.detect(batch), record["image_id"]):
+            ids = {"id": len(rows) + 1, "category_id": row["category_id"] + 1, "iscrowd": 0}
+            pixels = mask_util.decode(row["segmentation"])
+            if not pixels.any():
+                continue
+            rows.append({**row, **ids, "area": int(pixels.sum())})
+            pixels[:, : int(row["bbox"][0] + row["bbox"][2] / 2)] = 0
+            half = mask_util.encode(pixels)
+            halves.append({"size": half["size"], "counts": half["counts"].decode()})
+    assert len(rows) > 10
+    content, ap = json.loads((data / "data.json").read_text()), {}
+    other = detector_from_config("boxes", *saved(tmp_path / "boxes", data, tiny_faster_rcnn(), 0))
+    for name, masks in (("whole", None), ("half", halves), ("none", [None] * len(rows))):
+        given = [r | ({"segmentation": m} if masks else {}) for r, m in zip(rows, masks or rows)]
+        (own / "data.json").write_text(json.dumps(content | {"annotations": given}))
+        twin = replace(one, name="twin")
+        found = compare(
+            [one, other, twin], load_data(coco_dataset(name, str(own / "data.json"), str(own))),
+            tmp_path / "kept", QUICK,
+        )  # fmt: skip
+        first, boxes, last = found.detectors
+        assert first.accuracy.metrics["AP"] > 90 and boxes.mask_accuracy is None
+        assert first.mask_accuracy == last.mask_accuracy
+        page = write_report(found, tmp_path / name)
+        assert Comparison.load(page.with_name("report.json")) == found
+        assert ("mask AP" in page.read_text()) == (name != "none")
+        assert ("mask AP" in format_main_figures(found)) == (name != "none")
+        if name == "none":
+            assert first.mask_accuracy is None and found.gain("twin", "masks").mask_metrics is None
+            continue
+        ap[name] = first.mask_accuracy.metrics["AP"]
+        assert found.gain("twin", "masks").mask_metrics["AP"]["interval"] == [0, 0]
+        assert found.gain("boxes", "masks").mask_metrics is None
+        assert all("mask" in x for p in found.objects.pictures for x in p.detections["twin"])
+    assert ap["whole"] > 90 and ap["half"] < 30
 
 
 def test_families_that_share_no_regions(data, tmp_path):

@@ -32,7 +32,8 @@ from .common import CLASSES, DETECTORS, batch, build
 RCNN = {"backbone": 1, "roi_heads": 1, "box_pooler": 1, "box_predictor.0": 1}
 CASCADE = RCNN | {"box_pooler": 3, "box_predictor.1": 1, "box_predictor.2": 1}
 DENSE = {"backbone": 1, "head": 1, "anchor_generator": 1, "label_anchors": 1}
-LISTENED = {"faster_rcnn": RCNN, "mask_rcnn": RCNN, "cascade_rcnn": CASCADE} | dict.fromkeys(
+MASK = RCNN | {"mask_head": 1, "mask_layers": 1}
+LISTENED = {"faster_rcnn": RCNN, "mask_rcnn": MASK, "cascade_rcnn": CASCADE} | dict.fromkeys(
     ("retinanet", "fcos", "gfl"), DENSE
 )
 
@@ -58,7 +59,10 @@ OF_DENSE = OF_ALL + [
 ]
 READ = {
     "faster_rcnn": OF_RCNN + [f"roi_heads.box_predictor.{name}" for name in OF_PREDICTOR],
-    "mask_rcnn": [*OF_RCNN, "roi_heads.mask_on"],
+    "mask_rcnn": [
+        *OF_RCNN,
+        *("roi_heads.mask_on", "roi_heads.mask_in_features", "roi_heads.mask_pooler"),
+    ],
     "cascade_rcnn": [*OF_RCNN, "roi_heads.proposal_matchers", "roi_heads.num_cascade_stages"],
     "retinanet": [*OF_DENSE, "input_format"],
     "fcos": OF_DENSE,
@@ -80,7 +84,8 @@ def test_every_name_that_is_listened_to_and_read(family):
     assert hook_points.keys() == LISTENED[family].keys()
     own = list(detector.modules())
     for joint in hook_points.values():
-        assert any(joint is one for one in own) or joint.__self__ is detector
+        owner = joint if isinstance(joint, nn.Module) else joint.__self__
+        assert any(owner is one for one in own)
     for name in READ[family]:
         named(detector, name)
     with EventStorage(), capture(hook_points) as calls:
@@ -111,6 +116,14 @@ def test_every_name_that_is_listened_to_and_read(family):
     for (maps, boxes), pooled in calls["box_pooler"]:
         assert isinstance(maps, list) and all(isinstance(one, Boxes) for one in boxes)
         assert pooled.shape[0] == sum(map(len, boxes))
+    for (pooled, instances), _ in calls.get("mask_head", ()):
+        ((given,), logits) = calls["mask_layers"][0]
+        assert (
+            given is pooled
+            and len(logits) == sum(map(len, instances))
+            and logits.shape[1] == CLASSES
+        )
+        assert all(one.has("gt_masks") and one.has("proposal_boxes") for one in instances)
     for stage in range(len(calls["box_pooler"])):
         ((seen, *_), (logits, deltas)) = calls[f"box_predictor.{stage}"][0]
         assert logits.shape == (len(seen), CLASSES + 1) and deltas.shape[1] in (4, 4 * CLASSES)

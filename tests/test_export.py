@@ -8,17 +8,21 @@ from types import SimpleNamespace
 
 import matplotlib.cbook
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.data.transforms import Resize, ResizeShortestEdge
+from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
 
 from d2kd.config import distill, load, with_defaults, with_downscaled_student
+from d2kd.data import coco_dataset
 from d2kd.export import formats, table
 from d2kd.export.formats import (
     ExportedDetector,
@@ -186,6 +190,49 @@ def test_an_image_without_detections(form, tmp_path):
     found = exported.detect(noise)
     assert len(wanted) == len(found[0]) > 0
     assert torch.allclose(found[3], wanted.pred_masks, atol=1e-4)
+
+
+def test_mask_ap_of_a_file_is_that_of_its_detector(files, tmp_path):
+    """Where the detector's own detections are the ground truth, both have 100."""
+    detector, exported = files("mask_rcnn", "onnx")
+    batches, rows, listed = [], [], []
+    for number, image in enumerate(images()):
+        height, width = image.shape[-2:]
+        size = {"height": height, "width": width}
+        batches.append([{"image": image, "image_id": number, **size}])
+        (tmp_path / f"{number}.png").touch()
+        listed.append({"id": number, "file_name": f"{number}.png", **size})
+        with torch.no_grad():
+            found = detector(batches[-1])[0]["instances"]
+        for row in instances_to_coco_json(found, number):
+            rle = row["segmentation"]
+            ids = {"id": len(rows) + 1, "category_id": row["category_id"] + 1, "iscrowd": 0}
+            if area := int(mask_util.area(rle)):
+                rows.append({**row, **ids, "area": area})
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(NAMES)]
+    content = {"images": listed, "annotations": rows, "categories": categories}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    coco_dataset("own detections", str(tmp_path / "own.json"), str(tmp_path))
+    evaluator = COCOEvaluator("own detections", use_fast_impl=False, output_dir=str(tmp_path))
+    ap = {}
+    for name, detect in (("detector", detector), ("file", exported)):
+        evaluator.reset()
+        for batch in batches:
+            with torch.no_grad():
+                evaluator.process(batch, detect(batch))
+        result = evaluator.evaluate()
+        ap[name] = [result[task]["AP"] for task in ("bbox", "segm")]
+    assert ap["detector"] == pytest.approx([100, 100], abs=5) and len(rows) > 5
+    assert ap["file"] == pytest.approx(ap["detector"], abs=0.1)
+
+
+def test_the_table_has_mask_ap_if_there_are_masks():
+    def text(mask_ap):
+        row = {"name": "x", "AP": 1.0, "AP50": 2.0, "mask_AP": mask_ap, "gflops": 6.0}
+        return table.format_rows({"rows": [row | {"milliseconds": 4.0, "megabytes": 5.0}]})
+
+    assert "mask AP" in text(3.0) and text(3.0).splitlines()[-1].split()[3] == "3.00"
+    assert "mask" not in text(None)
 
 
 ONE, OTHER = [0, 0, 20, 20], [5, 5, 20, 20]

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data.catalog import Metadata
@@ -83,6 +84,34 @@ def test_boxes_are_drawn_where_they_are():
         y, x = round(y * scale), round(x * scale)
         assert changed[y - 2 : y + 3, x - 2 : x + 3].any(), (y, x)
     assert not changed[round(20 * scale), round(40 * scale)]  # the inside stays
+
+
+HALF = [[10, 10, 50, 10, 50, 30]]  # the upper right half of a box
+
+
+@pytest.mark.parametrize("kind", ["polygons", "RLE", "pasted"])
+def test_masks_are_drawn_inside_their_boxes(kind):
+    rle = mask_util.merge(mask_util.frPyObjects(HALF, 40, 60))
+    seen = predicted((0, 0.9, (10, 10, 50, 30)), (0, 0.1, (1, 1, 5, 5)))
+    if kind == "pasted":
+        inside = torch.from_numpy(mask_util.decode(rle)).bool()
+        seen.pred_masks = torch.stack([inside, ~inside])
+    else:
+        box, one = {"bbox": [10, 10, 40, 20], "score": 0.9, "category_id": 0}, {}
+        one["segmentation"] = HALF if kind == "polygons" else rle
+        seen = instances_from_results([box | one, box | {"score": 0.1}], (40, 60), {0: 0})
+        assert len(seen[seen.scores > 0.5]) == 1
+    row = dict(bbox=[10, 10, 50, 30], bbox_mode=BoxMode.XYXY_ABS, category_id=0)
+    known = instances_from_annotations([row | {"segmentation": HALF}, row], (40, 60))
+    panels = panels_of(side_by_side(GRAY, {"a": known, "b": seen}, threshold=0.5), 2)
+    scale = LEGIBLE_SIDE / 40
+    for panel in panels:
+        filled = (panel != 127).any(axis=2)
+        assert filled[round(18 * scale), round(45 * scale)]
+        assert not filled[round(27 * scale), round(20 * scale)]
+    # A detector of boxes is shown beside boxes.
+    (alone,) = panels_of(side_by_side(GRAY, {"a": known}), 1)
+    assert (alone[round(18 * scale), round(45 * scale)] == 127).all()
 
 
 def test_scores_below_the_threshold_are_left_out():
@@ -191,7 +220,7 @@ def test_curves_of_what_was_written(tmp_path, monkeypatch):
     lines = [
         '{"iteration": 4, "loss_cls": 1.0, "loss_box_reg": 0.5, "distill/loss_x": 9.0}',
         '{"iteration": 9, "loss_cls": 3.0}',
-        '{"iteration": 9, "loss_cls": 0.5, "bbox/AP": 12.0}',  # repeated after a resume
+        '{"iteration": 9, "loss_cls": 0.5, "bbox/AP": 12.0, "segm/AP": 8.0}',  # after a resume
         '{"bbox/AP": 3.0}',  # no iteration
         '{"iteration": 14, "loss',  # cut by an interruption
     ]
@@ -204,4 +233,6 @@ def test_curves_of_what_was_written(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "curves.png").size[0] > 500
     # The student's own losses and its AP, by how many iterations were done.
     loss, ap = ([line.get_xydata().tolist() for line in axes.lines] for axes in figures[0].axes)
-    assert loss == [[[5, 1.5], [10, 0.5]]] * 2 + [[]] and ap == [[[10, 12.0]]] * 2 + [[]]
+    assert loss == [[[5, 1.5], [10, 0.5]]] * 2 + [[]] and ap == [[[10, 12.0]], [[10, 8.0]]] * 2 + [
+        []
+    ]

@@ -29,7 +29,14 @@ from d2kd.study import (
     train,
     write_tables_and_plots,
 )
-from d2kd.study.results import ap_metrics, compute_gains, format_results, format_training_time
+from d2kd.study.results import (
+    ap_metrics,
+    compute_gains,
+    format_results,
+    format_training_time,
+    provenance_table,
+    write_results,
+)
 from d2kd.study.text import format_markdown_table, format_text_table, t_interval
 from d2kd.utils.console import ProgressBar, suppress_output
 from d2kd.utils.errors import InputError
@@ -488,6 +495,31 @@ def test_the_table_shows_each_seed():
     one = format_results(rows[:2] + rows[3:4], "val", ["b", "absent"], ["m"])
     assert one.splitlines()[-1].split() == ["m", "seed", "0", "+1.0"]
     assert "gain" not in format_results(rows[:1], "val", ["b"], ["m"])
+
+
+def test_mask_ap_is_beside_box_ap(tmp_path):
+    def both(method, seed, box, mask):
+        return row(method, seed, box) | {"segm": ap_metrics({"AP": mask, "AP50": mask}, ["x"])}
+
+    rows = [both("b", 0, 10, 5), both("b", 1, 12, 6), both("m", 0, 11, 9), both("m", 1, 15, 8)]
+    text = format_results([*rows, row("boxes", 0, 20)], "val", ["b"], ["m"])
+    lines = [line.split() for line in text.splitlines()]
+    assert ["AP", "11.0", "±1.4", "13.0", "±2.8", "20.0"] in lines
+    assert ["mask", "AP", "5.5", "±0.7", "8.5", "±0.7", "-"] in lines
+    assert ["mask", "AP50", "5.5", "±0.7", "8.5", "±0.7", "-"] in lines
+    assert [["m", "mean", f"+{gain}", "±1.4"] in lines for gain in ("2.0", "3.0")] == [True, True]
+    assert "gain in mask AP" in text and "mask" not in format_results(
+        [row("b", 0, 1)], "val", [], []
+    )
+    study = study_of(compare=[])
+    for one in rows:
+        one["method"] = {"b": "baseline", "m": "tar"}[one["method"]]
+    write_results(tmp_path, study, rows)
+    (found,) = json.loads((tmp_path / "gains.json").read_text())["rows"]
+    assert (found["mean_gain"], found["segm"]["mean_gain"]) == (2.0, 3.0)
+    for one in rows:
+        one |= dict.fromkeys(("config", "log", "weights_sha256", "teacher_sha256"))
+    assert "mask AP" in provenance_table(rows) and "mask" not in provenance_table(rows[:0])
 
 
 def test_closing_words_name_what_to_open(tmp_path):

@@ -118,11 +118,12 @@ class TeacherReads:
     """The teacher outputs that are read in a step.
 
     Attributes:
-        region_boxes: of the student, in pixels of the teacher's images.
+        region_boxes, mask_boxes: of the student, in pixels of the teacher's images.
         read: names of the outputs that the losses read, in order.
     """
 
     region_boxes: list[list[Boxes]] | None
+    mask_boxes: list[Boxes] | None
     read: tuple[str, ...]
 
 
@@ -218,7 +219,7 @@ class Bench:
         kind = type(outputs)
         read = tuple(n for n in vars(outputs) if isinstance(getattr(kind, n, None), lazy_property))
         losses = {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
-        return TeacherReads(outputs.region_boxes, read), losses
+        return TeacherReads(outputs.region_boxes, outputs.mask_boxes, read), losses
 
     def _d2kd_trainer(self, config: DictConfig, model: nn.Module, optimizer: Any) -> SimpleTrainer:
         return TrainStep(model, self._loader, optimizer, self._precision, config.train)
@@ -253,7 +254,8 @@ class Bench:
             reads = self.teacher_reads[number]
             with self._precision[0]():
                 outputs = teacher.outputs(self.batches[number])
-                outputs.region_boxes = reads.region_boxes  # scaled already
+                # Scaled already.
+                outputs.region_boxes, outputs.mask_boxes = reads.region_boxes, reads.mask_boxes
                 for name in reads.read:
                     getattr(outputs, name)
 

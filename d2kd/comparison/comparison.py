@@ -55,6 +55,7 @@ class DetectorResult:
         missing_classes: classes of the data set that the detector does not have.
         unique_classes: classes that neither the data set nor another detector has.
         provenance: see :attr:`.Detector.provenance`.
+        mask_accuracy, mask_intervals: the same of its masks; None and empty unless detector and data have masks.
     """
 
     name: str
@@ -69,16 +70,22 @@ class DetectorResult:
     missing_classes: list[str] = field(default_factory=list)
     unique_classes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    mask_accuracy: Accuracy | None = None
+    mask_intervals: dict[str, list[float] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """``of`` minus ``over``: metric or class -> ``gain`` and its paired 95 % bootstrap ``interval``."""
+    """``of`` minus ``over``: metric or class -> ``gain`` and its paired 95 % bootstrap ``interval``.
+
+    ``mask_metrics`` are those of masks, None unless both have masks.
+    """
 
     of: str
     over: str
     metrics: dict[str, dict[str, Any]]
     per_class: dict[str, dict[str, Any]]
+    mask_metrics: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,8 @@ class Comparison:
             for row in rows:
                 row["accuracy"] = Accuracy(**row["accuracy"])
                 row["errors"] = ErrorTypes(**row["errors"])
+                if row.get("mask_accuracy") is not None:
+                    row["mask_accuracy"] = Accuracy(**row["mask_accuracy"])
             return cls(
                 detectors=[DetectorResult(**row) for row in rows],
                 gains=[Gain(**gain) for gain in content.pop("gains")],
@@ -258,12 +267,13 @@ def compare(
 
 @dataclass(frozen=True)
 class DetectorMetrics:
-    """Results of a detector that are computed from its detections."""
+    """Results of a detector that are computed from its detections; ``masks`` are those of masks, if there are any."""
 
     matches: Matches
     accuracy: Accuracy
     errors: ErrorTypes
     resampled: dict[str, np.ndarray]
+    masks: tuple[Accuracy, dict[str, np.ndarray]] | None = None
 
 
 def compute_detector_metrics(
@@ -278,12 +288,20 @@ def compute_detector_metrics(
     found = {}
     for name, detected in detections.items():
         progress = phase(f"{name}: accuracy")
+        masks = None
+        if detected.mask is not None and data.masks is not None:
+            matches = match_detections(data.truth, detected, data.masks)
+            masks = (
+                compute_accuracy(data.truth, matches, classes, options.threshold),
+                bootstrap_ap(data.truth, matches, classes, counts),
+            )
         matches = match_detections(data.truth, detected)
         found[name] = DetectorMetrics(
             matches,
             compute_accuracy(data.truth, matches, classes, options.threshold),
             count_error_types(data.truth, matches, classes),
             bootstrap_ap(data.truth, matches, classes, counts, progress),
+            masks,
         )
     return found
 
@@ -328,9 +346,9 @@ def build_comparison(
                 name=name,
                 accuracy=one.accuracy,
                 errors=one.errors,
-                intervals={
-                    m: percentile_interval(v) for m, v in one.resampled.items() if v.ndim == 1
-                },
+                intervals=_intervals(one.resampled),
+                mask_accuracy=one.masks and one.masks[0],
+                mask_intervals=_intervals(one.masks[1]) if one.masks else {},
                 **fields,
             )
             for (name, one), fields in zip(found.items(), described, strict=True)
@@ -344,6 +362,7 @@ def build_comparison(
                 **paired_gains(
                     found[a].resampled, found[b].resampled, found[a].accuracy, found[b].accuracy
                 ),
+                mask_metrics=_mask_gains(found[a].masks, found[b].masks),
             )
             for a, b in over
         ],
@@ -362,6 +381,17 @@ def build_comparison(
         notes=list(notes),
         versions=collect_versions(),
     )
+
+
+def _intervals(resampled: dict[str, np.ndarray]) -> dict[str, list[float] | None]:
+    return {name: percentile_interval(x) for name, x in resampled.items() if x.ndim == 1}
+
+
+def _mask_gains(a: tuple | None, b: tuple | None) -> dict[str, dict[str, Any]] | None:
+    if not (a and b):
+        return None
+    (accuracy_a, resampled_a), (accuracy_b, resampled_b) = a, b
+    return paired_gains(resampled_a, resampled_b, accuracy_a, accuracy_b)["metrics"]
 
 
 def _folder(name: str) -> str:

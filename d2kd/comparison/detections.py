@@ -11,18 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
 from .accuracy import compute_accuracy
 from .detectors import Detector, EvaluationData, LoadedDetector, build_loader, load_coco_results
-from .matching import Detections, match_detections
+from .matching import Detections, match_detections, object_array, to_rle
 
 IMAGES_PER_FILE = 200
 """Number of images per file."""
-SCHEMA = 1
-FIELDS = ("image", "label", "box", "score")  # of Detections
+SCHEMA = 2
+FIELDS = ("image", "label", "box", "score")  # of Detections, besides masks
 
 Warn = Callable[[str], None]
 """Callback for warnings, called with one line of text."""
@@ -75,7 +76,9 @@ def get_detections(
         _write(file, key, parts[file])
         done += len(records)
     columns = ([getattr(part, name) for part in parts.values()] for name in FIELDS)
-    return Detections(*map(np.concatenate, columns))
+    masks = [part.mask for part in parts.values()]
+    masks = None if any(mask is None for mask in masks) else np.concatenate(masks)
+    return Detections(*map(np.concatenate, columns), masks)
 
 
 def _known(path: Path, detector: Detector, data: EvaluationData) -> Detections:
@@ -100,6 +103,7 @@ def _detect(
 ) -> Detections:
     loader = build_loader(ready.detector, records)
     images, labels, boxes, scores = [], [], [], []
+    masks: list[dict] | None = []
     for number, (record, batch) in enumerate(zip(records, loader), 1):
         found = ready.detect(batch)
         xyxy = found.pred_boxes.tensor.numpy()
@@ -107,6 +111,11 @@ def _detect(
         boxes.append(np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1))
         labels.append(found.pred_classes.numpy())
         scores.append(found.scores.numpy())
+        if not found.has("pred_masks"):
+            masks = None
+        elif masks is not None:
+            pixels = found.pred_masks.numpy().astype(np.uint8)
+            masks += [to_rle(mask_util.encode(np.asfortranarray(x)), 0, 0) for x in pixels]
         images.append(np.full(len(labels[-1]), data.index_of[record["image_id"]], dtype=np.int64))
         progress(number)
     return Detections(
@@ -114,12 +123,16 @@ def _detect(
         label=np.concatenate(labels).astype(np.int64),
         box=np.concatenate(boxes).astype(np.float64).reshape(-1, 4),
         score=np.concatenate(scores).astype(np.float64),
+        mask=None if masks is None else object_array(masks),
     )
 
 
 def _write(path: Path, key: dict, detections: Detections) -> None:
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, key=json.dumps(key, sort_keys=True), **vars(detections))
+        content = {name: getattr(detections, name) for name in FIELDS}
+        if detections.mask is not None:
+            content["mask"] = json.dumps(detections.mask.tolist())
+        np.savez_compressed(file, key=json.dumps(key, sort_keys=True), **content)
 
 
 def _read(path: Path, key: dict, warn: Warn) -> Detections | None:
@@ -130,7 +143,10 @@ def _read(path: Path, key: dict, warn: Warn) -> Detections | None:
         with np.load(path) as content:
             found = json.loads(str(content["key"]))
             if found == key:
-                return Detections(*(content[name] for name in FIELDS))
+                mask = None
+                if "mask" in content:
+                    mask = object_array(json.loads(str(content["mask"])))
+                return Detections(*(content[name] for name in FIELDS), mask)
     except Exception as error:  # zip, pickle and NumPy raise different errors
         warn(f"{path}: cannot be read ({type(error).__name__}); detections are computed again")
         return None

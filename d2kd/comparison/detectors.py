@@ -44,7 +44,7 @@ from ..structures.class_map import ClassMap, apply_aliases, class_names, num_cla
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 from ..utils.io import read_json
-from .matching import Detections, GroundTruth
+from .matching import Detections, GroundTruth, counted_annotations, object_array, to_rle
 
 MAX_IMAGES_WITHOUT_WORKER = 32
 """Up to this number of images no loader worker is used."""
@@ -60,6 +60,7 @@ class EvaluationData:
         truth: ground truth.
         category_ids: COCO category id of each class.
         sha256: hash of what detections depend on: names, sizes and times of the image files, objects, classes.
+        segmentations: of each object, polygons or an RLE as in a COCO file, None without a mask.
     """
 
     name: str
@@ -67,6 +68,17 @@ class EvaluationData:
     truth: GroundTruth
     category_ids: tuple[int, ...]
     sha256: str
+    segmentations: Sequence[Any] = ()
+
+    @cached_property
+    def masks(self) -> np.ndarray | None:
+        """(G,) the objects' masks as of :func:`.matching.to_rle`; None unless all objects have one."""
+        size = {record["image_id"]: (record["height"], record["width"]) for record in self.records}
+        found = [
+            to_rle(segmentation, *size[self.truth.image_ids[i]])
+            for i, segmentation in zip(self.truth.image, self.segmentations)
+        ]
+        return object_array(found) if found and all(found) else None
 
     @cached_property
     def index_of(self) -> dict[Any, int]:
@@ -97,7 +109,8 @@ def load_data(name: str) -> EvaluationData:
     for values in (truth.image, truth.label, truth.box, truth.area, truth.crowd):
         digest.update(np.ascontiguousarray(values))
     digest.update("\n".join(file_version(str(record["file_name"])) for record in records).encode())
-    return EvaluationData(name, records, truth, category_ids, digest.hexdigest())
+    found = [a.get("segmentation") for a in counted_annotations(content, category_ids)]
+    return EvaluationData(name, records, truth, category_ids, digest.hexdigest(), found)
 
 
 def file_version(file: str) -> str:
@@ -123,19 +136,22 @@ def load_coco_results(path: str | Path, data: EvaluationData) -> Detections:
         if unknown or unknown_class:
             found = f"{len(unknown)} detections of images, {len(unknown_class)} of classes it lacks"
             raise InputError(path, found, f"detections on {data.name}")
+        size = {r["image_id"]: (r["height"], r["width"]) for r in data.records}
         detections = Detections(
             image=np.array([data.index_of[row["image_id"]] for row in rows], dtype=np.int64),
             label=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
             box=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
             score=np.array([row["score"] for row in rows], dtype=np.float64),
+            mask=object_array([to_rle(row["segmentation"], *size[row["image_id"]]) for row in rows])
+            if rows and all(row.get("segmentation") for row in rows)
+            else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read ({type(error).__name__})"
         raise InputError(path, found, "a COCO results file") from error
     if not (np.isfinite(detections.box).all() and np.isfinite(detections.score).all()):
         raise InputError(path, "boxes or scores that are not finite", "a COCO results file")
-    size = {record["image_id"]: (record["width"], record["height"]) for record in data.records}
-    size = np.array([size[row["image_id"]] for row in rows]).reshape(len(rows), 2)
+    size = np.array([size[row["image_id"]][::-1] for row in rows]).reshape(len(rows), 2)
     near = detections.box[:, :2]
     far = near + detections.box[:, 2:]
     outside = ((near > size) | (far < 0)).any(axis=1)

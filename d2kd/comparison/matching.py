@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 
 IOUS = np.linspace(0.5, 0.95, 10)
 """COCO's IoU thresholds."""
@@ -56,11 +57,7 @@ class GroundTruth:
         label_of = {c: k for k, c in enumerate(category_ids or sorted(names))}
         image_ids = tuple(sorted({image["id"] for image in content["images"]}))
         place = {image_id: i for i, image_id in enumerate(image_ids)}
-        found = [
-            a
-            for a in content.get("annotations", ())
-            if a["category_id"] in label_of and a["image_id"] in place
-        ]
+        found = counted_annotations(content, category_ids)
         return cls(
             image_ids=image_ids,
             classes=tuple(str(names[c]) for c in label_of),
@@ -80,6 +77,44 @@ class GroundTruth:
         return np.searchsorted([AREAS["small"][1], AREAS["medium"][1]], self.area, side="left")
 
 
+def counted_annotations(
+    content: Mapping[str, Any], category_ids: Sequence[int] = ()
+) -> list[Mapping[str, Any]]:
+    """Return the annotations that are the objects of :meth:`GroundTruth.from_coco`, in its order."""
+    known = set(category_ids or (category["id"] for category in content["categories"]))
+    images = {image["id"] for image in content["images"]}
+    return [
+        a
+        for a in content.get("annotations", ())
+        if a["category_id"] in known and a["image_id"] in images
+    ]
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Return polygons or an RLE of a COCO file as a compressed RLE whose ``counts`` are text; None if there is no mask."""
+    if isinstance(segmentation, list):
+        polygons = [x for x in segmentation if len(x) >= 6]
+        rle = mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None
+    elif segmentation and isinstance(segmentation["counts"], list):
+        rle = mask_util.frPyObjects(segmentation, height, width)
+    else:
+        rle = segmentation
+    if not rle:
+        return None
+    counts = rle["counts"]
+    return {
+        "size": list(rle["size"]),
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+    }
+
+
+def object_array(values: Sequence[Any]) -> np.ndarray:
+    """Return a one-dimensional array of any objects."""
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
+
+
 def _area(annotation: Mapping[str, Any]) -> float:
     """Return the annotated area, otherwise the area of the box."""
     _, _, width, height = annotation["bbox"]
@@ -94,19 +129,25 @@ class Detections:
         image, label: (D,) index of the image in :class:`GroundTruth`, and of the predicted class.
         box: (D, 4) XYWH in pixels.
         score: (D,).
+        mask: (D,) compressed RLE as of :func:`to_rle`; None if the detector has no masks.
     """
 
     image: np.ndarray
     label: np.ndarray
     box: np.ndarray
     score: np.ndarray
+    mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
     def __getitem__(self, chosen: np.ndarray) -> Detections:
         return Detections(
-            self.image[chosen], self.label[chosen], self.box[chosen], self.score[chosen]
+            self.image[chosen],
+            self.label[chosen],
+            self.box[chosen],
+            self.score[chosen],
+            None if self.mask is None else self.mask[chosen],
         )
 
 
@@ -146,8 +187,12 @@ class Matches:
         return scores
 
 
-def match_detections(truth: GroundTruth, detections: Detections) -> Matches:
+def match_detections(
+    truth: GroundTruth, detections: Detections, masks: np.ndarray | None = None
+) -> Matches:
     """Match detections and objects greedily by descending score, in each image and class, as COCO does.
+
+    Overlaps are those of boxes or, with the objects' ``masks`` (G,) as RLE, those of masks.
 
     A detection is matched with the unmatched object of the highest IoU, if that reaches the threshold. It is matched
     with an ignored object only if there is no other.
@@ -158,9 +203,12 @@ def match_detections(truth: GroundTruth, detections: Detections) -> Matches:
     ignored_objects = truth.crowd | outside
     found = np.full((len(IOUS), len(ranges), len(detections)), -1, dtype=np.int32)
     used = np.zeros((len(IOUS), len(ranges), len(truth)), dtype=bool)
-    for candidates in _rounds(truth, detections, rank, ignored_objects):
+    for candidates in _rounds(truth, detections, rank, ignored_objects, masks):
         _assign(candidates, truth.crowd, found, used)
     det_area = detections.box[:, 2] * detections.box[:, 3]
+    if masks is not None:
+        # One by one: pycocotools fails for more than 255 together.
+        det_area = np.array([mask_util.area(mask) for mask in detections.mask], dtype=float)
     det_outside = (det_area < ranges[:, :1]) | (det_area > ranges[:, 1:])
     ignored = np.broadcast_to(det_outside, found.shape).copy()
     for a in range(len(ranges)):
@@ -213,6 +261,7 @@ def overlapping_pairs(
     *,
     same_class: bool,
     chunk: int = 200_000,
+    masks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (detection, object, IoU) of all pairs in the same image with an IoU of at least ``least``.
 
@@ -221,6 +270,7 @@ def overlapping_pairs(
         least: minimum IoU.
         same_class: whether to return only pairs of the same class.
         chunk: number of detections processed at a time, to limit the memory.
+        masks: RLE of each object, for the IoU of masks.
     """
     images = len(truth.image_ids)
     det_keys, gt_keys = detections.image, truth.image
@@ -230,12 +280,29 @@ def overlapping_pairs(
     for begin in range(0, len(detections), chunk):
         d, g = equal_key_pairs(det_keys[begin : begin + chunk], gt_keys)
         d += begin
-        iou = rowwise_iou(detections.box[d], truth.box[g], truth.crowd[g])
+        if masks is None:
+            iou = rowwise_iou(detections.box[d], truth.box[g], truth.crowd[g])
+        else:
+            iou = _mask_iou(detections.mask, masks, truth.crowd, d, g)
         enough = iou >= least
         kept.append((d[enough], g[enough], iou[enough]))
     if not kept:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     return tuple(np.concatenate(parts) for parts in zip(*kept))
+
+
+def _mask_iou(
+    detected: np.ndarray, masks: np.ndarray, crowd: np.ndarray, d: np.ndarray, g: np.ndarray
+) -> np.ndarray:
+    """Return the IoU of the masks of each pair, of which those of a detection follow each other."""
+    iou = np.zeros(len(d))
+    starts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]]) if len(d) else d
+    for begin, end in zip(starts, np.r_[starts[1:], len(d)]):
+        objects = g[begin:end]
+        iou[begin:end] = mask_util.iou(
+            [detected[d[begin]]], list(masks[objects]), crowd[objects].astype(np.uint8).tolist()
+        )[0]
+    return iou
 
 
 @dataclass
@@ -250,9 +317,13 @@ class _Round:
 
 
 def _rounds(
-    truth: GroundTruth, detections: Detections, rank: np.ndarray, ignored: np.ndarray
+    truth: GroundTruth,
+    detections: Detections,
+    rank: np.ndarray,
+    ignored: np.ndarray,
+    masks: np.ndarray | None,
 ) -> Iterator[_Round]:
-    d, g, iou = overlapping_pairs(truth, detections, IOUS[0], same_class=True)
+    d, g, iou = overlapping_pairs(truth, detections, IOUS[0], same_class=True, masks=masks)
     if not len(d):
         return
     images = len(truth.image_ids)

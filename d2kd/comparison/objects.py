@@ -27,7 +27,7 @@ class Picture:
         file_name, image_id: the image.
         truth: its objects, dicts of ``box`` (XYXY), ``label`` and ``crowd``.
         detections: detector -> its detections above its threshold, dicts of ``box``, ``label``, ``score`` and ``object``
-            (index of the matched object in ``truth``, or None).
+            (index of the matched object in ``truth``, or None). With masks, these dicts have a ``mask``, too, an RLE.
         won, lost: indices in ``truth``.
     """
 
@@ -168,6 +168,8 @@ def _picture(
     index_of = {g: n for n, g in enumerate(indices.tolist())}
     record = next(r for r in data.records if data.index_of[r["image_id"]] == i)
     seen = {}
+    with_masks = any(m.detections.mask is not None for m in matches.values())
+    masks = data.masks if with_masks else None
     for name, m in matches.items():
         at = np.flatnonzero((m.detections.image == i) & (m.detections.score >= thresholds[name]))
         at = at[np.argsort(-m.detections.score[at], kind="stable")]
@@ -177,6 +179,7 @@ def _picture(
                 "label": int(m.detections.label[d]),
                 "score": float(m.detections.score[d]),
                 "object": index_of.get(int(m.object[0, 0, d])) if m.is_tp[0, 0, d] else None,
+                **_mask(m.detections.mask, d),
             }
             for d in at
         ]
@@ -188,6 +191,7 @@ def _picture(
                 "box": _xyxy(truth.box[g]),
                 "label": int(truth.label[g]),
                 "crowd": bool(truth.crowd[g]),
+                **_mask(masks, g),
             }
             for g in indices
         ],
@@ -195,6 +199,10 @@ def _picture(
         won=[index_of[g] for g in indices.tolist() if won[g]],
         lost=[index_of[g] for g in indices.tolist() if lost[g]],
     )
+
+
+def _mask(masks: np.ndarray | None, place: int) -> dict[str, Any]:
+    return {} if masks is None else {"mask": masks[place]}
 
 
 def _xyxy(box: np.ndarray) -> list[float]:

@@ -9,6 +9,8 @@ Annotations:
 
 * ``bbox`` is the extent of the whole figure, occluded parts included, clipped to the image, exact
   to 1/64 pixel;
+* ``segmentation`` is the outline of the whole figure, exact to 1/64 pixel, also where it is occluded or
+  outside the image;
 * ``area`` counts the figure's pixels inside the image, occluded ones included;
 * at least half of the pixels of an object are visible: a figure that would violate this is moved,
   so no figure with the outline of a class is unlabelled.
@@ -33,7 +35,8 @@ from tqdm import tqdm
 
 from ..utils.errors import InputError
 
-VERSION = 2  # incremented whenever a pixel or a box changes
+VERSION = 3  # incremented whenever a pixel or an annotation changes; 3 has outlines
+_STREAM = 2  # incremented whenever a pixel or a box changes
 SIZE = 160  # pixels, both sides
 SPLITS = ("train", "val", "test")
 
@@ -185,10 +188,14 @@ class _Scene:
         if category is not None:
             self.visible.append(shown)
             self.whole.append(int(core.sum()))
-            points = np.clip(points + np.array([left, top]) * _UNIT, 0, SIZE * _UNIT)
+            points = points + np.array([left, top]) * _UNIT
+            polygon = (points / _UNIT).flatten().tolist()  # exact
+            points = np.clip(points, 0, SIZE * _UNIT)
             low, high = points.min(axis=0), points.max(axis=0)
             box = [value / _UNIT for value in (*low.tolist(), *(high - low).tolist())]  # exact
-            self.objects.append({"category_id": category, "bbox": box, "area": shown})
+            self.objects.append(
+                {"category_id": category, "bbox": box, "area": shown, "segmentation": [polygon]}
+            )
 
     def _stripes(self, inside: np.ndarray) -> np.ndarray:
         (c, s), size = self.draw.direction(), max(inside.shape)
@@ -214,9 +221,10 @@ def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict
 
     Returns:
         image: (160, 160, 3) uint8, RGB.
-        objects: dicts with ``category_id`` (from 1), ``bbox`` (XYWH, absolute pixels) and ``area``.
+        objects: dicts with ``category_id`` (from 1), ``bbox`` (XYWH, absolute pixels), ``area`` and ``segmentation``
+            (one polygon).
     """
-    draw = _Draw(VERSION, seed, SPLITS.index(split), index)
+    draw = _Draw(_STREAM, seed, SPLITS.index(split), index)
     scene = _Scene(draw)
     without_objects = draw(0, 20) == 0
     for _ in range(draw(3, 12)):

@@ -168,7 +168,8 @@ def check_teacher(config: DictConfig, model: Distiller, images: int) -> Iterator
         yield Finding("teacher", "ok", "not measured: the recipe's evaluator gives no bbox/AP")
         return
     value = found["bbox"].get("AP", math.nan)
-    text = f"AP {value:.1f} on {len(records)} of {len(dataset)} test images"
+    masks = f", mask AP {found['segm'].get('AP', math.nan):.1f}," if "segm" in found else ""
+    text = f"AP {value:.1f}{masks} on {len(records)} of {len(dataset)} test images"
     # A class that the teacher lacks counts as an AP of 0.
     known = 1.0 if class_map is None else class_map.shared_fraction
     if not value >= MIN_AP * known:

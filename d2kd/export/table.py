@@ -234,7 +234,7 @@ def measure_rows(
 
     Returns:
         dict: the content of ``table.json``: versions and settings, and ``rows`` of ``name``, ``AP``, ``AP50``,
-        ``milliseconds``, ``megabytes`` and ``gflops``.
+        ``mask_AP`` (None without masks), ``milliseconds``, ``megabytes`` and ``gflops``.
     """
     times = time_per_image(rows, batches)
     measured = []
@@ -243,12 +243,13 @@ def measure_rows(
         if row.has_ap:
             with suppress_output():
                 found = do_test(config, row.detect, output_dir=output / "inference" / row.name)
-        box = found.get("bbox", {})
+        box, masks = (found.get(task, {}) for task in ("bbox", "segm"))
         measured.append(
             {
                 "name": row.name,
                 "AP": box.get("AP"),
                 "AP50": box.get("AP50"),
+                "mask_AP": masks.get("AP"),
                 "milliseconds": spent,
                 "megabytes": row.size / MEGABYTE,
                 "gflops": gflops(row.module, [row.inputs(b) for b in batches[:FLOP_IMAGES]]),
@@ -266,10 +267,17 @@ def measure_rows(
 
 def format_rows(result: Mapping[str, Any]) -> str:
     """Return the result of :func:`measure_rows` as text."""
-    columns = ("name", "AP", "AP50", "milliseconds", "megabytes", "gflops")
-    return tabulate(
-        [[row[column] for column in columns] for row in result["rows"]],
-        ["", "AP", "AP50", "ms per image", "MB", "GFLOPs"],
-        floatfmt=("", ".2f", ".2f", ".1f", ".2f", ".3f"),
-        missingval="-",
-    )
+    columns = {
+        "name": ("", ""),
+        "AP": ("AP", ".2f"),
+        "AP50": ("AP50", ".2f"),
+        "mask_AP": ("mask AP", ".2f"),
+        "milliseconds": ("ms per image", ".1f"),
+        "megabytes": ("MB", ".2f"),
+        "gflops": ("GFLOPs", ".3f"),
+    }
+    if all(row.get("mask_AP") is None for row in result["rows"]):
+        del columns["mask_AP"]
+    titles, formats = zip(*columns.values())
+    rows = [[row.get(column) for column in columns] for row in result["rows"]]
+    return tabulate(rows, titles, floatfmt=formats, missingval="-")

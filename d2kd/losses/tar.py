@@ -3,10 +3,10 @@
 TAR, "Distilling Object Detectors with Task Adaptive Regularization", arXiv 2006.13108. Only its abstract and
 descriptions in other papers were available, so this is *TAR as implemented here*. Known from these sources: shared
 proposals, three terms, the Gaussian mask, the regression gate and the decay. Chosen by this project: the constants of
-the formulas, the classification gate, the weights, and the whole one-stage form.
+the formulas, the classification gate, the weights, the mask term, and the whole one-stage form.
 
 Notation: K classes, R sampled regions, M anchors, P foreground regions or anchors, p_S and p_T the probabilities of
-student and teacher, t_S and t_T their box deltas, tau the temperature.
+student and teacher, t_S and t_T their box deltas, q_S and q_T the probabilities of a mask's pixels, tau the temperature.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..layers.adapter import LevelChoice
 from ..modeling.anchors import check_anchors
 from ..modeling.atss import is_foreground
 from ..modeling.box_regression import select_class_deltas
-from ..modeling.outputs import uses_sigmoid_scores
+from ..modeling.outputs import MaskRegions, has_mask_regions, uses_sigmoid_scores
 from ..structures.class_map import check_same_classes
 from ..utils.errors import InputError
 from .base import DistillLoss, Weight, get_weight, is_zero
@@ -43,10 +43,11 @@ logger = logging.getLogger(__name__)
 
 CLS_GATES = ("better", "none")
 REG_GATES = ("proposal", "student", "both", "none")
+MASK_GATES = ("better", "none")
 
 
 class TARLoss(DistillLoss):
-    """Distillation of features, classification and box regression, each where the teacher is better.
+    """Distillation of features, classification, box regression and masks, each where the teacher is better.
 
     Two-stage detectors: for the student's R sampled regions with labels y,
 
@@ -54,6 +55,12 @@ class TARLoss(DistillLoss):
         classification  1/R sum_i a_i tau^2 KL(p_T,i || p_S,i),    a_i = [p_T,i(y_i) > p_S,i(y_i) + margin]
         regression      1/max(1, P) sum_i m_i sum_4 smooth_l1(t_S,i - t_T,i),
                         m_i = [IoU(box_T,i, gt_i) > IoU(region_i, gt_i)]
+        mask            1/max(1, P) sum_i b_i mean_xy KL(q_T,ixy || q_S,ixy),
+                        b_i = [IoU(q_T,i > 0.5, gt_i) > IoU(q_S,i > 0.5, gt_i)]
+
+    The mask term is this project's; the paper has none. It is computed if both detectors have a mask head, for the regions
+    that the student's was trained with, on the student's grid. Its gradient is that of the binary cross-entropy with the
+    teacher's probabilities as targets. Masks are those of class y_i, or of a class-agnostic head.
 
     One-stage detectors: for every anchor i that is not ignored and every class c, with sigmoid probabilities p,
 
@@ -70,20 +77,21 @@ class TARLoss(DistillLoss):
 
     If the class lists differ (``class_map``), the shared classes are compared; for two-stage detectors the softmax is
     over these and the background. Regions and anchors whose class the teacher does not have contribute to neither
-    classification nor regression. If no class is shared, only features are compared.
+    classification nor regression, nor to the mask term, unless the teacher's masks are class-agnostic. If no class is
+    shared, only features are compared.
 
     In unlabelled images, the classification term has no gates, and the teacher's most probable class takes the place of the
     label: for two-stage detectors background included, for others background where no class is above 1/2. There is no
-    regression term, and a feature term with ``mask="none"`` alone. This is this project's choice, as are gates and weights.
+    regression or mask term, and a feature term with ``mask="none"`` alone. This is this project's choice, as are gates and weights.
 
-    Reads: ``student.features``, ``gt_instances``, ``regions`` or ``pred_logits``, ``pred_anchor_deltas``,
-    ``anchors``, ``gt_labels``, ``matched_gt_boxes``; ``teacher.features``, ``regions`` or ``pred_logits``,
-    ``pred_anchor_deltas``.
+    Reads: ``student.features``, ``gt_instances``, ``regions`` and ``mask_regions`` or ``pred_logits``,
+    ``pred_anchor_deltas``, ``anchors``, ``gt_labels``, ``matched_gt_boxes``; ``teacher.features``, ``regions`` and
+    ``mask_regions`` or ``pred_logits``, ``pred_anchor_deltas``.
 
     Args:
         levels, adapter, mask, normalize: options of the feature term, see :class:`ImitationLoss`.
-        feature_weight, classification_weight, regression_weight: numbers or schedules. A term with weight 0 is not
-            computed, and the teacher's outputs for it are not either.
+        feature_weight, classification_weight, regression_weight, mask_weight: numbers or schedules. A term with weight
+            0 is not computed, and the teacher's outputs for it are not either.
         cls_gate: "better" (the gates a above) or "none".
         cls_margin: margin of the "better" gate.
         temperature: tau.
@@ -91,6 +99,7 @@ class TARLoss(DistillLoss):
         reg_gate: "proposal" (the teacher's box has a higher IoU than the region or anchor it refines; for FCOS and
             GFL, which refine points, the same as "student"), "student" (it has a higher IoU than the student's box),
             "both", or "none".
+        mask_gate: "better" (the gates b above) or "none".
         smooth_l1_beta: threshold between the L2 and L1 parts of the regression term, in normalised deltas.
         feature_ramp: fraction of the run in which the feature term increases linearly to its weight, because its
             adapters start from random weights. The default is 500 iterations of a 90k schedule.
@@ -118,11 +127,13 @@ class TARLoss(DistillLoss):
         feature_weight: Weight = 0.3,
         classification_weight: Weight = 10.0,
         regression_weight: Weight = 0.3,
+        mask_weight: Weight = 1.0,
         cls_gate: str = "better",
         cls_margin: float = 0.0,
         temperature: float = 1.0,
         background_weight: float = 1.0,
         reg_gate: str = "proposal",
+        mask_gate: str = "better",
         smooth_l1_beta: float = 1.0,
         feature_ramp: float = 500 / 90000,
         weight: Weight | None = None,
@@ -134,6 +145,7 @@ class TARLoss(DistillLoss):
         for culprit, gate, gates in (
             ("cls_gate", cls_gate, CLS_GATES),
             ("reg_gate", reg_gate, REG_GATES),
+            ("mask_gate", mask_gate, MASK_GATES),
         ):
             if gate not in gates:
                 raise InputError(culprit, gate, " or ".join(gates))
@@ -152,6 +164,7 @@ class TARLoss(DistillLoss):
         )
         self.classification_weight = classification_weight
         self.regression_weight = regression_weight
+        self.mask_weight = mask_weight
         self._cls_settings = {
             "gate": cls_gate,
             "margin": cls_margin,
@@ -159,6 +172,7 @@ class TARLoss(DistillLoss):
             "background_weight": background_weight,
         }
         self.reg_gate, self.smooth_l1_beta = reg_gate, smooth_l1_beta
+        self.mask_gate = mask_gate
         self.ramp = _ramp(feature_ramp)
 
     @property
@@ -168,17 +182,20 @@ class TARLoss(DistillLoss):
 
     @property
     def reads_predictions(self) -> bool:
-        return not (is_zero(self.classification_weight) and is_zero(self.regression_weight))
+        weights = self.classification_weight, self.regression_weight, self.mask_weight
+        return not all(map(is_zero, weights))
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
         if self.feature is not None:
             self.feature.scale = self.scale
             self.feature.setup(student, teacher)
+        if not (has_mask_regions(student) and has_mask_regions(teacher)):
+            self.mask_weight = 0
         if not self.reads_predictions:
             return
         if self.class_map is not None and not self.class_map.pairs:
             logger.warning("student and teacher share no class: only features are compared")
-            self.classification_weight = self.regression_weight = 0
+            self.classification_weight = self.regression_weight = self.mask_weight = 0
             return
         two_stage = {hasattr(detector, "roi_heads") for detector in (student, teacher)}
         if len(two_stage) == 2:
@@ -220,6 +237,8 @@ class TARLoss(DistillLoss):
                 else:
                     term = getattr(self, f"dense_{name}")(student, teacher)
                 terms[name] = weight * term
+        if labelled and (weight := get_weight(self.mask_weight, self.progress)):
+            terms["mask"] = weight * self.masks(student.mask_regions, teacher.mask_regions)
         return terms
 
     def classification(self, student, teacher) -> Tensor:
@@ -246,6 +265,21 @@ class TARLoss(DistillLoss):
             gt=student.gt_boxes,
             coder=student.box2box_transform,
             teacher_coder=teacher.box2box_transform,
+        )
+
+    def masks(self, student: MaskRegions, teacher: MaskRegions) -> Tensor:
+        """Return the unweighted mask term of regions with equal boxes."""
+        labels = student.gt_classes
+        rows, teacher_classes = torch.ones_like(labels, dtype=torch.bool), labels
+        if self.class_map is not None and not teacher.class_agnostic:
+            num_classes = len(self.class_map.student)
+            rows, _, teacher_classes = self._foreground(labels, num_classes)
+        return mask_term(
+            student.select(labels),
+            teacher.select(teacher_classes),
+            rows,
+            None if self.mask_gate == "none" else student.gt_masks,
+            normalizer=self.normalizer(rows.sum())[0],
         )
 
     def dense_classification(self, student, teacher) -> Tensor:
@@ -419,6 +453,51 @@ def regression_term(
     """
     errors = F.smooth_l1_loss(student, teacher.detach(), reduction="none", beta=beta).sum(dim=1)
     return (errors * gate).sum() / resolve_normalizer(errors.new_full((), len(errors)), normalizer)
+
+
+@in_float32
+def mask_term(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    gt_masks: Tensor | None = None,
+    *,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """Return ``1/max(1, P) sum_i b_i mean_xy KL(q_T,ixy || q_S,ixy)``.
+
+    Args:
+        student: logits of masks ``(F, M, M)``.
+        teacher: ``(F, N, N)``. Its probabilities are resized to the student's grid if N is not M.
+        rows: ``(F,)`` bool, the P rows that are compared.
+        gt_masks: ``(F, M, M)`` bool, for the gates b. None: they are 1.
+        normalizer: replaces max(1, P).
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2, 2), torch.full((1, 2, 2), 2.0)
+        >>> rows, whole = torch.tensor([True]), torch.ones(1, 2, 2, dtype=torch.bool)
+        >>> [round(mask_term(student, teacher, rows, target).item(), 4) for target in (whole, ~whole)]
+        [0.3278, 0.0]
+    """
+    with torch.no_grad():
+        target = teacher.sigmoid()
+        if target.shape != student.shape:
+            # With a row more, because a tensor without rows cannot be resized.
+            padded = F.pad(target, (0, 0, 0, 0, 0, 1))[:, None]
+            resized = F.interpolate(padded, student.shape[1:], mode="bilinear", antialias=True)
+            target = resized[:-1, 0].clamp(0, 1)
+        gate = rows
+        if gt_masks is not None:
+            gate = gate & (_mask_iou(target > 0.5, gt_masks) > _mask_iou(student > 0, gt_masks))
+        entropy = torch.special.entr(target) + torch.special.entr(1 - target)
+    divergence = F.binary_cross_entropy_with_logits(student, target, reduction="none") - entropy
+    return (divergence.mean(dim=(1, 2)) * gate).sum() / resolve_normalizer(rows.sum(), normalizer)
+
+
+def _mask_iou(masks: Tensor, others: Tensor) -> Tensor:
+    """Return the IoU ``(F,)`` of the rows of two tensors of masks ``(F, M, M)``, bool; 0 where both are empty."""
+    intersection, union = (x.sum(dim=(1, 2)) for x in (masks & others, masks | others))
+    return intersection / union.clamp(min=1)
 
 
 def _ramp(length: float):

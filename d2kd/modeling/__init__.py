@@ -6,7 +6,15 @@ from .backbone.timm_backbone import TimmBackbone, add_timm_config, timm_pixel_st
 from .backbone.torchvision_backbone import TorchvisionBackbone, add_torchvision_config
 from .feature_extractor import FeatureExtractor
 from .meta_arch import GFL, Distiller, GFLHead, add_distiller_config, add_gfl_config
-from .outputs import DenseOutputs, DetectorOutputs, RCNNOutputs, Regions, capture, get_outputs_class
+from .outputs import (
+    DenseOutputs,
+    DetectorOutputs,
+    MaskRegions,
+    RCNNOutputs,
+    Regions,
+    capture,
+    get_outputs_class,
+)
 from .teacher import Teacher
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "FeatureExtractor",
     "GFLHead",
     "LinearP6P7",
+    "MaskRegions",
     "RCNNOutputs",
     "Regions",
     "StaticBatchNorm2d",

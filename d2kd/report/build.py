@@ -53,17 +53,22 @@ def compare_and_report(
 
 def format_main_figures(comparison: Comparison) -> str:
     """Return AP and AP50 of each detector and its AP above the baseline's, as a table, and the page's summary."""
-    rows = []
+    rows, masks = [], ["mask AP"] * any(one.mask_accuracy for one in comparison.detectors)
     for one in comparison.detectors:
         values = [one.accuracy.metrics[key] for key in ("AP", "AP50")]
+        values += [one.mask_accuracy and one.mask_accuracy.metrics["AP"] for _ in masks]
         found = comparison.gain(one.name, comparison.baseline)
         gain = {"gain": None, "interval": None} if found is None else found.metrics["AP"]
         text = "" if gain["gain"] is None else f"{gain['gain']:+.1f}"
         if gain["interval"] is not None:
             text += " ({:+.1f} to {:+.1f})".format(*gain["interval"])
         rows.append([one.name, *("-" if x is None else f"{x:.1f}" for x in values), text])
-    heading = ["detector", "AP", "AP50", f"AP above {comparison.baseline} (95 %)"]
+    heading = ["detector", "AP", "AP50", *masks, f"AP above {comparison.baseline} (95 %)"]
     table = tabulate(
-        rows, heading, "simple", disable_numparse=True, colalign=["left"] + ["right"] * 3
+        rows,
+        heading,
+        "simple",
+        disable_numparse=True,
+        colalign=["left"] + ["right"] * (3 + len(masks)),
     )
     return f"{table}\n\n{summary_sentence(comparison)}"

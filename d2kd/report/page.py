@@ -91,6 +91,7 @@ def _values(c: Comparison) -> dict[str, Any]:
         "gallery": pictures.gallery(c.objects.gallery),
         "panels": len(c.detectors) + 1,
         "metrics": [(name, LABELS.get(name, name)) for name in METRICS],
+        "with_masks": any(d.mask_accuracy for d in c.detectors),
         "gains_shown": [g for g in c.gains if g.over == c.baseline and g.of != c.reference],
         "curves": _curves(c, color),
         "class_gains": class_gains,

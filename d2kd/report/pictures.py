@@ -52,21 +52,26 @@ class Pictures:
         return tiles
 
     def _tile(self, image: np.ndarray, picture: Picture, name: str, change: ChangedObject) -> str:
-        target = picture.truth[change.object]["box"]
-        window = _around(target, image.shape[1], image.shape[0])
+        target = picture.truth[change.object]
+        window = _around(target["box"], image.shape[1], image.shape[0])
         crop = image[window[1] : window[3], window[0] : window[2]]
         color = WON if change.object in picture.won else LOST
-        found = [s["box"] for s in picture.detections[name] if s["object"] == change.object]
+        found = [s for s in picture.detections[name] if s["object"] == change.object]
         scale = TILE / max(crop.shape[:2])
         size = [max(1, round(side * scale)) for side in crop.shape[1::-1]]
         drawn = Image.fromarray(crop).resize(size, _resampling(scale))
         draw = ImageDraw.Draw(drawn)
-        # A tile shows two rectangles at most; Visualizer is not needed.
-        for box, ink, width in [(target, TRUTH, 2), *((box, color, 6) for box in found)]:
-            x0, y0, x1, y1 = ((np.asarray(box) - np.tile(window[:2], 2)) * scale).tolist()
+        # A tile shows two objects at most; Visualizer is not needed.
+        for one, ink, width in [(target, TRUTH, 2), *((one, color, 6) for one in found)]:
+            x0, y0, x1, y1 = ((np.asarray(one["box"]) - np.tile(window[:2], 2)) * scale).tolist()
             if ink == TRUTH and found:
                 continue  # the detection is drawn instead
-            draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=ink, width=width)
+            outlines = _outlines(one.get("mask"))
+            for points in outlines:
+                points = (points - window[:2]) * scale
+                draw.line([*map(tuple, points), tuple(points[0])], fill=ink, width=width // 2)
+            if not outlines:
+                draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=ink, width=width)
         return _data_uri(drawn)
 
     def gallery(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
@@ -76,9 +81,7 @@ class Pictures:
             picture = self.c.objects.pictures[number]
             image = self.read(picture.file_name)
             truth = [
-                _Mark(
-                    t["box"], TRUTH, style=":" if t["crowd"] else "-", text=self.classes[t["label"]]
-                )
+                _Mark(t, TRUTH, style=":" if t["crowd"] else "-", text=self.classes[t["label"]])
                 for t in picture.truth
             ]
             count = sum(not t["crowd"] for t in picture.truth)
@@ -100,24 +103,35 @@ class Pictures:
         for seen in sorted(picture.detections[name], key=lambda s: s["object"] is not None):
             text = f"{self.classes[seen['label']]} {seen['score']:.0%}"
             if seen["object"] is None:
-                marks.append(_Mark(seen["box"], WRONG, width=1))
+                marks.append(_Mark(seen, WRONG, width=1))
             elif name == self.c.featured and seen["object"] in picture.won:
-                marks.append(_Mark(seen["box"], WON, width=4, text=f"won: {text}"))
+                marks.append(_Mark(seen, WON, width=4, text=f"won: {text}"))
             elif name == self.c.baseline and seen["object"] in picture.lost:
-                marks.append(_Mark(seen["box"], LOST, width=4, text=text))
+                marks.append(_Mark(seen, LOST, width=4, text=text))
             else:
-                marks.append(_Mark(seen["box"], RIGHT, width=2, text=text))
+                marks.append(_Mark(seen, RIGHT, width=2, text=text))
         if name == self.c.featured:
             for place in picture.lost:
                 label = f"lost: {self.classes[picture.truth[place]['label']]}"
-                box = picture.truth[place]["box"]
-                marks.append(_Mark(box, LOST, width=3, style="--", text=label))
+                marks.append(_Mark(picture.truth[place], LOST, width=3, style="--", text=label))
         return marks
 
 
 class _Mark:
-    def __init__(self, box, color: str, width: float = 1.5, style: str = "-", text: str = ""):
-        self.box, self.color, self.width, self.style, self.text = box, color, width, style, text
+    """An object or a detection to draw, a dict with its ``box`` and, with masks, its ``mask``."""
+
+    def __init__(self, of: dict, color: str, width: float = 1.5, style: str = "-", text: str = ""):
+        self.box, self.mask = of["box"], of.get("mask")
+        self.color, self.width, self.style, self.text = color, width, style, text
+
+
+def _outlines(rle: dict | None) -> list[np.ndarray]:
+    """Return the outlines (P, 2) of a mask, in pixels; none without a mask, or if it is empty."""
+    from detectron2.utils.visualizer import GenericMask
+
+    if rle is None:
+        return []
+    return [polygon.reshape(-1, 2) for polygon in GenericMask(rle, *rle["size"]).polygons]
 
 
 def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
@@ -134,6 +148,8 @@ def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:
             box = np.asarray(mark.box) * scale
             visualizer.draw_box(box, alpha=1, edge_color=mark.color, line_style=mark.style)
             visualizer.output.ax.patches[-1].set_linewidth(mark.width)
+            for points in _outlines(mark.mask):
+                visualizer.draw_polygon(points * scale, mark.color, alpha=0.35)
             if mark.text:
                 corner = (max(box[0], 0), max(box[1], 0))
                 visualizer.draw_text(

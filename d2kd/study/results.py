@@ -41,13 +41,18 @@ def ap_metrics(metrics: Mapping[str, float], classes: Sequence[str]) -> dict[str
     """Return the metrics of a row.
 
     Args:
-        metrics: the "bbox" results of COCOEvaluator.
+        metrics: the "bbox" or "segm" results of COCOEvaluator.
         classes: class names of the data set; the AP of a class without a result is None.
     """
     per_class = {name: defined_ap(metrics.get(f"AP-{name}")) for name in classes}
     if len(classes) == 1:  # COCOEvaluator omits the AP of a single class
         per_class = {classes[0]: defined_ap(metrics.get("AP"))}
     return {**{key: defined_ap(metrics.get(key)) for key in METRICS}, "per_class": per_class}
+
+
+def mask_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of detectors with masks, whose AP are then those of masks."""
+    return [{**row, **row["segm"]} for row in rows if row.get("segm")]
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
@@ -98,7 +103,8 @@ def format_results(
     """Return the results and the gains of each method as text.
 
     The first table has a column per method: means and standard deviations over seeds. The second has a column per
-    reference: mean gains with standard deviations and 95 % intervals, and the gain of each seed.
+    reference: mean gains with standard deviations and 95 % intervals, and the gain of each seed. A third has the gains in
+    mask AP, if there are masks.
 
     Args:
         rows: rows of all methods.
@@ -115,10 +121,20 @@ def format_results(
             *(format_mean([value(row) for row in group], digits) for group in of.values()),
         ]
 
-    reached = [[f"AP on {dataset}", *of]]
-    reached += [line(LABELS.get(key, key), lambda row, key=key: row[key]) for key in METRICS]
-    for name in dict.fromkeys(name for row in rows for name in row["per_class"]):
-        reached.append(line(f"  {name}", lambda row, name=name: row["per_class"].get(name)))
+    def ap_lines(prefix: str, part: Callable[[Row], Row]) -> list[list[str]]:
+        lines = [
+            line(prefix + LABELS.get(key, key), lambda row, key=key: part(row).get(key))
+            for key in METRICS
+        ]
+        for name in dict.fromkeys(name for row in rows for name in row["per_class"]):
+            lines.append(
+                line(f"  {name}", lambda row, name=name: part(row).get("per_class", {}).get(name))
+            )
+        return lines
+
+    reached = [[f"AP on {dataset}", *of], *ap_lines("", lambda row: row)]
+    if masks := mask_rows(rows):
+        reached += ap_lines("mask ", lambda row: row.get("segm") or {})
     reached.append(["parameters", *(f"{group[0]['parameters']:,}" for group in of.values())])
     reached.append(line("training seconds", lambda row: row["seconds"], 0))
     if any(row.get("peak_memory_mib") for row in rows):
@@ -127,19 +143,30 @@ def format_results(
         ["seeds", *(" ".join(str(row["seed"]) for row in group) for group in of.values())]
     )
 
+    tables = [reached, _gains_table("gain in AP", rows, references, paired)]
+    tables.append(_gains_table("gain in mask AP", masks, references, paired))
+    return "\n\n".join(layout(table) for table in tables if table)
+
+
+def _gains_table(
+    title: str, rows: Sequence[Row], references: Sequence[str], paired: Sequence[str]
+) -> list[list[str]]:
+    """Return the gains of each method as rows of cells; none if there are no gains."""
     over = {reference: gains_over(rows, reference, paired) for reference in references}
     over = {reference: found for reference, found in over.items() if found}
-    gained = [["gain in AP", "", *(f"over {reference}" for reference in over)]]
+    if not over:
+        return []
+    gained = [[title, "", *(f"over {reference}" for reference in over)]]
     for method in dict.fromkeys(method for found in over.values() for method in found):
         found = [over[reference].get(method) for reference in over]
-        seeds = sorted(row["seed"] for row in of[method])
+        seeds = sorted(row["seed"] for row in rows if row["method"] == method)
         if len(seeds) > 1:
             gained.append([method, "mean", *("" if g is None else _mean_gain(g) for g in found)])
             gained.append(["", "95 %", *("" if g is None else _interval(g) for g in found)])
         for index, seed in enumerate(seeds):
             each = ["" if g is None else _signed(g["gains"][index]) for g in found]
             gained.append(["" if len(seeds) > 1 else method, f"seed {seed}", *each])
-    return layout(reached) + ("\n\n" + layout(gained) if over else "")
+    return gained
 
 
 def _mean_gain(found: Mapping[str, Any]) -> str:
@@ -183,11 +210,13 @@ def format_step_cost(cost: Mapping[str, Any], unit: str) -> str:
 
 def provenance_table(rows: Sequence[Row]) -> str:
     """Return a markdown table with links to config and log of each row, and hashes of its weights."""
-    lines = [["run", "AP", "config", "log", "weights", "teacher"]]
+    masks = ["mask AP"] * bool(mask_rows(rows))
+    lines = [["run", "AP", *masks, "config", "log", "weights", "teacher"]]
     for row in rows:
         links = [f"[{key}]({row['name']}/{Path(row[key]).name})" if row.get(key) else "-" for key in ("config", "log")]  # fmt: skip
         hashes = [(row.get(key) or "-")[:12] for key in ("weights_sha256", "teacher_sha256")]
-        lines.append([row["name"], format_mean([row["AP"]], 1), *links, *hashes])
+        ap = [row["AP"], *((row.get("segm") or {}).get("AP") for _ in masks)]
+        lines.append([row["name"], *(format_mean([x], 1) for x in ap), *links, *hashes])
     return format_markdown_table(lines)
 
 
@@ -204,11 +233,12 @@ def write_results(output: Path, study: Study, rows: Sequence[Mapping]) -> None:
         "rows": list(rows),
         "summary": gains_over(rows, study.baseline, study.paired),
     }
-    over = [
-        {"method": method, "reference": reference, **found}
-        for reference in study.references
-        for method, found in gains_over(rows, reference, study.paired).items()
-    ]
+    over = []
+    for reference in study.references:
+        segm = gains_over(mask_rows(rows), reference, study.paired)
+        for method, found in gains_over(rows, reference, study.paired).items():
+            masks = {"segm": segm[method]} if method in segm else {}
+            over.append({"method": method, "reference": reference, **found, **masks})
     write_json(output / "results.json", results)
     write_json(output / "gains.json", {"schema": 1, "rows": over})
     if study.increments:

@@ -54,6 +54,7 @@ class TrainingResult:
 
     Attributes:
         metrics: "bbox" results of COCOEvaluator.
+        mask_metrics: its "segm" results; None without masks.
         parameters: number of parameters of the student.
         seconds: time in training steps.
         weights: checkpoint file.
@@ -67,6 +68,7 @@ class TrainingResult:
     weights: Path
     peak_memory: int | None = None
     train_images: int | None = None
+    mask_metrics: Mapping[str, float] | None = None
 
 
 class TrainingProcessDied(InputError):
@@ -197,15 +199,16 @@ def evaluate_run(config: DictConfig, test: str) -> TrainingResult:
         student.to(pick_device(testing.train.device))
         checkpoint = load_checkpoint(str(weights))
         load_state_dict_checked(student, checkpoint, str(weights))
-        metrics = do_test(testing, student, output_dir=(folder / PREDICTIONS).parent)["bbox"]
+        metrics = do_test(testing, student, output_dir=(folder / PREDICTIONS).parent)
     parts = read_rows(folder / "run.json")
     return TrainingResult(
-        metrics=metrics,
+        metrics=metrics["bbox"],
         parameters=sum(p.numel() for p in student.parameters()),
         seconds=checkpoint["trainer"]["seconds"],
         weights=weights,
         peak_memory=max((part.get("peak_memory") or 0 for part in parts), default=0) or None,
         train_images=parts[-1].get("train_images") if parts else None,
+        mask_metrics=metrics.get("segm"),
     )
 
 
@@ -259,12 +262,14 @@ def train_run(
             with contextlib.suppress(OSError):  # fails if other runs are in it
                 folder.parent.rmdir()
         raise
-    peak = measured.peak_memory
+    peak, masks = measured.peak_memory, measured.mask_metrics
+    classes = MetadataCatalog.get(run.test).thing_classes
     row = {
         "name": run.name,
         "method": run.method,
         "seed": run.seed,
-        **ap_metrics(measured.metrics, MetadataCatalog.get(run.test).thing_classes),
+        **ap_metrics(measured.metrics, classes),
+        **({} if masks is None else {"segm": ap_metrics(masks, classes)}),
         "parameters": measured.parameters,
         "seconds": round(measured.seconds, 3),
         "config": str(folder / "config.yaml"),

@@ -16,7 +16,7 @@ def task_loss(entry: Mapping[str, float]) -> float | None:
 
 
 def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -> None:
-    """Plot task loss and validation AP over the iterations.
+    """Plot task loss and validation AP over the iterations; of a detector with masks also mask AP, dashed.
 
     Args:
         path: file to write.
@@ -36,11 +36,14 @@ def draw_curves(path: Path, metrics: Mapping[str, Sequence[Path]], title: str) -
                 losses = {x: y for x, y in losses.items() if y is not None}
                 # The evaluation at the end is logged one iteration after the last step.
                 last = max(losses, default=0)
-                measured = {min(e["iteration"] + 1, last): e.get("bbox/AP") for e in entries}
-                measured = {x: y for x, y in measured.items() if y is not None}
                 (line,) = loss.plot(losses.keys(), losses.values(), **style)
                 lines.setdefault(method, line)
-                ap.plot(measured.keys(), measured.values(), marker="o", markersize=3, **style)
+                for key, dashes in (("bbox/AP", "-"), ("segm/AP", "--")):
+                    measured = {min(e["iteration"] + 1, last): e.get(key) for e in entries}
+                    measured = {x: y for x, y in measured.items() if y is not None}
+                    if measured or key == "bbox/AP":
+                        points = {"marker": "o", "markersize": 3, "linestyle": dashes}
+                        ap.plot(measured.keys(), measured.values(), **points, **style)
         loss.set(title="the student's task losses, distillation terms left out", ylabel="loss")
         ap.set(title="AP on the validation split", ylabel="AP")
         for axes in (loss, ap):

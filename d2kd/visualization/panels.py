@@ -58,7 +58,9 @@ def side_by_side(
     Args:
         image: (H, W, 3) RGB, or gray as (H, W) or (H, W, 1); values in [0, 255] of any type.
         panels: title -> instances in pixels of ``image``: ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``,
-            ``pred_classes`` and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots.
+            ``pred_classes`` and ``scores``; or ``locations`` (R, 2) and their ``levels`` (R,), drawn as dots. Masks are
+            drawn as outlines if there are predicted ones: ``pred_masks`` (R, H, W), ``pred_segmentations`` and
+            ``gt_segmentations``, arrays of R polygons or RLE as in COCO files, None where there is none.
         metadata: metadata with ``thing_classes``; or a mapping title -> metadata, if detectors have different classes.
             The label of a class without a name is its index.
         threshold: minimum score of predictions. Ground truth is always drawn.
@@ -78,13 +80,13 @@ def side_by_side(
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     scaled = np.asarray(Image.fromarray(image).resize((width, height), resampling))
     columns = []
+    with_masks = any(x.has("pred_masks") or x.has("pred_segmentations") for x in panels.values())
     for title, instances in panels.items():
         own = metadata.get(title) if isinstance(metadata, dict) else metadata
         if columns:
             columns.append(np.full((height + STRIP, GAP, 3), 255, np.uint8))
-        columns.append(
-            np.vstack([title_strip(title, width), _draw(scaled, instances, own, threshold, scale)])
-        )
+        drawn = _draw(scaled, instances, own, threshold, scale, with_masks)
+        columns.append(np.vstack([title_strip(title, width), drawn]))
     return np.hstack(columns)
 
 
@@ -102,6 +104,7 @@ def instances_from_annotations(
     instances = Instances(tuple(image_size))
     instances.gt_boxes = Boxes(_matrix(boxes))
     instances.gt_classes = torch.tensor([a["category_id"] for a in single], dtype=torch.int64)
+    instances.gt_segmentations = _objects(a.get("segmentation") for a in single)
     return instances
 
 
@@ -111,7 +114,7 @@ def instances_from_results(
     """Convert the COCO results of one image to instances.
 
     Args:
-        results: dicts with ``bbox`` (XYWH), ``score`` and ``category_id``.
+        results: dicts with ``bbox`` (XYWH), ``score``, ``category_id`` and, of a detector with masks, ``segmentation``.
         image_size: (height, width).
         class_of: category id -> class index (``metadata.thing_dataset_id_to_contiguous_id``).
     """
@@ -123,7 +126,17 @@ def instances_from_results(
         [class_of[r["category_id"]] for r in results], dtype=torch.int64
     )
     instances.scores = torch.tensor([r["score"] for r in results], dtype=torch.float32)
+    if any("segmentation" in r for r in results):
+        instances.pred_segmentations = _objects(r.get("segmentation") for r in results)
     return instances
+
+
+def _objects(values: Iterable[Any]) -> np.ndarray:
+    """Return the values as an array, which instances can index, unlike a list."""
+    values = list(values)
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
 
 
 def count_matched_objects(
@@ -310,11 +323,16 @@ def draw_detections(
 
 
 def _draw(
-    image: np.ndarray, instances: Instances, metadata, threshold: float, scale: float
+    image: np.ndarray,
+    instances: Instances,
+    metadata,
+    threshold: float,
+    scale: float,
+    with_masks: bool = False,
 ) -> np.ndarray:
-    """Draw the boxes of ``instances``, scaled, on a copy of ``image``."""
+    """Draw the boxes of ``instances``, and the outlines of their masks, scaled, on a copy of ``image``."""
     # Imported here because matplotlib takes a second to import, and the trainer imports this module.
-    from detectron2.utils.visualizer import Visualizer
+    from detectron2.utils.visualizer import GenericMask, Visualizer
 
     instances = instances.to("cpu")
     if instances.has("locations"):
@@ -335,8 +353,22 @@ def _draw(
         # overlay_instances alone draws boxes half transparent, which is too faint on textures.
         for box, color in zip(boxes, colors):
             visualizer.draw_box(box, alpha=1.0, edge_color=color)
+        masks = _masks(instances) if with_masks else {}
+        for i, color in zip(shown, colors):
+            if masks.get(i) is not None:
+                for polygon in GenericMask(masks[i], *instances.image_size).polygons:
+                    visualizer.draw_polygon(polygon.reshape(-1, 2) * scale, color, alpha=0.4)
         drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
         return drawing.get_image()
+
+
+def _masks(instances: Instances) -> dict[int, Any]:
+    """Return the masks of instances as Detectron2's ``GenericMask`` takes them, by index; empty without masks."""
+    for name in ("pred_masks", "pred_segmentations", "gt_segmentations"):
+        if instances.has(name):
+            masks = instances.get(name)
+            return dict(enumerate(masks.numpy() if name == "pred_masks" else masks))
+    return {}
 
 
 def _dots(image: np.ndarray, instances: Instances, scale: float) -> np.ndarray:

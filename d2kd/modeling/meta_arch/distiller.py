@@ -261,7 +261,7 @@ class Distiller(nn.Module):
                 stack.enter_context(append_proposals(heads, lambda: teacher.proposals))
             losses = self._student_losses(batched_inputs)
         student = self.outputs_class.from_calls(self.student, batched_inputs, calls, tapped)
-        teacher.set_region_boxes(student.region_boxes)
+        teacher.set_region_boxes(student.region_boxes, student.mask_boxes)
         with record_function("d2kd/losses"):
             distill_losses = self.losses(student, teacher, progress=progress)
         if (storage.iter + 1) % self.agreement_period == 0:

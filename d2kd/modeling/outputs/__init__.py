@@ -18,10 +18,12 @@ from .build import get_outputs_class
 from .capture import Call, capture
 from .dense import DenseOutputs
 from .rcnn import (
+    MaskRegions,
     RCNNOutputs,
     Regions,
     append_proposals,
     box_stages,
+    has_mask_regions,
     match_and_label_boxes,
     uses_sigmoid_scores,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "Call",
     "DenseOutputs",
     "DetectorOutputs",
+    "MaskRegions",
     "OutputDict",
     "OutputNotAvailable",
     "RCNNOutputs",
@@ -40,6 +43,7 @@ __all__ = [
     "capture",
     "current_autocast_dtype",
     "get_outputs_class",
+    "has_mask_regions",
     "lazy_property",
     "match_and_label_boxes",
     "uses_sigmoid_scores",

@@ -121,6 +121,9 @@ class DetectorOutputs:
     ground_truth: tuple[str, ...] = ("gt_instances",)
     """Names of captured attributes with ground truth."""
 
+    mask_boxes: list[Boxes] | None = None
+    """The boxes in each image for which the student's mask head was trained; None without a mask head."""
+
     computed_by: dict[str, str] = {"backbone": "features"}
     """Which output computes a submodule of the detector, by the submodule's name."""
 
@@ -184,8 +187,10 @@ class DetectorOutputs:
     def _captured(calls: dict[str, list[Call]]) -> dict[str, Any]:
         return {"features": OutputDict(calls["backbone"][0][1])}
 
-    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
-        """Set the student's ``region_boxes``; ignored by families without regions."""
+    def set_region_boxes(
+        self, boxes: list[list[Boxes]] | None, mask_boxes: list[Boxes] | None = None
+    ) -> None:
+        """Set the student's ``region_boxes`` and ``mask_boxes``; ignored by families without regions."""
 
     @lazy_property
     def images(self) -> ImageList:

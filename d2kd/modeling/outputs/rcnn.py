@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import BaseMaskRCNNHead
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -44,6 +46,49 @@ class Regions:
         return Boxes.cat(self.boxes).tensor
 
 
+@dataclass
+class MaskRegions:
+    """Outputs of a mask head for its regions; row r belongs to box r.
+
+    Attributes:
+        boxes: a ``Boxes`` for each image, XYXY in absolute pixels; F boxes together. The student's are those of the
+            foreground regions that its mask head was trained with.
+        pred_mask_logits: ``(F, K, M, M)``, or ``(F, 1, M, M)`` if class-agnostic, on a grid over the box.
+        class_agnostic: whether one mask is predicted for all classes.
+        instances: the foreground regions of each image with their labels; None if the boxes have no labels.
+    """
+
+    boxes: list[Boxes]
+    pred_mask_logits: Tensor
+    class_agnostic: bool
+    instances: list[Instances] | None = None
+
+    @property
+    def gt_classes(self) -> Tensor:
+        """``(F,)`` in ``[0, K)``; of regions with labels."""
+        return torch.cat([x.gt_classes for x in self.instances])
+
+    @functools.cached_property
+    def gt_masks(self) -> Tensor:
+        """``(F, M, M)`` bool, the targets of Detectron2's ``mask_rcnn_loss``; of regions with labels."""
+        logits = self.pred_mask_logits
+        targets = [
+            x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, logits.shape[-1])
+            for x in self.instances
+            if len(x)  # without ground truth, there is no gt_masks
+        ]
+        if not targets:
+            return torch.zeros_like(logits[:, 0], dtype=torch.bool)
+        return torch.cat(targets).to(logits.device) > 0.5
+
+    def select(self, classes: Tensor) -> Tensor:
+        """Return the logits of each row's class, ``(F, M, M)``, for ``(F,)`` classes; those of a class-agnostic head."""
+        if self.pred_mask_logits.shape[1] == 1:
+            return self.pred_mask_logits[:, 0]
+        rows = torch.arange(len(classes), device=classes.device)
+        return self.pred_mask_logits[rows, classes]
+
+
 def box_stages(roi_heads: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Return (box head, box predictor) of each stage: one in ``StandardROIHeads``, several in a cascade."""
     heads, predictors = roi_heads.box_head, roi_heads.box_predictor
@@ -61,11 +106,21 @@ def uses_sigmoid_scores(detector: nn.Module) -> bool:
     return any(getattr(predictor, "use_sigmoid_ce", False) for _, predictor in stages)
 
 
+def has_mask_regions(detector: nn.Module) -> bool:
+    """Return whether a detector has a mask head on pooled regions, whose logits can be read."""
+    heads = getattr(detector, "roi_heads", None)
+    head = getattr(heads, "mask_head", None)
+    return isinstance(head, BaseMaskRCNNHead) and getattr(heads, "mask_pooler", None) is not None
+
+
 class RCNNOutputs(DetectorOutputs):
     """Outputs of a ``GeneralizedRCNN`` on an FPN: Faster and Mask R-CNN, and Cascade R-CNN with several stages."""
 
     predictor_calls: list[Call] | None = None
     """The recorded calls of a student's box predictors, one for each stage."""
+
+    mask_calls: tuple[Call, Call] | None = None
+    """The recorded calls of a student's mask head and of its layers."""
 
     computed_by = {
         "backbone": "features",
@@ -83,6 +138,9 @@ class RCNNOutputs(DetectorOutputs):
         }
         for stage, (_, predictor) in enumerate(box_stages(heads)):
             hook_points[f"box_predictor.{stage}"] = predictor
+        if has_mask_regions(detector):
+            hook_points["mask_head"] = heads.mask_head
+            hook_points["mask_layers"] = heads.mask_head.layers
         return hook_points
 
     @staticmethod
@@ -91,7 +149,9 @@ class RCNNOutputs(DetectorOutputs):
         ((inputs, (proposals, _)),) = calls["roi_heads"]
         # The pooler's inputs and not the proposals: later stages of a cascade pool other boxes, and with
         # train_on_pred_boxes the proposals change afterwards.
-        boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"]]
+        stages = sum(name.startswith("box_predictor.") for name in calls)
+        # A mask head may have the same pooler, and uses it last.
+        boxes = [list(pooled) for (_, pooled), _ in calls["box_pooler"][:stages]]
         captured = {
             "features": OutputDict(features),
             "proposals": proposals,
@@ -100,6 +160,10 @@ class RCNNOutputs(DetectorOutputs):
         }
         if len(inputs) > 3:  # a user's own meta-architecture may pass them by keyword
             captured["gt_instances"] = inputs[3]
+        if calls.get("mask_layers"):
+            (mask_call,), (layers_call,) = calls["mask_head"], calls["mask_layers"]
+            captured["mask_calls"] = mask_call, layers_call
+            captured["mask_boxes"] = [x.proposal_boxes for x in mask_call[0][1]]
         return captured
 
     def _captured_regions(self) -> list[Regions]:
@@ -129,17 +193,24 @@ class RCNNOutputs(DetectorOutputs):
             )
         return regions
 
-    def set_region_boxes(self, boxes: list[list[Boxes]] | None) -> None:
-        """Have :attr:`regions` pool the student's boxes, in pixels of the student's images."""
-        if boxes is not None and self.student_image_sizes is not None:
-            boxes = [[image_boxes.clone() for image_boxes in stage] for stage in boxes]
-            for stage in boxes:
-                for image_boxes, (h, w), x in zip(
-                    stage, self.student_image_sizes, self.batched_inputs, strict=True
-                ):
-                    height, width = x["image"].shape[-2:]
-                    image_boxes.scale(width / w, height / h)
-        self.region_boxes = boxes
+    def set_region_boxes(
+        self, boxes: list[list[Boxes]] | None, mask_boxes: list[Boxes] | None = None
+    ) -> None:
+        """Have :attr:`regions` and :attr:`mask_regions` pool the student's boxes, in pixels of the student's images."""
+        self.region_boxes = None if boxes is None else [self._scaled(stage) for stage in boxes]
+        self.mask_boxes = None if mask_boxes is None else self._scaled(mask_boxes)
+
+    def _scaled(self, boxes: list[Boxes]) -> list[Boxes]:
+        """Return the student's boxes in each image, in pixels of this detector's images."""
+        if self.student_image_sizes is None:
+            return boxes
+        boxes = [image_boxes.clone() for image_boxes in boxes]
+        for image_boxes, (h, w), x in zip(
+            boxes, self.student_image_sizes, self.batched_inputs, strict=True
+        ):
+            height, width = x["image"].shape[-2:]
+            image_boxes.scale(width / w, height / h)
+        return boxes
 
     @lazy_property
     def proposals(self) -> list[Instances]:
@@ -174,6 +245,23 @@ class RCNNOutputs(DetectorOutputs):
                 Regions(boxes, box_features, logits, deltas, predictor.box2box_transform)
             )
         return regions
+
+    @lazy_property
+    def mask_regions(self) -> MaskRegions:
+        """The outputs of the mask head for ``mask_boxes``. The student's are captured."""
+        heads = self.detector.roi_heads
+        if not has_mask_regions(self.detector):
+            raise OutputNotAvailable(f"a {type(self.detector).__name__} without masks of regions")
+        if self.mask_boxes is None:
+            raise OutputNotAvailable("no boxes of masks: the student has none")
+        instances = None
+        if self.mask_calls is not None:
+            ((_, instances), _), (_, logits) = self.mask_calls
+        else:
+            features = [self.features[level] for level in heads.mask_in_features]
+            logits = heads.mask_head.layers(heads.mask_pooler(features, self.mask_boxes))
+        class_agnostic = logits.shape[1] == 1 < heads.num_classes
+        return MaskRegions(self.mask_boxes, logits, class_agnostic, instances)
 
 
 def _sampled_labels(proposals: list[Instances], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
