@@ -168,7 +168,7 @@ TAR_MASKS = {"feature_weight": 0, "classification_weight": 0, "regression_weight
 )
 def test_properties(family, options):
     """Also with the mask term alone, for which the teacher computes no boxes."""
-    assert len(check_loss(lambda: TARLoss(**options), {family: FAMILIES[family]})) == 7
+    assert len(check_loss(lambda: TARLoss(**options), {family: FAMILIES[family]})) == 8
 
 
 @pytest.mark.parametrize(
