@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
@@ -36,6 +36,7 @@ from d2kd.config import load
 from d2kd.config.saving import save_config
 from d2kd.data import check_dataset, coco_dataset, register_voc
 from d2kd.engine import Trainer
+from d2kd.testing import tiny_mask_rcnn
 from d2kd.utils.errors import InputError
 
 from .common import build, command, one_thread, refusal, tiny_faster_rcnn
@@ -557,6 +558,40 @@ def test_the_command_chooses_scores(teacher, tmp_path, capsys):
         content["categories"] == json.loads((tmp_path / "data/data.json").read_text())["categories"]
     )
     assert sorted(file.name for file in tmp_path.glob("labels.json*")) == ["labels.json"]
+
+
+def test_masks_are_those_of_the_detector(teacher, tmp_path):
+    """As RLE, which training reads as bitmasks; the area is that of the mask."""
+    config, weights = teacher
+    node = tiny_mask_rcnn()
+    node.roi_heads.box_predictor.test_score_thresh = 0.0
+    save_config(recipe(tmp_path / "data", tmp_path / "run", node), tmp_path / "config.yaml")
+    detector = build(node, 0)
+    torch.nn.init.normal_(detector.roi_heads.mask_head.predictor.weight)
+    state = {"model": detector.state_dict(), "classes": tuple(NAMES)}
+    torch.save(state, weights)
+    content = label(teacher, tmp_path / "data", tmp_path / "labels.json", "--min-score", "0")
+    coco = COCO(str(tmp_path / "labels.json"))
+    found = detector_from_config("x", config, weights)
+    images = UnlabelledImages.from_folder(tmp_path / "data")
+    ready = load_detector_for_classes(found, "x", None, CPU)
+    seen = 0
+    for image, batch in zip(content["images"], detectors.build_loader(found, images.records)):
+        pixels = ready.detect(batch).pred_masks.numpy()
+        written = coco.imgToAnns[image["id"]]
+        kept = [mask for mask in pixels if mask.any()]
+        assert len(written) <= len(kept)
+        for one in written:
+            mask = coco.annToMask(one).astype(bool)
+            assert one["area"] == mask.sum() > 0
+            assert any((mask == other).all() for other in kept)
+        seen += len(written)
+    assert seen > 5
+    name = coco_dataset(f"masks {tmp_path}", str(tmp_path / "labels.json"), images.root)
+    options = {"use_instance_mask": True, "instance_mask_format": "bitmask"}
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR", **options)
+    example = mapper(DatasetCatalog.get(name)[0])["instances"]
+    assert example.gt_masks.tensor.flatten(1).any(dim=1).all() and len(example)
 
 
 def test_pycocotools_reads_the_file(teacher, tmp_path):

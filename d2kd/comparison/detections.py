@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask as mask_util
 
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
 from .accuracy import compute_accuracy
 from .detectors import Detector, EvaluationData, LoadedDetector, build_loader, load_coco_results
-from .matching import Detections, match_detections, object_array, to_rle
+from .matching import Detections, encode_masks, match_detections, object_array
 
 IMAGES_PER_FILE = 200
 """Number of images per file."""
@@ -114,8 +113,7 @@ def _detect(
         if not found.has("pred_masks"):
             masks = None
         elif masks is not None:
-            pixels = found.pred_masks.numpy().astype(np.uint8)
-            masks += [to_rle(mask_util.encode(np.asfortranarray(x)), 0, 0) for x in pixels]
+            masks += encode_masks(found.pred_masks)
         images.append(np.full(len(labels[-1]), data.index_of[record["image_id"]], dtype=np.int64))
         progress(number)
     return Detections(

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import pycocotools.mask as mask_util
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
@@ -28,7 +29,7 @@ from ..utils.io import read_json, report_full_disk, write_text
 from .accuracy import class_operating_point
 from .detections import Warn, get_detections
 from .detectors import EvaluationData, LoadedDetector, build_loader, file_version
-from .matching import match_detections
+from .matching import encode_masks, match_detections
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,8 @@ def write_labels(
     The ``image_root`` of the file is the images' :attr:`~UnlabelledImages.root`. It lists all images that can be read,
     also those without a detection; a dataset node's ``filter_empty`` says whether they are used for training. Its
     categories are the classes for which the detector was loaded. An annotation has the detection's box and ``score``,
-    its ``area`` is that of the box, ``iscrowd`` is 0, and ``segmentation`` is empty. ``info`` says how they were made.
+    ``iscrowd`` is 0, and ``segmentation`` is the detector's mask as RLE, or empty without one. ``area`` is that of the mask
+    or, without one, of the box. ``info`` says how they were made.
 
     Finished images are kept in ``<file>.partial`` until all are. An interrupted call that is repeated continues from
     there, and its file equals that of a call that was not interrupted. Images go through the detector one by one,
@@ -319,6 +321,9 @@ def _rows(
         kept = (labels >= 0) & (scores >= least[labels])
         others = (labels < 0) & (scores >= least.min())
         height, width = found.image_size
+        masks = {}
+        if found.has("pred_masks"):
+            masks["masks"] = encode_masks(found.pred_masks[kept])
         near, far = found.pred_boxes.tensor[kept].double().split(2, dim=1)
         yield {
             "size": [width, height],
@@ -328,6 +333,7 @@ def _rows(
             "labels": labels[kept].tolist(),
             "scores": scores[kept].tolist(),
             "other_classes": int(others.sum()),
+            **masks,
         }
 
 
@@ -347,8 +353,12 @@ def _content(
             continue
         width, height = row["size"]
         entries.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for box, label, score in zip(row["boxes"], row["labels"], row["scores"]):
-            if area := box[2] * box[3]:  # not of a box that is rounded to nothing
+        masks = row.get("masks", [None] * len(row["boxes"]))
+        for box, label, score, mask in zip(row["boxes"], row["labels"], row["scores"], masks):
+            area = box[2] * box[3] if mask is None else int(mask_util.area(mask))
+            if (
+                box[2] * box[3] * area
+            ):  # not of a box that is rounded to nothing, or without a pixel
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -357,7 +367,7 @@ def _content(
                         "bbox": box,
                         "area": area,
                         "iscrowd": 0,
-                        "segmentation": [],
+                        "segmentation": mask or [],
                         "score": score,
                     }
                 )

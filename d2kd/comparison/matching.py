@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from torch import Tensor
 
 IOUS = np.linspace(0.5, 0.95, 10)
 """COCO's IoU thresholds."""
@@ -106,6 +107,12 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
         "size": list(rle["size"]),
         "counts": counts.decode() if isinstance(counts, bytes) else counts,
     }
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Return masks ``(D, H, W)``, bool on the CPU, as RLE of the form of :func:`to_rle`."""
+    pixels = masks.numpy().astype(np.uint8)
+    return [to_rle(mask_util.encode(np.asfortranarray(mask)), *mask.shape) for mask in pixels]
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:
