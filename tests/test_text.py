@@ -61,7 +61,9 @@ def has(name: str) -> Instances:
 def test_a_name_is_drawn(tmp_path, drawn, name):
     image = np.zeros((64, 96, 3), np.uint8)
     picture = side_by_side(image, {name: has(name)}, Metadata(thing_classes=[name]))
-    assert picture.any() and _draw(image, [_Mark([5, 5, 40, 40], "#ffffff", text=name)], 560)
+    assert picture.any() and _draw(
+        image, [_Mark({"box": [5, 5, 40, 40]}, "#ffffff", text=name)], 560
+    )
     rows = [{"iteration": k, "loss_cls": 1.0, "bbox/AP": 3.0} for k in range(2)]
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
     draw_curves(tmp_path / "curves.png", {name: [tmp_path / "metrics.json"] * 2, "b": []}, name)
