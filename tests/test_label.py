@@ -560,6 +560,20 @@ def test_the_command_chooses_scores(teacher, tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.glob("labels.json*")) == ["labels.json"]
 
 
+def test_the_checkpoint_has_the_order_of_classes(teacher, tmp_path):
+    """It was trained with it; the data of the recipe may have another one by now."""
+    config, weights = teacher
+    of = {}
+    for order in (NAMES, NAMES[1:] + NAMES[:1]):
+        state = torch.load(weights)
+        torch.save(state | {"classes": tuple(order)}, weights)
+        content = label(teacher, tmp_path / "data", tmp_path / "labels.json", "--min-score", "0")
+        names = {one["id"]: one["name"] for one in content["categories"]}
+        of[order[0]] = [names[one["category_id"]] for one in content["annotations"]]
+    turned = dict(zip(NAMES, NAMES[1:] + NAMES[:1]))
+    assert [turned[name] for name in of[NAMES[0]]] == of[NAMES[1]] and len(set(of[NAMES[0]])) > 1
+
+
 def test_masks_are_those_of_the_detector(teacher, tmp_path):
     """As RLE, which training reads as bitmasks; the area is that of the mask."""
     config, weights = teacher

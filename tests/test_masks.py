@@ -367,6 +367,16 @@ def mapped_examples(folder, form):
     return [mapper(record) for record in get_detection_dataset_dicts(name)]
 
 
+def test_a_detector_with_a_mask_head_needs_masks(annotated, refuses):
+    name = coco_dataset(f"{annotated} boxes", str(annotated / "polygon.json"), str(annotated))
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+    records = get_detection_dataset_dicts(name)
+    loader = build_train_loader(dataset=records, mapper=mapper, total_batch_size=1, num_workers=0)
+    check_masks(loader)
+    line = "use_instance_mask: False, and a detector with a mask head; expected True; or "
+    refuses(lambda: check_masks(loader, needed=True), line)
+
+
 @pytest.mark.parametrize("known", [None, ["c", "b"], ["a"]])
 def test_polygons_and_rle_teach_the_same(annotated, known):
     """In whole steps, with a teacher of the same classes or of others. No crowd has a region."""

@@ -318,7 +318,10 @@ def load_detector_for_classes(
         input_format=detector.input_format,
     )
     count = num_classes_of(teacher.detector)
-    names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
+    stored = load_checkpoint(detector.weights).get(CLASSES_KEY)
+    names = detector.classes or stored
+    if stored is not None and set(stored) == set(names):
+        names = tuple(stored)  # the recipe's data may have another order than when it was trained
     for default in (_yacs_classes(detector.node), classes) if names is None else ():
         if names is None and default is not None and len(default) == count:
             names = default

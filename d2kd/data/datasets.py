@@ -434,17 +434,27 @@ def check_has_objects(names: Sequence[str]) -> None:
         raise InputError(f"training data {', '.join(names)}", found, "at least one object")
 
 
-def check_masks(loader: Iterable) -> None:
+def check_masks(loader: Iterable, needed: bool = False) -> None:
     """Check that every object has a mask that the mapper can read, if a training loader's mapper reads masks.
 
     Loaders and mappers that are not Detectron2's or this package's are not checked.
 
+    Args:
+        loader: any loader.
+        needed: whether the detector learns masks.
+
     Raises:
-        InputError: naming the first image, and the number of objects.
+        InputError: naming the first image, and the number of objects; or the mapper reads no masks that are needed.
     """
     mapped = getattr(loader, "dataset", None)
     mapper = reading_mapper(getattr(mapped, "mapper", None))
-    if not isinstance(mapper, DatasetMapper) or not mapper.use_instance_mask:
+    if not isinstance(mapper, DatasetMapper):
+        return
+    if not mapper.use_instance_mask:
+        if needed:
+            key = "dataloader.train.mapper.use_instance_mask"
+            expected = "True; or model.roi_heads.mask_head=null"
+            raise InputError(key, "False, and a detector with a mask head", expected)
         return
     polygons = mapper.instance_mask_format == "polygon"
     without, others, first = 0, 0, {}
@@ -460,7 +470,7 @@ def check_masks(loader: Iterable) -> None:
                 others += 1
                 first.setdefault("others", record["file_name"])
     if without:
-        expected = "a mask for each object; or dataloader.train.mapper.use_instance_mask=False"
+        expected = "a mask for each object; or a detector and a mapper without masks"
         raise InputError(first["without"], f"{without} objects of the data have no mask", expected)
     if others:
         expected = "polygons; or dataloader.train.mapper.instance_mask_format=bitmask"

@@ -187,7 +187,8 @@ class Trainer(DefaultTrainer):
             num_classes = None
         else:
             self._check_classes(model, num_classes)
-        check_masks(loader)
+        heads = getattr(get_student(model), "roi_heads", None)
+        check_masks(loader, needed=bool(getattr(heads, "mask_on", False)))
         check_sample(loader, "dataloader.train", num_classes)
         self._trainer = TrainStep(
             wrap_ddp(model, self.device, train.ddp),

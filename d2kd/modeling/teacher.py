@@ -155,7 +155,7 @@ class Teacher:
                 raise InputError(
                     "teacher.scale",
                     f"{self.scale}, but a batch without 'teacher_image'",
-                    "mapper=L(DownscaledStudentMapper)(mapper=…, scale=…)",
+                    "mappers L(DownscaledStudentMapper)(mapper=…, scale=…) of training and test data",
                 )
             names = {"instances", "proposals", "teacher_image"}
             batched_inputs = [
