@@ -24,10 +24,9 @@ from d2kd.comparison.matching import (
     Detections,
     GroundTruth,
     match_detections,
-    object_array,
     rowwise_iou,
-    to_rle,
 )
+from d2kd.structures.rle import object_array, to_rle
 
 from .generated_detections import coco_of, generated_detections, generated_truth, results_of
 from .test_error_types import scene

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..structures.rle import encode_masks, object_array
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import atomic_write
 from .accuracy import compute_accuracy
 from .detectors import Detector, EvaluationData, LoadedDetector, build_loader, load_coco_results
-from .matching import Detections, encode_masks, match_detections, object_array
+from .matching import Detections, match_detections
 
 IMAGES_PER_FILE = 200
 """Number of images per file."""

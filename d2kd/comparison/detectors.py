@@ -41,10 +41,11 @@ from ..modeling import Teacher
 from ..modeling.teacher import to_student_classes
 from ..modeling.weights import CLASSES_KEY, file_sha256, load_checkpoint
 from ..structures.class_map import ClassMap, apply_aliases, class_names, num_classes_of
+from ..structures.rle import object_array, to_rle
 from ..utils.env import config_hash
 from ..utils.errors import InputError
 from ..utils.io import read_json
-from .matching import Detections, GroundTruth, counted_annotations, object_array, to_rle
+from .matching import Detections, GroundTruth, counted_annotations
 
 MAX_IMAGES_WITHOUT_WORKER = 32
 """Up to this number of images no loader worker is used."""
@@ -72,7 +73,7 @@ class EvaluationData:
 
     @cached_property
     def masks(self) -> np.ndarray | None:
-        """(G,) the objects' masks as of :func:`.matching.to_rle`; None unless all objects have one."""
+        """(G,) the objects' masks as of :func:`d2kd.structures.rle.to_rle`; None unless all objects have one."""
         size = {record["image_id"]: (record["height"], record["width"]) for record in self.records}
         found = [
             to_rle(segmentation, *size[self.truth.image_ids[i]])
@@ -318,8 +319,8 @@ def load_detector_for_classes(
         input_format=detector.input_format,
     )
     count = num_classes_of(teacher.detector)
-    stored = load_checkpoint(detector.weights).get(CLASSES_KEY)
-    names = detector.classes or stored
+    names = detector.classes or load_checkpoint(detector.weights).get(CLASSES_KEY)
+    stored = teacher.checkpoint_classes
     if stored is not None and set(stored) == set(names):
         names = tuple(stored)  # the recipe's data may have another order than when it was trained
     for default in (_yacs_classes(detector.node), classes) if names is None else ():

@@ -23,13 +23,14 @@ from .. import __version__
 from ..data import check_dataset
 from ..data.images import SUFFIXES, find_images
 from ..structures.class_map import ClassMap
+from ..structures.rle import encode_masks
 from ..utils.console import ProgressCallback
 from ..utils.errors import InputError
 from ..utils.io import read_json, report_full_disk, write_text
 from .accuracy import class_operating_point
 from .detections import Warn, get_detections
 from .detectors import EvaluationData, LoadedDetector, build_loader, file_version
-from .matching import encode_masks, match_detections
+from .matching import match_detections
 
 logger = logging.getLogger(__name__)
 
@@ -356,9 +357,8 @@ def _content(
         masks = row.get("masks", [None] * len(row["boxes"]))
         for box, label, score, mask in zip(row["boxes"], row["labels"], row["scores"], masks):
             area = box[2] * box[3] if mask is None else int(mask_util.area(mask))
-            if (
-                box[2] * box[3] * area
-            ):  # not of a box that is rounded to nothing, or without a pixel
+            # Not of a box that is rounded to nothing, or of a mask without a pixel.
+            if box[2] * box[3] * area:
                 annotations.append(
                     {
                         "id": len(annotations) + 1,

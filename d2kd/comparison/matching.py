@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from torch import Tensor
 
 IOUS = np.linspace(0.5, 0.95, 10)
 """COCO's IoU thresholds."""
@@ -91,37 +90,6 @@ def counted_annotations(
     ]
 
 
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
-    """Return polygons or an RLE of a COCO file as a compressed RLE whose ``counts`` are text; None if there is no mask."""
-    if isinstance(segmentation, list):
-        polygons = [x for x in segmentation if len(x) >= 6]
-        rle = mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None
-    elif segmentation and isinstance(segmentation["counts"], list):
-        rle = mask_util.frPyObjects(segmentation, height, width)
-    else:
-        rle = segmentation
-    if not rle:
-        return None
-    counts = rle["counts"]
-    return {
-        "size": list(rle["size"]),
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
-
-
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Return masks ``(D, H, W)``, bool on the CPU, as RLE of the form of :func:`to_rle`."""
-    pixels = masks.numpy().astype(np.uint8)
-    return [to_rle(mask_util.encode(np.asfortranarray(mask)), *mask.shape) for mask in pixels]
-
-
-def object_array(values: Sequence[Any]) -> np.ndarray:
-    """Return a one-dimensional array of any objects."""
-    made = np.empty(len(values), dtype=object)
-    made[:] = values
-    return made
-
-
 def _area(annotation: Mapping[str, Any]) -> float:
     """Return the annotated area, otherwise the area of the box."""
     _, _, width, height = annotation["bbox"]
@@ -136,7 +104,7 @@ class Detections:
         image, label: (D,) index of the image in :class:`GroundTruth`, and of the predicted class.
         box: (D, 4) XYWH in pixels.
         score: (D,).
-        mask: (D,) compressed RLE as of :func:`to_rle`; None if the detector has no masks.
+        mask: (D,) compressed RLE as of :func:`d2kd.structures.rle.to_rle`; None if the detector has no masks.
     """
 
     image: np.ndarray

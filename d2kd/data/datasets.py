@@ -129,31 +129,30 @@ def _register_unlabelled(
 def _load_images(json_file: str, image_root: str) -> list[dict]:
     """Return the dataset dicts of a COCO-style file without its annotations."""
     return [
-        {
-            "file_name": os.path.join(image_root, image.file_name),
-            "height": image.height,
-            "width": image.width,
-            "image_id": image.id,
-            UNLABELLED: True,
-        }
+        _unlabelled_record(
+            os.path.join(image_root, image.file_name), image.width, image.height, image.id
+        )
         for image in read_coco_images(json_file)
     ]
 
 
 def _image_files(json_file: str, image_root: str) -> list[str]:
-    if not PathManager.isdir(image_root):
-        raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
+    _check_image_root(json_file, image_root)
     names = [image.file_name for image in read_coco_images(json_file)]
     check_files(names, image_root, f"every image that {json_file} names")
     return [os.path.join(image_root, name) for name in names]
 
 
 def _load_folder(root: str) -> list[dict]:
-    records = []
-    for number, file in enumerate(_files_in(root)):
-        width, height = image_size(file)
-        records.append({"file_name": file, "height": height, "width": width, "image_id": number})
-    return [{**record, UNLABELLED: True} for record in records]
+    return [
+        _unlabelled_record(file, *image_size(file), number)
+        for number, file in enumerate(_files_in(root))
+    ]
+
+
+def _unlabelled_record(file: str, width: int, height: int, number: int) -> dict:
+    size = {"height": height, "width": width}
+    return {"file_name": file, **size, "image_id": number, UNLABELLED: True}
 
 
 def _files_in(root: str) -> list[str]:
@@ -274,7 +273,9 @@ def training_records(
             [name], filter_empty=False, proposal_files=files, **options
         )
         if not isinstance(records, list):  # map-style data sets, whose images are read one by one
-            return get_detection_dataset_dicts(names, filter_empty, proposal_files=proposal_files)
+            return get_detection_dataset_dicts(
+                names, filter_empty, proposal_files=proposal_files, **options
+            )
         if filter_empty and "annotations" in records[0]:
             records = filter_images_with_only_crowd_annotations(records)
         if not records:
@@ -373,11 +374,15 @@ def _check_own_function(name: str) -> None:
 
 def _check_coco(json_file: str, image_root: str, classes: tuple[str, ...] | None) -> CocoFile:
     """Check a file and that its images are there; return its summary."""
-    if not PathManager.isdir(image_root):
-        raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
+    _check_image_root(json_file, image_root)
     file = summarize_coco_file(json_file).with_classes(classes)
     check_files(file.file_names, image_root, f"every image that {json_file} names")
     return file
+
+
+def _check_image_root(json_file: str, image_root: str) -> None:
+    if not PathManager.isdir(image_root):
+        raise InputError(image_root, "no such folder", f"the folder with the images of {json_file}")
 
 
 def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:

@@ -236,15 +236,15 @@ class Trainer(DefaultTrainer):
 
     def _check_unlabelled(self, model: nn.Module, loader: Iterable) -> None:
         """Check that the model can have unlabelled images, if there are some."""
-        ours = has_unlabelled(loader)
-        if not self._unlabelled_data and not ours:
+        separates_kinds = has_unlabelled(loader)
+        if not self._unlabelled_data and not separates_kinds:
             return
         names = ", ".join(self._unlabelled_data)
         culprit = f"training data {names}" if names else "training data"
         if not isinstance(model, Distiller):
             expected = "a Distiller: only distillation learns from them"
             raise InputError(culprit, "unlabelled images, and a model without a teacher", expected)
-        if not ours:
+        if not separates_kinds:
             found = "unlabelled images, and a loader that mixes them with others"
             raise InputError(culprit, found, "dataloader.train=L(build_train_loader)(…)")
         if hasattr(model.losses, "check_unlabelled"):

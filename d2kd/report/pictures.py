@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from ..comparison.comparison import Comparison
 from ..comparison.objects import ChangedObject, Picture
 from ..data.images import read_image
+from ..visualization.panels import mask_outlines
 from ..visualization.text import literal_text, one_line
 
 WON, LOST = "#12915f", "#d1433f"
@@ -127,11 +128,7 @@ class _Mark:
 
 def _outlines(rle: dict | None) -> list[np.ndarray]:
     """Return the outlines (P, 2) of a mask, in pixels; none without a mask, or if it is empty."""
-    from detectron2.utils.visualizer import GenericMask
-
-    if rle is None:
-        return []
-    return [polygon.reshape(-1, 2) for polygon in GenericMask(rle, *rle["size"]).polygons]
+    return [] if rle is None else mask_outlines(rle, *rle["size"])
 
 
 def _draw(image: np.ndarray, marks: Sequence[_Mark], side: int) -> str:

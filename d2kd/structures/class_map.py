@@ -158,9 +158,8 @@ class ClassMap:
 
     def select(self, logits: Tensor, side: str, background: bool = False) -> Tensor:
         """Return one side's logits of the shared classes, see :meth:`shared_logits`; ``side``: "student" or "teacher"."""
-        if (
-            self.is_identity
-        ):  # an indexed copy may have another layout, and sums of it other roundings
+        # An indexed copy may have another layout, and sums of it other roundings.
+        if self.is_identity:
             return logits
         classes = self.student_ids if side == "student" else self.teacher_ids
         index = torch.tensor([*classes, logits.shape[-1] - 1] if background else classes)

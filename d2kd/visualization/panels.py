@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data import build_test_loader, check_dataset
 from ..data.datasets import sample_evenly
 from ..data.images import read_image
+from ..structures.rle import object_array
 from .text import literal_text, one_line
 
 # Smaller images are enlarged to this shorter side, in pixels, so that the labels of an 8 px object are legible.
@@ -104,7 +105,8 @@ def instances_from_annotations(
     instances = Instances(tuple(image_size))
     instances.gt_boxes = Boxes(_matrix(boxes))
     instances.gt_classes = torch.tensor([a["category_id"] for a in single], dtype=torch.int64)
-    instances.gt_segmentations = _objects(a.get("segmentation") for a in single)
+    # An array, which instances can index, unlike a list.
+    instances.gt_segmentations = object_array([a.get("segmentation") for a in single])
     return instances
 
 
@@ -127,16 +129,16 @@ def instances_from_results(
     )
     instances.scores = torch.tensor([r["score"] for r in results], dtype=torch.float32)
     if any("segmentation" in r for r in results):
-        instances.pred_segmentations = _objects(r.get("segmentation") for r in results)
+        instances.pred_segmentations = object_array([r.get("segmentation") for r in results])
     return instances
 
 
-def _objects(values: Iterable[Any]) -> np.ndarray:
-    """Return the values as an array, which instances can index, unlike a list."""
-    values = list(values)
-    made = np.empty(len(values), dtype=object)
-    made[:] = values
-    return made
+def mask_outlines(mask: Any, height: int, width: int) -> list[np.ndarray]:
+    """Return the outlines (P, 2) of a mask, in pixels: pixels (H, W), polygons or an RLE. None of an empty mask."""
+    # Imported here because matplotlib takes a second to import.
+    from detectron2.utils.visualizer import GenericMask
+
+    return [polygon.reshape(-1, 2) for polygon in GenericMask(mask, height, width).polygons]
 
 
 def count_matched_objects(
@@ -332,7 +334,7 @@ def _draw(
 ) -> np.ndarray:
     """Draw the boxes of ``instances``, and the outlines of their masks, scaled, on a copy of ``image``."""
     # Imported here because matplotlib takes a second to import, and the trainer imports this module.
-    from detectron2.utils.visualizer import GenericMask, Visualizer
+    from detectron2.utils.visualizer import Visualizer
 
     instances = instances.to("cpu")
     if instances.has("locations"):
@@ -356,8 +358,8 @@ def _draw(
         masks = _masks(instances) if with_masks else {}
         for i, color in zip(shown, colors):
             if masks.get(i) is not None:
-                for polygon in GenericMask(masks[i], *instances.image_size).polygons:
-                    visualizer.draw_polygon(polygon.reshape(-1, 2) * scale, color, alpha=0.4)
+                for points in mask_outlines(masks[i], *instances.image_size):
+                    visualizer.draw_polygon(points * scale, color, alpha=0.4)
         drawing = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
         return drawing.get_image()
 

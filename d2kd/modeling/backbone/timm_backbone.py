@@ -144,9 +144,8 @@ class TimmBackbone(Backbone):
                 shape, expected = tuple(features[key].shape), (1, spec.channels, side, side)
                 if shape != expected:
                     raise ValueError(f"{key} has shape {shape}, not {expected}")
-        except (
-            Exception
-        ) as error:  # some transformers accept one image size, and raise various errors
+        # Some transformers accept one image size, and raise various errors.
+        except Exception as error:
             found = f"fails on {_SIDE}x{_SIDE} pixels ({error})"
             raise InputError(self.name, found, "a CNN for images of any size") from error
         self.train(training)
